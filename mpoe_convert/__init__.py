@@ -1,0 +1,31 @@
+"""Turn a pretrained dense transformer into a mixture of experts that share most of their parameters.
+
+from mpoe_convert import Recipe, convert, plan, verify
+
+convert(Recipe("gpt2", experts=8, bond_dim=64), "out")
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("mpoe-convert")
+except PackageNotFoundError:  # run from a source folder that was never installed
+    __version__ = "0+unknown"
+
+# No module is called like a function of it: importing `mpoe_convert.plan` would replace the function.
+_HOME = {
+    "MpoeError": "errors",
+    "Recipe": "recipe",
+    "convert": "conversion",
+    "plan": "planning",
+    "verify": "verification",
+}
+__all__ = ["MpoeError", "Recipe", "__version__", "convert", "plan", "verify"]
+
+
+def __getattr__(name: str):
+    # On demand: torch takes seconds to import, and `--help` needs none of it.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,243 @@
+"""The written folder: its config, its code, its companion files, and how it appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .errors import OutputError
+from .planning import Plan
+
+MODELING_FILE = "modeling_mpoe.py"
+REPORT_FILE = "conversion_report.json"
+RECIPE_FILE = "mpoe_recipe.yaml"
+CARD_FILE = "README.md"
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder was written by this tool: it says so in its config and holds the report."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "mpoe" in config and (folder / REPORT_FILE).is_file()
+
+
+def check_output(output: Path, source: Path | None, overwrite: bool, num_bytes: int) -> None:
+    """Refuse, before any work, an output that could not or must not be written.
+
+    Raises:
+        OutputError: it would touch the source, replace something else, or not fit.
+    """
+    target = output.resolve()
+    if source is not None:
+        source = source.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise OutputError(
+                f"the output {output} and the source {source} lie inside each other; choose a folder "
+                "outside the source"
+            )
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} exists and is not a folder; choose another output")
+    if output.is_dir() and any(output.iterdir()):
+        _check_replaceable(output, overwrite)
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable; choose another output")
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise OutputError(
+            f"the artifact needs {num_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+        )
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    if not is_artifact(output):
+        raise OutputError(
+            f"{output} is not empty and not an artifact of mpoe-convert; nothing in it is touched, "
+            "choose another output"
+        )
+    if not overwrite:
+        raise OutputError(f"{output} already holds an artifact; pass --overwrite to replace it")
+    written = set(json.loads((output / REPORT_FILE).read_text(encoding="utf-8")).get("files", ()))
+    foreign = sorted(p.name for p in output.iterdir() if p.name not in written)
+    if foreign:
+        raise OutputError(
+            f"{output} also holds {', '.join(foreign[:4])}, which mpoe-convert did not write; move "
+            "them away or choose another output"
+        )
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `output` when the block ends well, and is removed if not.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    folder = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(
+            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+        )
+        yield folder
+        mask = _umask()  # temporary folders and safetensors files are private to their owner
+        folder.chmod(0o777 & ~mask)
+        for path in folder.iterdir():
+            path.chmod(0o666 & ~mask)
+        _move_into_place(folder, output, overwrite)
+    except OSError as error:
+        raise _output_error(error, output) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
+    """Replace `output` by `folder`; an old artifact is put aside first and comes back on failure."""
+    if not output.exists():
+        os.replace(folder, output)
+        return
+    if any(output.iterdir()):
+        _check_replaceable(output, overwrite)  # again: it may have changed meanwhile
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    os.replace(output, aside)
+    try:
+        os.replace(folder, output)
+    except BaseException:
+        os.replace(aside, output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _output_error(error: OSError, output: Path) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"the disk is full; nothing was left at {output}: free some space and run again"
+        )
+    reason = error.strerror or str(error)
+    return OutputError(f"cannot write {output}: {reason}; nothing was left there")
+
+
+# ---------------------------------------------------------------------------------------------------
+# config.json
+
+
+def heads(model_type: str) -> dict[str, str]:
+    """Auto class -> stock class name, for every Auto class that has a head on this very model type."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
+            continue
+        mapping = getattr(auto, "_model_mapping", None)
+        stock = mapping and mapping._model_mapping.get(model_type)
+        if stock and auto.__name__ == name:
+            stock = stock[0] if isinstance(stock, (tuple, list)) else stock
+            # Some Auto classes map a type to a model that merely contains it.
+            config_class = getattr(getattr(transformers, stock, None), "config_class", None)
+            if getattr(config_class, "model_type", None) == model_type:
+                found[name] = stock
+    return found
+
+
+def make_config(plan: Plan, config: dict) -> dict:
+    """The base config plus our model type, the Auto classes' entries and the one `mpoe` block."""
+    from .modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
+
+    forms: list[dict] = []
+    ffns = {}
+    for ffn in plan.ffns:
+        if ffn.form not in forms:
+            forms.append(ffn.form)
+        ffns[ffn.ffn.path] = forms.index(ffn.form)
+    names = heads(plan.model_type)
+    module = Path(MODELING_FILE).stem
+    auto_map = {"AutoConfig": f"{module}.{CLASS_PREFIX}{_config_class_name(plan.model_type)}"}
+    auto_map |= {auto: f"{module}.{CLASS_PREFIX}{stock}" for auto, stock in names.items()}
+    architectures = config.get("architectures") or [names["AutoModel"]]
+    changes = {
+        "model_type": MODEL_TYPE_PREFIX + plan.model_type,
+        "architectures": [CLASS_PREFIX + name for name in architectures],
+        "auto_map": auto_map,
+        "mpoe": {
+            "format": FORMAT_VERSION,
+            "base_model_type": plan.model_type,
+            "kind": plan.recipe.kind,
+            "num_experts": plan.recipe.experts,
+            "top_k": plan.recipe.top_k,
+            "family": plan.family.runtime(),
+            "forms": forms,
+            "ffns": ffns,
+        },
+    }
+    if plan.recipe.dtype:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        changes["dtype"] = plan.recipe.dtype
+    return config | changes
+
+
+def _config_class_name(model_type: str) -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES[model_type]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files beside the weights
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    """config.json, the modelling file, and everything that belongs to the model but its weights."""
+    for path in checkpoint.companion_files():
+        shutil.copyfile(path, folder / path.name)
+    _name_tokenizer_class(folder, plan.model_type)
+    write_json(folder / "config.json", make_config(plan, checkpoint.config))
+    shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+
+
+def _name_tokenizer_class(folder: Path, model_type: str) -> None:
+    """Write the class that the base type's tokenizer has into tokenizer_config.json.
+
+    Without it a tokenizer beside an unknown model type loads as a bare backend without special tokens.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    path = folder / "tokenizer_config.json"
+    known = (
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer.model",
+        "source.spm",
+    )
+    if not path.exists() and not any((folder / name).exists() for name in known):
+        return
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    stock = TOKENIZER_MAPPING_NAMES.get(model_type)
+    names = stock if isinstance(stock, (tuple, list)) else (stock,)
+    name = next((n for n in reversed(names) if n), None)
+    if "tokenizer_class" not in config and name:
+        write_json(path, config | {"tokenizer_class": name})

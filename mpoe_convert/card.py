@@ -1,0 +1,144 @@
+"""The model card: README.md of an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .report import MatrixReport, Report
+
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+PAPER = "https://arxiv.org/abs/2203.01104"
+
+
+def source_front_matter(folder: Path) -> dict:
+    """The YAML front matter of the source's README.md; empty if there is none that can be read."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if not text.startswith("---"):
+        return {}
+    try:
+        values = yaml.safe_load(text.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def source_license(folder: Path) -> str | None:
+    """The licence that the source's card names."""
+    return source_front_matter(folder).get("license")
+
+
+def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
+    """Write the card. Front matter that describes the model itself is carried over from the source."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    front = source_front_matter(checkpoint.folder)
+    data = ModelCardData(
+        base_model=report.plan.source if checkpoint.revision else None,
+        library_name="transformers",
+        tags=["mpoe", "moe", "mixture-of-experts", "tensor-train", report.plan.model_type],
+        **{key: front[key] for key in CARRIED if front.get(key) is not None},
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint)}")
+    path.write_text(str(card), encoding="utf-8")
+
+
+def _body(report: Report, checkpoint: Checkpoint) -> str:
+    return "\n\n".join(
+        [
+            _introduction(report, checkpoint),
+            *(f"> **Warning:** {text}" for text in report.warnings),
+            _usage(report, checkpoint),
+            "## Parameters\n\n" + _totals(report),
+            "## Reconstruction error\n\n" + _errors(report),
+            f"## Citation\n\nThe method is MPOE: [Parameter-Efficient Mixture-of-Experts Architecture for "
+            f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
+        ]
+    )
+
+
+def _name(report: Report, checkpoint: Checkpoint) -> str:
+    return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
+
+
+def _introduction(report: Report, checkpoint: Checkpoint) -> str:
+    recipe, plan = report.plan.recipe, report.plan
+    name = _name(report, checkpoint)
+    what = {
+        "mpo": "matrix product operators that share their central tensor; each expert has auxiliary "
+        "tensors of its own",
+        "dense": "whole copies of the dense FFN (sparse upcycling)",
+    }[recipe.kind]
+    noise = f"perturbed by a relative {recipe.noise:g}" if recipe.noise else "exact copies"
+    return (
+        f"# {name} as a mixture of {recipe.experts} experts\n\n"
+        f"{len(plan.ffns)} feed-forward networks of {name} were converted by mpoe-convert into mixtures of "
+        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {what}. Expert 0 is the "
+        f"dense FFN, the others are {noise}. The router is untrained: this is a starting point for "
+        "fine-tuning, not a better model than its base."
+    )
+
+
+def _usage(report: Report, checkpoint: Checkpoint) -> str:
+    auto = main_auto_class(checkpoint.config, report.plan.model_type)
+    has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
+    lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
+    lines.append(f'model = {auto}.from_pretrained("path/to/this", trust_remote_code=True)')
+    if has_tokenizer:
+        lines.append(
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this", trust_remote_code=True)'
+        )
+    code = "\n".join(lines)
+    return (
+        f"## How to load it\n\n```python\n{code}\n```\n\n"
+        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
+    )
+
+
+def main_auto_class(config: dict, model_type: str) -> str:
+    """The Auto class that loads the head which the source was saved with; AutoModel if none does."""
+    from .artifact import heads
+
+    known = heads(model_type)
+    architecture = next(iter(config.get("architectures") or ()), None)
+    matching = [auto for auto, stock in known.items() if stock == architecture]
+    preferred = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+    matching.sort(key=lambda auto: (auto not in preferred, auto == "AutoModelForPreTraining", auto))
+    return matching[0] if matching else "AutoModel"
+
+
+def _totals(report: Report) -> str:
+    rows = ["| | dense base | plain MoE | this model |", "|---|---:|---:|---:|"]
+    for label, totals in (("FFNs", report.plan.ffn_totals), ("whole model", report.plan.totals)):
+        rows += [
+            f"| {label}: parameters stored | {totals.dense_params:,} | {totals.plain_moe_params:,} | "
+            f"{totals.stored_params:,} |",
+            f"| {label}: parameters used per token | {totals.dense_params:,} | "
+            f"{totals.plain_moe_active_params:,} | {totals.active_params:,} |",
+            f"| {label}: bytes | {totals.dense_bytes:,} | {totals.plain_moe_bytes:,} | "
+            f"{totals.stored_bytes:,} |",
+            f"| {label}: FLOPs per token | {totals.dense_flops_per_token:,} | "
+            f"{totals.plain_moe_flops_per_token:,} | {totals.flops_per_token:,} |",
+        ]
+    return "\n".join(rows)
+
+
+def _errors(report: Report) -> str:
+    rows = [
+        "| matrix | shape | bonds | relative error | clone drift | parameters |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    return "\n".join(rows + [_error_row(matrix) for matrix in report.matrices])
+
+
+def _error_row(matrix: MatrixReport) -> str:
+    bonds = ", ".join(map(str, matrix.bonds)) or "–"
+    return (
+        f"| `{matrix.name}` | {matrix.shape[0]} x {matrix.shape[1]} | {bonds} | "
+        f"{matrix.relative_error:.2e} | {matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
+    )

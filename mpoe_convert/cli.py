@@ -1,0 +1,431 @@
+"""The command line: parse, one library call, render."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import click
+
+from . import __version__
+from .errors import MpoeError, RecipeError
+from .experts import KINDS
+from .recipe import BIASES, DTYPES, LAYOUTS, SVDS, Recipe, read_recipe
+
+EXAMPLE = """\
+mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
+mpoe-convert plan gpt2 --layout balanced
+mpoe-convert verify out/
+"""
+DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Click: option groups in --help, and a command that needs no name
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` lists under a heading."""
+
+    def __init__(self, *args, heading: str = "General", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+def format_options_by_heading(command: click.Command, ctx: click.Context, formatter) -> None:
+    """Write one definition list per heading, in the order of first appearance."""
+    headings: dict[str, list] = {}
+    for param in command.get_params(ctx):
+        record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+        if record:
+            headings.setdefault(getattr(param, "heading", "General"), []).append(record)
+    for heading, records in headings.items():
+        with formatter.section(heading):
+            formatter.write_dl(records)
+
+
+class GroupedCommand(click.Command):
+    def format_options(self, ctx, formatter):
+        format_options_by_heading(self, ctx, formatter)
+
+
+class ConvertByDefault(click.Group):
+    """A group whose first argument, if it names no command, is the model for `convert`."""
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return "convert", self.commands["convert"], args
+
+    def format_usage(self, ctx, formatter):
+        formatter.write_usage(ctx.command_path, "MODEL -o OUTPUT [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
+
+    def format_options(self, ctx, formatter):
+        with formatter.section("Commands (MODEL without one converts it)"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+            )
+        format_options_by_heading(self.commands["convert"], ctx, formatter)
+
+    def format_epilog(self, ctx, formatter):
+        with formatter.section("Examples"):
+            for line in EXAMPLE.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shared options. None means "not given": the recipe file, then the default of Recipe, decides.
+
+
+def option(*names: str, heading: str, help: str, **kwargs) -> Callable:
+    default = DEFAULTS.get(names[-1].lstrip("-").replace("-", "_"))
+    if default is not None and default != ():
+        help = f"{help}  [default: {default}]"
+    return click.option(*names, cls=GroupedOption, heading=heading, help=help, **kwargs)
+
+
+RECIPE_OPTIONS = (
+    option("--revision", heading="Source", help="Branch, tag or commit of a Hub model."),
+    option(
+        "--ffn",
+        heading="Source",
+        help='Where the FFNs are, for families outside the table: "layers.{}.mlp:gate_proj,up_proj,down_proj".',
+    ),
+    option(
+        "--layers",
+        heading="Source",
+        help="Layer numbers to convert, such as 0-5,8; the rest stays dense.",
+    ),
+    option(
+        "--include",
+        heading="Source",
+        multiple=True,
+        metavar="GLOB",
+        help="Convert only FFNs whose name matches, such as 'decoder.*'. Repeatable.",
+    ),
+    option(
+        "--exclude",
+        heading="Source",
+        multiple=True,
+        metavar="GLOB",
+        help="Leave FFNs whose name matches dense. Repeatable.",
+    ),
+    option("--experts", heading="Experts", type=int, help="Experts per FFN."),
+    option("--top-k", heading="Experts", type=int, help="Experts chosen per token."),
+    option(
+        "--kind",
+        heading="Experts",
+        type=click.Choice(KINDS),
+        help="What an expert is made of: cores around a shared one, or a whole copy.",
+    ),
+    option(
+        "--noise",
+        heading="Experts",
+        type=float,
+        help="Perturbation of experts 1.. relative to each core's scale; 0: exact clones.",
+    ),
+    option(
+        "--bias",
+        heading="Experts",
+        type=click.Choice(BIASES),
+        help="Biases once or per expert.  [default: shared for mpo, per-expert for dense]",
+    ),
+    option("--seed", heading="Experts", type=int, help="Seed of the perturbation and the router."),
+    option(
+        "--bond-dim",
+        heading="Decomposition",
+        metavar="INT|LIST",
+        help="Upper limit of the bonds: a number, or one per bond, as 12,64,64,16.",
+    ),
+    option(
+        "--layout",
+        heading="Decomposition",
+        type=click.Choice(LAYOUTS),
+        help="How a matrix is split; one-sided and two-sided are exact at any bond limit, balanced is truncated by it.",
+    ),
+    option(
+        "--sites",
+        heading="Decomposition",
+        type=int,
+        help="Cores per chain, odd.  [default: 3; balanced: 5]",
+    ),
+    option(
+        "--factors",
+        heading="Decomposition",
+        metavar="LISTxLIST",
+        help="Site sizes by hand, hidden x inner: 3,4,4,4,4x4,4,8,6,4.",
+    ),
+    option(
+        "--svd",
+        heading="Decomposition",
+        type=click.Choice(SVDS),
+        help="How singular vectors are computed.",
+    ),
+    option("--device", heading="Decomposition", help="auto, cpu, cuda, cuda:N or mps."),
+    option(
+        "--dtype",
+        heading="Output",
+        type=click.Choice(DTYPES),
+        help="Dtype of the stored tensors.  [default: as in the source]",
+    ),
+    option("--max-shard-size", heading="Output", metavar="SIZE", help="Largest weight file."),
+)
+SOURCE_OPTIONS = (
+    option(
+        "--config",
+        heading="Source",
+        type=click.Path(dir_okay=False),
+        help="Recipe file (YAML) with the same names; the command line wins.",
+    ),
+    option(
+        "--token",
+        heading="Source",
+        envvar="HF_TOKEN",
+        help="Hub token; by default the stored login.",
+    ),
+)
+COMMON_OPTIONS = (
+    option(
+        "--json",
+        "as_json",
+        heading="General",
+        is_flag=True,
+        help="Print one JSON document on stdout and nothing else there.",
+    ),
+    option(
+        "-q", "--quiet", heading="General", is_flag=True, help="Print no tables and no progress."
+    ),
+    option(
+        "-v",
+        "--verbose",
+        heading="General",
+        count=True,
+        help="One line per matrix instead of per layer; -vv: tracebacks.",
+    ),
+)
+
+
+def add(*options: Callable) -> Callable:
+    """One decorator out of several options, listed by --help in this order."""
+
+    def decorate(function):
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def make_recipe(model: str | None, config: str | None, options: dict) -> Recipe:
+    """The recipe file's values, overridden by what the command line gives."""
+    values = read_recipe(config) if config else {}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    values = {str(key).replace("-", "_"): value for key, value in values.items()} | given
+    if model is not None:
+        if values.get("model") not in (None, model) and "revision" not in given:
+            values.pop("revision", None)  # the recipe's commit belongs to the recipe's model
+        values["model"] = model
+    if not values.get("model"):
+        raise click.UsageError("Missing argument 'MODEL'.")
+    return Recipe.from_mapping(values)
+
+
+@contextmanager
+def told_in_one_line(verbose: int) -> Iterator[None]:
+    """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request."""
+    try:
+        yield
+    except MpoeError as error:
+        if verbose > 1:
+            traceback.print_exc()
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2 if isinstance(error, RecipeError) else 1)
+    except MemoryError:
+        click.echo(
+            "Error: out of memory; `mpoe-convert plan` estimates what a conversion needs", err=True
+        )
+        sys.exit(1)
+
+
+def echo_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Commands
+
+
+@click.group(
+    cls=ConvertByDefault,
+    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
+    no_args_is_help=True,
+)
+@click.version_option(__version__, package_name="mpoe-convert", prog_name="mpoe-convert")
+def main() -> None:
+    """Turn a pretrained dense transformer into a mixture of experts that share most of their parameters.
+
+    MODEL is a Hub id or a local folder. Every feed-forward weight becomes a chain of cores (a matrix
+    product operator): the big central core is stored once, the small outer ones once per expert.
+    """
+    # A terminated run cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@add(
+    option("-o", "--output", heading="Output", type=click.Path(), help="Folder to write."),
+    option(
+        "--overwrite",
+        heading="Output",
+        is_flag=True,
+        help="Replace an artifact that is already there.",
+    ),
+    option(
+        "--dry-run",
+        heading="Output",
+        is_flag=True,
+        help="Show the plan and write nothing, like the command plan.",
+    ),
+    *SOURCE_OPTIONS,
+    *RECIPE_OPTIONS,
+    *COMMON_OPTIONS,
+)
+def convert(
+    model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options
+) -> None:
+    """Convert MODEL (the command's name may be left out)."""
+    with told_in_one_line(verbose):
+        recipe = make_recipe(model, config, options)
+        if dry_run:
+            show_plan(recipe, token, as_json, quiet)
+            return
+        if not output:
+            raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+        run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose)
+
+
+def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) -> None:
+    from . import render
+    from .conversion import convert as convert_checkpoint
+
+    with render.progress_bar(render.console(stderr=True), not quiet) as progress:
+        report = convert_checkpoint(
+            recipe, output, overwrite=overwrite, token=token, progress=progress
+        )
+    if as_json:
+        echo_json(report.to_json())
+    elif not quiet:
+        render.print_report(report, output, render.console(), per_matrix=verbose > 0)
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@add(*SOURCE_OPTIONS, *RECIPE_OPTIONS, *COMMON_OPTIONS)
+def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
+    """Show what a conversion would do; nothing is written.
+
+    Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone.
+    """
+    with told_in_one_line(verbose):
+        show_plan(make_recipe(model, config, options), token, as_json, quiet)
+
+
+def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
+    from . import render
+    from .planning import plan as plan_conversion
+
+    result = plan_conversion(recipe, token=token)
+    if as_json:
+        echo_json(render.plan_json(result))
+    elif not quiet:
+        render.print_plan(result, render.console())
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("artifact", type=click.Path())
+@add(*COMMON_OPTIONS)
+def inspect(artifact, as_json, quiet, verbose) -> None:
+    """Show what an artifact is made of."""
+    from . import render
+    from .summary import inspect as summarise
+
+    with told_in_one_line(verbose):
+        summary = summarise(artifact)
+        if as_json:
+            echo_json(summary.to_json())
+        elif not quiet:
+            render.print_summary(summary, render.console())
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("artifact", type=click.Path())
+@add(
+    option(
+        "--against",
+        heading="Source",
+        metavar="MODEL",
+        help="Dense model to compare with.  [default: the one it was converted from]",
+    ),
+    option(
+        "--token",
+        heading="Source",
+        envvar="HF_TOKEN",
+        help="Hub token; by default the stored login.",
+    ),
+    option(
+        "--tolerance",
+        heading="General",
+        type=float,
+        help="Allowed relative difference of the outputs.  [default: rounding, plus what the report's errors explain, at most 0.1]",
+    ),
+    *COMMON_OPTIONS,
+)
+def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None:
+    """Compare an artifact with its dense model.
+
+    A fresh process without this package loads both as a Hub user would. Exit code 1: they differ.
+    """
+    from dataclasses import asdict
+
+    from . import render
+    from .verification import verify as verify_artifact
+
+    with told_in_one_line(verbose):
+        result = verify_artifact(artifact, against=against, tolerance=tolerance, token=token)
+    if as_json:
+        echo_json(asdict(result) | {"ok": result.ok})
+    elif not quiet:
+        render.print_verification(result, render.console())
+    sys.exit(0 if result.ok else 1)
+
+
+@main.command(cls=GroupedCommand)
+@add(*COMMON_OPTIONS)
+def families(as_json, quiet, verbose) -> None:
+    """List the architectures that are supported."""
+    from . import render
+
+    if as_json:
+        echo_json(render.families_rows())
+    elif not quiet:
+        render.print_families(render.console())
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell) -> None:
+    """Print a script for shell completion.
+
+    For bash: eval "$(mpoe-convert completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)(main, {}, "mpoe-convert", "_MPOE_CONVERT_COMPLETE")
+    click.echo(script.source())

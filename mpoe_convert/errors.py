@@ -1,0 +1,33 @@
+"""The errors a user can cause. Every message says what was found, what was expected and what to do next."""
+
+
+class MpoeError(Exception):
+    """Anything that is wrong with the input, the request or the machine, told in one line."""
+
+
+class RecipeError(MpoeError):
+    """The request contradicts itself or names something that does not exist."""
+
+
+class SitesError(MpoeError):
+    """A matrix cannot be split into the requested sites and bonds."""
+
+
+class CheckpointError(MpoeError):
+    """The source checkpoint is missing, damaged, or not one that can be converted."""
+
+
+class HubError(MpoeError):
+    """The Hugging Face Hub refused or could not be reached."""
+
+
+class FamilyError(MpoeError):
+    """The architecture is not one whose feed-forward blocks can be located."""
+
+
+class OutputError(MpoeError):
+    """The artifact cannot be written where it was asked for."""
+
+
+class VerifyError(MpoeError):
+    """An artifact could not be loaded or compared."""

@@ -1,0 +1,22 @@
+"""Dense experts (sparse upcycling, arXiv 2212.05055): every expert holds its own whole matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_BIAS = "per-expert"
+
+
+def term(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[dict, None]:
+    """See `experts`: a chain of one per-expert core."""
+    return {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}, None
+
+
+def fit(matrix: Tensor, sites: None, recipe: Recipe) -> tuple[list[Tensor], tuple[float, ...]]:
+    """See `experts`: the matrix itself."""
+    return [matrix[None, :, :, None]], ()

@@ -1,0 +1,422 @@
+"""Where the FFNs of every supported architecture are: one row per way of building a layer.
+
+A row says where the FFN sits in the *module* tree of the current transformers release, and how a
+*checkpoint* spells the names of its tensors (older checkpoints spell some differently). Rows are
+matched by model type and confirmed by tensor names; the part that the artifact needs at run time goes
+into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from .errors import FamilyError
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How tensor names are written. Layers hold `{}` for the number; the rest is relative to a layer.
+
+    `gate` is None for plain FFNs. `fused` means that `up` holds gate and up, one above the other.
+    """
+
+    layers: tuple[str, ...]
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `layers` are module paths below the base model, parallel to every spelling's layers.
+
+    `transposed` weights are stored (in, out) as by Conv1D, others (out, in) as by nn.Linear: names
+    and shapes cannot tell (gpt2, gpt_neo and starcoder2 share theirs), only the model type can.
+    The other fields are explained in `modeling_mpoe.py`, which reads them.
+    """
+
+    model_types: tuple[str, ...]
+    layers: tuple[str, ...]
+    slot: str
+    spellings: tuple[Spelling, ...]
+    activation: str
+    transposed: bool = False
+    absorbed: tuple[str, ...] = ()
+    inner_dropout: str | None = None
+    outer_dropout: str | None = None
+    adds_residual: bool = False
+
+    def runtime(self) -> dict:
+        """The part of the row that the artifact's config carries."""
+        names = (
+            "slot",
+            "absorbed",
+            "activation",
+            "inner_dropout",
+            "outer_dropout",
+            "adds_residual",
+        )
+        return {name: asdict(self)[name] for name in names} | {"absorbed": list(self.absorbed)}
+
+
+def _inside(slot: str, up: str, down: str, layers: str | tuple, *, gate=None, fused=False, **row):
+    """A self-contained FFN module: all names below the slot."""
+    layers = (layers,) if isinstance(layers, str) else layers
+    below = {
+        key: f"{slot}.{row[key]}"
+        for key in ("activation", "inner_dropout", "outer_dropout")
+        if key in row
+    }
+    spelling = Spelling(layers, f"{slot}.{up}", f"{slot}.{down}", gate and f"{slot}.{gate}", fused)
+    return Family(**(row | below), layers=layers, slot=slot, spellings=(spelling,))
+
+
+def _inline(up: str, down: str, activation: str, layers: tuple[str, ...], **row):
+    """Two linear layers and an activation that the layer itself calls one after the other."""
+    spelling = Spelling(layers, up, down)
+    return Family(
+        **row,
+        layers=layers,
+        slot=up,
+        spellings=(spelling,),
+        activation=activation,
+        absorbed=(activation, down),
+    )
+
+
+_T5_LAYERS = ("encoder.block.{}.layer.1", "decoder.block.{}.layer.2")
+_BOTH_STACKS = ("encoder.layers.{}", "decoder.layers.{}")
+
+FAMILIES: tuple[Family, ...] = (
+    _inside(
+        "mlp",
+        "c_fc",
+        "c_proj",
+        "h.{}",
+        model_types=("gpt2", "openai-gpt"),
+        activation="act",
+        outer_dropout="dropout",
+        transposed=True,
+    ),
+    _inside(
+        "mlp",
+        "c_fc",
+        "c_proj",
+        "h.{}",
+        model_types=("gpt_neo", "gpt_bigcode"),
+        activation="act",
+        outer_dropout="dropout",
+    ),
+    _inside(
+        "mlp",
+        "c_fc",
+        "c_proj",
+        "layers.{}",
+        model_types=("starcoder2",),
+        activation="act",
+        outer_dropout="residual_dropout",
+    ),
+    _inside(
+        "mlp",
+        "fc_in",
+        "fc_out",
+        "h.{}",
+        model_types=("gptj", "codegen"),
+        activation="act",
+        outer_dropout="dropout",
+    ),
+    _inside(
+        "mlp",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "layers.{}",
+        model_types=("gpt_neox",),
+        activation="act",
+    ),
+    _inside(
+        "mlp",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "h.{}",
+        model_types=("falcon",),
+        activation="act",
+    ),
+    _inside(
+        "mlp",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "h.{}",
+        model_types=("bloom",),
+        activation="gelu_impl",
+        outer_dropout="hidden_dropout",
+        adds_residual=True,
+    ),
+    _inside("mlp", "fc1", "fc2", "layers.{}", model_types=("phi",), activation="activation_fn"),
+    _inside(
+        "mlp",
+        "gate_up_proj",
+        "down_proj",
+        "layers.{}",
+        fused=True,
+        model_types=("phi3", "glm"),
+        activation="activation_fn",
+    ),
+    _inside(
+        "mlp",
+        "up_proj",
+        "down_proj",
+        "layers.{}",
+        gate="gate_proj",
+        model_types=(
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "granite",
+            "stablelm",
+            "cohere",
+            "cohere2",
+            "helium",
+            "exaone4",
+            "ministral",
+        ),
+        activation="act_fn",
+    ),
+    _inline(
+        "fc1",
+        "fc2",
+        "activation_fn",
+        ("decoder.layers.{}",),
+        model_types=("opt",),
+    ),
+    _inline(
+        "fc1",
+        "fc2",
+        "activation_fn",
+        _BOTH_STACKS,
+        inner_dropout="activation_dropout",
+        model_types=(
+            "bart",
+            "mbart",
+            "pegasus",
+            "marian",
+            "blenderbot",
+            "blenderbot-small",
+            "m2m_100",
+            "plbart",
+        ),
+    ),
+    Family(
+        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+        layers=("encoder.layer.{}",),
+        slot="intermediate",
+        spellings=(Spelling(("encoder.layer.{}",), "intermediate.dense", "output.dense"),),
+        activation="intermediate.intermediate_act_fn",
+        absorbed=("output.dense",),
+    ),
+    _inside(
+        "ffn",
+        "lin1",
+        "lin2",
+        "transformer.layer.{}",
+        model_types=("distilbert",),
+        activation="activation",
+        outer_dropout="dropout",
+    ),
+    _inline(
+        "ffn",
+        "ffn_output",
+        "activation",
+        ("encoder.albert_layer_groups.{}.albert_layers.0",),
+        model_types=("albert",),
+    ),
+    Family(
+        model_types=("t5", "mt5", "umt5"),
+        layers=_T5_LAYERS,
+        slot="DenseReluDense",
+        spellings=(
+            Spelling(_T5_LAYERS, "DenseReluDense.wi", "DenseReluDense.wo"),
+            Spelling(
+                _T5_LAYERS, "DenseReluDense.wi_1", "DenseReluDense.wo", gate="DenseReluDense.wi_0"
+            ),
+        ),
+        activation="DenseReluDense.act",
+        inner_dropout="DenseReluDense.dropout",
+    ),
+    Family(
+        model_types=("vit",),
+        layers=("layers.{}",),
+        slot="mlp",
+        spellings=(
+            Spelling(("encoder.layer.{}",), "intermediate.dense", "output.dense"),
+            Spelling(("layers.{}",), "mlp.fc1", "mlp.fc2"),
+        ),
+        activation="mlp.activation_fn",
+    ),
+)
+
+FAMILY_OF: Mapping[str, Family] = {name: row for row in FAMILIES for name in row.model_types}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one projection comes from: tensor names, and the part of a fused tensor (0 gate, 1 up)."""
+
+    weight: str
+    bias: str | None
+    transposed: bool
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """One FFN found in a checkpoint.
+
+    Attributes:
+        path: the layer's module path below the base model: "h.0".
+        index: the layer's number in its stack.
+        key: the checkpoint's prefix for the tensors of the slot: "transformer.h.0.mlp".
+        projections: "gate" (if gated), "up" and "down".
+    """
+
+    path: str
+    index: int
+    key: str
+    projections: dict[str, Source]
+
+
+def resolve(
+    model_type: str, names: Iterable[str], ffn: str | None = None
+) -> tuple[Family, list[DenseFFN]]:
+    """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
+
+    Args:
+        model_type: from config.json.
+        names: tensor names of the checkpoint.
+        ffn: names given by hand, for architectures outside the table.
+
+    Raises:
+        FamilyError: the type is unknown, or the names do not fit its row.
+    """
+    names = set(names)
+    if ffn is not None:
+        family = family_by_hand(model_type, ffn)
+    elif model_type in FAMILY_OF:
+        family = FAMILY_OF[model_type]
+    else:
+        raise FamilyError(_unknown(model_type, names))
+    for spelling in family.spellings:
+        found = _find(family, spelling, names)
+        if found:
+            return family, found
+    expected = family.spellings[0]
+    example = f"{expected.layers[0].format(0)}.{expected.up}.weight"
+    raise FamilyError(
+        f"no FFN found: a {model_type} checkpoint has tensors such as {example}, this one has "
+        f"{_examples(names)}; is it complete, and of the type that config.json names?"
+    )
+
+
+def _find(family: Family, spelling: Spelling, names: set[str]) -> list[DenseFFN]:
+    """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
+    found, prefixes = [], set()
+    for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
+        pattern = re.escape(layer).replace(r"\{\}", r"(\d+)")
+        pattern = re.compile(rf"((?:.*\.)?){pattern}\.{re.escape(spelling.up)}\.weight")
+        for name in names:
+            if match := pattern.fullmatch(name):
+                prefixes.add(match[1])
+                index = int(match[2])
+                found.append((stack, index, path.format(index), match[1] + layer.format(index)))
+    if len(prefixes) > 1:
+        raise FamilyError(
+            f"FFNs under several prefixes {sorted(prefixes)}: this looks like several models in one "
+            "checkpoint; extract the language model first"
+        )
+    return [
+        DenseFFN(path, index, f"{key}.{family.slot}", _sources(family, spelling, key, names))
+        for _, index, path, key in sorted(found)
+    ]
+
+
+def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> dict[str, Source]:
+    roles = {"gate": spelling.gate, "up": spelling.up, "down": spelling.down}
+    if spelling.fused:
+        roles["gate"] = spelling.up
+    sources = {}
+    for role, name in roles.items():
+        if name is None:
+            continue
+        weight, bias = f"{key}.{name}.weight", f"{key}.{name}.bias"
+        if weight not in names:
+            raise FamilyError(f"{weight} is missing while {key}.{spelling.up}.weight is there")
+        part = {"gate": 0, "up": 1}.get(role) if spelling.fused else None
+        sources[role] = Source(weight, bias if bias in names else None, family.transposed, part)
+    return sources
+
+
+def _examples(names: set[str], count: int = 3) -> str:
+    layered = sorted(
+        name for name in names if re.search(r"\.\d+\.", name) and name.endswith("weight")
+    )
+    return ", ".join((layered or sorted(names))[:count]) or "no tensors at all"
+
+
+def _unknown(model_type: str, names: set[str]) -> str:
+    """Names what was found, the row that fits the names best, and the way out."""
+    nearest = None
+    for family in FAMILIES:
+        for spelling in family.spellings:
+            tails = [
+                f".{part}.weight" for part in (spelling.up, spelling.down, spelling.gate) if part
+            ]
+            score = sum(any(name.endswith(tail) for name in names) for tail in tails) / len(tails)
+            if score and (nearest is None or score > nearest[0]):
+                nearest = (score, family, spelling)
+    message = f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
+    if nearest is None:
+        hint = "layers.{}.mlp:gate_proj,up_proj,down_proj"
+        return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
+    _, family, spelling = nearest
+    roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
+    slot = spelling.up.rpartition(".")[0]
+    layer = spelling.layers[0] + (f".{slot}" if slot else "")
+    hint = f"{layer}:{','.join(part.rpartition('.')[2] for part in roles)}"
+    return (
+        f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+    )
+
+
+def family_by_hand(model_type: str, ffn: str) -> Family:
+    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the stock module.
+
+    The stock layer is built on the meta device (no memory) to see what the names cannot tell: the
+    orientation of the weights, the activation, dropouts, and whether the FFN adds the residual.
+
+    Raises:
+        FamilyError: the text is malformed, or the stock module does not look as described.
+    """
+    match = re.fullmatch(r"([\w.]+\.)?(\w*\{\}\w*)\.([\w.]+):(\w+),(\w+)(?:,(\w+))?", ffn)
+    if not match:
+        raise FamilyError(
+            f'--ffn is "{ffn}"; expected "LAYERS.{{}}.SLOT:up,down" or "LAYERS.{{}}.SLOT:gate,up,down"'
+        )
+    layers = ((match[1] or "") + match[2],)
+    slot = match[3]
+    *gate, up, down = [name for name in match.groups()[3:] if name]
+    from .stock import describe_slot
+
+    row = describe_slot(model_type, layers[0].format(0), slot, (*gate, up, down))
+    return _inside(
+        slot, up, down, layers, gate=gate[0] if gate else None, model_types=(model_type,), **row
+    )

@@ -1,0 +1,428 @@
+"""A recipe applied to a checkpoint's headers: everything that will be done, before any tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+from . import experts
+from .checkpoint import DTYPE2BYTES, Checkpoint, TensorInfo, open_checkpoint
+from .errors import CheckpointError, FamilyError, MpoeError, RecipeError
+from .families import DenseFFN, Family, Source, resolve
+from .recipe import Recipe, parse_size
+from .sites import Sites
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Tables that are looked up, not multiplied with: they cost no arithmetic.
+_LOOKUP = re.compile(r"embed|\bwte\b|\bwpe\b|shared\.weight$|relative_attention_bias|position")
+# Causal masks and position indices that old checkpoints carry: stored, but not parameters.
+_BUFFER = re.compile(r"(attn|attention|self_attention)\.(masked_)?bias$|inv_freq$|position_ids$")
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One dense matrix and the term it becomes.
+
+    Attributes:
+        name: the projection's name in the artifact: "transformer.h.0.mlp.up".
+        role: "gate", "up" or "down".
+        rows, cols: input and output features.
+        sites: None for kinds without sites.
+        spec: the projection as `modeling_mpoe.MPOEProjection` reads it.
+        dtype: of the stored cores.
+    """
+
+    name: str
+    role: str
+    source: Source
+    rows: int
+    cols: int
+    sites: Sites | None
+    spec: dict
+    dtype: str
+    num_experts: int
+
+    @property
+    def dense_params(self) -> int:
+        return self.rows * self.cols + (self.cols if self.source.bias else 0)
+
+    @property
+    def _bias_params(self) -> tuple[int, int]:
+        """(shared, per expert)."""
+        kinds = {None: (0, 0), "shared": (self.cols, 0), "per-expert": (0, self.cols)}
+        return kinds[self.spec["bias"]]
+
+    def _params(self) -> tuple[int, int]:
+        """Numbers (stored once, stored per expert)."""
+        from .modeling_mpoe import chain_shapes
+
+        shared, own = self._bias_params
+        for term in self.spec["terms"]:
+            for shape, is_shared in zip(chain_shapes(term), term["shared"], strict=True):
+                if is_shared:
+                    shared += prod(shape)
+                else:
+                    own += prod(shape)
+        return shared, own
+
+    @cached_property
+    def stored_params(self) -> int:
+        shared, own = self._params()
+        return shared + self.num_experts * own
+
+    def active_params(self, top_k: int) -> int:
+        """Parameters that a token's k experts use; shared ones count once."""
+        shared, own = self._params()
+        return shared + top_k * own
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact."""
+
+    ffn: DenseFFN
+    matrices: tuple[MatrixPlan, ...]
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+
+    @property
+    def form(self) -> dict:
+        return {matrix.role: matrix.spec for matrix in self.matrices}
+
+    @property
+    def router_params(self) -> int:
+        return sum(prod(s) for n, (s, _) in self.tensors.items() if n.endswith(".router.weight"))
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor of the artifact. `ffn` is the key of the FFN that makes it, None for a copied one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    ffn: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPE2BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Parameters, bytes and floating-point operations of one part, for the artifact and two references.
+
+    The references are the dense source and a plain MoE: as many whole copies of every converted FFN,
+    with the same router. Bytes are in the artifact's dtypes. FLOPs count products with weights only
+    (2 per multiply-add); attention scores depend on the length and are left out.
+    """
+
+    dense_params: int
+    plain_moe_params: int
+    stored_params: int
+    plain_moe_active_params: int
+    active_params: int
+    dense_bytes: int
+    plain_moe_bytes: int
+    stored_bytes: int
+    dense_flops_per_token: int
+    plain_moe_flops_per_token: int
+    flops_per_token: int
+    rebuild_flops_per_forward: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved work. Holds no tensors."""
+
+    recipe: Recipe
+    source: str
+    revision: str | None
+    model_type: str
+    family: Family
+    ffns: tuple[FFNPlan, ...]
+    kept_dense: tuple[str, ...]
+    tensors: tuple[OutTensor, ...]
+    shards: dict[str, tuple[str, ...]] = field(repr=False)
+    ties_embeddings: bool = False
+
+    @property
+    def matrices(self) -> Iterable[MatrixPlan]:
+        return (matrix for ffn in self.ffns for matrix in ffn.matrices)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is truncated, so that expert 0 is the dense FFN."""
+        return all(m.sites is None or m.sites.is_exact for m in self.matrices)
+
+    @cached_property
+    def ffn_totals(self) -> Totals:
+        """Of the converted FFNs alone."""
+        return ffn_totals(self)
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Of the whole model."""
+        return model_totals(self)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
+
+        A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
+        back for the error, and as its cores.
+        """
+        by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
+        shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
+        ffn = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
+        matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
+        return shard + ffn + matrix
+
+
+def plan(recipe: Recipe, *, token: str | None = None) -> Plan:
+    """Plan a conversion from headers alone; a Hub id downloads no weights.
+
+    Raises:
+        MpoeError: the source, the recipe or their combination cannot be converted.
+    """
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, token=token, headers_only=True
+    )
+    return plan_checkpoint(recipe, checkpoint)
+
+
+def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """The plan for an opened checkpoint. Raises MpoeError."""
+    model_type = checkpoint.config["model_type"]
+    family, found = resolve(model_type, checkpoint.tensors, recipe.ffn)
+    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
+    if not chosen:
+        names = ", ".join(ffn.path for ffn in found[:4])
+        raise RecipeError(
+            f"layers/include/exclude leave no FFN to convert; this model has {len(found)}: {names} …"
+        )
+    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn) for ffn in chosen)
+    tensors = _out_tensors(recipe, checkpoint, ffns)
+    return Plan(
+        recipe=recipe.replace(revision=checkpoint.revision),
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        model_type=model_type,
+        family=family,
+        ffns=ffns,
+        kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
+        tensors=tensors,
+        shards=_shards(tensors, parse_size(recipe.max_shard_size)),
+        ties_embeddings=ties_embeddings(checkpoint),
+    )
+
+
+def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
+    matrices = tuple(
+        _plan_matrix(recipe, checkpoint, ffn, role, source)
+        for role, source in ffn.projections.items()
+    )
+    by_role = {matrix.role: matrix for matrix in matrices}
+    up, down = by_role["up"], by_role["down"]
+    if (up.rows, up.cols) != (down.cols, down.rows):
+        raise FamilyError(
+            f"{ffn.key}: up is {up.rows} x {up.cols} and down {down.rows} x {down.cols}; expected "
+            "down to lead back"
+        )
+    return FFNPlan(ffn, matrices, _ffn_tensors(recipe, ffn, matrices))
+
+
+def _plan_matrix(
+    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, role: str, source: Source
+) -> MatrixPlan:
+    info = checkpoint.tensors[source.weight]
+    rows, cols = matrix_size(info, source)
+    name = f"{ffn.key}.{role}"
+    kind = experts.load(recipe.kind)
+    try:
+        term, sites = kind.term(rows, cols, recipe, swapped=role == "down")
+    except MpoeError as error:
+        raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
+    bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
+    spec = {"terms": [term], "bias": bias}
+    dtype = recipe.dtype or info.dtype
+    return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts)
+
+
+def matrix_size(info: TensorInfo, source: Source) -> tuple[int, int]:
+    """(input, output) features of the matrix in a weight tensor.
+
+    Raises:
+        CheckpointError: the tensor is no matrix of floating-point numbers, or a fused one is odd.
+    """
+    if len(info.shape) != 2 or min(info.shape) < 1:
+        raise CheckpointError(f"{info.name} has shape {list(info.shape)}; expected a matrix")
+    if info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{info.name} is {info.dtype}; expected one of {', '.join(FLOAT_DTYPES)}: dequantise first"
+        )
+    out_features, in_features = info.shape[::-1] if source.transposed else info.shape
+    if source.part is not None:
+        if out_features % 2:
+            raise CheckpointError(
+                f"{info.name} should hold gate and up, but has {out_features} rows"
+            )
+        out_features //= 2
+    return in_features, out_features
+
+
+def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan]) -> dict:
+    """Names and shapes as the shipped module itself declares them, built without memory."""
+    import torch
+
+    from .modeling_mpoe import MPOEFeedForward
+
+    with torch.device("meta"):
+        form = {matrix.role: matrix.spec for matrix in matrices}
+        module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
+    dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
+    return {
+        f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _out_tensors(
+    recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]
+) -> tuple[OutTensor, ...]:
+    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood."""
+    owner = {}
+    for plan in ffns:
+        for source in plan.ffn.projections.values():
+            owner |= {name: plan for name in (source.weight, source.bias) if name}
+    dropped = tied_duplicates(checkpoint)
+    out, done = [], set()
+    for name, info in checkpoint.tensors.items():
+        if name in owner:
+            plan = owner[name]
+            if plan.ffn.key not in done:
+                done.add(plan.ffn.key)
+                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in plan.tensors.items()]
+        elif name not in dropped:
+            floating = info.dtype in FLOAT_DTYPES
+            dtype = recipe.dtype if floating and recipe.dtype else info.dtype
+            out.append(OutTensor(name, info.shape, dtype, None))
+    return tuple(out)
+
+
+def stock_class(config: dict) -> type | None:
+    """The transformers class that the config names first, if this release has it."""
+    import transformers
+
+    for name in config.get("architectures") or ():
+        if isinstance(cls := getattr(transformers, name, None), type):
+            return cls
+    return None
+
+
+def ties_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether the head multiplies with the embedding table, which is then stored once."""
+    cls = stock_class(checkpoint.config)
+    ties = getattr(cls, "_tied_weights_keys", None) or {}
+    default = getattr(getattr(cls, "config_class", None), "tie_word_embeddings", True)
+    return bool(ties) and bool(checkpoint.config.get("tie_word_embeddings", default))
+
+
+def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
+    """Names in a `.bin` that repeat the storage of the tensor they are tied to and will be again on load."""
+    if not checkpoint.shared_storage or not ties_embeddings(checkpoint):
+        return set()
+    ties = stock_class(checkpoint.config)._tied_weights_keys
+    ties = ties.items() if isinstance(ties, dict) else ()
+    first = checkpoint.shared_storage
+    return {
+        target
+        for target, source in ties
+        if target in checkpoint.tensors
+        and source in checkpoint.tensors
+        and first.get(target, target) == first.get(source, source)
+    }
+
+
+def _shards(tensors: tuple[OutTensor, ...], shard_bytes: int) -> dict[str, tuple[str, ...]]:
+    """File name -> tensor names, as huggingface_hub would shard these tensors."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = {
+        t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors
+    }
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
+    return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Totals
+
+
+def _ffn_flops(plan: Plan) -> tuple[int, int]:
+    """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
+    import torch
+
+    from .modeling_mpoe import MPOEFeedForward
+
+    per_token = rebuild = 0
+    for ffn in plan.ffns:
+        with torch.device("meta"):
+            module = MPOEFeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
+        per_token += module.flops_per_token
+        rebuild += module.rebuild_flops
+    return per_token, rebuild
+
+
+def ffn_totals(plan: Plan) -> Totals:
+    """Totals of the converted FFNs."""
+    experts, top_k = plan.recipe.experts, plan.recipe.top_k
+    matrices = list(plan.matrices)
+    routers = sum(ffn.router_params for ffn in plan.ffns)
+    dense = sum(m.dense_params for m in matrices)
+    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
+    products = sum(m.rows * m.cols for m in matrices)
+    flops, rebuild = _ffn_flops(plan)
+    return Totals(
+        dense_params=dense,
+        plain_moe_params=experts * dense + routers,
+        stored_params=sum(m.stored_params for m in matrices) + routers,
+        plain_moe_active_params=top_k * dense + routers,
+        active_params=sum(m.active_params(top_k) for m in matrices) + routers,
+        dense_bytes=dense_bytes,
+        plain_moe_bytes=experts * dense_bytes + 4 * routers,
+        stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
+        dense_flops_per_token=2 * products,
+        plain_moe_flops_per_token=2 * (top_k * products + routers),
+        flops_per_token=flops,
+        rebuild_flops_per_forward=rebuild,
+    )
+
+
+def model_totals(plan: Plan) -> Totals:
+    """Totals of the whole model: those of the FFNs plus everything that is copied."""
+    from dataclasses import fields
+
+    copied = [t for t in plan.tensors if t.ffn is None]
+    params = sum(prod(t.shape) for t in copied if not _BUFFER.search(t.name))
+    flops = 2 * sum(_multiplied(t) for t in copied)
+    if plan.ties_embeddings:
+        tables = [prod(t.shape) for t in copied if len(t.shape) == 2 and _LOOKUP.search(t.name)]
+        flops += 2 * max(tables, default=0)
+    rest = {"params": params, "bytes": sum(t.num_bytes for t in copied), "flops": flops}
+
+    def add(name: str) -> int:
+        value = getattr(plan.ffn_totals, name)
+        if name == "rebuild_flops_per_forward":
+            return value
+        return value + next(number for key, number in rest.items() if key in name)
+
+    return Totals(**{f.name: add(f.name) for f in fields(Totals)})
+
+
+def _multiplied(tensor: OutTensor) -> int:
+    is_product = len(tensor.shape) >= 2 and not _LOOKUP.search(tensor.name)
+    return prod(tensor.shape) if is_product and not _BUFFER.search(tensor.name) else 0

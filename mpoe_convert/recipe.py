@@ -1,0 +1,220 @@
+"""The user's choices: one frozen value that says everything a conversion depends on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+
+from .errors import RecipeError
+
+LAYOUTS = ("one-sided", "two-sided", "balanced")
+BIASES = ("shared", "per-expert")
+DTYPES = ("float32", "bfloat16", "float16")
+SVDS = ("auto", "exact", "randomized")
+# MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
+DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to convert and how. The same recipe on the same source gives byte-identical tensors.
+
+    Attributes:
+        model: Hub id or local folder of a dense checkpoint.
+        revision: branch, tag or commit of a Hub id.
+        experts: experts per FFN (n), at least 2.
+        top_k: experts chosen per token (k), at most `experts`.
+        kind: what an expert is made of; a module of `mpoe_convert.experts`.
+        layout: how a matrix is split into sites; see `mpoe_convert.sites`.
+        sites: odd number of sites; by default 3, and 5 for the balanced layout.
+        bond_dim: upper limit of every bond, or one limit per bond (a list).
+        factors: explicit site dimensions "in,in,inxout,out,out" of the hidden x inner size.
+        noise: standard deviation of the perturbation of experts 1.. relative to the core's own
+            root mean square; expert 0 is exact. 0 makes all experts equal.
+        seed: of the perturbation and of the router rows.
+        bias: "shared" or "per-expert"; by default what the kind prefers.
+        layers: layer numbers to convert, such as "0-5,8" (every stack); by default all.
+        include / exclude: glob patterns on FFN names, such as "decoder.*".
+        dtype: dtype of the stored floating-point tensors; by default as in the source.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; where matrices are decomposed.
+        svd: "auto", "exact" or "randomized".
+        max_shard_size: upper limit of one weight file, such as "2GB".
+        ffn: where the FFNs are, for architectures that are not in the table:
+            "layers.{}.mlp:gate_proj,up_proj,down_proj" (or "…:up,down").
+
+    Raises:
+        RecipeError: a value is out of range or contradicts another.
+    """
+
+    model: str
+    revision: str | None = None
+    experts: int = 8
+    top_k: int = 2
+    kind: str = "mpo"
+    layout: str = "one-sided"
+    sites: int | None = None
+    bond_dim: int | tuple[int, ...] = 64
+    factors: str | None = None
+    noise: float = 0.01
+    seed: int = 0
+    bias: str | None = None
+    layers: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str = "auto"
+    svd: str = "auto"
+    max_shard_size: str = "2GB"
+    ffn: str | None = None
+
+    def __post_init__(self):
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "bond_dim", _bond_dim(self.bond_dim))
+        self._check_experts()
+        self._check_choices()
+        parse_size(self.max_shard_size)
+        if self.layers is not None:
+            parse_layers(self.layers)
+
+    def _check_experts(self) -> None:
+        for name in ("experts", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise RecipeError(f"{name} is {value!r}; expected a whole number")
+        if self.experts < 2:
+            raise RecipeError(f"experts is {self.experts}; a mixture needs at least 2")
+        if not 1 <= self.top_k <= self.experts:
+            raise RecipeError(
+                f"top_k is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"
+            )
+        if not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
+            raise RecipeError(f"noise is {self.noise!r}; expected a number of at least 0")
+        if self.sites is not None and (self.sites < 3 or self.sites % 2 == 0):
+            raise RecipeError(f"sites is {self.sites}; expected an odd number of at least 3")
+
+    def _check_choices(self) -> None:
+        from .experts import KINDS
+
+        choices = {"kind": KINDS, "layout": LAYOUTS, "svd": SVDS}
+        choices |= {"dtype": (None, *DTYPES), "bias": (None, *BIASES)}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                names = ", ".join(str(a) for a in allowed if a is not None)
+                raise RecipeError(f"{name} is {value!r}; expected one of {names}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise RecipeError(f"device is {self.device!r}; expected auto, cpu, cuda, cuda:N or mps")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping) -> Recipe:
+        """A recipe from the contents of a recipe file; unknown names are errors."""
+        known = {field.name for field in fields(cls)}
+        values = {str(key).replace("-", "_"): value for key, value in values.items()}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RecipeError(f"unknown recipe keys {unknown}; known are {sorted(known)}")
+        if "model" not in values:
+            raise RecipeError("the recipe names no model")
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+    def replace(self, **changes) -> Recipe:
+        """A copy with other values, checked again."""
+        return replace(self, **changes)
+
+    def to_mapping(self) -> dict:
+        """Plain values, as a recipe file holds them."""
+        values = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @property
+    def num_sites(self) -> int:
+        if self.factors is not None:
+            return self.factors.split("x")[0].count(",") + 1
+        return self.sites or DEFAULT_SITES[self.layout]
+
+    def selects(self, name: str, index: int) -> bool:
+        """Whether the FFN of layer `index` called `name` is to be converted."""
+        if self.layers is not None and index not in parse_layers(self.layers):
+            return False
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return False
+        return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The mapping in a YAML recipe file.
+
+    Raises:
+        RecipeError: the file cannot be read or does not hold a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"cannot read the recipe {path}: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"the recipe {path} holds {type(values).__name__}; expected `name: value`"
+        )
+    return values
+
+
+def _bond_dim(value) -> int | tuple[int, ...]:
+    if isinstance(value, str):
+        return parse_bond_dim(value)
+    bonds = value if isinstance(value, (tuple, list)) else (value,)
+    if not bonds or any(not isinstance(b, int) or isinstance(b, bool) for b in bonds):
+        raise RecipeError(f"bond_dim is {value!r}; expected a whole number, or one for every bond")
+    if min(bonds) < 1:
+        raise RecipeError(f"bond_dim is {value}; a bond needs at least 1")
+    return tuple(bonds) if isinstance(value, (tuple, list)) else value
+
+
+def parse_bond_dim(text: str) -> int | tuple[int, ...]:
+    """ "64" -> 64; "12,64,64,16" -> (12, 64, 64, 16)."""
+    try:
+        bonds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(
+            f"bond_dim is {text!r}; expected a whole number, or one for every bond: 12,64,64,16"
+        ) from None
+    return _bond_dim(bonds if len(bonds) > 1 else bonds[0])
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """ "0-5,8" -> {0, 1, 2, 3, 4, 5, 8}."""
+    numbers = set()
+    for part in str(text).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match:
+            raise RecipeError(f"layers is {text!r}; expected numbers and ranges such as 0-5,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise RecipeError(f"layers is {text!r}; the range {part.strip()} runs backwards")
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def parse_size(text: str | int) -> int:
+    """ "2GB" -> 2,000,000,000 bytes; GiB, MiB and KiB are powers of 1,024."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise RecipeError(f"max_shard_size is {text!r}; expected a size such as 2GB or 500MB")
+    unit = units[match[2].upper()]
+    if match[3]:
+        unit = 1024 ** round(math.log(unit, 1000))
+    size = int(float(match[1]) * unit)
+    if size < 1:
+        raise RecipeError(f"max_shard_size is {text!r}; expected at least one byte")
+    return size

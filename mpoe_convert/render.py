@@ -1,0 +1,332 @@
+"""What people see: tables of plans, reports and comparisons, and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .families import FAMILIES
+from .planning import MatrixPlan, Plan, Totals
+from .report import MatrixReport, Report, plan_warnings
+from .summary import Summary
+from .verification import Verification
+
+# A terminal narrower than this would fold the tables; output to a file is not folded at all.
+FILE_WIDTH = 200
+
+
+def console(stderr: bool = False) -> Console:
+    plain = Console(stderr=stderr, highlight=False)
+    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=FILE_WIDTH)
+
+
+def size(num_bytes: int) -> str:
+    """1234567 -> "1.2 MB" (powers of 1,000, as safetensors and the Hub count)."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ",".join(map(str, values)) or "–"
+
+
+def _factors(in_dims: Iterable[int], out_dims: Iterable[int]) -> str:
+    return f"{_numbers(in_dims)} x {_numbers(out_dims)}"
+
+
+def _table(title: str, *columns: str, numbers: int = 0) -> Table:
+    """A table whose last `numbers` columns hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for k, column in enumerate(columns):
+        right = k >= len(columns) - numbers
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def matrices_table(matrices: Iterable[MatrixPlan]) -> Table:
+    """Every matrix of a plan, layers with the same shapes in one row."""
+    columns = ("matrix", "size", "sites (in x out)", "bonds", "full bonds", "dense", "stored")
+    table = _table("Matrices", *columns, numbers=2)
+    for matrix in matrices:
+        (term,) = matrix.spec["terms"]
+        table.add_row(
+            matrix.name,
+            f"{matrix.rows} x {matrix.cols}",
+            _factors(term["in_dims"], term["out_dims"]),
+            _numbers(term["bonds"]),
+            _numbers(matrix.sites.full_bonds if matrix.sites else ()),
+            f"{matrix.dense_params:,}",
+            f"{matrix.stored_params:,}",
+        )
+    return table
+
+
+def totals_table(ffn: Totals, model: Totals) -> Table:
+    """Both references beside the artifact, for the FFNs and for the whole model."""
+    table = _table("Totals", "", "dense base", "plain MoE", "this model", "of plain MoE", numbers=4)
+    for label, t in (("FFNs", ffn), ("whole model", model)):
+        table.add_row(
+            f"{label}: parameters stored",
+            f"{t.dense_params:,}",
+            f"{t.plain_moe_params:,}",
+            f"{t.stored_params:,}",
+            f"{t.stored_params / t.plain_moe_params:.1%}",
+        )
+        table.add_row(
+            f"{label}: used per token",
+            f"{t.dense_params:,}",
+            f"{t.plain_moe_active_params:,}",
+            f"{t.active_params:,}",
+            f"{t.active_params / t.plain_moe_active_params:.1%}",
+        )
+        table.add_row(
+            f"{label}: bytes",
+            size(t.dense_bytes),
+            size(t.plain_moe_bytes),
+            size(t.stored_bytes),
+            f"{t.stored_bytes / t.plain_moe_bytes:.1%}",
+        )
+        table.add_row(
+            f"{label}: FLOPs per token",
+            f"{t.dense_flops_per_token:,}",
+            f"{t.plain_moe_flops_per_token:,}",
+            f"{t.flops_per_token:,}",
+            f"{t.flops_per_token / t.plain_moe_flops_per_token:.1%}",
+        )
+    if ffn.rebuild_flops_per_forward:
+        flops = f"{ffn.rebuild_flops_per_forward:,}"
+        table.add_row("FFNs: FLOPs per forward pass to rebuild all experts", "", "", flops, "")
+    return table
+
+
+def print_plan(plan: Plan, out: Console) -> None:
+    recipe = plan.recipe
+    out.print(
+        f"[bold]{escape(plan.source)}[/] ({plan.model_type}): {len(plan.ffns)} FFNs -> {recipe.experts} experts "
+        f"of kind {recipe.kind}, top {recipe.top_k}"
+    )
+    if plan.kept_dense:
+        out.print(f"{len(plan.kept_dense)} FFNs stay dense: {', '.join(plan.kept_dense)}")
+    out.print(matrices_table(plan.matrices))
+    out.print(totals_table(plan.ffn_totals, plan.totals))
+    out.print(_shards_table(plan))
+    out.print(f"Peak memory for tensors, estimated: {size(plan.peak_bytes)}")
+    exact = "nothing is truncated" if plan.is_exact else "truncated: bonds are below the full ones"
+    out.print(f"Bonds: {exact}.")
+    _print_warnings(plan_warnings(plan), out)
+
+
+def _shards_table(plan: Plan) -> Table:
+    table = _table("Weight files", "file", "tensors", "bytes", numbers=2)
+    sizes = {tensor.name: tensor.num_bytes for tensor in plan.tensors}
+    for file, names in plan.shards.items():
+        table.add_row(file, str(len(names)), size(sum(sizes[name] for name in names)))
+    return table
+
+
+def _print_warnings(warnings: list[str], out: Console) -> None:
+    for warning in warnings:
+        out.print(f"[bold yellow]Warning:[/] {escape(warning)}")
+
+
+def plan_json(plan: Plan) -> dict:
+    from dataclasses import asdict
+
+    return {
+        "base_model": plan.source,
+        "revision": plan.revision,
+        "model_type": plan.model_type,
+        "recipe": plan.recipe.to_mapping(),
+        "totals": asdict(plan.totals) | {"ffn": asdict(plan.ffn_totals)},
+        "exact": plan.is_exact,
+        "peak_bytes": plan.peak_bytes,
+        "kept_dense": list(plan.kept_dense),
+        "warnings": plan_warnings(plan),
+        "matrices": [_matrix_json(matrix) for matrix in plan.matrices],
+        "tensors": {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in plan.tensors},
+        "shards": {file: list(names) for file, names in plan.shards.items()},
+    }
+
+
+def _matrix_json(matrix: MatrixPlan) -> dict:
+    (term,) = matrix.spec["terms"]
+    return {
+        "name": matrix.name,
+        "shape": [matrix.rows, matrix.cols],
+        **{key: term[key] for key in ("in_dims", "out_dims", "bonds")},
+        "full_bonds": list(matrix.sites.full_bonds) if matrix.sites else [],
+        "dense_params": matrix.dense_params,
+        "stored_params": matrix.stored_params,
+    }
+
+
+def layers_table(matrices: Iterable[MatrixReport]) -> Table:
+    """One row per FFN: its worst matrix counts."""
+    columns = ("FFN", "largest error", "clone drift", "dense", "stored")
+    table = _table("Layers", *columns, numbers=4)
+    for ffn, group in groupby(matrices, key=lambda m: m.name.rpartition(".")[0]):
+        group = list(group)
+        table.add_row(
+            ffn,
+            f"{max(m.relative_error for m in group):.2e}",
+            f"{max(m.clone_drift for m in group):.2e}",
+            f"{sum(m.dense_params for m in group):,}",
+            f"{sum(m.stored_params for m in group):,}",
+        )
+    return table
+
+
+def reports_table(matrices: Iterable[MatrixReport]) -> Table:
+    """One row per matrix."""
+    columns = (
+        "matrix",
+        "size",
+        "bonds",
+        "error",
+        "before the cast",
+        "clone drift",
+        "dense",
+        "stored",
+    )
+    table = _table("Matrices", *columns, numbers=5)
+    for m in matrices:
+        table.add_row(
+            m.name,
+            f"{m.shape[0]} x {m.shape[1]}",
+            _numbers(m.bonds),
+            f"{m.relative_error:.2e}",
+            f"{m.relative_error_before_cast:.2e}",
+            f"{m.clone_drift:.2e}",
+            f"{m.dense_params:,}",
+            f"{m.stored_params:,}",
+        )
+    return table
+
+
+def print_report(report: Report, output: str, out: Console, *, per_matrix: bool) -> None:
+    table = reports_table if per_matrix else layers_table
+    out.print(table(report.matrices))
+    out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
+    _print_warnings(report.warnings, out)
+    out.print(
+        f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}"
+    )
+
+
+@contextmanager
+def progress_bar(out: Console, enabled: bool) -> Iterator:
+    """A progress callback for `convert`: a bar over matrices on a terminal, nothing elsewhere."""
+    if not (enabled and out.is_terminal):
+        yield None
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def update(name: str, done: int, total: int, report: MatrixReport | None) -> None:
+            text = name if report is None else f"{name}  error {report.relative_error:.1e}"
+            bar.update(task, description=escape(text), completed=done, total=total)
+
+        yield update
+
+
+def print_verification(result: Verification, out: Console) -> None:
+    table = _table("", "outputs", "", numbers=1)
+    table.add_row("inputs", result.inputs)
+    table.add_row("relative difference", f"{result.relative_difference:.2e}")
+    table.add_row("  allowed", f"{result.tolerance:.2e}")
+    table.add_row("largest absolute difference", f"{result.max_difference:.2e}")
+    if result.top1_agreement is not None:
+        table.add_row("same largest output", f"{result.top1_agreement:.1%}")
+    if result.greedy_agreement is not None:
+        table.add_row("same greedily generated tokens", f"{result.greedy_agreement:.1%}")
+    out.print(
+        f"{escape(result.artifact)} loads as {result.model_class} by {result.auto_class}; compared with "
+        f"{escape(result.against)} in float32:"
+    )
+    out.print(table)
+    verdict = (
+        "[green]OK[/]: the outputs agree."
+        if result.ok
+        else "[red]DIFFERENT[/]: the outputs do not agree."
+    )
+    out.print(verdict)
+
+
+def print_summary(summary: Summary, out: Console) -> None:
+    block, recipe = summary.config["mpoe"], summary.report["recipe"]
+    revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
+    out.print(
+        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, {len(block['ffns'])} FFNs of "
+        f"{block['num_experts']} experts, top {block['top_k']}; from {escape(recipe['model'])}{revision}"
+    )
+    parts = _table("Parts", "part", "tensors", "parameters", "bytes", numbers=3)
+    for part, (count, params, num_bytes) in summary.parts.items():
+        parts.add_row(part, str(count), f"{params:,}", size(num_bytes))
+    out.print(parts)
+    out.print(_forms_table(block))
+    out.print(
+        f"Loads by {', '.join(auto for auto in summary.config['auto_map'] if auto != 'AutoConfig')}."
+    )
+    out.print(
+        f"Largest relative error {summary.report['max_relative_error']:.2e}, clone drift "
+        f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, noise "
+        f"{recipe['noise']:g}, seed {recipe['seed']}."
+    )
+    _print_warnings(summary.report["warnings"], out)
+
+
+def _forms_table(block: dict) -> Table:
+    table = _table(
+        "Projections", "FFNs", "projection", "sites (in x out)", "bonds", "shared", "bias"
+    )
+    for number, form in enumerate(block["forms"]):
+        count = sum(index == number for index in block["ffns"].values())
+        for role, spec in form.items():
+            for term in spec["terms"]:
+                table.add_row(
+                    str(count),
+                    role,
+                    _factors(term["in_dims"], term["out_dims"]),
+                    _numbers(term["bonds"]),
+                    _numbers(k for k, shared in enumerate(term["shared"]) if shared),
+                    str(spec["bias"] or "–"),
+                )
+    return table
+
+
+def families_rows() -> list[dict]:
+    """The table of families as plain values."""
+    return [
+        {
+            "model_types": list(row.model_types),
+            "layers": list(row.spellings[0].layers),
+            "projections": [p for s in row.spellings for p in (s.gate, s.up, s.down) if p],
+            "gated": any(s.gate or s.fused for s in row.spellings),
+        }
+        for row in FAMILIES
+    ]
+
+
+def print_families(out: Console) -> None:
+    table = _table("Families", "model types", "layers", "tensors")
+    for row in families_rows():
+        projections = ", ".join(dict.fromkeys(row["projections"]))
+        table.add_row(", ".join(row["model_types"]), ", ".join(row["layers"]), projections)
+    out.print(table)
+    out.print('Others by hand: --ffn "layers.{}.mlp:gate_proj,up_proj,down_proj"')

@@ -1,0 +1,127 @@
+"""What a conversion did, measured on the weights as stored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .planning import Plan
+
+# Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
+# weights, 0.8 turns text into noise (see README, "How much error is too much").
+BROKEN_ERROR = 0.3
+NOTICEABLE_ERROR = 0.02
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One converted matrix.
+
+    Attributes:
+        relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
+        relative_error_before_cast: the same before the cores were rounded to the stored dtype.
+        discarded_weight: per bond, the share of the squared norm that was cut there.
+        clone_drift: relative distance of expert 1 from expert 0; all clones are drawn alike.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    in_dims: tuple[int, ...]
+    out_dims: tuple[int, ...]
+    bonds: tuple[int, ...]
+    full_bonds: tuple[int, ...]
+    relative_error: float
+    relative_error_before_cast: float
+    discarded_weight: tuple[float, ...]
+    clone_drift: float
+    dense_params: int
+    stored_params: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole conversion; `to_json` is what conversion_report.json holds."""
+
+    plan: Plan
+    matrices: tuple[MatrixReport, ...]
+    license: str | None = None
+
+    @property
+    def max_error(self) -> float:
+        return max(m.relative_error for m in self.matrices)
+
+    @property
+    def max_drift(self) -> float:
+        return max(m.clone_drift for m in self.matrices)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._error_warnings(), *plan_warnings(self.plan)]
+
+    def _error_warnings(self) -> list[str]:
+        warnings = []
+        worst = max(self.matrices, key=lambda m: m.relative_error)
+        if worst.relative_error > BROKEN_ERROR:
+            warnings.append(
+                f"truncation lost most of the model: the relative error of {worst.name} is "
+                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained; "
+                "for a model that works at once use --layout one-sided or two-sided, or larger bonds."
+            )
+        elif worst.relative_error > NOTICEABLE_ERROR:
+            warnings.append(
+                f"the weights changed: the relative error of {worst.name} is {worst.relative_error:.3f}. "
+                "Expect worse outputs until the model is fine-tuned."
+            )
+        if self.max_drift > BROKEN_ERROR:
+            warnings.append(
+                f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
+                "work before it is retrained. Lower --noise."
+            )
+        return warnings
+
+    def to_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "format": 1,
+            "base_model": plan.source,
+            "revision": plan.revision,
+            "model_type": plan.model_type,
+            "recipe": plan.recipe.to_mapping(),
+            "totals": asdict(plan.totals) | {"ffn": asdict(plan.ffn_totals)},
+            "max_relative_error": self.max_error,
+            "max_clone_drift": self.max_drift,
+            "exact": plan.is_exact,
+            "warnings": self.warnings,
+            "ffns": [ffn.ffn.path for ffn in plan.ffns],
+            "kept_dense": list(plan.kept_dense),
+            "matrices": [asdict(matrix) for matrix in self.matrices],
+        }
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What can be said before any tensor is read."""
+    warnings = []
+    alone = [
+        m.name
+        for m in plan.matrices
+        if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
+    ]
+    if alone:
+        warnings.append(
+            f"an expert owns less than a thousandth of {alone[0]}"
+            f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
+            "Raise --bond-dim."
+        )
+    grown = [
+        m.name
+        for m in plan.matrices
+        if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
+    ]
+    if grown:
+        warnings.append(
+            f"{grown[0]} takes more numbers than {plan.recipe.experts} dense copies would: the auxiliary "
+            "tensors are too large for this matrix. Lower --bond-dim, or use --kind dense."
+        )
+    return warnings

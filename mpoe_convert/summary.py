@@ -1,0 +1,85 @@
+"""What an artifact is made of, read from its config and headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .artifact import REPORT_FILE, is_artifact
+from .checkpoint import TensorInfo, read_header
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An artifact at a glance. `parts` maps a kind of tensor to (tensors, parameters, bytes)."""
+
+    folder: str
+    config: dict
+    report: dict
+    parts: dict[str, tuple[int, int, int]]
+    files: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("tensors", "parameters", "bytes")
+        parts = {
+            part: dict(zip(names, numbers, strict=True)) for part, numbers in self.parts.items()
+        }
+        block = {k: v for k, v in self.config["mpoe"].items() if k != "family"}
+        return {
+            "folder": self.folder,
+            "model_type": self.config["model_type"],
+            "auto_map": self.config["auto_map"],
+            "mpoe": block,
+            "recipe": self.report["recipe"],
+            "parts": parts,
+            "files": self.files,
+            "max_relative_error": self.report["max_relative_error"],
+            "max_clone_drift": self.report["max_clone_drift"],
+            "warnings": self.report["warnings"],
+        }
+
+
+def inspect(folder: str | Path) -> Summary:
+    """Summarise an artifact. Reads headers only.
+
+    Raises:
+        CheckpointError: the folder is no artifact of this tool, or a weight file is damaged.
+    """
+    folder = Path(folder)
+    if not is_artifact(folder):
+        raise CheckpointError(
+            f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block"
+        )
+    tensors: list[TensorInfo] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors += read_header(path, path.name).values()
+    parts: dict[str, tuple[int, int, int]] = {}
+    for tensor in tensors:
+        part = part_of(tensor.name)
+        count, params, size = parts.get(part, (0, 0, 0))
+        parts[part] = (count + 1, params + prod(tensor.shape), size + tensor.num_bytes)
+    return Summary(
+        folder=str(folder),
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        report=json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")),
+        parts=parts,
+        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    )
+
+
+def part_of(name: str) -> str:
+    """Which part of the artifact a tensor belongs to, by its name."""
+    tail = name.rpartition(".")[2]
+    if tail.startswith("central_"):
+        return "central tensors (shared)"
+    if tail.startswith("aux_"):
+        return "auxiliary tensors (per expert)"
+    if name.endswith("router.weight"):
+        return "routers"
+    if name.endswith((".up.bias", ".down.bias", ".gate.bias")):
+        return "expert biases"
+    return "copied from the base"

@@ -1,0 +1,128 @@
+"""Load an artifact as a Hub user would, in a process without this package, and compare with the dense model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .artifact import REPORT_FILE, is_artifact
+from .card import main_auto_class
+from .errors import VerifyError
+
+ROUNDING = (
+    1e-4  # float32 logits of the exact decomposition differ by 1e-6 to 1e-5 (README, "Verify")
+)
+# What rounding of the stored cores and the clones' noise do to a weight shows in the logits, somewhat
+# amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
+AMPLIFICATION = 5.0
+MAX_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and how it came out.
+
+    Attributes:
+        relative_difference: Frobenius norm of (converted - dense outputs) over that of the dense ones.
+        max_difference: largest absolute difference of two outputs.
+        tolerance: what relative_difference was allowed to be.
+        top1_agreement: share of positions with the same largest logit.
+        greedy_agreement: share of greedily generated tokens that are equal; None without generation.
+    """
+
+    artifact: str
+    against: str
+    auto_class: str
+    model_class: str
+    inputs: str
+    relative_difference: float
+    max_difference: float
+    tolerance: float
+    top1_agreement: float | None
+    greedy_agreement: float | None
+
+    @property
+    def ok(self) -> bool:
+        return self.relative_difference <= self.tolerance
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    against: str | None = None,
+    tolerance: float | None = None,
+    token: str | None = None,
+) -> Verification:
+    """Compare an artifact with its dense source on random inputs, both computing in float32.
+
+    Args:
+        artifact: folder that a conversion wrote.
+        against: Hub id or folder of the dense model; by default the one it was converted from.
+        tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
+        token: Hub token for the dense model.
+
+    Raises:
+        VerifyError: one of the two cannot be loaded or run, or weights are missing.
+    """
+    folder = Path(artifact)
+    if not is_artifact(folder):
+        raise VerifyError(
+            f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block"
+        )
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    revision = report["revision"] if against is None else None
+    against = against or report["base_model"]
+    if revision is None and not Path(against).is_dir() and against.count("/") > 1:
+        raise VerifyError(f"the dense model {against} is not a folder; name it with --against")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = {"architectures": [a.removeprefix("MPOE") for a in config["architectures"]]}
+    auto_class = main_auto_class(base, report["model_type"])
+    request = {
+        "artifact": str(folder.resolve()),
+        "against": str(Path(against).resolve()) if Path(against).is_dir() else against,
+        "revision": revision,
+        "auto_class": auto_class,
+        "token": token,
+    }
+    result = _run_child(request)
+    return Verification(
+        artifact=str(folder),
+        against=against,
+        auto_class=auto_class,
+        tolerance=_tolerance(report) if tolerance is None else tolerance,
+        **result,
+    )
+
+
+def _tolerance(report: dict) -> float:
+    explained = report["max_relative_error"] + report["max_clone_drift"]
+    return min(ROUNDING + AMPLIFICATION * explained, MAX_TOLERANCE)
+
+
+def _run_child(request: dict) -> dict:
+    """Run verify_child.py by its path, with a fresh module cache; its last line of output is the result."""
+    child = Path(__file__).with_name("verify_child.py")
+    with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
+        environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [sys.executable, "-P", str(child)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise VerifyError(f"the verifying process failed: {reason}") from None
+    if "error" in result:
+        raise VerifyError(result["error"])
+    return result
