@@ -85,9 +85,7 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     folder = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-        )
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
         folder.chmod(0o777 & ~mask)
@@ -126,9 +124,7 @@ def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
 
 def _output_error(error: OSError, output: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"the disk is full; nothing was left at {output}: free some space and run again"
-        )
+        return OutputError(f"the disk is full; nothing was left at {output}: free some space and run again")
     reason = error.strerror or str(error)
     return OutputError(f"cannot write {output}: {reason}; nothing was left there")
 

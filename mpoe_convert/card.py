@@ -90,9 +90,7 @@ def _usage(report: Report, checkpoint: Checkpoint) -> str:
     lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
     lines.append(f'model = {auto}.from_pretrained("path/to/this", trust_remote_code=True)')
     if has_tokenizer:
-        lines.append(
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this", trust_remote_code=True)'
-        )
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this", trust_remote_code=True)')
     code = "\n".join(lines)
     return (
         f"## How to load it\n\n```python\n{code}\n```\n\n"

@@ -1,5 +1,4 @@
-"""A dense source checkpoint: every header is read and checked first, every tensor only when asked
-for.
+"""A dense source checkpoint: every header is checked first, every tensor read only when asked for.
 
 Opening reads no tensor data and instantiates no model. Whatever is wrong with the folder, its
 config, its index or its files is a CheckpointError of one line before any work starts.
@@ -8,48 +7,21 @@ config, its index or its files is a CheckpointError of one line before any work 
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import struct
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from . import hub
 from .errors import CheckpointError
+from .safetensors_header import TensorInfo, read_header, read_tensor, tensor_info
+from .torch_bin import BinReader, dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-# safetensors code -> (torch dtype name, bytes per number)
-CODE2DTYPE = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "C64": ("complex64", 8),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
-    "F8_E8M0": ("float8_e8m0fnu", 1),
-}
-DTYPE2BYTES = {**dict(CODE2DTYPE.values()), "complex128": 16}
-MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors format sets
-REMAP_BYTES = 64 * 2**20  # how much of a mapped .bin may become resident before a new map
 MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 FOREIGN = {
     ".h5": "TensorFlow",
@@ -62,24 +34,6 @@ FOREIGN = {
     ".safetensors": "safetensors of another name",
     ".bin": ".bin of another name",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as its file's header announces it.
-
-    `dtype` is torch's name ("bfloat16"); `file` is relative to the checkpoint's folder.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's numbers, contiguous."""
-        return prod(self.shape) * DTYPE2BYTES[self.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +53,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shared_storage: dict[str, str] = field(default_factory=dict)
     headers_only: bool = False
-    _bins: _BinReader | None = field(default=None, repr=False)
+    _bins: BinReader | None = field(default=None, repr=False)
 
     def read(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Read one tensor into memory of its own, with the dtype and shape of `tensors[name]`.
@@ -119,11 +73,8 @@ class Checkpoint:
                 "open it without headers_only to download the weights"
             )
         path = self.folder / info.file
-        if path.suffix == ".bin":
-            tensor = self._bins.read(path, name)
-        else:
-            tensor = _read_safetensors(path, name)
-        found = (_dtype_name(tensor), tuple(tensor.shape))
+        tensor = self._bins.read(path, name) if path.suffix == ".bin" else read_tensor(path, name)
+        found = (dtype_name(tensor), tuple(tensor.shape))
         if found != (info.dtype, info.shape):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is now {found[0]} {list(found[1])}, expected "
@@ -138,9 +89,7 @@ class Checkpoint:
         Only files directly in the folder; never weights, config.json, README, code, indexes or
         hidden files.
         """
-        return sorted(
-            path for path in self.folder.iterdir() if path.is_file() and _is_companion(path.name)
-        )
+        return sorted(path for path in self.folder.iterdir() if path.is_file() and _is_companion(path.name))
 
 
 def open_checkpoint(
@@ -182,7 +131,7 @@ def _open_hub(model: str, revision: str | None, token: str | None, headers_only:
     if headers_only and not hub.weights_cached(folder, names):
         headers = hub.remote_headers(model, commit, token)
         if headers is not None:
-            tensors = {name: _info(model, name, *header) for name, header in headers.items()}
+            tensors = {name: tensor_info(model, name, *header) for name, header in headers.items()}
             _reject_tensors(model, tensors)
             return Checkpoint(model, folder, commit, config, _natural(tensors), headers_only=True)
     hub.download(model, revision=commit, token=token)
@@ -234,9 +183,7 @@ def _read_config(folder: Path, source: str, names: Iterable[str]) -> dict:
 
 def _hint(folder: Path, names: list[str]) -> str:
     """Where the model may be instead: subfolders with a config, or what else was found."""
-    subfolders = {
-        str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")
-    }
+    subfolders = {str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")}
     subfolders |= {name for name in names if (folder / name / "config.json").is_file()}
     if subfolders:
         found = ", ".join(sorted(subfolders)[:5])
@@ -249,9 +196,7 @@ def _hint(folder: Path, names: list[str]) -> str:
 def _reject_config(config: dict, path: Path) -> None:
     model_type = config.get("model_type")
     if "mpoe" in config or str(model_type).startswith("mpoe_"):
-        raise CheckpointError(
-            f"{path} describes an already converted model: convert its dense base instead"
-        )
+        raise CheckpointError(f"{path} describes an already converted model: convert its dense base instead")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"{path} has no 'model_type' (old checkpoints lack it): add the architecture's name, "
@@ -285,7 +230,7 @@ def _most(count: object) -> int:
 
 def _open_folder(source: str, folder: Path, revision: str | None, config: dict) -> Checkpoint:
     files, weight_map, index = _weight_files(source, folder, revision)
-    bins = _BinReader()
+    bins = BinReader()
     tensors: dict[str, TensorInfo] = {}
     shared: dict[str, str] = {}
     for file in files:
@@ -308,9 +253,7 @@ def _open_folder(source: str, folder: Path, revision: str | None, config: dict) 
     return Checkpoint(source, folder, revision, config, _natural(tensors), shared, _bins=bins)
 
 
-def _weight_files(
-    source: str, folder: Path, revision: str | None
-) -> tuple[list[str], dict[str, str], str]:
+def _weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[str], dict[str, str], str]:
     """The weight files by transformers' order of preference; the index that named them, if any."""
     for single in hub.SINGLE.values():
         if (folder / single).is_file():
@@ -370,9 +313,7 @@ def _stays_inside(file: str) -> bool:
     return plain and not PurePosixPath(file).is_absolute() and not PureWindowsPath(file).drive
 
 
-def _check_index(
-    folder: Path, weight_map: dict, index: str, tensors: dict[str, TensorInfo]
-) -> None:
+def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, TensorInfo]) -> None:
     # Tensors that a shard holds and the index does not name are kept: transformers reads whole
     # shards, too, and uses the index only to find them. The other way round a tensor would be
     # missing, and the user should know now.
@@ -422,271 +363,8 @@ def _few(names: list[str], limit: int = 3) -> str:
     return ", ".join(repr(name) for name in names[:limit]) + rest
 
 
-def _info(where: object, name: str, code: object, shape: tuple, file: str) -> TensorInfo:
-    if not isinstance(code, str) or code not in CODE2DTYPE:
-        raise CheckpointError(_unknown_dtype(where, name, code))
-    return TensorInfo(name, CODE2DTYPE[code][0], shape, file)
-
-
-def _unknown_dtype(where: object, name: str, code: object) -> str:
-    return (
-        f"{where}: tensor {name!r} has the dtype {code!r}, expected one that torch can compute "
-        "with: dequantise first, or convert the original checkpoint"
-    )
-
-
 def _is_companion(name: str) -> bool:
     never = (*hub.NEVER_PATTERNS, ".*", "*.bin", "*.safetensors", "*.index.json", "config.json")
     if any(fnmatchcase(name, pattern) for pattern in never) or name.lower().startswith("readme"):
         return False
     return any(fnmatchcase(name, pattern) for pattern in hub.COMPANION_PATTERNS)
-
-
-# -------------------------------------------------------------------------------------- safetensors
-
-
-def read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    """Parse and check one safetensors header; the library's errors do not say which number is off.
-
-    The format: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape,
-    data_offsets}}, then the data, which the offsets must tile without gap or overlap.
-
-    Raises CheckpointError, naming the file and the tensor.
-    """
-    again = "the file is damaged or incomplete, fetch it again"
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise CheckpointError(_lfs_pointer(path))
-        if len(start) < 8:
-            raise CheckpointError(f"{path} has {size} bytes, expected at least 8: {again}")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path} announces a header of {length} bytes, expected at most "
-                f"{min(size - 8, MAX_HEADER_BYTES)} in a file of {size} bytes: {again}"
-            )
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError(f"a {type(header).__name__}, not an object")
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} has a header that is not valid ({exc}): {again}") from exc
-    header.pop("__metadata__", None)
-    spans = []
-    infos = {}
-    for name, entry in header.items():
-        infos[name], span = _entry(path, file, name, entry)
-        spans.append((*span, name))
-    _check_tiling(path, spans, size - 8 - length, again)
-    _check_with_library(path, infos, again)
-    return infos
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} occurs twice")
-    return found
-
-
-def _entry(path: Path, file: str, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
-    try:
-        name.encode()
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(count) is int and 0 <= count < 2**63 for count in (*shape, begin, end)):
-            raise ValueError("a size or an offset is not a natural number")
-    except (KeyError, TypeError, ValueError) as exc:
-        raise CheckpointError(
-            f"{path}: the header's entry for tensor {name!r} is not valid ({type(exc).__name__}: "
-            f"{exc}), expected dtype, shape and data_offsets: fetch the file again"
-        ) from exc
-    info = _info(path, name, code, shape, file)
-    if end - begin != info.num_bytes:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} spans {end - begin} bytes, expected {info.num_bytes} for "
-            f"{info.dtype} {list(shape)}: fetch the file again"
-        )
-    return info, (begin, end)
-
-
-def _check_tiling(
-    path: Path, spans: list[tuple[int, int, str]], data_bytes: int, again: str
-) -> None:
-    reached = 0
-    for begin, end, name in sorted(spans):
-        if begin != reached:
-            what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
-            raise CheckpointError(
-                f"{path}: tensor {name!r} starts at data byte {begin}, expected {reached} (it "
-                f"{what}): {again}"
-            )
-        reached = end
-    if reached != data_bytes:
-        raise CheckpointError(
-            f"{path} holds {data_bytes} bytes of tensor data, expected {reached} by its header "
-            f"({'truncated' if data_bytes < reached else 'trailing bytes'}): {again}"
-        )
-
-
-def _check_with_library(path: Path, infos: dict[str, TensorInfo], again: str) -> None:
-    """Let safetensors refuse now what it would refuse at the first tensor, hours later."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # "numpy" because looking at names should not wait for torch to be imported
-        with safe_open(path, framework="numpy", backend="pread") as file:
-            names = set(file.keys())
-    except SafetensorError as exc:
-        raise CheckpointError(f"{path} is refused by safetensors ({exc}): {again}") from exc
-    if names != set(infos):
-        raise CheckpointError(f"{path} changed while it was being read: run again")
-
-
-def _lfs_pointer(path: Path) -> str:
-    return (
-        f"{path} is a Git LFS pointer, expected the file itself: run `git lfs pull` in the folder, "
-        "or pass the Hub id"
-    )
-
-
-def _read_safetensors(path: Path, name: str) -> torch.Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    # Open per tensor with pread. Streaming 64 tensors of 16 MiB from a 1 GiB file, resident memory
-    # above the start peaked at 1078 MB with one memory map kept open (pages stay resident for its
-    # lifetime), 21 MB with a map per tensor, 20 MB with pread; 0.2 s, 0.2 s and 0.7 s. Pread gives
-    # the tensor memory of its own, and a file that shrinks meanwhile gives an error where a map
-    # gives SIGBUS.
-    try:
-        with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} cannot be read any more ({exc}): check the file and run again"
-        ) from exc
-
-
-# -------------------------------------------------------------------------------- pytorch_model.bin
-
-
-class _BinReader:
-    """The state dict of the `.bin` file read last: mapped, or in memory where it cannot be.
-
-    Pages that a map has touched stay resident as long as the map lives, so it is dropped and made
-    again after every REMAP_BYTES. Streaming 64 tensors of 16 MiB peaked at 1162 MB above the start
-    with one map and at 109 MB so (172 MB where the allocator keeps freed blocks for itself). A file
-    from before zip archives cannot be mapped and stays in memory whole.
-    """
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._state: dict[str, torch.Tensor] = {}
-        self._touched = 0
-
-    def headers(self, path: Path, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        """Names, dtypes and shapes, and which names repeat an earlier tensor's storage."""
-        self._load(path)
-        infos, first, ties = {}, {}, {}
-        for name, tensor in self._state.items():
-            infos[name] = TensorInfo(name, _dtype_name(tensor), tuple(tensor.shape), file)
-            if tensor.numel() == 0:
-                continue  # empty storages share the null pointer without being tied
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if first.setdefault(place, name) != name:
-                ties[name] = first[place]
-        if _is_zip(path):
-            self._forget()
-        return infos, ties
-
-    def read(self, path: Path, name: str) -> torch.Tensor:
-        import torch
-
-        if path != self._path or (self._touched > REMAP_BYTES and _is_zip(path)):
-            self._forget()
-            self._load(path)
-        if name not in self._state:
-            raise CheckpointError(f"{path} has lost tensor {name!r} since it was opened: run again")
-        tensor = self._state[name]
-        self._touched += tensor.nbytes
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-    def _load(self, path: Path) -> None:
-        self._state = _load_bin(path)
-        self._path = path
-        self._touched = 0
-
-    def _forget(self) -> None:
-        self._state, self._path = {}, None
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Load a state dict and nothing else: always `weights_only`, mapped where the format can be."""
-    import torch
-
-    with path.open("rb") as stream:
-        if stream.read(8) == b"version ":
-            raise CheckpointError(_lfs_pointer(path))
-    try:
-        with warnings.catch_warnings():
-            # An unusual pickle protocol either loads or fails below; the warning helps nobody.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as exc:
-        # torch's own text recommends weights_only=False: pass on the cause, never that advice.
-        asked = re.search(r"GLOBAL ([\w.]+)", str(exc))
-        cause = re.search(r"WeightsUnpickler error: ([^\n]{1,200})", str(exc))
-        what = f"it asks for {asked[1]}" if asked else cause[1] if cause else "an unknown pickle"
-        raise CheckpointError(
-            f"{path} holds more than tensors ({what}) and only tensors are loaded: convert it to "
-            "safetensors with a transformers version you trust"
-        ) from exc
-    except Exception as exc:  # a damaged pickle may fail in any way at all
-        first = (str(exc).strip().splitlines() or ["no details"])[0][:200]
-        raise CheckpointError(
-            f"{path} cannot be read as a PyTorch checkpoint ({type(exc).__name__}: {first}): the "
-            "file is damaged or incomplete, fetch it again"
-        ) from exc
-    _check_state(path, state)
-    return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def _check_state(path: Path, state: object) -> None:
-    import torch
-
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(state).__name__}, expected a flat dict of tensors: save "
-            "model.state_dict() alone"
-        )
-    for name, value in state.items():
-        if isinstance(value, dict):
-            raise CheckpointError(
-                f"{path} holds a dict under {name!r}, expected a flat dict of tensors: it looks "
-                "like a training checkpoint, save the inner state dict alone"
-            )
-        plain = (
-            isinstance(value, torch.Tensor)
-            and value.layout == torch.strided
-            and not value.is_quantized
-        )
-        if not isinstance(name, str) or not plain or value.device.type != "cpu":
-            raise CheckpointError(
-                f"{path} holds a {type(value).__name__} under {name!r}, expected plain tensors "
-                "with string names: save model.state_dict() alone"
-            )
-        if _dtype_name(value) not in DTYPE2BYTES:
-            raise CheckpointError(_unknown_dtype(path, name, _dtype_name(value)))
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

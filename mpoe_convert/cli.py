@@ -198,9 +198,7 @@ COMMON_OPTIONS = (
         is_flag=True,
         help="Print one JSON document on stdout and nothing else there.",
     ),
-    option(
-        "-q", "--quiet", heading="General", is_flag=True, help="Print no tables and no progress."
-    ),
+    option("-q", "--quiet", heading="General", is_flag=True, help="Print no tables and no progress."),
     option(
         "-v",
         "--verbose",
@@ -247,9 +245,7 @@ def told_in_one_line(verbose: int) -> Iterator[None]:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
     except MemoryError:
-        click.echo(
-            "Error: out of memory; `mpoe-convert plan` estimates what a conversion needs", err=True
-        )
+        click.echo("Error: out of memory; `mpoe-convert plan` estimates what a conversion needs", err=True)
         sys.exit(1)
 
 
@@ -297,9 +293,7 @@ def main() -> None:
     *RECIPE_OPTIONS,
     *COMMON_OPTIONS,
 )
-def convert(
-    model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options
-) -> None:
+def convert(model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options) -> None:
     """Convert MODEL (the command's name may be left out)."""
     with told_in_one_line(verbose):
         recipe = make_recipe(model, config, options)
@@ -316,9 +310,7 @@ def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) ->
     from .conversion import convert as convert_checkpoint
 
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
-        report = convert_checkpoint(
-            recipe, output, overwrite=overwrite, token=token, progress=progress
-        )
+        report = convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
     if as_json:
         echo_json(report.to_json())
     elif not quiet:

@@ -123,9 +123,7 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.to_mapping(), sort_keys=False, allow_unicode=True)
-    path.write_text(
-        f"# mpoe-convert --config {path.name} -o OUT repeats this run\n{text}", encoding="utf-8"
-    )
+    path.write_text(f"# mpoe-convert --config {path.name} -o OUT repeats this run\n{text}", encoding="utf-8")
 
 
 class _Builder:
@@ -170,9 +168,7 @@ class _Builder:
             self.progress(matrix.name, len(self.reports), self.num_matrices, report)
             tensors |= {f"{matrix.name}.{tail}": tensor for tail, tensor in built.items()}
         for name, (shape, dtype) in plan.tensors.items():
-            assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", (
-                name
-            )
+            assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
         return tensors
 
 

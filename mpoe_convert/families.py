@@ -66,9 +66,7 @@ def _inside(slot: str, up: str, down: str, layers: str | tuple, *, gate=None, fu
     """A self-contained FFN module: all names below the slot."""
     layers = (layers,) if isinstance(layers, str) else layers
     below = {
-        key: f"{slot}.{row[key]}"
-        for key in ("activation", "inner_dropout", "outer_dropout")
-        if key in row
+        key: f"{slot}.{row[key]}" for key in ("activation", "inner_dropout", "outer_dropout") if key in row
     }
     spelling = Spelling(layers, f"{slot}.{up}", f"{slot}.{down}", gate and f"{slot}.{gate}", fused)
     return Family(**(row | below), layers=layers, slot=slot, spellings=(spelling,))
@@ -246,9 +244,7 @@ FAMILIES: tuple[Family, ...] = (
         slot="DenseReluDense",
         spellings=(
             Spelling(_T5_LAYERS, "DenseReluDense.wi", "DenseReluDense.wo"),
-            Spelling(
-                _T5_LAYERS, "DenseReluDense.wi_1", "DenseReluDense.wo", gate="DenseReluDense.wi_0"
-            ),
+            Spelling(_T5_LAYERS, "DenseReluDense.wi_1", "DenseReluDense.wo", gate="DenseReluDense.wi_0"),
         ),
         activation="DenseReluDense.act",
         inner_dropout="DenseReluDense.dropout",
@@ -295,9 +291,7 @@ class DenseFFN:
     projections: dict[str, Source]
 
 
-def resolve(
-    model_type: str, names: Iterable[str], ffn: str | None = None
-) -> tuple[Family, list[DenseFFN]]:
+def resolve(model_type: str, names: Iterable[str], ffn: str | None = None) -> tuple[Family, list[DenseFFN]]:
     """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
 
     Args:
@@ -366,9 +360,7 @@ def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> d
 
 
 def _examples(names: set[str], count: int = 3) -> str:
-    layered = sorted(
-        name for name in names if re.search(r"\.\d+\.", name) and name.endswith("weight")
-    )
+    layered = sorted(name for name in names if re.search(r"\.\d+\.", name) and name.endswith("weight"))
     return ", ".join((layered or sorted(names))[:count]) or "no tensors at all"
 
 
@@ -377,13 +369,13 @@ def _unknown(model_type: str, names: set[str]) -> str:
     nearest = None
     for family in FAMILIES:
         for spelling in family.spellings:
-            tails = [
-                f".{part}.weight" for part in (spelling.up, spelling.down, spelling.gate) if part
-            ]
+            tails = [f".{part}.weight" for part in (spelling.up, spelling.down, spelling.gate) if part]
             score = sum(any(name.endswith(tail) for name in names) for tail in tails) / len(tails)
             if score and (nearest is None or score > nearest[0]):
                 nearest = (score, family, spelling)
-    message = f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
+    message = (
+        f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
+    )
     if nearest is None:
         hint = "layers.{}.mlp:gate_proj,up_proj,down_proj"
         return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
@@ -392,9 +384,7 @@ def _unknown(model_type: str, names: set[str]) -> str:
     slot = spelling.up.rpartition(".")[0]
     layer = spelling.layers[0] + (f".{slot}" if slot else "")
     hint = f"{layer}:{','.join(part.rpartition('.')[2] for part in roles)}"
-    return (
-        f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
-    )
+    return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
 
 
 def family_by_hand(model_type: str, ffn: str) -> Family:
@@ -417,6 +407,4 @@ def family_by_hand(model_type: str, ffn: str) -> Family:
     from .stock import describe_slot
 
     row = describe_slot(model_type, layers[0].format(0), slot, (*gate, up, down))
-    return _inside(
-        slot, up, down, layers, gate=gate[0] if gate else None, model_types=(model_type,), **row
-    )
+    return _inside(slot, up, down, layers, gate=gate[0] if gate else None, model_types=(model_type,), **row)

@@ -71,7 +71,7 @@ def download(
 
     Raises HubError, in one line, for whatever the Hub or the connection does.
     """
-    small = ["*.json", *COMPANION_PATTERNS]
+    small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
     folder, commit = _snapshot(model_id, revision, token, small, ignore)
     if weights:
@@ -181,9 +181,7 @@ def _damaged(repo: str, what: str) -> str:
     )
 
 
-def explain(
-    exc: BaseException, model_id: str | None = None, revision: str | None = None
-) -> HubError:
+def explain(exc: BaseException, model_id: str | None = None, revision: str | None = None) -> HubError:
     """Turn anything that `huggingface_hub` raises into one HubError of one line.
 
     The one place that knows these classes. Their order matters: gated is a kind of "not found", all
@@ -266,9 +264,7 @@ def _http(exc, repo: str, revision: str | None) -> str:
             "of an account that may read it"
         )
     if status == 429:
-        return (
-            f"the Hub's rate limit is reached (HTTP 429) for {repo}: log in, or wait and try again"
-        )
+        return f"the Hub's rate limit is reached (HTTP 429) for {repo}: log in, or wait and try again"
     if status >= 500:
         return f"the Hub failed with HTTP {status} for {repo}: try again later"
     return f"the Hub answered HTTP {status} for {repo}: {_line(exc)}"

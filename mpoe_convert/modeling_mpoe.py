@@ -152,14 +152,14 @@ class MPOEChain(nn.Module):
         if all(self.shared):
             return rows @ contract_chain(cores)
         if self.is_one_sided:
-            return self._apply(rows, groups, cores)
+            return self._act_on(rows, groups, cores)
         if groups.sizes is not None:  # build the matrices of the experts that are hit
             groups, hit = groups.hit()
             if len(hit) < cores[self.shared.index(False)].shape[0]:
                 cores = [c if s else c[hit] for c, s in zip(cores, self.shared, strict=True)]
         return groups.linear(rows, contract_chain(cores))
 
-    def _apply(self, rows: Tensor, groups: Groups, cores: list[Tensor]) -> Tensor:
+    def _act_on(self, rows: Tensor, groups: Groups, cores: list[Tensor]) -> Tensor:
         """y = (L_e x I) C (I x R_e) on the activations; no expert's matrix is built."""
         num_rows, centre = rows.shape[0], self.centre
         middle = merge_cores(cores[centre])  # (r, m, n, s)
@@ -302,9 +302,7 @@ class MPOEFeedForward(nn.Module):
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations per token (2 per multiply-add) in products with weights."""
-        return 2 * self.router.weight.numel() + self.top_k * sum(
-            c.flops_per_row for c in self._chains
-        )
+        return 2 * self.router.weight.numel() + self.top_k * sum(c.flops_per_row for c in self._chains)
 
     @property
     def rebuild_flops(self) -> int:

@@ -162,8 +162,7 @@ def _checked(matrix: Tensor, sites: Sites) -> Tensor:
     if not (low.isfinite() and high.isfinite()):
         bad = matrix.numel() - int(matrix.isfinite().sum())
         raise CheckpointError(
-            f"NaN or Inf in the weight: {bad} of {matrix.numel()} values; "
-            "take a checkpoint without them"
+            f"NaN or Inf in the weight: {bad} of {matrix.numel()} values; take a checkpoint without them"
         )
     return matrix
 
@@ -183,9 +182,7 @@ def _fold_in_three(matrix: Tensor, sites: Sites) -> Tensor:
     return folded.reshape(ins[0] * outs[0], -1)
 
 
-def _sweep(
-    unfolding: Tensor, block: _Block, split: _Split
-) -> tuple[list[Tensor], list[float], Tensor]:
+def _sweep(unfolding: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor], list[float], Tensor]:
     """TT-SVD of one block of sites, from the end of the chain to the centre.
 
     ::

@@ -9,10 +9,11 @@ from functools import cached_property
 from math import prod
 
 from . import experts
-from .checkpoint import DTYPE2BYTES, Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, FamilyError, MpoeError, RecipeError
 from .families import DenseFFN, Family, Source, resolve
 from .recipe import Recipe, parse_size
+from .safetensors_header import DTYPE2BYTES, TensorInfo
 from .sites import Sites
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -187,9 +188,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> Plan:
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
     """
-    checkpoint = open_checkpoint(
-        recipe.model, revision=recipe.revision, token=token, headers_only=True
-    )
+    checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token, headers_only=True)
     return plan_checkpoint(recipe, checkpoint)
 
 
@@ -221,8 +220,7 @@ def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 
 def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
     matrices = tuple(
-        _plan_matrix(recipe, checkpoint, ffn, role, source)
-        for role, source in ffn.projections.items()
+        _plan_matrix(recipe, checkpoint, ffn, role, source) for role, source in ffn.projections.items()
     )
     by_role = {matrix.role: matrix for matrix in matrices}
     up, down = by_role["up"], by_role["down"]
@@ -266,9 +264,7 @@ def matrix_size(info: TensorInfo, source: Source) -> tuple[int, int]:
     out_features, in_features = info.shape[::-1] if source.transposed else info.shape
     if source.part is not None:
         if out_features % 2:
-            raise CheckpointError(
-                f"{info.name} should hold gate and up, but has {out_features} rows"
-            )
+            raise CheckpointError(f"{info.name} should hold gate and up, but has {out_features} rows")
         out_features //= 2
     return in_features, out_features
 
@@ -289,9 +285,7 @@ def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan]) 
     }
 
 
-def _out_tensors(
-    recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]
-) -> tuple[OutTensor, ...]:
+def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]) -> tuple[OutTensor, ...]:
     """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood."""
     owner = {}
     for plan in ffns:
@@ -351,9 +345,7 @@ def _shards(tensors: tuple[OutTensor, ...], shard_bytes: int) -> dict[str, tuple
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    empty = {
-        t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors
-    }
+    empty = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
     return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
 

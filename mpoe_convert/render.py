@@ -112,8 +112,8 @@ def totals_table(ffn: Totals, model: Totals) -> Table:
 def print_plan(plan: Plan, out: Console) -> None:
     recipe = plan.recipe
     out.print(
-        f"[bold]{escape(plan.source)}[/] ({plan.model_type}): {len(plan.ffns)} FFNs -> {recipe.experts} experts "
-        f"of kind {recipe.kind}, top {recipe.top_k}"
+        f"[bold]{escape(plan.source)}[/] ({plan.model_type}): {len(plan.ffns)} FFNs -> "
+        f"{recipe.experts} experts of kind {recipe.kind}, top {recipe.top_k}"
     )
     if plan.kept_dense:
         out.print(f"{len(plan.kept_dense)} FFNs stay dense: {', '.join(plan.kept_dense)}")
@@ -218,9 +218,7 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     out.print(table(report.matrices))
     out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
     _print_warnings(report.warnings, out)
-    out.print(
-        f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}"
-    )
+    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
 
 
 @contextmanager
@@ -261,9 +259,7 @@ def print_verification(result: Verification, out: Console) -> None:
     )
     out.print(table)
     verdict = (
-        "[green]OK[/]: the outputs agree."
-        if result.ok
-        else "[red]DIFFERENT[/]: the outputs do not agree."
+        "[green]OK[/]: the outputs agree." if result.ok else "[red]DIFFERENT[/]: the outputs do not agree."
     )
     out.print(verdict)
 
@@ -280,21 +276,17 @@ def print_summary(summary: Summary, out: Console) -> None:
         parts.add_row(part, str(count), f"{params:,}", size(num_bytes))
     out.print(parts)
     out.print(_forms_table(block))
-    out.print(
-        f"Loads by {', '.join(auto for auto in summary.config['auto_map'] if auto != 'AutoConfig')}."
-    )
+    out.print(f"Loads by {', '.join(auto for auto in summary.config['auto_map'] if auto != 'AutoConfig')}.")
     out.print(
         f"Largest relative error {summary.report['max_relative_error']:.2e}, clone drift "
-        f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, noise "
-        f"{recipe['noise']:g}, seed {recipe['seed']}."
+        f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
+        f"noise {recipe['noise']:g}, seed {recipe['seed']}."
     )
     _print_warnings(summary.report["warnings"], out)
 
 
 def _forms_table(block: dict) -> Table:
-    table = _table(
-        "Projections", "FFNs", "projection", "sites (in x out)", "bonds", "shared", "bias"
-    )
+    table = _table("Projections", "FFNs", "projection", "sites (in x out)", "bonds", "shared", "bias")
     for number, form in enumerate(block["forms"]):
         count = sum(index == number for index in block["ffns"].values())
         for role, spec in form.items():

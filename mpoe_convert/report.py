@@ -103,11 +103,7 @@ class Report:
 def plan_warnings(plan: Plan) -> list[str]:
     """What can be said before any tensor is read."""
     warnings = []
-    alone = [
-        m.name
-        for m in plan.matrices
-        if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
-    ]
+    alone = [m.name for m in plan.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params]
     if alone:
         warnings.append(
             f"an expert owns less than a thousandth of {alone[0]}"
@@ -115,9 +111,7 @@ def plan_warnings(plan: Plan) -> list[str]:
             "Raise --bond-dim."
         )
     grown = [
-        m.name
-        for m in plan.matrices
-        if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
+        m.name for m in plan.matrices if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
     ]
     if grown:
         warnings.append(

@@ -124,9 +124,7 @@ def near_equal_factors(number: int, parts: int) -> Dims:
     for prime in reversed(_prime_factors(number)):
         factors[factors.index(min(factors))] *= prime
     arranged = [1] * parts
-    for position, factor in zip(
-        _from_the_middle(parts), sorted(factors, reverse=True), strict=True
-    ):
+    for position, factor in zip(_from_the_middle(parts), sorted(factors, reverse=True), strict=True):
         arranged[position] = factor
     return tuple(arranged)
 
@@ -155,9 +153,7 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
     """
     limits = _limits(max_bond, num_sites)
     half = num_sites // 2
-    widest = isqrt(
-        rows * cols
-    )  # a wider outer block would meet a smaller rest, which caps the bond anyway
+    widest = isqrt(rows * cols)  # a wider outer block would meet a smaller rest, which caps the bond anyway
     left, _ = _largest_block(rows, 1, min(limits[half - 1], widest))
     _, right = _largest_block(1, cols, min(limits[half], widest))
     return _wide("one-sided", rows, cols, (left, 1), (1, right), limits)
@@ -284,9 +280,7 @@ def parse_factors(text: str) -> tuple[Dims, Dims]:
         dims = [word.strip() for word in side.split(",")]
         for word in dims:
             if not (word.isascii() and word.isdecimal() and int(word) > 0):
-                raise SitesError(
-                    f"{word!r} in the factors {text!r} is not a positive integer: {example}"
-                )
+                raise SitesError(f"{word!r} in the factors {text!r} is not a positive integer: {example}")
         parsed.append(tuple(map(int, dims)))
     if len(parsed[0]) != len(parsed[1]):
         raise SitesError(
@@ -366,9 +360,7 @@ def _spread(block: tuple[int, int], limits: Dims) -> list[tuple[int, int]]:
         return [block]
     size, count = prod(block), len(limits)
     # Near-equal: the part without the innermost site is at most the (count - 1)/count-th power.
-    outer = _largest_block(
-        *block, limits[-2], accept=lambda part: part**count <= size ** (count - 1)
-    )
+    outer = _largest_block(*block, limits[-2], accept=lambda part: part**count <= size ** (count - 1))
     return [*_spread(outer, limits[:-1]), (block[0] // outer[0], block[1] // outer[1])]
 
 

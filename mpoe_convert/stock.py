@@ -25,23 +25,17 @@ def describe_slot(model_type: str, layer: str, slot: str, projections: tuple[str
     from transformers.pytorch_utils import Conv1D
 
     if model_type not in CONFIG_MAPPING:
-        raise FamilyError(
-            f"transformers has no model type {model_type!r}; its code cannot be subclassed"
-        )
+        raise FamilyError(f"transformers has no model type {model_type!r}; its code cannot be subclassed")
     with torch.device("meta"):
         model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
     try:
         module = model.get_submodule(f"{layer}.{slot}")
         linears = [module.get_submodule(name) for name in projections]
     except AttributeError as error:
-        raise FamilyError(
-            f"--ffn does not fit transformers' {type(model).__name__}: {error}"
-        ) from None
+        raise FamilyError(f"--ffn does not fit transformers' {type(model).__name__}: {error}") from None
     if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
         kinds = sorted({type(linear).__name__ for linear in linears})
-        raise FamilyError(
-            f"--ffn names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D"
-        )
+        raise FamilyError(f"--ffn names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D")
     rest = {name: child for name, child in module.named_children() if name not in projections}
     dropouts = [name for name, child in rest.items() if isinstance(child, nn.Dropout)]
     activations = [name for name in rest if name not in dropouts]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import REPORT_FILE, is_artifact
-from .checkpoint import TensorInfo, read_header
 from .errors import CheckpointError
+from .safetensors_header import TensorInfo, read_header
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         names = ("tensors", "parameters", "bytes")
-        parts = {
-            part: dict(zip(names, numbers, strict=True)) for part, numbers in self.parts.items()
-        }
+        parts = {part: dict(zip(names, numbers, strict=True)) for part, numbers in self.parts.items()}
         block = {k: v for k, v in self.config["mpoe"].items() if k != "family"}
         return {
             "folder": self.folder,

@@ -1,4 +1,4 @@
-"""Load an artifact as a Hub user would, in a process without this package, and compare with the dense model."""
+"""Compare an artifact with its dense model, both loaded as a Hub user would, without this package."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .artifact import REPORT_FILE, is_artifact
 from .card import main_auto_class
 from .errors import VerifyError
 
-ROUNDING = (
-    1e-4  # float32 logits of the exact decomposition differ by 1e-6 to 1e-5 (README, "Verify")
-)
+ROUNDING = 1e-4  # float32 logits of the exact decomposition differ by 1e-6 to 1e-5 (README, "Verify")
 # What rounding of the stored cores and the clones' noise do to a weight shows in the logits, somewhat
 # amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
 AMPLIFICATION = 5.0
@@ -71,9 +69,7 @@ def verify(
     """
     folder = Path(artifact)
     if not is_artifact(folder):
-        raise VerifyError(
-            f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block"
-        )
+        raise VerifyError(f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block")
     report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     revision = report["revision"] if against is None else None
     against = against or report["base_model"]

@@ -13,9 +13,7 @@ class _Absent:
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("mpoe_convert", "tensorly"):
-            raise ModuleNotFoundError(
-                f"No module named {name!r} (hidden while verifying)", name=name
-            )
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden while verifying)", name=name)
         return None
 
 
@@ -70,9 +68,7 @@ def make_inputs(config) -> tuple[dict, str]:
         return {"pixel_values": torch.randn(size, generator=generator)}, f"{size} pixels"
     longest = getattr(text_config, "max_position_embeddings", None) or 48
     size = (2, min(48, longest - 4))
-    inputs = {
-        "input_ids": torch.randint(min(4, vocabulary - 1), vocabulary, size, generator=generator)
-    }
+    inputs = {"input_ids": torch.randint(min(4, vocabulary - 1), vocabulary, size, generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"][:, : size[1] // 2]

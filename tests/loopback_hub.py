@@ -130,9 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(
-            r"/api/models/(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>.+))?", path
-        )
+        api = re.fullmatch(r"/api/models/(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>.+))?", path)
         file = re.fullmatch(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)", path)
         found = api or file
         repo = self.hub.repos.get(found["id"]) if found else None
@@ -147,9 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = repo.files(commit)
         if file:
             return self._file(files.get(file["file"]), commit)
-        return self._json(
-            _listing(files) if api["what"] == "tree" else _info(api["id"], commit, files)
-        )
+        return self._json(_listing(files) if api["what"] == "tree" else _info(api["id"], commit, files))
 
     def _file(self, data: bytes | None, commit: str) -> None:
         if data is None:
@@ -165,9 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _refuse(
-        self, status: int, code: str | None, message: str, more: dict | None = None
-    ) -> None:
+    def _refuse(self, status: int, code: str | None, message: str, more: dict | None = None) -> None:
         headers = {"X-Error-Message": message, **(more or {})}
         if code:
             headers["X-Error-Code"] = code

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpoe_convert
-from mpoe_convert.checkpoint import TensorInfo, open_checkpoint
+from mpoe_convert.checkpoint import open_checkpoint
 from mpoe_convert.errors import CheckpointError
+from mpoe_convert.safetensors_header import TensorInfo
 
 PACKAGE = str(Path(mpoe_convert.__file__).parents[1])  # whichever copy is under test
 CONFIG = {"model_type": "gpt2", "n_layer": 12}

@@ -27,9 +27,7 @@ def load_pair(folder, out, auto_class, **options):
     """(stock model, converted model), loaded as users do, with nothing missing or left over."""
     auto = getattr(transformers, auto_class)
     dense = auto.from_pretrained(folder, **options).eval()
-    model, info = auto.from_pretrained(
-        out, trust_remote_code=True, output_loading_info=True, **options
-    )
+    model, info = auto.from_pretrained(out, trust_remote_code=True, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return dense, model.eval()
 

@@ -119,9 +119,7 @@ def test_a_download_takes_the_weights_and_their_companions_and_nothing_else(hub,
     assert (got["source"], got["revision"]) == ("o/m", repo.commit("main"))
     assert got["companions"] == sorted(BESIDE)
     assert got["read"] == [300, 500]
-    torch.testing.assert_close(
-        load_file(Path(got["folder"]) / "model.safetensors"), {**FIRST, **SECOND}
-    )
+    torch.testing.assert_close(load_file(Path(got["folder"]) / "model.safetensors"), {**FIRST, **SECOND})
 
 
 def test_shards_are_those_of_the_index(hub, ask):
@@ -196,9 +194,7 @@ def test_what_is_cached_needs_no_network(hub, ask):
     assert whole["tensors"] == headers["tensors"]
     for outcome in (half, absent):
         assert outcome["kind"] == "HubError"
-        assert (
-            "is not complete in the local cache and offline mode is on: unset" in outcome["message"]
-        )
+        assert "is not complete in the local cache and offline mode is on: unset" in outcome["message"]
 
 
 def test_a_refused_model_costs_no_weights(hub, ask):

@@ -26,9 +26,7 @@ AWKWARD = (11008, 13696, 4864, 172, 5632, 18944, 896)
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
-sizes = st.one_of(
-    st.integers(1, 400), st.sampled_from(AWKWARD), st.sampled_from([43, 53, 2 * 53, 4 * 43])
-)
+sizes = st.one_of(st.integers(1, 400), st.sampled_from(AWKWARD), st.sampled_from([43, 53, 2 * 53, 4 * 43]))
 odd_sites = st.sampled_from([3, 5, 7])
 limits = st.integers(1, 130)
 
@@ -52,9 +50,7 @@ def try_layout(layout, rows, cols, bond_dim, num_sites):
 @SETTINGS
 @given(rows=sizes, cols=sizes, num_sites=odd_sites, data=st.data())
 def test_products_limits_and_counts(layout, rows, cols, num_sites, data):
-    bond_dim = data.draw(
-        limits | st.tuples(*[limits] * (num_sites - 1)), label="one limit or one per bond"
-    )
+    bond_dim = data.draw(limits | st.tuples(*[limits] * (num_sites - 1)), label="one limit or one per bond")
     sites = try_layout(layout, rows, cols, bond_dim, num_sites)
     if sites is None:
         return
@@ -317,9 +313,7 @@ def test_nothing_to_share_names_a_way_out_that_works(layout, num_sites):
     message = str(error.value)
     assert f"{layout} layout cannot split 473 x 689" in message
     assert "neither size has a divisor between 2 and the bond limit 8" in message
-    assert "use --bond-dim 11 or more, --layout balanced, explicit --factors or --kind dense" in (
-        message
-    )
+    assert "use --bond-dim 11 or more, --layout balanced, explicit --factors or --kind dense" in (message)
     assert LAYOUTS[layout](473, 689, 11, num_sites).is_exact
     with pytest.raises(SitesError):
         LAYOUTS[layout](473, 689, 10, num_sites)

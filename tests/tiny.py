@@ -48,7 +48,7 @@ VARIANTS = {
     "gpt_neo": [{"attention_types": [[["global", "local"], 1]], "window_size": 4}],
     "gpt_bigcode": [{"n_inner": INNER, "multi_query": True}],
     "gptj": [{"n_inner": INNER, "rotary_dim": 4}],
-    "codegen": [{"n_inner": INNER, "rotary_dim": 4, "n_head": 4}],
+    "codegen": [{"n_inner": INNER, "rotary_dim": 4, "num_attention_heads": 4}],
     "gpt_neox": [{}, {"use_parallel_residual": False, "tie_word_embeddings": True}],
     "falcon": [
         {
@@ -88,7 +88,7 @@ VARIANTS = {
     ],
     "mt5": [T5],
     "umt5": [T5],
-    "vit": [{"image_size": 8, "patch_size": 4, "num_channels": 3}],
+    "vit": [{"image_size": 8, "patch_size": 4, "num_channels": 3, "encoder_stride": 4}],
 }
 for _type in (
     "bart",
@@ -125,7 +125,7 @@ def make_model(model_type: str, auto_class: str, variant: int = 0, seed: int = 0
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.2)
             elif (parameter == 0).all():
                 parameter.normal_(std=0.1)
         model.tie_weights()

@@ -152,9 +152,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--quick", action="store_true", help="the small matrix only, two repeats")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--limit", type=float, default=300, help="seconds after which a run is stopped"
-    )
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a run is stopped")
     options = parser.parse_args()
     console = Console()
     results = []
