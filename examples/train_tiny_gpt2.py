@@ -259,10 +259,10 @@ Temperature {temperature}, top-k {top_k}, at most {sample_tokens} new tokens. Th
 
 ## Limits
 
-It has the form of documentation and not the facts: names, signatures and claims are invented, or
-repeated from the text. It knows English as docstrings use it, and nothing else. It looks back
-{context} tokens at most. Some docstrings occur in the standard library in slightly different
-versions, and only exact copies were removed, so the held-out numbers flatter it a little.
+It has the form of documentation and not the facts: names, signatures, claims and some of the words
+are invented, or repeated from the text. It knows English as docstrings use it, and nothing else.
+It looks back {context} tokens at most. Some docstrings occur in the standard library in slightly
+different versions, and only exact copies were removed, so the held-out numbers may flatter it.
 """
 
 
