@@ -8,17 +8,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import Checkpoint
-from .errors import OutputError
+from .errors import CheckpointError, OutputError
 from .planning import Plan
 
 MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
+# What `verify` and `inspect` read of a report.
+_REPORT_KEYS = {
+    *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
+}
 
 
 def is_artifact(folder: Path) -> bool:
@@ -30,11 +34,55 @@ def is_artifact(folder: Path) -> bool:
     return isinstance(config, dict) and "mpoe" in config and (folder / REPORT_FILE).is_file()
 
 
-def check_output(output: Path, source: Path | None, overwrite: bool, num_bytes: int) -> None:
+def read_artifact(folder: Path) -> tuple[dict, dict]:
+    """(config, conversion report) of an artifact.
+
+    Raises:
+        CheckpointError: the folder is no artifact of this tool, or its report is damaged.
+    """
+    if not is_artifact(folder):
+        what = "is not an artifact of mpoe-convert" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(
+            f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
+            "config.json with an mpoe block"
+        )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        lacks = sorted(_REPORT_KEYS - set(report)) if isinstance(report, dict) else "everything"
+        if lacks:
+            raise ValueError(f"it lacks {lacks}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / REPORT_FILE} is damaged ({error}): convert again") from None
+    return config, report
+
+
+def check_output(output: Path, overwrite: bool) -> None:
     """Refuse, before any work, an output that could not or must not be written.
 
     Raises:
-        OutputError: it would touch the source, replace something else, or not fit.
+        OutputError: it would replace something that is not ours, or its parent is not writable.
+    """
+    try:
+        target = output.resolve()
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise OutputError(f"{output} exists and is not a folder; choose another output")
+        if target == Path.cwd():
+            raise OutputError(f"the output {output} is the current folder; name one that can be replaced")
+        if output.is_dir() and any(output.iterdir()):
+            _check_replaceable(output, overwrite)
+        parent = _existing_parent(target)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {output}: {parent} is not writable; choose another output")
+    except OSError as error:
+        raise _output_error(error, output) from error
+
+
+def check_fit(output: Path, source: Path | None, num_bytes: int) -> None:
+    """Refuse an output that touches the source folder, or a disk that is too full.
+
+    Raises:
+        OutputError: with both sizes, or both folders.
     """
     target = output.resolve()
     if source is not None:
@@ -44,18 +92,17 @@ def check_output(output: Path, source: Path | None, overwrite: bool, num_bytes: 
                 f"the output {output} and the source {source} lie inside each other; choose a folder "
                 "outside the source"
             )
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} exists and is not a folder; choose another output")
-    if output.is_dir() and any(output.iterdir()):
-        _check_replaceable(output, overwrite)
-    parent = next(p for p in target.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is not writable; choose another output")
+    parent = _existing_parent(target)
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OutputError(
-            f"the artifact needs {num_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
+            f"the artifact needs {num_bytes / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free; "
+            "free some space or choose another output"
         )
+
+
+def _existing_parent(target: Path) -> Path:
+    return next((parent for parent in target.parents if parent.exists()), target)
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
@@ -66,7 +113,10 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputError(f"{output} already holds an artifact; pass --overwrite to replace it")
-    written = set(json.loads((output / REPORT_FILE).read_text(encoding="utf-8")).get("files", ()))
+    try:
+        written = set(read_artifact(output)[1].get("files", ()))
+    except CheckpointError as error:
+        raise OutputError(f"{error}; nothing in it is touched, choose another output") from None
     foreign = sorted(p.name for p in output.iterdir() if p.name not in written)
     if foreign:
         raise OutputError(
@@ -83,9 +133,10 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputError: the disk is full or the folder cannot be written.
     """
     folder = None
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        folder = _sibling(output, ".partial")
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
         folder.chmod(0o777 & ~mask)
@@ -97,6 +148,14 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:  # those that hold the artifact now are not empty and stay
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _sibling(output: Path, suffix: str) -> Path:
+    """A new hidden folder beside the output; a long name is cut, since ours is longer."""
+    return Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=suffix, dir=output.parent))
 
 
 def _umask() -> int:
@@ -112,21 +171,24 @@ def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
         return
     if any(output.iterdir()):
         _check_replaceable(output, overwrite)  # again: it may have changed meanwhile
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    os.replace(output, aside)
+    aside = _sibling(output, ".old")
     try:
+        os.replace(output, aside)
         os.replace(folder, output)
-    except BaseException:
-        os.replace(aside, output)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if not output.exists():  # stopped between the two
+            os.replace(aside, output)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _output_error(error: OSError, output: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full; nothing was left at {output}: free some space and run again")
     reason = error.strerror or str(error)
-    return OutputError(f"cannot write {output}: {reason}; nothing was left there")
+    where = f" ({Path(error.filename).name})" if error.filename else ""
+    return OutputError(
+        f"cannot write {output}: {reason}{where}; nothing was left there, repair this or choose another"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import __version__
 from .errors import MpoeError, RecipeError
@@ -57,10 +60,18 @@ class GroupedCommand(click.Command):
 class ConvertByDefault(click.Group):
     """A group whose first argument, if it names no command, is the model for `convert`."""
 
-    def resolve_command(self, ctx, args):
-        if args and args[0] in self.commands:
-            return super().resolve_command(ctx, args)
-        return "convert", self.commands["convert"], args
+    def parse_args(self, ctx, args):
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        with stopped_once():
+            return super().invoke(ctx)
+
+    def shell_complete(self, ctx, incomplete):
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="dir")]
 
     def format_usage(self, ctx, formatter):
         formatter.write_usage(ctx.command_path, "MODEL -o OUTPUT [OPTIONS]")
@@ -235,8 +246,10 @@ def make_recipe(model: str | None, config: str | None, options: dict) -> Recipe:
 
 
 @contextmanager
-def told_in_one_line(verbose: int) -> Iterator[None]:
+def told_in_one_line(verbose: int, quiet: bool) -> Iterator[None]:
     """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request."""
+    if quiet or not sys.stderr.isatty():  # read by huggingface_hub when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
     except MpoeError as error:
@@ -249,6 +262,37 @@ def told_in_one_line(verbose: int) -> Iterator[None]:
         sys.exit(1)
 
 
+@contextmanager
+def stopped_once() -> Iterator[None]:
+    """A run that is interrupted, terminated or hung up cleans up and exits with 128 + the signal.
+
+    Another signal does not disturb the cleaning up. Signals that the caller ignores (nohup) stay so.
+    """
+
+    def stop(number, frame):
+        nonlocal stopped_by
+        stopped_by = number
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    stopped_by = signal.SIGINT
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Stopped by {signal.Signals(stopped_by).name}; no output was written.", err=True)
+        sys.exit(128 + stopped_by)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def echo_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -259,7 +303,7 @@ def echo_json(value: object) -> None:
 
 @click.group(
     cls=ConvertByDefault,
-    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
 )
 @click.version_option(__version__, package_name="mpoe-convert", prog_name="mpoe-convert")
@@ -269,8 +313,6 @@ def main() -> None:
     MODEL is a Hub id or a local folder. Every feed-forward weight becomes a chain of cores (a matrix
     product operator): the big central core is stored once, the small outer ones once per expert.
     """
-    # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 @main.command(cls=GroupedCommand)
@@ -295,7 +337,7 @@ def main() -> None:
 )
 def convert(model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options) -> None:
     """Convert MODEL (the command's name may be left out)."""
-    with told_in_one_line(verbose):
+    with told_in_one_line(verbose, quiet):
         recipe = make_recipe(model, config, options)
         if dry_run:
             show_plan(recipe, token, as_json, quiet)
@@ -325,7 +367,7 @@ def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
 
     Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone.
     """
-    with told_in_one_line(verbose):
+    with told_in_one_line(verbose, quiet):
         show_plan(make_recipe(model, config, options), token, as_json, quiet)
 
 
@@ -348,7 +390,7 @@ def inspect(artifact, as_json, quiet, verbose) -> None:
     from . import render
     from .summary import inspect as summarise
 
-    with told_in_one_line(verbose):
+    with told_in_one_line(verbose, quiet):
         summary = summarise(artifact)
         if as_json:
             echo_json(summary.to_json())
@@ -389,7 +431,7 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
     from . import render
     from .verification import verify as verify_artifact
 
-    with told_in_one_line(verbose):
+    with told_in_one_line(verbose, quiet):
         result = verify_artifact(artifact, against=against, tolerance=tolerance, token=token)
     if as_json:
         echo_json(asdict(result) | {"ok": result.ok})

@@ -117,6 +117,7 @@ class MPOEChain(nn.Module):
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.shapes = chain_shapes(term)
+        self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(term["shared"])
         self.core_names = core_names(term)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
@@ -166,28 +167,26 @@ class MPOEChain(nn.Module):
         r, m, n, s = middle.shape
         if centre.start > 0:
             left = merge_cores(cores[: centre.start])[:, 0, :, 0]  # (E, a, r)
-            x = rows.reshape(num_rows, -1, m).transpose(1, 2)  # (N, m, a)
-            x = groups.linear(x.reshape(num_rows * m, -1), left, rows_each=m)  # (N*m, r)
+            x = rows.reshape(num_rows, left.shape[1], m).transpose(1, 2)  # (N, m, a)
+            x = groups.linear(x.flatten(0, 1), left, rows_each=m)  # (N*m, r)
             rows = x.reshape(num_rows, m, r).transpose(1, 2).reshape(num_rows, r * m)
         y = rows @ middle.reshape(r * m, n * s)  # shared by all experts
         if centre.stop < len(cores):
             right = merge_cores(cores[centre.stop :])[:, :, 0, :, 0]  # (E, s, b)
             y = groups.linear(y.reshape(num_rows * n, s), right, rows_each=n)  # (N*n, b)
-        return y.reshape(num_rows, math.prod(shape[2] for shape in self.shapes))
+        return y.reshape(num_rows, self.out_features)
 
     @property
     def flops_per_row(self) -> int:
         """Floating-point operations per row (2 per multiply-add), without building any matrix."""
-        in_features = math.prod(shape[1] for shape in self.shapes)
-        out_features = math.prod(shape[2] for shape in self.shapes)
         if all(self.shared) or not self.is_one_sided:
-            return 2 * in_features * out_features
+            return 2 * self.in_features * self.out_features
         centre = self.centre
         r, s = self.shapes[centre.start][0], self.shapes[centre.stop - 1][3]
         a = math.prod(shape[1] for shape in self.shapes[: centre.start])
         b = math.prod(shape[2] for shape in self.shapes[centre.stop :])
-        middle_in, middle_out = in_features // a * r, out_features // b * s
-        left = in_features * r if centre.start > 0 else 0
+        middle_in, middle_out = self.in_features // a * r, self.out_features // b * s
+        left = self.in_features * r if centre.start > 0 else 0
         right = middle_out * b if centre.stop < len(self.shapes) else 0
         return 2 * (left + middle_in * middle_out + right)
 
@@ -319,7 +318,7 @@ class MPOEFeedForward(nn.Module):
         copies = rows[order.argsort()].reshape(*experts.shape, rows.shape[-1])  # (T, k, H)
         weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
         output = (copies * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
-        output = self.outer_dropout(output.reshape(*hidden_states.shape[:-1], -1))
+        output = self.outer_dropout(output.reshape(hidden_states.shape))
         return output + residual if self.adds_residual else output
 
     def _inner(self, rows: Tensor, groups: Groups) -> Tensor:

@@ -16,9 +16,8 @@ algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, prod, sqrt
+from math import inf, prod
 
 import tensorly
 import torch
@@ -34,8 +33,17 @@ METHODS = ("auto", "exact", "randomized")
 # Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
 # Above, the float64 eigendecomposition, cubic in the rows, costs more than it saves.
 _MAX_GRAM = 1024
+# The Gram matrix of float32 data is summed in float64 from float32 products: accurate to about 1e-7
+# of its norm, which is enough where nothing or much is dropped. Where less than this part of the
+# squared norm is dropped, or where squares may leave the range of float32, it is computed again
+# from float64 products, which takes twice the time.
+_SMALL_LOSS = 1e-3
+_SAFE_NORM = (1e-20, 1e30)
+_PRODUCT_COLUMNS = 2048
 # float64 copies are made of this many numbers at a time: 32 MiB.
 _CHUNK = 1 << 22
+# Differences are taken in pieces of this many numbers, which stay in a core's cache.
+_CACHED = 1 << 17
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 3
 
@@ -90,9 +98,9 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
     left, right = _Block.left_of_centre(sites), _Block.right_of_centre(sites)
     with torch.no_grad(), tensorly.backend_context("pytorch", local_threadsafe=True):
         unfolding = _fold_in_three(matrix, sites)  # (left, centre * right)
-        left_cores, left_lost, rest = _sweep(unfolding, left, _Split(svd, seed))
+        left_cores, left_lost, rest = _sweep(unfolding, left, svd, seed)
         rest = rest.reshape(-1, right.rows).mT  # (right, left bond * centre)
-        right_cores, right_lost, rest = _sweep(rest, right, _Split(svd, seed))
+        right_cores, right_lost, rest = _sweep(rest, right, svd, seed)
         bond_left, bond_right = left_cores[-1].shape[-1], right_cores[0].shape[0]
         core = rest.mT.reshape(bond_left, sites.in_dims[c], sites.out_dims[c], bond_right)
         tt = TTMatrix([*left_cores, core.contiguous(), *right_cores])
@@ -101,7 +109,7 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
 
 
 def relative_error(matrix: Tensor, approximation: Tensor) -> float:
-    """norm(matrix - approximation) / norm(matrix) in the Frobenius norm, accumulated in float64.
+    """norm(matrix - approximation) / norm(matrix) in the Frobenius norm.
 
     Both (rows, cols), any float dtypes. A zero matrix gives 0 if met exactly, else infinity.
 
@@ -113,15 +121,17 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
             f"cannot compare {tuple(matrix.shape)} with {tuple(approximation.shape)}: "
             "both have to be the same matrix"
         )
-    norm = error = 0.0
+    rows = max(_CACHED // matrix.shape[1], 1)
+    pieces = zip(matrix.split(rows), approximation.split(rows), strict=True)
     with torch.no_grad():
-        for ours, theirs in zip(_row_chunks(matrix), _row_chunks(approximation), strict=True):
-            ours = ours.double()
-            norm += ours.square().sum().item()
-            error += (ours - theirs.double()).square().sum().item()
+        # float64 sums take ten times as long and are needed only where squares could over- or underflow.
+        dtype = None if _is_ordinary(matrix) else torch.float64
+        norm = float(torch.linalg.vector_norm(matrix, dtype=dtype))
+        norms = [torch.linalg.vector_norm(ours - theirs, dtype=dtype) for ours, theirs in pieces]
+        error = float(torch.linalg.vector_norm(torch.stack(norms)))
     if norm == 0.0:
         return 0.0 if error == 0.0 else inf
-    return sqrt(error / norm)
+    return error / norm
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,9 @@ def _fold_in_three(matrix: Tensor, sites: Sites) -> Tensor:
     return folded.reshape(ins[0] * outs[0], -1)
 
 
-def _sweep(unfolding: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor], list[float], Tensor]:
+def _sweep(
+    unfolding: Tensor, block: _Block, method: str, seed: int
+) -> tuple[list[Tensor], list[float], Tensor]:
     """TT-SVD of one block of sites, from the end of the chain to the centre.
 
     ::
@@ -196,31 +208,47 @@ def _sweep(unfolding: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor
 
     Args:
         unfolding: (block.rows, anything).
-        split: the SVD for TensorLy.
 
     Returns:
         The cores and what their bonds discarded, in chain order, and the rest (bond, anything).
     """
     rows, columns = unfolding.shape
-    small = rows <= min(columns, _MAX_GRAM) and split.method != "randomized"
-    tensor = _square_root(unfolding) if small else unfolding
+    if method == "randomized" or rows > min(columns, _MAX_GRAM):
+        cores, lost, rest = _tensor_train(unfolding, block, _Split(method, seed))
+        return _in_chain_order(cores, lost, block, unfolding.dtype) + (rest,)
+    for products in dict.fromkeys((unfolding.dtype, torch.float64)):
+        gram = _gram(unfolding, products)
+        norm = gram.trace()  # of A, squared
+        if products == torch.float32 and not _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
+            continue
+        cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
+        if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
+            break
+    cores, lost = _in_chain_order(cores, lost, block, unfolding.dtype)
+    return cores, lost, _block_isometry(cores, block) @ unfolding
+
+
+def _tensor_train(tensor: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor], list[float], Tensor]:
+    """TensorLy's TT-SVD of (block.rows, columns): cores, discarded weights, rest; sweep order."""
     in_dims, out_dims, sites = block.in_dims, block.out_dims, len(block.in_dims)
+    columns = tensor.shape[1]
     if block.from_right and sites > 1:
-        tensor = tensor.reshape(*in_dims, *out_dims, -1)
-        order = [*range(sites)][::-1], [*range(sites, 2 * sites)][::-1]
-        tensor = tensor.permute(*order[0], *order[1], 2 * sites)
+        order = [*reversed(range(sites)), *reversed(range(sites, 2 * sites)), 2 * sites]
+        tensor = tensor.reshape(*in_dims, *out_dims, columns).permute(order)
         in_dims, out_dims = in_dims[::-1], out_dims[::-1]
     # The columns are one more site without input: TensorLy leaves the rest there.
-    tensor = tensor.reshape(*in_dims, 1, *out_dims, -1)
+    tensor = tensor.reshape(*in_dims, 1, *out_dims, columns)
     factors = tensor_train_matrix(tensor, [1, *block.bonds, 1], svd=split).factors
-    cores = [core.to(unfolding.dtype).contiguous() for core in factors[:-1]]
-    lost = split.discarded
+    return factors[:-1], split.discarded, factors[-1].reshape(-1, columns)
+
+
+def _in_chain_order(
+    cores: list[Tensor], lost: list[float], block: _Block, dtype: torch.dtype
+) -> tuple[list[Tensor], list[float]]:
     if block.from_right:
-        cores = [core.permute(3, 1, 2, 0).contiguous() for core in reversed(cores)]
+        cores = [core.permute(3, 1, 2, 0) for core in reversed(cores)]
         lost = lost[::-1]
-    if small:
-        return cores, lost, _block_isometry(cores, block) @ unfolding
-    return cores, lost, factors[-1].reshape(-1, columns)
+    return [core.to(dtype).contiguous() for core in cores], lost
 
 
 def _block_isometry(cores: list[Tensor], block: _Block) -> Tensor:
@@ -274,7 +302,7 @@ def _exact_basis(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
         q, r = torch.linalg.qr(matrix)
         basis, lost = _exact_basis(r, rank)
         return q @ basis, lost
-    values, vectors = torch.linalg.eigh(_gram(matrix))  # ascending
+    values, vectors = torch.linalg.eigh(_gram(matrix, torch.float64))  # ascending
     dropped = values[: rows - rank].clamp(min=0)
     return vectors.flip(1)[:, :rank].to(matrix.dtype).contiguous(), float(dropped.sum())
 
@@ -297,9 +325,8 @@ def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Ten
     return q @ rotation, projected, max(lost, 0.0)
 
 
-def _square_root(matrix: Tensor) -> Tensor:
-    """B (rows, rows) in float64 with B B^T = A A^T."""
-    gram = _gram(matrix)
+def _square_root(gram: Tensor) -> Tensor:
+    """Square B with B B^T = the given positive semidefinite matrix."""
     factor, info = torch.linalg.cholesky_ex(gram)
     if info == 0:  # a tenth of the cost of the eigendecomposition, which rank deficiency needs
         return factor
@@ -307,19 +334,27 @@ def _square_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """A A^T in float64, in chunks of columns, so that no float64 copy of A exists."""
-    rows, columns = matrix.shape
+def _gram(matrix: Tensor, products: torch.dtype) -> Tensor:
+    """A A^T, summed in float64 over chunks of columns, so that no float64 copy of A exists.
+
+    Args:
+        matrix: A, (rows, columns).
+        products: dtype in which a chunk is multiplied.
+    """
+    rows = matrix.shape[0]
+    width = _CHUNK // rows if products == torch.float64 else _PRODUCT_COLUMNS
     gram = matrix.new_zeros(rows, rows, dtype=torch.float64)
-    for chunk in matrix.split(max(_CHUNK // rows, 1), dim=1):
-        chunk = chunk.double()
-        gram.addmm_(chunk, chunk.mT)
+    for chunk in matrix.split(max(width, 1), dim=1):
+        chunk = chunk.to(products)
+        gram += chunk @ chunk.mT
     return gram
 
 
 def _squared_norm(matrix: Tensor) -> float:
-    return sum(chunk.double().square().sum().item() for chunk in _row_chunks(matrix))
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
-def _row_chunks(matrix: Tensor) -> Sequence[Tensor]:
-    return matrix.split(max(_CHUNK // matrix.shape[1], 1))
+def _is_ordinary(matrix: Tensor) -> bool:
+    """Whether the squares of the numbers, and of their rounding errors, are ordinary float32 numbers."""
+    low, high = matrix.aminmax()
+    return matrix.dtype == torch.float32 and 1e-12 < max(-float(low), float(high)) < 1e12

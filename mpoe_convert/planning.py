@@ -20,7 +20,7 @@ FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Tables that are looked up, not multiplied with: they cost no arithmetic.
 _LOOKUP = re.compile(r"embed|\bwte\b|\bwpe\b|shared\.weight$|relative_attention_bias|position")
 # Causal masks and position indices that old checkpoints carry: stored, but not parameters.
-_BUFFER = re.compile(r"(attn|attention|self_attention)\.(masked_)?bias$|inv_freq$|position_ids$")
+_BUFFER = re.compile(r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|inv_freq$|position_ids$")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> Plan:
 def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """The plan for an opened checkpoint. Raises MpoeError."""
     model_type = checkpoint.config["model_type"]
-    family, found = resolve(model_type, checkpoint.tensors, recipe.ffn)
+    family, found = resolve(model_type, checkpoint.tensors, recipe.ffn, checkpoint.config)
     chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
     if not chosen:
         names = ", ".join(ffn.path for ffn in found[:4])
@@ -306,6 +306,11 @@ def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ..
     return tuple(out)
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a copied tensor is no parameter but a mask or a table, by its name."""
+    return bool(_BUFFER.search(name))
+
+
 def stock_class(config: dict) -> type | None:
     """The transformers class that the config names first, if this release has it."""
     import transformers
@@ -399,7 +404,7 @@ def model_totals(plan: Plan) -> Totals:
     from dataclasses import fields
 
     copied = [t for t in plan.tensors if t.ffn is None]
-    params = sum(prod(t.shape) for t in copied if not _BUFFER.search(t.name))
+    params = sum(prod(t.shape) for t in copied if not is_buffer(t.name))
     flops = 2 * sum(_multiplied(t) for t in copied)
     if plan.ties_embeddings:
         tables = [prod(t.shape) for t in copied if len(t.shape) == 2 and _LOOKUP.search(t.name)]
@@ -417,4 +422,4 @@ def model_totals(plan: Plan) -> Totals:
 
 def _multiplied(tensor: OutTensor) -> int:
     is_product = len(tensor.shape) >= 2 and not _LOOKUP.search(tensor.name)
-    return prod(tensor.shape) if is_product and not _BUFFER.search(tensor.name) else 0
+    return prod(tensor.shape) if is_product and not is_buffer(tensor.name) else 0

@@ -73,6 +73,7 @@ class Recipe:
     ffn: str | None = None
 
     def __post_init__(self):
+        self._check_text()
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -82,6 +83,16 @@ class Recipe:
         parse_size(self.max_shard_size)
         if self.layers is not None:
             parse_layers(self.layers)
+
+    def _check_text(self) -> None:
+        for name in ("model", "revision", "factors", "device", "ffn"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("model", "device")):
+                raise RecipeError(f"{name} is {value!r}; expected text (quote it in a recipe file)")
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
+                raise RecipeError(f"{name} is {value!r}; expected a pattern or a list of patterns")
 
     def _check_experts(self) -> None:
         for name in ("experts", "top_k", "seed"):
@@ -95,9 +106,10 @@ class Recipe:
                 f"top_k is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"
             )
         if not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
-            raise RecipeError(f"noise is {self.noise!r}; expected a number of at least 0")
-        if self.sites is not None and (self.sites < 3 or self.sites % 2 == 0):
-            raise RecipeError(f"sites is {self.sites}; expected an odd number of at least 3")
+            raise RecipeError(f"noise is {self.noise!r}; expected a number of at least 0, such as 0.01")
+        sites = 3 if self.sites is None else self.sites
+        if not isinstance(sites, int) or isinstance(sites, bool) or sites < 3 or sites % 2 == 0:
+            raise RecipeError(f"sites is {sites!r}; expected an odd number of at least 3")
 
     def _check_choices(self) -> None:
         from .experts import KINDS

@@ -223,7 +223,7 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
 
 @contextmanager
 def progress_bar(out: Console, enabled: bool) -> Iterator:
-    """A progress callback for `convert`: a bar over matrices on a terminal, nothing elsewhere."""
+    """A progress callback for `convert`: a bar over FFNs on a terminal, nothing elsewhere."""
     if not (enabled and out.is_terminal):
         yield None
         return
@@ -233,14 +233,20 @@ def progress_bar(out: Console, enabled: bool) -> Iterator:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=out, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
+    bar = Progress(*columns, console=out, transient=True)
 
-        def update(name: str, done: int, total: int, report: MatrixReport | None) -> None:
-            text = name if report is None else f"{name}  error {report.relative_error:.1e}"
-            bar.update(task, description=escape(text), completed=done, total=total)
+    def update(name: str, done: int, total: int, report: MatrixReport | None) -> None:
+        if not bar.tasks:  # not before: a download has bars of its own
+            bar.add_task("")
+            bar.start()
+        text = name if report is None else f"{name}  error {report.relative_error:.1e}"
+        bar.update(bar.task_ids[0], description=escape(text), completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if bar.tasks:
+            bar.stop()
 
 
 def print_verification(result: Verification, out: Console) -> None:

@@ -153,7 +153,7 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
     """
     limits = _limits(max_bond, num_sites)
     half = num_sites // 2
-    widest = isqrt(rows * cols)  # a wider outer block would meet a smaller rest, which caps the bond anyway
+    widest = isqrt(rows * cols)  # a wider outer block would only meet a smaller rest
     left, _ = _largest_block(rows, 1, min(limits[half - 1], widest))
     _, right = _largest_block(1, cols, min(limits[half], widest))
     return _wide("one-sided", rows, cols, (left, 1), (1, right), limits)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from .artifact import REPORT_FILE, is_artifact
-from .errors import CheckpointError
+from .artifact import read_artifact
 from .safetensors_header import TensorInfo, read_header
 
 
@@ -48,10 +46,7 @@ def inspect(folder: str | Path) -> Summary:
         CheckpointError: the folder is no artifact of this tool, or a weight file is damaged.
     """
     folder = Path(folder)
-    if not is_artifact(folder):
-        raise CheckpointError(
-            f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block"
-        )
+    config, report = read_artifact(folder)
     tensors: list[TensorInfo] = []
     for path in sorted(folder.glob("*.safetensors")):
         tensors += read_header(path, path.name).values()
@@ -62,8 +57,8 @@ def inspect(folder: str | Path) -> Summary:
         parts[part] = (count + 1, params + prod(tensor.shape), size + tensor.num_bytes)
     return Summary(
         folder=str(folder),
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        report=json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")),
+        config=config,
+        report=report,
         parts=parts,
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     )

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifact import REPORT_FILE, is_artifact
+from .artifact import read_artifact
 from .card import main_auto_class
 from .errors import VerifyError
 
@@ -66,16 +66,18 @@ def verify(
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing.
+        CheckpointError: the folder is no artifact.
     """
     folder = Path(artifact)
-    if not is_artifact(folder):
-        raise VerifyError(f"{folder} is not an artifact of mpoe-convert: no config.json with an mpoe block")
-    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    config, report = read_artifact(folder)
     revision = report["revision"] if against is None else None
+    was_local = against is None and revision is None
     against = against or report["base_model"]
-    if revision is None and not Path(against).is_dir() and against.count("/") > 1:
-        raise VerifyError(f"the dense model {against} is not a folder; name it with --against")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not Path(against).is_dir() and (was_local or _is_path(against)):
+        raise VerifyError(
+            f"the dense model {against} is not a folder here; expected "
+            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
+        )
     base = {"architectures": [a.removeprefix("MPOE") for a in config["architectures"]]}
     auto_class = main_auto_class(base, report["model_type"])
     request = {
@@ -93,6 +95,11 @@ def verify(
         tolerance=_tolerance(report) if tolerance is None else tolerance,
         **result,
     )
+
+
+def _is_path(model: str) -> bool:
+    """Whether the text can only mean a folder, not a Hub id."""
+    return model.startswith((".", "~", "/")) or model.count("/") > 1
 
 
 def _tolerance(report: dict) -> float:

@@ -298,6 +298,36 @@ def test_extreme_scales_in_float32(scale):
     assert relative_error(matrix, contract_chain(fitted.cores)) < ROUNDING[torch.float32]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_extreme_scales_report_what_they_discard(scale):
+    sites = choose(48, 96, layout="balanced", num_sites=3, bond_dim=6)
+    matrix = random_matrix(sites, 10, torch.float32) * scale
+    fitted = fit(matrix, sites)
+    lost = sum(fitted.discarded) / matrix.double().square().sum().item()
+    error = relative_error(matrix, contract_chain(fitted.cores))
+    assert sqrt(lost) == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [1, 3, 6, 9])
+def test_small_losses_are_reported_as_accurately_as_large_ones(decay):
+    """float32 data whose discarded part is far below float32 rounding of the squared norm."""
+    sites = choose(64, 64, layout="balanced", num_sites=3, bond_dim=8)
+    small = replace(sites, bonds=tuple(bond // 2 for bond in sites.bonds))
+    cores = [random_matrix(Sites((i, 1, 1), (o, 1, 1), (1, 1)), k) for k, i, o in _parts(sites)]
+    matrix = torch.kron(torch.kron(cores[0], cores[1]), cores[2])
+    matrix = matrix + 10.0**-decay * random_matrix(sites, 21)
+    fitted = fit(matrix.float(), small)
+    lost = sqrt(sum(fitted.discarded)) / matrix.norm().item()
+    spectra = bond_spectra(matrix, small)
+    tails = [s[b:].square().sum().item() for s, b in zip(spectra, small.bonds, strict=True)]
+    best = sqrt(max(tails)) / matrix.norm().item()
+    assert best * 0.99 - 2e-7 <= lost <= sqrt(2) * best * 1.01 + 2e-7
+
+
+def _parts(sites):
+    return [(k, i, o) for k, (i, o) in enumerate(zip(sites.in_dims, sites.out_dims, strict=True))]
+
+
 def test_small_singular_values_survive():
     """Columns over twelve orders of magnitude: nothing may be divided by what is near zero."""
     sites = choose(64, 64, layout="one-sided", num_sites=3, bond_dim=64)

@@ -1,0 +1,171 @@
+"""Time and memory of whole conversions on synthetic checkpoints.
+
+    python tests/benchmarks/conversion.py [--json FILE] [--repeats N] [--only gpt2|llama]
+
+* gpt2: the shapes of GPT-2 (124 M parameters, float32). Time of a whole conversion against reading the
+  same tensors and writing as many bytes with safetensors, alternating; ratio of medians. The artifact
+  is then loaded and its weights are compared.
+* llama: the shapes of a 1.2-billion-parameter Llama in bfloat16. Peak resident memory of a fresh process
+  that converts it, over that of one that only imported torch and what the conversion imports.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mpoe_convert import Recipe, convert
+
+SHARD_BYTES = 500_000_000
+
+
+def write_checkpoint(folder: Path, config, model_class, dtype) -> Path:
+    """Random tensors of a model's shapes, written shard by shard; the model itself stays on meta."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        model = model_class(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    generator = torch.Generator().manual_seed(0)
+    shard, size, weight_map, files = {}, 0, {}, []
+
+    def flush():
+        nonlocal shard, size
+        files.append(f"model-{len(files) + 1:05d}.safetensors")
+        save_file(shard, folder / files[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, files[-1]))
+        shard, size = {}, 0
+
+    for name, parameter in model.named_parameters():
+        if name in tied:
+            continue
+        shard[name] = (0.02 * torch.randn(parameter.shape, generator=generator)).to(dtype)
+        size += shard[name].nbytes
+        if size > SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+def read_and_write(source: Path, target: Path, extra_bytes: int) -> None:
+    """The least any converter has to do: read every tensor, write as many bytes as the artifact has."""
+    target.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        save_file(tensors, target / path.name)
+    save_file({"extra": torch.zeros(extra_bytes, dtype=torch.uint8)}, target / "extra.safetensors")
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def benchmark_time(folder: Path, repeats: int) -> dict:
+    source = write_checkpoint(folder / "gpt2", GPT2Config(), GPT2LMHeadModel, torch.float32)
+    recipe = Recipe(str(source), experts=8, bond_dim=64)
+    report = convert(recipe, folder / "warm-up")
+    errors = [matrix.relative_error for matrix in report.matrices]
+    assert max(errors) < 1e-6, max(errors)
+    extra = max(report.plan.totals.stored_bytes - report.plan.totals.dense_bytes, 0)
+    ours, copies = [], []
+    for number in range(repeats):
+        copies.append(timed(lambda n=number: read_and_write(source, folder / f"copy{n}", extra)))
+        ours.append(timed(lambda n=number: convert(recipe, folder / f"out{n}")))
+        shutil.rmtree(folder / f"copy{number}")
+        shutil.rmtree(folder / f"out{number}")
+    return {
+        "matrices": len(report.matrices),
+        "largest_relative_error": max(errors),
+        "convert_seconds": statistics.median(ours),
+        "read_and_write_seconds": statistics.median(copies),
+        "ratio": statistics.median(ours) / statistics.median(copies),
+        "repeats": repeats,
+    }
+
+
+LLAMA = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128_256,
+    tie_word_embeddings=True,
+)
+# The interpreter's own share: everything that a conversion imports.
+IMPORTS = "import torch, mpoe_convert.conversion, mpoe_convert.modeling_mpoe, mpoe_convert.mpo"
+# Not getrusage: a child's ru_maxrss starts at its parent's.
+PEAK = "print('peak', next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+
+
+def peak_bytes(code: str) -> int:
+    """Peak resident memory of a fresh process that runs the code (Linux)."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{IMPORTS}\n{code}\n{PEAK}"], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-2]) * 1024
+
+
+def benchmark_memory(folder: Path) -> dict:
+    source = write_checkpoint(folder / "llama", LLAMA, LlamaForCausalLM, torch.bfloat16)
+    recipe = f"from mpoe_convert import Recipe; recipe = Recipe({str(source)!r}, experts=8, bond_dim=64)"
+    start = time.perf_counter()
+    peak = peak_bytes(f"{recipe}\nmpoe_convert.conversion.convert(recipe, {str(folder / 'out')!r})")
+    seconds = time.perf_counter() - start
+    report = json.loads((folder / "out/conversion_report.json").read_text())
+    assert report["max_relative_error"] < 5e-3, report["max_relative_error"]  # bfloat16 cores
+    base = peak_bytes("")
+    code = f"{recipe}\nfrom mpoe_convert import plan; print(plan(recipe).peak_bytes)"
+    planned = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {
+        "parameters": report["totals"]["dense_params"],
+        "artifact_bytes": report["totals"]["stored_bytes"],
+        "base_bytes": base,
+        "peak_over_base_bytes": peak - base,
+        "planned_peak_bytes": int(planned.stdout.split()[-1]),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("gpt2", "llama"))
+    options = parser.parse_args()
+    results = {"threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.only != "llama":
+            results["gpt2"] = benchmark_time(Path(folder) / "time", options.repeats)
+        if options.only != "gpt2":
+            results["llama"] = benchmark_memory(Path(folder) / "memory")
+    table = Table("benchmark", "quantity", "value")
+    for name, numbers in results.items():
+        for key, value in numbers.items() if isinstance(numbers, dict) else (("", numbers),):
+            table.add_row(name, key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+    Console(width=100).print(table)
+    text = json.dumps(results, indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
