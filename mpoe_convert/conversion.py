@@ -201,13 +201,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A finite tensor in another dtype. Raises CheckpointError if a number is too large for it."""
-    stored = tensor.to(dtype)
-    if stored.dtype != tensor.dtype and not stored.isfinite().all():
-        largest, short = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{name} holds numbers up to {largest:.3g}, too large for {short}; use another --dtype"
-        )
-    return stored
+    import torch
+
+    if dtype != tensor.dtype and tensor.numel():
+        largest = max(abs(float(bound)) for bound in tensor.aminmax())
+        if largest > torch.finfo(dtype).max:
+            short = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} holds numbers up to {largest:.3g}, too large for {short}; use another --dtype"
+            )
+    return tensor.to(dtype)
 
 
 def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:

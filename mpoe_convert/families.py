@@ -291,20 +291,23 @@ class DenseFFN:
     projections: dict[str, Source]
 
 
-def resolve(model_type: str, names: Iterable[str], ffn: str | None = None) -> tuple[Family, list[DenseFFN]]:
+def resolve(
+    model_type: str, names: Iterable[str], ffn: str | None = None, config: dict | None = None
+) -> tuple[Family, list[DenseFFN]]:
     """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
 
     Args:
         model_type: from config.json.
         names: tensor names of the checkpoint.
         ffn: names given by hand, for architectures outside the table.
+        config: the checkpoint's config; only `ffn` needs it.
 
     Raises:
         FamilyError: the type is unknown, or the names do not fit its row.
     """
     names = set(names)
     if ffn is not None:
-        family = family_by_hand(model_type, ffn)
+        family = family_by_hand(model_type, ffn, config or {})
     elif model_type in FAMILY_OF:
         family = FAMILY_OF[model_type]
     else:
@@ -381,13 +384,16 @@ def _unknown(model_type: str, names: set[str]) -> str:
         return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
     _, family, spelling = nearest
     roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
+    present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
+    if {spelling.up, spelling.down} <= set(present):
+        roles = present  # such as a plain FFN with the names of a gated one
     slot = spelling.up.rpartition(".")[0]
     layer = spelling.layers[0] + (f".{slot}" if slot else "")
     hint = f"{layer}:{','.join(part.rpartition('.')[2] for part in roles)}"
     return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
 
 
-def family_by_hand(model_type: str, ffn: str) -> Family:
+def family_by_hand(model_type: str, ffn: str, config: dict) -> Family:
     """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the stock module.
 
     The stock layer is built on the meta device (no memory) to see what the names cannot tell: the
@@ -406,5 +412,5 @@ def family_by_hand(model_type: str, ffn: str) -> Family:
     *gate, up, down = [name for name in match.groups()[3:] if name]
     from .stock import describe_slot
 
-    row = describe_slot(model_type, layers[0].format(0), slot, (*gate, up, down))
+    row = describe_slot(model_type, config, layers[0].format(0), slot, (*gate, up, down))
     return _inside(slot, up, down, layers, gate=gate[0] if gate else None, model_types=(model_type,), **row)

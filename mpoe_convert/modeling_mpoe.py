@@ -97,10 +97,12 @@ class Groups(NamedTuple):
 
     def linear(self, rows: Tensor, weight: Tensor, rows_each: int = 1) -> Tensor:
         """Each row times its expert's matrix: (N * rows_each, in), (E, in, out) -> (.., out)."""
-        if self.sizes is None:  # an opaque operator of fixed output shape
-            ends = self.ends * rows_each
-            weight = weight.to(rows.dtype).contiguous()
-            return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+        if self.sizes is None:  # an opaque operator of fixed output shape, unknown to autocast
+            device, dtype = rows.device.type, rows.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            rows, weight = rows.to(dtype), weight.to(dtype).contiguous()
+            return torch.ops.transformers.grouped_mm_fallback(rows, weight, self.ends * rows_each)
         parts = rows.split([size * rows_each for size in self.sizes])
         products = [part @ weight[e] for e, part in enumerate(parts) if len(part)]
         return torch.cat(products) if products else rows @ weight[0]
@@ -407,6 +409,8 @@ class MPOEMixin:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
         for path, form in present.items():
             swap_ffn(base.get_submodule(path), block["forms"][form], block)
+        if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
+            self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         self.post_init()
 
     @torch.no_grad()

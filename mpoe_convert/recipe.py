@@ -69,7 +69,7 @@ class Recipe:
     dtype: str | None = None
     device: str = "auto"
     svd: str = "auto"
-    max_shard_size: str = "2GB"
+    max_shard_size: str = "1GB"
     ffn: str | None = None
 
     def __post_init__(self):

@@ -7,11 +7,12 @@ import inspect
 from .errors import FamilyError
 
 
-def describe_slot(model_type: str, layer: str, slot: str, projections: tuple[str, ...]) -> dict:
+def describe_slot(model_type: str, config: dict, layer: str, slot: str, projections: tuple[str, ...]) -> dict:
     """The fields of a family row for a self-contained FFN module of a stock model.
 
     Args:
         model_type: the checkpoint's own; its class must be part of transformers.
+        config: the checkpoint's own; some defaults are no model.
         layer: module path of one layer below the base model.
         slot: path of the FFN in the layer.
         projections: names of the linear layers in the slot, (up, down) or (gate, up, down).
@@ -26,13 +27,22 @@ def describe_slot(model_type: str, layer: str, slot: str, projections: tuple[str
 
     if model_type not in CONFIG_MAPPING:
         raise FamilyError(f"transformers has no model type {model_type!r}; its code cannot be subclassed")
-    with torch.device("meta"):
-        model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(CONFIG_MAPPING[model_type].from_dict(config))
+    except Exception as error:  # whatever the stock code thinks of this config
+        raise FamilyError(
+            f"transformers cannot build a {model_type} from this config.json "
+            f"({type(error).__name__}: {error}), so --ffn cannot be checked; repair the config"
+        ) from error
     try:
         module = model.get_submodule(f"{layer}.{slot}")
         linears = [module.get_submodule(name) for name in projections]
     except AttributeError as error:
-        raise FamilyError(f"--ffn does not fit transformers' {type(model).__name__}: {error}") from None
+        raise FamilyError(
+            f"--ffn does not fit transformers' {type(model).__name__}: {error}; expected names below it, so "
+            f"without {model.base_model_prefix}."
+        ) from None
     if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
         kinds = sorted({type(linear).__name__ for linear in linears})
         raise FamilyError(f"--ffn names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D")

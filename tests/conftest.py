@@ -11,6 +11,8 @@ os.environ["HF_MODULES_CACHE"] = f"{_HOME}/modules"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread each: tests run side by side, and threads of several processes slow each other down.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 

@@ -437,3 +437,13 @@ def test_a_subset_of_layers_makes_the_same_tensors_for_them(choice, source, tmp_
     assert any("router" in name for name in made) and any(".mlp.c_fc." in name for name in part)
     assert_same_tensors(made, whole)
     assert_same_tensors({n: t for n, t in part.items() if n in original}, original)
+
+
+def test_every_matrix_and_router_draws_numbers_of_its_own(source, tmp_path):
+    """One seed, but no two tensors with the same noise."""
+    convert(Recipe(str(source), **SMALL), tmp_path / "out")
+    tensors = all_tensors(tmp_path / "out")
+    routers = [tensor for name, tensor in tensors.items() if name.endswith("router.weight")]
+    assert len(routers) == 2 and not torch.equal(*routers)
+    noise = [(t[1] - t[0]) / t[0].norm() for name, t in tensors.items() if name.endswith("up.terms.0.aux_0")]
+    assert len(noise) == 2 and not torch.allclose(*noise)

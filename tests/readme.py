@@ -1,0 +1,50 @@
+"""The generated parts of README.md: `python tests/readme.py` writes them, a test checks them."""
+
+import re
+from pathlib import Path
+
+import click
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def options_table() -> str:
+    """Every option of the main command, in the order and the words of --help."""
+    from mpoe_convert.cli import main
+
+    rows = ["| option | meaning |", "|---|---|"]
+    command = main.commands["convert"]
+    context = click.Context(command)
+    for param in command.get_params(context):
+        if isinstance(param, click.Option) and (record := param.get_help_record(context)):
+            meaning = re.sub(r"\s+", " ", record[1]).replace("|", "\\|")
+            rows.append(f"| `{record[0]}` | {meaning} |".replace("INT|LIST", "INT\\|LIST"))
+    return "\n".join(rows)
+
+
+def families_table() -> str:
+    """The table of families, as `mpoe-convert families --json` has it."""
+    from mpoe_convert.render import families_rows
+
+    rows = ["| `model_type` | layers | tensors | gated |", "|---|---|---|---|"]
+    for row in families_rows():
+        types = ", ".join(row["model_types"])
+        layers = ", ".join(f"`{layer}`" for layer in row["layers"])
+        tensors = ", ".join(f"`{name}`" for name in dict.fromkeys(row["projections"]))
+        rows.append(f"| {types} | {layers} | {tensors} | {'yes' if row['gated'] else 'no'} |")
+    return "\n".join(rows)
+
+
+def with_generated_parts(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, table in (("options", options_table()), ("families", families_table())):
+        pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
+        text, count = re.subn(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
+        )
+        assert count == 1, name
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_generated_parts(README.read_text(encoding="utf-8")), encoding="utf-8")
