@@ -146,16 +146,18 @@ torch.save(results, sys.argv[2])
 
 def test_a_process_without_this_package_computes_what_the_dense_model_computes(artifact, tmp_path):
     cases, expected = {}, {}
-    for model_type in FAMILIES:
-        auto_class = generative(model_type)
-        folder, out = artifact(model_type)
+    # Llama's classifier builds its backbone by AutoModel, which must know ours without a loader's help.
+    others = [("llama", "AutoModelForSequenceClassification")]
+    for model_type, auto_class in others + [(name, generative(name)) for name in FAMILIES]:
+        folder, out = artifact(model_type, auto_class)
         assert (out / MODELING_FILE).read_bytes() == SOURCE.read_bytes()
         dense = getattr(transformers, auto_class).from_pretrained(folder).eval()
         inputs = make_inputs(dense, auto_class)
-        expected[model_type] = logits_of(dense, **inputs), type(dense).__name__
+        name = f"{model_type} {auto_class}"
+        expected[name] = logits_of(dense, **inputs), type(dense).__name__
         text = None if model_type == "vit" else "w7 w3 w39"
         case = {"folder": str(out), "auto_class": auto_class, "inputs": inputs, "text": text}
-        cases[model_type] = case
+        cases[name] = case
     torch.save(cases, tmp_path / "cases.pt")
     (tmp_path / "child.py").write_text(CHILD)
     subprocess.run(
@@ -165,13 +167,13 @@ def test_a_process_without_this_package_computes_what_the_dense_model_computes(a
         check=True,
     )
     results = torch.load(tmp_path / "out.pt")
-    for model_type, (logits, name) in expected.items():
-        found = results[model_type]
-        assert found["class"] == f"MPOE{name}"
+    for name, (logits, stock) in expected.items():
+        assert results[name]["class"] == f"MPOE{stock}"
         tolerance = 2e-5 * logits.abs().max().item()
-        torch.testing.assert_close(found["logits"], logits, rtol=0, atol=tolerance, msg=model_type)
-        if cases[model_type]["text"]:
-            assert found["ids"] == [7, 3, 39] and found["eos"] == "</s>"
+        found = results[name]["logits"]
+        torch.testing.assert_close(found, logits, rtol=0, atol=tolerance, msg=name)
+        if cases[name]["text"]:
+            assert results[name]["ids"] == [7, 3, 39] and results[name]["eos"] == "</s>"
 
 
 # ---------------------------------------------------------------------------------------------------

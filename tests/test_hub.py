@@ -38,9 +38,9 @@ NEVER = {
     "model.fp16.safetensors": b"variant",
     "optimizer.pt": b"state",
     "training_args.bin": b"pickle",
-    "README.md": b"card",
     ".gitattributes": b"lfs",
 }
+CARD = {"README.md": b"its front matter names the licence"}
 BESIDE = {"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT"}
 REFUSED = {
     "o/gated": (403, "GatedRepo", "Access to model o/gated is restricted"),
@@ -113,9 +113,9 @@ def local_files(outcome: dict) -> list[str]:
 
 def test_a_download_takes_the_weights_and_their_companions_and_nothing_else(hub, ask):
     files = {"config.json": CONFIG, "model.safetensors": WEIGHTS, **BESIDE}
-    repo = hub.add("o/m", {**files, **NEVER, "pytorch_model.bin": b"not read"})
+    repo = hub.add("o/m", {**files, **CARD, **NEVER, "pytorch_model.bin": b"not read"})
     (got,) = ask({"model": "o/m", "read": True})
-    assert local_files(got) == sorted(files)
+    assert local_files(got) == sorted(files | CARD)
     assert (got["source"], got["revision"]) == ("o/m", repo.commit("main"))
     assert got["companions"] == sorted(BESIDE)
     assert got["read"] == [300, 500]

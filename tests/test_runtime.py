@@ -401,10 +401,11 @@ def test_tokens_do_not_see_each_other(name):
     torch.testing.assert_close(ffn(x[order]), together[order])
 
 
-def test_the_output_is_its_own_tensor():
+@pytest.mark.parametrize("adds_residual", [False, True])
+def test_the_output_is_its_own_tensor(adds_residual):
     """Stock layers add to it in place; neither the input nor the residual may change by that."""
     ffn = make_ffn()
-    ffn.adds_residual = True
+    ffn.adds_residual = adds_residual
     x, residual = randn(5, 12, dtype=torch.float32), randn(5, 12, seed=3, dtype=torch.float32)
     before = x.clone(), residual.clone()
     y = ffn(x, residual)
