@@ -722,6 +722,8 @@ def test_compiles_whole_with_any_length(model_type, name, artifact, dynamo):
 
 
 @slow
+# Inductor imports torch modules that are written with it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", RECIPES)
 def test_compiles_with_inductor(name, artifact, dynamo):
     model = load(artifact("llama", noise=0.1, **RECIPES[name])[1])

@@ -19,8 +19,7 @@ from mpoe_convert.modeling_mpoe import (
     chain_shapes,
 )
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
-FEW = settings(SETTINGS, max_examples=20)
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=20)
 # The router computes in float32 in every dtype, so a float64 mixture is exact to float32 only there.
 ROUTER_ROUNDING = 1e-5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -48,6 +47,7 @@ TERMS = {
 }
 LORA = [TERMS["shared"], TERMS["low rank"]]
 NUM_EXPERTS = 4
+CHOICES = [(1, 1), (2, 1), (3, 2), (4, 2), (4, 3), (4, 4)]  # experts, and how many a token gets
 
 
 def fill(module: nn.Module, seed: int = 0, scale: float = 0.5) -> nn.Module:
@@ -166,13 +166,12 @@ def specs(draw, rows: int, cols: int):
 
 
 @st.composite
-def mixtures(draw):
+def mixtures(draw, num_experts: int, top_k: int):
     hidden, inner = draw(st.sampled_from([4, 6])), draw(st.sampled_from([6, 8, 10]))
     form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
     if draw(st.booleans()):
         form["gate"] = draw(specs(hidden, inner))
-    num_experts = draw(st.integers(1, 4))
-    ffn = MPOEFeedForward(form, num_experts, draw(st.integers(1, num_experts))).double()
+    ffn = MPOEFeedForward(form, num_experts, top_k).double()
     ffn.act = nn.GELU()
     return fill(ffn, draw(st.integers(0, 99)))
 
@@ -268,9 +267,12 @@ def test_flops_are_those_of_the_products(name):
 # The mixture
 
 
-@SETTINGS
-@given(mixtures(), leading, st.sampled_from(SCHEDULES))
-def test_mixture_is_the_definition(ffn, shape, mode):
+@pytest.mark.parametrize("mode", SCHEDULES)
+@pytest.mark.parametrize(("num_experts", "top_k"), CHOICES)
+@settings(SETTINGS, max_examples=15)
+@given(st.data())
+def test_mixture_is_the_definition(num_experts, top_k, mode, data):
+    ffn, shape = data.draw(mixtures(num_experts, top_k)), data.draw(leading)
     x = randn(*shape, hidden_size(ffn))
     with schedule(mode):
         found = ffn(x)
@@ -281,9 +283,12 @@ def test_mixture_is_the_definition(ffn, shape, mode):
     assert not found.numel() or not torch.equal(fill(ffn, seed=100)(x), found)
 
 
-@FEW
-@given(mixtures(), leading, st.sampled_from(SCHEDULES))
-def test_gradients_are_those_of_the_definition(ffn, shape, mode):
+@pytest.mark.parametrize("mode", SCHEDULES)
+@pytest.mark.parametrize(("num_experts", "top_k"), CHOICES)
+@settings(SETTINGS, max_examples=6)
+@given(st.data())
+def test_gradients_are_those_of_the_definition(num_experts, top_k, mode, data):
+    ffn, shape = data.draw(mixtures(num_experts, top_k)), data.draw(leading)
     x = randn(*shape, hidden_size(ffn)).requires_grad_()
     inputs = [x, *ffn.parameters()]
     probe = randn(*x.shape, seed=2)
@@ -315,7 +320,7 @@ def make_ffn(name="one-sided", top_k=2, bias=None) -> MPOEFeedForward:
     return fill(ffn)
 
 
-@FEW
+@SETTINGS
 @given(st.integers(1, NUM_EXPERTS), st.integers(0, 5), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale):
     router = fill(MPOERouter(12, NUM_EXPERTS, top_k), scale=scale)
