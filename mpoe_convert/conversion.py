@@ -235,7 +235,7 @@ def build_matrix(
     """One projection's tensors, named below the projection and on the CPU, and their report."""
     import torch
 
-    from .modeling_mpoe import core_names
+    from .modeling_mpoe import core_names, matrix_shape
     from .mpo import relative_error
 
     stored = getattr(torch, plan.dtype)
@@ -252,7 +252,7 @@ def build_matrix(
         core = cast(f"{plan.name} (core {name})", core, stored)
         exact.append(core if shared else core[0])
         clone.append(core if shared else core[1])
-        tensors[f"terms.0.{name}"] = core.cpu().contiguous()
+        tensors[f"terms.0.{name}"] = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:])).cpu()
     error = before = relative_error(matrix, _matrix_of(exact, matrix.dtype))
     if stored != cores[0].dtype:
         before = relative_error(matrix, _matrix_of(cores, matrix.dtype))

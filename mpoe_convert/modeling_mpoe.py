@@ -72,6 +72,12 @@ def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
     return list(zip(bonds[:-1], term["in_dims"], term["out_dims"], bonds[1:], strict=True))
 
 
+def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """The shape in which a core is stored."""
+    bond_left, in_dim, out_dim, bond_right = shape
+    return bond_left * in_dim, out_dim * bond_right
+
+
 def core_names(term: dict) -> list[str]:
     """Parameter names of a term's cores, from left to right."""
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
@@ -114,7 +120,11 @@ class Groups(NamedTuple):
 
 
 class MPOEChain(nn.Module):
-    """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores."""
+    """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
+
+    A core is stored as a matrix (bond_left * in_dim, out_dim * bond_right), or a stack of one per expert:
+    shapes that optimizers, LoRA and kernels know.
+    """
 
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
@@ -123,12 +133,14 @@ class MPOEChain(nn.Module):
         self.shared = tuple(term["shared"])
         self.core_names = core_names(term)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
-            size = shape if shared else (num_experts, *shape)
+            size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
 
     @property
     def cores(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.core_names]
+        """(l, i, o, r) each, or (E, l, i, o, r)."""
+        parameters = (getattr(self, name) for name in self.core_names)
+        return [p.reshape(*p.shape[:-2], *s) for p, s in zip(parameters, self.shapes, strict=True)]
 
     @property
     def centre(self) -> slice | None:
@@ -208,10 +220,10 @@ class MPOEChain(nn.Module):
         """Random experts: outer cores near isometries, the largest core of scale `std`."""
         sizes = [math.prod(shape) for shape in self.shapes]
         centre = sizes.index(max(sizes))
-        for k, (core, shape) in enumerate(zip(self.cores, self.shapes, strict=True)):
+        for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741  (bond names)
             fan = l * i * o if k < centre else i * o * r
-            init.normal_(core, std=std if k == centre else fan**-0.5)
+            init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
 
 
 class MPOEProjection(nn.Module):

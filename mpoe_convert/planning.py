@@ -19,8 +19,11 @@ from .sites import Sites
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Tables that are looked up, not multiplied with: they cost no arithmetic.
 _LOOKUP = re.compile(r"embed|\bwte\b|\bwpe\b|shared\.weight$|relative_attention_bias|position")
-# Causal masks and position indices that old checkpoints carry: stored, but not parameters.
-_BUFFER = re.compile(r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|inv_freq$|position_ids$")
+# Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
+_BUFFER = re.compile(
+    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|"
+    r"inv_freq$|position_ids$|final_logits_bias$"
+)
 
 
 @dataclass(frozen=True)

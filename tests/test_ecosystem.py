@@ -615,6 +615,8 @@ PEFT = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "router": {"target_modules": [], "target_parameters": ["router.weight"]},
+    "central cores": {"target_modules": [], "target_parameters": ["terms.0.central_1"]},
+    "auxiliary cores": {"target_modules": [], "target_parameters": ["terms.0.aux_0", "terms.0.aux_2"]},
     "attention and mixture": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
 }
 
@@ -658,17 +660,6 @@ def test_peft(name, artifact, tmp_path):
     found = logits_of(alone, input_ids=batch["input_ids"])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert stored(tmp_path / "merged").keys() == stored(out).keys()
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("core", ["aux_0", "central_1"])
-def test_peft_adapts_no_cores(core, artifact):
-    """PEFT's limit: LoRA on parameters takes matrices and stacks of matrices, cores have more axes."""
-    import peft
-
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[core])
-    with pytest.raises(ValueError, match="dimensional Parameter, but only 2d"):
-        peft.get_peft_model(load(artifact("llama")[1]), config)
 
 
 # ---------------------------------------------------------------------------------------------------

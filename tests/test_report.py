@@ -33,13 +33,13 @@ def converted(request, tmp_path):
     return source, tmp_path / "out", report
 
 
-def numpy_matrix(tensors, name: str, expert: int, term: dict) -> torch.Tensor:
+def matrix_by_definition(tensors, name: str, expert: int, term: dict) -> torch.Tensor:
     """The expert's matrix by the definition: a product over the bonds, one entry of all sites at a time."""
-    result = None
-    for k in range(len(term["in_dims"])):
+    result, bonds = None, [1, *term["bonds"], 1]
+    for k, (in_dim, out_dim) in enumerate(zip(term["in_dims"], term["out_dims"], strict=True)):
         shared = f"{name}.terms.0.central_{k}"
         core = tensors[shared] if shared in tensors else tensors[f"{name}.terms.0.aux_{k}"][expert]
-        core = core.double()
+        core = core.double().reshape(bonds[k], in_dim, out_dim, bonds[k + 1])
         if result is None:
             result = core[0]  # (i, o, r)
             continue
@@ -57,13 +57,13 @@ def test_errors_are_those_of_the_stored_tensors(converted):
     for matrix in report["matrices"]:
         role = matrix["name"].rpartition(".")[2]
         name = matrix["name"].removesuffix(role) + {"up": "c_fc", "down": "c_proj"}[role] + ".weight"
-        found = numpy_matrix(tensors, matrix["name"], 0, form[role]["terms"][0])
+        found = matrix_by_definition(tensors, matrix["name"], 0, form[role]["terms"][0])
         expected = dense[name].double()
         error = ((found - expected).norm() / expected.norm()).item()
         assert matrix["relative_error"] == pytest.approx(error, rel=0.05, abs=2e-7)
         lost = sum(matrix["discarded_weight"]) ** 0.5
         assert matrix["relative_error_before_cast"] == pytest.approx(lost, rel=1e-3, abs=1e-6)
-        clone = numpy_matrix(tensors, matrix["name"], 1, form[role]["terms"][0])
+        clone = matrix_by_definition(tensors, matrix["name"], 1, form[role]["terms"][0])
         drift = ((clone - found).norm() / found.norm()).item()
         assert matrix["clone_drift"] == pytest.approx(drift, rel=0.5)  # from a sample of the rows
         assert 0 < drift < 0.1

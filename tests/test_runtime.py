@@ -72,8 +72,9 @@ def chain_matrix(module: MPOEChain, expert: int) -> torch.Tensor:
     names = iter(LETTERS)
     bond, operands, ins, outs = next(names), [], "", ""
     first = bond
-    for name, shared in zip(module.core_names, module.shared, strict=True):
+    for name, shape, shared in zip(module.core_names, module.shapes, module.shared, strict=True):
         core = getattr(module, name)
+        core = core.reshape(shape if shared else (-1, *shape))
         i, o, right = next(names), next(names), next(names)
         operands.append((bond + i + o + right, core if shared else core[expert]))
         ins, outs, bond = ins + i, outs + o, right
@@ -238,10 +239,10 @@ def test_shapes_of_the_parameters():
     """Shared cores once, per-expert cores with a leading expert axis, named by site."""
     module = MPOEChain(TERMS["one-sided, shared centre of two"], NUM_EXPERTS)
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
-        "aux_0": (4, 1, 3, 1, 3),
-        "central_1": (3, 4, 1, 2),
-        "central_2": (2, 1, 5, 2),
-        "aux_3": (4, 2, 1, 2, 1),
+        "aux_0": (4, 1 * 3, 1 * 3),
+        "central_1": (3 * 4, 1 * 2),
+        "central_2": (2 * 1, 5 * 2),
+        "aux_3": (4, 2 * 1, 2 * 1),
     }
     assert chain_shapes(TERMS["dense"]) == [(1, 12, 10, 1)]
 
