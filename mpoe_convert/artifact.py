@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json_object
 from .errors import CheckpointError, OutputError
 from .planning import Plan
 
@@ -28,10 +28,10 @@ _REPORT_KEYS = {
 def is_artifact(folder: Path) -> bool:
     """Whether the folder was written by this tool: it says so in its config and holds the report."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json_object(folder / "config.json")
+    except (OSError, CheckpointError):
         return False
-    return isinstance(config, dict) and "mpoe" in config and (folder / REPORT_FILE).is_file()
+    return "mpoe" in config and (folder / REPORT_FILE).is_file()
 
 
 def read_artifact(folder: Path) -> tuple[dict, dict]:
@@ -46,15 +46,19 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
             f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
             "config.json with an mpoe block"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / REPORT_FILE
     try:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        lacks = sorted(_REPORT_KEYS - set(report)) if isinstance(report, dict) else "everything"
-        if lacks:
-            raise ValueError(f"it lacks {lacks}")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / REPORT_FILE} is damaged ({error}): convert again") from None
-    return config, report
+        report = read_json_object(path, "a conversion report", remedy="convert again")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    if lacks := sorted(_REPORT_KEYS - set(report)):
+        raise CheckpointError(f"{path} is damaged (it lacks {lacks}): convert again")
+    return read_json_object(folder / "config.json"), report
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files in a folder and its subfolders, by their paths inside it, with "/" on every system."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -114,10 +118,12 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output} already holds an artifact; pass --overwrite to replace it")
     try:
-        written = set(read_artifact(output)[1].get("files", ()))
+        files = [Path(name) for name in read_artifact(output)[1].get("files", ())]
     except CheckpointError as error:
         raise OutputError(f"{error}; nothing in it is touched, choose another output") from None
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in written)
+    written = {*files, *(parent for file in files for parent in file.parents)}
+    entries = (path.relative_to(output) for path in output.rglob("*"))
+    foreign = sorted(entry.as_posix() for entry in entries if entry not in written)
     if foreign:
         raise OutputError(
             f"{output} also holds {', '.join(foreign[:4])}, which mpoe-convert did not write; move "
@@ -140,8 +146,8 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
         folder.chmod(0o777 & ~mask)
-        for path in folder.iterdir():
-            path.chmod(0o666 & ~mask)
+        for path in folder.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         _move_into_place(folder, output, overwrite)
     except OSError as error:
         raise _output_error(error, output) from error
@@ -269,19 +275,29 @@ def write_json(path: Path, value: object) -> None:
 def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     """config.json, the modelling file, and everything that belongs to the model but its weights."""
     for path in checkpoint.companion_files():
-        shutil.copyfile(path, folder / path.name)
-    _name_tokenizer_class(folder, plan.model_type)
+        copy = folder / path.relative_to(checkpoint.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    for path in (folder / "tokenizer_config.json", *folder.glob("*processor_config.json")):
+        _drop_auto_map(path)
+    _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
     write_json(folder / "config.json", make_config(plan, checkpoint.config))
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
 
 
-def _name_tokenizer_class(folder: Path, model_type: str) -> None:
-    """Write the class that the base type's tokenizer has into tokenizer_config.json.
+def _drop_auto_map(path: Path) -> None:
+    """Forget the source's own code, which is never copied: an entry that names it does not load."""
+    config = read_json_object(path) if path.exists() else {}
+    if "auto_map" in config:
+        write_json(path, {key: value for key, value in config.items() if key != "auto_map"})
+
+
+def _name_tokenizer_class(folder: Path, model_type: str, configured: str | None) -> None:
+    """Write the class that transformers would find for the source into tokenizer_config.json.
 
     Without it a tokenizer beside an unknown model type loads as a bare backend without special tokens.
+    A class that the file names stays, unless it belongs to code that is not part of transformers.
     """
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
     path = folder / "tokenizer_config.json"
     known = (
         "tokenizer.json",
@@ -293,9 +309,27 @@ def _name_tokenizer_class(folder: Path, model_type: str) -> None:
     )
     if not path.exists() and not any((folder / name).exists() for name in known):
         return
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = read_json_object(path) if path.exists() else {}
+    named = config.get("tokenizer_class")
+    candidates = (named, configured, _stock_tokenizer_class(model_type))
+    name = next((name for name in candidates if _is_in_transformers(name)), None)
+    if name and name != named:
+        write_json(path, config | {"tokenizer_class": name})
+
+
+def _stock_tokenizer_class(model_type: str) -> str | None:
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
     stock = TOKENIZER_MAPPING_NAMES.get(model_type)
     names = stock if isinstance(stock, (tuple, list)) else (stock,)
-    name = next((n for n in reversed(names) if n), None)
-    if "tokenizer_class" not in config and name:
-        write_json(path, config | {"tokenizer_class": name})
+    return next((name for name in reversed(names) if name), None)
+
+
+def _is_in_transformers(name: object) -> bool:
+    """Whether transformers has this tokenizer class, be it under its older or newer name."""
+    import transformers
+
+    if not name or not isinstance(name, str):
+        return False
+    stem = name.removesuffix("Fast")
+    return hasattr(transformers, stem) or hasattr(transformers, stem + "Fast")

@@ -105,9 +105,15 @@ def main_auto_class(config: dict, model_type: str) -> str:
     known = heads(model_type)
     architecture = next(iter(config.get("architectures") or ()), None)
     matching = [auto for auto, stock in known.items() if stock == architecture]
-    preferred = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
-    matching.sort(key=lambda auto: (auto not in preferred, auto == "AutoModelForPreTraining", auto))
-    return matching[0] if matching else "AutoModel"
+    return min(matching, key=_preference, default="AutoModel")
+
+
+def _preference(auto: str) -> tuple[int, str]:
+    """Where an Auto class stands among those that load one head: BART's, for example, is in three."""
+    first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+    if auto in first:
+        return first.index(auto), auto
+    return len(first) + (auto == "AutoModelForPreTraining"), auto
 
 
 def _totals(report: Report) -> str:

@@ -55,7 +55,7 @@ class Checkpoint:
     headers_only: bool = False
     _bins: BinReader | None = field(default=None, repr=False)
 
-    def read(self, name: str, device: str = "cpu") -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own, with the dtype and shape of `tensors[name]`.
 
         Raises CheckpointError for an unknown name, for a checkpoint opened with `headers_only`, and
@@ -80,16 +80,16 @@ class Checkpoint:
                 f"{path}: tensor {name!r} is now {found[0]} {list(found[1])}, expected "
                 f"{info.dtype} {list(info.shape)}: the file changed meanwhile, run again"
             )
-        return tensor.to(device)
+        return tensor
 
     def companion_files(self) -> list[Path]:
-        """The files to copy verbatim beside converted weights: tokenizer, processor, generation
-        config, licences.
+        """The files to copy beside converted weights: tokenizer, processor, generation config, licences.
 
-        Only files directly in the folder; never weights, config.json, README, code, indexes or
-        hidden files.
+        Only files directly in the folder, and the named chat templates that transformers keeps in a
+        subfolder; never weights, config.json, README, code, indexes or hidden files.
         """
-        return sorted(path for path in self.folder.iterdir() if path.is_file() and _is_companion(path.name))
+        found = [path for path in self.folder.iterdir() if _is_companion(path.name)]
+        return sorted(path for path in [*found, *self.folder.glob(hub.CHAT_TEMPLATES)] if path.is_file())
 
 
 def open_checkpoint(
@@ -168,17 +168,27 @@ def _read_config(folder: Path, source: str, names: Iterable[str]) -> dict:
         raise CheckpointError(
             f"{source} has no config.json, expected a transformers checkpoint{_hint(folder, names)}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is not JSON ({exc}): repair it or fetch it again") from exc
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(config).__name__}, expected an object with 'model_type': "
-            "repair it or fetch it again"
-        )
+    config = read_json_object(path, "an object with 'model_type'")
     _reject_config(config, path)
     return config
+
+
+def read_json_object(
+    path: Path, expected: str = "an object", remedy: str = "repair it or fetch it again"
+) -> dict:
+    """The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: it holds something else; the message ends with the remedy.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is not JSON ({exc}): {remedy}") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected {expected}: {remedy}")
+    return value
 
 
 def _hint(folder: Path, names: list[str]) -> str:
@@ -206,16 +216,14 @@ def _reject_config(config: dict, path: Path) -> None:
         if quantized := part.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else None
             raise CheckpointError(
-                f"{path} says the weights are quantised ({method or 'unnamed method'}): dequantise "
-                "first, "
+                f"{path} says the weights are quantised ({method or 'unnamed method'}): dequantise first, "
                 "or convert the original full-precision checkpoint"
             )
         for key in MOE_KEYS:
             if _most(part.get(key)) > 1:
                 raise CheckpointError(
                     f"{path} describes a mixture of experts already ({key} = {part[key]}), "
-                    "expected a "
-                    "dense model: choose a dense checkpoint"
+                    "expected a dense model: choose a dense checkpoint"
                 )
 
 
@@ -244,8 +252,7 @@ def _open_folder(source: str, folder: Path, revision: str | None, config: dict) 
             if name in tensors:
                 raise CheckpointError(
                     f"{folder}: tensor {name!r} is in both {tensors[name].file} and {file}, "
-                    "expected it once: "
-                    "fetch the checkpoint again"
+                    "expected it once: fetch the checkpoint again"
                 )
             tensors[name] = info
     _check_index(folder, weight_map, index, tensors)

@@ -18,7 +18,8 @@ from click.shell_completion import CompletionItem
 from . import __version__
 from .errors import MpoeError, RecipeError
 from .experts import KINDS
-from .recipe import BIASES, DTYPES, LAYOUTS, SVDS, Recipe, read_recipe
+from .recipe import BIASES, DTYPES, SVDS, Recipe, normalised, read_recipe
+from .sites import LAYOUTS
 
 EXAMPLE = """\
 mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
@@ -192,7 +193,7 @@ SOURCE_OPTIONS = (
         "--config",
         heading="Source",
         type=click.Path(dir_okay=False),
-        help="Recipe file (YAML) with the same names; the command line wins.",
+        help="Recipe file (YAML) with the same names, output included; the command line wins.",
     ),
     option(
         "--token",
@@ -215,7 +216,7 @@ COMMON_OPTIONS = (
         "--verbose",
         heading="General",
         count=True,
-        help="One line per matrix instead of per layer; -vv: tracebacks.",
+        help="One line per matrix in the final table instead of one per layer; twice: tracebacks of errors.",
     ),
 )
 
@@ -231,18 +232,18 @@ def add(*options: Callable) -> Callable:
     return decorate
 
 
-def make_recipe(model: str | None, config: str | None, options: dict) -> Recipe:
-    """The recipe file's values, overridden by what the command line gives."""
-    values = read_recipe(config) if config else {}
+def make_recipe(model: str | None, config: str | None, options: dict) -> tuple[Recipe, str | None]:
+    """(recipe, output) of the recipe file, overridden by what the command line gives."""
+    values = normalised(read_recipe(config)) if config else {}
+    output = values.pop("output", None)
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()} | given
     if model is not None:
-        if values.get("model") not in (None, model) and "revision" not in given:
+        if values.get("model") not in (None, model):
             values.pop("revision", None)  # the recipe's commit belongs to the recipe's model
-        values["model"] = model
-    if not values.get("model"):
+        given["model"] = model
+    if not (values | given).get("model"):
         raise click.UsageError("Missing argument 'MODEL'.")
-    return Recipe.from_mapping(values)
+    return Recipe.from_mapping(values | given), output
 
 
 @contextmanager
@@ -338,7 +339,8 @@ def main() -> None:
 def convert(model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options) -> None:
     """Convert MODEL (the command's name may be left out)."""
     with told_in_one_line(verbose, quiet):
-        recipe = make_recipe(model, config, options)
+        recipe, named = make_recipe(model, config, options)
+        output = output or named
         if dry_run:
             show_plan(recipe, token, as_json, quiet)
             return
@@ -368,7 +370,8 @@ def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
     Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone.
     """
     with told_in_one_line(verbose, quiet):
-        show_plan(make_recipe(model, config, options), token, as_json, quiet)
+        recipe, _ = make_recipe(model, config, options)
+        show_plan(recipe, token, as_json, quiet)
 
 
 def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from . import artifact, card, experts
+import torch
+from torch import Tensor
+
+from . import artifact, card
+from .building import build_matrix, cast, seeded
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, MpoeError, RecipeError
-from .families import Source
-from .planning import FFNPlan, MatrixPlan, Plan, is_buffer, plan_checkpoint
+from .errors import MachineError, MpoeError, RecipeError
+from .mpo import check_finite
+from .planning import FFNPlan, Plan, is_buffer, plan_checkpoint
 from .recipe import Recipe
 from .report import MatrixReport, Report
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
 ROUTER_STD = 0.02
@@ -69,8 +66,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         RecipeError: this machine has no such device.
     """
-    import torch
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -96,7 +91,7 @@ def _write(folder: Path, plan: Plan, checkpoint: Checkpoint, progress: Progress 
     report = Report(plan, tuple(builder.reports), card.source_license(checkpoint.folder))
     card.write(folder / artifact.CARD_FILE, report, checkpoint)
     _write_recipe(folder / artifact.RECIPE_FILE, plan.recipe)
-    files = sorted({path.name for path in folder.iterdir()} | {artifact.REPORT_FILE})
+    files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})
     artifact.write_json(folder / artifact.REPORT_FILE, report.to_json() | {"files": files})
     return report
 
@@ -151,12 +146,10 @@ class _Builder:
         return self.pending.pop(name)
 
     def _copy(self, name: str) -> Tensor:
-        import torch
-
         tensor = self.checkpoint.read(name)
         dtype = getattr(torch, self.out[name].dtype)
         if tensor.is_floating_point() and not is_buffer(name):
-            check_finite(name, tensor)
+            check_finite(tensor, name)
             return cast(name, tensor, dtype).contiguous()
         return tensor.to(dtype).contiguous()
 
@@ -177,163 +170,28 @@ class _Builder:
         return tensors
 
 
-class _naming(suppress):
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Adds the matrix name to errors from the parts that do not know it."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, MpoeError) and self.name not in str(error):
-            raise type(error)(f"{self.name}: {error}") from error
-        return False
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises CheckpointError if the tensor holds NaN or Inf."""
-    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        raise CheckpointError(
-            f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places; repair the source first"
-        )
+    try:
+        yield
+    except MpoeError as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"out of memory while working on {name}; `mpoe-convert plan` estimates what a conversion needs"
+        ) from error
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A finite tensor in another dtype. Raises CheckpointError if a number is too large for it."""
-    import torch
-
-    if dtype != tensor.dtype and tensor.numel():
-        largest = max(abs(float(bound)) for bound in tensor.aminmax())
-        if largest > torch.finfo(dtype).max:
-            short = str(dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} holds numbers up to {largest:.3g}, too large for {short}; use another --dtype"
-            )
-    return tensor.to(dtype)
-
-
-def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
-    """The dense matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
-    tensor = checkpoint.read(source.weight).to(device)
-    check_finite(source.weight, tensor)
-    if source.part is not None:
-        tensor = tensor.chunk(2, dim=1 if source.transposed else 0)[source.part]
-    # Contiguous: the strided copies that the decomposition would make of a transposed view are slow.
-    return (tensor if source.transposed else tensor.T).contiguous()
-
-
-def _read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
-    tensor = checkpoint.read(source.bias)
-    check_finite(source.bias, tensor)
-    return tensor if source.part is None else tensor.chunk(2)[source.part]
-
-
-def build_matrix(
-    plan: MatrixPlan, recipe: Recipe, checkpoint: Checkpoint, device: torch.device
-) -> tuple[dict[str, Tensor], MatrixReport]:
-    """One projection's tensors, named below the projection and on the CPU, and their report."""
-    import torch
-
-    from .modeling_mpoe import core_names, matrix_shape
-    from .mpo import relative_error
-
-    stored = getattr(torch, plan.dtype)
-    kind = experts.load(recipe.kind)
-    matrix = read_matrix(checkpoint, plan.source, device)
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    cores, discarded = kind.fit(matrix, plan.sites, recipe)
-    (term,) = plan.spec["terms"]
-    generator = seeded(recipe.seed, plan.name)
-    tensors, exact, clone = {}, [], []
-    for name, core, shared in zip(core_names(term), cores, term["shared"], strict=True):
-        if not shared:
-            core = _clones(core, recipe.experts, recipe.noise, generator)
-        core = cast(f"{plan.name} (core {name})", core, stored)
-        exact.append(core if shared else core[0])
-        clone.append(core if shared else core[1])
-        tensors[f"terms.0.{name}"] = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:])).cpu()
-    error = before = relative_error(matrix, _matrix_of(exact, matrix.dtype))
-    if stored != cores[0].dtype:
-        before = relative_error(matrix, _matrix_of(cores, matrix.dtype))
-    drift = _drift(exact, clone, matrix.dtype) if recipe.noise else 0.0
-    if plan.spec["bias"] is not None:
-        bias = cast(plan.source.bias, _read_bias(checkpoint, plan.source), stored)
-        per_expert = plan.spec["bias"] == "per-expert"
-        tensors["bias"] = bias.repeat(recipe.experts, 1) if per_expert else bias.clone()
-    norm = float(matrix.norm()) ** 2 if any(discarded) else 1.0
-    measured = _Measured(error, before, tuple(lost / norm for lost in discarded), drift)
-    return tensors, _matrix_report(plan, recipe, measured)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    error: float
-    error_before_cast: float
-    discarded: tuple[float, ...]
-    drift: float
-
-
-def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> MatrixReport:
-    (term,) = plan.spec["terms"]
-    return MatrixReport(
-        name=plan.name,
-        kind=recipe.kind,
-        shape=(plan.rows, plan.cols),
-        in_dims=tuple(term["in_dims"]),
-        out_dims=tuple(term["out_dims"]),
-        bonds=tuple(term["bonds"]),
-        full_bonds=plan.sites.full_bonds if plan.sites else (),
-        relative_error=measured.error,
-        relative_error_before_cast=measured.error_before_cast,
-        discarded_weight=measured.discarded,
-        clone_drift=measured.drift,
-        dense_params=plan.dense_params,
-        stored_params=plan.stored_params,
-        dtype=plan.dtype,
-    )
-
-
-def _drift(exact: list[Tensor], clone: list[Tensor], dtype: torch.dtype) -> float:
-    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows where there are 8.
-
-    The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
-    """
-    from .mpo import relative_error
-
-    rows = max(exact[0].shape[1] // 8, 1)
-    pieces = ([cores[0][:, :rows], *cores[1:]] for cores in (exact, clone))
-    return relative_error(*(_matrix_of(piece, dtype) for piece in pieces))
-
-
-def _matrix_of(cores: list[Tensor], dtype: torch.dtype) -> Tensor:
-    from .modeling_mpoe import contract_chain
-
-    return contract_chain([core.to(dtype) for core in cores])
-
-
-def seeded(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of its own for every tensor: independent of order, subset and device."""
-    import torch
-
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _clones(core: Tensor, num_experts: int, noise: float, generator: torch.Generator) -> Tensor:
-    """(l, i, o, r) -> (E, l, i, o, r): expert 0 exact, the others with noise of the core's own scale."""
-    import torch
-
-    clones = core.repeat(num_experts, 1, 1, 1, 1)
-    if noise:
-        scale = noise * float(core.square().mean().sqrt())
-        for clone in clones[1:]:
-            clone += scale * torch.randn(core.shape, generator=generator).to(core)
-    return clones
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _router(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
-    import torch
-
     assert len(shape) == 2 and prod(shape), shape
     return ROUTER_STD * torch.randn(shape, generator=seeded(seed, name))

@@ -29,5 +29,9 @@ class OutputError(MpoeError):
     """The artifact cannot be written where it was asked for."""
 
 
+class MachineError(MpoeError):
+    """This machine has too little memory."""
+
+
 class VerifyError(MpoeError):
     """An artifact could not be loaded or compared."""

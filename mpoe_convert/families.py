@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 
 from .errors import FamilyError
 
@@ -51,15 +52,14 @@ class Family:
 
     def runtime(self) -> dict:
         """The part of the row that the artifact's config carries."""
-        names = (
-            "slot",
-            "absorbed",
-            "activation",
-            "inner_dropout",
-            "outer_dropout",
-            "adds_residual",
-        )
-        return {name: asdict(self)[name] for name in names} | {"absorbed": list(self.absorbed)}
+        return {
+            "slot": self.slot,
+            "absorbed": list(self.absorbed),
+            "activation": self.activation,
+            "inner_dropout": self.inner_dropout,
+            "outer_dropout": self.outer_dropout,
+            "adds_residual": self.adds_residual,
+        }
 
 
 def _inside(slot: str, up: str, down: str, layers: str | tuple, *, gate=None, fused=False, **row):
@@ -300,20 +300,20 @@ def resolve(
         model_type: from config.json.
         names: tensor names of the checkpoint.
         ffn: names given by hand, for architectures outside the table.
-        config: the checkpoint's config; only `ffn` needs it.
+        config: the checkpoint's config: how many layers there have to be, and what `ffn` describes.
 
     Raises:
-        FamilyError: the type is unknown, or the names do not fit its row.
+        FamilyError: the type is unknown, the names do not fit its row, or a layer has no FFN.
     """
-    names = set(names)
+    names, config = set(names), config or {}
     if ffn is not None:
-        family = family_by_hand(model_type, ffn, config or {})
+        family = family_by_hand(model_type, ffn, config)
     elif model_type in FAMILY_OF:
         family = FAMILY_OF[model_type]
     else:
         raise FamilyError(_unknown(model_type, names))
     for spelling in family.spellings:
-        found = _find(family, spelling, names)
+        found = _find(family, spelling, names, config)
         if found:
             return family, found
     expected = family.spellings[0]
@@ -324,7 +324,7 @@ def resolve(
     )
 
 
-def _find(family: Family, spelling: Spelling, names: set[str]) -> list[DenseFFN]:
+def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[DenseFFN]:
     """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
     found, prefixes = [], set()
     for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
@@ -340,10 +340,54 @@ def _find(family: Family, spelling: Spelling, names: set[str]) -> list[DenseFFN]
             f"FFNs under several prefixes {sorted(prefixes)}: this looks like several models in one "
             "checkpoint; extract the language model first"
         )
+    for prefix in prefixes:
+        for stack, layer in enumerate(spelling.layers):
+            indices = {index for each, index, *_ in found if each == stack}
+            _check_complete(prefix + layer, spelling.up, indices, names, _num_layers(config, layer))
     return [
         DenseFFN(path, index, f"{key}.{family.slot}", _sources(family, spelling, key, names))
         for _, index, path, key in sorted(found)
     ]
+
+
+# How configs call the number of layers of a stack, by where its layers are; the first that is given.
+_COUNTS = {
+    "encoder.albert_layer_groups.": ("num_hidden_groups",),
+    "encoder.": ("encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder.": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
+    "": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+}
+
+
+def _num_layers(config: dict, layer: str) -> int | None:
+    """The number of layers that config.json names for a stack, if it does."""
+    keys = next(keys for start, keys in _COUNTS.items() if layer.startswith(start))
+    count = next((config[key] for key in keys if config.get(key) is not None), None)
+    return count if isinstance(count, int) else None
+
+
+def _check_complete(layer: str, up: str, indices: set[int], names: set[str], count: int | None) -> None:
+    """Every layer of a stack needs an FFN; a stack without any tensor belongs to a head without it.
+
+    Raises:
+        FamilyError: an FFN is missing, and would be random after loading, or there are too many.
+    """
+    pattern = re.compile(re.escape(layer).replace(r"\{\}", r"(\d+)") + r"\.")
+    present = indices | {int(match[1]) for name in names if (match := pattern.match(name))}
+    if not present:
+        return
+    expected = max(present) + 1 if count is None else count
+    missing = (f"{layer.format(i)}.{up}.weight" for i in range(expected) if i not in indices)
+    if some := list(islice(missing, 3)):
+        raise FamilyError(
+            f"the checkpoint is incomplete: {', '.join(some)} missing; found {len(indices)} FFNs, expected "
+            f"{expected} by {'the layers that have tensors' if count is None else 'config.json'}"
+        )
+    if len(indices) > expected:
+        raise FamilyError(
+            f"found {len(indices)} FFNs up to {layer.format(max(indices))}, expected {expected} by "
+            "config.json; correct the number of layers there"
+        )
 
 
 def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> dict[str, Source]:
@@ -369,20 +413,30 @@ def _examples(names: set[str], count: int = 3) -> str:
 
 def _unknown(model_type: str, names: set[str]) -> str:
     """Names what was found, the row that fits the names best, and the way out."""
-    nearest = None
+    from .stock import knows
+
+    nearest, best = None, (0.0, 0.0)
     for family in FAMILIES:
         for spelling in family.spellings:
-            tails = [f".{part}.weight" for part in (spelling.up, spelling.down, spelling.gate) if part]
-            score = sum(any(name.endswith(tail) for name in names) for tail in tails) / len(tails)
-            if score and (nearest is None or score > nearest[0]):
-                nearest = (score, family, spelling)
+            score = _likeness(spelling, names)
+            if score[0] and score > best:
+                nearest, best = (family, spelling), score
     message = (
         f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
     )
+    if not knows(model_type):
+        message += "; transformers does not have it either"
+        if nearest is None:
+            return f"{message}, and models that need code of their own cannot be converted"
+        known = nearest[0].model_types[0]
+        return (
+            f"{message}; nearest is {known}: if the architecture is the same, set "
+            f'"model_type": "{known}" in a copy of config.json'
+        )
     if nearest is None:
         hint = "layers.{}.mlp:gate_proj,up_proj,down_proj"
         return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
-    _, family, spelling = nearest
+    family, spelling = nearest
     roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
     present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
     if {spelling.up, spelling.down} <= set(present):
@@ -391,6 +445,18 @@ def _unknown(model_type: str, names: set[str]) -> str:
     layer = spelling.layers[0] + (f".{slot}" if slot else "")
     hint = f"{layer}:{','.join(part.rpartition('.')[2] for part in roles)}"
     return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+
+
+def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
+    """The shares of a row's projections that are there: by their own names, and below its layers too."""
+    parts = [part for part in (spelling.up, spelling.down, spelling.gate) if part]
+    layers = "|".join(re.escape(layer).replace(r"\{\}", r"\d+") for layer in spelling.layers)
+
+    def share(before: str) -> float:
+        patterns = [re.compile(rf"{before}\.{re.escape(part)}\.weight") for part in parts]
+        return sum(any(map(pattern.fullmatch, names)) for pattern in patterns) / len(parts)
+
+    return share(".*"), share(rf"(.*\.)?({layers})")
 
 
 def family_by_hand(model_type: str, ffn: str, config: dict) -> Family:

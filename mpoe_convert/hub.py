@@ -41,6 +41,8 @@ COMPANION_PATTERNS = (
     *("LICENSE*", "License*", "license*", "LICENCE*", "Licence*", "licence*"),
     *("NOTICE*", "Notice*", "notice*", "COPYING*", "USE_POLICY*"),
 )
+# Named chat templates, in the folder where transformers looks for them.
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 # What no download and no copy may ever take: code, pickles and the weights of other frameworks.
 NEVER_PATTERNS = (
     *("*.py", "*.pyc", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy"),
@@ -56,6 +58,7 @@ NEVER_PATTERNS = (
         "*.mlmodel",
     ),
 )
+RELATIVE = "a relative path counts from the current folder"  # where a folder may have been meant
 SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 
 
@@ -64,7 +67,8 @@ def download(
 ) -> tuple[Path, str]:
     """Fetch a repository's top-level files into the usual cache; return (folder, commit).
 
-    Only what a conversion needs: JSON files, tokenizer files, licences, and one set of weights:
+    Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
+    subfolder), licences, and one set of weights:
     `model.safetensors`, else the shards its index names, else `pytorch_model.bin`, else the shards
     of that. Never code, other frameworks' weights, or weight variants. `weights=False` stops before
     the weights, so that a repository that is going to be refused is refused after a few kilobytes.
@@ -74,6 +78,7 @@ def download(
     small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
     folder, commit = _snapshot(model_id, revision, token, small, ignore)
+    _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
     if weights:
         _fetch_weights(model_id, folder, commit, token)
     return folder, commit
@@ -197,7 +202,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     if isinstance(exc, errors.HFValidationError):
         return HubError(
             f"{repo} is neither a folder here nor a Hub id (expected 'name' or 'owner/name'): "
-            "check the path or the id"
+            f"check the path ({RELATIVE}) or the id"
         )
     if isinstance(exc, errors.LocalEntryNotFoundError) and _reason(exc) is not exc:
         return explain(_reason(exc), model_id, revision)
@@ -206,8 +211,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     if isinstance(exc, errors.OfflineModeIsEnabled):
         return HubError(
             f"{repo}{at} is not complete in the local cache and offline mode is on: unset "
-            "HF_HUB_OFFLINE, "
-            "or download it first"
+            f"HF_HUB_OFFLINE, or download it first; if it is a folder: {RELATIVE}"
         )
     if isinstance(exc, errors.LocalEntryNotFoundError):
         return HubError(
@@ -223,9 +227,8 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
         )
     if _is_connection(exc):
         return HubError(
-            f"no connection to the Hub for {repo} ({_line(exc)}): check the network and "
-            "HF_ENDPOINT, "
-            "or pass a local folder"
+            f"no connection to the Hub for {repo} ({_line(exc)}): check the network and HF_ENDPOINT, "
+            f"or pass a local folder ({RELATIVE})"
         )
     return HubError(f"downloading {repo}{at} failed: {type(exc).__name__}: {_line(exc)}")
 
@@ -253,15 +256,13 @@ def _http(exc, repo: str, revision: str | None) -> str:
         return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
     if isinstance(exc, errors.RepositoryNotFoundError):
         return (
-            f"{repo} is neither a folder here nor a repository on the Hub that you can see: check "
-            "the "
-            "spelling; if it is private, run `hf auth login` or pass --token"
+            f"{repo} is neither a folder here nor a repository on the Hub that you can see: check the "
+            f"spelling ({RELATIVE}); if it is private, run `hf auth login` or pass --token"
         )
     if status in (401, 403):
         return (
-            f"the Hub refused access to {repo} (HTTP {status}): run `hf auth login` or pass "
-            "--token "
-            "of an account that may read it"
+            f"the Hub refused access to {repo} (HTTP {status}): run `hf auth login` or pass --token of "
+            "an account that may read it"
         )
     if status == 429:
         return f"the Hub's rate limit is reached (HTTP 429) for {repo}: log in, or wait and try again"

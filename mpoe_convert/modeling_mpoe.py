@@ -1,7 +1,8 @@
 # Copyright the mpoe_convert contributors. Licensed under the Apache License, Version 2.0.
 """Transformers whose feed-forward networks (FFNs) are mixtures of experts with shared parameters.
 
-This file ships with every converted checkpoint and needs torch and transformers only. What is notable:
+This file ships with every converted checkpoint and needs torch and transformers only (written for and
+tested with torch 2.13 and transformers 5.23). What is notable:
 
 * One weight form. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
   operator); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
@@ -22,6 +23,22 @@ This file ships with every converted checkpoint and needs torch and transformers
   and how they are wired, stands in `config.mpoe`, so this file knows no model family.
 * Combine weights are the softmax over the chosen k logits and sum to one: identical experts compute
   exactly what the dense FFN computed, whatever the router says.
+
+`config.mpoe` holds:
+
+    format             version of this block, FORMAT_VERSION
+    num_experts, top_k
+    ffns               {path of a layer below the base model: index into forms}; other layers stay dense
+    forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
+                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...], "bias"}
+    family             how the FFN is wired into its layer; all paths relative to the layer:
+      slot             the submodule that the mixture replaces
+      absorbed         submodules whose work moved into it; they become Identity
+      activation       where the stock activation module is found; it is taken over as it is
+      inner_dropout    between activation and down projection: a module, or a rate that is set to zero
+      outer_dropout    after the down projection, where the stock FFN applies it itself
+      adds_residual    the stock FFN is called with the residual and adds it
+    base_model_type, kind   for people; nothing here reads them
 """
 
 import math
@@ -33,12 +50,17 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.integrations import moe as _register_grouped_mm  # noqa: F401  (a torch custom op)
+
+try:
+    from transformers import initialization as init
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
+except ImportError as error:
+    found = transformers.__version__
+    raise ImportError(f"modeling_mpoe.py needs transformers 5.23 or newer, found {found}") from error
 
 FORMAT_VERSION = 1
 CLASS_PREFIX = "MPOE"
@@ -78,7 +100,7 @@ def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
     return bond_left * in_dim, out_dim * bond_right
 
 
-def core_names(term: dict) -> list[str]:
+def name_cores(term: dict) -> list[str]:
     """Parameter names of a term's cores, from left to right."""
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
 
@@ -98,7 +120,7 @@ class Groups(NamedTuple):
     def of(cls, experts: Tensor, num_experts: int) -> "Groups":
         counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
         counts = counts.scatter_add(0, experts, torch.ones_like(experts))
-        sizes = None if torch.compiler.is_compiling() else counts.tolist()
+        sizes = None if torch.compiler.is_compiling() else counts.tolist()  # one synchronisation per FFN
         return cls(experts, counts.cumsum(0).to(torch.int32), sizes)
 
     def linear(self, rows: Tensor, weight: Tensor, rows_each: int = 1) -> Tensor:
@@ -110,13 +132,9 @@ class Groups(NamedTuple):
             rows, weight = rows.to(dtype), weight.to(dtype).contiguous()
             return torch.ops.transformers.grouped_mm_fallback(rows, weight, self.ends * rows_each)
         parts = rows.split([size * rows_each for size in self.sizes])
-        products = [part @ weight[e] for e, part in enumerate(parts) if len(part)]
+        # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
+        products = [part @ own for part, own in zip(parts, weight.unbind(), strict=True) if len(part)]
         return torch.cat(products) if products else rows @ weight[0]
-
-    def hit(self) -> tuple["Groups", list[int]]:
-        """The groups of the experts that have rows, and which these are."""
-        hit = [e for e, size in enumerate(self.sizes) if size] or [0]
-        return Groups(self.experts, self.ends[hit], [self.sizes[e] for e in hit]), hit
 
 
 class MPOEChain(nn.Module):
@@ -131,7 +149,7 @@ class MPOEChain(nn.Module):
         self.shapes = chain_shapes(term)
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(term["shared"])
-        self.core_names = core_names(term)
+        self.core_names = name_cores(term)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
@@ -168,10 +186,10 @@ class MPOEChain(nn.Module):
             return rows @ contract_chain(cores)
         if self.is_one_sided:
             return self._act_on(rows, groups, cores)
-        if groups.sizes is not None:  # build the matrices of the experts that are hit
-            groups, hit = groups.hit()
-            if len(hit) < cores[self.shared.index(False)].shape[0]:
-                cores = [c if s else c[hit] for c, s in zip(cores, self.shared, strict=True)]
+        if groups.sizes is not None and 0 in groups.sizes:  # build the matrices that are needed
+            hit = [e for e, size in enumerate(groups.sizes) if size] or [0]
+            cores = [c if s else c[hit] for c, s in zip(cores, self.shared, strict=True)]
+            groups = groups._replace(sizes=[groups.sizes[e] for e in hit])
         return groups.linear(rows, contract_chain(cores))
 
     def _act_on(self, rows: Tensor, groups: Groups, cores: list[Tensor]) -> Tensor:
@@ -343,14 +361,6 @@ class MPOEFeedForward(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------
 # Into the stock model
-
-# The family row in config.mpoe["family"]; every path is relative to the layer that holds the FFN.
-#   slot            the submodule that the mixture replaces
-#   absorbed        submodules whose work moved into it; they become Identity
-#   activation      where the stock activation module is found; it is taken over as it is
-#   inner_dropout   between activation and down projection (a module, or a float that is set to zero)
-#   outer_dropout   after the down projection, where the stock FFN applies it itself
-#   adds_residual   the stock FFN is called with the residual and adds it
 
 
 def _take(layer: nn.Module, path: str | None):

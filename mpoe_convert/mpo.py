@@ -25,10 +25,9 @@ from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 from torch import Tensor
 
-from mpoe_convert.errors import CheckpointError, SitesError
-from mpoe_convert.sites import Sites
-
-METHODS = ("auto", "exact", "randomized")
+from .errors import CheckpointError, SitesError
+from .recipe import SVDS
+from .sites import Sites
 
 # Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
 # Above, the float64 eigendecomposition, cubic in the rows, costs more than it saves.
@@ -81,7 +80,7 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
 
     Args:
         matrix: (rows, cols), rows are input features: y = x @ W. float32 and float64 keep their
-            dtype, bfloat16 and float16 become float32. CPU or CUDA.
+            dtype, bfloat16 and float16 become float32. From an MPS device the cores come back on the CPU.
         sites: dimensions and bonds; a bond wider than what exists is clipped.
         svd: "exact", "randomized" (for truncated bonds; the others stay exact), or "auto".
         seed: of the randomized method.
@@ -91,9 +90,11 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
         CheckpointError: the matrix holds NaN or Inf.
         ValueError: unknown ``svd``.
     """
-    if svd not in METHODS:
-        raise ValueError(f"svd is {svd!r}: choose one of {', '.join(METHODS)}")
+    if svd not in SVDS:
+        raise ValueError(f"svd is {svd!r}: choose one of {', '.join(SVDS)}")
     matrix = _checked(matrix, sites)
+    if matrix.device.type == "mps":
+        matrix = matrix.cpu()  # Gram matrices are float64, which MPS does not have
     c = sites.centre
     left, right = _Block.left_of_centre(sites), _Block.right_of_centre(sites)
     with torch.no_grad(), tensorly.backend_context("pytorch", local_threadsafe=True):
@@ -106,6 +107,16 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
         tt = TTMatrix([*left_cores, core.contiguous(), *right_cores])
     bonds = tuple(int(bond) for bond in tt.rank[1:-1])
     return MPO(tt, replace(sites, bonds=bonds), (*left_lost, *right_lost))
+
+
+def check_finite(tensor: Tensor, name: str = "the matrix") -> None:
+    """Raises CheckpointError if the tensor holds NaN or Inf."""
+    # Both show in the extremes, which take one pass and no temporary.
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise CheckpointError(
+            f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places; repair the source first"
+        )
 
 
 def relative_error(matrix: Tensor, approximation: Tensor) -> float:
@@ -168,12 +179,7 @@ def _checked(matrix: Tensor, sites: Sites) -> Tensor:
         )
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    low, high = matrix.aminmax()  # one pass without a temporary; NaN and Inf show in it
-    if not (low.isfinite() and high.isfinite()):
-        bad = matrix.numel() - int(matrix.isfinite().sum())
-        raise CheckpointError(
-            f"NaN or Inf in the weight: {bad} of {matrix.numel()} values; take a checkpoint without them"
-        )
+    check_finite(matrix)
     return matrix
 
 

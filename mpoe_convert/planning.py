@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
@@ -12,13 +13,12 @@ from . import experts
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, FamilyError, MpoeError, RecipeError
 from .families import DenseFFN, Family, Source, resolve
-from .recipe import Recipe, parse_size
+from .recipe import Recipe, parse_layers, parse_size
 from .safetensors_header import DTYPE2BYTES, TensorInfo
 from .sites import Sites
+from .stock import dense_flops_per_token, runs_per_token, stock_class
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Tables that are looked up, not multiplied with: they cost no arithmetic.
-_LOOKUP = re.compile(r"embed|\bwte\b|\bwpe\b|shared\.weight$|relative_attention_bias|position")
 # Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
 _BUFFER = re.compile(
     r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|"
@@ -85,11 +85,15 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class FFNPlan:
-    """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact."""
+    """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
+
+    `runs_per_token` says how often a token passes it: once, but in ALBERT layers share their FFN.
+    """
 
     ffn: DenseFFN
     matrices: tuple[MatrixPlan, ...]
     tensors: dict[str, tuple[tuple[int, ...], str]]
+    runs_per_token: int = 1
 
     @property
     def form(self) -> dict:
@@ -120,7 +124,11 @@ class Totals:
 
     The references are the dense source and a plain MoE: as many whole copies of every converted FFN,
     with the same router. Bytes are in the artifact's dtypes. FLOPs count products with weights only
-    (2 per multiply-add); attention scores depend on the length and are left out.
+    (2 per multiply-add): every Linear, Conv1D and Conv2d of the stock class that config.json names (of
+    AutoModel's if it names none), as often as a token passes it. Attention scores depend on the length
+    and are left out. Of an encoder-decoder, "per token" is one token of either stack; layers that see
+    one position (poolers, classifiers) or patches (ViT's Conv2d) count as if they saw every token, and
+    cross-attention as if it were used.
     """
 
     dense_params: int
@@ -150,7 +158,7 @@ class Plan:
     kept_dense: tuple[str, ...]
     tensors: tuple[OutTensor, ...]
     shards: dict[str, tuple[str, ...]] = field(repr=False)
-    ties_embeddings: bool = False
+    dense_flops_per_token: int = 0
 
     @property
     def matrices(self) -> Iterable[MatrixPlan]:
@@ -199,16 +207,11 @@ def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """The plan for an opened checkpoint. Raises MpoeError."""
     model_type = checkpoint.config["model_type"]
     family, found = resolve(model_type, checkpoint.tensors, recipe.ffn, checkpoint.config)
-    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
-    if not chosen:
-        names = ", ".join(ffn.path for ffn in found[:4])
-        raise RecipeError(
-            f"layers/include/exclude leave no FFN to convert; this model has {len(found)}: {names} …"
-        )
+    chosen = _select(recipe, found)
     ffns = tuple(_plan_ffn(recipe, checkpoint, ffn) for ffn in chosen)
     tensors = _out_tensors(recipe, checkpoint, ffns)
     return Plan(
-        recipe=recipe.replace(revision=checkpoint.revision),
+        recipe=_resolved(recipe, checkpoint),
         source=checkpoint.source,
         revision=checkpoint.revision,
         model_type=model_type,
@@ -217,7 +220,35 @@ def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
         tensors=tensors,
         shards=_shards(tensors, parse_size(recipe.max_shard_size)),
-        ties_embeddings=ties_embeddings(checkpoint),
+        dense_flops_per_token=dense_flops_per_token(checkpoint.config),
+    )
+
+
+def _select(recipe: Recipe, found: list[DenseFFN]) -> list[DenseFFN]:
+    """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
+    paths = [ffn.path for ffn in found]
+    names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
+    has = f"this model has {len(found)}: {names}"
+    for part in parse_layers(recipe.layers) if recipe.layers is not None else ():
+        if not any(ffn.index in part for ffn in found):
+            number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
+            raise RecipeError(f"layers is {recipe.layers!r}, and {number} matches no FFN; {has}")
+    for option in ("include", "exclude"):
+        for pattern in getattr(recipe, option):
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise RecipeError(f"{option} {pattern!r} matches no FFN; {has}")
+    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
+    if not chosen:
+        raise RecipeError(f"layers/include/exclude leave no FFN to convert; {has}")
+    return chosen
+
+
+def _resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with its defaults filled in, which repeats the run even if the defaults change."""
+    return recipe.replace(
+        revision=checkpoint.revision,
+        sites=None if recipe.kind == "dense" else recipe.num_sites,
+        bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
     )
 
 
@@ -232,7 +263,8 @@ def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
             f"{ffn.key}: up is {up.rows} x {up.cols} and down {down.rows} x {down.cols}; expected "
             "down to lead back"
         )
-    return FFNPlan(ffn, matrices, _ffn_tensors(recipe, ffn, matrices))
+    runs = runs_per_token(checkpoint.config, ffn.path)
+    return FFNPlan(ffn, matrices, _ffn_tensors(recipe, ffn, matrices), runs)
 
 
 def _plan_matrix(
@@ -314,16 +346,6 @@ def is_buffer(name: str) -> bool:
     return bool(_BUFFER.search(name))
 
 
-def stock_class(config: dict) -> type | None:
-    """The transformers class that the config names first, if this release has it."""
-    import transformers
-
-    for name in config.get("architectures") or ():
-        if isinstance(cls := getattr(transformers, name, None), type):
-            return cls
-    return None
-
-
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
     """Whether the head multiplies with the embedding table, which is then stored once."""
     cls = stock_class(checkpoint.config)
@@ -372,8 +394,8 @@ def _ffn_flops(plan: Plan) -> tuple[int, int]:
     for ffn in plan.ffns:
         with torch.device("meta"):
             module = MPOEFeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
-        per_token += module.flops_per_token
-        rebuild += module.rebuild_flops
+        per_token += ffn.runs_per_token * module.flops_per_token
+        rebuild += ffn.runs_per_token * module.rebuild_flops
     return per_token, rebuild
 
 
@@ -384,7 +406,8 @@ def ffn_totals(plan: Plan) -> Totals:
     routers = sum(ffn.router_params for ffn in plan.ffns)
     dense = sum(m.dense_params for m in matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
-    products = sum(m.rows * m.cols for m in matrices)
+    products = sum(ffn.runs_per_token * m.rows * m.cols for ffn in plan.ffns for m in ffn.matrices)
+    router_products = sum(ffn.runs_per_token * ffn.router_params for ffn in plan.ffns)
     flops, rebuild = _ffn_flops(plan)
     return Totals(
         dense_params=dense,
@@ -396,7 +419,7 @@ def ffn_totals(plan: Plan) -> Totals:
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
         dense_flops_per_token=2 * products,
-        plain_moe_flops_per_token=2 * (top_k * products + routers),
+        plain_moe_flops_per_token=2 * (top_k * products + router_products),
         flops_per_token=flops,
         rebuild_flops_per_forward=rebuild,
     )
@@ -404,25 +427,22 @@ def ffn_totals(plan: Plan) -> Totals:
 
 def model_totals(plan: Plan) -> Totals:
     """Totals of the whole model: those of the FFNs plus everything that is copied."""
-    from dataclasses import fields
-
+    ffn = plan.ffn_totals
     copied = [t for t in plan.tensors if t.ffn is None]
     params = sum(prod(t.shape) for t in copied if not is_buffer(t.name))
-    flops = 2 * sum(_multiplied(t) for t in copied)
-    if plan.ties_embeddings:
-        tables = [prod(t.shape) for t in copied if len(t.shape) == 2 and _LOOKUP.search(t.name)]
-        flops += 2 * max(tables, default=0)
-    rest = {"params": params, "bytes": sum(t.num_bytes for t in copied), "flops": flops}
-
-    def add(name: str) -> int:
-        value = getattr(plan.ffn_totals, name)
-        if name == "rebuild_flops_per_forward":
-            return value
-        return value + next(number for key, number in rest.items() if key in name)
-
-    return Totals(**{f.name: add(f.name) for f in fields(Totals)})
-
-
-def _multiplied(tensor: OutTensor) -> int:
-    is_product = len(tensor.shape) >= 2 and not _LOOKUP.search(tensor.name)
-    return prod(tensor.shape) if is_product and not is_buffer(tensor.name) else 0
+    num_bytes = sum(t.num_bytes for t in copied)
+    flops = plan.dense_flops_per_token - ffn.dense_flops_per_token
+    return Totals(
+        dense_params=ffn.dense_params + params,
+        plain_moe_params=ffn.plain_moe_params + params,
+        stored_params=ffn.stored_params + params,
+        plain_moe_active_params=ffn.plain_moe_active_params + params,
+        active_params=ffn.active_params + params,
+        dense_bytes=ffn.dense_bytes + num_bytes,
+        plain_moe_bytes=ffn.plain_moe_bytes + num_bytes,
+        stored_bytes=ffn.stored_bytes + num_bytes,
+        dense_flops_per_token=ffn.dense_flops_per_token + flops,
+        plain_moe_flops_per_token=ffn.plain_moe_flops_per_token + flops,
+        flops_per_token=ffn.flops_per_token + flops,
+        rebuild_flops_per_forward=ffn.rebuild_flops_per_forward,
+    )

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 
 from .errors import RecipeError
+from .sites import LAYOUTS
 
-LAYOUTS = ("one-sided", "two-sided", "balanced")
 BIASES = ("shared", "per-expert")
 DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
@@ -25,18 +26,18 @@ class Recipe:
     """What to convert and how. The same recipe on the same source gives byte-identical tensors.
 
     Attributes:
-        model: Hub id or local folder of a dense checkpoint.
+        model: Hub id or local folder (text or a path) of a dense checkpoint.
         revision: branch, tag or commit of a Hub id.
         experts: experts per FFN (n), at least 2.
         top_k: experts chosen per token (k), at most `experts`.
         kind: what an expert is made of; a module of `mpoe_convert.experts`.
         layout: how a matrix is split into sites; see `mpoe_convert.sites`.
-        sites: odd number of sites; by default 3, and 5 for the balanced layout.
+        sites: odd number of sites; by default 3, and 5 for the balanced layout. Kind mpo only.
         bond_dim: upper limit of every bond, or one limit per bond (a list).
-        factors: explicit site dimensions "in,in,inxout,out,out" of the hidden x inner size.
+        factors: explicit site dimensions "in,in,inxout,out,out" of the hidden x inner size. Kind mpo only.
         noise: standard deviation of the perturbation of experts 1.. relative to the core's own
             root mean square; expert 0 is exact. 0 makes all experts equal.
-        seed: of the perturbation and of the router rows.
+        seed: of the perturbation and of the router rows, 0 to 2**63 - 1.
         bias: "shared" or "per-expert"; by default what the kind prefers.
         layers: layer numbers to convert, such as "0-5,8" (every stack); by default all.
         include / exclude: glob patterns on FFN names, such as "decoder.*".
@@ -73,6 +74,8 @@ class Recipe:
     ffn: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.model, PathLike):
+            object.__setattr__(self, "model", str(self.model))
         self._check_text()
         for name in ("include", "exclude"):
             value = getattr(self, name)
@@ -83,6 +86,7 @@ class Recipe:
         parse_size(self.max_shard_size)
         if self.layers is not None:
             parse_layers(self.layers)
+        self._check_sites()
 
     def _check_text(self) -> None:
         for name in ("model", "revision", "factors", "device", "ffn"):
@@ -105,11 +109,26 @@ class Recipe:
             raise RecipeError(
                 f"top_k is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"
             )
-        if not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed is {self.seed}; expected 0 to 2**63 - 1, as torch's generators take")
+        is_number = isinstance(self.noise, (int, float)) and not isinstance(self.noise, bool)
+        if not (is_number and 0 <= self.noise < math.inf):
             raise RecipeError(f"noise is {self.noise!r}; expected a number of at least 0, such as 0.01")
+
+    def _check_sites(self) -> None:
         sites = 3 if self.sites is None else self.sites
         if not isinstance(sites, int) or isinstance(sites, bool) or sites < 3 or sites % 2 == 0:
             raise RecipeError(f"sites is {sites!r}; expected an odd number of at least 3")
+        given = [name for name in ("sites", "factors") if getattr(self, name) is not None]
+        if given and self.kind == "dense":
+            raise RecipeError(
+                f"{' and '.join(given)} given with kind 'dense', whose experts have no sites; expected "
+                "with --kind mpo only"
+            )
+        if len(given) == 2 and self.sites != self.num_sites:
+            raise RecipeError(
+                f"sites is {self.sites} but factors {self.factors!r} has {self.num_sites}; give one of them"
+            )
 
     def _check_choices(self) -> None:
         from .experts import KINDS
@@ -128,7 +147,7 @@ class Recipe:
     def from_mapping(cls, values: Mapping) -> Recipe:
         """A recipe from the contents of a recipe file; unknown names are errors."""
         known = {field.name for field in fields(cls)}
-        values = {str(key).replace("-", "_"): value for key, value in values.items()}
+        values = normalised(values)
         unknown = sorted(set(values) - known)
         if unknown:
             raise RecipeError(f"unknown recipe keys {unknown}; known are {sorted(known)}")
@@ -153,11 +172,26 @@ class Recipe:
 
     def selects(self, name: str, index: int) -> bool:
         """Whether the FFN of layer `index` called `name` is to be converted."""
-        if self.layers is not None and index not in parse_layers(self.layers):
+        if self.layers is not None and not any(index in part for part in parse_layers(self.layers)):
             return False
         if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
             return False
         return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def normalised(values: Mapping) -> dict:
+    """The same values under the names of Recipe's fields: "bond-dim" -> "bond_dim".
+
+    Raises:
+        RecipeError: a name is given twice, in two spellings.
+    """
+    key2value, spelled = {}, {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in key2value:
+            raise RecipeError(f"the recipe gives {name} twice, as {spelled[name]!r} and {key!r}; keep one")
+        key2value[name], spelled[name] = value, key
+    return key2value
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -199,9 +233,9 @@ def parse_bond_dim(text: str) -> int | tuple[int, ...]:
     return _bond_dim(bonds if len(bonds) > 1 else bonds[0])
 
 
-def parse_layers(text: str) -> frozenset[int]:
-    """ "0-5,8" -> {0, 1, 2, 3, 4, 5, 8}."""
-    numbers = set()
+def parse_layers(text: str) -> tuple[range, ...]:
+    """ "0-5,8" -> (range(0, 6), range(8, 9)): numbers are not listed, they may be huge."""
+    parts = []
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if not match:
@@ -209,8 +243,8 @@ def parse_layers(text: str) -> frozenset[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise RecipeError(f"layers is {text!r}; the range {part.strip()} runs backwards")
-        numbers.update(range(first, last + 1))
-    return frozenset(numbers)
+        parts.append(range(first, last + 1))
+    return tuple(parts)
 
 
 def parse_size(text: str | int) -> int:

@@ -54,7 +54,7 @@ def _table(title: str, *columns: str, numbers: int = 0) -> Table:
 
 
 def matrices_table(matrices: Iterable[MatrixPlan]) -> Table:
-    """Every matrix of a plan, layers with the same shapes in one row."""
+    """One row per matrix of a plan."""
     columns = ("matrix", "size", "sites (in x out)", "bonds", "full bonds", "dense", "stored")
     table = _table("Matrices", *columns, numbers=2)
     for matrix in matrices:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import __version__
 from .planning import Plan
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
-# weights, 0.8 turns text into noise (see README, "How much error is too much").
+# weights, 0.76 turns text into noise (see README, "How much error is too much").
 BROKEN_ERROR = 0.4
 NOTICEABLE_ERROR = 0.02
 
@@ -86,9 +87,11 @@ class Report:
         plan = self.plan
         return {
             "format": 1,
+            "version": __version__,
             "base_model": plan.source,
             "revision": plan.revision,
             "model_type": plan.model_type,
+            "license": self.license,
             "recipe": plan.recipe.to_mapping(),
             "totals": asdict(plan.totals) | {"ffn": asdict(plan.ffn_totals)},
             "max_relative_error": self.max_error,

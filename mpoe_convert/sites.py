@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt, prod
 
-from mpoe_convert.errors import SitesError
+from .errors import SitesError
 
 Dims = tuple[int, ...]
 

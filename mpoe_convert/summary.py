@@ -7,13 +7,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .artifact import read_artifact
+from .artifact import file_names, read_artifact
 from .safetensors_header import TensorInfo, read_header
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An artifact at a glance. `parts` maps a kind of tensor to (tensors, parameters, bytes)."""
+    """An artifact at a glance.
+
+    `parts` maps a kind of tensor to (tensors, parameters, bytes), `files` a path inside to its bytes.
+    """
 
     folder: str
     config: dict
@@ -60,7 +63,7 @@ def inspect(folder: str | Path) -> Summary:
         config=config,
         report=report,
         parts=parts,
-        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        files={name: (folder / name).stat().st_size for name in file_names(folder)},
     )
 
 

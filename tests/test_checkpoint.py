@@ -625,5 +625,8 @@ def test_companions_are_everything_around_the_weights_and_nothing_else(folder):
             (folder / name).write_text("x")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.json").write_text("x")
-    assert [path.name for path in checkpoint.companion_files()] == sorted(COPIED)
-    assert all(path.parent == folder for path in checkpoint.companion_files())
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("rag.jinja", "rag.py", "rag.json"):
+        (folder / "additional_chat_templates" / name).write_text("x")
+    expected = sorted(folder / name for name in [*COPIED, "additional_chat_templates/rag.jinja"])
+    assert checkpoint.companion_files() == expected

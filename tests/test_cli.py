@@ -402,9 +402,9 @@ def test_a_recipe_that_is_not_there_is_told(here):
         (["--sites", "4"], 2, "sites is 4; expected an odd number of at least 3"),
         (["--factors", "3,4,4x4,3,2"], 1, "multiply to 48 (3 * 4 * 4), but the matrix is 16 x 24"),
         (["--factors", "2,4,2x4,3,4"], 1, "multiply to 48 (4 * 3 * 4), but the matrix is 16 x 24"),
-        (["--layers", "7"], 2, "leave no FFN to convert; this model has 2: h.0, h.1"),
+        (["--layers", "7"], 2, "and 7 matches no FFN; this model has 2: h.0, h.1"),
         (["--layers", "a"], 2, "layers is 'a'; expected numbers and ranges such as 0-5,8"),
-        (["--include", "encoder.*"], 2, "leave no FFN to convert; this model has 2: h.0, h.1"),
+        (["--include", "encoder.*"], 2, "include 'encoder.*' matches no FFN; this model has 2: h.0, h.1"),
         (["--device", "cuda:99"], 2, "device cuda:99 is not available here; --device auto picks one"),
         (["--revision", "v1"], 1, "--revision 'v1' was given, but dense is a local folder"),
         (["--max-shard-size", "0"], 2, "max_shard_size is '0'; expected at least one byte"),
@@ -578,8 +578,8 @@ def test_what_is_no_artifact_is_told(command, here):
     assert f"nothing is not a folder: {expected}" in refused(command, "nothing")
     report = Path("done/conversion_report.json")
     for text, said in (
-        ("{", "is damaged (Expecting"),
-        ("[]", "is damaged"),
+        ("{", "is not JSON (Expecting"),
+        ("[]", "holds a JSON list, expected a conversion report: convert again"),
         ("{}", "it lacks ['base_model'"),
     ):
         report.write_text(text)
@@ -661,7 +661,7 @@ def test_verify_tells_that_the_dense_model_is_gone(here):
 
 def test_verify_tells_that_the_dense_model_does_not_load(here):
     Path("dense/model.safetensors").write_bytes(b"x")
-    assert "the dense model" in (said := refused("verify", "done")) and "does not load: " in said
+    assert "the dense model" in (said := refused("verify", "done")) and "does not load or run: " in said
 
 
 # -------------------------------------------------------------------------------- families outside the table

@@ -33,6 +33,8 @@ NEVER = {
     "model.gguf": b"gguf",
     "onnx/model.onnx": b"onnx",
     "onnx/config.json": b"{}",
+    "onnx/chat.jinja": b"elsewhere",
+    "additional_chat_templates/rag.py": b"raise SystemExit",
     "original/model.safetensors": b"other",
     "consolidated.safetensors": b"twice the size",
     "model.fp16.safetensors": b"variant",
@@ -41,7 +43,8 @@ NEVER = {
     ".gitattributes": b"lfs",
 }
 CARD = {"README.md": b"its front matter names the licence"}
-BESIDE = {"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT"}
+NAMED = "additional_chat_templates/rag.jinja"
+BESIDE = {"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT", NAMED: b"{{ rag }}"}
 REFUSED = {
     "o/gated": (403, "GatedRepo", "Access to model o/gated is restricted"),
     "o/gated-files": (403, "GatedRepo", "Access to model o/gated-files is restricted"),
@@ -71,7 +74,7 @@ for request in json.loads(sys.argv[1]):
     outcomes.append({
         "folder": str(got.folder), "revision": got.revision, "source": got.source, "read": read,
         "tensors": {t.name: [t.dtype, t.shape, t.file] for t in got.tensors.values()},
-        "companions": [path.name for path in got.companion_files()],
+        "companions": [str(path.relative_to(got.folder)) for path in got.companion_files()],
     })
 print(json.dumps(outcomes))
 """
@@ -247,14 +250,14 @@ def test_a_hostile_remote_header_is_refused(hub, ask):
 
 
 FAILURES = {
-    ("o/absent", None): "'o/absent' is neither a folder here nor a repository on the Hub",
+    ("o/absent", None): "check the spelling (a relative path counts from the current folder)",
     ("o/m", "v9"): "'o/m' has no revision 'v9': expected a branch, a tag or a full commit hash",
     ("o/m", "a" * 40): f"'o/m' has no revision '{'a' * 40}'",
-    ("a/b/c", None): "'a/b/c' is neither a folder here nor a Hub id (expected 'name' or 'owner",
+    ("a/b/c", None): "check the path (a relative path counts from the current folder) or the id",
     ("no spaces", None): "'no spaces' is neither a folder here nor a Hub id",
     ("o/gated", None): "'o/gated' is gated: accept its conditions on its Hub page, then run `hf",
     ("o/gated-files", None): "is gated: accept its conditions on its Hub page",
-    ("o/private", None): "check the spelling; if it is private, run `hf auth login` or pass",
+    ("o/private", None): "current folder); if it is private, run `hf auth login` or pass",
     ("o/bad-token", None): "the Hub refused the token for 'o/bad-token': run `hf auth login`",
     ("o/forbidden", None): "the Hub refused access to 'o/forbidden' (HTTP 403): run `hf auth",
     ("o/busy", None): "the Hub's rate limit is reached (HTTP 429) for 'o/busy': log in, or wait",
@@ -278,6 +281,7 @@ def test_no_server_is_no_connection(ask):
     (got,) = ask({"model": "o/m"}, endpoint="http://127.0.0.1:9")  # discard: nobody listens
     assert "no connection to the Hub for 'o/m' ([Errno 111]" in got["message"]
     assert "check the network and HF_ENDPOINT, or pass a local folder" in got["message"]
+    assert got["message"].endswith("folder (a relative path counts from the current folder)")
 
 
 def test_a_full_disk_is_told_wherever_it_is_noticed():

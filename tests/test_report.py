@@ -11,7 +11,7 @@ from tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from mpoe_convert import Recipe, convert, plan
+from mpoe_convert import Recipe, __version__, convert, plan
 
 WAYS = [
     {"layout": "one-sided"},
@@ -113,6 +113,8 @@ def test_card_is_valid_and_carries_the_licence(tmp_path, tiny_gpt2):
     report = convert(Recipe(str(tiny_gpt2), experts=2, bond_dim=4), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert report.license == card.data.license == "mit"
+    assert report.to_json()["license"] == "mit"
+    assert report.to_json()["version"] == __version__
     assert card.data.language == ["en", "de"]
     assert card.data.library_name == "transformers"
     assert {"mpoe", "moe", "gpt2"} <= set(card.data.tags)

@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mpoe_convert"
 # From the top down; see the modules' own first lines for what each is.
 ORDER = [
-    *("__main__", "cli", "render", "conversion", "verification", "summary", "card", "report", "artifact"),
+    *(
+        "__main__",
+        "cli",
+        "render",
+        "conversion",
+        "building",
+        "verification",
+        "summary",
+        "card",
+        "report",
+        "artifact",
+    ),
     *("planning", "experts.dense", "experts.mpo", "mpo", "recipe", "experts", "families", "stock"),
     *("checkpoint", "torch_bin", "hub", "safetensors_header", "sites", "modeling_mpoe", "verify_child"),
     "errors",
@@ -47,7 +58,7 @@ def test_every_module_has_its_place():
 
 
 def test_imports_are_found():
-    assert {"artifact", "planning", "experts", "mpo"} <= imported(MODULES["conversion"])
+    assert {"artifact", "planning", "building", "mpo"} <= imported(MODULES["conversion"])
 
 
 @pytest.mark.parametrize("name", ORDER)
