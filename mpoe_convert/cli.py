@@ -258,9 +258,6 @@ def told_in_one_line(verbose: int, quiet: bool) -> Iterator[None]:
             traceback.print_exc()
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
-    except MemoryError:
-        click.echo("Error: out of memory; `mpoe-convert plan` estimates what a conversion needs", err=True)
-        sys.exit(1)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def download(
     small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
     folder, commit = _snapshot(model_id, revision, token, small, ignore)
-    _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
+    if any(fnmatchcase(name, CHAT_TEMPLATES) for name in listing(model_id, commit)):
+        _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
     if weights:
         _fetch_weights(model_id, folder, commit, token)
     return folder, commit
@@ -87,8 +89,10 @@ def download(
 def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:
     # The commit is known now: the listing is cached, so each further snapshot costs no request of
     # its own, and the branch cannot move between the files.
+    names = listing(model_id, commit)
     for single in SINGLE.values():
-        _snapshot(model_id, commit, token, [single], None)
+        if single in names or not names:  # a snapshot that matches nothing says so on stderr
+            _snapshot(model_id, commit, token, [single], None)
         if (folder / single).is_file():
             return
         shards = _shard_names(folder / f"{single}.index.json")

@@ -354,7 +354,6 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
     ("text", "said"),
     [
         ("expert: 4", "unknown recipe keys ['expert']; known are ["),
-        ("output: x", "unknown recipe keys ['output']"),
         ("- experts", "the recipe r.yaml holds list; expected `name: value`"),
         ("", "the recipe r.yaml holds NoneType; expected `name: value`"),
         ("experts: [", "cannot read the recipe r.yaml: "),
@@ -598,7 +597,9 @@ def test_running_out_of_memory_is_told(here, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(conversion, "build_matrix", exhausted)
-    assert "out of memory; `mpoe-convert plan` estimates" in refused("dense", "-o", "out", *SMALL)
+    assert "out of memory while working on transformer.h.0.mlp.up; `mpoe-convert plan`" in refused(
+        "dense", "-o", "out", *SMALL
+    )
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -830,3 +831,10 @@ def test_models_of_the_hub(hub_cli, tmp_path):
     assert "no connection to the Hub for 'o/absent'" in err and err.count("\n") == 1, err
     assert "check the network and HF_ENDPOINT, or pass a local folder" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_recipe_may_name_its_output(here):
+    Path("r.yaml").write_text("model: dense\noutput: named\nexperts: 2\nbond-dim: 4\n")
+    assert call("--config", "r.yaml", "-q").exit_code == 0
+    assert call("--config", "r.yaml", "-o", "given", "-q").exit_code == 0
+    assert Path("named/config.json").exists() and Path("given/config.json").exists()
