@@ -16,7 +16,7 @@ def options_table() -> str:
     command = main.commands["convert"]
     context = click.Context(command)
     for param in command.get_params(context):
-        if param.name != "help" and isinstance(param, click.Option):
+        if isinstance(param, click.Option) and "--help" not in param.opts:
             record = param.get_help_record(context)
             meaning = re.sub(r"\s+", " ", record[1]).replace("|", "\\|")
             rows.append(f"| `{record[0]}` | {meaning} |".replace("INT|LIST", "INT\\|LIST"))
