@@ -56,6 +56,11 @@ def test_block_runs(number, playground):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_nothing_is_left_to_fill_in():
+    text = README.read_text(encoding="utf-8")
+    assert "@@" not in text and "TO" + "DO" not in text
+
+
 def test_there_are_blocks_to_run():
     assert sum(kind == "bash" for kind, _ in BLOCKS) >= 4
     assert sum(kind == "python" for kind, _ in BLOCKS) >= 2

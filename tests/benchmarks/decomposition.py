@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a run is stopped")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     results = []
     for size in SIZES[:1] if options.quick else SIZES:
         for layout in LAYOUTS:
