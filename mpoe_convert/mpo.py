@@ -35,7 +35,7 @@ _MAX_GRAM = 1024
 # The Gram matrix of float32 data is summed in float64 from float32 products: accurate to about 1e-7
 # of its norm, which is enough where nothing or much is dropped. Where less than this part of the
 # squared norm is dropped, or where squares may leave the range of float32, it is computed again
-# from float64 products, which takes twice the time.
+# from float64 products.
 _SMALL_LOSS = 1e-3
 _SAFE_NORM = (1e-20, 1e30)
 _PRODUCT_COLUMNS = 2048
@@ -135,7 +135,7 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
     rows = max(_CACHED // matrix.shape[1], 1)
     pieces = zip(matrix.split(rows), approximation.split(rows), strict=True)
     with torch.no_grad():
-        # float64 sums take ten times as long and are needed only where squares could over- or underflow.
+        # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64
         norm = float(torch.linalg.vector_norm(matrix, dtype=dtype))
         norms = [torch.linalg.vector_norm(ours - theirs, dtype=dtype) for ours, theirs in pieces]
@@ -275,10 +275,9 @@ class _Split:
     returned: the product is U^T A to the last bit, where (U^T A) / S would blow up on singular
     values near zero.
 
-    "auto" draws at random where min(A.shape) > `_MAX_GRAM` and 8 * rank <= min(A.shape). Measured
-    for rank 64 on two busy cores, exact and randomized: 8 s and 1.0 s for 1024 x 22016 numbers,
-    23 s and 1.8 s for 2048 x 11008, 62 s and 3.3 s for 4096 x 11008. The randomized error is 0.3 to
-    1.5 per cent larger on a flat spectrum, the worst case, so the smaller unfoldings stay exact.
+    "auto" draws at random where min(A.shape) > `_MAX_GRAM` and 8 * rank <= min(A.shape): there the
+    eigendecomposition, cubic in the shorter side, takes several times as long. The randomized error is
+    slightly larger on a flat spectrum, the worst case, so the smaller unfoldings stay exact.
     """
 
     def __init__(self, method: str, seed: int) -> None:
@@ -334,7 +333,7 @@ def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Ten
 def _square_root(gram: Tensor) -> Tensor:
     """Square B with B B^T = the given positive semidefinite matrix."""
     factor, info = torch.linalg.cholesky_ex(gram)
-    if info == 0:  # a tenth of the cost of the eigendecomposition, which rank deficiency needs
+    if info == 0:  # far cheaper than the eigendecomposition, which only rank deficiency needs
         return factor
     values, vectors = torch.linalg.eigh(gram)
     return vectors * values.clamp(min=0).sqrt()

@@ -181,11 +181,9 @@ def lfs_pointer(path: Path) -> str:
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
-    # Open per tensor with pread. Streaming 64 tensors of 16 MiB from a 1 GiB file, resident memory
-    # above the start peaked at 1078 MB with one memory map kept open (pages stay resident for its
-    # lifetime), 21 MB with a map per tensor, 20 MB with pread; 0.2 s, 0.2 s and 0.7 s. Pread gives
-    # the tensor memory of its own, and a file that shrinks meanwhile gives an error where a map
-    # gives SIGBUS.
+    # Open per tensor with pread. The pages of one memory map kept open would stay resident for its
+    # lifetime, so that streaming a file would fill memory with it. A map per tensor would do as well, but
+    # a file that shrinks meanwhile gives an error with pread and SIGBUS with a map.
     try:
         with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
             return file.get_tensor(name)

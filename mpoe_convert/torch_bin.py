@@ -21,9 +21,8 @@ class BinReader:
     """The state dict of the `.bin` file read last: mapped, or in memory where it cannot be.
 
     Pages that a map has touched stay resident as long as the map lives, so it is dropped and made
-    again after every REMAP_BYTES. Streaming 64 tensors of 16 MiB peaked at 1162 MB above the start
-    with one map and at 109 MB so (172 MB where the allocator keeps freed blocks for itself). A file
-    from before zip archives cannot be mapped and stays in memory whole.
+    again after every REMAP_BYTES. A file from before zip archives cannot be mapped and stays in memory
+    whole.
     """
 
     def __init__(self) -> None:
