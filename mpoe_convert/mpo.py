@@ -38,7 +38,7 @@ _MAX_GRAM = 1024
 # from float64 products.
 _SMALL_LOSS = 1e-3
 _SAFE_NORM = (1e-20, 1e30)
-_PRODUCT_COLUMNS = 2048
+_PRODUCT_COLUMNS = 16384
 # float64 copies are made of this many numbers at a time: 32 MiB.
 _CHUNK = 1 << 22
 # Differences are taken in pieces of this many numbers, which stay in a core's cache.
@@ -231,7 +231,10 @@ def _sweep(
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
     cores, lost = _in_chain_order(cores, lost, block, unfolding.dtype)
-    return cores, lost, _block_isometry(cores, block) @ unfolding
+    isometry = _block_isometry(cores, block)
+    if unfolding.is_contiguous():
+        return cores, lost, isometry @ unfolding
+    return cores, lost, (unfolding.mT @ isometry.mT).mT  # keeps the memory order that the core will have
 
 
 def _tensor_train(tensor: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor], list[float], Tensor]:
