@@ -41,8 +41,12 @@ tested with torch 2.13 and transformers 5.23). What is notable:
     base_model_type, kind   for people; nothing here reads them
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -58,6 +62,7 @@ try:
         register_checkpoint_conversion_mapping,
     )
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
+    from transformers.modeling_outputs import ModelOutput
 except ImportError as error:
     found = transformers.__version__
     raise ImportError(f"modeling_mpoe.py needs transformers 5.23 or newer, found {found}") from error
@@ -65,6 +70,43 @@ except ImportError as error:
 FORMAT_VERSION = 1
 CLASS_PREFIX = "MPOE"
 MODEL_TYPE_PREFIX = "mpoe_"
+
+# Options at the top level of the config, each with its default; `from_pretrained(..., name=value)` sets them.
+OPTIONS = {
+    "router_aux_loss_coef": 0.01,  # of the load-balancing loss, added in training; 0: off
+    "router_z_loss_coef": 0.0,  # of the router z-loss, added in training
+    "output_router_logits": False,  # outputs carry `router_logits` and `aux_loss`
+    "router_combine": "renormalised",  # see MPOERouter
+    "router_jitter_noise": 0.0,
+    "router_capacity_factor": None,
+    "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: off
+    "mpoe_schedule": "auto",  # see MPOEFeedForward; MPOE_SCHEDULE in the environment comes first
+    "mpoe_cache": "off",  # see MatrixCache: off, hit, all; MPOE_CACHE comes first
+    "mpoe_cache_bytes": None,  # limit for the whole model; MPOE_CACHE_BYTES comes first
+}
+OPTION_TYPES = {
+    "router_aux_loss_coef": float,
+    "router_z_loss_coef": float,
+    "output_router_logits": bool,
+    "router_combine": str,
+    "router_jitter_noise": float,
+    "router_capacity_factor": float | None,
+    "router_bias_update_rate": float,
+    "mpoe_schedule": str,
+    "mpoe_cache": str,
+    "mpoe_cache_bytes": int | None,
+}
+
+# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
+_FLOPS = 1e11  # per second
+_BANDWIDTH = 1e10  # bytes per second
+# Up to so many numbers every row gets a copy of its own experts' cores.
+_FEW_NUMBERS = 1 << 23
+# From so many rows per expert on, a processor computes expert by expert ...
+_MANY_ROWS = 384
+# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
+# weight[expert] is as large as all experts together.
+_OWN_NUMBERS = 1 << 18
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -105,36 +147,129 @@ def name_cores(term: dict) -> list[str]:
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
 
 
-class Groups(NamedTuple):
-    """Rows sorted by expert: the expert of every row, and where each expert's rows end.
+def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
+    """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
+    if torch.is_grad_enabled():  # one product over transposed copies, whose gradient is not made per row
+        return weight.mT @ x
+    return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x)
 
-    `sizes` repeats `ends` as Python integers; None while compiling, where reading them would break
-    the graph.
+
+def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
+    """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
+    if x.is_cpu and x.shape[:2] == (2, 1) and not torch.compiler.is_compiling():
+        # A token's two experts: two matrix-vector products read the weight faster than one thin product.
+        return torch.stack([row @ weight for row in x])
+    return x @ weight
+
+
+class Picks(NamedTuple):
+    """Which expert's core each of N rows is multiplied by, in the way that suits their number.
+
+    One of four:
+        one expert for all rows         experts is an int
+        each row with a copy of its own experts (N,); few rows
+        rows sorted by expert           experts (N,) ascending, `sizes` rows for each expert
+        the same, sizes on the device   experts (N,) ascending, expert e's rows end at `ends[e]`
     """
 
-    experts: Tensor  # (N,) ascending
-    ends: Tensor  # (E,) int32
-    sizes: list[int] | None
+    experts: Tensor | int
+    sizes: list[int] | None = None
+    ends: Tensor | None = None
 
     @classmethod
-    def of(cls, experts: Tensor, num_experts: int) -> "Groups":
+    def of_sorted(cls, experts: Tensor, num_experts: int, on_device: bool) -> "Picks":
         counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
         counts = counts.scatter_add(0, experts, torch.ones_like(experts))
-        sizes = None if torch.compiler.is_compiling() else counts.tolist()  # one synchronisation per FFN
-        return cls(experts, counts.cumsum(0).to(torch.int32), sizes)
+        if on_device:
+            return cls(experts, ends=counts.cumsum(0).to(torch.int32))
+        return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
 
-    def linear(self, rows: Tensor, weight: Tensor, rows_each: int = 1) -> Tensor:
-        """Each row times its expert's matrix: (N * rows_each, in), (E, in, out) -> (.., out)."""
-        if self.sizes is None:  # an opaque operator of fixed output shape, unknown to autocast
-            device, dtype = rows.device.type, rows.dtype
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-            rows, weight = rows.to(dtype), weight.to(dtype).contiguous()
-            return torch.ops.transformers.grouped_mm_fallback(rows, weight, self.ends * rows_each)
-        parts = rows.split([size * rows_each for size in self.sizes])
+    def right(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (N, p, l) times its expert's matrix of (E, l, q) -> (N, p, q)."""
+        if self.sizes is not None:
+            return self._by_segment(x, weight, torch.matmul)
+        if self.ends is not None:
+            return self._grouped(x.flatten(0, 1), weight, x.shape[1]).unflatten(0, (-1, x.shape[1]))
+        if isinstance(self.experts, int):
+            return x @ weight[self.experts]
+        return torch.bmm(x, weight.index_select(0, self.experts))
+
+    def left(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The transpose of its expert's matrix of (E, l, q) times x (N, l, p) -> (N, q, p)."""
+        if x.shape[-1] == 1 or self.ends is not None:
+            return self.right(x.mT.contiguous(), weight).mT
+        if self.sizes is not None:
+            return self._by_segment(x, weight, lambda part, own: multiply_left(own, part))
+        if isinstance(self.experts, int):
+            return multiply_left(weight[self.experts], x)
+        return torch.bmm(weight.index_select(0, self.experts).mT, x)
+
+    def _by_segment(self, x: Tensor, weight: Tensor, product) -> Tensor:
         # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
-        products = [part @ own for part, own in zip(parts, weight.unbind(), strict=True) if len(part)]
-        return torch.cat(products) if products else rows @ weight[0]
+        segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
+        products = [product(part, own) for part, own in segments if len(part)]
+        return torch.cat(products) if products else product(x, weight[0])
+
+    def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
+        device, dtype = rows.device.type, rows.dtype
+        if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
+            dtype = torch.get_autocast_dtype(device)
+        rows, weight, ends = rows.to(dtype), weight.to(dtype).contiguous(), self.ends * rows_each
+        if _can_group(rows, weight):
+            return F.grouped_mm(rows, weight, offs=ends)
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+
+def _can_group(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these: CUDA from 8.0 on; in compiled code bfloat16 only."""
+    if rows.device.type != "cuda" or torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return False
+    aligned = all(dim * rows.itemsize % 16 == 0 for dim in weight.shape[1:])
+    return aligned and (rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
+
+
+class MatrixCache:
+    """Experts' matrices kept between forward passes that need no gradient.
+
+    An entry is dropped as soon as a core it was made from has changed: an optimizer's step, loading and
+    `.to()` are noticed; writing through `parameter.data` is not.
+
+    Args:
+        keep: "hit": the experts that tokens went to; "all": every expert, from the first use on.
+        limit: bytes for all matrices of this FFN; what does not fit is built each time. None: no limit.
+    """
+
+    def __init__(self, keep: str, limit: float | None = None):
+        self.keep, self.limit = keep, math.inf if limit is None else limit
+        self.entries: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
+
+    def __reduce__(self):  # copies of a model start empty
+        return MatrixCache, (self.keep, self.limit)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for _, matrix in self.entries.values())
+
+    def matrix(self, chain: "MPOEChain", cores: list[Tensor], expert: int) -> Tensor:
+        """One expert's matrix (in, out), from the cache if it is there and still right."""
+        if not all(isinstance(core, nn.Parameter) for core in cores):
+            return chain.matrix(cores, expert)  # parametrised (PEFT): a new tensor each time
+        autocast = torch.is_autocast_enabled(cores[0].device.type)
+        state = (autocast, *((core.data_ptr(), core._version, core.dtype) for core in cores))
+        wanted = [expert]
+        if self.keep == "all":
+            wanted += [e for e in range(chain.num_experts) if e != expert]
+        for e in wanted:
+            key = (id(chain), e)
+            if key in self.entries and self.entries[key][0] == state:
+                continue
+            self.entries.pop(key, None)
+            size = chain.in_features * chain.out_features * cores[0].itemsize
+            if self.nbytes + size > self.limit:
+                break
+            self.entries[key] = (state, chain.matrix(cores, e))
+        kept = self.entries.get((id(chain), expert))
+        return chain.matrix(cores, expert) if kept is None else kept[1]
 
 
 class MPOEChain(nn.Module):
@@ -142,93 +277,103 @@ class MPOEChain(nn.Module):
 
     A core is stored as a matrix (bond_left * in_dim, out_dim * bond_right), or a stack of one per expert:
     shapes that optimizers, LoRA and kernels know.
+
+    Attributes:
+        acts: the cores can act on the activations one after the other, with no matrix built: at most one
+            carries input and output, those left of it only input, those right of it only output.
+        own_numbers: how many numbers one expert has for itself.
     """
 
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
+        self.num_experts = num_experts
         self.shapes = chain_shapes(term)
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(term["shared"])
         self.core_names = name_cores(term)
+        inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
+        outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
+        self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
+        pairs = zip(self.shapes, self.shared, strict=True)
+        self.own_numbers = sum(math.prod(shape) for shape, shared in pairs if not shared)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
 
-    @property
-    def cores(self) -> list[Tensor]:
-        """(l, i, o, r) each, or (E, l, i, o, r)."""
-        parameters = (getattr(self, name) for name in self.core_names)
-        return [p.reshape(*p.shape[:-2], *s) for p, s in zip(parameters, self.shapes, strict=True)]
+    def forward(
+        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+    ) -> Tensor:
+        """(N, in) rows -> (N, out).
 
-    @property
-    def centre(self) -> slice | None:
-        """Where the shared cores stand, if they are one run of neighbours."""
-        if not any(self.shared):
-            return None
-        first, last = self.shared.index(True), len(self.shared) - 1 - self.shared[::-1].index(True)
-        return slice(first, last + 1) if all(self.shared[first : last + 1]) else None
+        Args:
+            rows: in the order that `picks` describes.
+            rebuild: contract the matrices of the experts that are hit, even if the cores could act.
+            cache: where contracted matrices are kept; for `picks` of one expert.
+        """
+        cores = [getattr(self, name) for name in self.core_names]
+        rows = rows.to(cores[0].dtype)
+        if self.acts and not (rebuild and len(cores) > 1):
+            return self._act(rows, picks, cores)
+        if all(self.shared):
+            return rows @ self.matrix(cores, 0)
+        if isinstance(picks.experts, int):
+            expert = picks.experts
+            return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
+        hit = slice(None)
+        if picks.sizes is not None:  # build the matrices that are needed
+            hit = [e for e, size in enumerate(picks.sizes) if size] or [0]
+            picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
+        return picks.right(rows.unsqueeze(1), self._contract(cores, hit)).squeeze(1)
 
-    @property
-    def is_one_sided(self) -> bool:
-        """Cores left of the shared ones carry input only, those right of them output only."""
-        centre = self.centre
-        return (
-            centre is not None
-            and all(out_dim == 1 for _, _, out_dim, _ in self.shapes[: centre.start])
-            and all(in_dim == 1 for _, in_dim, _, _ in self.shapes[centre.stop :])
+    def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
+        """One expert's matrix, (in, out)."""
+        return self._contract(cores, expert)
+
+    def _contract(self, cores: list[Tensor], experts) -> Tensor:
+        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
+        chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
+        return contract_chain(
+            [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
         )
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """(N, in) rows sorted by expert -> (N, out)."""
-        cores = self.cores
-        rows = rows.to(cores[0].dtype)
-        if all(self.shared):
-            return rows @ contract_chain(cores)
-        if self.is_one_sided:
-            return self._act_on(rows, groups, cores)
-        if groups.sizes is not None and 0 in groups.sizes:  # build the matrices that are needed
-            hit = [e for e, size in enumerate(groups.sizes) if size] or [0]
-            cores = [c if s else c[hit] for c, s in zip(cores, self.shared, strict=True)]
-            groups = groups._replace(sizes=[groups.sizes[e] for e in hit])
-        return groups.linear(rows, contract_chain(cores))
+    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
+        """Core after core. The activations are (N, bond * input sites left) and then (N, outputs, bond)."""
+        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1
+        x = rows.unsqueeze(-1)
+        for core, (l, i, o, _), shared in zip(cores, self.shapes, self.shared, strict=True):  # noqa: E741
+            if inputs > 1 and o == 1:  # takes input site i to the bond; the later inputs stand behind
+                inputs //= i
+                x = x.reshape(num_rows, l * i, inputs)
+                if shared and inputs == 1:
+                    x = multiply_right(x.mT, core).mT
+                else:
+                    x = multiply_left(core, x) if shared else picks.left(x, core)
+                continue
+            inputs //= i
+            x = x.reshape(num_rows, outputs, l * i)
+            x = multiply_right(x, core) if shared else picks.right(x, core)
+            outputs *= o
+        return x.reshape(num_rows, self.out_features)
 
-    def _act_on(self, rows: Tensor, groups: Groups, cores: list[Tensor]) -> Tensor:
-        """y = (L_e x I) C (I x R_e) on the activations; no expert's matrix is built."""
-        num_rows, centre = rows.shape[0], self.centre
-        middle = merge_cores(cores[centre])  # (r, m, n, s)
-        r, m, n, s = middle.shape
-        if centre.start > 0:
-            left = merge_cores(cores[: centre.start])[:, 0, :, 0]  # (E, a, r)
-            x = rows.reshape(num_rows, left.shape[1], m).transpose(1, 2)  # (N, m, a)
-            x = groups.linear(x.flatten(0, 1), left, rows_each=m)  # (N*m, r)
-            rows = x.reshape(num_rows, m, r).transpose(1, 2).reshape(num_rows, r * m)
-        y = rows @ middle.reshape(r * m, n * s)  # shared by all experts
-        if centre.stop < len(cores):
-            right = merge_cores(cores[centre.stop :])[:, :, 0, :, 0]  # (E, s, b)
-            y = groups.linear(y.reshape(num_rows * n, s), right, rows_each=n)  # (N*n, b)
-        return y.reshape(num_rows, self.out_features)
+    # ------------------------------------------------------------------------------------- cost
 
     @property
     def flops_per_row(self) -> int:
-        """Floating-point operations per row (2 per multiply-add), without building any matrix."""
-        if all(self.shared) or not self.is_one_sided:
+        """Floating-point operations per row (2 per multiply-add), the contraction of matrices apart."""
+        if not self.acts:
             return 2 * self.in_features * self.out_features
-        centre = self.centre
-        r, s = self.shapes[centre.start][0], self.shapes[centre.stop - 1][3]
-        a = math.prod(shape[1] for shape in self.shapes[: centre.start])
-        b = math.prod(shape[2] for shape in self.shapes[centre.stop :])
-        middle_in, middle_out = self.in_features // a * r, self.out_features // b * s
-        left = self.in_features * r if centre.start > 0 else 0
-        right = middle_out * b if centre.stop < len(self.shapes) else 0
-        return 2 * (left + middle_in * middle_out + right)
+        flops, inputs, outputs = 0, self.in_features, 1
+        for l, i, o, r in self.shapes:  # noqa: E741
+            inputs //= i
+            flops += 2 * inputs * outputs * l * i * o * r
+            outputs *= o
+        return flops
 
     @property
     def rebuild_flops(self) -> int:
-        """Operations to contract one expert's matrix; 0 where the cores act on the activations."""
-        if self.is_one_sided or len(self.shapes) == 1:
-            return 0
+        """Operations to contract one expert's matrix."""
         flops, rows, cols = 0, 1, 1
-        for l, i, o, r in self.shapes:  # noqa: E741  (bond names)
+        for l, i, o, r in self.shapes:  # noqa: E741
             flops += 2 * rows * cols * l * i * o * r
             rows, cols = rows * i, cols * o
         return flops - 2 * math.prod(self.shapes[0])  # the first core costs nothing
@@ -262,14 +407,16 @@ class MPOEProjection(nn.Module):
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """(N, in) -> (N, out)."""
-        y = self.terms[0](rows, groups)
+    def forward(
+        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+    ) -> Tensor:
+        """(N, in) -> (N, out); see `MPOEChain`."""
+        y = self.terms[0](rows, picks, rebuild, cache)
         for term in self.terms[1:]:
-            y = y + term(rows, groups)
+            y = y + term(rows, picks, rebuild, cache)
         if self.bias is None:
             return y
-        return y + (self.bias if self.bias_kind == "shared" else self.bias[groups.experts])
+        return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -279,37 +426,184 @@ class MPOEProjection(nn.Module):
             init.zeros_(self.bias)
 
 
+class Routing(NamedTuple):
+    """What a router decided for T tokens; all floats are float32."""
+
+    logits: Tensor  # (T, E), before any balancing bias
+    weights: Tensor  # (T, k) combine weights; zero where the expert had no room
+    experts: Tensor  # (T, k)
+    dropped: Tensor | None  # (T, k) weights that were lost to the capacity; None without a capacity
+
+
 class MPOERouter(nn.Module):
-    """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype."""
+    """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
+
+    Attributes:
+        combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
+            compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
+            p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
+            probability over all experts (Switch), which scales the FFN's output down.
+        jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
+        capacity_factor: in training an expert takes at most this times T k / E of the T k choices, first
+            choices before second, early tokens before late ones; others add nothing. None: no limit.
+        balance_bias: added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3);
+            None: not used.
+        load: how often each expert was chosen in the last training step, for `update_bias`.
+    """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int):
         super().__init__()
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.combine = "renormalised"
+        self.jitter_noise = 0.0
+        self.capacity_factor: float | None = None
+        self.register_parameter("balance_bias", None)
+        self.load: Tensor | None = None
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (T, H) -> combine weights (T, k) float32, experts (T, k).
-
-        The weights are the softmax over the chosen logits. For k = 1 that is the constant one, so the
-        weight is p / p.detach(): one in value, with the gradient of log p (p over all experts).
-        """
+    def forward(self, tokens: Tensor) -> Routing:
+        """tokens (T, H)."""
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.weight.float())  # (T, E)
-            chosen, experts = logits.topk(self.top_k, dim=-1)
-            if self.top_k > 1:
-                return chosen.softmax(-1), experts
-            probability = logits.softmax(-1).gather(-1, experts)
-            return probability / probability.detach(), experts
+            x = tokens.float()
+            if self.training and self.jitter_noise:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+            logits = F.linear(x, self.weight.float())  # (T, E)
+            if self.balance_bias is None:
+                chosen, experts = logits.topk(self.top_k, dim=-1)
+            else:
+                experts = (logits.softmax(-1) + self.balance_bias.float()).topk(self.top_k, dim=-1).indices
+                chosen = logits.gather(-1, experts)
+            weights = self._weigh(logits, chosen, experts)
+            if not self.training or self.capacity_factor is None:
+                return Routing(logits, weights, experts, None)
+            dropped = weights * ~self._has_room(experts)
+            return Routing(logits, weights - dropped, experts, dropped)
+
+    def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
+        if self.combine == "renormalised" and self.top_k > 1:
+            return chosen.softmax(-1)
+        probability = logits.softmax(-1).gather(-1, experts)
+        return probability if self.combine == "raw" else probability / probability.detach()
+
+    def _has_room(self, experts: Tensor) -> Tensor:
+        num_experts, num_choices = self.weight.shape[0], experts.numel()
+        capacity = max(math.ceil(self.capacity_factor * num_choices / num_experts), 1)
+        choices = F.one_hot(experts.T.reshape(-1), num_experts)  # (k * T, E), first choices first
+        place = (choices.cumsum(0) * choices).sum(-1)  # 1 for the first in its expert's queue
+        return (place <= capacity).reshape(experts.T.shape).T
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """One step of DeepSeek-V3's balancing: up for experts with too little load, down for the others."""
+        if self.load is None or self.balance_bias is None:
+            return
+        load, self.load = self.load, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        self.balance_bias += rate * (load.mean() - load).sign()
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
+        if self.balance_bias is not None:
+            init.zeros_(self.balance_bias)
+
+
+def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """E * sum over e of f_e P_e: f_e tokens' choices per token, P_e mean probability; k if balanced.
+
+    Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
+    `mask` (T,) is zero for tokens that do not count.
+    """
+    num_experts = routing.logits.shape[-1]
+    choices = F.one_hot(routing.experts, num_experts).sum(1).float()
+    return num_experts * (_mean(choices, mask) * _mean(routing.logits.softmax(-1), mask)).sum()
+
+
+def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return _mean(routing.logits.logsumexp(-1).square(), mask)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Over tokens, the first axis, that the mask counts."""
+    if mask is None:
+        return values.mean(0)
+    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    return (values * mask).sum(0) / mask.sum().clamp(min=1)
+
+
+class _AddGradient(torch.autograd.Function):
+    """The tensor as it is; in the backward pass the loss is optimised too, with the given scale."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, loss: Tensor, scale: list) -> Tensor:
+        ctx.scale, ctx.dtype = scale, loss.dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        scale = ctx.scale[0] if ctx.scale else 1.0
+        return grad, torch.ones((), dtype=ctx.dtype, device=grad.device) * scale, None
+
+
+class _NoteScale(torch.autograd.Function):
+    """The loss as it is; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, scale: list) -> Tensor:
+        ctx.scale = scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        ctx.scale[:] = [grad]
+        return grad, None
+
+
+class RouterLoss(NamedTuple):
+    """The auxiliary losses' part of one call of one FFN."""
+
+    mask: Tensor | None  # (T,) zero for padding
+    aux_coef: float  # already divided by the number of calls
+    z_coef: float
+    scale: list  # what the model's loss is multiplied by; known once the backward pass has begun
+
+    def __call__(self, routing: Routing) -> Tensor:
+        loss = routing.logits.new_zeros(())
+        if self.aux_coef:
+            loss = loss + self.aux_coef * load_balancing_loss(routing, self.mask)
+        if self.z_coef:
+            loss = loss + self.z_coef * router_z_loss(routing, self.mask)
+        return loss
+
+
+def _one_of(config: PretrainedConfig, name: str, values: tuple[str, ...]) -> str:
+    """A config option; MPOE_SCHEDULE and MPOE_CACHE in the environment come first."""
+    value = getattr(config, name)
+    if name.startswith("mpoe_"):
+        value = os.environ.get(name.upper(), value)
+    if value not in values:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
+    return value
+
+
+def _combine(copies: Tensor, weights: Tensor) -> Tensor:
+    """What a token's experts made of it (T, k, H), times the combine weights (T, k) -> (T, H)."""
+    weights = weights.to(torch.promote_types(copies.dtype, torch.float32))
+    return (copies * weights.unsqueeze(-1)).sum(1).to(copies.dtype)
 
 
 class MPOEFeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
     `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `MPOEProjection`).
+
+    Schedules, the same function in different operations:
+        apply     the cores act on the activations; matrices are built for chains that cannot act
+        rebuild   the matrices of the experts that are hit are contracted, then used as dense experts
+        cached    rebuild, with the matrices kept between calls; where no gradient is needed
+    Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
     """
 
     def __init__(self, form: dict, num_experts: int, top_k: int):
@@ -325,10 +619,14 @@ class MPOEFeedForward(nn.Module):
         self.inner_dropout = nn.Identity()
         self.outer_dropout = nn.Identity()
         self.adds_residual = False
+        self.schedule = "auto"
+        self.cache: MatrixCache | None = None
+        self.records: list[Routing] | None = None  # filled during a pass of a model that asks for it
+        self.recomputed: list[RouterLoss] = []  # for calls that reentrant checkpointing will repeat
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of the modules.
+        self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
 
-    @property
-    def _chains(self) -> list[MPOEChain]:
-        return [module for module in self.modules() if isinstance(module, MPOEChain)]
+    # ------------------------------------------------------------------------------------- cost
 
     @property
     def flops_per_token(self) -> int:
@@ -337,26 +635,136 @@ class MPOEFeedForward(nn.Module):
 
     @property
     def rebuild_flops(self) -> int:
-        """Operations per forward pass to contract the matrices of all experts, where that is needed."""
-        return self.num_experts * sum(chain.rebuild_flops for chain in self._chains)
+        """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
+        return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
+
+    def experts_hit(self, num_tokens: int) -> float:
+        """How many experts that many tokens reach, if all are equally likely."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
+
+    def flops(self, num_tokens: int, schedule: str = "apply") -> float:
+        """Floating-point operations of a forward pass over that many tokens."""
+        rows, hit = num_tokens * self.top_k, self.experts_hit(num_tokens)
+        flops = num_tokens * 2.0 * self.router.weight.numel()
+        for chain in self._chains:
+            acts = chain.acts and schedule == "apply"
+            flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
+            flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
+        return flops
+
+    def bytes_read(self, num_tokens: int, schedule: str = "apply") -> float:
+        """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
+        hit = self.experts_hit(num_tokens)
+        total = self.router.weight.nbytes
+        for chain in self._chains:
+            stored = sum(
+                math.prod(shape) * (1 if shared else hit)
+                for shape, shared in zip(chain.shapes, chain.shared, strict=True)
+            )
+            matrices = hit * chain.in_features * chain.out_features
+            if chain.acts and schedule == "apply":
+                numbers = stored
+            else:  # built: written and read once
+                numbers = matrices if schedule == "cached" else stored + 2 * matrices
+            total += numbers * getattr(chain, chain.core_names[0]).itemsize
+        return total
+
+    def seconds(self, num_tokens: int, schedule: str) -> float:
+        """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
+        return self.flops(num_tokens, schedule) / _FLOPS + self.bytes_read(num_tokens, schedule) / _BANDWIDTH
+
+    def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
+        """Take over the config's router and schedule options, the latter overruled by the environment.
+
+        Raises:
+            ValueError: an option has a value that it cannot have.
+        """
+        self.router.combine = _one_of(config, "router_combine", ("renormalised", "raw"))
+        self.router.jitter_noise = config.router_jitter_noise
+        self.router.capacity_factor = config.router_capacity_factor
+        if config.router_bias_update_rate and self.router.balance_bias is None:
+            bias = self.router.weight.new_empty(self.num_experts)
+            self.router.balance_bias = nn.Parameter(bias, requires_grad=False)
+        self.schedule = _one_of(config, "mpoe_schedule", ("auto", "apply", "rebuild", "cached"))
+        keep = _one_of(config, "mpoe_cache", ("off", "hit", "all"))
+        limit = os.environ.get("MPOE_CACHE_BYTES", config.mpoe_cache_bytes)
+        if keep == "off":
+            keep = "hit" if self.schedule == "cached" else None
+        limit = None if limit is None else float(limit) / num_mixtures
+        self.cache = None if keep is None else MatrixCache(keep, limit)
+
+    def choose_schedule(self, num_tokens: int) -> str:
+        """The schedule that will run."""
+        if self.schedule != "auto":
+            return self.schedule
+        if torch.compiler.is_compiling():
+            return "apply"
+        free = self.cache is not None and not torch.is_grad_enabled()
+        return min(
+            ("apply", "rebuild", "cached")[: 3 if free else 2],
+            key=functools.partial(self.seconds, num_tokens),
+        )
+
+    # ------------------------------------------------------------------------------------- forward
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        weights, experts = self.router(tokens)  # (T, k)
-        order = experts.reshape(-1).argsort(stable=True)  # (T*k,) sorts the copies by expert
-        groups = Groups.of(experts.reshape(-1)[order], self.num_experts)
-        rows = self.down(self._inner(tokens[order // experts.shape[1]], groups), groups)
-        copies = rows[order.argsort()].reshape(*experts.shape, rows.shape[-1])  # (T, k, H)
-        weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
-        output = (copies * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
-        output = self.outer_dropout(output.reshape(hidden_states.shape))
+        routing = self.router(tokens)
+        output = self._mix(tokens, routing.weights, routing.experts).reshape(hidden_states.shape)
+        if self.records is not None:
+            self.records.append(routing)
+        elif self.recomputed and torch.is_grad_enabled():
+            loss = self.recomputed.pop()  # the backward pass repeats the last call first
+            output = _AddGradient.apply(output, loss(routing), loss.scale)
+        output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _inner(self, rows: Tensor, groups: Groups) -> Tensor:
-        up = self.up(rows, groups)
-        inner = self.act(up) if self.gate is None else self.act(self.gate(rows, groups)) * up
-        return self.inner_dropout(inner)
+    def _mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """tokens (T, H), combine weights and experts (T, k) -> (T, H)."""
+        chosen = experts.reshape(-1)
+        num_rows, top_k = chosen.shape[0], experts.shape[1]
+        schedule = self.choose_schedule(tokens.shape[0])
+        applies = schedule == "apply" and all(chain.acts for chain in self._chains)
+        if applies and num_rows * sum(chain.own_numbers for chain in self._chains) <= _FEW_NUMBERS:
+            rows = self._experts(tokens.repeat_interleave(top_k, dim=0), Picks(chosen))
+            return _combine(rows.unflatten(0, experts.shape), weights)
+        order = chosen.argsort(stable=True)  # sorts the copies by expert
+        on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
+        picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
+        if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
+            rows = self._experts(tokens[order // top_k], picks, schedule)
+            return _combine(rows[order.argsort()].unflatten(0, experts.shape), weights)
+        output = None
+        for expert, part in enumerate(order.split(picks.sizes)):
+            if len(part) == 0:
+                continue
+            rows = self._experts(tokens[part // top_k], Picks(expert), schedule)
+            rows, dtype = rows * weights.reshape(-1)[part, None], rows.dtype
+            if output is None:
+                output = rows.new_zeros(tokens.shape)
+            output.index_add_(0, part // top_k, rows)
+        return output.to(dtype)
+
+    def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
+        """One expert's whole FFN at a time: its activations stay in the processor's cache."""
+        chains = self._chains
+        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in chains):
+            return False  # an offloaded module would be read once per expert
+        if schedule == "cached" and self.cache is not None:
+            return True
+        if torch.is_grad_enabled() and sum(chain.own_numbers for chain in chains) > _OWN_NUMBERS:
+            return False
+        return not applies or num_rows >= _MANY_ROWS * self.num_experts
+
+    def _experts(self, rows: Tensor, picks: Picks, schedule: str = "apply") -> Tensor:
+        """rows (N, H), each with the expert that `picks` says -> (N, H)."""
+        rebuild = schedule != "apply"
+        cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
+        up = self.up(rows, picks, rebuild, cache)
+        gate = None if self.gate is None else self.gate(rows, picks, rebuild, cache)
+        inner = self.act(up) if gate is None else self.act(gate) * up
+        return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -412,6 +820,134 @@ def _has_submodule(model: nn.Module, path: str) -> bool:
     return True
 
 
+class RouterStats:
+    """What one router did, over all tokens that were watched and were no padding.
+
+    Attributes:
+        num_tokens: how many.
+        load: (E,) each expert's part of the choices; sums to one.
+        probability: (E,) mean router probability.
+        entropy: of the router's softmax, mean over tokens, in nats; log(E) is indifferent.
+        dropped: part of the combine weights lost to the capacity.
+        similarity: (E, E) mean cosine between experts' outputs on the same tokens; None if not asked for.
+    """
+
+    def __init__(self, num_experts: int):
+        self.num_tokens = 0.0
+        self._choices = torch.zeros(num_experts, dtype=torch.float64)
+        self._probability = torch.zeros(num_experts, dtype=torch.float64)
+        self._entropy = self._dropped = self._weight = 0.0
+        self._cosines = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+        self._compared = 0
+
+    @torch.no_grad()
+    def add(self, routing: Routing, mask: Tensor | None) -> None:
+        num_experts = len(self._choices)
+        counted = torch.ones_like(routing.logits[:, 0]) if mask is None else mask.to(routing.logits)
+        probabilities = routing.logits.softmax(-1)
+        choices = F.one_hot(routing.experts, num_experts).sum(1)
+        entropy = torch.special.entr(probabilities).sum(-1)
+        self.num_tokens += float(counted.sum())
+        self._choices += (counted @ choices.to(counted)).double().cpu()
+        self._probability += (counted @ probabilities).double().cpu()
+        self._entropy += float(counted @ entropy)
+        dropped = torch.zeros_like(routing.weights) if routing.dropped is None else routing.dropped
+        self._dropped += float(counted @ dropped.sum(-1))
+        self._weight += float(counted @ (routing.weights + dropped).sum(-1))
+
+    @torch.no_grad()
+    def compare(self, ffn: "MPOEFeedForward", tokens: Tensor) -> None:
+        outputs = torch.stack([ffn._experts(tokens, Picks(e)) for e in range(ffn.num_experts)])
+        directions = F.normalize(outputs.double(), dim=-1)  # (E, T, H)
+        self._cosines += torch.einsum("eth,fth->ef", directions, directions).cpu()
+        self._compared += len(tokens)
+
+    @property
+    def load(self) -> Tensor:
+        return self._choices / self._choices.sum().clamp(min=1)
+
+    @property
+    def probability(self) -> Tensor:
+        return self._probability / max(self.num_tokens, 1)
+
+    @property
+    def entropy(self) -> float:
+        return self._entropy / max(self.num_tokens, 1)
+
+    @property
+    def dropped(self) -> float:
+        return self._dropped / self._weight if self._weight else 0.0
+
+    @property
+    def similarity(self) -> Tensor | None:
+        return self._cosines / self._compared if self._compared else None
+
+    def __repr__(self) -> str:
+        load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
+        return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
+
+
+def _note_load(found: list, masks: list) -> None:
+    for (_, ffn, routing), mask in zip(found, masks, strict=True):
+        choices = F.one_hot(routing.experts, ffn.num_experts).sum(1).float()
+        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
+        ffn.router.load = load if ffn.router.load is None else ffn.router.load + load
+
+
+def _add_losses(outputs, found: list, losses: list[RouterLoss], arguments: dict):
+    """The model's outputs such that optimising their loss, or any made from them, optimises the routers'."""
+    direct, shown = [], []
+    for (_, ffn, routing), loss in zip(found, losses, strict=True):
+        value = loss(routing)
+        if value.requires_grad or not ffn.router.weight.requires_grad:
+            direct.append(value)
+        else:  # computed without a graph: reentrant checkpointing will repeat this call
+            ffn.recomputed.append(loss)
+            shown.append(value)
+    direct, shown = sum(direct, start=0.0), sum(shown, start=0.0)
+    key, tensor = _loss_of(outputs, arguments)
+    if tensor is not None:
+        tensor = tensor + direct + shown
+        if isinstance(shown, Tensor):
+            tensor = _NoteScale.apply(tensor, losses[0].scale)
+    elif isinstance(direct, Tensor) and direct.requires_grad:
+        key, tensor = _first_output(outputs)
+        tensor = _AddGradient.apply(tensor, direct, [])
+    else:
+        return outputs
+    if isinstance(outputs, tuple):
+        return (*outputs[:key], tensor, *outputs[key + 1 :])
+    outputs[key] = tensor
+    return outputs
+
+
+def _loss_of(outputs, arguments: dict) -> tuple:
+    """Key and value of the loss among a model's outputs, or (None, None)."""
+    if isinstance(outputs, tuple):
+        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
+        return (0, outputs[0]) if has_loss else (None, None)
+    loss = outputs.get("loss")
+    return (None, None) if loss is None else ("loss", loss)
+
+
+def _first_output(outputs) -> tuple:
+    """Key and value of the first tensor that was computed from the hidden states."""
+    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
+    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
+
+
+def _recording(forward):
+    """A stock forward whose outputs carry the router losses; the same signature."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def recording(self, *args, **kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        return self._run_recording(forward, arguments, args, kwargs)
+
+    return recording
+
+
 class MPOEMixin:
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
@@ -431,9 +967,96 @@ class MPOEMixin:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
         for path, form in present.items():
             swap_ffn(base.get_submodule(path), block["forms"][form], block)
+        self.mixture_paths = [f"{path}.{block['family']['slot']}" for path in present]
+        for _, ffn in self.mixtures():
+            ffn.configure(config, len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         self.post_init()
+
+    def mixtures(self) -> list[tuple[str, MPOEFeedForward]]:
+        """The mixtures and their paths below the base model; a layer used several times is listed once."""
+        return [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
+
+    def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
+        """A forward pass whose outputs carry the router losses."""
+        config, mixtures = self.config, self.mixtures()
+        learns = self.training and torch.is_grad_enabled()
+        show = kwargs.pop("output_router_logits", config.output_router_logits)
+        coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
+        rate = config.router_bias_update_rate if learns else 0.0
+        if not (show or rate or any(coefs)) or any(ffn.records is not None for _, ffn in mixtures):
+            return forward(self, *args, **kwargs)
+        for _, ffn in mixtures:
+            if rate:  # now, not after the last pass: checkpointing repeats that with the same bias
+                ffn.router.update_bias(rate)
+            ffn.records, ffn.recomputed = [], []
+        try:
+            outputs = forward(self, *args, **kwargs)
+            found = [(path, ffn, routing) for path, ffn in mixtures for routing in ffn.records]
+        finally:
+            for _, ffn in mixtures:
+                ffn.records = None
+        masks = [self._token_mask(path, routing, arguments) for path, _, routing in found]
+        if rate:
+            _note_load(found, masks)
+        scale: list = []
+        losses = [RouterLoss(mask, *(coef / len(found) for coef in coefs), scale) for mask in masks]
+        if any(coefs):
+            outputs = _add_losses(outputs, found, losses, arguments)
+        if show and isinstance(outputs, ModelOutput):
+            aux = [load_balancing_loss(routing, m) for (_, _, routing), m in zip(found, masks, strict=True)]
+            outputs["aux_loss"] = torch.stack(aux).mean()
+            outputs["router_logits"] = tuple(routing.logits for _, _, routing in found)
+        return outputs
+
+    def _token_mask(self, path: str, routing: Routing, arguments: dict) -> Tensor | None:
+        """(T,) which of a mixture's tokens are no padding, where the call tells."""
+        num_tokens = routing.logits.shape[0]
+        mask = arguments.get("attention_mask")
+        if self.config.is_encoder_decoder and path.startswith("decoder"):
+            mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
+            if mask is None and labels is not None and labels.numel() == num_tokens:
+                mask = labels != -100
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or num_tokens % mask.shape[0]:
+            return None
+        length = num_tokens // mask.shape[0]
+        # With a cache the mask covers the past as well.
+        return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
+
+    @contextmanager
+    def router_stats(self, similarity_tokens: int = 0) -> Iterator[dict[str, "RouterStats"]]:
+        """Watch the routers: inside the block every forward pass adds to the statistics of each mixture.
+
+        Args:
+            similarity_tokens: compare the experts' outputs on so many tokens per mixture and pass. This runs
+                all experts on them.
+
+        Yields:
+            {path of the mixture below the base model: `RouterStats`}, filled as passes go by.
+        """
+        stats = {path: RouterStats(ffn.num_experts) for path, ffn in self.mixtures()}
+        arguments: dict = {}
+        signature = inspect.signature(self.forward)
+
+        def take_arguments(module, args, kwargs):
+            arguments.clear()
+            arguments.update(dict(zip(signature.parameters, args, strict=False)) | kwargs)
+
+        def watch(path: str, ffn: MPOEFeedForward, router, args, routing: Routing):
+            stats[path].add(routing, self._token_mask(path, routing, arguments))
+            if similarity_tokens:
+                stats[path].compare(ffn, args[0][:similarity_tokens])
+
+        handles = [self.register_forward_pre_hook(take_arguments, with_kwargs=True)]
+        for path, ffn in self.mixtures():
+            hook = functools.partial(watch, path, ffn)
+            handles.append(ffn.router.register_forward_hook(hook))
+        try:
+            yield stats
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def initialize_weights(self):
@@ -448,7 +1071,8 @@ def _config_class(base: type, name: str) -> type:
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         "mpoe": None,
-        "__annotations__": {"mpoe": dict | None},
+        **OPTIONS,
+        "__annotations__": {"mpoe": dict | None, **OPTION_TYPES},
         "__module__": __name__,
     }
     return type(name, (base,), body)
@@ -456,7 +1080,7 @@ def _config_class(base: type, name: str) -> type:
 
 def _model_class(base: type, name: str) -> type:
     config_class = _class(base.config_class)
-    body = {"config_class": config_class, "__module__": __name__}
+    body = {"config_class": config_class, "__module__": __name__, "forward": _recording(base.forward)}
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()

@@ -1,6 +1,7 @@
 """The shipped module against the definition of a mixture of chains, in float64: token by token."""
 
 from contextlib import contextmanager
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mpoe_convert import modeling_mpoe as modeling
 from mpoe_convert.modeling_mpoe import (
-    Groups,
     MPOEChain,
     MPOEFeedForward,
     MPOEProjection,
     MPOERouter,
+    Picks,
     chain_shapes,
 )
 
@@ -114,21 +116,38 @@ def mixture(ffn: MPOEFeedForward, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape)
 
 
-def opaque(groups: Groups) -> Groups:
-    """The same groups, as they are while compiling."""
-    return groups._replace(sizes=None)
+def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
+    """Every way to say which expert each of some sorted rows has."""
+    found = {
+        "each": Picks(experts),
+        "sizes": Picks.of_sorted(experts, num_experts, on_device=False),
+        "ends": Picks.of_sorted(experts, num_experts, on_device=True),
+    }
+    return found | ({"one": Picks(int(experts[0]))} if len(experts.unique()) == 1 else {})
+
+
+# How many rows take which way, so that a handful of tokens takes any of them.
+WAYS = {
+    "each row its own cores": {"_FEW_NUMBERS": 1 << 60},
+    "sorted rows": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 1 << 60},
+    "expert by expert": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 0},
+}
+SCHEDULES = (*WAYS, "rebuild", "cached", "compiling, few rows", "compiling, many rows")
 
 
 @contextmanager
-def schedule(name: str):
+def schedule(name: str, ffn: MPOEFeedForward | None = None):
     """ "compiling": what is traced by torch.compile, run as it stands."""
     with pytest.MonkeyPatch.context() as patch:
-        if name == "compiling":
+        if name in ("rebuild", "cached"):
+            patch.setattr(ffn, "schedule", name)
+            patch.setattr(ffn, "cache", modeling.MatrixCache("hit") if name == "cached" else None)
+        elif name.startswith("compiling"):
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            name = "each row its own cores" if name.endswith("few rows") else "sorted rows"
+        for constant, value in WAYS.get(name, {}).items():
+            patch.setattr(modeling, constant, value)
         yield
-
-
-SCHEDULES = ("eager", "compiling")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -188,47 +207,51 @@ def hidden_size(ffn: MPOEFeedForward) -> int:
 # Chains and projections
 
 
-def rows_and_groups(rows_per_expert, in_features: int):
+def rows_and_experts(rows_per_expert, in_features: int):
     experts = torch.tensor([e for e, n in enumerate(rows_per_expert) for _ in range(n)]).long()
-    groups = Groups.of(experts, len(rows_per_expert))
-    return randn(len(experts), in_features), experts, groups
+    return randn(len(experts), in_features), experts
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 2, 4), (0, 5, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 def test_chain_multiplies_by_the_experts_matrix(term, counts):
     module = fill(MPOEChain(term, NUM_EXPERTS).double())
-    rows, experts, groups = rows_and_groups(counts, 12)
+    rows, experts = rows_and_experts(counts, 12)
     expected = [row @ chain_matrix(module, e) for row, e in zip(rows, experts.tolist(), strict=True)]
     expected = torch.stack(expected) if expected else rows.new_zeros(0, 10)
-    for found in (module(rows, groups), module(rows, opaque(groups))):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    picks = ways(experts, NUM_EXPERTS)
+    for way, rebuild in product(picks, (False, True)):
+        found = module(rows, picks[way], rebuild)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=way)
     if len(rows):
         with torch.no_grad():
-            module.cores[0].mul_(1.01)
-        assert not torch.allclose(module(rows, groups), expected, rtol=1e-4)
+            next(module.parameters()).mul_(1.01)
+        for way, rebuild in product(picks, (False, True)):
+            assert not torch.allclose(module(rows, picks[way], rebuild), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_which_chains_act_on_the_activations(name):
-    """The schedule that builds no expert's matrix is for shared centres between one-sided cores."""
+    """No expert's matrix is built where input comes first, output last and only one core has both."""
     module = MPOEChain(TERMS[name], NUM_EXPERTS)
-    assert module.is_one_sided == (name.startswith("one-sided") or name == "shared")
+    assert module.acts == (name not in ("two-sided", "balanced", "two shared runs"))
 
 
 @pytest.mark.parametrize("bias", [None, "shared", "per-expert"])
-@pytest.mark.parametrize("grouping", [lambda g: g, opaque], ids=["eager", "compiling"])
+@pytest.mark.parametrize("rebuild", [False, True], ids=["apply", "rebuild"])
+@pytest.mark.parametrize("way", ["each", "sizes", "ends", "one"])
 @pytest.mark.parametrize("name", [*TERMS, "lora"])
-def test_gradients_of_a_projection(name, grouping, bias):
+def test_gradients_of_a_projection(name, way, rebuild, bias):
     """Finite differences in float64, for the rows and for every core; one expert has no row."""
     spec = {"terms": LORA if name == "lora" else [TERMS[name]], "bias": bias}
     module = fill(MPOEProjection(spec, NUM_EXPERTS).double())
-    rows, _, groups = rows_and_groups((1, 0, 2, 1), 12)
+    rows, experts = rows_and_experts((0, 0, 3, 0) if way == "one" else (1, 0, 2, 1), 12)
+    picks = ways(experts, NUM_EXPERTS)[way]
     names = [name for name, _ in module.named_parameters()]
 
     def call(rows, *values):
         return torch.func.functional_call(
-            module, dict(zip(names, values, strict=True)), (rows, grouping(groups))
+            module, dict(zip(names, values, strict=True)), (rows, picks, rebuild)
         )
 
     values = [p.detach().clone().requires_grad_() for p in module.parameters()]
@@ -256,11 +279,11 @@ def test_flops_are_those_of_the_products(name):
     counts = []
     for rows in (1, 3):
         with FlopCounterMode(display=False) as counter:
-            module(*rows_and_groups((0, rows, 0, 0), 12)[::2])
+            module(randn(rows, 12), Picks(1))
         counts.append(counter.get_total_flops())
     per_row = (counts[1] - counts[0]) // 2
     assert per_row == module.flops_per_row
-    if not module.is_one_sided:
+    if not module.acts:
         assert counts[0] - per_row == module.rebuild_flops
 
 
@@ -275,7 +298,7 @@ def test_flops_are_those_of_the_products(name):
 def test_mixture_is_the_definition(num_experts, top_k, mode, data):
     ffn, shape = data.draw(mixtures(num_experts, top_k)), data.draw(leading)
     x = randn(*shape, hidden_size(ffn))
-    with schedule(mode):
+    with schedule(mode, ffn):
         found = ffn(x)
     assert found.shape == x.shape
     expected = mixture(ffn, x.reshape(-1, x.shape[-1])).reshape(x.shape)
@@ -293,7 +316,7 @@ def test_gradients_are_those_of_the_definition(num_experts, top_k, mode, data):
     x = randn(*shape, hidden_size(ffn)).requires_grad_()
     inputs = [x, *ffn.parameters()]
     probe = randn(*x.shape, seed=2)
-    with schedule(mode):
+    with schedule(mode, ffn):
         found = torch.autograd.grad((ffn(x) * probe).sum(), inputs, allow_unused=True)
     flat = mixture(ffn, x.reshape(-1, x.shape[-1])).reshape(x.shape)
     expected = torch.autograd.grad(
@@ -326,7 +349,7 @@ def make_ffn(name="one-sided", top_k=2, bias=None) -> MPOEFeedForward:
 def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale):
     router = fill(MPOERouter(12, NUM_EXPERTS, top_k), scale=scale)
     tokens = randn(num_tokens, 12, dtype=torch.float32)
-    weights, experts = router(tokens)
+    _, weights, experts, _ = router(tokens)
     assert weights.dtype == torch.float32 and weights.shape == experts.shape == (num_tokens, top_k)
     torch.testing.assert_close(weights.sum(-1), torch.ones(num_tokens))
     logits = (tokens.double() @ router.weight.double().T).detach().numpy()
@@ -343,7 +366,7 @@ def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale)
 def test_one_expert_per_token_has_weight_one_and_a_router_gradient():
     router = fill(MPOERouter(12, NUM_EXPERTS, 1))
     tokens = randn(6, 12, dtype=torch.float32)
-    weights, experts = router(tokens)
+    _, weights, experts, _ = router(tokens)
     assert torch.equal(weights, torch.ones(6, 1))
     weights.sum().backward()
     # d/dW sum log p(chosen) = sum over tokens of (one-hot - p) x token
@@ -381,7 +404,7 @@ def test_an_expert_without_tokens_gets_no_gradient_and_does_no_harm(name, mode):
         for key, parameter in ffn.named_parameters():
             if ".aux_" in key:
                 parameter[2] *= 1e3
-    with schedule(mode):
+    with schedule(mode, ffn):
         y = ffn(x)
     y.sum().backward()
     for key, parameter in ffn.named_parameters():
@@ -391,7 +414,8 @@ def test_an_expert_without_tokens_gets_no_gradient_and_does_no_harm(name, mode):
         for key, parameter in ffn.named_parameters():
             if ".aux_" in key:
                 parameter[2] = 0
-    torch.testing.assert_close(ffn(x), y)
+    with schedule(mode, ffn):
+        torch.testing.assert_close(ffn(x), y)
     x[0, 2] = 100.0  # seen to fail: the first token's only expert is now the empty one
     assert not torch.allclose(ffn(x)[0], y[0])
 
@@ -429,9 +453,9 @@ def test_autocast_computes_in_bfloat16_and_routes_in_float32(name, mode, monkeyp
     route = ffn.router.forward
     monkeypatch.setattr(ffn.router, "forward", lambda t: routed.append(route(t)) or routed[-1])
     exact = ffn(x)
-    with schedule(mode), torch.autocast("cpu", torch.bfloat16):
+    with schedule(mode, ffn), torch.autocast("cpu", torch.bfloat16):
         rounded = ffn(x)
-    (weights, experts), (autocast_weights, autocast_experts) = routed
+    (_, weights, experts, _), (_, autocast_weights, autocast_experts, _) = routed
     assert autocast_weights.dtype == torch.float32
     assert torch.equal(weights, autocast_weights) and torch.equal(experts, autocast_experts)
     error = (rounded - exact).norm() / exact.norm()
@@ -450,7 +474,7 @@ def test_bfloat16_weights_route_in_float32():
     x = randn(6, 12, dtype=torch.bfloat16)
     y = ffn(x)
     assert y.dtype == torch.bfloat16
-    weights, _ = ffn.router(x)
+    weights = ffn.router(x).weights
     expected = (x.double() @ router.double().T).topk(2).values.softmax(-1)
     torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6)
     exact = make_ffn(bias="shared")

@@ -1,0 +1,299 @@
+"""Time one mixture of MPO experts against what it replaces, side by side.
+
+    python tests/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train] [--json FILE]
+
+Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
+
+    apply, rebuild, cached, auto    this project's schedules, one-sided layout, bond 64
+    dense                           the base model's FFN (one expert's work: the floor)
+    eager, batched_mm, grouped_mm   a plain mixture of dense experts by transformers' own experts code,
+                                    holding the same experts as matrices, behind the same router
+    paper                           MPOE's scheme: every expert's matrices rebuilt from five cores each time
+
+Shapes: gpt2 is 768 x 3072 with GELU, llama 2048 x 8192 gated with SiLU. The script fails if the outputs
+of contenders that hold the same experts differ.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from mpoe_convert.modeling_mpoe import MatrixCache, MPOEFeedForward, contract_chain
+from mpoe_convert.sites import choose
+
+EXPERTS, TOP_K, BOND = 8, 2, 64
+SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}
+PLAIN = ("eager", "batched_mm", "grouped_mm")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict:
+    found = choose(rows, cols, layout=layout, num_sites=sites, bond_dim=bond)
+    term = {
+        "in_dims": list(found.in_dims),
+        "out_dims": list(found.out_dims),
+        "bonds": list(found.bonds),
+        "shared": [k == found.centre for k in range(found.num_sites)],
+    }
+    return {"terms": [term], "bias": None}
+
+
+def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> MPOEFeedForward:
+    """Random experts that differ, of the scale of trained ones."""
+    hidden, inner, activation = SHAPES[shape]
+    form = {
+        "up": projection(hidden, inner, layout, sites, bond),
+        "down": projection(inner, hidden, layout, sites, bond),
+    }
+    if activation == "silu":
+        form["gate"] = form["up"]
+    ffn = MPOEFeedForward(form, EXPERTS, TOP_K)
+    ffn.act = nn.SiLU() if activation == "silu" else nn.GELU()
+    ffn.router.reset_parameters(1.0)
+    for role in form:
+        getattr(ffn, role).reset_parameters(0.02)
+    return ffn
+
+
+def matrices(ffn: MPOEFeedForward, role: str) -> torch.Tensor:
+    """(E, in, out)."""
+    (chain,) = getattr(ffn, role).terms
+    cores = [getattr(chain, name) for name in chain.core_names]
+    with torch.no_grad():
+        return torch.stack([chain.matrix(cores, expert) for expert in range(EXPERTS)])
+
+
+class PlainMoE(nn.Module):
+    """The same experts as matrices, run by transformers."""
+
+    def __init__(self, ffn: MPOEFeedForward, implementation: str):
+        super().__init__()
+        self.router = ffn.router
+        up, down = matrices(ffn, "up").mT, matrices(ffn, "down").mT
+        _, inner, hidden = up.shape
+        config = SimpleNamespace(
+            num_local_experts=EXPERTS,
+            n_routed_experts=EXPERTS,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            moe_intermediate_size=inner,
+            moe_latent_size=None,
+            hidden_act="silu",
+            mlp_hidden_act="gelu",
+            _experts_implementation=implementation,
+        )
+        if ffn.gate is not None:
+            self.experts = MixtralExperts(config)
+            self.experts.gate_up_proj.data = torch.cat([matrices(ffn, "gate").mT, up], dim=1).contiguous()
+        else:
+            self.experts = NemotronHExperts(config)
+            self.experts.up_proj.data = up.contiguous()
+        self.experts.down_proj.data = down.contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        routing = self.router(x)
+        return self.experts(x, routing.experts, routing.weights.to(x.dtype))
+
+
+class Dense(nn.Module):
+    """The base FFN, one expert's worth of work."""
+
+    def __init__(self, ffn: MPOEFeedForward):
+        super().__init__()
+        self.act = ffn.act
+        for role in ("gate", "up", "down"):
+            if getattr(ffn, role) is not None:
+                setattr(self, role, nn.Parameter(matrices(ffn, role)[0].clone()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = x @ self.up
+        inner = self.act(x @ self.gate) * inner if hasattr(self, "gate") else self.act(inner)
+        return inner @ self.down
+
+
+class Paper(nn.Module):
+    """MPOE as published: every expert's matrices from all its cores in every pass, then dense experts."""
+
+    def __init__(self, ffn: MPOEFeedForward):
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        built = {}
+        for role in ("gate", "up", "down"):
+            if getattr(self.ffn, role) is not None:
+                (chain,) = getattr(self.ffn, role).terms
+                cores = [getattr(chain, name) for name in chain.core_names]
+                built[role] = [contract(chain, cores, expert) for expert in range(EXPERTS)]
+        _, weights, experts, _ = self.ffn.router(x)
+        output = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            tokens, place = torch.where(experts == expert)
+            rows = x[tokens]
+            inner = rows @ built["up"][expert]
+            gate = self.ffn.act(rows @ built["gate"][expert]) * inner if "gate" in built else None
+            inner = self.ffn.act(inner) if gate is None else gate
+            rows = inner @ built["down"][expert]
+            output.index_add_(0, tokens, rows * weights[tokens, place, None].to(rows.dtype))
+        return output
+
+
+def contract(chain, cores, expert: int) -> torch.Tensor:
+    own = [core if shared else core[expert] for core, shared in zip(cores, chain.shared, strict=True)]
+    return contract_chain([core.reshape(shape) for core, shape in zip(own, chain.shapes, strict=True)])
+
+
+class Scheduled(nn.Module):
+    def __init__(self, ffn: MPOEFeedForward, schedule: str, cache: MatrixCache):
+        super().__init__()
+        self.ffn, self.schedule, self.cache = ffn, schedule, cache
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.ffn.schedule = self.schedule
+        self.ffn.cache = self.cache if self.schedule == "cached" else None
+        return self.ffn(x)
+
+
+def contenders(shape: str, dtype, device, train: bool, with_paper: bool) -> tuple[dict, dict]:
+    """Name -> module, and name -> the group whose outputs must agree."""
+    ffn = make_ffn(shape).to(dtype=dtype, device=device)
+    cache = MatrixCache("all")
+    schedules = ("apply", "rebuild", "auto") if train else ("apply", "rebuild", "cached", "auto")
+    found = {name: Scheduled(ffn, name, cache) for name in schedules}
+    plain = PlainMoE(ffn, "eager")
+    for name in PLAIN:
+        module = PlainMoE.__new__(PlainMoE)
+        nn.Module.__init__(module)
+        module.router, module.experts = plain.router, SharedExperts(plain.experts, name)
+        found[name] = module
+    groups = dict.fromkeys(found, "ours")
+    found["dense"], groups["dense"] = Dense(ffn), "dense"
+    if with_paper:
+        balanced = make_ffn(shape, "balanced", 5, 10**9).to(dtype=dtype, device=device)
+        found["paper"], groups["paper"] = Paper(balanced), "paper"
+        found["balanced"] = Scheduled(balanced, "auto", cache)
+        groups["balanced"] = "paper"
+    return found, groups
+
+
+class SharedExperts(nn.Module):
+    """One set of expert weights under several implementations."""
+
+    def __init__(self, experts: nn.Module, implementation: str):
+        super().__init__()
+        self.experts, self.implementation = experts, implementation
+
+    def forward(self, *args):
+        self.experts.config._experts_implementation = self.implementation
+        return self.experts(*args)
+
+
+def one_pass(module: nn.Module, x: torch.Tensor, train: bool) -> torch.Tensor:
+    if not train:
+        with torch.no_grad():
+            return module(x)
+    for parameter in module.parameters():
+        parameter.grad = None
+    x = x.detach().requires_grad_()
+    y = module(x)
+    y.square().mean().backward()
+    return y.detach()
+
+
+def timed(module: nn.Module, x: torch.Tensor, train: bool) -> tuple[float, torch.Tensor]:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    y = one_pass(module, x, train)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, y
+
+
+def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float) -> dict:
+    """Medians in seconds; alternating rounds until the budget is used, at least three."""
+    torch.manual_seed(0)
+    found, groups = contenders(shape, dtype, device, train, with_paper=not train)
+    if tokens * TOP_K > 512:
+        del found["batched_mm"]  # copies a whole expert for every row: tens of gigabytes
+    hidden = SHAPES[shape][0]
+    x = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    first: dict[str, torch.Tensor] = {}
+    for name, module in found.items():
+        _, y = timed(module, x, train)
+        other = first.setdefault(groups[name], y)
+        error = ((y - other).float().norm() / other.float().norm()).item()
+        assert error < TOLERANCE[dtype], f"{name} differs by {error:.2g}"
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or (time.perf_counter() - start < budget and rounds < 200):
+        for name, module in found.items():
+            seconds[name].append(timed(module, x, train)[0])
+        rounds += 1
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    plain = min(median[name] for name in PLAIN if name in median)
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "train": train,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "seconds": median,
+        "auto_over_fastest_plain": median["auto"] / plain,
+        "auto_over_dense": median["auto"] / median["dense"],
+        "paper_over_auto": median["paper"] / median["auto"] if "paper" in median else None,
+    }
+
+
+def table_of(results: list[dict]) -> Table:
+    names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
+    table = Table("case", *names, "auto/plain", "paper/auto", title="milliseconds, medians")
+    for result in results:
+        case = f"{result['shape']} {result['tokens']} {'train' if result['train'] else ''}"
+        times = [result["seconds"].get(name) for name in names]
+        paper = result["paper_over_auto"]
+        table.add_row(
+            case.strip(),
+            *("" if t is None else f"{1e3 * t:.3g}" for t in times),
+            f"{result['auto_over_fastest_plain']:.2f}",
+            "" if paper is None else f"{paper:.1f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--tokens", default="1,32,2048,8192")
+    parser.add_argument("--train", action="store_true", help="forward and backward, without --tokens 2048")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = []
+    for shape in options.shape or SHAPES:
+        for tokens in map(int, options.tokens.split(",")):
+            dtype = getattr(torch, options.dtype)
+            result = compare(shape, tokens, dtype, options.device, options.train, options.budget)
+            results.append(result)
+            print(json.dumps(result), flush=True)
+    Console(width=150).print(table_of(results))
+    if options.json:
+        threads = torch.get_num_threads()
+        document = {"torch": torch.__version__, "threads": threads, "device": options.device}
+        options.json.write_text(json.dumps(document | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
