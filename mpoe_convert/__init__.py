@@ -19,9 +19,10 @@ _HOME = {
     "Recipe": "recipe",
     "convert": "conversion",
     "plan": "planning",
+    "router_stats": "routing",
     "verify": "verification",
 }
-__all__ = ["MpoeError", "Recipe", "__version__", "convert", "plan", "verify"]
+__all__ = ["MpoeError", "Recipe", "__version__", "convert", "plan", "router_stats", "verify"]
 
 
 def __getattr__(name: str):

@@ -458,7 +458,7 @@ class MPOERouter(nn.Module):
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
-        self.register_parameter("balance_bias", None)
+        self.register_buffer("balance_bias", None)
         self.load: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Routing:
@@ -683,8 +683,7 @@ class MPOEFeedForward(nn.Module):
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_bias_update_rate and self.router.balance_bias is None:
-            bias = self.router.weight.new_empty(self.num_experts)
-            self.router.balance_bias = nn.Parameter(bias, requires_grad=False)
+            self.router.balance_bias = torch.zeros_like(self.router.weight[:, 0])
         self.schedule = _one_of(config, "mpoe_schedule", ("auto", "apply", "rebuild", "cached"))
         keep = _one_of(config, "mpoe_cache", ("off", "hit", "all"))
         limit = os.environ.get("MPOE_CACHE_BYTES", config.mpoe_cache_bytes)

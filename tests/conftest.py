@@ -1,5 +1,7 @@
 """Shared fixtures. Nothing is read from or written to the user's own caches, and no network is used."""
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -40,6 +42,33 @@ def tiny_gpt2(tmp_path) -> Path:
     from tiny import save_tiny
 
     return save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "tiny-gpt2")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """(dense folder, artifact folder) of a type and recipe, made once."""
+    from test_families import generative
+    from tiny import save_tiny, save_tokenizer
+
+    from mpoe_convert import Recipe, convert
+
+    made = {}
+
+    def make(model_type: str, auto_class: str | None = None, **recipe) -> tuple[Path, Path]:
+        auto_class = auto_class or generative(model_type)
+        recipe = {"experts": 3, "bond_dim": 4, "noise": 0.0} | recipe
+        key = json.dumps([model_type, auto_class, recipe], sort_keys=True)
+        if key not in made:
+            name = hashlib.sha256(key.encode()).hexdigest()[:12]
+            root = tmp_path_factory.mktemp(f"{model_type}-{name}")
+            folder = save_tiny(model_type, auto_class, root / "dense")
+            if model_type != "vit":
+                save_tokenizer(folder)
+            convert(Recipe(str(folder), **recipe), root / "out")
+            made[key] = folder, root / "out"
+        return made[key]
+
+    return make
 
 
 def pytest_sessionfinish():

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import hashlib
 import json
 import os
 import pickle
@@ -11,16 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import assert_same_outputs, break_one_ffn, generative, load_pair, router_name
-from tiny import LAYERS, VOCAB, make_inputs, outputs, save_tiny
+from tiny import LAYERS, VOCAB, make_inputs, outputs
 
 import mpoe_convert
-from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact import MODELING_FILE, REPORT_FILE, heads
 
 SOURCE = Path(mpoe_convert.__file__).with_name(MODELING_FILE)
@@ -35,38 +32,6 @@ RECIPES = {
 }
 NEW_TOKENS = 8
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
-    """(dense folder, artifact folder) of a type and recipe, made once."""
-    made = {}
-
-    def make(model_type: str, auto_class: str | None = None, **recipe) -> tuple[Path, Path]:
-        auto_class = auto_class or generative(model_type)
-        recipe = {"experts": 3, "bond_dim": 4, "noise": 0.0} | recipe
-        key = json.dumps([model_type, auto_class, recipe], sort_keys=True)
-        if key not in made:
-            name = hashlib.sha256(key.encode()).hexdigest()[:12]
-            root = tmp_path_factory.mktemp(f"{model_type}-{name}")
-            folder = save_tiny(model_type, auto_class, root / "dense")
-            if model_type != "vit":
-                save_tokenizer(folder)
-            convert(Recipe(str(folder), **recipe), root / "out")
-            made[key] = folder, root / "out"
-        return made[key]
-
-    return make
-
-
-def save_tokenizer(folder: Path) -> None:
-    """One token per word: <pad> <s> </s> w3 w4 ..."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
 
 
 def load(folder: Path, auto_class: str = "AutoModelForCausalLM", **options):

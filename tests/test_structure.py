@@ -21,6 +21,7 @@ ORDER = [
         "card",
         "report",
         "artifact",
+        "routing",
     ),
     *("planning", "experts.dense", "experts.mpo", "mpo", "recipe", "experts", "families", "stock"),
     *("checkpoint", "torch_bin", "hub", "safetensors_header", "sites", "modeling_mpoe", "verify_child"),

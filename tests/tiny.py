@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 
@@ -160,3 +161,13 @@ def outputs(model, inputs) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         out = model(**inputs)
     return {k: v for k, v in out.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token per word: <pad> <s> </s> w3 w4 ..."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
