@@ -2,7 +2,7 @@
 """Transformers whose feed-forward networks (FFNs) are mixtures of experts with shared parameters.
 
 This file ships with every converted checkpoint and needs torch and transformers only (written for and
-tested with torch 2.13 and transformers 5.23). What is notable:
+tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
 
 * One weight form. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
   operator); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
@@ -65,7 +65,7 @@ try:
     from transformers.modeling_outputs import ModelOutput
 except ImportError as error:
     found = transformers.__version__
-    raise ImportError(f"modeling_mpoe.py needs transformers 5.23 or newer, found {found}") from error
+    raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error
 
 FORMAT_VERSION = 1
 CLASS_PREFIX = "MPOE"

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from test_ecosystem import save_tokenizer
-from tiny import save_tiny
+from tiny import save_tiny, save_tokenizer
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact import check_output, file_names

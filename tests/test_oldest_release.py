@@ -1,0 +1,72 @@
+"""Artifacts in the oldest transformers that is declared, in a folder named by MPOE_OLDEST_TRANSFORMERS.
+
+pip install --no-deps --target oldest transformers==5.18.0
+MPOE_OLDEST_TRANSFORMERS=oldest python -m pytest tests/test_oldest_release.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from test_families import generative
+
+# Nothing of this package: it loads as a user would who has this release and no converter.
+CODE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+transformers.logging.set_verbosity_error()
+dense, out, auto = sys.argv[1], sys.argv[2], getattr(transformers, sys.argv[3])
+stock = auto.from_pretrained(dense).eval()
+model = auto.from_pretrained(out, trust_remote_code=True).eval()
+ids = torch.arange(3, 15).reshape(2, 6)
+inputs = {"input_ids": ids}
+if stock.config.is_encoder_decoder:
+    inputs["decoder_input_ids"] = ids.flip(1)
+with torch.no_grad():
+    expected, found = (m(**inputs).logits for m in (stock, model))
+result = {
+    "version": transformers.__version__,
+    "converter": "mpoe_convert" in sys.modules,
+    "difference": ((found - expected).norm() / expected.norm()).item(),
+}
+inputs.pop("decoder_input_ids", None)
+loss = model.train()(**inputs, labels=ids).loss
+loss.backward()
+parameters = [p for name, p in model.named_parameters() if ".aux_" in name or "router" in name]
+result["trainable"] = len(parameters)
+result["trained"] = sum(p.grad is not None for p in parameters)
+if model.can_generate():
+    result["generated"] = model.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[1]
+model.save_pretrained(out + "-again")
+again = auto.from_pretrained(out + "-again", trust_remote_code=True).eval()
+with torch.no_grad():
+    inputs = inputs | ({"decoder_input_ids": ids.flip(1)} if stock.config.is_encoder_decoder else {})
+    result["reloaded"] = torch.equal(again(**inputs).logits, found)
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox", "bloom", "opt", "t5", "bart", "bert"])
+def test_an_artifact_loads_trains_and_generates(model_type, artifact):
+    folder = os.environ.get("MPOE_OLDEST_TRANSFORMERS")
+    if not folder:
+        pytest.skip("MPOE_OLDEST_TRANSFORMERS is not set")
+    dense, out = artifact(model_type)
+    command = [sys.executable, "-c", CODE, str(dense), str(out), generative(model_type)]
+    environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    floors = [
+        d.partition(">=")[2] for d in project["project"]["dependencies"] if d.startswith("transformers>=")
+    ]
+    assert floors == [".".join(result["version"].split(".")[:2])]
+    assert not result["converter"] and result["difference"] < 1e-5 and result["reloaded"]
+    assert result["trained"] == result["trainable"] > 0
+    assert result.get("generated", 10) in (5, 10)
