@@ -249,6 +249,10 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float) 
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "seconds": median,
+        # What has to be stored; gradients take as many numbers again in training, AdamW twice as many.
+        "parameters": {
+            name: sum(p.numel() for p in found[name].parameters()) for name in ("auto", "dense", "grouped_mm")
+        },
         "auto_over_fastest_plain": median["auto"] / plain,
         "auto_over_dense": median["auto"] / median["dense"],
         "paper_over_auto": median["paper"] / median["auto"] if "paper" in median else None,
@@ -275,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--tokens", default="1,32,2048,8192")
-    parser.add_argument("--train", action="store_true", help="forward and backward, without --tokens 2048")
+    parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
@@ -288,7 +292,11 @@ def main() -> None:
             result = compare(shape, tokens, dtype, options.device, options.train, options.budget)
             results.append(result)
             print(json.dumps(result), flush=True)
-    Console(width=150).print(table_of(results))
+    console = Console(width=150)
+    console.print(table_of(results))
+    for result in {result["shape"]: result for result in results}.values():
+        parameters = {name: f"{number:,}" for name, number in result["parameters"].items()}
+        console.print(f"{result['shape']} parameters: {parameters}")
     if options.json:
         threads = torch.get_num_threads()
         document = {"torch": torch.__version__, "threads": threads, "device": options.device}
