@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from readme import README, with_generated_parts
 
 ROOT = README.parent
-# In their order: ```bash and ```python blocks are run, ``` blocks without a name are not.
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+# Section, language and code, in their order: blocks marked bash or python are run, others are not.
+BLOCKS = [
+    (section.partition("\n")[0], language, code)
+    for section in README.read_text(encoding="utf-8").split("\n## ")
+    for language, code in re.findall(r"^```(bash|python)\n(.*?)^```$", section, re.M | re.S)
+]
 
 
 def test_generated_parts_are_current():
@@ -37,23 +40,21 @@ def test_report_keys_are_documented(tiny_gpt2, tmp_path):
     assert not [key for key in keys if f"`{key}`" not in text]
 
 
-@pytest.fixture(scope="module")
-def playground(tmp_path_factory):
-    """A copy of the examples, with the commands of this interpreter's environment first."""
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("out*"))
-    return folder
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number, playground):
-    kind, code = BLOCKS[number]
-    command = ["bash", "-euo", "pipefail", "-c", code] if kind == "bash" else [sys.executable, "-c", code]
+def test_blocks_run(tmp_path):
+    """In a copy of the examples, with the commands of this interpreter's environment first."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("out*"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=playground, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    session: dict[str, str] = {}  # the Python blocks of a section are one session
+    for section, language, code in BLOCKS:
+        if language == "python":
+            code = session[section] = session.get(section, "") + code
+            command = [sys.executable, "-c", code]
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", code]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{section}:\n{code}\n{done.stderr[-2000:]}"
 
 
 def test_nothing_is_left_to_fill_in():
@@ -62,5 +63,5 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_there_are_blocks_to_run():
-    assert sum(kind == "bash" for kind, _ in BLOCKS) >= 4
-    assert sum(kind == "python" for kind, _ in BLOCKS) >= 2
+    assert sum(language == "bash" for _, language, _ in BLOCKS) >= 4
+    assert sum(language == "python" for _, language, _ in BLOCKS) >= 2

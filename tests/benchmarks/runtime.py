@@ -220,12 +220,13 @@ def timed(module: nn.Module, x: torch.Tensor, train: bool) -> tuple[float, torch
     return time.perf_counter() - start, y
 
 
-def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float) -> dict:
+def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, skip: list[str]) -> dict:
     """Medians in seconds; alternating rounds until the budget is used, at least three."""
     torch.manual_seed(0)
     found, groups = contenders(shape, dtype, device, train, with_paper=not train)
     if tokens * TOP_K > 512:
         del found["batched_mm"]  # copies a whole expert for every row: tens of gigabytes
+    found = {name: module for name, module in found.items() if name not in skip}
     hidden = SHAPES[shape][0]
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
     first: dict[str, torch.Tensor] = {}
@@ -250,9 +251,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float) 
         "rounds": rounds,
         "seconds": median,
         # What has to be stored; gradients take as many numbers again in training, AdamW twice as many.
-        "parameters": {
-            name: sum(p.numel() for p in found[name].parameters()) for name in ("auto", "dense", "grouped_mm")
-        },
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()},
         "auto_over_fastest_plain": median["auto"] / plain,
         "auto_over_dense": median["auto"] / median["dense"],
         "paper_over_auto": median["paper"] / median["auto"] if "paper" in median else None,
@@ -283,13 +282,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
+    parser.add_argument("--skip", default="", help="contenders to leave out, such as eager,rebuild")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = []
     for shape in options.shape or SHAPES:
         for tokens in map(int, options.tokens.split(",")):
             dtype = getattr(torch, options.dtype)
-            result = compare(shape, tokens, dtype, options.device, options.train, options.budget)
+            skip = options.skip.split(",")
+            result = compare(shape, tokens, dtype, options.device, options.train, options.budget, skip)
             results.append(result)
             print(json.dumps(result), flush=True)
     console = Console(width=150)
