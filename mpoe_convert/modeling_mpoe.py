@@ -706,6 +706,11 @@ class MPOEFeedForward(nn.Module):
 
     # ------------------------------------------------------------------------------------- forward
 
+    def train(self, mode: bool = True):
+        if mode and self.cache is not None:
+            self.cache.entries.clear()  # FSDP may gather changed cores into the memory of the old ones
+        return super().train(mode)
+
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)

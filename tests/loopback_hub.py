@@ -1,13 +1,15 @@
 """A Hub on 127.0.0.1 for tests: real `huggingface_hub` talks to it, nothing is mocked.
 
-Only what downloads need: model info, tree listing, file resolution with ranges, and the refusals.
-It remembers every request with the bytes it sent, so that a test can say what was *not* fetched.
+What downloads need (model info, tree listing, file resolution with ranges, and the refusals) and what
+uploads need (creation, preupload, LFS objects, commits on main). It remembers every request with the bytes
+it sent, so that a test can say what was *not* fetched.
 Start it in the test process and run the client in a subprocess with `environment(...)`:
 `huggingface_hub` reads its constants at import.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -46,10 +48,15 @@ class Repo:
 
     def __post_init__(self) -> None:
         for name, files in self.revisions.items():
-            digest = hashlib.sha1(name.encode())
-            for path, data in sorted(files.items()):
-                digest.update(path.encode() + data)
-            self.commits[name] = digest.hexdigest()
+            self.write(name, files)
+
+    def write(self, revision: str, files: dict[str, bytes]) -> str:
+        """Make these the files of a revision; its commit."""
+        digest = hashlib.sha1(revision.encode())
+        for path, data in sorted(files.items()):
+            digest.update(path.encode() + data)
+        self.revisions[revision], self.commits[revision] = files, digest.hexdigest()
+        return self.commits[revision]
 
     def commit(self, revision: str) -> str | None:
         if revision in self.commits.values():
@@ -66,6 +73,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.objects: dict[str, bytes] = {}  # uploaded by LFS, by SHA-256
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -125,13 +133,56 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            repo_id = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
+            self.hub.repos.setdefault(repo_id, Repo({"main": {}}))
+            return self._json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id})
+        if path.endswith("/preupload/main"):
+            return self._json({"files": [_upload_mode(file) for file in json.loads(body)["files"]]})
+        if path.endswith("/info/lfs/objects/batch"):
+            return self._json({"objects": [self._lfs_object(obj) for obj in json.loads(body)["objects"]]})
+        commit = re.fullmatch(r"/api/models/(?P<id>.+)/commit/main", path)
+        if commit is None or commit["id"] not in self.hub.repos:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        repo = self.hub.repos[commit["id"]]
+        oid = repo.write("main", repo.revisions["main"] | self._committed(body))
+        url = f"{self.hub.endpoint}/{commit['id']}/commit/{oid}"
+        return self._json({"commitUrl": url, "commitOid": oid, "pullRequestUrl": None})
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.objects[self.path.rpartition("/")[2]] = data
+        self._json({})
+
+    def _lfs_object(self, obj: dict) -> dict:
+        upload = {"href": f"{self.hub.endpoint}/objects/{obj['oid']}"}
+        return obj | {"actions": {"upload": upload}, "authenticated": True}
+
+    def _committed(self, body: bytes) -> dict[str, bytes]:
+        files = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+                assert hashlib.sha256(files[value["path"]]).hexdigest() == value["oid"]
+        return files
+
     def log_message(self, *args: object) -> None:
         pass
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(r"/api/models/(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>.+))?", path)
-        file = re.fullmatch(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)", path)
+        quoted = urlsplit(self.path).path  # a slash in a revision is quoted, one in a path is not
+        api = re.fullmatch(
+            r"/api/models/(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<under>/.+)?)?", quoted
+        )
+        file = re.fullmatch(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)", quoted)
         found = api or file
         repo = self.hub.repos.get(found["id"]) if found else None
         if repo is None:
@@ -139,12 +190,14 @@ class _Handler(BaseHTTPRequestHandler):
         let_in = repo.token and self.headers.get("Authorization") == f"Bearer {repo.token}"
         if repo.refuse and not let_in and not (repo.listed and api):
             return self._refuse(*repo.refuse)
-        commit = repo.commit(found["rev"] or "main")
+        commit = repo.commit(unquote(found["rev"] or "main"))
         if commit is None:
             return self._refuse(404, "RevisionNotFound", "Invalid rev id")
         files = repo.files(commit)
         if file:
-            return self._file(files.get(file["file"]), commit)
+            return self._file(files.get(unquote(file["file"])), commit)
+        if api["under"]:
+            return self._refuse(404, "EntryNotFound", "no folders here")
         return self._json(_listing(files) if api["what"] == "tree" else _info(api["id"], commit, files))
 
     def _file(self, data: bytes | None, commit: str) -> None:
@@ -176,6 +229,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, urlsplit(self.path).path, status, sent))
         if sent:
             self.wfile.write(body)
+
+
+def _upload_mode(file: dict) -> dict:
+    large = file["path"].endswith((".safetensors", ".bin"))
+    return {
+        "path": file["path"],
+        "uploadMode": "lfs" if large else "regular",
+        "shouldIgnore": False,
+        "oid": None,
+    }
 
 
 def _oid(data: bytes) -> str:

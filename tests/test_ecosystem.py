@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from loopback_hub import LoopbackHub, environment
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import assert_same_outputs, break_one_ffn, generative, load_pair, router_name
@@ -171,6 +172,35 @@ def test_saved_and_loaded_again_it_is_the_same_checkpoint(model_type, artifact, 
     again.save_pretrained(tmp_path / "changed")
     with pytest.raises(AssertionError):
         assert_equal_tensors(stored(tmp_path / "changed"), stored(out))
+
+
+PUSH = """
+import sys, torch, transformers
+artifact, repo = sys.argv[1:]
+auto = transformers.AutoModelForCausalLM
+model = auto.from_pretrained(artifact, trust_remote_code=True).eval()
+model.push_to_hub(repo)
+transformers.AutoTokenizer.from_pretrained(artifact, trust_remote_code=True).push_to_hub(repo)
+ids = torch.arange(3, 15)[None]
+pulled = auto.from_pretrained(repo, trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+assert pulled.config._name_or_path == repo and tokenizer("w7 w3")["input_ids"] == [7, 3]
+with torch.no_grad():
+    assert torch.equal(pulled(ids).logits, model(ids).logits)
+"""
+
+
+def test_a_loaded_model_can_be_pushed_and_pulled(artifact, tmp_path):
+    _, out = artifact("gpt2")
+    with LoopbackHub() as hub:
+        variables = environment(tmp_path / "home", hub.endpoint, HF_TOKEN="hf_any", HF_HUB_OFFLINE="0")
+        variables["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+        command = [sys.executable, "-P", "-c", PUSH, str(out), "me/pushed"]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.repos["me/pushed"].revisions["main"]
+    assert files[MODELING_FILE] == SOURCE.read_bytes()
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
 
 
 def test_shards(artifact, tmp_path):
@@ -428,6 +458,15 @@ def test_disk_offload_of_other_wirings(model_type, artifact, tmp_path):
     model = load(out, generative(model_type), device_map={"": "disk"}, offload_folder=str(tmp_path / "disk"))
     assert all(p.device.type == "meta" for p in model.parameters())
     assert_same_outputs(dense, model, make_inputs(dense, generative(model_type)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_number_of_parameters(name, artifact):
+    _, out = artifact("gpt2", **RECIPES[name])
+    model, totals = load(out), json.loads((out / REPORT_FILE).read_text())["totals"]
+    assert model.num_parameters() == model.num_parameters(only_trainable=True) == totals["stored_params"]
+    positions, words = model.transformer.wpe.weight.numel(), model.lm_head.weight.numel()
+    assert model.num_parameters(exclude_embeddings=True) == totals["stored_params"] - positions - words
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -700,6 +739,17 @@ def test_generates_compiled_with_a_static_cache(artifact, dynamo):
     found = generate(model, ids, cache_implementation="static", disable_compile=True)
     assert torch.equal(found.sequences, expected) and counter.frame_count >= 1
     assert_close_to_scale(found.logits, logits)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_exports_whole_for_any_length(name, artifact):
+    _, out = artifact("llama", **RECIPES[name])
+    model = load(out, use_cache=False)
+    length = torch.export.Dim("length", min=2, max=32)
+    program = torch.export.export(model, (token_ids(2, 9),), dynamic_shapes={"input_ids": {1: length}})
+    for other in (token_ids(2, 5, seed=1), token_ids(2, 30, seed=2)):
+        expected = logits_of(model, input_ids=other)
+        torch.testing.assert_close(program.module()(other).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------

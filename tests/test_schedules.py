@@ -131,10 +131,18 @@ def in_place(ffn):
         ffn.up.terms[0].central_1.mul_(1.5)
 
 
+def unseen_in_training(ffn):
+    """As FSDP does: the changed cores come to lie in the memory of the old ones, their versions unchanged."""
+    ffn.train()
+    ffn.up.terms[0].central_1.data.mul_(1.5)
+    ffn.eval()
+
+
 CHANGES = {
     "optimizer step": step,
     "loading": lambda ffn: ffn.load_state_dict({k: 2 * v for k, v in ffn.state_dict().items()}),
     "in place": in_place,
+    "unseen, in training": unseen_in_training,
     "dtype": lambda ffn: ffn.to(torch.float64),
 }
 
