@@ -35,3 +35,7 @@ class MachineError(MpoeError):
 
 class VerifyError(MpoeError):
     """An artifact could not be loaded or compared."""
+
+
+class TrainingError(MpoeError):
+    """A converted model, its data or its options do not make a training run."""

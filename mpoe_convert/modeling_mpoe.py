@@ -565,15 +565,15 @@ class RouterLoss(NamedTuple):
     """The auxiliary losses' part of one call of one FFN."""
 
     mask: Tensor | None  # (T,) zero for padding
-    aux_coef: float  # already divided by the number of calls
-    z_coef: float
+    aux_coef: float | Tensor  # already divided by the number of calls
+    z_coef: float | Tensor
     scale: list  # what the model's loss is multiplied by; known once the backward pass has begun
 
     def __call__(self, routing: Routing) -> Tensor:
         loss = routing.logits.new_zeros(())
-        if self.aux_coef:
+        if isinstance(self.aux_coef, Tensor) or self.aux_coef:
             loss = loss + self.aux_coef * load_balancing_loss(routing, self.mask)
-        if self.z_coef:
+        if isinstance(self.z_coef, Tensor) or self.z_coef:
             loss = loss + self.z_coef * router_z_loss(routing, self.mask)
         return loss
 
@@ -1005,7 +1005,10 @@ class MPOEMixin:
         if rate:
             _note_load(found, masks)
         scale: list = []
-        losses = [RouterLoss(mask, *(coef / len(found) for coef in coefs), scale) for mask in masks]
+        share = self._share_of_step(arguments) / max(len(found), 1)
+        losses = [
+            RouterLoss(mask, *(coef * share if coef else 0.0 for coef in coefs), scale) for mask in masks
+        ]
         if any(coefs):
             outputs = _add_losses(outputs, found, losses, arguments)
         if show and isinstance(outputs, ModelOutput):
@@ -1013,6 +1016,14 @@ class MPOEMixin:
             outputs["aux_loss"] = torch.stack(aux).mean()
             outputs["router_logits"] = tuple(routing.logits for _, _, routing in found)
         return outputs
+
+    def _share_of_step(self, arguments: dict) -> float | Tensor:
+        """How much of an optimizer's step this pass is: Trainer's accumulated passes add up to one."""
+        labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
+        if labels is None or num_items is None or not getattr(self, "accepts_loss_kwargs", True):
+            return 1.0
+        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
+        return (labels[..., int(shifted) :] != -100).sum() / num_items
 
     def _token_mask(self, path: str, routing: Routing, arguments: dict) -> Tensor | None:
         """(T,) which of a mixture's tokens are no padding, where the call tells."""
@@ -1085,6 +1096,9 @@ def _config_class(base: type, name: str) -> type:
 def _model_class(base: type, name: str) -> type:
     config_class = _class(base.config_class)
     body = {"config_class": config_class, "__module__": __name__, "forward": _recording(base.forward)}
+    # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
+    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
+        body["accepts_loss_kwargs"] = False
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()

@@ -133,6 +133,21 @@ def test_training_loss_is_the_stock_loss_plus_both(model_type, artifact):
     torch.testing.assert_close(as_tuple, expected)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5"])
+def test_accumulated_passes_are_parts_of_one_step(model_type, artifact):
+    """Trainer tells how many labels a step has: each pass weighs its own part, as the task's loss does."""
+    model = load(artifact(model_type, noise=0.1)[1], model_type, router_aux_loss_coef=AUX)
+    inputs = batch(model, model_type)
+    labels = inputs["labels"] if model_type == "t5" else inputs["labels"][:, 1:]
+    own = int((labels != -100).sum())
+    whole = seeded(model, **inputs).loss
+    weighs = getattr(model, "accepts_loss_kwargs", True)
+    assert weighs == (model_type != "t5")
+    for parts in (1, 4):
+        found = seeded(model, **inputs, num_items_in_batch=parts * own).loss
+        torch.testing.assert_close(found, whole / parts if weighs else whole)
+
+
 def test_the_default_coefficient_is_on_in_training_only(artifact):
     model = no_dropout(load(artifact("gpt2")[1]))
     assert model.config.router_aux_loss_coef == 0.01 and model.config.router_z_loss_coef == 0
