@@ -15,14 +15,20 @@ except PackageNotFoundError:  # run from a source folder that was never installe
 
 # No module is called like a function of it: importing `mpoe_convert.plan` would replace the function.
 _HOME = {
+    "CentreMask": "finetuning",
+    "Finetuning": "runs",
     "MpoeError": "errors",
     "Recipe": "recipe",
     "convert": "conversion",
+    "finetune": "finetuning",
+    "freeze": "training",
+    "mask_centre": "training",
+    "param_groups": "training",
     "plan": "planning",
     "router_stats": "routing",
     "verify": "verification",
 }
-__all__ = ["MpoeError", "Recipe", "__version__", "convert", "plan", "router_stats", "verify"]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str):

@@ -10,23 +10,31 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from importlib.util import find_spec
 
 import click
 from click.shell_completion import CompletionItem
 
 from . import __version__
-from .errors import MpoeError, RecipeError
+from .corpus import TASKS
+from .errors import MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
 from .recipe import BIASES, DTYPES, SVDS, Recipe, normalised, read_recipe
+from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
+from .training import FROZEN, UNITS
 
 EXAMPLE = """\
 mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
 mpoe-convert plan gpt2 --layout balanced
 mpoe-convert verify out/
 """
-DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+DEFAULTS = {
+    field.name: field.default
+    for field in (*fields(Recipe), *fields(Finetuning))
+    if field.default is not MISSING
+}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -220,6 +228,133 @@ COMMON_OPTIONS = (
     ),
 )
 
+FINETUNING_OPTIONS = (
+    option(
+        "--data",
+        heading="Data",
+        multiple=True,
+        metavar="FILE|ID",
+        help="Text (.txt), rows (.jsonl, .csv, .tsv, .parquet), or a Hub dataset as owner/name[:subset]. Repeatable.",
+    ),
+    option(
+        "--eval-data",
+        heading="Data",
+        multiple=True,
+        metavar="FILE|ID",
+        help="The same, to evaluate on; the best checkpoint is kept.",
+    ),
+    option("--split", heading="Data", help="Split of Hub datasets."),
+    option("--eval-split", heading="Data", help="Split of Hub datasets to evaluate on."),
+    option("--text-column", heading="Data", help="Column with the text."),
+    option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),
+    option("--label-column", heading="Data", help="Column with the class, for classification."),
+    option(
+        "--task",
+        heading="Data",
+        type=click.Choice(TASKS),
+        help="What to train.  [default: what the model's head is for]",
+    ),
+    option(
+        "--tokenizer",
+        heading="Data",
+        metavar="MODEL",
+        help="Folder or Hub id of the tokenizer.  [default: the model's]",
+    ),
+    option(
+        "--length",
+        heading="Data",
+        type=int,
+        help="Tokens per example.  [default: the model's limit, at most 512]",
+    ),
+    option(
+        "--steps",
+        heading="Training",
+        type=int,
+        help="Optimizer's steps.  [default: as many as --epochs take]",
+    ),
+    option("--epochs", heading="Training", type=float, help="Passes over the data."),
+    option("--batch-size", heading="Training", type=int, help="Examples per device and pass."),
+    option("--accumulate", heading="Training", type=int, help="Passes per step."),
+    option("--learning-rate", heading="Training", type=float, help="Peak learning rate."),
+    option("--central-lr", heading="Training", type=float, help="Factor on it for central tensors."),
+    option("--auxiliary-lr", heading="Training", type=float, help="Factor on it for auxiliary tensors."),
+    option("--router-lr", heading="Training", type=float, help="Factor on it for routers."),
+    option("--weight-decay", heading="Training", type=float, help="Of matrices but routers."),
+    option(
+        "--schedule", heading="Training", help="Learning rate over the steps, a scheduler of transformers."
+    ),
+    option(
+        "--warmup",
+        heading="Training",
+        type=float,
+        help="Steps, or below 1 the share of the steps, to reach the peak.",
+    ),
+    option("--max-grad-norm", heading="Training", type=float, help="Clip the norm of all gradients."),
+    option(
+        "--skip-centre",
+        heading="Training",
+        type=float,
+        help="MPOE's gradient mask: probability that central tensors sit a step out.  [default: 1 - k/n]",
+    ),
+    option("--skip-unit", heading="Training", type=click.Choice(UNITS), help="What is drawn for."),
+    option(
+        "--freeze",
+        heading="Training",
+        multiple=True,
+        type=click.Choice(FROZEN),
+        help="What is not trained. Repeatable.",
+    ),
+    option("--precision", heading="Training", type=click.Choice(PRECISIONS), help="Of the computation."),
+    option("--seed", heading="Training", type=int, help="Seed of everything."),
+    option(
+        "--option",
+        "options",
+        heading="Training",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Option of the model's config, such as router_aux_loss_coef=0.02. Repeatable.",
+    ),
+    option(
+        "--set",
+        "arguments",
+        heading="Training",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Any field of transformers.TrainingArguments. Repeatable.",
+    ),
+    option(
+        "--teacher", heading="Distillation", metavar="MODEL", help="Dense model to distil from (healing)."
+    ),
+    option(
+        "--teacher-weight",
+        heading="Distillation",
+        type=float,
+        help="Weight of the teacher's part of the loss, below 1.",
+    ),
+    option("--temperature", heading="Distillation", type=float, help="Of both softmaxes."),
+    option(
+        "--hidden-weight",
+        heading="Distillation",
+        type=float,
+        help="Weight of the hidden states' relative squared difference.",
+    ),
+    option(
+        "--eval-every",
+        heading="Progress",
+        type=int,
+        help="Steps between evaluations.  [default: as --save-every]",
+    ),
+    option("--save-every", heading="Progress", type=int, help="Steps between checkpoints."),
+    option("--log-every", heading="Progress", type=int, help="Steps between lines of the log."),
+    option(
+        "--report-to",
+        heading="Progress",
+        multiple=True,
+        metavar="NAME",
+        help="Tracker, such as tensorboard or wandb. Repeatable.",
+    ),
+)
+
 
 def add(*options: Callable) -> Callable:
     """One decorator out of several options, listed by --help in this order."""
@@ -257,7 +392,7 @@ def told_in_one_line(verbose: int, quiet: bool) -> Iterator[None]:
         if verbose > 1:
             traceback.print_exc()
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2 if isinstance(error, RecipeError) else 1)
+        sys.exit(2 if isinstance(error, (RecipeError, RunError)) else 1)
 
 
 @contextmanager
@@ -283,8 +418,9 @@ def stopped_once() -> Iterator[None]:
         for number in before:
             signal.signal(number, stop)
         yield
-    except KeyboardInterrupt:
-        click.echo(f"Stopped by {signal.Signals(stopped_by).name}; no output was written.", err=True)
+    except KeyboardInterrupt as stopped:
+        left = str(stopped) or "no output was written"
+        click.echo(f"Stopped by {signal.Signals(stopped_by).name}; {left}.", err=True)
         sys.exit(128 + stopped_by)
     finally:
         for number, handler in before.items():
@@ -438,6 +574,79 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
     elif not quiet:
         render.print_verification(result, render.console())
     sys.exit(0 if result.ok else 1)
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@add(
+    option("-o", "--output", heading="Output", type=click.Path(), help="Folder to write."),
+    option("--resume", heading="Output", is_flag=True, help="Continue from the last checkpoint in it."),
+    option(
+        "--config",
+        heading="Data",
+        type=click.Path(dir_okay=False),
+        help="File (YAML) with the same names; the command line wins.",
+    ),
+    *FINETUNING_OPTIONS,
+    *COMMON_OPTIONS,
+)
+def finetune(model, output, resume, config, as_json, quiet, verbose, **options) -> None:
+    """Train a converted (or any) MODEL on texts by transformers' Trainer.
+
+    Several devices: accelerate launch -m mpoe_convert finetune MODEL ...
+    """
+    with told_in_one_line(verbose, quiet):
+        values = normalised(read_recipe(config)) if config else {}
+        output = output or values.pop("output", None)
+        for name in ("options", "arguments"):
+            options[name] = values.get(name, {}) | dict(map(assignment, options[name]))
+        given = {name: value for name, value in options.items() if value not in (None, (), {})}
+        if model is not None:
+            given["model"] = model
+        run = Finetuning.from_mapping(values | given)
+        if not output:
+            raise click.UsageError("Missing option '-o' / '--output'.")
+        run_finetuning(run, output, resume, as_json, quiet)
+
+
+def assignment(text: str) -> tuple[str, object]:
+    """("name", value) of "name=value"; the value is read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r}; expected NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def need(command: str, *libraries: str) -> None:
+    """Say which libraries of an extra are missing."""
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise MachineError(
+            f"{command} needs {' and '.join(missing)}: install them with pip install 'mpoe-convert[train]'"
+        )
+
+
+def run_finetuning(run: Finetuning, output, resume, as_json, quiet) -> None:
+    need("finetune", "accelerate", "datasets")
+    from accelerate import PartialState
+
+    from . import render
+    from .finetuning import finetune as train
+
+    render.quiet_libraries()
+    try:
+        with render.training_progress(render.console(stderr=True), not quiet) as progress:
+            report = train(run, output, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"checkpoints in {output}, if any, are continued with --resume") from None
+    if not PartialState().is_main_process:
+        return
+    if as_json:
+        echo_json(report)
+    elif not quiet:
+        render.print_training(report, output, render.console())
 
 
 @main.command(cls=GroupedCommand)

@@ -38,4 +38,12 @@ class VerifyError(MpoeError):
 
 
 class TrainingError(MpoeError):
-    """A converted model, its data or its options do not make a training run."""
+    """A model, its teacher or its options do not fit a training run."""
+
+
+class RunError(MpoeError):
+    """The request for a training run contradicts itself or names something that does not exist."""
+
+
+class DataError(MpoeError):
+    """Training or evaluation data are missing, unreadable, or not what the task needs."""

@@ -41,12 +41,14 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
     base_model_type, kind   for people; nothing here reads them
 """
 
+import dataclasses
 import functools
 import inspect
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -79,7 +81,8 @@ OPTIONS = {
     "router_combine": "renormalised",  # see MPOERouter
     "router_jitter_noise": 0.0,
     "router_capacity_factor": None,
-    "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: off
+    "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: the bias stays
+    "router_balance_bias": False,  # there is such a bias; set by the rate
     "mpoe_schedule": "auto",  # see MPOEFeedForward; MPOE_SCHEDULE in the environment comes first
     "mpoe_cache": "off",  # see MatrixCache: off, hit, all; MPOE_CACHE comes first
     "mpoe_cache_bytes": None,  # limit for the whole model; MPOE_CACHE_BYTES comes first
@@ -92,6 +95,7 @@ OPTION_TYPES = {
     "router_jitter_noise": float,
     "router_capacity_factor": float | None,
     "router_bias_update_rate": float,
+    "router_balance_bias": bool,
     "mpoe_schedule": str,
     "mpoe_cache": str,
     "mpoe_cache_bytes": int | None,
@@ -102,6 +106,8 @@ _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
 # Up to so many numbers every row gets a copy of its own experts' cores.
 _FEW_NUMBERS = 1 << 23
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
+_ROUTER_FIELDS = ("aux_loss", "router_logits")
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
 # ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
@@ -222,10 +228,14 @@ class Picks(NamedTuple):
 
 def _can_group(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product takes these: CUDA from 8.0 on; in compiled code bfloat16 only."""
-    if rows.device.type != "cuda" or torch.cuda.get_device_capability(rows.device) < (8, 0):
+    if rows.device.type != "cuda" or not hasattr(F, "grouped_mm"):  # torch has it from 2.10 on
+        return False
+    if torch.cuda.get_device_capability(rows.device) < (8, 0):
         return False
     aligned = all(dim * rows.itemsize % 16 == 0 for dim in weight.shape[1:])
-    return aligned and (rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
+    if torch.compiler.is_compiling():
+        return aligned and rows.dtype == torch.bfloat16
+    return aligned and rows.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 class MatrixCache:
@@ -446,9 +456,6 @@ class MPOERouter(nn.Module):
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
         capacity_factor: in training an expert takes at most this times T k / E of the T k choices, first
             choices before second, early tokens before late ones; others add nothing. None: no limit.
-        balance_bias: added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3);
-            None: not used.
-        load: how often each expert was chosen in the last training step, for `update_bias`.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int):
@@ -458,55 +465,51 @@ class MPOERouter(nn.Module):
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
-        self.register_buffer("balance_bias", None)
-        self.load: Tensor | None = None
 
-    def forward(self, tokens: Tensor) -> Routing:
-        """tokens (T, H)."""
-        with torch.autocast(tokens.device.type, enabled=False):
+    def forward(self, tokens: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Routing:
+        """tokens (T, H).
+
+        Args:
+            bias: (E,) added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3).
+            mask: (T,) zero for padding, which takes no room of the capacity.
+        """
+        device = tokens.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             x = tokens.float()
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
-            if self.balance_bias is None:
+            if bias is None:
                 chosen, experts = logits.topk(self.top_k, dim=-1)
             else:
-                experts = (logits.softmax(-1) + self.balance_bias.float()).topk(self.top_k, dim=-1).indices
+                experts = (logits.softmax(-1) + bias.float()).topk(self.top_k, dim=-1).indices
                 chosen = logits.gather(-1, experts)
             weights = self._weigh(logits, chosen, experts)
             if not self.training or self.capacity_factor is None:
                 return Routing(logits, weights, experts, None)
-            dropped = weights * ~self._has_room(experts)
+            dropped = weights * ~self._has_room(experts, mask)
             return Routing(logits, weights - dropped, experts, dropped)
 
     def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
         if self.combine == "renormalised" and self.top_k > 1:
             return chosen.softmax(-1)
-        probability = logits.softmax(-1).gather(-1, experts)
-        return probability if self.combine == "raw" else probability / probability.detach()
+        log_probability = logits.log_softmax(-1).gather(-1, experts)
+        if self.combine == "raw":
+            return log_probability.exp()
+        return (log_probability - log_probability.detach()).exp()
 
-    def _has_room(self, experts: Tensor) -> Tensor:
-        num_experts, num_choices = self.weight.shape[0], experts.numel()
-        capacity = max(math.ceil(self.capacity_factor * num_choices / num_experts), 1)
+    def _has_room(self, experts: Tensor, mask: Tensor | None) -> Tensor:
+        num_experts = self.weight.shape[0]
         choices = F.one_hot(experts.T.reshape(-1), num_experts)  # (k * T, E), first choices first
+        if mask is not None:
+            choices = choices * mask.to(choices).repeat(experts.shape[1]).unsqueeze(-1)
+        capacity = (self.capacity_factor * choices.sum() / num_experts).ceil().clamp(min=1)
         place = (choices.cumsum(0) * choices).sum(-1)  # 1 for the first in its expert's queue
         return (place <= capacity).reshape(experts.T.shape).T
 
     @torch.no_grad()
-    def update_bias(self, rate: float) -> None:
-        """One step of DeepSeek-V3's balancing: up for experts with too little load, down for the others."""
-        if self.load is None or self.balance_bias is None:
-            return
-        load, self.load = self.load, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
-        self.balance_bias += rate * (load.mean() - load).sign()
-
-    @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
-        if self.balance_bias is not None:
-            init.zeros_(self.balance_bias)
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -534,47 +537,116 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _AddGradient(torch.autograd.Function):
-    """The tensor as it is; in the backward pass the loss is optimised too, with the given scale."""
+    """A copy of the tensor; in the backward pass the loss is optimised too, by the pass's factor."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, loss: Tensor, scale: list) -> Tensor:
-        ctx.scale, ctx.dtype = scale, loss.dtype
-        return tensor.view_as(tensor)
+    def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
+        ctx.router_pass, ctx.device = router_pass, loss.device
+        return tensor.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        scale = ctx.scale[0] if ctx.scale else 1.0
-        return grad, torch.ones((), dtype=ctx.dtype, device=grad.device) * scale, None
+        factor = 1.0
+        if ctx.router_pass is not None:
+            ctx.router_pass.went_back = True
+            factor = ctx.router_pass.factor
+        return grad, torch.as_tensor(factor, dtype=torch.float32, device=ctx.device), None
 
 
 class _NoteScale(torch.autograd.Function):
-    """The loss as it is; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
+    """A copy of the loss; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, scale: list) -> Tensor:
-        ctx.scale = scale
-        return loss.view_as(loss)
+    def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
+        ctx.router_pass = router_pass
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        ctx.scale[:] = [grad]
+        ctx.router_pass.scale = grad
         return grad, None
 
 
-class RouterLoss(NamedTuple):
-    """The auxiliary losses' part of one call of one FFN."""
+class Call(NamedTuple):
+    """One call of one mixture in a pass."""
 
+    ffn: "MPOEFeedForward"
+    routing: Routing
     mask: Tensor | None  # (T,) zero for padding
-    aux_coef: float | Tensor  # already divided by the number of calls
-    z_coef: float | Tensor
-    scale: list  # what the model's loss is multiplied by; known once the backward pass has begun
+    loss: Tensor  # the routers' losses, times their coefficients
+    joined: bool  # whether the backward pass optimises it by way of the combine weights
 
-    def __call__(self, routing: Routing) -> Tensor:
+
+class _Repeatable(deque):
+    """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
+
+    def __reduce__(self):  # copies of a model start empty
+        return functools.partial(_Repeatable, maxlen=self.maxlen), ()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class RouterPass:
+    """One forward pass of a model whose routers are watched or learn.
+
+    The routers' losses join the graph at the combine weights: whatever loss reaches an FFN optimises them,
+    and a checkpointed call that the backward pass repeats joins again.
+
+    Attributes:
+        calls: of the mixtures so far; dropped when the pass is over.
+        num_calls: how many; the loss is the mean over them.
+        share: how much of an optimizer's step this pass is.
+        scale: what the model's own loss is multiplied by; known once the backward pass has begun.
+        went_back: whether a backward pass has reached a mixture.
+    """
+
+    def __init__(self, learns: bool, aux_coef: float, z_coef: float, mask_of):
+        self.learns, self.aux_coef, self.z_coef, self.mask_of = learns, aux_coef, z_coef, mask_of
+        self.calls: list[Call] = []
+        self.num_calls = 0
+        self.share: float | Tensor = 1.0
+        self.scale: float | Tensor = 1.0
+        self.went_back = False
+
+    @property
+    def factor(self) -> float | Tensor:
+        share = self.share
+        if isinstance(share, Tensor) and isinstance(self.scale, Tensor):
+            share = share.to(self.scale.device)
+        return self.scale * share / max(self.num_calls, 1)
+
+    def mask(self, ffn: "MPOEFeedForward", num_tokens: int) -> Tensor | None:
+        """Which of the tokens of a mixture's next call count."""
+        return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
+
+    def add(self, ffn: "MPOEFeedForward", routing: Routing, mask: Tensor | None) -> Tensor:
+        """Take part in a call of a mixture; its combine weights."""
+        self.num_calls += 1
+        if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
+            self.went_back = True  # nobody will tell
+            self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask), False))
+            return routing.weights
+        weights, loss = self.join(routing, mask)
+        self.calls.append(Call(ffn, routing, mask, loss.detach(), True))
+        if self.learns:
+            ffn.repeatable.append((self, mask))
+        return weights
+
+    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(combine weights that carry the losses' gradient, the losses)."""
+        loss = self.loss(routing, mask)
+        if not (self.learns and torch.is_grad_enabled() and routing.weights.requires_grad):
+            return routing.weights, loss
+        return _AddGradient.apply(routing.weights, loss, self), loss
+
+    def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
         loss = routing.logits.new_zeros(())
-        if isinstance(self.aux_coef, Tensor) or self.aux_coef:
-            loss = loss + self.aux_coef * load_balancing_loss(routing, self.mask)
-        if isinstance(self.z_coef, Tensor) or self.z_coef:
-            loss = loss + self.z_coef * router_z_loss(routing, self.mask)
+        if self.aux_coef:
+            loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
+        if self.z_coef:
+            loss = loss + self.z_coef * router_z_loss(routing, mask)
         return loss
 
 
@@ -621,8 +693,10 @@ class MPOEFeedForward(nn.Module):
         self.adds_residual = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
-        self.records: list[Routing] | None = None  # filled during a pass of a model that asks for it
-        self.recomputed: list[RouterLoss] = []  # for calls that reentrant checkpointing will repeat
+        self.register_buffer("balance_bias", None)  # (E,) see MPOERouter; None: not used
+        self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
+        self.router_pass: RouterPass | None = None  # of the model, while it runs
+        self.repeatable = _Repeatable(maxlen=_REPEATABLE)
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of the modules.
         self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
 
@@ -682,8 +756,9 @@ class MPOEFeedForward(nn.Module):
         self.router.combine = _one_of(config, "router_combine", ("renormalised", "raw"))
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
-        if config.router_bias_update_rate and self.router.balance_bias is None:
-            self.router.balance_bias = torch.zeros_like(self.router.weight[:, 0])
+        if config.router_bias_update_rate or config.router_balance_bias:
+            config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
+            self.add_balance_bias()
         self.schedule = _one_of(config, "mpoe_schedule", ("auto", "apply", "rebuild", "cached"))
         keep = _one_of(config, "mpoe_cache", ("off", "hit", "all"))
         limit = os.environ.get("MPOE_CACHE_BYTES", config.mpoe_cache_bytes)
@@ -691,6 +766,11 @@ class MPOEFeedForward(nn.Module):
             keep = "hit" if self.schedule == "cached" else None
         limit = None if limit is None else float(limit) / num_mixtures
         self.cache = None if keep is None else MatrixCache(keep, limit)
+
+    def add_balance_bias(self) -> None:
+        if self.balance_bias is None:
+            device = next(self.parameters()).device
+            self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
     def choose_schedule(self, num_tokens: int) -> str:
         """The schedule that will run."""
@@ -709,20 +789,49 @@ class MPOEFeedForward(nn.Module):
     def train(self, mode: bool = True):
         if mode and self.cache is not None:
             self.cache.entries.clear()  # FSDP may gather changed cores into the memory of the old ones
+        self.repeatable.clear()
         return super().train(mode)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        routing = self.router(tokens)
-        output = self._mix(tokens, routing.weights, routing.experts).reshape(hidden_states.shape)
-        if self.records is not None:
-            self.records.append(routing)
-        elif self.recomputed and torch.is_grad_enabled():
-            loss = self.recomputed.pop()  # the backward pass repeats the last call first
-            output = _AddGradient.apply(output, loss(routing), loss.scale)
+        weights, experts = self._route(tokens)
+        output = self._mix(tokens, weights, experts).reshape(hidden_states.shape)
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine weights and experts (T, k) of tokens (T, H)."""
+        running = self.router_pass
+        if running is not None:
+            mask = running.mask(self, len(tokens))
+            routing = self.router(tokens, self.balance_bias, mask)
+            return running.add(self, routing, mask), routing.experts
+        if self.training and not torch.compiler.is_compiling():
+            if not _in_backward():
+                self.repeatable.clear()  # this call adds nothing when it is repeated
+            elif self.repeatable:
+                repeated, mask = self.repeatable.pop()  # the backward pass repeats the last call first
+                routing = self.router(tokens, self.balance_bias, mask)
+                return repeated.join(routing, mask)[0], routing.experts
+        routing = self.router(tokens, self.balance_bias)
+        return routing.weights, routing.experts
+
+    @torch.no_grad()
+    def note_load(self, routing: Routing, mask: Tensor | None) -> None:
+        choices = F.one_hot(routing.experts, self.num_experts).sum(1).float()
+        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
+        self.load = load if self.load is None else self.load + load
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """One step of DeepSeek-V3's balancing: up for experts with too little load, down for the others."""
+        if self.load is None or self.balance_bias is None:
+            return
+        load, self.load = self.load, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        self.balance_bias += rate * (load.mean() - load).sign()
 
     def _mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """tokens (T, H), combine weights and experts (T, k) -> (T, H)."""
@@ -735,6 +844,7 @@ class MPOEFeedForward(nn.Module):
             return _combine(rows.unflatten(0, experts.shape), weights)
         order = chosen.argsort(stable=True)  # sorts the copies by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
+        on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
         if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
             rows = self._experts(tokens[order // top_k], picks, schedule)
@@ -852,8 +962,8 @@ class RouterStats:
         choices = F.one_hot(routing.experts, num_experts).sum(1)
         entropy = torch.special.entr(probabilities).sum(-1)
         self.num_tokens += float(counted.sum())
-        self._choices += (counted @ choices.to(counted)).double().cpu()
-        self._probability += (counted @ probabilities).double().cpu()
+        self._choices += (counted @ choices.to(counted)).cpu().double()
+        self._probability += (counted @ probabilities).cpu().double()
         self._entropy += float(counted @ entropy)
         dropped = torch.zeros_like(routing.weights) if routing.dropped is None else routing.dropped
         self._dropped += float(counted @ dropped.sum(-1))
@@ -862,8 +972,8 @@ class RouterStats:
     @torch.no_grad()
     def compare(self, ffn: "MPOEFeedForward", tokens: Tensor) -> None:
         outputs = torch.stack([ffn._experts(tokens, Picks(e)) for e in range(ffn.num_experts)])
-        directions = F.normalize(outputs.double(), dim=-1)  # (E, T, H)
-        self._cosines += torch.einsum("eth,fth->ef", directions, directions).cpu()
+        directions = F.normalize(outputs.cpu().double(), dim=-1)  # (E, T, H)
+        self._cosines += torch.einsum("eth,fth->ef", directions, directions)
         self._compared += len(tokens)
 
     @property
@@ -891,32 +1001,21 @@ class RouterStats:
         return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
 
 
-def _note_load(found: list, masks: list) -> None:
-    for (_, ffn, routing), mask in zip(found, masks, strict=True):
-        choices = F.one_hot(routing.experts, ffn.num_experts).sum(1).float()
-        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
-        ffn.router.load = load if ffn.router.load is None else ffn.router.load + load
-
-
-def _add_losses(outputs, found: list, losses: list[RouterLoss], arguments: dict):
-    """The model's outputs such that optimising their loss, or any made from them, optimises the routers'."""
-    direct, shown = [], []
-    for (_, ffn, routing), loss in zip(found, losses, strict=True):
-        value = loss(routing)
-        if value.requires_grad or not ffn.router.weight.requires_grad:
-            direct.append(value)
-        else:  # computed without a graph: reentrant checkpointing will repeat this call
-            ffn.recomputed.append(loss)
-            shown.append(value)
-    direct, shown = sum(direct, start=0.0), sum(shown, start=0.0)
+def _add_losses(outputs, running: RouterPass, arguments: dict):
+    """The model's outputs with the routers' losses in their loss."""
+    losses = [call.loss for call in running.calls]
+    if not losses:
+        return outputs
+    device = losses[0].device
+    total = torch.stack([loss.to(device) for loss in losses]).sum() * running.share / len(losses)
     key, tensor = _loss_of(outputs, arguments)
-    if tensor is not None:
-        tensor = tensor + direct + shown
-        if isinstance(shown, Tensor):
-            tensor = _NoteScale.apply(tensor, losses[0].scale)
-    elif isinstance(direct, Tensor) and direct.requires_grad:
+    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+        if not torch.compiler.is_compiling():
+            tensor = _NoteScale.apply(tensor, running)
+        tensor = tensor + total.to(tensor.device)
+    elif total.requires_grad:
         key, tensor = _first_output(outputs)
-        tensor = _AddGradient.apply(tensor, direct, [])
+        tensor = _AddGradient.apply(tensor, total, None)
     else:
         return outputs
     if isinstance(outputs, tuple):
@@ -925,11 +1024,31 @@ def _add_losses(outputs, found: list, losses: list[RouterLoss], arguments: dict)
     return outputs
 
 
+@functools.cache
+def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class with `aux_loss` and `router_logits`."""
+    known = {field.name for field in dataclasses.fields(base)}
+    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
+    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
+
+
+def _show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    calls = running.calls
+    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
+    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
+    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
+        return _with_router_fields(type(outputs))(**outputs, **shown)
+    for name, value in shown.items():
+        outputs[name] = value
+    return outputs
+
+
 def _loss_of(outputs, arguments: dict) -> tuple:
     """Key and value of the loss among a model's outputs, or (None, None)."""
     if isinstance(outputs, tuple):
         has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
-        return (0, outputs[0]) if has_loss else (None, None)
+        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
     loss = outputs.get("loss")
     return (None, None) if loss is None else ("loss", loss)
 
@@ -974,13 +1093,24 @@ class MPOEMixin:
         self.mixture_paths = [f"{path}.{block['family']['slot']}" for path in present]
         for _, ffn in self.mixtures():
             ffn.configure(config, len(present))
+        self._balancing: RouterPass | None = None  # the last pass whose load was noted
+        self._versions: list[int] = []  # of the mixtures' parameters, then
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         self.post_init()
 
     def mixtures(self) -> list[tuple[str, MPOEFeedForward]]:
-        """The mixtures and their paths below the base model; a layer used several times is listed once."""
-        return [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
+        """The mixtures and their paths below the base model; a layer used several times is listed once.
+
+        Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
+        """
+        found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
+        return [
+            (path, ffn)
+            for path, module in found
+            for ffn in module.modules()
+            if isinstance(ffn, MPOEFeedForward)
+        ]
 
     def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
         """A forward pass whose outputs carry the router losses."""
@@ -989,33 +1119,53 @@ class MPOEMixin:
         show = kwargs.pop("output_router_logits", config.output_router_logits)
         coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
         rate = config.router_bias_update_rate if learns else 0.0
-        if not (show or rate or any(coefs)) or any(ffn.records is not None for _, ffn in mixtures):
+        needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
+        if not needed or any(ffn.router_pass is not None for _, ffn in mixtures):
             return forward(self, *args, **kwargs)
-        for _, ffn in mixtures:
-            if rate:  # now, not after the last pass: checkpointing repeats that with the same bias
-                ffn.router.update_bias(rate)
-            ffn.records, ffn.recomputed = [], []
+        if rate:
+            self._follow_step()
+        running = RouterPass(learns, *coefs, functools.partial(self._token_mask, arguments=arguments))
+        running.share = self._share_of_step(arguments)
         try:
+            for _, ffn in mixtures:
+                ffn.router_pass = running
             outputs = forward(self, *args, **kwargs)
-            found = [(path, ffn, routing) for path, ffn in mixtures for routing in ffn.records]
         finally:
             for _, ffn in mixtures:
-                ffn.records = None
-        masks = [self._token_mask(path, routing, arguments) for path, _, routing in found]
+                ffn.router_pass = None
         if rate:
-            _note_load(found, masks)
-        scale: list = []
-        share = self._share_of_step(arguments) / max(len(found), 1)
-        losses = [
-            RouterLoss(mask, *(coef * share if coef else 0.0 for coef in coefs), scale) for mask in masks
-        ]
+            for call in running.calls:
+                call.ffn.note_load(call.routing, call.mask)
+            self._balancing = running
         if any(coefs):
-            outputs = _add_losses(outputs, found, losses, arguments)
+            outputs = _add_losses(outputs, running, arguments)
         if show and isinstance(outputs, ModelOutput):
-            aux = [load_balancing_loss(routing, m) for (_, _, routing), m in zip(found, masks, strict=True)]
-            outputs["aux_loss"] = torch.stack(aux).mean()
-            outputs["router_logits"] = tuple(routing.logits for _, _, routing in found)
+            outputs = _show_routers(outputs, running)
+        running.calls, running.mask_of = [], None
         return outputs
+
+    def _follow_step(self) -> None:
+        """Move the balancing biases once per optimizer's step, at the first pass after it."""
+        last, before = self._balancing, self._versions
+        parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
+        self._versions = [p._version for p in parameters]
+        if last is None or not last.went_back:
+            return  # the backward pass is still to come, and repeats checkpointed calls with the same bias
+        if self._versions != before or all(p.grad is None for p in parameters):
+            self.update_router_bias()
+
+    def update_router_bias(self) -> None:
+        """Move the balancing biases now, by the load since they moved last.
+
+        The first pass after an optimizer's step does so by itself. Called right after the step, it makes
+        checkpoints of the training complete.
+        """
+        rate = self.config.router_bias_update_rate
+        for _, ffn in self.mixtures():
+            if rate:
+                self.config.router_balance_bias = True
+                ffn.add_balance_bias()
+            ffn.update_bias(rate)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
         """How much of an optimizer's step this pass is: Trainer's accumulated passes add up to one."""
@@ -1025,17 +1175,28 @@ class MPOEMixin:
         shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
-    def _token_mask(self, path: str, routing: Routing, arguments: dict) -> Tensor | None:
-        """(T,) which of a mixture's tokens are no padding, where the call tells."""
-        num_tokens = routing.logits.shape[0]
+    def _token_mask(
+        self, ffn: MPOEFeedForward, num_tokens: int, index: int, *, arguments: dict
+    ) -> Tensor | None:
+        """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
+
+        `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
+        """
         mask = arguments.get("attention_mask")
+        path = next(path for path, found in self.mixtures() if found is ffn)
         if self.config.is_encoder_decoder and path.startswith("decoder"):
             mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
             if mask is None and labels is not None and labels.numel() == num_tokens:
                 mask = labels != -100
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or num_tokens % mask.shape[0]:
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 3):
             return None
-        length = num_tokens // mask.shape[0]
+        mask = mask.flatten(0, -2)  # multiple choice: (batch, choices, length)
+        if num_tokens % mask.shape[0]:
+            return None
+        length, chunk = num_tokens // mask.shape[0], getattr(self.config, "chunk_size_feed_forward", 0)
+        if chunk and length == chunk < mask.shape[1]:
+            start = index * chunk % mask.shape[1]
+            return mask[:, start : start + chunk].reshape(-1)
         # With a cache the mask covers the past as well.
         return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
 
@@ -1052,14 +1213,20 @@ class MPOEMixin:
         """
         stats = {path: RouterStats(ffn.num_experts) for path, ffn in self.mixtures()}
         arguments: dict = {}
+        calls = {ffn: 0 for _, ffn in self.mixtures()}
         signature = inspect.signature(self.forward)
 
         def take_arguments(module, args, kwargs):
+            calls.update(dict.fromkeys(calls, 0))
             arguments.clear()
             arguments.update(dict(zip(signature.parameters, args, strict=False)) | kwargs)
 
         def watch(path: str, ffn: MPOEFeedForward, router, args, routing: Routing):
-            stats[path].add(routing, self._token_mask(path, routing, arguments))
+            if _in_backward():
+                return  # a checkpoint repeats what was counted
+            mask = self._token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)
+            calls[ffn] += 1
+            stats[path].add(routing, mask)
             if similarity_tokens:
                 stats[path].compare(ffn, args[0][:similarity_tokens])
 
@@ -1068,7 +1235,8 @@ class MPOEMixin:
             hook = functools.partial(watch, path, ffn)
             handles.append(ffn.router.register_forward_hook(hook))
         try:
-            yield stats
+            with torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
+                yield stats
         finally:
             for handle in handles:
                 handle.remove()
@@ -1080,6 +1248,8 @@ class MPOEMixin:
         for module in self.modules():
             if isinstance(module, (MPOEProjection, MPOERouter)):
                 module.reset_parameters(std)
+            elif isinstance(module, MPOEFeedForward) and module.balance_bias is not None:
+                init.zeros_(module.balance_bias)
 
 
 def _config_class(base: type, name: str) -> type:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 from rich.console import Console
@@ -247,6 +247,61 @@ def progress_bar(out: Console, enabled: bool) -> Iterator:
     finally:
         if bar.tasks:
             bar.stop()
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of transformers and datasets among our own lines."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def training_progress(out: Console, enabled: bool) -> Iterator:
+    """A progress callback for `finetune`: a line for whatever is logged, a bar below on a terminal."""
+    if not enabled:
+        yield None
+        return
+    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out, transient=True)
+    task = bar.add_task("")
+
+    def update(step: int, steps: int, logs: Mapping[str, float]) -> None:
+        bar.update(task, completed=step, total=steps)
+        line = training_line(logs)
+        if line:
+            out.print(f"step {step}/{steps}  {line}", highlight=False)
+
+    with bar if out.is_terminal else nullcontext():
+        yield update
+
+
+def training_line(logs: Mapping[str, float]) -> str:
+    """One logged dictionary of Trainer in words."""
+    shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity"}
+    shown |= {"eval_accuracy": "accuracy", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
+    parts = [f"{name} {logs[key]:.4g}" for key, name in shown.items() if key in logs]
+    entropies = {key: value for key, value in logs.items() if key.startswith("load_entropy/")}
+    if entropies:
+        worst = min(entropies, key=entropies.get)
+        mean = sum(entropies.values()) / len(entropies)
+        parts.append(f"load entropy {mean:.3f} (lowest {entropies[worst]:.3f}, {worst.partition('/')[2]})")
+    return "  ".join(parts)
+
+
+def print_training(report: dict, output: str, out: Console) -> None:
+    names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
+    held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
+    table = _table("Held-out data", "step", *names.values(), numbers=4)
+    for step, entry in held_out.items():
+        table.add_row(str(step), *(f"{entry[key]:.4f}" if key in entry else "" for key in names))
+    if held_out:
+        out.print(table)
+    if report["evaluation"]:
+        out.print(f"Best checkpoint: {training_line(report['evaluation'])}", highlight=False)
+    out.print(f"{report['steps']} steps in {report['seconds']:.0f} s; written to {output}", highlight=False)
 
 
 def print_verification(result: Verification, out: Console) -> None:

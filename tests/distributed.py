@@ -27,8 +27,10 @@ def batch_of(rank: int, vocab: int) -> torch.Tensor:
     return torch.randint(3, vocab, (2, 16), generator=torch.Generator().manual_seed(rank))
 
 
-def load(folder: str):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, mpoe_cache="all")
+def load(folder: str, how: str):
+    dtype = torch.bfloat16 if how.endswith("bfloat16") else torch.float32
+    options = {"mpoe_cache": "all", "dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -39,6 +41,7 @@ def wrap(model, how: str):
     if how == "ddp":
         return DistributedDataParallel(model)
     for _, mixture in model.mixtures():
+        fully_shard(mixture.router)  # always float32, and FSDP wants one dtype per group
         fully_shard(mixture)
     return fully_shard(model)
 
@@ -63,10 +66,10 @@ def main() -> None:
     folder, how = Path(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    bare = load(str(folder))
+    bare = load(str(folder), how)
     batches = [batch_of(r, bare.config.vocab_size) for r in range(dist.get_world_size())]
     expected = trained(bare, [batches[rank], *batches[:rank], *batches[rank + 1 :]])
-    found = trained(wrap(load(str(folder)), how), [batches[rank]])
+    found = trained(wrap(load(str(folder), how), how), [batches[rank]])
     loss = torch.tensor(found[0])
     dist.all_reduce(loss)
     numbers = {
@@ -74,7 +77,9 @@ def main() -> None:
         "gradient": max(difference(found[1][name], g) for name, g in expected[1].items()),
         "logits": difference(found[2], expected[2]),
     }
-    print(f"rank {rank}:", *(f"{name}={value:.3e}" for name, value in numbers.items()), flush=True)
+    text = " ".join(f"{name}={value:.3e}" for name, value in numbers.items())
+    sys.stdout.write(f"rank {rank}: {text}\n")  # in one piece: the other rank writes as well
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -8,12 +8,12 @@ import click
 README = Path(__file__).parents[1] / "README.md"
 
 
-def options_table() -> str:
-    """Every option of the main command, in the order and the words of --help."""
+def options_table(name: str) -> str:
+    """Every option of a command, in the order and the words of --help."""
     from mpoe_convert.cli import main
 
     rows = ["| option | meaning |", "|---|---|"]
-    command = main.commands["convert"]
+    command = main.commands[name]
     context = click.Context(command)
     for param in command.get_params(context):
         if isinstance(param, click.Option) and "--help" not in param.opts:
@@ -38,7 +38,12 @@ def families_table() -> str:
 
 def with_generated_parts(text: str) -> str:
     """The README with its generated parts made anew."""
-    for name, table in (("options", options_table()), ("families", families_table())):
+    tables = {
+        "options": options_table("convert"),
+        "finetune": options_table("finetune"),
+        "families": families_table(),
+    }
+    for name, table in tables.items():
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
         text, count = re.subn(
             pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL

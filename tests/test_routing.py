@@ -309,14 +309,15 @@ def test_bias_balances_without_a_loss(artifact, tmp_path):
     loads = []
     for _ in range(60):
         with router_stats(model) as stats:
-            model(**inputs)
+            model(**inputs).loss.backward()
+        model.zero_grad()
         loads.append(torch.stack([layer.load for layer in stats.values()]))
     assert loads[0].max() > 0.5
     assert torch.stack(loads[-20:]).mean(0).max() < 0.45  # a third each is balanced
     biases = [b for name, b in model.state_dict().items() if name.endswith("balance_bias")]
     assert len(biases) == 2 and all(bias.abs().max() > 0 for bias in biases)
     model.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1].router
+    again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1]
     assert again.balance_bias.dtype == torch.float32 and torch.equal(again.balance_bias, biases[0])
     found = routings(model.eval(), inputs)[0]
     torch.testing.assert_close(found.weights, torch.ones_like(found.weights))
@@ -405,3 +406,257 @@ def test_dropped_mass(artifact):
     with router_stats(model) as stats:
         model(**batch(model, "gpt2"))
     assert all(0.1 < layer.dropped < 0.8 for layer in stats.values())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Wherever the loss is made from, and however the model is wrapped
+
+
+def router_gradient(model, loss) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat(
+        [p.grad.flatten() for n, p in model.named_parameters() if "router" in n and p.grad is not None]
+    )
+
+
+def checkpointed(model, reentrant: bool | None):
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def some_loss(outputs) -> torch.Tensor:
+    return outputs.logits.square().mean()
+
+
+LOSSES = {
+    "labels given, loss by hand": lambda m, x: some_loss(m(**x)),
+    "no labels": lambda m, x: some_loss(m(input_ids=x["input_ids"])),
+    "hidden states": lambda m, x: m(**x, output_hidden_states=True).hidden_states[-1].square().mean(),
+    "two passes": lambda m, x: some_loss(m(**x)) + some_loss(m(input_ids=x["input_ids"].flip(1))),
+    "in place": lambda m, x: m(**x).loss.mul_(2.0) + m(**x).logits[:, 1:].div_(0.7).square().mean(),
+}
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_any_loss_optimises_the_routers_losses(name, reentrant, artifact):
+    """The gradient of the router, less what it is without the coefficient, is the balancing loss's own."""
+    model = skew(no_dropout(load(artifact("gpt2", noise=0.1)[1], router_aux_loss_coef=0.0)))
+    inputs = batch(model, "gpt2")
+    without = router_gradient(model, LOSSES[name](model, inputs))
+    passes = [inputs]
+    if name == "two passes":
+        passes.append({"input_ids": inputs["input_ids"].flip(1)})
+    factors = {"two passes": (1.0, 1.0), "in place": (2.0, 1.0)}.get(name, (1.0,))
+    if name == "in place":
+        passes.append(inputs)
+    aux = 0.0
+    for factor, each in zip(factors, passes, strict=True):
+        found = routings(model, each)
+        aux = aux + factor * sum(load_balancing_loss(r) for r in found) / len(found)
+    expected = without + AUX * router_gradient(model, aux)
+    model.config.router_aux_loss_coef = AUX
+    found = router_gradient(checkpointed(model, reentrant), LOSSES[name](model, inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found, without, rtol=0.05)
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_pooled_output_reaches_them_too(head, artifact):
+    _, out = artifact("bert", head, noise=0.1)
+    model = skew(no_dropout(getattr(transformers, head).from_pretrained(out, trust_remote_code=True)))
+    found = {}
+    for model.config.router_aux_loss_coef in (0.0, 100.0):
+        outputs = model.train()(torch.arange(3, 15).reshape(2, 6))
+        pooled = outputs.pooler_output if head == "AutoModel" else outputs.logits
+        found[model.config.router_aux_loss_coef] = router_gradient(model, pooled.sum()).norm()
+    assert found[100.0] > 2 * found[0.0]
+
+
+@pytest.mark.parametrize("reentrant", [None, True])
+@pytest.mark.parametrize(
+    "wanted",
+    [{"target_parameters": ["router.weight"]}, {"modules_to_save": ["mlp"]}, {"modules_to_save": ["router"]}],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*target_modules.*")
+def test_with_peft(wanted, reentrant, artifact):
+    import peft
+
+    options = {"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.1, "output_router_logits": True}
+    model = skew(no_dropout(load(artifact("llama", noise=0.1)[1], "llama", **options)))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **wanted)).train()
+    inputs = batch(model, "llama")
+    gradients = {}
+    for model.config.router_aux_loss_coef in (0.0, 100.0):
+        outputs = checkpointed(wrapped, reentrant)(**inputs)
+        assert len(outputs.router_logits) == 2 and outputs.aux_loss > 0
+        gradients[model.config.router_aux_loss_coef] = router_gradient(wrapped, outputs.loss).norm()
+        wrapped.zero_grad()
+    assert gradients[100.0] > 2 * gradients[0.0]
+    wrapped(**inputs)
+    assert any(ffn.balance_bias.abs().max() > 0 for _, ffn in model.mixtures())
+
+
+# ---------------------------------------------------------------------------------------------------
+# The balancing bias
+
+
+def biases(model) -> torch.Tensor:
+    return torch.stack([ffn.balance_bias for _, ffn in model.mixtures()])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_the_bias_moves_once_per_step(reentrant, to_none, artifact):
+    model = skew(no_dropout(load(artifact("gpt2", noise=0.1)[1], router_bias_update_rate=0.1)))
+    checkpointed(model, reentrant)
+    inputs = batch(model, "gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for step in range(3):
+        for _ in range(4):  # accumulated
+            losses = [model(**inputs).loss for _ in range(2)]  # two passes, one backward pass
+            torch.testing.assert_close(biases(model).abs().max(), torch.tensor(0.1 * step))
+            sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+    model.update_router_bias()
+    moved = biases(model).clone()
+    assert moved.abs().max() > 0.25
+    model(**inputs)
+    assert torch.equal(biases(model), moved)  # nothing was noted since
+
+
+def test_a_trained_bias_is_kept_whatever_the_rate(artifact, tmp_path):
+    model = no_dropout(load(artifact("gpt2", noise=0.1)[1]))
+    assert all(ffn.balance_bias is None for _, ffn in model.mixtures())
+    model.config.router_bias_update_rate = 0.3  # also after loading
+    inputs = batch(model, "gpt2")
+    for _ in range(3):
+        model(**inputs).loss.backward()
+        model.zero_grad()
+    model.save_pretrained(tmp_path / "saved")
+    expected = model.eval()(**inputs).logits
+    again = load(tmp_path / "saved", router_bias_update_rate=0.0).eval()
+    assert torch.equal(biases(again), biases(model)) and biases(again).abs().max() > 0
+    assert torch.equal(again(**inputs).logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Outputs, masks and statistics in rarer settings
+
+
+def test_outputs_with_router_logits_can_be_rebuilt(artifact):
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    model = load(artifact("gpt2")[1], output_router_logits=True)
+    outputs = model(**batch(model, "gpt2"))
+    leaves, tree = tree_flatten(outputs)
+    again = tree_unflatten(leaves, tree)
+    assert isinstance(again, transformers.utils.ModelOutput) and again.keys() == outputs.keys()
+    assert len(again.router_logits) == 2 and torch.equal(again.aux_loss, outputs.aux_loss)
+
+
+def padded(model) -> dict:
+    ids = torch.arange(3, 23).reshape(2, 10)
+    return {"input_ids": ids, "attention_mask": (torch.arange(10) < 5).long().expand(2, -1)}
+
+
+def test_padding_in_chunks_of_an_ffn(artifact):
+    _, out = artifact("bert", "AutoModelForMaskedLM", noise=0.1)
+    auto = transformers.AutoModelForMaskedLM
+    found = []
+    for chunk in (0, 5):
+        model = auto.from_pretrained(out, trust_remote_code=True, chunk_size_feed_forward=chunk)
+        skew(no_dropout(model.eval()))
+        with torch.no_grad(), router_stats(model) as stats:
+            model(**padded(model))
+        found.append(stats)
+    for path, whole in found[0].items():
+        assert whole.num_tokens == found[1][path].num_tokens == 10
+        torch.testing.assert_close(whole.load, found[1][path].load)
+
+
+def test_padding_of_multiple_choices(artifact):
+    _, out = artifact("bert", "AutoModelForMultipleChoice", noise=0.1)
+    model = transformers.AutoModelForMultipleChoice.from_pretrained(out, trust_remote_code=True)
+    skew(no_dropout(model.train()))
+    ids, mask = padded(model).values()
+    losses = []
+    for fill in (3, 4):
+        ids = torch.where(mask.bool(), ids, torch.tensor(fill))
+        inputs = {"input_ids": ids[None], "attention_mask": mask[None], "labels": torch.tensor([1])}
+        model.config.router_z_loss_coef = 1.0
+        losses.append(model(**inputs).loss)
+    assert torch.equal(*losses)
+
+
+def test_padding_takes_no_room(artifact):
+    model = load(artifact("gpt2", noise=0.1)[1], router_capacity_factor=0.5)
+    skew(no_dropout(model))
+    inputs = padded(model)
+    short = {name: value[:, :5] for name, value in inputs.items()}
+    with router_stats(model) as stats, torch.no_grad():
+        model(**short)
+    inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 7)
+    with router_stats(model) as more, torch.enable_grad():
+        model(**inputs)
+    for path, found in stats.items():
+        assert more[path].num_tokens == found.num_tokens == 10
+        assert more[path].dropped == pytest.approx(found.dropped) and found.dropped > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_statistics_of_a_compiled_model(artifact):
+    from torch._dynamo import reset
+
+    reset()
+    model = load(artifact("gpt2")[1]).eval()
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        compiled(ids)
+        with router_stats(compiled) as stats:
+            compiled(ids)
+    assert all(layer.num_tokens == 10 for layer in stats.values())
+    reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_statistics_count_a_checkpointed_token_once(reentrant, artifact):
+    model = checkpointed(load(artifact("gpt2")[1]), reentrant)
+    ids = torch.arange(3, 13)[None]
+    with router_stats(model) as stats:
+        model(ids, labels=ids).loss.backward()
+    assert all(layer.num_tokens == 10 for layer in stats.values())
+
+
+def test_a_tuple_without_a_loss_stays_as_it_is(artifact):
+    _, out = artifact("bert", "AutoModelForPreTraining", noise=0.1)
+    model = transformers.AutoModelForPreTraining.from_pretrained(out, trust_remote_code=True)
+    model = no_dropout(model.train())
+    ids = torch.arange(3, 15).reshape(2, 6)
+    found = []
+    for model.config.router_aux_loss_coef in (0.0, 1000.0):
+        found.append(model(input_ids=ids, labels=ids, return_dict=False)[0])  # no next_sentence_label
+    assert torch.equal(*found)
+
+
+def test_an_expert_of_no_probability_has_a_weight():
+    module = router(top_k=1)
+    logits = torch.tensor([[0.0, 300.0, -300.0]])
+    weights = module._weigh(logits, logits[:, 2:], torch.tensor([[2]]))
+    assert torch.equal(weights, torch.ones(1, 1))
+
+
+def test_runs_on_the_meta_device(artifact):
+    model = load(artifact("gpt2")[1]).to("meta")
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
+    model.config.pad_token_id = None  # transformers would look for it
+    assert model(ids).logits.shape[:2] == (2, 5)

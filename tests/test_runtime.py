@@ -451,7 +451,7 @@ def test_autocast_computes_in_bfloat16_and_routes_in_float32(name, mode, monkeyp
     x = randn(6, 12, dtype=torch.float32)
     routed = []
     route = ffn.router.forward
-    monkeypatch.setattr(ffn.router, "forward", lambda t: routed.append(route(t)) or routed[-1])
+    monkeypatch.setattr(ffn.router, "forward", lambda *given: routed.append(route(*given)) or routed[-1])
     exact = ffn(x)
     with schedule(mode, ffn), torch.autocast("cpu", torch.bfloat16):
         rounded = ffn(x)

@@ -13,6 +13,10 @@ ORDER = [
     *(
         "__main__",
         "cli",
+        "finetuning",
+        "runs",
+        "corpus",
+        "training",
         "render",
         "conversion",
         "building",

@@ -1,0 +1,153 @@
+"""Data for training and evaluation: local files and Hub datasets, read and mapped by `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TASKS = ("causal", "masked", "seq2seq", "classification")
+# By file extension: the builder of `datasets` and its options.
+BUILDERS = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold what a task needs."""
+
+    text: str = "text"
+    target: str = "target"
+    label: str = "label"
+
+    def needed(self, task: str) -> tuple[str, ...]:
+        return (self.text,) + {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
+
+
+def read(sources: Sequence[str], columns: Columns, task: str, split: str = "train") -> Dataset:
+    """The rows of files and Hub datasets, one after the other, with the columns that the task needs.
+
+    Args:
+        sources: paths of `.txt` (each a text of its own), `.jsonl`/`.json`, `.csv`, `.tsv` and `.parquet`
+            files, or Hub ids, as `owner/name` or `owner/name:subset`.
+        split: of Hub datasets.
+
+    Raises:
+        DataError: a source is missing, cannot be read, or lacks a column.
+    """
+    from datasets import concatenate_datasets
+
+    if not sources:
+        raise DataError("no data given; expected files (.txt, .jsonl, .csv, .tsv, .parquet) or a Hub dataset")
+    parts = [_read_one(source, split) for source in sources]
+    needed = columns.needed(task)
+    for source, part in zip(sources, parts, strict=True):
+        if lacks := [name for name in needed if name not in part.column_names]:
+            raise DataError(
+                f"{source} has the columns {part.column_names}; task {task} needs {lacks} as well (name "
+                "others with --text-column, --target-column, --label-column)"
+            )
+    return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _read_one(source: str, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    path = Path(source)
+    builder, options = BUILDERS.get(path.suffix.lower(), (None, {}))
+    try:
+        if path.is_file() and builder:
+            return load_dataset(builder, data_files=[str(path)], split="train", **options)
+        if path.exists() or builder or source.startswith((".", "/", "~")):
+            raise DataError(
+                f"{source} is {'no file' if not path.is_file() else 'of an unknown kind'}; expected one of "
+                f"{', '.join(BUILDERS)}"
+            )
+        name, _, subset = source.partition(":")
+        return load_dataset(name, subset or None, split=split)
+    except DatasetNotFoundError as error:
+        raise DataError(f"{source} is neither a file nor a dataset that can be reached: {error}") from None
+    except (DatasetGenerationError, ConnectionError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{source} cannot be read: {cause}") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Into examples
+
+
+def language_blocks(rows: Dataset, tokenizer, column: str, length: int) -> Dataset:
+    """Texts as blocks of `length` tokens, one after the other; what is left of a thousand texts is left out.
+
+    Where the tokenizer has an end-of-text token, it stands between texts.
+
+    Raises:
+        DataError: the texts are shorter than a block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def blocks(batch: dict) -> dict:
+        stream: list[int] = []
+        for text in batch[column]:
+            stream += tokenizer(text, verbose=False)["input_ids"] + end
+        whole = len(stream) // length * length
+        ids = [stream[i : i + length] for i in range(0, whole, length)]
+        return {"input_ids": ids}
+
+    found = rows.map(blocks, batched=True, remove_columns=rows.column_names)
+    if not len(found):
+        raise DataError(
+            f"the texts give no whole block of {length} tokens; expected more text or a smaller length"
+        )
+    return found
+
+
+def pairs(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
+    """Source and target texts as `input_ids`, `attention_mask` and `labels`, cut to `length` tokens."""
+
+    def encode(batch: dict) -> dict:
+        return tokenizer(
+            batch[columns.text], text_target=batch[columns.target], truncation=True, max_length=length
+        )
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def label_names(rows: Dataset, column: str) -> list[str]:
+    """The classes, in the order of their numbers."""
+    feature = rows.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    return [str(name) for name in sorted(set(rows[column]))]
+
+
+def labelled(rows: Dataset, tokenizer, columns: Columns, length: int, names: Sequence[str]) -> Dataset:
+    """Texts with the numbers of their classes, cut to `length` tokens.
+
+    Raises:
+        DataError: a class that is not among `names`.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    feature = rows.features[columns.label]
+
+    def encode(batch: dict) -> dict:
+        found = [feature.int2str(v) if hasattr(feature, "names") else str(v) for v in batch[columns.label]]
+        if strange := sorted(set(found) - set(number)):
+            raise DataError(f"labels {strange} are not among the model's, {list(names)}")
+        texts = tokenizer(batch[columns.text], truncation=True, max_length=length)
+        return {**texts, "labels": [number[name] for name in found]}
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
