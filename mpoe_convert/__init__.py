@@ -20,6 +20,7 @@ _HOME = {
     "MpoeError": "errors",
     "Recipe": "recipe",
     "convert": "conversion",
+    "evaluate": "evaluation",
     "finetune": "finetuning",
     "freeze": "training",
     "mask_centre": "training",

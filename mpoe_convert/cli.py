@@ -228,6 +228,23 @@ COMMON_OPTIONS = (
     ),
 )
 
+COLUMN_OPTIONS = (
+    option("--text-column", heading="Data", help="Column with the text."),
+    option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),
+    option("--label-column", heading="Data", help="Column with the class, for classification."),
+    option(
+        "--task",
+        heading="Data",
+        type=click.Choice(TASKS),
+        help="What to train.  [default: what the model's head is for]",
+    ),
+    option(
+        "--tokenizer",
+        heading="Data",
+        metavar="MODEL",
+        help="Folder or Hub id of the tokenizer.  [default: the model's]",
+    ),
+)
 FINETUNING_OPTIONS = (
     option(
         "--data",
@@ -245,21 +262,7 @@ FINETUNING_OPTIONS = (
     ),
     option("--split", heading="Data", help="Split of Hub datasets."),
     option("--eval-split", heading="Data", help="Split of Hub datasets to evaluate on."),
-    option("--text-column", heading="Data", help="Column with the text."),
-    option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),
-    option("--label-column", heading="Data", help="Column with the class, for classification."),
-    option(
-        "--task",
-        heading="Data",
-        type=click.Choice(TASKS),
-        help="What to train.  [default: what the model's head is for]",
-    ),
-    option(
-        "--tokenizer",
-        heading="Data",
-        metavar="MODEL",
-        help="Folder or Hub id of the tokenizer.  [default: the model's]",
-    ),
+    *COLUMN_OPTIONS,
     option(
         "--length",
         heading="Data",
@@ -607,6 +610,77 @@ def finetune(model, output, resume, config, as_json, quiet, verbose, **options) 
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
         run_finetuning(run, output, resume, as_json, quiet)
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("model")
+@add(
+    option(
+        "--against",
+        heading="Data",
+        metavar="MODEL",
+        help="Another model to score on the same examples, such as the dense one.",
+    ),
+    option(
+        "--data",
+        heading="Data",
+        multiple=True,
+        required=True,
+        metavar="FILE|ID",
+        help="Text (.txt), rows (.jsonl, .csv, .tsv, .parquet), or a Hub dataset as owner/name[:subset]. Repeatable.",
+    ),
+    click.option(
+        "--split",
+        cls=GroupedOption,
+        heading="Data",
+        default="test",
+        show_default=True,
+        help="Split of Hub datasets.",
+    ),
+    *COLUMN_OPTIONS,
+    option(
+        "--length",
+        heading="Scoring",
+        type=int,
+        help="Tokens per window or example.  [default: the model's limit, at most 512]",
+    ),
+    option(
+        "--stride",
+        heading="Scoring",
+        type=int,
+        help="Tokens from window to window, for perplexity.  [default: half of --length]",
+    ),
+    option("--batch-size", heading="Scoring", type=int, help="Windows or examples per pass."),
+    option("--limit", heading="Scoring", type=int, help="Score so many windows or examples only."),
+    option("--device", heading="Scoring", help="auto, cpu, cuda, cuda:N or mps."),
+    option("--seed", heading="Scoring", type=int, help="Seed of the bootstrap, and of what is masked."),
+    *COMMON_OPTIONS,
+)
+def evaluate(model, as_json, quiet, verbose, **options) -> None:
+    """Score MODEL on data: perplexity, accuracy, exact match, BLEU, ROUGE.
+
+    With 95 % bootstrap intervals, and those of the paired difference with --against.
+    """
+    with told_in_one_line(verbose, quiet):
+        need("evaluate", "datasets", "sacrebleu", "rouge_score", "sklearn")
+        from . import render
+
+        render.quiet_libraries()
+        from .corpus import Columns
+        from .evaluation import evaluate as score
+
+        given = {name: value for name, value in options.items() if value is not None}
+        names = {
+            name: given.pop(f"{name}_column")
+            for name in ("text", "target", "label")
+            if f"{name}_column" in given
+        }
+        with render.evaluation_progress(render.console(stderr=True), not quiet) as progress:
+            result = score(model, given.pop("data"), columns=Columns(**names), progress=progress, **given)
+    if as_json:
+        echo_json(result.to_json())
+    elif not quiet:
+        render.print_evaluation(result, render.console())
 
 
 def assignment(text: str) -> tuple[str, object]:

@@ -18,10 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from . import corpus
 from .artifact import MODELING_FILE, is_artifact, write_json
-from .card import main_auto_class
-from .corpus import TASKS
 from .errors import OutputError, TrainingError
-from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX
+from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
 from .training import default_skip_probability, freeze, mask_centre, param_groups
@@ -31,12 +29,6 @@ if TYPE_CHECKING:
 
 TRAINING_REPORT_FILE = "training_report.json"
 Progress = Callable[[int, int, Mapping[str, float]], None]
-AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -209,8 +201,8 @@ def finetune(
     state = PartialState()
     if run.precision == "float16" and state.device.type == "cpu":
         raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
-    task, auto_class = _task_of(run)
-    tokenizer = _load_tokenizer(run)
+    task, auto_class = task_of(run.model, run.task)
+    tokenizer = load_tokenizer(run.tokenizer or run.model)
     with state.main_process_first():  # the others find what it has mapped in the cache
         train, evaluation, labels = _examples(run, task, tokenizer)
     model = _load(run, task, auto_class, labels)
@@ -270,42 +262,6 @@ def _last_checkpoint(output: Path, resume: bool) -> str | None:
     return found
 
 
-def _task_of(run: Finetuning) -> tuple[str, str]:
-    """(task, Auto class): what was asked for, or what the model's head is for."""
-    from transformers import AutoConfig
-
-    if run.task:
-        return run.task, AUTO_CLASSES[run.task]
-    config = _from(AutoConfig, run.model).to_dict()
-    config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in config.get("architectures") or ()]
-    auto_class = main_auto_class(config, config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
-    for task, name in AUTO_CLASSES.items():
-        if name == auto_class:
-            return task, auto_class
-    raise TrainingError(
-        f"the head of {run.model} ({config['architectures']}) is for none of {', '.join(TASKS)}; name a task"
-    )
-
-
-def _from(auto, name: str, **options):
-    """`from_pretrained` with its many errors told in one line."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
-    try:
-        return auto.from_pretrained(name, trust_remote_code=True, **options)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{name} cannot be loaded: {error}") from error
-
-
-def _load_tokenizer(run: Finetuning):
-    from transformers import AutoTokenizer
-
-    tokenizer = _from(AutoTokenizer, run.tokenizer or run.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _load(run: Finetuning, task: str, auto_class: str, labels: list[str] | None, name: str | None = None):
     """The model of a run, or another one with the same head."""
     import transformers
@@ -314,7 +270,7 @@ def _load(run: Finetuning, task: str, auto_class: str, labels: list[str] | None,
     if task == "classification":
         numbers = {label: i for i, label in enumerate(labels)}
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
-    return _from(getattr(transformers, auto_class), name or run.model, **options)
+    return from_pretrained(getattr(transformers, auto_class), name or run.model, **options)
 
 
 def _load_teacher(run: Finetuning, task: str, labels: list[str] | None):
@@ -326,7 +282,7 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
     train = corpus.read(run.data, run.columns, task, run.split)
     evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
     labels = corpus.label_names(train, run.label_column) if task == "classification" else None
-    limit = _max_length(run)
+    limit = max_length(run.model)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
         raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
@@ -341,15 +297,6 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
         return corpus.language_blocks(rows, tokenizer, run.text_column, length)
 
     return encode(train), encode(evaluation), labels
-
-
-def _max_length(run: Finetuning) -> int | None:
-    """How many positions the model has, where its config says."""
-    from transformers import AutoConfig
-
-    config = _from(AutoConfig, run.model)
-    names = ("max_position_embeddings", "n_positions", "max_source_positions")
-    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _collator(task: str, tokenizer, model):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .families import FAMILIES
@@ -16,6 +17,9 @@ from .planning import MatrixPlan, Plan, Totals
 from .report import MatrixReport, Report, plan_warnings
 from .summary import Summary
 from .verification import Verification
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 # A terminal narrower than this would fold the tables; output to a file is not folded at all.
 FILE_WIDTH = 200
@@ -289,6 +293,40 @@ def training_line(logs: Mapping[str, float]) -> str:
         mean = sum(entropies.values()) / len(entropies)
         parts.append(f"load entropy {mean:.3f} (lowest {entropies[worst]:.3f}, {worst.partition('/')[2]})")
     return "  ".join(parts)
+
+
+@contextmanager
+def evaluation_progress(out: Console, enabled: bool) -> Iterator:
+    """A progress callback for `evaluate`: a bar over batches on a terminal, nothing elsewhere."""
+    if not (enabled and out.is_terminal):
+        yield None
+        return
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=out)
+    tasks: dict[str, TaskID] = {}
+
+    def update(model: str, done: int, total: int) -> None:
+        if model not in tasks:
+            tasks[model] = bar.add_task(escape(model))
+        bar.update(tasks[model], completed=done, total=total)
+
+    with bar:
+        yield update
+
+
+def print_evaluation(result: Evaluation, out: Console) -> None:
+    unit = "tokens" if result.task in ("causal", "masked") else "examples"
+    names = [result.model, *([result.other, "difference"] if result.other else [])]
+    table = _table(f"{result.count:,} {unit}, 95 % intervals", "", *names, numbers=len(names))
+    for name, metric in result.metrics.items():
+        found = [metric]
+        if result.other:
+            ratio = f"{name} ratio"
+            other = result.differences.get(name) or result.differences[ratio]
+            found += [result.against[name], other]
+        table.add_row(name, *(f"{m.value:.4g} ({m.low:.4g} to {m.high:.4g})" for m in found))
+    out.print(table)
+    if result.other and "perplexity" in result.metrics:
+        out.print("The difference of perplexities is their ratio.", highlight=False)
 
 
 def print_training(report: dict, output: str, out: Console) -> None:

@@ -19,7 +19,8 @@ def options_table(name: str) -> str:
         if isinstance(param, click.Option) and "--help" not in param.opts:
             record = param.get_help_record(context)
             meaning = re.sub(r"\s+", " ", record[1]).replace("|", "\\|")
-            rows.append(f"| `{record[0]}` | {meaning} |".replace("INT|LIST", "INT\\|LIST"))
+            names = record[0].replace("|", "\\|")  # in a table, also within code
+            rows.append(f"| `{names}` | {meaning} |")
     return "\n".join(rows)
 
 

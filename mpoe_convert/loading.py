@@ -1,0 +1,67 @@
+"""Models and tokenizers for training and evaluation, converted or dense, by transformers' Auto classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .card import main_auto_class
+from .corpus import TASKS
+from .errors import TrainingError
+from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX
+
+AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+}
+
+
+def from_pretrained(auto, name: str, **options):
+    """`auto.from_pretrained` with its many errors told in one line.
+
+    Raises:
+        TrainingError: `name` is no folder, or does not load.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
+    try:
+        return auto.from_pretrained(name, trust_remote_code=True, **options)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{name} cannot be loaded: {error}") from error
+
+
+def task_of(model: str, task: str | None) -> tuple[str, str]:
+    """(task, Auto class): the task that was asked for, or what the model's head is for."""
+    from transformers import AutoConfig
+
+    if task:
+        return task, AUTO_CLASSES[task]
+    config = from_pretrained(AutoConfig, model).to_dict()
+    config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in config.get("architectures") or ()]
+    auto_class = main_auto_class(config, config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
+    for found, name in AUTO_CLASSES.items():
+        if name == auto_class:
+            return found, auto_class
+    raise TrainingError(
+        f"the head of {model} ({config['architectures']}) is for none of {', '.join(TASKS)}; name a task"
+    )
+
+
+def load_tokenizer(name: str):
+    """The tokenizer, padding by its end-of-text token where it has nothing else."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def max_length(model: str) -> int | None:
+    """How many positions a model has, where its config says."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, model)
+    names = ("max_position_embeddings", "n_positions", "max_source_positions")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
