@@ -55,21 +55,26 @@ def build_matrix(
     kind = experts.load(recipe.kind)
     matrix = read_matrix(checkpoint, plan.source, device)
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    cores, discarded = kind.fit(matrix, plan.sites, recipe)
-    cores = [core.to(device) for core in cores]
-    (term,) = plan.spec["terms"]
     generator = seeded(recipe.seed, plan.name)
-    tensors, exact, clone = {}, [], []
-    for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
-        if not shared:
-            core = _clones(core, recipe.experts, recipe.noise, generator)
-        core = cast(f"{plan.name} (core {name})", core, stored)
-        exact.append(core if shared else core[0])
-        clone.append(core if shared else core[1])
-        tensors[f"terms.0.{name}"] = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:])).cpu()
+    fitted, discarded = kind.fit(matrix, plan.sites, recipe, generator)
+    tensors, exact, clone, unrounded = {}, [], [], []
+    for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted, strict=True)):
+        whole = [core if core.ndim == 4 else core[0] for core in cores]
+        unrounded.append([core.to(device) for core in whole])
+        exact.append([])
+        clone.append([])
+        for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
+            core = core.to(device)
+            if not shared and core.ndim == 4:
+                core = _clones(core, recipe.experts, recipe.noise, generator)
+            core = cast(f"{plan.name} (core {name})", core, stored)
+            exact[-1].append(core if shared else core[0])
+            clone[-1].append(core if shared else core[1])
+            matrices = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:]))
+            tensors[f"terms.{number}.{name}"] = matrices.cpu()
     error = before = relative_error(matrix, _matrix_of(exact, matrix.dtype))
-    if stored != cores[0].dtype:
-        before = relative_error(matrix, _matrix_of(cores, matrix.dtype))
+    if stored != fitted[0][0].dtype:
+        before = relative_error(matrix, _matrix_of(unrounded, matrix.dtype))
     drift = _drift(exact, clone, matrix.dtype) if recipe.noise else 0.0
     if plan.spec["bias"] is not None:
         bias = cast(plan.source.bias, _read_bias(checkpoint, plan.source), stored)
@@ -89,7 +94,7 @@ class _Measured:
 
 
 def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> MatrixReport:
-    (term,) = plan.spec["terms"]
+    term = plan.own_term
     return MatrixReport(
         name=plan.name,
         kind=recipe.kind,
@@ -108,18 +113,21 @@ def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> Mat
     )
 
 
-def _drift(exact: list[Tensor], clone: list[Tensor], dtype: torch.dtype) -> float:
+def _drift(exact: list[list[Tensor]], clone: list[list[Tensor]], dtype: torch.dtype) -> float:
     """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows where there are 8.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
     """
-    rows = max(exact[0].shape[1] // 8, 1)
-    pieces = ([cores[0][:, :rows], *cores[1:]] for cores in (exact, clone))
-    return relative_error(*(_matrix_of(piece, dtype) for piece in pieces))
+
+    def some_rows(terms: list[list[Tensor]]) -> Tensor:
+        pieces = [[cores[0][:, : max(cores[0].shape[1] // 8, 1)], *cores[1:]] for cores in terms]
+        return _matrix_of(pieces, dtype)
+
+    return relative_error(some_rows(exact), some_rows(clone))
 
 
-def _matrix_of(cores: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return contract_chain([core.to(dtype) for core in cores])
+def _matrix_of(terms: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
+    return sum(contract_chain([core.to(dtype) for core in cores]) for cores in terms)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

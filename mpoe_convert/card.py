@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import experts
 from .checkpoint import Checkpoint
 from .report import MatrixReport, Report
 
@@ -69,11 +70,7 @@ def _name(report: Report, checkpoint: Checkpoint) -> str:
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
-    what = {
-        "mpo": "matrix product operators that share their central tensor; each expert has auxiliary "
-        "tensors of its own",
-        "dense": "whole copies of the dense FFN (sparse upcycling)",
-    }[recipe.kind]
+    what = experts.load(recipe.kind).ABOUT
     noise = f"perturbed by a relative {recipe.noise:g}" if recipe.noise else "exact copies"
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"

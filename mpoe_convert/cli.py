@@ -142,7 +142,7 @@ RECIPE_OPTIONS = (
         "--kind",
         heading="Experts",
         type=click.Choice(KINDS),
-        help="What an expert is made of: cores around a shared one, or a whole copy.",
+        help="What an expert is made of: cores around a shared one, a whole copy, or a low-rank matrix beside a shared whole one.",
     ),
     option(
         "--noise",
@@ -154,14 +154,14 @@ RECIPE_OPTIONS = (
         "--bias",
         heading="Experts",
         type=click.Choice(BIASES),
-        help="Biases once or per expert.  [default: shared for mpo, per-expert for dense]",
+        help="Biases once or per expert.  [default: shared; per-expert for dense]",
     ),
     option("--seed", heading="Experts", type=int, help="Seed of the perturbation and the router."),
     option(
         "--bond-dim",
         heading="Decomposition",
         metavar="INT|LIST",
-        help="Upper limit of the bonds: a number, or one per bond, as 12,64,64,16.",
+        help="Upper limit of the bonds: a number, or one per bond, as 12,64,64,16. Of --kind low-rank: the rank.",
     ),
     option(
         "--layout",
@@ -280,7 +280,12 @@ FINETUNING_OPTIONS = (
     option("--accumulate", heading="Training", type=int, help="Passes per step."),
     option("--learning-rate", heading="Training", type=float, help="Peak learning rate."),
     option("--central-lr", heading="Training", type=float, help="Factor on it for central tensors."),
-    option("--auxiliary-lr", heading="Training", type=float, help="Factor on it for auxiliary tensors."),
+    option(
+        "--auxiliary-lr",
+        heading="Training",
+        type=float,
+        help="Factor on it for auxiliary tensors.  [default: 5; for --kind dense 1]",
+    ),
     option("--router-lr", heading="Training", type=float, help="Factor on it for routers."),
     option("--weight-decay", heading="Training", type=float, help="Of matrices but routers."),
     option(

@@ -22,7 +22,7 @@ from .errors import OutputError, TrainingError
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
-from .training import default_skip_probability, freeze, mask_centre, param_groups
+from .training import default_auxiliary_factor, default_skip_probability, freeze, mask_centre, param_groups
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,11 +104,14 @@ class MpoeTrainer(Trainer):
             model = self.model if model is None else model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decays = set(self.get_decay_parameter_names(model))
+            auxiliary = self.run.auxiliary_lr
+            if auxiliary is None:
+                auxiliary = default_auxiliary_factor(model)
             groups = param_groups(
                 model,
                 self.args.learning_rate,
                 central=self.run.central_lr,
-                auxiliary=self.run.auxiliary_lr,
+                auxiliary=auxiliary,
                 router=self.run.router_lr,
                 weight_decay=self.args.weight_decay,
                 no_decay={name for name, _ in model.named_parameters()} - decays,
@@ -281,7 +284,7 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
     """(training examples, evaluation examples or None, names of the classes or None)."""
     train = corpus.read(run.data, run.columns, task, run.split)
     evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
-    labels = corpus.label_names(train, run.label_column) if task == "classification" else None
+    labels = _labels(run, train) if task == "classification" else None
     limit = max_length(run.model)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
@@ -297,6 +300,16 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
         return corpus.language_blocks(rows, tokenizer, run.text_column, length)
 
     return encode(train), encode(evaluation), labels
+
+
+def _labels(run: Finetuning, rows) -> list[str]:
+    """The classes: the model's own if it knows all that the rows have, else those of the rows."""
+    from transformers import AutoConfig
+
+    found = corpus.label_names(rows, run.label_column)
+    known = from_pretrained(AutoConfig, run.model).id2label
+    names = [str(known[number]) for number in sorted(known)]
+    return names if set(found) <= set(names) else found
 
 
 def _collator(task: str, tokenizer, model):

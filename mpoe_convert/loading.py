@@ -27,7 +27,7 @@ def from_pretrained(auto, name: str, **options):
         raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
     try:
         return auto.from_pretrained(name, trust_remote_code=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
 
 

@@ -691,6 +691,7 @@ class MPOEFeedForward(nn.Module):
         self.inner_dropout = nn.Identity()
         self.outer_dropout = nn.Identity()
         self.adds_residual = False
+        self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
         self.register_buffer("balance_bias", None)  # (E,) see MPOERouter; None: not used
@@ -1091,8 +1092,9 @@ class MPOEMixin:
         for path, form in present.items():
             swap_ffn(base.get_submodule(path), block["forms"][form], block)
         self.mixture_paths = [f"{path}.{block['family']['slot']}" for path in present]
-        for _, ffn in self.mixtures():
+        for path, ffn in self.mixtures():
             ffn.configure(config, len(present))
+            ffn.in_decoder = path.startswith("decoder")
         self._balancing: RouterPass | None = None  # the last pass whose load was noted
         self._versions: list[int] = []  # of the mixtures' parameters, then
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
@@ -1183,8 +1185,7 @@ class MPOEMixin:
         `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
         """
         mask = arguments.get("attention_mask")
-        path = next(path for path, found in self.mixtures() if found is ffn)
-        if self.config.is_encoder_decoder and path.startswith("decoder"):
+        if self.config.is_encoder_decoder and ffn.in_decoder:
             mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
             if mask is None and labels is not None and labels.numel() == num_tokens:
                 mask = labels != -100

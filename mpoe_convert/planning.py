@@ -50,6 +50,11 @@ class MatrixPlan:
     num_experts: int
 
     @property
+    def own_term(self) -> dict:
+        """The term that experts have tensors of their own in."""
+        return next(term for term in self.spec["terms"] if not all(term["shared"]))
+
+    @property
     def dense_params(self) -> int:
         return self.rows * self.cols + (self.cols if self.source.bias else 0)
 
@@ -247,7 +252,7 @@ def _resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     """The recipe with its defaults filled in, which repeats the run even if the defaults change."""
     return recipe.replace(
         revision=checkpoint.revision,
-        sites=None if recipe.kind == "dense" else recipe.num_sites,
+        sites=recipe.num_sites if recipe.kind == "mpo" else None,
         bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
     )
 
@@ -275,11 +280,11 @@ def _plan_matrix(
     name = f"{ffn.key}.{role}"
     kind = experts.load(recipe.kind)
     try:
-        term, sites = kind.term(rows, cols, recipe, swapped=role == "down")
+        terms, sites = kind.terms(rows, cols, recipe, swapped=role == "down")
     except MpoeError as error:
         raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
     bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
-    spec = {"terms": [term], "bias": bias}
+    spec = {"terms": terms, "bias": bias}
     dtype = recipe.dtype or info.dtype
     return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts)
 

@@ -33,7 +33,7 @@ class Recipe:
         kind: what an expert is made of; a module of `mpoe_convert.experts`.
         layout: how a matrix is split into sites; see `mpoe_convert.sites`.
         sites: odd number of sites; by default 3, and 5 for the balanced layout. Kind mpo only.
-        bond_dim: upper limit of every bond, or one limit per bond (a list).
+        bond_dim: upper limit of every bond, or one limit per bond (a list). Of kind low-rank: the rank.
         factors: explicit site dimensions "in,in,inxout,out,out" of the hidden x inner size. Kind mpo only.
         noise: standard deviation of the perturbation of experts 1.. relative to the core's own
             root mean square; expert 0 is exact. 0 makes all experts equal.
@@ -120,9 +120,9 @@ class Recipe:
         if not isinstance(sites, int) or isinstance(sites, bool) or sites < 3 or sites % 2 == 0:
             raise RecipeError(f"sites is {sites!r}; expected an odd number of at least 3")
         given = [name for name in ("sites", "factors") if getattr(self, name) is not None]
-        if given and self.kind == "dense":
+        if given and self.kind != "mpo":
             raise RecipeError(
-                f"{' and '.join(given)} given with kind 'dense', whose experts have no sites; expected "
+                f"{' and '.join(given)} given with kind {self.kind!r}, whose experts have no sites; expected "
                 "with --kind mpo only"
             )
         if len(given) == 2 and self.sites != self.num_sites:

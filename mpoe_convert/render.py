@@ -62,7 +62,7 @@ def matrices_table(matrices: Iterable[MatrixPlan]) -> Table:
     columns = ("matrix", "size", "sites (in x out)", "bonds", "full bonds", "dense", "stored")
     table = _table("Matrices", *columns, numbers=2)
     for matrix in matrices:
-        (term,) = matrix.spec["terms"]
+        term = matrix.own_term
         table.add_row(
             matrix.name,
             f"{matrix.rows} x {matrix.cols}",
@@ -163,7 +163,7 @@ def plan_json(plan: Plan) -> dict:
 
 
 def _matrix_json(matrix: MatrixPlan) -> dict:
-    (term,) = matrix.spec["terms"]
+    term = matrix.own_term
     return {
         "name": matrix.name,
         "shape": [matrix.rows, matrix.cols],

@@ -29,7 +29,7 @@ class Finetuning:
         steps: optimizer's steps; by default `epochs` over the data.
         batch_size, accumulate: examples per device and pass, passes per step.
         learning_rate: peak, of everything that has no factor of its own: `central_lr`, `auxiliary_lr` and
-            `router_lr` are factors on it.
+            `router_lr` are factors on it, by default 1, and 5 for auxiliary tensors around a shared centre.
         schedule, warmup: transformers' scheduler type, and its share of the steps (below 1) or their number.
         max_grad_norm: clips the norm over all gradients, those included that the mask drops later.
         skip_centre: probability that the central cores sit a step out (MPOE's gradient mask); by default
@@ -66,7 +66,7 @@ class Finetuning:
     accumulate: int = 1
     learning_rate: float = 5e-4
     central_lr: float = 1.0
-    auxiliary_lr: float = 5.0
+    auxiliary_lr: float | None = None
     router_lr: float = 1.0
     weight_decay: float = 0.01
     schedule: str = "cosine"

@@ -101,6 +101,11 @@ def mask_centre(
 # Learning rates and freezing
 
 
+def default_auxiliary_factor(model: nn.Module) -> float:
+    """5 where experts share a centre and own little; 1 where an expert owns a whole copy (`--kind dense`)."""
+    return 5.0 if any(role_of(name) == "central" for name, _ in model.named_parameters()) else 1.0
+
+
 def param_groups(
     model: nn.Module,
     lr: float,

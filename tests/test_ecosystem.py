@@ -30,6 +30,7 @@ RECIPES = {
     "two-sided": {"layout": "two-sided", "bond_dim": 4},
     "balanced": {"layout": "balanced", "bond_dim": 64},
     "dense": {"kind": "dense"},
+    "low-rank": {"kind": "low-rank", "bond_dim": 3},
 }
 NEW_TOKENS = 8
 slow = pytest.mark.slow

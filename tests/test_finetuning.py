@@ -103,6 +103,9 @@ def test_a_task(model_type, auto_class, task, suffix, artifact, tmp_path):
     transformers.AutoTokenizer.from_pretrained(target, trust_remote_code=True)
     if task == "classification":
         assert model.config.label2id == {"even": 0, "odd": 1}
+        data = write(tmp_path / "more.csv", [row for row in rows(task) if row["label"] == "odd"])
+        finetune(Finetuning(str(target), data, **options), tmp_path / "more")  # the classes are kept
+        assert weights(tmp_path / "more")["score.weight"].shape[0] == 2
 
 
 def test_the_result_is_an_artifact(artifact, text, tmp_path):

@@ -115,6 +115,7 @@ def test_a_choice_that_matches_nothing_is_told(options, said, tiny_gpt2):
         ({"noise": True}, "noise is True; expected a number"),
         ({"kind": "dense", "sites": 3}, "sites given with kind 'dense'"),
         ({"kind": "dense", "factors": "2,2,2x2,2,2"}, "factors given with kind 'dense'"),
+        ({"kind": "low-rank", "sites": 3}, "sites given with kind 'low-rank'"),
         ({"sites": 5, "factors": "2,2,2x2,2,2"}, "sites is 5 but factors '2,2,2x2,2,2' has 3; give one"),
     ],
     ids=str,

@@ -29,7 +29,17 @@ ORDER = [
         "artifact",
         "routing",
     ),
-    *("planning", "experts.dense", "experts.mpo", "mpo", "recipe", "experts", "families", "stock"),
+    *(
+        "planning",
+        "experts.dense",
+        "experts.low_rank",
+        "experts.mpo",
+        "mpo",
+        "recipe",
+        "experts",
+        "families",
+        "stock",
+    ),
     *("checkpoint", "torch_bin", "hub", "safetensors_header", "sites", "modeling_mpoe", "verify_child"),
     "errors",
 ]

@@ -8,7 +8,7 @@ from test_ecosystem import token_ids
 
 from mpoe_convert import freeze, mask_centre, param_groups
 from mpoe_convert.errors import TrainingError
-from mpoe_convert.training import default_skip_probability, role_of
+from mpoe_convert.training import default_auxiliary_factor, default_skip_probability, role_of
 
 
 @pytest.fixture
@@ -107,6 +107,12 @@ def test_groups_have_every_parameter_once(model):
         decays = group["role"] != "router" and all(p.dim() > 1 for p in group["params"])
         assert group["weight_decay"] == (0.1 if decays else 0)
     assert any(group["weight_decay"] == 0 and group["role"] == "other" for group in groups)  # norms
+
+
+def test_whole_copies_learn_at_the_common_rate(artifact, model):
+    _, out = artifact("gpt2", kind="dense")
+    copies = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert default_auxiliary_factor(copies) == 1 and default_auxiliary_factor(model) == 5
 
 
 def test_per_expert_biases_do_not_decay(artifact):

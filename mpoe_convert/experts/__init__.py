@@ -3,9 +3,12 @@
 A kind offers:
 
 * `DEFAULT_BIAS`: "shared" or "per-expert";
-* `term(rows, cols, recipe, swapped)`: the shape of the one term that a (rows, cols) matrix becomes, as
-  `modeling_mpoe.MPOEChain` reads it, and its `Sites` (None when there are none). Raises SitesError;
-* `fit(matrix, sites, recipe)`: the cores of that chain for one expert, and the weight discarded per bond.
+* `ABOUT`: what its experts are, for people;
+* `terms(rows, cols, recipe, swapped)`: the shapes of the terms that a (rows, cols) matrix becomes, as
+  `modeling_mpoe.MPOEChain` reads them, and the first one's `Sites` (None if it has none). Raises SitesError;
+* `fit(matrix, sites, recipe, generator)`: per term its cores (bond_left, in_dim, out_dim, bond_right), and
+  the weight discarded per bond. The cores are expert 0's, to be cloned with noise, but for those that have
+  an expert axis in front already.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import pkgutil
 from importlib import import_module
 from types import ModuleType
 
-KINDS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+KINDS: tuple[str, ...] = tuple(
+    sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+)
 
 
 def load(kind: str) -> ModuleType:
     """The module of a kind."""
-    return import_module(f"{__name__}.{kind}")
+    return import_module(f"{__name__}.{kind.replace('-', '_')}")

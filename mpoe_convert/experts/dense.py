@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 DEFAULT_BIAS = "per-expert"
+ABOUT = "whole copies of the dense FFN (sparse upcycling)"
 
 
-def term(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[dict, None]:
+def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dict], None]:
     """See `experts`: a chain of one per-expert core."""
-    return {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}, None
+    return [{"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}], None
 
 
-def fit(matrix: Tensor, sites: None, recipe: Recipe) -> tuple[list[Tensor], tuple[float, ...]]:
+def fit(
+    matrix: Tensor, sites: None, recipe: Recipe, generator: Generator
+) -> tuple[list[list[Tensor]], tuple[float, ...]]:
     """See `experts`: the matrix itself."""
-    return [matrix[None, :, :, None]], ()
+    return [[matrix[None, :, :, None]]], ()

@@ -8,14 +8,17 @@ from .. import sites as site_layouts
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from ..sites import Sites
 
 DEFAULT_BIAS = "shared"
+ABOUT = (
+    "matrix product operators that share their central tensor; each expert has auxiliary tensors of its own"
+)
 
 
-def term(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[dict, Sites]:
+def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dict], Sites]:
     """See `experts`. `swapped` says that explicit factors are to be read columns first."""
     factors = recipe.factors and site_layouts.parse_factors(recipe.factors)
     if factors and swapped:
@@ -34,12 +37,14 @@ def term(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[dict, Sit
         "bonds": list(sites.bonds),
         "shared": [k == sites.centre for k in range(sites.num_sites)],
     }
-    return shape, sites
+    return [shape], sites
 
 
-def fit(matrix: Tensor, sites: Sites, recipe: Recipe) -> tuple[list[Tensor], tuple[float, ...]]:
-    """See `experts`. Cores (bond_left, in_dim, out_dim, bond_right), orthogonality centre in the middle."""
+def fit(
+    matrix: Tensor, sites: Sites, recipe: Recipe, generator: Generator
+) -> tuple[list[list[Tensor]], tuple[float, ...]]:
+    """See `experts`. The orthogonality centre is the core in the middle."""
     from ..mpo import fit as fit_mpo
 
     mpo = fit_mpo(matrix, sites, svd=recipe.svd, seed=recipe.seed)
-    return list(mpo.cores), mpo.discarded
+    return [list(mpo.cores)], mpo.discarded
