@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, router_stats
@@ -69,7 +70,7 @@ def write_texts(folder: Path) -> dict[str, dict[str, str]]:
     for name, text in domains().items():
         cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
         found[name] = {}
-        for part, start, end in zip(("train", "choose", "report"), cuts, cuts[1:], strict=True):
+        for part, start, end in zip(("train", "choose", "report"), cuts[:-1], cuts[1:], strict=True):
             path = folder / f"{name}-{part}.txt"
             path.write_text(text[start:end], encoding="utf-8")
             found[name][part] = str(path)
@@ -111,7 +112,7 @@ def run(name: str, rate: float, seed: int, options, texts: dict, work: Path) -> 
 
 
 def score(model: str, path: str, length: int) -> float:
-    return evaluate(model, path, length=length, stride=length // 2).metrics["perplexity"].value
+    return evaluate(model, path, length=length, stride=length).metrics["perplexity"].value
 
 
 def look(folder: str, texts: dict, length: int) -> dict:
@@ -174,6 +175,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6))
+    axes.margins(x=0.2)  # room for the names
     for row in rows:
         axes.errorbar(row["ffn_params"], row["loss"], yerr=row["spread"], marker="o", capsize=3)
         axes.annotate(
@@ -201,6 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     texts = write_texts(options.out / "texts")
     wanted = options.only.split(",") if options.only else [""]
     names = [name for name in CONTENDERS if any(name.startswith(start) for start in wanted)]
