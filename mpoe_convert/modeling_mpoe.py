@@ -573,8 +573,7 @@ class Call(NamedTuple):
     ffn: "MPOEFeedForward"
     routing: Routing
     mask: Tensor | None  # (T,) zero for padding
-    loss: Tensor  # the routers' losses, times their coefficients
-    joined: bool  # whether the backward pass optimises it by way of the combine weights
+    loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
 class _Repeatable(deque):
@@ -626,10 +625,10 @@ class RouterPass:
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # nobody will tell
-            self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask), False))
+            self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
             return routing.weights
         weights, loss = self.join(routing, mask)
-        self.calls.append(Call(ffn, routing, mask, loss.detach(), True))
+        self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             ffn.repeatable.append((self, mask))
         return weights
@@ -1007,8 +1006,8 @@ def _add_losses(outputs, running: RouterPass, arguments: dict):
     losses = [call.loss for call in running.calls]
     if not losses:
         return outputs
-    device = losses[0].device
-    total = torch.stack([loss.to(device) for loss in losses]).sum() * running.share / len(losses)
+    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
     if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
         if not torch.compiler.is_compiling():
