@@ -210,8 +210,9 @@ def main() -> None:
     runs = options.out / "runs"
     runs.mkdir(exist_ok=True)
     grid = [(n, float(r), s) for s in range(options.seeds) for r in options.rates.split(",") for n in names]
+    paths = []
     for number, (name, rate, seed) in enumerate(grid, 1):
-        settings = [name, CONTENDERS[name], rate, seed, Path(options.model).name]
+        settings = [name, BASE, CONTENDERS[name], rate, seed, Path(options.model).name, sorted(texts)]
         settings += [options.steps, options.length, options.batch_size]
         path = runs / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
         if not path.exists():
@@ -221,9 +222,9 @@ def main() -> None:
             result = run(name, rate, seed, options, texts, work)
             path.write_text(json.dumps(result, indent=1) + "\n")
             shutil.rmtree(work)
+        paths.append(path)
         print(f"{number}/{len(grid)} {name}, rate {rate:g}, seed {seed}", flush=True)
-    results = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
-    text, rows = table(sorted(results, key=lambda r: (list(CONTENDERS).index(r["contender"]), r["seed"])))
+    text, rows = table([json.loads(path.read_text()) for path in paths])
     (options.out / "table.md").write_text(text)
     for suffix in ("png", "svg"):
         plot(rows, options.out / f"loss-by-size.{suffix}")

@@ -22,7 +22,14 @@ from .errors import OutputError, TrainingError
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
-from .training import default_auxiliary_factor, default_skip_probability, freeze, mask_centre, param_groups
+from .training import (
+    default_auxiliary_factor,
+    default_skip_probability,
+    freeze,
+    has_centre,
+    mask_centre,
+    param_groups,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -211,10 +218,11 @@ def finetune(
     model = _load(run, task, auto_class, labels)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     config_dtype = model.config.dtype
+    model = model.float()
     for what in run.freeze:
-        freeze(model.float(), what)
+        freeze(model, what)
     trainer = MpoeTrainer(
-        model=model.float(),
+        model=model,
         args=_arguments(run, output, has_eval=evaluation is not None),
         train_dataset=train,
         eval_dataset=evaluation,
@@ -340,8 +348,7 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     skip = run.skip_centre
     if skip is None:
         skip = default_skip_probability(block["num_experts"], block["top_k"])
-    has_centre = any(".central_" in name for name, p in model.named_parameters() if p.requires_grad)
-    mask = [CentreMask(skip, seed=run.seed, per=run.skip_unit)] if skip and has_centre else []
+    mask = [CentreMask(skip, seed=run.seed, per=run.skip_unit)] if skip and has_centre(model) else []
     return [RouterLog(), FollowStep(model), *mask]
 
 

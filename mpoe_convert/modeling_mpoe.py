@@ -14,10 +14,10 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
   Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis when it is
   per expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse
   upcycling) are one chain of one per-expert core.
-* Two schedules. When the cores left of the centre carry input only and those right of it output only
+* Schedules. When the cores left of the centre carry input only and those right of it output only
   ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations and no expert matrix is ever
-  built: all experts go through one matrix product with C. Otherwise the matrices of the experts that
-  are hit are contracted first.
+  built: all experts go through one matrix product with C. Otherwise, or where that is cheaper, the
+  matrices of the experts that are hit are contracted first, and can be kept in inference.
 * The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
   `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. Which submodules,
   and how they are wired, stands in `config.mpoe`, so this file knows no model family.

@@ -101,9 +101,14 @@ def mask_centre(
 # Learning rates and freezing
 
 
+def has_centre(model: nn.Module) -> bool:
+    """Whether the experts share central cores; whole copies (`--kind dense`) do not."""
+    return any(role_of(name) == "central" for name, _ in model.named_parameters())
+
+
 def default_auxiliary_factor(model: nn.Module) -> float:
-    """5 where experts share a centre and own little; 1 where an expert owns a whole copy (`--kind dense`)."""
-    return 5.0 if any(role_of(name) == "central" for name, _ in model.named_parameters()) else 1.0
+    """5 where experts share a centre and own little; 1 where an expert owns a whole copy."""
+    return 5.0 if has_centre(model) else 1.0
 
 
 def param_groups(
