@@ -1,54 +1,53 @@
 """Compare ways of making experts: the same data, steps, learning rates and seeds for all of them.
 
-    python examples/compare_experts.py --out results                       # everything; hours on two cores
-    python examples/compare_experts.py --out results --only dense,one-sided --rates 1e-3 --seeds 1
+    python examples/compare_experts.py text --out results          # language modelling; hours on two cores
+    python examples/compare_experts.py phonemes --out results      # spelling to phonemes, words exactly right
+    python examples/compare_experts.py source --out results        # which source a line of text comes from
+    python examples/compare_experts.py text --out results --only "dense;one-sided" --seeds 1
 
-Every run (contender, rate, seed) leaves one JSON file in OUT/runs and is not repeated: interrupt it and start
-it again. The rate of a contender is chosen on one half of the held-out text, the table is made on the other.
+Every contender is tried at every learning rate with the first seed; the rate that does best on one half of
+the held-out data is used with the other seeds, and the other half makes the table. Every run leaves one JSON
+file in OUT/TASK/runs and is not repeated: interrupt it and start it again.
 
-The model and the text are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m; words with phonemes,
-captions by another model), with Python's own sources and language topics beside them; without it
-examples/tiny-gpt2, on the latter alone. Needs pip install "mpoe-convert[train]" matplotlib.
+Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m and t5-g2p-en-us; words with
+phonemes, outputs of another model, three sources of English), with Python's own sources and language topics
+beside them. Without it, text and source use examples/tiny-gpt2 and the latter alone.
+Needs pip install "mpoe-convert[train]" matplotlib.
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import math
 import os
 import pydoc_data.topics
+import random
 import shutil
 import statistics
 import sysconfig
-import time
+import tempfile
 from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, router_stats
+from mpoe_convert.loading import AUTO_CLASSES
 
-BASE = {"experts": 8, "top_k": 2}
-# Name -> (recipe of the conversion, None: the dense model itself; options of the fine-tuning).
-CONTENDERS: dict[str, tuple[dict | None, dict]] = {
-    "dense": (None, {}),
-    "plain MoE": ({"kind": "dense"}, {}),
-    **{f"one-sided {d}": ({"bond_dim": d}, {}) for d in (16, 32, 64)},
-    **{f"two-sided {d}": ({"layout": "two-sided", "bond_dim": d}, {}) for d in (64, 256, 1024)},
-    "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
-    "low-rank 8": ({"kind": "low-rank", "bond_dim": 8}, {}),
-    "one-sided 64, mask 0.75": ({"bond_dim": 64}, {"skip_centre": 0.75}),
-    "one-sided 64, mask 0.5": ({"bond_dim": 64}, {"skip_centre": 0.5}),
-    "one-sided 64, frozen centre": ({"bond_dim": 64}, {"freeze": ("centre",)}),
-    **{f"one-sided 64, {n} experts": ({"bond_dim": 64, "experts": n}, {}) for n in (2, 4, 16)},
-    "one-sided 64, noise 0.05": ({"bond_dim": 64, "noise": 0.05}, {}),
-    "one-sided 64, one rate": ({"bond_dim": 64}, {"auxiliary_lr": 1.0}),
-}
-CHARACTERS = 400_000  # per domain
+HERE = Path(__file__).parent
+DATA = Path(os.environ["MPOE_TEST_DATA"]) if "MPOE_TEST_DATA" in os.environ else None
+CHARACTERS = 400_000  # per source of text
+SCORED_TOKENS = 8192  # per source and half
+LINES = 2000  # per source, to be told apart
 
 
-def domains() -> dict[str, str]:
+# ---------------------------------------------------------------------------------------------------
+# Tasks: what is trained on, and what is counted
+
+
+def english() -> dict[str, str]:
     """Texts that the model was not trained on, by name."""
     topics = pydoc_data.topics.topics
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -56,178 +55,331 @@ def domains() -> dict[str, str]:
         "topics": "\n\n".join(topics[name] for name in sorted(topics)),
         "code": "\n\n".join(path.read_text(encoding="utf-8") for path in sources[::4]),
     }
-    if "MPOE_TEST_DATA" in os.environ:
-        text = Path(os.environ["MPOE_TEST_DATA"]) / "text"
-        found["phonemes"] = (text / "g2p" / "t5_train.tsv").read_text(encoding="utf-8")
-        found["captions"] = (text / "capp" / "greedy_teacher_7840.txt").read_text(encoding="utf-8")
+    if DATA:
+        found["phonemes"] = (DATA / "text/g2p/t5_train.tsv").read_text(encoding="utf-8")
+        found["captions"] = (DATA / "text/capp/greedy_teacher_7840.txt").read_text(encoding="utf-8")
     return {name: text[:CHARACTERS] for name, text in found.items()}
 
 
-def write_texts(folder: Path) -> dict[str, dict[str, str]]:
-    """{domain: {part: path}}: nine tenths to train on, a twentieth each to choose by and to report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name, text in domains().items():
-        cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
-        found[name] = {}
-        for part, start, end in zip(("train", "choose", "report"), cuts[:-1], cuts[1:], strict=True):
-            path = folder / f"{name}-{part}.txt"
-            path.write_text(text[start:end], encoding="utf-8")
-            found[name][part] = str(path)
-    return found
+class Text:
+    """Language modelling on several domains; held-out loss in nats per token."""
 
+    unit = "loss, nats per token"
+    model = DATA / "checkpoints/gpt2-mix-2m" if DATA else HERE / "tiny-gpt2"
+    options = {"length": 128, "batch_size": 4}
 
-def run(name: str, rate: float, seed: int, options, texts: dict, work: Path) -> dict:
-    """Convert, fine-tune, measure; what one JSON file holds."""
-    recipe, tuning = CONTENDERS[name]
-    start = source = options.model
-    if recipe is not None:
-        start = str(work / "converted")
-        convert(Recipe(source, **BASE | {"seed": seed} | recipe), start, overwrite=True)
-    settings = {"skip_centre": 0.0} if recipe is not None else {}
-    began = time.perf_counter()
-    finetune(
-        Finetuning(
-            model=start,
-            data=tuple(parts["train"] for parts in texts.values()),
-            length=options.length,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            learning_rate=rate,
-            seed=seed,
-            save_every=10**9,
-            log_every=options.steps,
-            **settings | tuning,
-        ),
-        work / "tuned",
-    )
-    seconds = (time.perf_counter() - began) / options.steps
-    tuned = str(work / "tuned")
-    losses = {
-        part: {domain: math.log(score(tuned, paths[part], options.length)) for domain, paths in texts.items()}
-        for part in ("choose", "report")
-    }
-    result = {"contender": name, "rate": rate, "seed": seed, "steps": options.steps, "losses": losses}
-    return result | {"seconds_per_step": seconds} | look(tuned, texts, options.length)
+    def write(self, folder: Path) -> None:
+        """Nine tenths of each domain to train on, a twentieth each to choose by and to report."""
+        self.paths = {"train": [], "choose": {}, "report": {}}
+        for name, text in english().items():
+            cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
+            for part, start, end in zip(self.paths, cuts[:-1], cuts[1:], strict=True):
+                path = folder / f"{name}-{part}.txt"
+                path.write_text(text[start:end], encoding="utf-8")
+                if part == "train":
+                    self.paths[part].append(str(path))
+                else:
+                    self.paths[part][name] = path
 
-
-def score(model: str, path: str, length: int) -> float:
-    return evaluate(model, path, length=length, stride=length).metrics["perplexity"].value
-
-
-def look(folder: str, texts: dict, length: int) -> dict:
-    """Sizes (of GPT-2's FFNs), and what the routers do on held-out text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    ffn = [p for name, p in model.named_parameters() if ".mlp." in name and "router" not in name]
-    found = {"ffn_params": sum(p.numel() for p in ffn), "params": model.num_parameters()}
-    if not hasattr(model.config, "mpoe"):
+    def score(self, folder: str, part: str) -> dict[str, float]:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        length, found = self.options["length"], {}
+        for name, path in self.paths[part].items():
+            ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][:SCORED_TOKENS]
+            windows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+            with torch.no_grad():
+                found[name] = float(model(input_ids=windows, labels=windows).loss)
         return found
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    with torch.no_grad(), router_stats(model, similarity_tokens=256) as stats:
-        for paths in texts.values():
-            ids = tokenizer(Path(paths["report"]).read_text(encoding="utf-8")[:20_000])["input_ids"]
-            model(torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length))
-    layers = list(stats.values())
-    experts = len(layers[0].load)
-    entropies = [float(torch.special.entr(s.load).sum() / torch.tensor(experts).log()) for s in layers]
-    others = ~torch.eye(experts, dtype=torch.bool)
-    return found | {
-        "load_entropy": statistics.mean(entropies),
-        "lowest_load_entropy": min(entropies),
-        "similarity": statistics.mean(float(s.similarity[others].mean()) for s in layers),
+
+    def examples(self, tokenizer) -> list[dict]:
+        texts = [path.read_text(encoding="utf-8")[:20_000] for path in self.paths["report"].values()]
+        windows = [torch.tensor(tokenizer(text)["input_ids"][:2048]).reshape(-1, 128) for text in texts]
+        return [{"input_ids": ids} for ids in windows]
+
+
+class Phonemes:
+    """A T5 that spells English words in phonemes; words not exactly right, in per cent."""
+
+    unit = "words wrong, %"
+    model = DATA and DATA / "checkpoints/t5-g2p-en-us"
+    options = {"length": 32, "batch_size": 64, "task": "seq2seq"}
+
+    def write(self, folder: Path) -> None:
+        if DATA is None:
+            raise SystemExit("phonemes needs MPOE_TEST_DATA")
+        self.paths = {}
+        for part, name in (("train", "train"), ("choose", "val"), ("report", "test")):
+            rows = (DATA / f"text/g2p/t5_{name}.tsv").read_text(encoding="utf-8").splitlines()
+            self.paths[part] = [str(folder / f"{part}.tsv")]
+            text = "\n".join(["text\ttarget", *(row.replace('"', "") for row in rows)])
+            Path(self.paths[part][0]).write_text(text + "\n", encoding="utf-8")
+
+    def score(self, folder: str, part: str) -> dict[str, float]:
+        found = evaluate(folder, self.paths[part], task="seq2seq", length=32, batch_size=128, limit=1000)
+        return {"words": 100 * (1 - found.metrics["exact_match"].value)}
+
+    def examples(self, tokenizer) -> list[dict]:
+        rows = Path(self.paths["report"][0]).read_text(encoding="utf-8").splitlines()[1:257]
+        words, phonemes = zip(*(row.split("\t") for row in rows), strict=True)
+        made = tokenizer(list(words), text_target=list(phonemes), padding=True, return_tensors="pt")
+        return [dict(made) | {"labels": made["labels"].masked_fill(made["labels"] == 0, -100)}]
+
+
+class Source:
+    """Which source a line of text comes from; wrong ones in per cent."""
+
+    unit = "lines wrong, %"
+    model = Text.model
+    options = {"length": 32, "batch_size": 16, "task": "classification"}
+
+    def write(self, folder: Path) -> None:
+        texts = {name: text for name, text in english().items() if name in ("topics", "code")}
+        for path in sorted((DATA / "text/mix").glob("train_*.txt")) if DATA else ():
+            texts[path.stem.removeprefix("train_")] = path.read_text(encoding="utf-8")
+        shuffle = random.Random(0).shuffle
+        parts = {"train": [], "choose": [], "report": []}
+        for name, text in texts.items():
+            lines = sorted({line.strip()[:120] for line in text.splitlines() if len(line.strip()) >= 20})
+            shuffle(lines)
+            for part, count in (("choose", 300), ("report", 300), ("train", LINES)):
+                parts[part] += [(line, name) for line in lines[:count]]
+                del lines[:count]
+        self.paths = {part: [str(folder / f"{part}.csv")] for part in parts}
+        for part, rows in parts.items():
+            shuffle(rows)
+            with Path(self.paths[part][0]).open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("text", "label"), *rows])
+
+    def score(self, folder: str, part: str) -> dict[str, float]:
+        found = evaluate(folder, self.paths[part], task="classification", length=32, batch_size=64)
+        return {"lines": 100 * (1 - found.metrics["accuracy"].value)}
+
+    def examples(self, tokenizer) -> list[dict]:
+        with Path(self.paths["report"][0]).open(encoding="utf-8", newline="") as file:
+            lines = [text for text, _ in csv.reader(file)][1:257]
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return [dict(tokenizer(lines, padding=True, truncation=True, max_length=32, return_tensors="pt"))]
+
+
+TASKS = {"text": Text, "phonemes": Phonemes, "source": Source}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Contenders
+
+BASE = {"experts": 8, "top_k": 2}
+# Learning rates, and factors on them for what experts own around a shared centre. None: the factor that the
+# contender named by LIKE chose.
+RATES, FACTORS = (1e-3, 2e-3), (1.0, 3.0)
+LIKE = "one-sided 64"
+
+
+def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
+    """Name -> (recipe, None for the dense model itself; options of the fine-tuning; auxiliary factors)."""
+    config = AutoConfig.from_pretrained(task.model)
+    hidden = config.hidden_size
+    inner = getattr(config, "d_ff", None) or getattr(config, "n_inner", None) or 4 * hidden
+    own = 2 * 2 * 64**2  # numbers of an expert in both matrices at bond 64
+    rank, width = own // (2 * (hidden + inner)), own // (2 * hidden)
+    like = {
+        "one-sided 64, mask 0.5": ({"bond_dim": 64}, {"skip_centre": 0.5}),
+        "one-sided 64, mask 0.75": ({"bond_dim": 64}, {"skip_centre": 0.75}),
+        "one-sided 64, frozen centre": ({"bond_dim": 64}, {"freeze": ("centre",)}),
+        "one-sided 64, noise 0.05": ({"bond_dim": 64, "noise": 0.05}, {}),
+        "one-sided 64, balance 0.03": ({"bond_dim": 64}, {"options": {"router_aux_loss_coef": 0.03}}),
+        **{f"one-sided 64, {n} experts": ({"bond_dim": 64, "experts": n}, {}) for n in (2, 4, 16)},
+        "one-sided 32": ({"bond_dim": 32}, {}),
+        "one-sided 96": ({"bond_dim": 96}, {}),
+        "two-sided 32": ({"layout": "two-sided", "bond_dim": 32}, {}),
+        "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
     }
+    free = {
+        LIKE: ({"bond_dim": 64}, {}),
+        f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
+        f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
+        "two-sided 64": ({"layout": "two-sided", "bond_dim": 64}, {}),
+        "one-sided 64, identity gauge": ({"bond_dim": 64, "gauge": "identity"}, {}),
+        "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
+    }
+    found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
+    found |= {name: (*each, FACTORS) for name, each in free.items()}
+    return found | {name: (*each, (None,)) for name, each in like.items()}
 
 
-def table(results: list[dict]) -> tuple[str, list[dict]]:
-    """(Markdown, one row per contender at its best rate)."""
-    rows = []
-    for name in dict.fromkeys(result["contender"] for result in results):
-        own = [result for result in results if result["contender"] == name]
-        by_rate = {rate: [r for r in own if r["rate"] == rate] for rate in {r["rate"] for r in own}}
-        best = min(by_rate, key=lambda rate: statistics.mean(map(mean_loss("choose"), by_rate[rate])))
-        losses = list(map(mean_loss("report"), by_rate[best]))
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        last = by_rate[best][-1]
-        rows.append({"name": name, "rate": best, "loss": statistics.mean(losses), "spread": spread} | last)
-    lines = [
-        "| contender | rate | seeds | loss, nats | spread | FFN parameters | s / step | load entropy | "
-        "similarity |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in sorted(rows, key=lambda row: row["loss"]):
-        seeds = sum(r["contender"] == row["name"] and r["rate"] == row["rate"] for r in results)
-        looks = [f"{row[key]:.3f}" if key in row else "" for key in ("load_entropy", "similarity")]
-        lines.append(
-            f"| {row['name']} | {row['rate']:g} | {seeds} | {row['loss']:.4f} | {row['spread']:.4f} | "
-            f"{row['ffn_params']:,} | {row['seconds_per_step']:.2f} | {' | '.join(looks)} |"
+class Runs:
+    """The runs of one task, each made once."""
+
+    def __init__(self, task, options):
+        self.task, self.options = task, options
+        self.folder = options.out / options.task / "runs"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.contenders = contenders(task)
+
+    def get(self, name: str, rate: float, factor: float, seed: int) -> dict:
+        recipe, tuning, _ = self.contenders[name]
+        settings = [self.options.task, name, BASE, recipe, tuning, rate, factor, seed, self.options.steps]
+        settings += [Path(self.task.model).name, self.task.options]
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        path = self.folder / f"{key}.json"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=self.options.out) as work:
+                result = self.make(recipe, tuning, rate, factor, seed, Path(work))
+            result = {"contender": name, "rate": rate, "factor": factor, "seed": seed} | result
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{name}, rate {rate:g} x {factor:g}, seed {seed}: {mean(result['choose']):.4f}", flush=True)
+        return result
+
+    def make(self, recipe, tuning: dict, rate: float, factor: float, seed: int, work: Path) -> dict:
+        """Convert, fine-tune, measure."""
+        start, options = str(self.task.model), {}
+        if recipe is not None:
+            start = str(work / "converted")
+            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | recipe), start)
+            options = {"skip_centre": 0.0, "auxiliary_lr": factor}
+        steps, tuned = self.options.steps, str(work / "tuned")
+        report = finetune(
+            Finetuning(
+                model=start,
+                data=tuple(self.task.paths["train"]),
+                steps=steps,
+                learning_rate=rate,
+                seed=seed,
+                save_every=10**9,
+                log_every=steps,
+                **self.task.options | options | tuning,
+            ),
+            tuned,
         )
-    return "\n".join(lines) + "\n", rows
+        found = {part: self.task.score(tuned, part) for part in ("choose", "report")}
+        return found | {"seconds_per_step": report["seconds"] / steps} | self.look(tuned)
+
+    def look(self, folder: str) -> dict:
+        """Sizes of the FFNs, and what the routers do on held-out data."""
+        import transformers
+
+        auto = getattr(transformers, AUTO_CLASSES[self.task.options.get("task", "causal")])
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        block = getattr(model.config, "mpoe", None)
+        if block is None:
+            ffn = [p for n, p in model.named_parameters() if ".mlp." in n or "DenseReluDense" in n]
+            size = sum(p.numel() for p in ffn)
+            return {"stored": size, "active": size}
+        numbers = [
+            (p.numel(), ".aux_" in name or (name.endswith("bias") and p.ndim == 2))
+            for _, ffn in model.mixtures()
+            for name, p in ffn.named_parameters()
+            if "router" not in name
+        ]
+        share = block["top_k"] / block["num_experts"]
+        found = {
+            "stored": sum(number for number, _ in numbers),
+            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
+        }
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad(), router_stats(model, similarity_tokens=256) as stats:
+            for inputs in self.task.examples(tokenizer):
+                model(**inputs)
+        others = ~torch.eye(block["num_experts"], dtype=torch.bool)
+        entropies = [float(torch.special.entr(s.load).sum()) / math.log(len(s.load)) for s in stats.values()]
+        return found | {
+            "load_entropy": mean(entropies),
+            "lowest_load_entropy": min(entropies),
+            "similarity": mean(float(s.similarity[others].mean()) for s in stats.values()),
+        }
+
+    def best(self, name: str) -> tuple[float, float]:
+        """Rate and factor at which the first seed does best on the half to choose by."""
+        factors = self.contenders[name][2]
+        if factors == (None,):
+            factors = (self.best(LIKE)[1],)
+        pairs = [(rate, factor) for factor in factors for rate in self.options.rates]
+        return min(pairs, key=lambda pair: mean(self.get(name, *pair, 0)["choose"]))
+
+    def row(self, name: str) -> dict:
+        """What the table says about a contender."""
+        rate, factor = self.best(name)
+        results = [self.get(name, rate, factor, seed) for seed in range(self.options.seeds)]
+        scores = [mean(result["report"]) for result in results]
+        row = {"name": name, "rate": rate, "factor": factor, "seeds": len(scores), "score": mean(scores)}
+        row["spread"] = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+        parts = results[0]["report"]
+        row["parts"] = {part: mean(result["report"][part] for result in results) for part in parts}
+        for key in ("seconds_per_step", "load_entropy", "lowest_load_entropy", "similarity"):
+            if key in results[0]:
+                row[key] = mean(result[key] for result in results)
+        return row | {key: results[0][key] for key in ("stored", "active")}
 
 
-def mean_loss(part: str):
-    return lambda result: statistics.mean(result["losses"][part].values())
+def mean(values) -> float:
+    return statistics.mean(values.values() if isinstance(values, dict) else values)
 
 
-def plot(rows: list[dict], path: Path) -> None:
+# ---------------------------------------------------------------------------------------------------
+# Table and picture
+
+
+def table(rows: list[dict], task) -> str:
+    parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
+    names = [f"perplexity, {part}" for part in parts]
+    head = ["contender", "rate", "x", task.unit, "spread", *names, "stored", "active", "s / step"]
+    head += ["load entropy", "lowest", "similarity"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in sorted(rows, key=lambda row: row["score"]):
+        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
+        cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
+        cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
+        cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
+        keys = ("load_entropy", "lowest_load_entropy", "similarity")
+        cells += [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], task, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    axes.margins(x=0.2)  # room for the names
-    for row in rows:
-        axes.errorbar(row["ffn_params"], row["loss"], yerr=row["spread"], marker="o", capsize=3)
-        axes.annotate(
-            row["name"], (row["ffn_params"], row["loss"]), xytext=(6, 4), textcoords="offset points"
-        )
-    axes.set(xscale="log", xlabel="FFN parameters stored", ylabel="held-out loss, nats per token")
-    figure.tight_layout()
+    figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
+    for number, row in enumerate(sorted(rows, key=lambda row: row["score"])):
+        marker = "osv^Dp*X"[number // 10 % 8]
+        name = f"{row['name']} ({row['score']:.3f})"
+        axes.errorbar(row["stored"], row["score"], row["spread"], marker=marker, capsize=3, label=name, ls="")
+    axes.set(xscale="log", xlabel="FFN parameters stored (routers apart)", ylabel=f"held out: {task.unit}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    data = os.environ.get("MPOE_TEST_DATA")
-    here = Path(__file__).parent
-    model = Path(data) / "checkpoints" / "gpt2-mix-2m" if data else here / "tiny-gpt2"
-    parser.add_argument("--model", default=str(model))
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("compare-experts"))
-    parser.add_argument("--only", help="contenders by the beginning of their names, separated by commas")
-    parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
+    parser.add_argument("--only", help="contenders, by the beginning of their names; separated by semicolons")
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    texts = write_texts(options.out / "texts")
-    wanted = options.only.split(",") if options.only else [""]
-    names = [name for name in CONTENDERS if any(name.startswith(start) for start in wanted)]
-    runs = options.out / "runs"
-    runs.mkdir(exist_ok=True)
-    grid = [(n, float(r), s) for s in range(options.seeds) for r in options.rates.split(",") for n in names]
-    paths = []
-    for number, (name, rate, seed) in enumerate(grid, 1):
-        settings = [name, BASE, CONTENDERS[name], rate, seed, Path(options.model).name, sorted(texts)]
-        settings += [options.steps, options.length, options.batch_size]
-        path = runs / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
-        if not path.exists():
-            work = options.out / "work"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            result = run(name, rate, seed, options, texts, work)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            shutil.rmtree(work)
-        paths.append(path)
-        print(f"{number}/{len(grid)} {name}, rate {rate:g}, seed {seed}", flush=True)
-    text, rows = table([json.loads(path.read_text()) for path in paths])
-    (options.out / "table.md").write_text(text)
+    task = TASKS[options.task]()
+    data = options.out / options.task / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    task.write(data)
+    runs = Runs(task, options)
+    wanted = tuple(options.only.split(";")) if options.only else ("",)
+    rows = [runs.row(name) for name in runs.contenders if name.startswith(wanted)]
+    text = table(rows, task)
+    folder = options.out / options.task
+    (folder / "table.md").write_text(text, encoding="utf-8")
     for suffix in ("png", "svg"):
-        plot(rows, options.out / f"loss-by-size.{suffix}")
+        plot(rows, task, folder / f"by-size.{suffix}")
+    shutil.rmtree(data)
     print(text)
 
 

@@ -20,7 +20,7 @@ from . import __version__
 from .corpus import TASKS
 from .errors import MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
-from .recipe import BIASES, DTYPES, SVDS, Recipe, normalised, read_recipe
+from .recipe import BIASES, DTYPES, GAUGES, SVDS, Recipe, normalised, read_recipe
 from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
 from .training import FROZEN, UNITS
@@ -142,7 +142,7 @@ RECIPE_OPTIONS = (
         "--kind",
         heading="Experts",
         type=click.Choice(KINDS),
-        help="What an expert is made of: cores around a shared one, a whole copy, or a low-rank matrix beside a shared whole one.",
+        help="What an expert is made of: cores around a shared one, a whole copy, a low-rank matrix beside a shared whole one, or an adapter behind a shared FFN.",
     ),
     option(
         "--noise",
@@ -161,7 +161,7 @@ RECIPE_OPTIONS = (
         "--bond-dim",
         heading="Decomposition",
         metavar="INT|LIST",
-        help="Upper limit of the bonds: a number, or one per bond, as 12,64,64,16. Of --kind low-rank: the rank.",
+        help="Upper limit of the bonds: a number, or one per bond, as 12,64,64,16. Of --kind low-rank: the rank; of --kind adapter: its width.",
     ),
     option(
         "--layout",
@@ -186,6 +186,12 @@ RECIPE_OPTIONS = (
         heading="Decomposition",
         type=click.Choice(SVDS),
         help="How singular vectors are computed.",
+    ),
+    option(
+        "--gauge",
+        heading="Decomposition",
+        type=click.Choice(GAUGES),
+        help="Where the shared centre stands: TT-SVD's orthogonality centre, or the matrix itself between identities.",
     ),
     option("--device", heading="Decomposition", help="auto, cpu, cuda, cuda:N or mps."),
     option(

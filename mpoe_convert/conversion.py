@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import artifact, card
+from . import artifact, card, experts
 from .building import build_matrix, cast, seeded
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import MachineError, MpoeError, RecipeError
@@ -156,15 +156,23 @@ class _Builder:
     def _build(self, plan: FFNPlan) -> dict[str, Tensor]:
         tensors = {}
         router = f"{plan.ffn.key}.router.weight"
-        tensors[router] = _router(self.out[router].shape, self.plan.recipe.seed, router)
+        recipe = self.plan.recipe
+        tensors[router] = _router(self.out[router].shape, recipe.seed, router)
         for number, matrix in enumerate(plan.matrices, start=1):
             self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
             with _naming(matrix.name):
-                built, report = build_matrix(matrix, self.plan.recipe, self.checkpoint, self.device)
+                built, report = build_matrix(matrix, recipe, self.checkpoint, self.device)
             self.reports.append(report)
             self.ffns_done += number == len(plan.matrices)
             self.progress(matrix.name, self.ffns_done, len(self.ffns), report)
             tensors |= {f"{matrix.name}.{tail}": tensor for tail, tensor in built.items()}
+        if "adapter" in plan.form:
+            adapter = f"{plan.ffn.key}.adapter"
+            dtype = getattr(torch, self.out[f"{adapter}.aux_0"].dtype)
+            made = experts.load(recipe.kind).fit_adapter(
+                plan.matrices[0].rows, recipe, seeded(recipe.seed, adapter)
+            )
+            tensors |= {f"{adapter}.{tail}": tensor.to(dtype) for tail, tensor in made.items()}
         for name, (shape, dtype) in plan.tensors.items():
             assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
         return tensors

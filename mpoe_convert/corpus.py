@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TASKS = ("causal", "masked", "seq2seq", "classification")
-# By file extension: the builder of `datasets` and its options.
+# By file extension: the builder of `datasets` and its options. "null" and "NA" are words, nothing is missing.
 BUILDERS = {
     ".txt": ("text", {"sample_by": "document"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
     ".parquet": ("parquet", {}),
 }
 
@@ -59,6 +59,9 @@ def read(sources: Sequence[str], columns: Columns, task: str, split: str = "trai
                 f"{source} has the columns {part.column_names}; task {task} needs {lacks} as well (name "
                 "others with --text-column, --target-column, --label-column)"
             )
+        for name in needed:
+            if missing := part.data.column(name).null_count:
+                raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
 
 

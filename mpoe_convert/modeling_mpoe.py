@@ -30,7 +30,8 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
     num_experts, top_k
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
-                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...], "bias"}
+                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...], "bias"};
+                       "adapter": size, if the experts are adapters behind a shared FFN
     family             how the FFN is wired into its layer; all paths relative to the layer:
       slot             the submodule that the mixture replaces
       absorbed         submodules whose work moved into it; they become Identity
@@ -162,7 +163,7 @@ def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
 
 def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
-    if x.is_cpu and x.shape[:2] == (2, 1) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
     return x @ weight
@@ -409,6 +410,7 @@ class MPOEProjection(nn.Module):
     def __init__(self, spec: dict, num_experts: int):
         super().__init__()
         self.terms = nn.ModuleList(MPOEChain(term, num_experts) for term in spec["terms"])
+        self.is_common = [all(term["shared"]) for term in spec["terms"]]
         out_features = math.prod(spec["terms"][0]["out_dims"])
         self.bias_kind = spec["bias"]
         if self.bias_kind is None:
@@ -417,13 +419,28 @@ class MPOEProjection(nn.Module):
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
 
+    def common(self, tokens: Tensor) -> Tensor | None:
+        """What terms that all experts share make of tokens (T, in): (T, out); None if there are none."""
+        picks = Picks(0)
+        parts = [
+            term(tokens, picks) for term, shared in zip(self.terms, self.is_common, strict=True) if shared
+        ]
+        return sum(parts) if parts else None
+
     def forward(
-        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+        self,
+        rows: Tensor,
+        picks: Picks,
+        rebuild: bool = False,
+        cache: MatrixCache | None = None,
+        common: Tensor | None = None,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `MPOEChain`."""
-        y = self.terms[0](rows, picks, rebuild, cache)
-        for term in self.terms[1:]:
-            y = y + term(rows, picks, rebuild, cache)
+        """(N, in) -> (N, out); see `MPOEChain`. `common`: what the shared terms make of the rows, if done."""
+        y = common
+        for term, shared in zip(self.terms, self.is_common, strict=True):
+            if not shared or common is None:
+                part = term(rows, picks, rebuild, cache)
+                y = part if y is None else y + part
         if self.bias is None:
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
@@ -434,6 +451,34 @@ class MPOEProjection(nn.Module):
             term.reset_parameters(std)
         if self.bias is not None:
             init.zeros_(self.bias)
+
+
+class MPOEAdapter(nn.Module):
+    """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
+
+    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
+    """
+
+    def __init__(self, hidden_size: int, size: int, num_experts: int):
+        super().__init__()
+        self.hidden_size, self.size = hidden_size, size
+        self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
+        self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
+
+    def forward(self, rows: Tensor, picks: Picks) -> Tensor:
+        """(N, H) -> (N, H)."""
+        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))
+        return rows + picks.right(inner, self.aux_1).squeeze(1)
+
+    @property
+    def own_numbers(self) -> int:
+        """Numbers that one expert has for itself."""
+        return 2 * self.hidden_size * self.size
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        init.normal_(self.aux_0, std=std)
+        init.zeros_(self.aux_1)
 
 
 class Routing(NamedTuple):
@@ -665,10 +710,22 @@ def _combine(copies: Tensor, weights: Tensor) -> Tensor:
     return (copies * weights.unsqueeze(-1)).sum(1).to(copies.dtype)
 
 
+class Inputs(NamedTuple):
+    """What experts start from, per token or per row: one that the experts' shared parts have worked on."""
+
+    rows: Tensor  # (N, H)
+    up: Tensor | None = None  # (N, inner) what the terms of `up` that all share made of them
+    gate: Tensor | None = None
+
+    def take(self, index: Tensor) -> "Inputs":
+        return Inputs(*(None if part is None else part[index] for part in self))
+
+
 class MPOEFeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `MPOEProjection`).
+    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `MPOEProjection`), and "adapter": its size,
+    if the experts are adapters behind an FFN that is shared altogether.
 
     Schedules, the same function in different operations:
         apply     the cores act on the activations; matrices are built for chains that cannot act
@@ -685,6 +742,8 @@ class MPOEFeedForward(nn.Module):
         self.gate = MPOEProjection(form["gate"], num_experts) if "gate" in form else None
         self.up = MPOEProjection(form["up"], num_experts)
         self.down = MPOEProjection(form["down"], num_experts)
+        size = form.get("adapter")
+        self.adapter = None if size is None else MPOEAdapter(hidden_size, size, num_experts)
         self.top_k = top_k
         self.act = nn.Identity()
         self.inner_dropout = nn.Identity()
@@ -697,15 +756,33 @@ class MPOEFeedForward(nn.Module):
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = _Repeatable(maxlen=_REPEATABLE)
-        # A tuple, so not registered a second time. PEFT puts wrappers in the place of the modules.
+        # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
         self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
+        first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
+        once = self._chains if self.adapter is not None else first
+        # Those that work on a token once, however many experts it has.
+        self._common = tuple(chain for chain in self._chains if chain in once and all(chain.shared))
 
     # ------------------------------------------------------------------------------------- cost
 
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations per token (2 per multiply-add) in products with weights."""
-        return 2 * self.router.weight.numel() + self.top_k * sum(c.flops_per_row for c in self._chains)
+        own = self.router.weight.numel() + self.top_k * self._adapter_numbers
+        return 2 * own + sum(self._rows(chain) * chain.flops_per_row for chain in self._chains)
+
+    def _rows(self, chain: MPOEChain) -> int:
+        """How many copies of a token pass a chain."""
+        return 1 if chain in self._common else self.top_k
+
+    @property
+    def _adapter_numbers(self) -> int:
+        return 0 if self.adapter is None else self.adapter.own_numbers
+
+    @property
+    def own_numbers(self) -> int:
+        """Numbers that one expert has for itself, biases apart."""
+        return self._adapter_numbers + sum(chain.own_numbers for chain in self._chains)
 
     @property
     def rebuild_flops(self) -> int:
@@ -718,9 +795,10 @@ class MPOEFeedForward(nn.Module):
 
     def flops(self, num_tokens: int, schedule: str = "apply") -> float:
         """Floating-point operations of a forward pass over that many tokens."""
-        rows, hit = num_tokens * self.top_k, self.experts_hit(num_tokens)
-        flops = num_tokens * 2.0 * self.router.weight.numel()
+        hit = self.experts_hit(num_tokens)
+        flops = num_tokens * 2.0 * (self.router.weight.numel() + self.top_k * self._adapter_numbers)
         for chain in self._chains:
+            rows = num_tokens * self._rows(chain)
             acts = chain.acts and schedule == "apply"
             flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
             flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
@@ -730,6 +808,8 @@ class MPOEFeedForward(nn.Module):
         """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
         hit = self.experts_hit(num_tokens)
         total = self.router.weight.nbytes
+        if self.adapter is not None:
+            total += hit * self._adapter_numbers * self.adapter.aux_0.itemsize
         for chain in self._chains:
             stored = sum(
                 math.prod(shape) * (1 if shared else hit)
@@ -838,22 +918,24 @@ class MPOEFeedForward(nn.Module):
         chosen = experts.reshape(-1)
         num_rows, top_k = chosen.shape[0], experts.shape[1]
         schedule = self.choose_schedule(tokens.shape[0])
+        inputs = self._prepare(tokens)
         applies = schedule == "apply" and all(chain.acts for chain in self._chains)
-        if applies and num_rows * sum(chain.own_numbers for chain in self._chains) <= _FEW_NUMBERS:
-            rows = self._experts(tokens.repeat_interleave(top_k, dim=0), Picks(chosen))
+        if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
+            index = torch.arange(tokens.shape[0], device=tokens.device).repeat_interleave(top_k)
+            rows = self._experts(inputs.take(index), Picks(chosen))
             return _combine(rows.unflatten(0, experts.shape), weights)
         order = chosen.argsort(stable=True)  # sorts the copies by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
         if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
-            rows = self._experts(tokens[order // top_k], picks, schedule)
+            rows = self._experts(inputs.take(order // top_k), picks, schedule)
             return _combine(rows[order.argsort()].unflatten(0, experts.shape), weights)
         output = None
         for expert, part in enumerate(order.split(picks.sizes)):
             if len(part) == 0:
                 continue
-            rows = self._experts(tokens[part // top_k], Picks(expert), schedule)
+            rows = self._experts(inputs.take(part // top_k), Picks(expert), schedule)
             rows, dtype = rows * weights.reshape(-1)[part, None], rows.dtype
             if output is None:
                 output = rows.new_zeros(tokens.shape)
@@ -862,22 +944,34 @@ class MPOEFeedForward(nn.Module):
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """One expert's whole FFN at a time: its activations stay in the processor's cache."""
-        chains = self._chains
-        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in chains):
+        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in self._chains):
             return False  # an offloaded module would be read once per expert
         if schedule == "cached" and self.cache is not None:
             return True
-        if torch.is_grad_enabled() and sum(chain.own_numbers for chain in chains) > _OWN_NUMBERS:
+        if torch.is_grad_enabled() and self.own_numbers > _OWN_NUMBERS:
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
-    def _experts(self, rows: Tensor, picks: Picks, schedule: str = "apply") -> Tensor:
-        """rows (N, H), each with the expert that `picks` says -> (N, H)."""
+    def _prepare(self, tokens: Tensor) -> Inputs:
+        """Do what is the same for all experts of a token, once: tokens (T, H)."""
+        if self.adapter is not None:
+            return Inputs(self._ffn(Inputs(tokens), Picks(0)))
+        return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
+
+    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+        """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
+        if self.adapter is not None:
+            return self.adapter(inputs.rows, picks)
+        return self._ffn(inputs, picks, schedule)
+
+    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
-        up = self.up(rows, picks, rebuild, cache)
-        gate = None if self.gate is None else self.gate(rows, picks, rebuild, cache)
-        inner = self.act(up) if gate is None else self.act(gate) * up
+        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)
+        if self.gate is None:
+            inner = self.act(up)
+        else:
+            inner = self.act(self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)) * up
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
@@ -971,7 +1065,8 @@ class RouterStats:
 
     @torch.no_grad()
     def compare(self, ffn: "MPOEFeedForward", tokens: Tensor) -> None:
-        outputs = torch.stack([ffn._experts(tokens, Picks(e)) for e in range(ffn.num_experts)])
+        inputs = ffn._prepare(tokens)
+        outputs = torch.stack([ffn._experts(inputs, Picks(e)) for e in range(ffn.num_experts)])
         directions = F.normalize(outputs.cpu().double(), dim=-1)  # (E, T, H)
         self._cosines += torch.einsum("eth,fth->ef", directions, directions)
         self._compared += len(tokens)
@@ -1246,7 +1341,7 @@ class MPOEMixin:
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
-            if isinstance(module, (MPOEProjection, MPOERouter)):
+            if isinstance(module, (MPOEProjection, MPOEAdapter, MPOERouter)):
                 module.reset_parameters(std)
             elif isinstance(module, MPOEFeedForward) and module.balance_bias is not None:
                 init.zeros_(module.balance_bias)

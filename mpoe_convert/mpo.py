@@ -17,6 +17,7 @@ algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, prod
 
 import tensorly
@@ -67,7 +68,7 @@ class MPO:
         return tuple(self.tt.factors)
 
 
-def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MPO:
+def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0, gauge: str = "canonical") -> MPO:
     """Decompose a matrix over the given sites, truncating every bond to its dimension in ``sites``.
 
     ::
@@ -84,9 +85,11 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
         sites: dimensions and bonds; a bond wider than what exists is clipped.
         svd: "exact", "randomized" (for truncated bonds; the others stay exact), or "auto".
         seed: of the randomized method.
+        gauge: "canonical", as above, or "identity": the outer cores are identities and the centre is the
+            matrix itself. The same matrix, to the bit; for sites whose outer bonds are full.
 
     Raises:
-        SitesError: the matrix does not have the size that the sites describe.
+        SitesError: the matrix does not have the size that the sites describe, or a bond is not full.
         CheckpointError: the matrix holds NaN or Inf.
         ValueError: unknown ``svd``.
     """
@@ -99,9 +102,10 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0) -> MP
     left, right = _Block.left_of_centre(sites), _Block.right_of_centre(sites)
     with torch.no_grad(), tensorly.backend_context("pytorch", local_threadsafe=True):
         unfolding = _fold_in_three(matrix, sites)  # (left, centre * right)
-        left_cores, left_lost, rest = _sweep(unfolding, left, svd, seed)
+        sweep = _identity if gauge == "identity" else partial(_sweep, method=svd, seed=seed)
+        left_cores, left_lost, rest = sweep(unfolding, left)
         rest = rest.reshape(-1, right.rows).mT  # (right, left bond * centre)
-        right_cores, right_lost, rest = _sweep(rest, right, svd, seed)
+        right_cores, right_lost, rest = sweep(rest, right)
         bond_left, bond_right = left_cores[-1].shape[-1], right_cores[0].shape[0]
         core = rest.mT.reshape(bond_left, sites.in_dims[c], sites.out_dims[c], bond_right)
         tt = TTMatrix([*left_cores, core.contiguous(), *right_cores])
@@ -196,6 +200,24 @@ def _fold_in_three(matrix: Tensor, sites: Sites) -> Tensor:
     outs = [prod(sites.out_dims[part]) for part in parts]
     folded = matrix.reshape(*ins, *outs).permute(0, 3, 1, 4, 2, 5)
     return folded.reshape(ins[0] * outs[0], -1)
+
+
+def _identity(unfolding: Tensor, block: _Block) -> tuple[list[Tensor], list[float], Tensor]:
+    """A block in the identity gauge: like `_sweep`, with cores that only pass their indices on."""
+    step = -1 if block.from_right else 1
+    cores, width = [], 1
+    for in_dim, out_dim, bond in zip(block.in_dims[::step], block.out_dims[::step], block.bonds, strict=True):
+        if bond != width * in_dim * out_dim:
+            raise SitesError(
+                f"the identity gauge needs full bonds, and one is {bond} of {width * in_dim * out_dim}; "
+                "expected a larger --bond-dim or --gauge canonical"
+            )
+        core = torch.eye(bond, dtype=unfolding.dtype, device=unfolding.device)
+        shape = (bond, in_dim, out_dim, width) if block.from_right else (width, in_dim, out_dim, bond)
+        cores.append(core.reshape(shape))
+        width = bond
+    cores = cores[::step]
+    return cores, [0.0] * len(cores), _block_isometry(cores, block) @ unfolding
 
 
 def _sweep(

@@ -51,8 +51,9 @@ class MatrixPlan:
 
     @property
     def own_term(self) -> dict:
-        """The term that experts have tensors of their own in."""
-        return next(term for term in self.spec["terms"] if not all(term["shared"]))
+        """The term that experts have tensors of their own in; the first one if they have none."""
+        terms = self.spec["terms"]
+        return next((term for term in terms if not all(term["shared"])), terms[0])
 
     @property
     def dense_params(self) -> int:
@@ -92,21 +93,25 @@ class MatrixPlan:
 class FFNPlan:
     """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
 
-    `runs_per_token` says how often a token passes it: once, but in ALBERT layers share their FFN.
+    Attributes:
+        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
     """
 
     ffn: DenseFFN
     matrices: tuple[MatrixPlan, ...]
+    form: dict
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
 
     @property
-    def form(self) -> dict:
-        return {matrix.role: matrix.spec for matrix in self.matrices}
-
-    @property
     def router_params(self) -> int:
         return sum(prod(s) for n, (s, _) in self.tensors.items() if n.endswith(".router.weight"))
+
+    @property
+    def adapter_params(self) -> int:
+        """Of all experts."""
+        return sum(prod(s) for n, (s, _) in self.tensors.items() if ".adapter." in n)
 
 
 @dataclass(frozen=True)
@@ -268,8 +273,12 @@ def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
             f"{ffn.key}: up is {up.rows} x {up.cols} and down {down.rows} x {down.cols}; expected "
             "down to lead back"
         )
+    form = {matrix.role: matrix.spec for matrix in matrices}
+    kind = experts.load(recipe.kind)
+    if hasattr(kind, "adapter_size"):
+        form["adapter"] = kind.adapter_size(down.cols, recipe)
     runs = runs_per_token(checkpoint.config, ffn.path)
-    return FFNPlan(ffn, matrices, _ffn_tensors(recipe, ffn, matrices), runs)
+    return FFNPlan(ffn, matrices, form, _ffn_tensors(recipe, ffn, matrices, form), runs)
 
 
 def _plan_matrix(
@@ -309,16 +318,16 @@ def matrix_size(info: TensorInfo, source: Source) -> tuple[int, int]:
     return in_features, out_features
 
 
-def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan]) -> dict:
+def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
     """Names and shapes as the shipped module itself declares them, built without memory."""
     import torch
 
     from .modeling_mpoe import MPOEFeedForward
 
     with torch.device("meta"):
-        form = {matrix.role: matrix.spec for matrix in matrices}
         module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
     dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
+    dtypes["adapter"] = dtypes["down"]
     return {
         f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
         for name, tensor in module.state_dict().items()
@@ -409,6 +418,7 @@ def ffn_totals(plan: Plan) -> Totals:
     experts, top_k = plan.recipe.experts, plan.recipe.top_k
     matrices = list(plan.matrices)
     routers = sum(ffn.router_params for ffn in plan.ffns)
+    adapters = sum(ffn.adapter_params for ffn in plan.ffns)
     dense = sum(m.dense_params for m in matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
     products = sum(ffn.runs_per_token * m.rows * m.cols for ffn in plan.ffns for m in ffn.matrices)
@@ -417,9 +427,9 @@ def ffn_totals(plan: Plan) -> Totals:
     return Totals(
         dense_params=dense,
         plain_moe_params=experts * dense + routers,
-        stored_params=sum(m.stored_params for m in matrices) + routers,
+        stored_params=sum(m.stored_params for m in matrices) + routers + adapters,
         plain_moe_active_params=top_k * dense + routers,
-        active_params=sum(m.active_params(top_k) for m in matrices) + routers,
+        active_params=sum(m.active_params(top_k) for m in matrices) + routers + adapters * top_k // experts,
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),

@@ -17,6 +17,7 @@ from .sites import LAYOUTS
 BIASES = ("shared", "per-expert")
 DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
+GAUGES = ("canonical", "identity")
 # MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
 DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
 
@@ -33,7 +34,8 @@ class Recipe:
         kind: what an expert is made of; a module of `mpoe_convert.experts`.
         layout: how a matrix is split into sites; see `mpoe_convert.sites`.
         sites: odd number of sites; by default 3, and 5 for the balanced layout. Kind mpo only.
-        bond_dim: upper limit of every bond, or one limit per bond (a list). Of kind low-rank: the rank.
+        bond_dim: upper limit of every bond, or one limit per bond (a list). Of kind low-rank: the rank; of
+            kind adapter: the adapter's width.
         factors: explicit site dimensions "in,in,inxout,out,out" of the hidden x inner size. Kind mpo only.
         noise: standard deviation of the perturbation of experts 1.. relative to the core's own
             root mean square; expert 0 is exact. 0 makes all experts equal.
@@ -44,6 +46,8 @@ class Recipe:
         dtype: dtype of the stored floating-point tensors; by default as in the source.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps"; where matrices are decomposed.
         svd: "auto", "exact" or "randomized".
+        gauge: "canonical" (the centre is the orthogonality centre of TT-SVD) or "identity" (outer cores are
+            identities, the centre is the matrix; for full outer bonds). Kind mpo only.
         max_shard_size: upper limit of one weight file, such as "2GB".
         ffn: where the FFNs are, for architectures that are not in the table:
             "layers.{}.mlp:gate_proj,up_proj,down_proj" (or "…:up,down").
@@ -70,6 +74,7 @@ class Recipe:
     dtype: str | None = None
     device: str = "auto"
     svd: str = "auto"
+    gauge: str = "canonical"
     max_shard_size: str = "1GB"
     ffn: str | None = None
 
@@ -125,6 +130,10 @@ class Recipe:
                 f"{' and '.join(given)} given with kind {self.kind!r}, whose experts have no sites; expected "
                 "with --kind mpo only"
             )
+        if self.gauge != "canonical" and self.kind != "mpo":
+            raise RecipeError(
+                f"gauge {self.gauge} given with kind {self.kind!r}; expected with --kind mpo only"
+            )
         if len(given) == 2 and self.sites != self.num_sites:
             raise RecipeError(
                 f"sites is {self.sites} but factors {self.factors!r} has {self.num_sites}; give one of them"
@@ -133,7 +142,7 @@ class Recipe:
     def _check_choices(self) -> None:
         from .experts import KINDS
 
-        choices = {"kind": KINDS, "layout": LAYOUTS, "svd": SVDS}
+        choices = {"kind": KINDS, "layout": LAYOUTS, "svd": SVDS, "gauge": GAUGES}
         choices |= {"dtype": (None, *DTYPES), "bias": (None, *BIASES)}
         for name, allowed in choices.items():
             value = getattr(self, name)

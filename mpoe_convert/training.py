@@ -20,7 +20,9 @@ ROLES = ("central", "auxiliary", "router", "other")
 UNITS = ("step", "layer", "matrix")
 FROZEN = ("centre", "all-but-experts")
 
-_CORE = re.compile(r"(?P<ffn>.+)\.(?:up|down|gate)\.terms\.\d+\.(?:\w+\.)*(?P<kind>central|aux)_\d+(?:\.|$)")
+_CORE = re.compile(
+    r"(?P<ffn>.+)\.(?:(?:up|down|gate)\.terms\.\d+|adapter)\.(?:\w+\.)*(?P<kind>central|aux)_\d+(?:\.|$)"
+)
 _BIAS = re.compile(r"(?P<ffn>.+)\.(?:up|down|gate)\.bias$")
 _ROUTER = re.compile(r"(?P<ffn>.+)\.router\.")
 

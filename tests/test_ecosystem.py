@@ -31,6 +31,7 @@ RECIPES = {
     "balanced": {"layout": "balanced", "bond_dim": 64},
     "dense": {"kind": "dense"},
     "low-rank": {"kind": "low-rank", "bond_dim": 3},
+    "adapter": {"kind": "adapter", "bond_dim": 3},
 }
 NEW_TOKENS = 8
 slow = pytest.mark.slow

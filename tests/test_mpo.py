@@ -494,3 +494,27 @@ def test_relative_error_by_hand():
     assert relative_error(matrix.bfloat16(), matrix.double()) == 0.0
     with pytest.raises(ValueError, match=r"cannot compare \(1, 2\) with \(2, 1\)"):
         relative_error(matrix, matrix.mT)
+
+
+# --- gauges ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_sites", [3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_identity_gauge_is_the_matrix_itself(layout, num_sites, dtype):
+    limit = FULL if layout == "balanced" else 16
+    sites = choose(32, 64, layout=layout, num_sites=num_sites, bond_dim=limit)
+    matrix = random_matrix(sites, 1, dtype)
+    found = fit(matrix, sites, gauge="identity")
+    assert torch.equal(oracle(found.cores), matrix) and torch.equal(contract_chain(found.cores), matrix)
+    assert found.sites == sites and not any(found.discarded)
+    numbers = torch.cat([core.flatten() for k, core in enumerate(found.cores) if k != sites.centre])
+    assert set(numbers.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(found.cores[sites.centre].flatten().sort().values, matrix.flatten().sort().values)
+
+
+def test_the_identity_gauge_needs_full_bonds():
+    sites = choose(32, 64, layout="balanced", num_sites=5, bond_dim=8)
+    with pytest.raises(SitesError, match=r"needs full bonds, and one is 8 of"):
+        fit(random_matrix(sites, 1), sites, gauge="identity")

@@ -31,6 +31,7 @@ ORDER = [
     ),
     *(
         "planning",
+        "experts.adapter",
         "experts.dense",
         "experts.low_rank",
         "experts.mpo",

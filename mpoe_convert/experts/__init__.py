@@ -9,6 +9,11 @@ A kind offers:
 * `fit(matrix, sites, recipe, generator)`: per term its cores (bond_left, in_dim, out_dim, bond_right), and
   the weight discarded per bond. The cores are expert 0's, to be cloned with noise, but for those that have
   an expert axis in front already.
+
+A kind whose experts are adapters behind an FFN that they all share also offers:
+
+* `adapter_size(hidden_size, recipe)`: how wide an adapter is inside. Raises RecipeError;
+* `fit_adapter(hidden_size, recipe, generator)`: the tensors of `modeling_mpoe.MPOEAdapter` by name.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dic
 def fit(
     matrix: Tensor, sites: Sites, recipe: Recipe, generator: Generator
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
-    """See `experts`. The orthogonality centre is the core in the middle."""
+    """See `experts`. In the canonical gauge the orthogonality centre is the core in the middle."""
     from ..mpo import fit as fit_mpo
 
-    mpo = fit_mpo(matrix, sites, svd=recipe.svd, seed=recipe.seed)
+    mpo = fit_mpo(matrix, sites, svd=recipe.svd, seed=recipe.seed, gauge=recipe.gauge)
     return [list(mpo.cores)], mpo.discarded
