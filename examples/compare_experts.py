@@ -23,7 +23,6 @@ import math
 import os
 import pydoc_data.topics
 import random
-import shutil
 import statistics
 import sysconfig
 import tempfile
@@ -368,18 +367,16 @@ def main() -> None:
     logging.disable_progress_bar()
     disable_progress_bars()
     task = TASKS[options.task]()
-    data = options.out / options.task / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    task.write(data)
     runs = Runs(task, options)
     wanted = tuple(options.only.split(";")) if options.only else ("",)
-    rows = [runs.row(name) for name in runs.contenders if name.startswith(wanted)]
+    with tempfile.TemporaryDirectory() as data:
+        task.write(Path(data))
+        rows = [runs.row(name) for name in runs.contenders if name.startswith(wanted)]
     text = table(rows, task)
     folder = options.out / options.task
     (folder / "table.md").write_text(text, encoding="utf-8")
     for suffix in ("png", "svg"):
         plot(rows, task, folder / f"by-size.{suffix}")
-    shutil.rmtree(data)
     print(text)
 
 
