@@ -192,6 +192,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "one-sided 96": ({"bond_dim": 96}, {}),
         "two-sided 32": ({"layout": "two-sided", "bond_dim": 32}, {}),
         "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
+        "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
     }
     free = {
         LIKE: ({"bond_dim": 64}, {}),
@@ -199,7 +200,6 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
         "two-sided 64": ({"layout": "two-sided", "bond_dim": 64}, {}),
         "one-sided 64, identity gauge": ({"bond_dim": 64, "gauge": "identity"}, {}),
-        "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
     found |= {name: (*each, FACTORS) for name, each in free.items()}
@@ -369,9 +369,10 @@ def main() -> None:
     task = TASKS[options.task]()
     runs = Runs(task, options)
     wanted = tuple(options.only.split(";")) if options.only else ("",)
+    names = [name for name in runs.contenders if name.startswith(wanted)]
     with tempfile.TemporaryDirectory() as data:
         task.write(Path(data))
-        rows = [runs.row(name) for name in runs.contenders if name.startswith(wanted)]
+        rows = [runs.row(name) for name in names]
     text = table(rows, task)
     folder = options.out / options.task
     (folder / "table.md").write_text(text, encoding="utf-8")
