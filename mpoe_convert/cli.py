@@ -239,6 +239,12 @@ COLUMN_OPTIONS = (
     option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),
     option("--label-column", heading="Data", help="Column with the class, for classification."),
     option(
+        "--routed-by",
+        heading="Data",
+        metavar="COLUMN",
+        help="Column that names the row's task: the routers choose by task, not by token.",
+    ),
+    option(
         "--task",
         heading="Data",
         type=click.Choice(TASKS),
@@ -686,6 +692,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
             for name in ("text", "target", "label")
             if f"{name}_column" in given
         }
+        names |= {"routed_by": given.pop("routed_by", None)}
         with render.evaluation_progress(render.console(stderr=True), not quiet) as progress:
             result = score(model, given.pop("data"), columns=Columns(**names), progress=progress, **given)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +31,11 @@ class Columns:
     text: str = "text"
     target: str = "target"
     label: str = "label"
+    routed_by: str | None = None  # names the task by which routers choose
 
     def needed(self, task: str) -> tuple[str, ...]:
-        return (self.text,) + {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
+        more = {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
+        return (self.text, *more, *([self.routed_by] if self.routed_by else ()))
 
 
 def read(sources: Sequence[str], columns: Columns, task: str, split: str = "train") -> Dataset:
@@ -57,7 +59,7 @@ def read(sources: Sequence[str], columns: Columns, task: str, split: str = "trai
         if lacks := [name for name in needed if name not in part.column_names]:
             raise DataError(
                 f"{source} has the columns {part.column_names}; task {task} needs {lacks} as well (name "
-                "others with --text-column, --target-column, --label-column)"
+                "others with --text-column, --target-column, --label-column, --routed-by)"
             )
         for name in needed:
             if missing := part.data.column(name).null_count:
@@ -92,23 +94,53 @@ def _read_one(source: str, split: str) -> Dataset:
 # Into examples
 
 
-def language_blocks(rows: Dataset, tokenizer, column: str, length: int) -> Dataset:
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks that routers know, and the column that names a row's."""
+
+    column: str
+    names: tuple[str, ...]
+
+    def numbers(self, values: Sequence) -> list[int]:
+        """Raises DataError for a name that is not known."""
+        if strange := sorted({str(value) for value in values} - set(self.names)):
+            raise DataError(f"column {self.column} names {strange}; the routers know {list(self.names)}")
+        return [self.names.index(str(value)) for value in values]
+
+    def add_to(self, encoded: Mapping, batch: Mapping) -> dict:
+        """Encoded rows with their tasks' numbers as `task_ids`."""
+        return {**encoded, "task_ids": self.numbers(batch[self.column])}
+
+
+def task_names(rows: Dataset, column: str) -> list[str]:
+    """The tasks that rows name, sorted."""
+    return sorted({str(name) for name in rows[column]})
+
+
+def language_blocks(
+    rows: Dataset, tokenizer, column: str, length: int, tasks: Tasks | None = None
+) -> Dataset:
     """Texts as blocks of `length` tokens, one after the other; what is left of a thousand texts is left out.
 
-    Where the tokenizer has an end-of-text token, it stands between texts.
+    Where the tokenizer has an end-of-text token, it stands between texts. A block holds texts of one task.
 
     Raises:
-        DataError: the texts are shorter than a block.
+        DataError: the texts are shorter than a block, or a task is not known.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def blocks(batch: dict) -> dict:
-        stream: list[int] = []
-        for text in batch[column]:
-            stream += tokenizer(text, verbose=False)["input_ids"] + end
-        whole = len(stream) // length * length
-        ids = [stream[i : i + length] for i in range(0, whole, length)]
-        return {"input_ids": ids}
+        streams: dict[int, list[int]] = {}
+        numbers = tasks.numbers(batch[tasks.column]) if tasks else [0] * len(batch[column])
+        for number, text in zip(numbers, batch[column], strict=True):
+            streams.setdefault(number, []).extend(tokenizer(text, verbose=False)["input_ids"] + end)
+        cut = [
+            (stream[i : i + length], number)
+            for number, stream in streams.items()
+            for i in range(0, len(stream) // length * length, length)
+        ]
+        found = {"input_ids": [ids for ids, _ in cut]}
+        return found | {"task_ids": [number for _, number in cut]} if tasks else found
 
     found = rows.map(blocks, batched=True, remove_columns=rows.column_names)
     if not len(found):
@@ -118,13 +150,14 @@ def language_blocks(rows: Dataset, tokenizer, column: str, length: int) -> Datas
     return found
 
 
-def pairs(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
+def pairs(rows: Dataset, tokenizer, columns: Columns, length: int, tasks: Tasks | None = None) -> Dataset:
     """Source and target texts as `input_ids`, `attention_mask` and `labels`, cut to `length` tokens."""
 
     def encode(batch: dict) -> dict:
-        return tokenizer(
+        found = tokenizer(
             batch[columns.text], text_target=batch[columns.target], truncation=True, max_length=length
         )
+        return tasks.add_to(found, batch) if tasks else found
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
@@ -137,7 +170,14 @@ def label_names(rows: Dataset, column: str) -> list[str]:
     return [str(name) for name in sorted(set(rows[column]))]
 
 
-def labelled(rows: Dataset, tokenizer, columns: Columns, length: int, names: Sequence[str]) -> Dataset:
+def labelled(
+    rows: Dataset,
+    tokenizer,
+    columns: Columns,
+    length: int,
+    names: Sequence[str],
+    tasks: Tasks | None = None,
+) -> Dataset:
     """Texts with the numbers of their classes, cut to `length` tokens.
 
     Raises:
@@ -151,6 +191,7 @@ def labelled(rows: Dataset, tokenizer, columns: Columns, length: int, names: Seq
         if strange := sorted(set(found) - set(number)):
             raise DataError(f"labels {strange} are not among the model's, {list(names)}")
         texts = tokenizer(batch[columns.text], truncation=True, max_length=length)
-        return {**texts, "labels": [number[name] for name in found]}
+        encoded = {**texts, "labels": [number[name] for name in found]}
+        return tasks.add_to(encoded, batch) if tasks else encoded
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -82,7 +83,9 @@ def evaluate(
         data: files or Hub datasets, see `corpus.read`.
         length: tokens per window or example; by default the model's limit, at most 512.
         stride: by default half of `length`.
-        limit: evaluate on so many windows or examples, from the first on.
+        columns: names of the columns; `routed_by` names the task that routers choose by.
+        limit: evaluate on so many windows or examples (of every task by which routers choose), from the
+            first on.
         progress: called as progress(model, batches done, batches).
 
     Raises:
@@ -105,14 +108,26 @@ def evaluate(
     rows = corpus.read(sources, columns, task, split)
     device = _device(device)
 
+    @functools.cache  # models with the same classes are scored on the same batches
+    def batches_of(labels: tuple[str, ...]) -> list[tuple[str | None, list]]:
+        made = []
+        for routed, part in _by_route(rows, columns.routed_by):
+            examples = _EXAMPLES[task](part, loaded, columns, length, stride, labels, seed)[:limit]
+            made += [(routed, examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+        if not made:
+            raise DataError("the data hold no example to score; expected more text")
+        return made
+
     def score(name: str) -> Scores:
         network = from_pretrained(getattr(transformers, auto_class), name).to(device).eval()
-        examples = _EXAMPLES[task](rows, loaded, columns, length, stride, network, seed)[:limit]
-        if not examples:
-            raise DataError("the data hold no example to score; expected more text")
-        batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+        if columns.routed_by is None and getattr(network.config, "router_tasks", None) is not None:
+            raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
+        labels = network.config.id2label if task == "classification" else {}
+        batches = batches_of(tuple(labels[number] for number in sorted(labels)))
         found = []
-        for done, batch in enumerate(batches, 1):
+        for done, (routed, batch) in enumerate(batches, 1):
+            if routed is not None and hasattr(network, "route_by"):
+                _route(network, routed)
             with torch.no_grad():
                 found += _SCORES[task](network, loaded, batch, length)
             if progress is not None:
@@ -133,6 +148,24 @@ def evaluate(
         against=_intervals(others) if others else None,
         differences=_intervals(_differences(metrics, others)) if others else None,
     )
+
+
+def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Dataset]]:
+    """(task that routers choose by, its rows), or all rows."""
+    if column is None:
+        return [(None, rows)]
+    found = rows[column]
+    return [
+        (name, rows.select([i for i, value in enumerate(found) if str(value) == name]))
+        for name in corpus.task_names(rows, column)
+    ]
+
+
+def _route(network, task: str) -> None:
+    try:
+        network.route_by(task)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def _device(name: str) -> torch.device:
@@ -252,7 +285,7 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
             return
 
 
-def _causal_examples(rows: Dataset, tokenizer, columns, length, stride, model, seed) -> list:
+def _causal_examples(rows: Dataset, tokenizer, columns, length, stride, labels, seed) -> list:
     found = []
     for text in rows[columns.text]:
         ids = tokenizer(text, verbose=False)["input_ids"]
@@ -277,7 +310,7 @@ def _causal_scores(model, tokenizer, batch: list, length: int) -> list[tuple[flo
     ]
 
 
-def _masked_examples(rows: Dataset, tokenizer, columns, length, stride, model, seed) -> list:
+def _masked_examples(rows: Dataset, tokenizer, columns, length, stride, labels, seed) -> list:
     from transformers import DataCollatorForLanguageModeling
 
     if tokenizer.mask_token is None:
@@ -301,7 +334,7 @@ def _masked_scores(model, tokenizer, batch: list, length: int) -> list[tuple[flo
     ]
 
 
-def _seq2seq_examples(rows: Dataset, tokenizer, columns, length, stride, model, seed) -> list:
+def _seq2seq_examples(rows: Dataset, tokenizer, columns, length, stride, labels, seed) -> list:
     return list(zip(rows[columns.text], rows[columns.target], strict=True))
 
 
@@ -325,9 +358,8 @@ def _seq2seq_scores(model, tokenizer, batch: list, length: int) -> list[tuple[fl
     ]
 
 
-def _classification_examples(rows: Dataset, tokenizer, columns, length, stride, model, seed) -> list:
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    return list(corpus.labelled(rows, tokenizer, columns, length, names))
+def _classification_examples(rows: Dataset, tokenizer, columns, length, stride, labels, seed) -> list:
+    return list(corpus.labelled(rows, tokenizer, columns, length, labels))
 
 
 def _classification_scores(model, tokenizer, batch: list, length: int) -> list[tuple[int, int]]:

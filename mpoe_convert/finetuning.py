@@ -132,7 +132,7 @@ class MpoeTrainer(Trainer):
         hidden = {"output_hidden_states": True} if self.run.hidden_weight else {}
         loss, outputs = super().compute_loss(model, inputs | hidden, True, num_items_in_batch)
         with torch.no_grad():
-            taught = self.teacher(**inputs, **hidden)
+            taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
         extra = self.distillation(outputs, taught, inputs["labels"])
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # a part of the step's mean
             labels = inputs["labels"][..., int(self._loss_shifts_labels) :]
@@ -214,8 +214,8 @@ def finetune(
     task, auto_class = task_of(run.model, run.task)
     tokenizer = load_tokenizer(run.tokenizer or run.model)
     with state.main_process_first():  # the others find what it has mapped in the cache
-        train, evaluation, labels = _examples(run, task, tokenizer)
-    model = _load(run, task, auto_class, labels)
+        train, evaluation, labels, tasks = _examples(run, task, tokenizer)
+    model = _load(run, task, auto_class, labels, tasks)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     config_dtype = model.config.dtype
     model = model.float()
@@ -273,11 +273,13 @@ def _last_checkpoint(output: Path, resume: bool) -> str | None:
     return found
 
 
-def _load(run: Finetuning, task: str, auto_class: str, labels: list[str] | None, name: str | None = None):
+def _load(run: Finetuning, task: str, auto_class: str, labels, tasks=None, name: str | None = None):
     """The model of a run, or another one with the same head."""
     import transformers
 
     options = dict(run.options) if name is None else {}
+    if tasks is not None:
+        options["router_tasks"] = list(tasks.names)
     if task == "classification":
         numbers = {label: i for i, label in enumerate(labels)}
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
@@ -285,14 +287,15 @@ def _load(run: Finetuning, task: str, auto_class: str, labels: list[str] | None,
 
 
 def _load_teacher(run: Finetuning, task: str, labels: list[str] | None):
-    return _load(run, task, AUTO_CLASSES[task], labels, run.teacher) if run.teacher else None
+    return _load(run, task, AUTO_CLASSES[task], labels, name=run.teacher) if run.teacher else None
 
 
 def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
-    """(training examples, evaluation examples or None, names of the classes or None)."""
+    """(training examples, evaluation examples or None, names of the classes or None, tasks or None)."""
     train = corpus.read(run.data, run.columns, task, run.split)
     evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
     labels = _labels(run, train) if task == "classification" else None
+    tasks = _tasks(run, train) if run.routed_by else None
     limit = max_length(run.model)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
@@ -302,12 +305,12 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
         if rows is None:
             return None
         if task == "seq2seq":
-            return corpus.pairs(rows, tokenizer, run.columns, length)
+            return corpus.pairs(rows, tokenizer, run.columns, length, tasks)
         if task == "classification":
-            return corpus.labelled(rows, tokenizer, run.columns, length, labels)
-        return corpus.language_blocks(rows, tokenizer, run.text_column, length)
+            return corpus.labelled(rows, tokenizer, run.columns, length, labels, tasks)
+        return corpus.language_blocks(rows, tokenizer, run.text_column, length, tasks)
 
-    return encode(train), encode(evaluation), labels
+    return encode(train), encode(evaluation), labels, tasks
 
 
 def _labels(run: Finetuning, rows) -> list[str]:
@@ -318,6 +321,17 @@ def _labels(run: Finetuning, rows) -> list[str]:
     known = from_pretrained(AutoConfig, run.model).id2label
     names = [str(known[number]) for number in sorted(known)]
     return names if set(found) <= set(names) else found
+
+
+def _tasks(run: Finetuning, rows) -> corpus.Tasks:
+    """The tasks: the model's own if its routers know all that the rows name, else those of the rows."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, run.model)
+    if getattr(config, "mpoe", None) is None:
+        raise TrainingError(f"{run.model} is not a converted model: it has no routers that choose by task")
+    found, known = corpus.task_names(rows, run.routed_by), config.router_tasks or []
+    return corpus.Tasks(run.routed_by, tuple(known if set(found) <= set(known) else found))
 
 
 def _collator(task: str, tokenizer, model):

@@ -84,6 +84,7 @@ OPTIONS = {
     "router_capacity_factor": None,
     "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: the bias stays
     "router_balance_bias": False,  # there is such a bias; set by the rate
+    "router_tasks": None,  # names of tasks: routers choose by task, see `MPOEMixin.route_by`; None: by token
     "mpoe_schedule": "auto",  # see MPOEFeedForward; MPOE_SCHEDULE in the environment comes first
     "mpoe_cache": "off",  # see MatrixCache: off, hit, all; MPOE_CACHE comes first
     "mpoe_cache_bytes": None,  # limit for the whole model; MPOE_CACHE_BYTES comes first
@@ -97,6 +98,7 @@ OPTION_TYPES = {
     "router_capacity_factor": float | None,
     "router_bias_update_rate": float,
     "router_balance_bias": bool,
+    "router_tasks": list[str] | None,
     "mpoe_schedule": str,
     "mpoe_cache": str,
     "mpoe_cache_bytes": int | None,
@@ -493,6 +495,9 @@ class Routing(NamedTuple):
 class MPOERouter(nn.Module):
     """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
 
+    It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
+    of `tasks` (number of tasks, H), or one that is given.
+
     Attributes:
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
@@ -510,17 +515,33 @@ class MPOERouter(nn.Module):
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
+        self.by_task = False
+        self.register_parameter("tasks", None)
 
-    def forward(self, tokens: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Routing:
+    def add_tasks(self, number: int) -> None:
+        """Choose by task from now on; with a table for so many, if any."""
+        self.by_task = True
+        if number:
+            empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
+            self.tasks = nn.Parameter(empty)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        task: Tensor | None = None,
+    ) -> Routing:
         """tokens (T, H).
 
         Args:
+            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences, one or as many as there are.
             bias: (E,) added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3).
             mask: (T,) zero for padding, which takes no room of the capacity.
         """
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            x = tokens.float()
+            x = self._task_rows(tokens, task) if self.by_task else tokens.float()
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
@@ -534,6 +555,21 @@ class MPOERouter(nn.Module):
                 return Routing(logits, weights, experts, None)
             dropped = weights * ~self._has_room(experts, mask)
             return Routing(logits, weights - dropped, experts, dropped)
+
+    def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
+        """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
+        if task is None:
+            raise ValueError(
+                "the routers of this model choose by task: name one with model.route_by(...) or pass task_ids"
+            )
+        task = task.to(tokens.device)
+        rows = task.float() if task.is_floating_point() else self.tasks[task]
+        if tokens.shape[0] % rows.shape[0]:
+            raise ValueError(
+                f"{rows.shape[0]} tasks were given for {tokens.shape[0]} tokens; expected one, "
+                "or one per sequence"
+            )
+        return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
     def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
         if self.combine == "renormalised" and self.top_k > 1:
@@ -555,6 +591,8 @@ class MPOERouter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
+        if self.tasks is not None:
+            init.normal_(self.tasks)
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -642,6 +680,7 @@ class RouterPass:
         calls: of the mixtures so far; dropped when the pass is over.
         num_calls: how many; the loss is the mean over them.
         share: how much of an optimizer's step this pass is.
+        task: that was given to this pass, see `MPOERouter`.
         scale: what the model's own loss is multiplied by; known once the backward pass has begun.
         went_back: whether a backward pass has reached a mixture.
     """
@@ -651,6 +690,7 @@ class RouterPass:
         self.calls: list[Call] = []
         self.num_calls = 0
         self.share: float | Tensor = 1.0
+        self.task: Tensor | None = None
         self.scale: float | Tensor = 1.0
         self.went_back = False
 
@@ -753,6 +793,7 @@ class MPOEFeedForward(nn.Module):
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
         self.register_buffer("balance_bias", None)  # (E,) see MPOERouter; None: not used
+        self.task: Tensor | None = None  # see MPOERouter; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = _Repeatable(maxlen=_REPEATABLE)
@@ -836,6 +877,8 @@ class MPOEFeedForward(nn.Module):
         self.router.combine = _one_of(config, "router_combine", ("renormalised", "raw"))
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
+        if config.router_tasks is not None:
+            self.router.add_tasks(len(config.router_tasks))
         if config.router_bias_update_rate or config.router_balance_bias:
             config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
             self.add_balance_bias()
@@ -885,17 +928,20 @@ class MPOEFeedForward(nn.Module):
         running = self.router_pass
         if running is not None:
             mask = running.mask(self, len(tokens))
-            routing = self.router(tokens, self.balance_bias, mask)
+            routing = self.router(tokens, self.balance_bias, mask, self._task(running))
             return running.add(self, routing, mask), routing.experts
         if self.training and not torch.compiler.is_compiling():
             if not _in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
                 repeated, mask = self.repeatable.pop()  # the backward pass repeats the last call first
-                routing = self.router(tokens, self.balance_bias, mask)
+                routing = self.router(tokens, self.balance_bias, mask, self._task(repeated))
                 return repeated.join(routing, mask)[0], routing.experts
-        routing = self.router(tokens, self.balance_bias)
+        routing = self.router(tokens, self.balance_bias, task=self.task)
         return routing.weights, routing.experts
+
+    def _task(self, running: RouterPass) -> Tensor | None:
+        return self.task if running.task is None else running.task
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -1155,15 +1201,40 @@ def _first_output(outputs) -> tuple:
 
 
 def _recording(forward):
-    """A stock forward whose outputs carry the router losses; the same signature."""
-    names = list(inspect.signature(forward).parameters)[1:]
+    """A stock forward whose outputs carry the router losses; the same signature, and `task_ids` behind it."""
+    signature = inspect.signature(forward)
+    names = list(signature.parameters)[1:]
+    parameters = list(signature.parameters.values())
+    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(forward)
     def recording(self, *args, **kwargs):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return self._run_recording(forward, arguments, args, kwargs)
 
+    recording.__signature__ = signature.replace(
+        parameters=[*parameters[:place], task_ids, *parameters[place:]]
+    )
     return recording
+
+
+def _generating(generate):
+    """A stock `generate` that takes `task_ids`, for encoders too."""
+
+    @functools.wraps(generate)
+    def generating(self, *args, task_ids=None, **kwargs):
+        if task_ids is None:
+            return generate(self, *args, **kwargs)
+        before = [ffn.task for _, ffn in self.mixtures()]
+        try:
+            self.route_by(task_ids)
+            return generate(self, *args, **kwargs)
+        finally:
+            for (_, ffn), task in zip(self.mixtures(), before, strict=True):
+                ffn.task = task
+
+    return generating
 
 
 class MPOEMixin:
@@ -1208,20 +1279,56 @@ class MPOEMixin:
             if isinstance(ffn, MPOEFeedForward)
         ]
 
+    def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
+        """Let the routers choose by this task from now on; for models with `config.router_tasks`.
+
+        `forward` and `generate` take the same as `task_ids`, for one call.
+
+        Args:
+            task: name or number of a task, or one per sequence of the batch; or embeddings (H,) or (B, H),
+                computed elsewhere, in place of the learned ones.
+
+        Raises:
+            ValueError: the routers choose by token, or there is no such task.
+        """
+        found = None if task is None else self._task_numbers(task)
+        for _, ffn in self.mixtures():
+            ffn.task = found
+
+    def _task_numbers(self, task) -> Tensor:
+        """(B,) numbers or (B, H) embeddings of tasks."""
+        known = self.config.router_tasks
+        if known is None:
+            raise ValueError(
+                "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
+                "and train it"
+            )
+        if isinstance(task, Tensor):
+            if task.is_floating_point():
+                return task.reshape(-1, task.shape[-1])
+            return task.reshape(-1)
+        tasks = [task] if isinstance(task, (str, int)) else list(task)
+        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+            raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
+        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+
     def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
         """A forward pass whose outputs carry the router losses."""
         config, mixtures = self.config, self.mixtures()
+        task = kwargs.pop("task_ids", None)
         learns = self.training and torch.is_grad_enabled()
         show = kwargs.pop("output_router_logits", config.output_router_logits)
         coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
+        needed = needed or task is not None
         if not needed or any(ffn.router_pass is not None for _, ffn in mixtures):
             return forward(self, *args, **kwargs)
         if rate:
             self._follow_step()
         running = RouterPass(learns, *coefs, functools.partial(self._token_mask, arguments=arguments))
         running.share = self._share_of_step(arguments)
+        running.task = None if task is None else self._task_numbers(task)
         try:
             for _, ffn in mixtures:
                 ffn.router_pass = running
@@ -1361,6 +1468,8 @@ def _config_class(base: type, name: str) -> type:
 def _model_class(base: type, name: str) -> type:
     config_class = _class(base.config_class)
     body = {"config_class": config_class, "__module__": __name__, "forward": _recording(base.forward)}
+    if base.can_generate():
+        body["generate"] = _generating(base.generate)
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False

@@ -23,6 +23,7 @@ class Finetuning:
             checkpoint, if there are any.
         split / eval_split: of Hub datasets.
         text_column, target_column, label_column: where rows hold text, target text (seq2seq) and class.
+        routed_by: column that names a row's task: routers choose by task, not by token.
         task: causal, masked, seq2seq or classification; by default what the model's head is for.
         tokenizer: folder or Hub id; by default the model's own.
         length: tokens per example; by default what the model can take, at most 512.
@@ -57,6 +58,7 @@ class Finetuning:
     text_column: str = "text"
     target_column: str = "target"
     label_column: str = "label"
+    routed_by: str | None = None
     task: str | None = None
     tokenizer: str | None = None
     length: int | None = None
@@ -123,7 +125,7 @@ class Finetuning:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text_column, self.target_column, self.label_column)
+        return Columns(self.text_column, self.target_column, self.label_column, self.routed_by)
 
 
 def _check(holds: bool, found: str, allowed) -> None:

@@ -74,7 +74,7 @@ def part_of(name: str) -> str:
         return "central tensors (shared)"
     if tail.startswith("aux_"):
         return "auxiliary tensors (per expert)"
-    if name.endswith("router.weight"):
+    if ".router." in name:
         return "routers"
     if name.endswith((".up.bias", ".down.bias", ".gate.bias")):
         return "expert biases"
