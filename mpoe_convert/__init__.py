@@ -20,6 +20,7 @@ _HOME = {
     "MpoeError": "errors",
     "Recipe": "recipe",
     "convert": "conversion",
+    "draw_pictures": "pictures",
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "freeze": "training",

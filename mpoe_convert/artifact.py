@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
+TRAINING_REPORT_FILE = "training_report.json"
 # What `verify` and `inspect` read of a report.
 _REPORT_KEYS = {
     *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
@@ -59,6 +60,13 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
 def file_names(folder: Path) -> list[str]:
     """The files in a folder and its subfolders, by their paths inside it, with "/" on every system."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def register_files(folder: Path, names: Iterable[str]) -> None:
+    """Count files that were added to an artifact among its own, so that it can be replaced as a whole."""
+    report = read_artifact(folder)[1]
+    report["files"] = sorted({*report.get("files", ()), *names})
+    write_json(folder / REPORT_FILE, report)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

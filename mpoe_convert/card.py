@@ -9,6 +9,9 @@ from .checkpoint import Checkpoint
 from .report import MatrixReport, Report
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+UNTRAINED = (
+    "The router is untrained: this is a starting point for fine-tuning, not a better model than its base."
+)
 PAPER = "https://arxiv.org/abs/2203.01104"
 
 
@@ -63,6 +66,43 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
     )
 
 
+def set_section(path: Path, title: str, text: str) -> None:
+    """Put a section of that title into a card, before the citation; one that is there already is replaced."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    start = next((i for i, line in enumerate(lines) if line == f"## {title}"), None)
+    if start is not None:
+        rest = (i for i, line in enumerate(lines) if i > start and line.startswith("## "))
+        del lines[start : next(rest, len(lines))]
+    place = next((i for i, line in enumerate(lines) if line == "## Citation"), len(lines))
+    lines[place:place] = [f"## {title}", "", *text.splitlines(), ""]
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def describe_training(path: Path, report: dict) -> None:
+    """Say in a card how its model was trained, from a training report."""
+    run, log = report["run"], report["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    lines = [
+        f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
+        f"steps in {report['seconds']:,.0f} s, {run['batch_size'] * run['accumulate']} examples per device "
+        f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
+    ]
+    if run["teacher"]:
+        lines.append(f"It was taught by {Path(run['teacher']).name}, weight {run['teacher_weight']:g}.")
+    if losses:
+        lines.append(
+            f"The training loss, routers' losses included, went from {losses[0]:.3f} to {losses[-1]:.3f}."
+        )
+    if report["evaluation"]:
+        numbers = report["evaluation"]
+        shown = [name for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in numbers]
+        lines.append("Evaluation: " + ", ".join(f"{name[5:]} {numbers[name]:.4f}" for name in shown) + ".")
+    lines.append("All settings and the log are in `training_report.json`.")
+    set_section(path, "Training", "\n".join(lines))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(UNTRAINED, "See Training for what became of it since."), encoding="utf-8")
+
+
 def _name(report: Report, checkpoint: Checkpoint) -> str:
     return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
 
@@ -76,8 +116,7 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
         f"{len(plan.ffns)} feed-forward networks of {name} were converted by mpoe-convert into mixtures of "
         f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {what}. Expert 0 is the "
-        f"dense FFN, the others are {noise}. The router is untrained: this is a starting point for "
-        "fine-tuning, not a better model than its base."
+        f"dense FFN, the others are {noise}. {UNTRAINED}"
     )
 
 

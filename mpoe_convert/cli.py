@@ -556,6 +556,27 @@ def inspect(artifact, as_json, quiet, verbose) -> None:
 
 @main.command(cls=GroupedCommand)
 @click.argument("artifact", type=click.Path())
+@add(*COMMON_OPTIONS)
+def report(artifact, as_json, quiet, verbose) -> None:
+    """Draw an artifact's errors, sizes, losses and expert load into it.
+
+    PNG and SVG in its folder pictures/, shown by its model card. Losses and load are there after finetune.
+    """
+    from . import render
+
+    with told_in_one_line(verbose, quiet):
+        need("report", "matplotlib", extra="report")
+        from .pictures import draw_pictures
+
+        written = draw_pictures(artifact)
+    if as_json:
+        echo_json({"folder": artifact, "pictures": written})
+    elif not quiet:
+        render.print_pictures(artifact, written, render.console())
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("artifact", type=click.Path())
 @add(
     option(
         "--against",
@@ -711,12 +732,12 @@ def assignment(text: str) -> tuple[str, object]:
     return name, yaml.safe_load(value)
 
 
-def need(command: str, *libraries: str) -> None:
+def need(command: str, *libraries: str, extra: str = "train") -> None:
     """Say which libraries of an extra are missing."""
     missing = [name for name in libraries if find_spec(name) is None]
     if missing:
         raise MachineError(
-            f"{command} needs {' and '.join(missing)}: install them with pip install 'mpoe-convert[train]'"
+            f"{command} needs {' and '.join(missing)}: install them with pip install 'mpoe-convert[{extra}]'"
         )
 
 

@@ -16,8 +16,8 @@ from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from . import corpus
-from .artifact import MODELING_FILE, is_artifact, write_json
+from . import card, corpus
+from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, write_json
 from .errors import OutputError, TrainingError
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
@@ -34,7 +34,6 @@ from .training import (
 if TYPE_CHECKING:
     from torch import nn
 
-TRAINING_REPORT_FILE = "training_report.json"
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
@@ -53,10 +52,14 @@ class CentreMask(TrainerCallback):
 
 
 class RouterLog(TrainerCallback):
-    """Watches the routers in the steps that are logged: `latest` holds numbers for the log."""
+    """Watches the routers in the steps that are logged.
+
+    `latest` holds numbers for the log, `loads` the experts' shares of the choices by mixture.
+    """
 
     def __init__(self):
         self.latest: dict[str, float] = {}
+        self.loads: dict[str, list[float]] = {}
         self._watching = ExitStack()
         self._stats: dict = {}
 
@@ -68,9 +71,10 @@ class RouterLog(TrainerCallback):
         if not self._stats:
             return
         self._watching.close()
-        self.latest = {}
+        self.latest, self.loads = {}, {}
         for path, stats in self._stats.items():
             load = stats.load
+            self.loads[path] = [round(share, 4) for share in load.tolist()]
             entropy = torch.special.entr(load).sum() / math.log(len(load))
             self.latest[f"load_entropy/{path}"] = round(float(entropy), 4)
             self.latest[f"load_max/{path}"] = round(float(load.max()), 4)
@@ -170,6 +174,8 @@ class MpoeTrainer(Trainer):
         if self.router_log is not None and "loss" in logs:
             logs |= self.router_log.latest
         super().log(logs, start_time)
+        if self.router_log is not None and "loss" in logs:  # lists are not for trackers
+            self.state.log_history[-1]["expert_load"] = self.router_log.loads
 
 
 def _hidden_difference(outputs, taught) -> torch.Tensor:
@@ -409,6 +415,7 @@ def _finish(run: Finetuning, output: Path, report: dict) -> None:
             if path.is_file() and path.name not in written and not _is_weights(path):
                 shutil.copyfile(path, output / path.name)
         shutil.copyfile(source / MODELING_FILE, output / MODELING_FILE)
+        card.describe_training(output / CARD_FILE, report)
     write_json(output / TRAINING_REPORT_FILE, report)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)

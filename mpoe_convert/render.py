@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -382,6 +382,14 @@ def print_summary(summary: Summary, out: Console) -> None:
         f"noise {recipe['noise']:g}, seed {recipe['seed']}."
     )
     _print_warnings(summary.report["warnings"], out)
+
+
+def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:
+    for name, paths in written.items():
+        out.print(f"{name}: {', '.join(escape(f'{folder}/{path}') for path in paths)}", soft_wrap=True)
+    out.print("The model card, README.md, shows them.")
+    if "losses" not in written:
+        out.print("Losses and expert load come with `mpoe-convert finetune`.")
 
 
 def _forms_table(block: dict) -> Table:

@@ -23,6 +23,7 @@ ORDER = [
         "conversion",
         "building",
         "verification",
+        "pictures",
         "summary",
         "card",
         "report",
