@@ -3,7 +3,7 @@
     python examples/compare_experts.py text --out results          # language modelling; hours on two cores
     python examples/compare_experts.py phonemes --out results      # spelling to phonemes, words exactly right
     python examples/compare_experts.py source --out results        # which source a line of text comes from
-    python examples/compare_experts.py text --out results --only "dense;one-sided" --seeds 1
+    python examples/compare_experts.py text --out results --only "dense;one-sided*" --seeds 1
 
 Every contender is tried at every learning rate with the first seed; the rate that does best on one half of
 the held-out data is used with the other seeds, and the other half makes the table. Every run leaves one JSON
@@ -26,6 +26,7 @@ import random
 import statistics
 import sysconfig
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -301,8 +302,15 @@ class Runs:
         rate, factor = self.best(name)
         results = [self.get(name, rate, factor, seed) for seed in range(self.options.seeds)]
         scores = [mean(result["report"]) for result in results]
-        row = {"name": name, "rate": rate, "factor": factor, "seeds": len(scores), "score": mean(scores)}
-        row["spread"] = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+        row = {
+            "scores": scores,
+            "name": name,
+            "rate": rate,
+            "factor": factor,
+            "seeds": len(scores),
+            "score": mean(scores),
+        }
+        row["spread"] = spread(scores)
         parts = results[0]["report"]
         row["parts"] = {part: mean(result["report"][part] for result in results) for part in parts}
         for key in ("seconds_per_step", "load_entropy", "lowest_load_entropy", "similarity"):
@@ -315,6 +323,11 @@ def mean(values) -> float:
     return statistics.mean(values.values() if isinstance(values, dict) else values)
 
 
+def spread(values: list[float]) -> float:
+    """Standard deviation over seeds."""
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Table and picture
 
@@ -322,12 +335,17 @@ def mean(values) -> float:
 def table(rows: list[dict], task) -> str:
     parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
     names = [f"perplexity, {part}" for part in parts]
-    head = ["contender", "rate", "x", task.unit, "spread", *names, "stored", "active", "s / step"]
+    head = ["contender", "rate", "x", task.unit, "spread", "less dense", "spread", *names]
+    head += ["stored", "active", "s / step"]
     head += ["load entropy", "lowest", "similarity"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
         cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
         cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
+        # Seeds order the data: the same seed's difference says more than the difference of the means.
+        gains = [ours - theirs for ours, theirs in zip(row["scores"], dense or (), strict=False)]
+        cells += [f"{mean(gains):+.4f}", f"{spread(gains):.4f}"] if gains else ["", ""]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
         keys = ("load_entropy", "lowest_load_entropy", "similarity")
@@ -358,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("compare-experts"))
-    parser.add_argument("--only", help="contenders, by the beginning of their names; separated by semicolons")
+    parser.add_argument("--only", help="contenders, as patterns of names, separated by semicolons")
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
@@ -368,8 +386,8 @@ def main() -> None:
     disable_progress_bars()
     task = TASKS[options.task]()
     runs = Runs(task, options)
-    wanted = tuple(options.only.split(";")) if options.only else ("",)
-    names = [name for name in runs.contenders if name.startswith(wanted)]
+    patterns = options.only.split(";") if options.only else ["*"]
+    names = [name for name in runs.contenders if any(fnmatch(name, pattern) for pattern in patterns)]
     with tempfile.TemporaryDirectory() as data:
         task.write(Path(data))
         rows = [runs.row(name) for name in names]

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from . import card, corpus
 from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, write_json
 from .errors import OutputError, TrainingError
+from .hub import download_papers
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
@@ -409,6 +410,8 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
 def _finish(run: Finetuning, output: Path, report: dict) -> None:
     """What belongs to an artifact but its weights, the report, and no more checkpoints."""
     source = Path(run.model)
+    if not source.is_dir():
+        source = download_papers(run.model)
     if is_artifact(source):
         written = {path.name for path in output.iterdir()}
         for path in source.iterdir():

@@ -86,6 +86,12 @@ def download(
     return folder, commit
 
 
+def download_papers(model_id: str) -> Path:
+    """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
+    papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
+    return _snapshot(model_id, None, None, papers, ["*/*", "*.safetensors.index.json"])[0]
+
+
 def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:
     # The commit is known now: the listing is cached, so each further snapshot costs no request of
     # its own, and the branch cannot move between the files.

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from loopback_hub import LoopbackHub, environment
 from safetensors.torch import load_file
 from test_ecosystem import token_ids
 
 from mpoe_convert import Finetuning, finetune, verify
+from mpoe_convert.artifact import is_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, OutputError, RunError, TrainingError
 from mpoe_convert.training import role_of
@@ -313,3 +315,22 @@ def test_an_output_that_holds_something_is_left_alone(artifact, text, tmp_path):
         finetune(Finetuning(str(out), text, **QUICK), out)
     with pytest.raises(OutputError, match="no checkpoint to resume"):
         finetune(Finetuning(str(out), text, **QUICK), tmp_path / "new", resume=True)
+
+
+def test_from_an_artifact_on_the_hub(artifact, text, tmp_path):
+    _, out = artifact("gpt2")
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    with LoopbackHub() as hub:
+        hub.add("me/moe", files)
+        variables = environment(tmp_path / "home", hub.endpoint, HF_HUB_OFFLINE="0")
+        variables["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+        options = ["--length", "16", "--steps", "1", "--batch-size", "2", "-q"]
+        command = [sys.executable, "-m", "mpoe_convert", "finetune", "me/moe", "--data", text, *options]
+        done = subprocess.run(
+            [*command, "-o", "tuned"], capture_output=True, text=True, env=variables, cwd=tmp_path
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert is_artifact(tmp_path / "tuned") and set(files) <= {p.name for p in (tmp_path / "tuned").iterdir()}
+    assert sum(request.path.endswith("model.safetensors") for request in hub.requests) == 2  # HEAD, GET
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "## Training" in card and "## Reconstruction error" in card

@@ -53,7 +53,9 @@ def test_after_conversion(kind, tiny_gpt2, tmp_path):
     files = {path: (out / path).read_bytes() for path in file_names(out)}
     draw_pictures(out)
     assert {path: (out / path).read_bytes() for path in file_names(out)} == files
-    convert(Recipe(str(tiny_gpt2), kind=kind, experts=2, bond_dim=4), out, overwrite=True)  # they are the artifact's own
+    convert(
+        Recipe(str(tiny_gpt2), kind=kind, experts=2, bond_dim=4), out, overwrite=True
+    )  # they are the artifact's own
     assert not (out / "pictures").exists()
 
 
