@@ -186,6 +186,8 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "one-sided 64, mask 0.5": ({"bond_dim": 64}, {"skip_centre": 0.5}),
         "one-sided 64, mask 0.75": ({"bond_dim": 64}, {"skip_centre": 0.75}),
         "one-sided 64, frozen centre": ({"bond_dim": 64}, {"freeze": ("centre",)}),
+        "one-sided 64, own biases": ({"bond_dim": 64, "bias": "per-expert"}, {}),
+        "one-sided 64, centre x 0.3": ({"bond_dim": 64}, {"central_lr": 0.3}),
         "one-sided 64, noise 0.05": ({"bond_dim": 64, "noise": 0.05}, {}),
         "one-sided 64, balance 0.03": ({"bond_dim": 64}, {"options": {"router_aux_loss_coef": 0.03}}),
         **{f"one-sided 64, {n} experts": ({"bond_dim": 64, "experts": n}, {}) for n in (2, 4, 16)},
