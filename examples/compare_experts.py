@@ -2,6 +2,7 @@
 
     python examples/compare_experts.py text --out results          # language modelling; hours on two cores
     python examples/compare_experts.py phonemes --out results      # spelling to phonemes, words exactly right
+    python examples/compare_experts.py phonemes-bart --out results # the same by a BART
     python examples/compare_experts.py source --out results        # which source a line of text comes from
     python examples/compare_experts.py text --out results --only "dense;one-sided*" --seeds 1
 
@@ -23,6 +24,7 @@ import math
 import os
 import pydoc_data.topics
 import random
+import shutil
 import statistics
 import sysconfig
 import tempfile
@@ -31,7 +33,12 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, router_stats
 from mpoe_convert.loading import AUTO_CLASSES
@@ -65,6 +72,7 @@ class Text:
     """Language modelling on several domains; held-out loss in nats per token."""
 
     unit = "loss, nats per token"
+    rates = (1e-3, 2e-3)
     model = DATA / "checkpoints/gpt2-mix-2m" if DATA else HERE / "tiny-gpt2"
     options = {"length": 128, "batch_size": 4}
 
@@ -102,6 +110,7 @@ class Phonemes:
     """A T5 that spells English words in phonemes; words not exactly right, in per cent."""
 
     unit = "words wrong, %"
+    rates = (3e-4, 1e-3)
     model = DATA and DATA / "checkpoints/t5-g2p-en-us"
     options = {"length": 32, "batch_size": 64, "task": "seq2seq"}
 
@@ -126,10 +135,51 @@ class Phonemes:
         return [dict(made) | {"labels": made["labels"].masked_fill(made["labels"] == 0, -100)}]
 
 
+class BartPhonemes(Phonemes):
+    """A BART that does the same. Letters and phonemes share its ids, so phonemes are written as letters."""
+
+    model = DATA and DATA / "checkpoints/bart-misaki-g2p-us"
+
+    def write(self, folder: Path) -> None:
+        if DATA is None:
+            raise SystemExit("phonemes-bart needs MPOE_TEST_DATA")
+        vocabulary = json.loads((self.model / "g2p_vocab.json").read_text(encoding="utf-8"))
+        letters, phonemes = vocabulary["grapheme_chars"], vocabulary["phoneme_chars"]
+        self.model = shutil.copytree(self.model, folder / self.model.name)
+        ids = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+        ids |= {letter: number for number, letter in enumerate(letters) if number > 3}
+        tokenizer = Tokenizer(WordLevel(ids, "<unk>"))
+        tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+        tokenizer.post_processor = TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])
+        tokenizer.decoder = Fuse()
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(self.model)
+        text = DATA / "text/g2p"
+        held = set((text / "us_silver_idx10.tsv").read_text(encoding="utf-8").splitlines())
+        rows = set((text / "us_silver.tsv").read_text(encoding="utf-8").splitlines())
+        rows |= set((text / "us_gold.tsv").read_text(encoding="utf-8").splitlines())
+        parts = {"train": sorted(rows - held), "held": sorted(held)}
+        for name in parts:
+            random.Random(0).shuffle(parts[name])
+        parts["choose"], parts["report"] = parts["held"][:1000], parts["held"][1000:4000]
+        self.paths = {}
+        for part in ("train", "choose", "report"):
+            pairs = [row.split("\t") for row in parts[part]]
+            lines = [
+                f"{word}\t{''.join(letters[phonemes.index(c)] for c in spoken)}"
+                for word, spoken in pairs
+                if set(spoken) <= set(phonemes) and set(word) <= set(letters[4:])
+            ]
+            self.paths[part] = [str(folder / f"{part}.tsv")]
+            text = "\n".join(["text\ttarget", *lines])
+            Path(self.paths[part][0]).write_text(text + "\n", encoding="utf-8")
+
+
 class Source:
     """Which source a line of text comes from; wrong ones in per cent."""
 
     unit = "lines wrong, %"
+    rates = (3e-4, 1e-3)
     model = Text.model
     options = {"length": 32, "batch_size": 16, "task": "classification"}
 
@@ -162,16 +212,16 @@ class Source:
         return [dict(tokenizer(lines, padding=True, truncation=True, max_length=32, return_tensors="pt"))]
 
 
-TASKS = {"text": Text, "phonemes": Phonemes, "source": Source}
+TASKS = {"text": Text, "phonemes": Phonemes, "phonemes-bart": BartPhonemes, "source": Source}
 
 
 # ---------------------------------------------------------------------------------------------------
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
-# Learning rates, and factors on them for what experts own around a shared centre. None: the factor that the
+# Factors on the learning rate for what experts own around a shared centre. None: the factor that the
 # contender named by LIKE chose.
-RATES, FACTORS = (1e-3, 2e-3), (1.0, 3.0)
+FACTORS = (1.0, 3.0)
 LIKE = "one-sided 64"
 
 
@@ -179,7 +229,8 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     """Name -> (recipe, None for the dense model itself; options of the fine-tuning; auxiliary factors)."""
     config = AutoConfig.from_pretrained(task.model)
     hidden = config.hidden_size
-    inner = getattr(config, "d_ff", None) or getattr(config, "n_inner", None) or 4 * hidden
+    sizes = (getattr(config, name, None) for name in ("d_ff", "encoder_ffn_dim", "n_inner"))
+    inner = next((size for size in sizes if size), 4 * hidden)
     own = 2 * 2 * 64**2  # numbers of an expert in both matrices at bond 64
     rank, width = own // (2 * (hidden + inner)), own // (2 * hidden)
     like = {
@@ -214,6 +265,7 @@ class Runs:
 
     def __init__(self, task, options):
         self.task, self.options = task, options
+        self.rates = options.rates or task.rates
         self.folder = options.out / options.task / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.contenders = contenders(task)
@@ -265,7 +317,8 @@ class Runs:
         model = auto.from_pretrained(folder, trust_remote_code=True).eval()
         block = getattr(model.config, "mpoe", None)
         if block is None:
-            ffn = [p for n, p in model.named_parameters() if ".mlp." in n or "DenseReluDense" in n]
+            places = (".mlp.", ".DenseReluDense.", ".fc1.", ".fc2.")
+            ffn = [p for n, p in model.named_parameters() if any(place in n for place in places)]
             size = sum(p.numel() for p in ffn)
             return {"stored": size, "active": size}
         numbers = [
@@ -296,7 +349,7 @@ class Runs:
         factors = self.contenders[name][2]
         if factors == (None,):
             factors = (self.best(LIKE)[1],)
-        pairs = [(rate, factor) for factor in factors for rate in self.options.rates]
+        pairs = [(rate, factor) for factor in factors for rate in self.rates]
         return min(pairs, key=lambda pair: mean(self.get(name, *pair, 0)["choose"]))
 
     def row(self, name: str) -> dict:
@@ -379,7 +432,7 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("compare-experts"))
     parser.add_argument("--only", help="contenders, as patterns of names, separated by semicolons")
-    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=RATES)
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
