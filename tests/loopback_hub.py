@@ -1,8 +1,9 @@
 """A Hub on 127.0.0.1 for tests: real `huggingface_hub` talks to it, nothing is mocked.
 
-What downloads need (model info, tree listing, file resolution with ranges, and the refusals) and what
-uploads need (creation, preupload, LFS objects, commits on main). It remembers every request with the bytes
-it sent, so that a test can say what was *not* fetched.
+What downloads need (information, tree listing, file resolution with ranges, and the refusals) and what
+uploads need (creation, preupload, LFS objects, commits on main), of models and, under
+"datasets/owner/name", of datasets. It remembers every request with the bytes it sent, so that a test can say
+what was *not* fetched.
 Start it in the test process and run the client in a subprocess with `environment(...)`:
 `huggingface_hub` reads its constants at import.
 """
@@ -146,6 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"files": [_upload_mode(file) for file in json.loads(body)["files"]]})
         if path.endswith("/info/lfs/objects/batch"):
             return self._json({"objects": [self._lfs_object(obj) for obj in json.loads(body)["objects"]]})
+        asked = re.fullmatch(r"/api/(?:models/)?(?P<id>.+)/paths-info/(?P<rev>[^/]+)", path)
+        if asked and asked["id"] in self.hub.repos:
+            repo = self.hub.repos[asked["id"]]
+            files = repo.files(repo.commit(asked["rev"]))
+            wanted = json.loads(body)["paths"]
+            return self._json(_listing({name: data for name, data in files.items() if name in wanted}))
         commit = re.fullmatch(r"/api/models/(?P<id>.+)/commit/main", path)
         if commit is None or commit["id"] not in self.hub.repos:
             return self._refuse(404, "RepoNotFound", "Repository not found")
@@ -180,10 +187,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         quoted = urlsplit(self.path).path  # a slash in a revision is quoted, one in a path is not
         api = re.fullmatch(
-            r"/api/models/(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<under>/.+)?)?", quoted
+            r"/api/(?:models/)?(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<under>/.+)?)?", quoted
         )
-        file = re.fullmatch(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)", quoted)
-        found = api or file
+        file = re.fullmatch(
+            r"/(?P<id>(?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)", quoted
+        )
+        found = file or api
         repo = self.hub.repos.get(found["id"]) if found else None
         if repo is None:
             return self._refuse(404, "RepoNotFound", "Repository not found")

@@ -1,8 +1,11 @@
 """Data as they are read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from loopback_hub import LoopbackHub, environment
 
 from mpoe_convert import corpus
 from mpoe_convert.corpus import Columns
@@ -26,3 +29,32 @@ def test_what_is_missing_is_told(tmp_path):
     path.write_text("\n".join(json.dumps({"text": word}) for word in ["a", None, "b", None]))
     with pytest.raises(DataError, match=r"rows.jsonl has 2 rows without text"):
         corpus.read([str(path)], Columns(), "causal")
+
+
+CLIENT = """
+import sys
+from mpoe_convert import corpus, errors
+for task, name, split in [("causal", "me/texts", "train"), ("causal", "me/texts", "validation"),
+                          ("causal", "me/texts", "dev"), ("causal", "me/absent", "train")]:
+    try:
+        print(corpus.read([name], corpus.Columns(), task, split)["text"][:])
+    except errors.DataError as error:
+        print("DataError:", error)
+"""
+
+
+def test_a_dataset_on_the_hub(tmp_path):
+    files = {
+        f"{split}.jsonl": json.dumps({"text": f"{split} text", "more": 1}).encode()
+        for split in ("train", "validation")
+    }
+    with LoopbackHub() as hub:
+        hub.add("datasets/me/texts", {"README.md": b"# Texts\n"} | files)
+        variables = environment(tmp_path, hub.endpoint, HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
+        command = [sys.executable, "-c", CLIENT]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["['train text']", "['validation text']"], done.stderr[-3000:]
+    assert lines[2].startswith("DataError: me/texts cannot be read: Unknown split") and "dev" in lines[2]
+    assert lines[3].startswith("DataError: me/absent is neither a file nor a dataset that can be reached")
+    assert hub.fetched("train.jsonl")
