@@ -6,9 +6,10 @@
     python examples/compare_experts.py source --out results        # which source a line of text comes from
     python examples/compare_experts.py text --out results --only "dense;one-sided*" --seeds 1
 
-Every contender is tried at every learning rate with the first seed; the rate that does best on one half of
-the held-out data is used with the other seeds, and the other half makes the table. Every run leaves one JSON
-file in OUT/TASK/runs and is not repeated: interrupt it and start it again.
+Every kind of expert is tried at every learning rate with the first seed; the rate that does best on one half
+of the held-out data is used with the other seeds, and the other half makes the table. Variations on one-sided
+MPO experts take the rate that those chose. Every run leaves one JSON file in OUT/TASK/runs and is not
+repeated: interrupt it and start it again.
 
 Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m and t5-g2p-en-us; words with
 phonemes, outputs of another model, three sources of English), with Python's own sources and language topics
@@ -219,8 +220,8 @@ TASKS = {"text": Text, "phonemes": Phonemes, "phonemes-bart": BartPhonemes, "sou
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
-# Factors on the learning rate for what experts own around a shared centre. None: the factor that the
-# contender named by LIKE chose.
+# Factors on the learning rate for what experts own around a shared centre. None: variations on the contender
+# named by LIKE, which are run at the rate and the factor that it chose.
 FACTORS = (1.0, 3.0)
 LIKE = "one-sided 64"
 
@@ -239,11 +240,14 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "one-sided 64, frozen centre": ({"bond_dim": 64}, {"freeze": ("centre",)}),
         "one-sided 64, own biases": ({"bond_dim": 64, "bias": "per-expert"}, {}),
         "one-sided 64, centre x 0.3": ({"bond_dim": 64}, {"central_lr": 0.3}),
+        "one-sided 64, centre x 2": ({"bond_dim": 64}, {"central_lr": 2.0}),
         "one-sided 64, noise 0.05": ({"bond_dim": 64, "noise": 0.05}, {}),
         "one-sided 64, balance 0.03": ({"bond_dim": 64}, {"options": {"router_aux_loss_coef": 0.03}}),
         **{f"one-sided 64, {n} experts": ({"bond_dim": 64, "experts": n}, {}) for n in (2, 4, 16)},
         "one-sided 32": ({"bond_dim": 32}, {}),
         "one-sided 96": ({"bond_dim": 96}, {}),
+        "one-sided 64, identity gauge": ({"bond_dim": 64, "gauge": "identity"}, {}),
+        "two-sided 64": ({"layout": "two-sided", "bond_dim": 64}, {}),
         "two-sided 32": ({"layout": "two-sided", "bond_dim": 32}, {}),
         "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
         "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
@@ -252,12 +256,10 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         LIKE: ({"bond_dim": 64}, {}),
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
-        "two-sided 64": ({"layout": "two-sided", "bond_dim": 64}, {}),
-        "one-sided 64, identity gauge": ({"bond_dim": 64, "gauge": "identity"}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
     found |= {name: (*each, FACTORS) for name, each in free.items()}
-    return found | {name: (*each, (None,)) for name, each in like.items()}
+    return found | {name: (*each, None) for name, each in like.items()}
 
 
 class Runs:
@@ -347,8 +349,8 @@ class Runs:
     def best(self, name: str) -> tuple[float, float]:
         """Rate and factor at which the first seed does best on the half to choose by."""
         factors = self.contenders[name][2]
-        if factors == (None,):
-            factors = (self.best(LIKE)[1],)
+        if factors is None:
+            return self.best(LIKE)
         pairs = [(rate, factor) for factor in factors for rate in self.rates]
         return min(pairs, key=lambda pair: mean(self.get(name, *pair, 0)["choose"]))
 
