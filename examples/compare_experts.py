@@ -8,7 +8,8 @@
 
 Every kind of expert is tried at every learning rate with the first seed; the rate that does best on one half
 of the held-out data is used with the other seeds, and the other half makes the table. Variations on one-sided
-MPO experts take the rate that those chose. Every run leaves one JSON file in OUT/TASK/runs and is not
+MPO experts take the rate that those chose; the table says how many pairs of rate and factor on what experts
+own were tried. Every run leaves one JSON file in OUT/TASK/runs and is not
 repeated: interrupt it and start it again.
 
 Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m and t5-g2p-en-us; words with
@@ -116,8 +117,6 @@ class Phonemes:
     options = {"length": 32, "batch_size": 64, "task": "seq2seq"}
 
     def write(self, folder: Path) -> None:
-        if DATA is None:
-            raise SystemExit("phonemes needs MPOE_TEST_DATA")
         self.paths = {}
         for part, name in (("train", "train"), ("choose", "val"), ("report", "test")):
             rows = (DATA / f"text/g2p/t5_{name}.tsv").read_text(encoding="utf-8").splitlines()
@@ -142,8 +141,6 @@ class BartPhonemes(Phonemes):
     model = DATA and DATA / "checkpoints/bart-misaki-g2p-us"
 
     def write(self, folder: Path) -> None:
-        if DATA is None:
-            raise SystemExit("phonemes-bart needs MPOE_TEST_DATA")
         vocabulary = json.loads((self.model / "g2p_vocab.json").read_text(encoding="utf-8"))
         letters, phonemes = vocabulary["grapheme_chars"], vocabulary["phoneme_chars"]
         self.model = shutil.copytree(self.model, folder / self.model.name)
@@ -366,6 +363,7 @@ class Runs:
             "factor": factor,
             "seeds": len(scores),
             "score": mean(scores),
+            "tried": len(self.contenders[name][2] or ()) * len(self.rates),
         }
         row["spread"] = spread(scores)
         parts = results[0]["report"]
@@ -392,13 +390,13 @@ def spread(values: list[float]) -> float:
 def table(rows: list[dict], task) -> str:
     parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
     names = [f"perplexity, {part}" for part in parts]
-    head = ["contender", "rate", "x", task.unit, "spread", "less dense", "spread", *names]
+    head = ["contender", "rate", "x", "tried", task.unit, "spread", "less dense", "spread", *names]
     head += ["stored", "active", "s / step"]
     head += ["load entropy", "lowest", "similarity"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
-        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
+        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}", str(row["tried"] or "")]
         cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
         # Seeds order the data: the same seed's difference says more than the difference of the means.
         gains = [ours - theirs for ours, theirs in zip(row["scores"], dense or (), strict=False)]
@@ -442,6 +440,8 @@ def main() -> None:
     logging.disable_progress_bar()
     disable_progress_bars()
     task = TASKS[options.task]()
+    if task.model is None:
+        raise SystemExit(f"{options.task} needs MPOE_TEST_DATA")
     runs = Runs(task, options)
     patterns = options.only.split(";") if options.only else ["*"]
     names = [name for name in runs.contenders if any(fnmatch(name, pattern) for pattern in patterns)]

@@ -63,9 +63,13 @@ def file_names(folder: Path) -> list[str]:
 
 
 def register_files(folder: Path, names: Iterable[str]) -> None:
-    """Count files that were added to an artifact among its own, so that it can be replaced as a whole."""
+    """Count files that were added to an artifact among its own, so that it can be replaced as a whole.
+
+    Files that are gone do not count any more.
+    """
     report = read_artifact(folder)[1]
-    report["files"] = sorted({*report.get("files", ()), *names})
+    names = {*report.get("files", ()), *names}
+    report["files"] = sorted(name for name in names if (folder / name).is_file())
     write_json(folder / REPORT_FILE, report)
 
 

@@ -68,23 +68,30 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
 
 def set_section(path: Path, title: str, text: str) -> None:
     """Put a section of that title into a card, before the citation; one that is there already is replaced."""
+    remove_section(path, title)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    start = next((i for i, line in enumerate(lines) if line == f"## {title}"), None)
-    if start is not None:
-        rest = (i for i, line in enumerate(lines) if i > start and line.startswith("## "))
-        del lines[start : next(rest, len(lines))]
     place = next((i for i, line in enumerate(lines) if line == "## Citation"), len(lines))
     lines[place:place] = [f"## {title}", "", *text.splitlines(), ""]
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def remove_section(path: Path, title: str) -> None:
+    """Take a section out of a card, if both are there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if f"## {title}" in lines:
+        start = lines.index(f"## {title}")
+        end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("## ")), len(lines))
+        path.write_text("\n".join(lines[:start] + lines[end:]).rstrip() + "\n", encoding="utf-8")
+
+
 def describe_training(path: Path, report: dict) -> None:
     """Say in a card how its model was trained, from a training report."""
     run, log = report["run"], report["log"]
+    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # which are those since
     losses = [entry["loss"] for entry in log if "loss" in entry]
     lines = [
         f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
-        f"steps in {report['seconds']:,.0f} s, {run['batch_size'] * run['accumulate']} examples per device "
+        f"steps{time}, {run['batch_size'] * run['accumulate']} examples per device "
         f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
     ]
     if run["teacher"]:
@@ -110,13 +117,18 @@ def _name(report: Report, checkpoint: Checkpoint) -> str:
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
-    what = experts.load(recipe.kind).ABOUT
-    noise = f"perturbed by a relative {recipe.noise:g}" if recipe.noise else "exact copies"
+    kind = experts.load(recipe.kind)
+    if kind.STARTS_EQUAL:
+        start = "Every expert starts as the dense FFN."
+    elif recipe.noise:
+        start = f"Expert 0 is the dense FFN, the others are perturbed by a relative {recipe.noise:g}."
+    else:
+        start = "Expert 0 is the dense FFN, the others are exact copies."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
         f"{len(plan.ffns)} feed-forward networks of {name} were converted by mpoe-convert into mixtures of "
-        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {what}. Expert 0 is the "
-        f"dense FFN, the others are {noise}. {UNTRAINED}"
+        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {kind.ABOUT}. {start} "
+        f"{UNTRAINED}"
     )
 
 

@@ -148,7 +148,7 @@ RECIPE_OPTIONS = (
         "--noise",
         heading="Experts",
         type=float,
-        help="Perturbation of experts 1.. relative to each core's scale; 0: exact clones.",
+        help="Perturbation of experts 1.. relative to each core's scale; 0: exact clones. Of --kind mpo and dense.",
     ),
     option(
         "--bias",

@@ -64,6 +64,8 @@ def read(sources: Sequence[str], columns: Columns, task: str, split: str = "trai
         for name in needed:
             if missing := part.data.column(name).null_count:
                 raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
+            if name in (columns.label, columns.routed_by) and "" in part.unique(name):
+                raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
 
 
@@ -125,8 +127,11 @@ def language_blocks(
     Where the tokenizer has an end-of-text token, it stands between texts. A block holds texts of one task.
 
     Raises:
-        DataError: the texts are shorter than a block, or a task is not known.
+        DataError: the texts, or those of a task, are shorter than a block, or a task is not known.
     """
+    if tasks:  # else every task leaves something over of every batch
+        named = tasks.numbers(rows[tasks.column])
+        rows = rows.select(sorted(range(len(named)), key=named.__getitem__))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def blocks(batch: dict) -> dict:
@@ -146,6 +151,11 @@ def language_blocks(
     if not len(found):
         raise DataError(
             f"the texts give no whole block of {length} tokens; expected more text or a smaller length"
+        )
+    if tasks and (short := sorted(set(named) - set(found["task_ids"]))):
+        raise DataError(
+            f"the texts of {[tasks.names[number] for number in short]} give no whole block of {length} "
+            "tokens; expected more text or a smaller length"
         )
     return found
 

@@ -112,7 +112,10 @@ def evaluate(
     def batches_of(labels: tuple[str, ...]) -> list[tuple[str | None, list]]:
         made = []
         for routed, part in _by_route(rows, columns.routed_by):
-            examples = _EXAMPLES[task](part, loaded, columns, length, stride, labels, seed)[:limit]
+            try:
+                examples = _EXAMPLES[task](part, loaded, columns, length, stride, labels, seed)[:limit]
+            except DataError as error:
+                raise DataError(f"{routed}: {error}" if routed else str(error)) from None
             made += [(routed, examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
         if not made:
             raise DataError("the data hold no example to score; expected more text")
@@ -126,7 +129,7 @@ def evaluate(
         batches = batches_of(tuple(labels[number] for number in sorted(labels)))
         found = []
         for done, (routed, batch) in enumerate(batches, 1):
-            if routed is not None and hasattr(network, "route_by"):
+            if routed is not None and getattr(network.config, "router_tasks", None) is not None:
                 _route(network, routed)
             with torch.no_grad():
                 found += _SCORES[task](network, loaded, batch, length)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import card, corpus
-from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, write_json
+from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, register_files, write_json
 from .errors import OutputError, TrainingError
 from .hub import download_papers
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
@@ -175,7 +175,7 @@ class MpoeTrainer(Trainer):
         if self.router_log is not None and "loss" in logs:
             logs |= self.router_log.latest
         super().log(logs, start_time)
-        if self.router_log is not None and "loss" in logs:  # lists are not for trackers
+        if self.router_log is not None and "loss" in logs and self.router_log.loads:  # no tracker takes lists
             self.state.log_history[-1]["expert_load"] = self.router_log.loads
 
 
@@ -222,6 +222,8 @@ def finetune(
     tokenizer = load_tokenizer(run.tokenizer or run.model)
     with state.main_process_first():  # the others find what it has mapped in the cache
         train, evaluation, labels, tasks = _examples(run, task, tokenizer)
+        papers = _papers(run)
+    set_seed(run.seed)  # of what the checkpoint does not have: a new head, embeddings of tasks
     model = _load(run, task, auto_class, labels, tasks)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     config_dtype = model.config.dtype
@@ -252,6 +254,7 @@ def finetune(
         "task": task,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - start, 1),
+        "resumed": checkpoint is not None,
         "evaluation": trainer.evaluate() if evaluation is not None else None,
         "log": log,
     }
@@ -261,7 +264,7 @@ def finetune(
         trainer.model.config.dtype = config_dtype
     trainer.save_model(str(output))
     if state.is_main_process:
-        _finish(run, output, report)
+        _finish(papers, output, report)
     state.wait_for_everyone()
     return report
 
@@ -302,7 +305,7 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
     train = corpus.read(run.data, run.columns, task, run.split)
     evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
     labels = _labels(run, train) if task == "classification" else None
-    tasks = _tasks(run, train) if run.routed_by else None
+    tasks = _tasks(run, train)
     limit = max_length(run.model)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
@@ -330,15 +333,24 @@ def _labels(run: Finetuning, rows) -> list[str]:
     return names if set(found) <= set(names) else found
 
 
-def _tasks(run: Finetuning, rows) -> corpus.Tasks:
-    """The tasks: the model's own if its routers know all that the rows name, else those of the rows."""
+def _tasks(run: Finetuning, rows) -> corpus.Tasks | None:
+    """The tasks that routers choose by: the model's own if it has some, else those that the rows name."""
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, run.model)
+    known = getattr(config, "router_tasks", None)
+    if run.routed_by is None:
+        if known is not None:
+            raise TrainingError(
+                f"the routers of {run.model} choose by task; expected --routed-by, the column"
+            )
+        return None
     if getattr(config, "mpoe", None) is None:
         raise TrainingError(f"{run.model} is not a converted model: it has no routers that choose by task")
-    found, known = corpus.task_names(rows, run.routed_by), config.router_tasks or []
-    return corpus.Tasks(run.routed_by, tuple(known if set(found) <= set(known) else found))
+    found = corpus.task_names(rows, run.routed_by)
+    if known and not set(found) <= set(known):
+        raise TrainingError(f"the rows name the tasks {found}, the routers of {run.model} know {known}")
+    return corpus.Tasks(run.routed_by, tuple(known or found))
 
 
 def _collator(task: str, tokenizer, model):
@@ -407,19 +419,30 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
 
 
-def _finish(run: Finetuning, output: Path, report: dict) -> None:
-    """What belongs to an artifact but its weights, the report, and no more checkpoints."""
+def _papers(run: Finetuning) -> Path | None:
+    """The folder with what belongs to an artifact beside its weights; None: the model is no artifact."""
+    from transformers import AutoConfig
+
     source = Path(run.model)
     if not source.is_dir():
+        if getattr(from_pretrained(AutoConfig, run.model), "mpoe", None) is None:
+            return None
         source = download_papers(run.model)
-    if is_artifact(source):
+    return source if is_artifact(source) else None
+
+
+def _finish(papers: Path | None, output: Path, report: dict) -> None:
+    """The report, what else belongs to an artifact, and no more checkpoints."""
+    write_json(output / TRAINING_REPORT_FILE, report)
+    if papers is not None:
         written = {path.name for path in output.iterdir()}
-        for path in source.iterdir():
+        for path in papers.iterdir():
             if path.is_file() and path.name not in written and not _is_weights(path):
                 shutil.copyfile(path, output / path.name)
-        shutil.copyfile(source / MODELING_FILE, output / MODELING_FILE)
+        shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
+        card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained
         card.describe_training(output / CARD_FILE, report)
-    write_json(output / TRAINING_REPORT_FILE, report)
+        register_files(output, ())
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report

@@ -563,7 +563,7 @@ class MPOERouter(nn.Module):
                 "the routers of this model choose by task: name one with model.route_by(...) or pass task_ids"
             )
         task = task.to(tokens.device)
-        rows = task.float() if task.is_floating_point() else self.tasks[task]
+        rows = (task if task.is_floating_point() else self.tasks[task]).float()
         if tokens.shape[0] % rows.shape[0]:
             raise ValueError(
                 f"{rows.shape[0]} tasks were given for {tokens.shape[0]} tokens; expected one, "
@@ -705,7 +705,9 @@ class RouterPass:
         """Which of the tokens of a mixture's next call count."""
         return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
 
-    def add(self, ffn: "MPOEFeedForward", routing: Routing, mask: Tensor | None) -> Tensor:
+    def add(
+        self, ffn: "MPOEFeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+    ) -> Tensor:
         """Take part in a call of a mixture; its combine weights."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
@@ -715,7 +717,7 @@ class RouterPass:
         weights, loss = self.join(routing, mask)
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
-            ffn.repeatable.append((self, mask))
+            ffn.repeatable.append((self, mask, task))
         return weights
 
     def join(self, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -798,6 +800,7 @@ class MPOEFeedForward(nn.Module):
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = _Repeatable(maxlen=_REPEATABLE)
         # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
+        self._adapters = () if self.adapter is None else (self.adapter,)
         self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
         first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
         once = self._chains if self.adapter is not None else first
@@ -818,7 +821,7 @@ class MPOEFeedForward(nn.Module):
 
     @property
     def _adapter_numbers(self) -> int:
-        return 0 if self.adapter is None else self.adapter.own_numbers
+        return sum(adapter.own_numbers for adapter in self._adapters)
 
     @property
     def own_numbers(self) -> int:
@@ -849,8 +852,7 @@ class MPOEFeedForward(nn.Module):
         """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
         hit = self.experts_hit(num_tokens)
         total = self.router.weight.nbytes
-        if self.adapter is not None:
-            total += hit * self._adapter_numbers * self.adapter.aux_0.itemsize
+        total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
         for chain in self._chains:
             stored = sum(
                 math.prod(shape) * (1 if shared else hit)
@@ -928,20 +930,18 @@ class MPOEFeedForward(nn.Module):
         running = self.router_pass
         if running is not None:
             mask = running.mask(self, len(tokens))
-            routing = self.router(tokens, self.balance_bias, mask, self._task(running))
-            return running.add(self, routing, mask), routing.experts
+            task = self.task if running.task is None else running.task
+            routing = self.router(tokens, self.balance_bias, mask, task)
+            return running.add(self, routing, mask, task), routing.experts
         if self.training and not torch.compiler.is_compiling():
             if not _in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
-                repeated, mask = self.repeatable.pop()  # the backward pass repeats the last call first
-                routing = self.router(tokens, self.balance_bias, mask, self._task(repeated))
+                repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
+                routing = self.router(tokens, self.balance_bias, mask, task)
                 return repeated.join(routing, mask)[0], routing.experts
         routing = self.router(tokens, self.balance_bias, task=self.task)
         return routing.weights, routing.experts
-
-    def _task(self, running: RouterPass) -> Tensor | None:
-        return self.task if running.task is None else running.task
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -1200,6 +1200,16 @@ def _first_output(outputs) -> tuple:
     return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
 
 
+def _check_tasks(task: Tensor | None, arguments: dict) -> None:
+    """Raises ValueError if there are tasks for another number of sequences than the pass has."""
+    inputs = (
+        arguments.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
+    )
+    batch = next((len(tensor) for tensor in inputs if tensor is not None), None)
+    if task is not None and batch is not None and batch % len(task):  # beams are sequences of one task
+        raise ValueError(f"{len(task)} tasks were given for {batch} sequences; expected one, or one each")
+
+
 def _recording(forward):
     """A stock forward whose outputs carry the router losses; the same signature, and `task_ids` behind it."""
     signature = inspect.signature(forward)
@@ -1316,19 +1326,21 @@ class MPOEMixin:
         """A forward pass whose outputs carry the router losses."""
         config, mixtures = self.config, self.mixtures()
         task = kwargs.pop("task_ids", None)
+        task = mixtures[0][1].task if task is None else self._task_numbers(task)
+        _check_tasks(task, arguments)
         learns = self.training and torch.is_grad_enabled()
         show = kwargs.pop("output_router_logits", config.output_router_logits)
         coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        needed = needed or task is not None
+        needed = needed or task is not None or (learns and config.router_tasks is not None)
         if not needed or any(ffn.router_pass is not None for _, ffn in mixtures):
             return forward(self, *args, **kwargs)
         if rate:
             self._follow_step()
         running = RouterPass(learns, *coefs, functools.partial(self._token_mask, arguments=arguments))
         running.share = self._share_of_step(arguments)
-        running.task = None if task is None else self._task_numbers(task)
+        running.task = task
         try:
             for _, ffn in mixtures:
                 ffn.router_pass = running
@@ -1477,7 +1489,7 @@ def _model_class(base: type, name: str) -> type:
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()
         if "wo" in kept:
-            body[attribute] = type(kept)([*kept, "down"])
+            body[attribute] = type(kept)([*kept, "down", "adapter"])
     cls = type(name, (MPOEMixin, base), body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)

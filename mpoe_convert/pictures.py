@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from . import card
 from .artifact import CARD_FILE, TRAINING_REPORT_FILE, read_artifact, register_files
 from .checkpoint import read_json_object
+from .errors import OutputError
 from .summary import inspect
 
 if TYPE_CHECKING:
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 FOLDER = "pictures"
 FORMATS = ("png", "svg")
 SMALLEST = 1e-9  # what an error of zero is drawn as
+# What all experts share, and what each has for itself, among the parts of a `Summary`.
+PARTS = (
+    (("central tensors", "shared"), ("biases", "shared")),
+    (("auxiliary tensors", "per expert"), ("biases", "per expert")),
+)
+ERRORS = (
+    "Error and clone drift per matrix when converted, relative to the dense weight (zero is drawn as 1e-9)"
+)
 MANY = 16  # layers; of more, the load of every second (third, ...) is drawn
 ROLE_MARKERS = {"gate": "^", "up": "o", "down": "s"}
 SHARED, OWN, ROUTERS, REFERENCE = "#20639b", "#f6a01a", "#8f2d56", "#9aa5b1"
@@ -33,7 +42,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
 
     Raises:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
-        OutputError: it cannot be written to.
+        OutputError: it cannot be written to, or has something else called pictures.
     """
     folder = Path(folder)
     _, report = read_artifact(folder)
@@ -41,14 +50,17 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
     if (folder / TRAINING_REPORT_FILE).is_file():
         training = read_json_object(folder / TRAINING_REPORT_FILE, "a training report", remedy="train again")
     written, texts = {}, []
-    for name, caption, figure in _figures(folder, report, training):
-        written[name] = tuple(f"{FOLDER}/{name}.{suffix}" for suffix in FORMATS)
+    try:
         (folder / FOLDER).mkdir(exist_ok=True)
-        for path in written[name]:
-            _save(figure, folder / path)
-        texts.append(f"![{caption}]({written[name][0]})\n\n*{caption}*")
-    card.set_section(folder / CARD_FILE, "Pictures", "\n\n".join(texts))
-    register_files(folder, [path for paths in written.values() for path in paths])
+        for name, caption, figure in _figures(folder, report, training):
+            written[name] = tuple(f"{FOLDER}/{name}.{suffix}" for suffix in FORMATS)
+            for path in written[name]:
+                _save(figure, folder / path)
+            texts.append(f"![{caption}]({written[name][0]})\n\n*{caption}*")
+        card.set_section(folder / CARD_FILE, "Pictures", "\n\n".join(texts))
+        register_files(folder, [path for paths in written.values() for path in paths])
+    except OSError as error:
+        raise OutputError(f"cannot write the pictures of {folder}: {error}") from error
     return written
 
 
@@ -62,7 +74,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tuple[str, str, Figure]]:
     """(name, caption, figure) of every picture that there is something to show in."""
-    yield "error", "Error and clone drift per matrix, relative to the dense weight", _errors(report)
+    yield "error", ERRORS, _errors(report)
     yield (
         "parameters",
         "FFN parameters, stored and used per token, against both references",
@@ -71,7 +83,7 @@ def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tupl
     log = training["log"] if training else []
     if any("loss" in entry or "eval_loss" in entry for entry in log):
         yield "losses", "Losses over the steps of training", _losses(log)
-    if any("expert_load" in entry for entry in log):
+    if sum("expert_load" in entry for entry in log) > 1:
         yield "load", "Load of the experts over the steps of training, per layer", _load(log)
 
 
@@ -110,13 +122,12 @@ def _errors(report: dict) -> Figure:
 
 def _sizes(folder: Path, report: dict) -> Figure:
     totals = report["totals"]["ffn"]
-    own = inspect(folder).parts["auxiliary tensors (per expert)"][1]
-    routers = inspect(folder).parts["routers"][1]
-    experts, top_k = report["recipe"]["experts"], report["recipe"]["top_k"]
-    used = own * top_k / experts
+    params = {part: numbers[1] for part, numbers in inspect(folder).parts.items()}
+    shared, own = (sum(params.get(f"{what} ({whose})", 0) for what, whose in parts) for parts in PARTS)
+    used = own * report["recipe"]["top_k"] / report["recipe"]["experts"]
     bars = [
-        ("this model, used per token", totals["active_params"] - used - routers, used, routers),
-        ("this model, stored", totals["stored_params"] - own - routers, own, routers),
+        ("this model, used per token", shared, used, params["routers"]),
+        ("this model, stored", shared, own, params["routers"]),
         ("plain MoE, used per token", totals["plain_moe_active_params"], 0, 0),
         ("plain MoE, stored", totals["plain_moe_params"], 0, 0),
         ("dense base", totals["dense_params"], 0, 0),

@@ -397,6 +397,9 @@ def _forms_table(block: dict) -> Table:
     for number, form in enumerate(block["forms"]):
         count = sum(index == number for index in block["ffns"].values())
         for role, spec in form.items():
+            if role == "adapter":
+                table.add_row(str(count), role, f"width {spec}", "–", "–", "–")
+                continue
             for term in spec["terms"]:
                 table.add_row(
                     str(count),

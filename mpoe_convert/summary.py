@@ -55,7 +55,7 @@ def inspect(folder: str | Path) -> Summary:
         tensors += read_header(path, path.name).values()
     parts: dict[str, tuple[int, int, int]] = {}
     for tensor in tensors:
-        part = part_of(tensor.name)
+        part = part_of(tensor.name, len(tensor.shape))
         count, params, size = parts.get(part, (0, 0, 0))
         parts[part] = (count + 1, params + prod(tensor.shape), size + tensor.num_bytes)
     return Summary(
@@ -67,8 +67,8 @@ def inspect(folder: str | Path) -> Summary:
     )
 
 
-def part_of(name: str) -> str:
-    """Which part of the artifact a tensor belongs to, by its name."""
+def part_of(name: str, num_dims: int) -> str:
+    """Which part of the artifact a tensor belongs to, by its name and whether it has an expert axis."""
     tail = name.rpartition(".")[2]
     if tail.startswith("central_"):
         return "central tensors (shared)"
@@ -77,5 +77,5 @@ def part_of(name: str) -> str:
     if ".router." in name:
         return "routers"
     if name.endswith((".up.bias", ".down.bias", ".gate.bias")):
-        return "expert biases"
+        return "biases (shared)" if num_dims == 1 else "biases (per expert)"
     return "copied from the base"

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from test_families import generative
 from tiny import make_inputs
 from torch.nn import functional as F
 
 from mpoe_convert import Recipe, convert
-from mpoe_convert.artifact import REPORT_FILE
+from mpoe_convert.artifact import CARD_FILE, REPORT_FILE
 from mpoe_convert.checkpoint import read_json_object
+from mpoe_convert.cli import main
 from mpoe_convert.errors import RecipeError
 from mpoe_convert.training import role_of
 
@@ -83,6 +85,34 @@ def test_training_separates_the_experts(converted):
     roles = {name: role_of(name) for name, _ in model.named_parameters() if ".mlp." in name}
     assert roles["model.layers.0.mlp.adapter.aux_0"] == "auxiliary"
     assert roles["model.layers.0.mlp.up.terms.0.central_0"] == "central"
+
+
+def test_it_is_inspected_and_described(converted):
+    _, out = converted("gpt2")
+    done = CliRunner().invoke(main, ["inspect", str(out)])
+    assert done.exit_code == 0 and "width 3" in done.output
+    card = (out / CARD_FILE).read_text()
+    assert "Every expert starts as the dense FFN" in card and "perturbed" not in card
+
+
+def test_float16_of_a_model_that_overflows_in_it(converted, tmp_path):
+    """T5's output projection is kept in float32; what the adapter makes of its output is as large."""
+    dense, out = converted("t5")
+    models = [
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            folder, dtype=torch.float16, trust_remote_code=True
+        )
+        for folder in (dense, out)
+    ]
+    assert models[1].encoder.block[0].layer[1].DenseReluDense.adapter.aux_0.dtype == torch.float32
+    inputs = make_inputs(models[0], "AutoModelForSeq2SeqLM")
+    with torch.no_grad():
+        for model in models:
+            for name, parameter in model.named_parameters():
+                if name.endswith(("wo.weight", "down.terms.0.central_0")):
+                    parameter *= 1e6
+        stock, found = (model(**inputs).logits for model in models)
+    torch.testing.assert_close(found.isfinite(), stock.isfinite())
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,15 @@ def test_what_is_missing_is_told(tmp_path):
         corpus.read([str(path)], Columns(), "causal")
 
 
+def test_a_class_or_task_without_a_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,about\na,x,\nb,,sums\n")
+    with pytest.raises(DataError, match="rows with an empty label"):
+        corpus.read([str(path)], Columns(), "classification")
+    with pytest.raises(DataError, match="rows with an empty about"):
+        corpus.read([str(path)], Columns(routed_by="about"), "causal")
+
+
 CLIENT = """
 import sys
 from mpoe_convert import corpus, errors

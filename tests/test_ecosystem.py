@@ -623,6 +623,7 @@ PEFT = {
     "router": {"target_modules": [], "target_parameters": ["router.weight"]},
     "central cores": {"target_modules": [], "target_parameters": ["terms.0.central_1"]},
     "auxiliary cores": {"target_modules": [], "target_parameters": ["terms.0.aux_0", "terms.0.aux_2"]},
+    "adapters": {"target_modules": [], "target_parameters": ["adapter.aux_0", "adapter.aux_1"]},
     "attention and mixture": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
 }
 
@@ -634,7 +635,7 @@ def test_peft(name, artifact, tmp_path):
     """LoRA trains, saves, reloads, and merges into a checkpoint that loads alone."""
     import peft
 
-    out = artifact("llama", noise=0.1)[1]
+    out = artifact("llama", noise=0.1, **({"kind": "adapter"} if name == "adapters" else {}))[1]
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=8, **PEFT[name])
     torch.manual_seed(0)
     model = peft.get_peft_model(load(out), config)

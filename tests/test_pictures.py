@@ -1,17 +1,19 @@
 """`report`: pictures of what the reports hold, and the card that shows them."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from test_finetuning import QUICK, words
 
 from mpoe_convert import Finetuning, Recipe, convert, draw_pictures, finetune
 from mpoe_convert.artifact import CARD_FILE, REPORT_FILE, TRAINING_REPORT_FILE, file_names
 from mpoe_convert.cli import main
-from mpoe_convert.errors import CheckpointError
+from mpoe_convert.errors import CheckpointError, OutputError
 from mpoe_convert.pictures import _figures
 
 
@@ -86,6 +88,37 @@ def test_they_show_what_the_reports_say(tuned):
         assert axes.get_title() == path and len(axes.collections) == 3
         top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
         assert top == pytest.approx(max(load[path][0] for load in loads))
+
+
+def test_biases_of_the_experts_are_theirs(tiny_gpt2, tmp_path):
+    convert(Recipe(str(tiny_gpt2), bias="per-expert", experts=3, bond_dim=4), tmp_path / "out")
+    bars = figures(tmp_path / "out")["parameters"].axes[0].patches
+    shared, own, _ = (bar.get_width() for bar in bars[3:6])  # of what is stored
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    mlp = {name: tensor for name, tensor in found.items() if ".mlp." in name and "router" not in name}
+    assert own == sum(t.numel() for n, t in mlp.items() if ".aux_" in n or n.endswith("bias"))
+    assert shared == sum(t.numel() for n, t in mlp.items() if ".central_" in n)
+
+
+def test_what_cannot_be_drawn_or_written(tuned):
+    report = read(tuned / TRAINING_REPORT_FILE)
+    entry = next(entry for entry in report["log"] if "expert_load" in entry)
+    report["log"] = [entry]
+    (tuned / TRAINING_REPORT_FILE).write_text(json.dumps(report))
+    assert list(figures(tuned)) == ["error", "parameters", "losses"]
+    (tuned / "pictures").write_text("")
+    with pytest.raises(OutputError, match="cannot write the pictures"):
+        draw_pictures(tuned)
+
+
+def test_pictures_do_not_outlive_what_they_show(artifact, tmp_path):
+    _, out = artifact("gpt2", noise=0.2)
+    shutil.copytree(out, tmp_path / "out")
+    draw_pictures(tmp_path / "out")
+    (tmp_path / "text.txt").write_text(words(600))
+    finetune(Finetuning(str(tmp_path / "out"), str(tmp_path / "text.txt"), **QUICK), tmp_path / "tuned")
+    assert "pictures/" not in (tmp_path / "tuned" / CARD_FILE).read_text()
+    assert set(read(tmp_path / "tuned" / REPORT_FILE)["files"]) <= set(file_names(tmp_path / "tuned"))
 
 
 def test_the_card_of_a_tuned_model(tuned):

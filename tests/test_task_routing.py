@@ -3,12 +3,13 @@
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from test_families import generative
 from test_finetuning import QUICK, rows, weights, write
 from tiny import make_inputs
 
 from mpoe_convert import Finetuning, evaluate, finetune, router_stats
-from mpoe_convert.corpus import Columns
+from mpoe_convert.corpus import Columns, Tasks, language_blocks
 from mpoe_convert.errors import DataError, TrainingError
 
 TASKS = ["sums", "rhymes", "maps"]
@@ -103,14 +104,45 @@ def test_checkpointing_repeats_the_tasks_of_the_pass(reentrant, coef, load):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointing_repeats_the_task_that_was_set(reentrant, load):
+    """Whatever is set when the backward pass comes."""
+    model = load("llama", router_aux_loss_coef=0.0).train()
+    ids, gradients = torch.arange(3, 27).reshape(3, 8), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        losses = []
+        for task in ("maps", "sums"):
+            model.route_by(task)
+            losses.append(model(ids, labels=ids).loss)
+        sum(losses).backward()
+        gradients.append(model.model.layers[0].mlp.router.tasks.grad.clone())
+    assert gradients[0][0].any() and not gradients[0][1].any() and gradients[0][2].any()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_in_bfloat16(load):
+    model, ids = load("llama"), torch.arange(3, 15).reshape(2, 6)
+    model.route_by("maps")
+    expected = model(ids).logits
+    found = model.to(torch.bfloat16)(ids).logits
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_what_cannot_be(load):
     model, ids = load("gpt2"), torch.arange(3, 15).reshape(2, 6)
     with pytest.raises(ValueError, match="choose by task"):
         model(ids)
     with pytest.raises(ValueError, match=r"no such task: \['verse'\]; this model knows"):
         model.route_by("verse")
-    with pytest.raises(ValueError, match=r"5 tasks were given for 12 tokens"):
-        model(ids, task_ids=[0, 1, 2, 0, 1])
+    with pytest.raises(ValueError, match=r"3 tasks were given for 2 sequences"):
+        model(ids, task_ids=[0, 1, 2])
+    model.route_by([0, 1, 2])  # left from a larger batch
+    with pytest.raises(ValueError, match=r"3 tasks were given for 2 sequences"):
+        model(ids)
     with pytest.raises(ValueError, match="choose by token"):
         load("gpt2", router_tasks=None).route_by("sums")
     own = load("gpt2", router_tasks=[])  # embeddings from elsewhere
@@ -161,6 +193,10 @@ def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path)
         model.route_by("sums")
         model.eval()(**make_inputs(model, auto_class))
     assert all(sorted(s.load.tolist())[-2:] == [0.5, 0.5] for s in stats.values())
+    if task == "causal":  # a model that chooses by token, on the same examples
+        evaluate(str(tmp_path / "tuned"), data, against=str(out), **options)
+    with pytest.raises(TrainingError, match="choose by task; expected --routed-by"):
+        finetune(Finetuning(str(tmp_path / "tuned"), data, **QUICK), tmp_path / "no")
     counts = [
         evaluate(str(tmp_path / "tuned"), write(tmp_path / f"{n}.jsonl", part), **options)
         for n, part in ((n, [row for row in values if row["about"] == n]) for n in names)
@@ -171,8 +207,43 @@ def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path)
     strange = write(tmp_path / "strange.jsonl", [row | {"about": "verse"} for row in values])
     with pytest.raises(TrainingError, match="no such task"):
         evaluate(str(tmp_path / "tuned"), strange, **options)
+    with pytest.raises(TrainingError, match=r"name the tasks \['verse'\], the routers of .* know"):
+        finetune(
+            Finetuning(str(tmp_path / "tuned"), strange, **QUICK | {"routed_by": "about"}), tmp_path / "no"
+        )
     with pytest.raises(TrainingError, match="no routers that choose by task"):
         finetune(Finetuning(str(dense), data, **QUICK | {"routed_by": "about"}), tmp_path / "no")
     with pytest.raises(DataError, match="needs \\['about'\\]"):
         plain = write(tmp_path / "plain.jsonl", rows(task))
         finetune(Finetuning(str(out), plain, **QUICK | {"routed_by": "about"}), tmp_path / "no")
+
+
+def test_blocks_hold_one_task_and_none_is_lost(artifact):
+    """Texts of many tasks, mixed: leftovers are one per task, not one per task and thousand rows."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(artifact("gpt2")[1], trust_remote_code=True)
+    names = [f"t{i}" for i in range(20)]
+    values = [{"text": f"w{3 + i % 20} " * 10, "about": names[i % 20]} for i in range(2000)]
+    data = Dataset.from_list(values)
+    tasks = Tasks("about", tuple(names))
+    blocks = language_blocks(data, tokenizer, "text", 128, tasks)
+    for block in blocks:
+        assert set(block["input_ids"]) <= {3 + block["task_ids"], tokenizer.eos_token_id}
+    tokens = 2000 * (10 + (tokenizer.eos_token_id is not None))
+    assert len(blocks) * 128 > tokens - 22 * 128
+    short = Dataset.from_list([*values, {"text": "w3 w3", "about": "t20"}])
+    with pytest.raises(DataError, match=r"texts of \['t20'\] give no whole block"):
+        language_blocks(short, tokenizer, "text", 128, Tasks("about", (*names, "t20")))
+
+
+def test_the_seed_makes_the_embeddings(artifact, tmp_path):
+    _, out = artifact("gpt2")
+    data = write(tmp_path / "data.jsonl", [row | {"about": "sums"} for row in rows("causal")])
+    run = Finetuning(
+        str(out), data, **QUICK | {"length": 8, "steps": 1, "routed_by": "about", "learning_rate": 1e-9}
+    )
+    found = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(found))  # whatever ran before
+        finetune(run, tmp_path / name)
+        found.append(weights(tmp_path / name)["transformer.h.0.mlp.router.tasks"])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..sites import Sites
 
 DEFAULT_BIAS = "shared"
+STARTS_EQUAL = False
 ABOUT = (
     "matrix product operators that share their central tensor; each expert has auxiliary tensors of its own"
 )
