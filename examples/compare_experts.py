@@ -75,6 +75,7 @@ class Text:
 
     unit = "loss, nats per token"
     rates = (1e-3, 2e-3)
+    factors = (1.0, 3.0)  # on the rate, for what experts own around a shared centre
     model = DATA / "checkpoints/gpt2-mix-2m" if DATA else HERE / "tiny-gpt2"
     options = {"length": 128, "batch_size": 4}
 
@@ -113,6 +114,7 @@ class Phonemes:
 
     unit = "words wrong, %"
     rates = (3e-4, 1e-3)
+    factors = (1.0,)
     model = DATA and DATA / "checkpoints/t5-g2p-en-us"
     options = {"length": 32, "batch_size": 64, "task": "seq2seq"}
 
@@ -178,6 +180,7 @@ class Source:
 
     unit = "lines wrong, %"
     rates = (3e-4, 1e-3)
+    factors = (1.0,)
     model = Text.model
     options = {"length": 32, "batch_size": 16, "task": "classification"}
 
@@ -217,9 +220,7 @@ TASKS = {"text": Text, "phonemes": Phonemes, "phonemes-bart": BartPhonemes, "sou
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
-# Factors on the learning rate for what experts own around a shared centre. None: variations on the contender
-# named by LIKE, which are run at the rate and the factor that it chose.
-FACTORS = (1.0, 3.0)
+# MPO experts that others are variations of, run at the rate and the factor that these choose.
 LIKE = "one-sided 64"
 
 
@@ -255,7 +256,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
-    found |= {name: (*each, FACTORS) for name, each in free.items()}
+    found |= {name: (*each, task.factors) for name, each in free.items()}
     return found | {name: (*each, None) for name, each in like.items()}
 
 
