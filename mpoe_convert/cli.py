@@ -296,7 +296,7 @@ FINETUNING_OPTIONS = (
         "--auxiliary-lr",
         heading="Training",
         type=float,
-        help="Factor on it for auxiliary tensors.  [default: 5; for --kind dense 1]",
+        help="Factor on it for auxiliary tensors.  [default: 1; for --kind low-rank and adapter 3]",
     ),
     option("--router-lr", heading="Training", type=float, help="Factor on it for routers."),
     option("--weight-decay", heading="Training", type=float, help="Of matrices but routers."),
@@ -314,7 +314,7 @@ FINETUNING_OPTIONS = (
         "--skip-centre",
         heading="Training",
         type=float,
-        help="MPOE's gradient mask: probability that central tensors sit a step out.  [default: 1 - k/n]",
+        help="MPOE's gradient mask: probability that central tensors sit a step out.",
     ),
     option("--skip-unit", heading="Training", type=click.Choice(UNITS), help="What is drawn for."),
     option(

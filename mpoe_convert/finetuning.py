@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import card, corpus
+from . import card, corpus, experts
 from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, register_files, write_json
 from .errors import OutputError, TrainingError
 from .hub import download_papers
@@ -24,8 +24,6 @@ from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, 
 from .routing import router_stats
 from .runs import Finetuning
 from .training import (
-    default_auxiliary_factor,
-    default_skip_probability,
     freeze,
     has_centre,
     mask_centre,
@@ -118,7 +116,8 @@ class MpoeTrainer(Trainer):
             decays = set(self.get_decay_parameter_names(model))
             auxiliary = self.run.auxiliary_lr
             if auxiliary is None:
-                auxiliary = default_auxiliary_factor(model)
+                block = getattr(self.model.config, "mpoe", None)
+                auxiliary = experts.load(block["kind"]).AUXILIARY_LR if block else 1.0
             groups = param_groups(
                 model,
                 self.args.learning_rate,
@@ -378,10 +377,9 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
         if run.skip_centre:
             raise TrainingError(f"{run.model} is not a converted model: it has no centre to skip")
         return []
-    skip = run.skip_centre
-    if skip is None:
-        skip = default_skip_probability(block["num_experts"], block["top_k"])
-    mask = [CentreMask(skip, seed=run.seed, per=run.skip_unit)] if skip and has_centre(model) else []
+    if run.skip_centre and not has_centre(model):
+        raise TrainingError(f"the experts of {run.model} share no centre to skip")
+    mask = [CentreMask(run.skip_centre, seed=run.seed, per=run.skip_unit)] if run.skip_centre else []
     return [RouterLog(), FollowStep(model), *mask]
 
 

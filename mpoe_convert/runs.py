@@ -30,11 +30,10 @@ class Finetuning:
         steps: optimizer's steps; by default `epochs` over the data.
         batch_size, accumulate: examples per device and pass, passes per step.
         learning_rate: peak, of everything that has no factor of its own: `central_lr`, `auxiliary_lr` and
-            `router_lr` are factors on it, by default 1, and 5 for auxiliary tensors around a shared centre.
+            `router_lr` are factors on it, by default 1, and 3 for what low-rank experts and adapters own.
         schedule, warmup: transformers' scheduler type, and its share of the steps (below 1) or their number.
         max_grad_norm: clips the norm over all gradients, those included that the mask drops later.
-        skip_centre: probability that the central cores sit a step out (MPOE's gradient mask); by default
-            1 - k/n; 0: never.
+        skip_centre: probability that the central cores sit a step out (MPOE's gradient mask); 0: never.
         skip_unit: what is drawn for, step, layer or matrix.
         freeze: "centre" and/or "all-but-experts".
         teacher: dense model to distil from; `teacher_weight` (below 1) of its Kullback-Leibler divergence at
@@ -74,7 +73,7 @@ class Finetuning:
     schedule: str = "cosine"
     warmup: float = 0.05
     max_grad_norm: float = 1.0
-    skip_centre: float | None = None
+    skip_centre: float = 0.0
     skip_unit: str = "step"
     freeze: tuple[str, ...] = ()
     teacher: str | None = None

@@ -53,11 +53,6 @@ def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 # Gradient mask
 
 
-def default_skip_probability(num_experts: int, top_k: int) -> float:
-    """p_b = 1 - k/n: the centre then learns from as many tokens as an expert's own cores do on average."""
-    return 1 - top_k / num_experts
-
-
 def mask_centre(
     model: nn.Module, step: int, probability: float, *, seed: int = 0, per: str = "step"
 ) -> list[str]:
@@ -75,7 +70,9 @@ def mask_centre(
 
     Args:
         step: number of the optimizer's step.
-        probability: p_b of the paper (figure of the official repository), of skipping; 0 never, 1 always.
+        probability: p_b of the paper (figure of the official repository), of skipping; 0 never, 1 always. The
+            paper's value is not known; at 1 - k/n the centre learns from as many tokens as an expert's own
+            cores do on average.
         per: what is drawn for: all centres at once ("step"), those of an FFN ("layer"), or each ("matrix").
 
     Returns:
@@ -106,11 +103,6 @@ def mask_centre(
 def has_centre(model: nn.Module) -> bool:
     """Whether the experts share central cores; whole copies (`--kind dense`) do not."""
     return any(role_of(name) == "central" for name, _ in model.named_parameters())
-
-
-def default_auxiliary_factor(model: nn.Module) -> float:
-    """5 where experts share a centre and own little; 1 where an expert owns a whole copy."""
-    return 5.0 if has_centre(model) else 1.0
 
 
 def param_groups(

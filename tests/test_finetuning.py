@@ -83,7 +83,7 @@ def test_a_task(model_type, auto_class, task, suffix, artifact, tmp_path):
     _, out = artifact(model_type, auto_class)
     data = write(tmp_path / f"data{suffix}", rows(task))
     target = tmp_path / "tuned"
-    options = QUICK | {"length": 8, "skip_centre": 0}
+    options = QUICK | {"length": 8}
     if task == "masked":
         with pytest.raises(TrainingError, match="no mask token"):
             finetune(Finetuning(str(out), data, **options), target)
@@ -125,6 +125,9 @@ def test_a_dense_model_is_trained_alike(artifact, text, tmp_path):
     assert not [name for entry in report["log"] for name in entry if name.startswith("load_")]
     with pytest.raises(TrainingError, match="no centre to skip"):
         finetune(Finetuning(str(dense), text, **QUICK, skip_centre=0.5), tmp_path / "masked")
+    copies = artifact("gpt2", kind="dense")[1]
+    with pytest.raises(TrainingError, match="share no centre"):
+        finetune(Finetuning(str(copies), text, **QUICK, skip_centre=0.5), tmp_path / "masked")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -136,14 +139,29 @@ def test_mask_freezing_and_rates(artifact, text, tmp_path):
     cases = {
         "masked": ({"skip_centre": 1.0}, {"auxiliary", "router", "other"}),
         "centre": ({"freeze": "centre"}, {"auxiliary", "router", "other"}),
-        "all-but": ({"freeze": "all-but-experts", "skip_centre": 0}, {"central", "auxiliary", "router"}),
-        "router": ({"router_lr": 0.0, "skip_centre": 0}, {"central", "auxiliary", "other"}),
+        "all-but": ({"freeze": "all-but-experts"}, {"central", "auxiliary", "router"}),
+        "router": ({"router_lr": 0.0}, {"central", "auxiliary", "other"}),
     }
     for name, (options, expected) in cases.items():
         finetune(Finetuning(str(out), text, **QUICK, **options), tmp_path / name)
         after = weights(tmp_path / name)
         moved = {n for n in changed(weights(out), after) if not n.endswith(("up.bias", "down.bias"))}
         assert {role_of(n) for n in moved} == expected, name
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("mpo", 1), ("dense", 1), ("low-rank", 3), ("adapter", 3)])
+def test_the_rate_of_what_experts_own(kind, factor, artifact, text, tmp_path):
+    """Adam's first step moves every number by its rate, whatever its gradient."""
+    _, out = artifact("gpt2", kind=kind, noise=0.1)
+    quiet = {"steps": 1, "warmup": 0, "weight_decay": 0.0, "schedule": "constant", "learning_rate": 1e-3}
+    finetune(Finetuning(str(out), text, **QUICK | quiet), tmp_path / "tuned")
+    before, after = weights(out), weights(tmp_path / "tuned")
+    steps = {role: 0.0 for role in ("auxiliary", "other")}
+    for name in before:
+        if role_of(name) in steps:
+            largest = float((after[name] - before[name]).abs().max())
+            steps[role_of(name)] = max(steps[role_of(name)], largest)
+    assert steps == pytest.approx({"auxiliary": factor * 1e-3, "other": 1e-3}, rel=1e-2)
 
 
 def test_steps_that_are_masked_are_those_of_the_seed(artifact, text, tmp_path):

@@ -178,7 +178,7 @@ def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path)
     dense, out = artifact(model_type, auto_class)
     values = [row | {"about": TASKS[i % 2]} for i, row in enumerate(rows(task))]
     data = write(tmp_path / "data.jsonl", values)
-    run = Finetuning(str(out), data, data, **QUICK | {"length": 8, "routed_by": "about", "skip_centre": 0})
+    run = Finetuning(str(out), data, data, **QUICK | {"length": 8, "routed_by": "about"})
     finetune(run, tmp_path / "tuned")
     names = ["rhymes", "sums"]
     tables = {n: t for n, t in weights(tmp_path / "tuned").items() if n.endswith("router.tasks")}

@@ -8,7 +8,7 @@ from test_ecosystem import token_ids
 
 from mpoe_convert import freeze, mask_centre, param_groups
 from mpoe_convert.errors import TrainingError
-from mpoe_convert.training import default_auxiliary_factor, default_skip_probability, role_of
+from mpoe_convert.training import role_of
 
 
 @pytest.fixture
@@ -93,10 +93,6 @@ def test_wrapped_models_draw_the_same(model):
     assert [[f"m.{name}" for name in names] for names in bare] == wrapped
 
 
-def test_the_default_evens_out_what_centre_and_experts_learn_from():
-    assert default_skip_probability(8, 2) == 0.75 and default_skip_probability(8, 1) == 0.875
-
-
 def test_groups_have_every_parameter_once(model):
     groups = param_groups(model, 1e-3, central=0.5, auxiliary=5, router=0, weight_decay=0.1)
     found = [id(p) for group in groups for p in group["params"]]
@@ -107,12 +103,6 @@ def test_groups_have_every_parameter_once(model):
         decays = group["role"] != "router" and all(p.dim() > 1 for p in group["params"])
         assert group["weight_decay"] == (0.1 if decays else 0)
     assert any(group["weight_decay"] == 0 and group["role"] == "other" for group in groups)  # norms
-
-
-def test_whole_copies_learn_at_the_common_rate(artifact, model):
-    _, out = artifact("gpt2", kind="dense")
-    copies = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    assert default_auxiliary_factor(copies) == 1 and default_auxiliary_factor(model) == 5
 
 
 def test_per_expert_biases_do_not_decay(artifact):

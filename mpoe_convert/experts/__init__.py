@@ -5,6 +5,7 @@ A kind offers:
 * `DEFAULT_BIAS`: "shared" or "per-expert";
 * `ABOUT`: what its experts are, for people;
 * `STARTS_EQUAL`: all experts compute the dense FFN at first, whatever the noise;
+* `AUXILIARY_LR`: the factor on the learning rate that suits what its experts own (examples/results);
 * `terms(rows, cols, recipe, swapped)`: the shapes of the terms that a (rows, cols) matrix becomes, as
   `modeling_mpoe.MPOEChain` reads them, and the first one's `Sites` (None if it has none). Raises SitesError;
 * `fit(matrix, sites, recipe, generator)`: per term its cores (bond_left, in_dim, out_dim, bond_right), and

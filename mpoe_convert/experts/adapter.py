@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 DEFAULT_BIAS = "shared"
+AUXILIARY_LR = 3.0
 STARTS_EQUAL = True
 ABOUT = "the dense FFN, shared, with an adapter each behind it (PESC)"
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 DEFAULT_BIAS = "per-expert"
+AUXILIARY_LR = 1.0
 STARTS_EQUAL = False
 ABOUT = "whole copies of the dense FFN (sparse upcycling)"
 

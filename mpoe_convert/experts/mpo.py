@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..sites import Sites
 
 DEFAULT_BIAS = "shared"
+AUXILIARY_LR = 1.0
 STARTS_EQUAL = False
 ABOUT = (
     "matrix product operators that share their central tensor; each expert has auxiliary tensors of its own"
