@@ -399,9 +399,8 @@ def table(rows: list[dict], task) -> str:
     for row in sorted(rows, key=lambda row: row["score"]):
         cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}", str(row["tried"] or "")]
         cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
-        # Seeds order the data: the same seed's difference says more than the difference of the means.
-        gains = [ours - theirs for ours, theirs in zip(row["scores"], dense or (), strict=False)]
-        cells += [f"{mean(gains):+.4f}", f"{spread(gains):.4f}"] if gains else ["", ""]
+        gained = gains(row, dense) if dense else []
+        cells += [f"{mean(gained):+.4f}", f"{spread(gained):.4f}"] if gained else ["", ""]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
         keys = ("load_entropy", "lowest_load_entropy", "similarity")
@@ -410,19 +409,33 @@ def table(rows: list[dict], task) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gains(row: dict, dense: list[float]) -> list[float]:
+    """Differences from dense fine-tuning, seed by seed: the same seed orders the data alike."""
+    return [ours - theirs for ours, theirs in zip(row["scores"], dense, strict=False)]
+
+
 def plot(rows: list[dict], task, path: Path) -> None:
+    """Score against size, and, where dense was run, the difference from it."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
+    dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
+    panels = 1 if dense is None else 2
+    figure, grid = pyplot.subplots(
+        1, panels, figsize=(6 * panels + 3, 6), layout="constrained", squeeze=False
+    )
     for number, row in enumerate(sorted(rows, key=lambda row: row["score"])):
-        marker = "osv^Dp*X"[number // 10 % 8]
+        style = {"marker": "osv^Dp*X"[number // 10 % 8], "capsize": 3, "ls": ""}
         name = f"{row['name']} ({row['score']:.3f})"
-        axes.errorbar(row["stored"], row["score"], row["spread"], marker=marker, capsize=3, label=name, ls="")
-    axes.set(xscale="log", xlabel="FFN parameters stored (routers apart)", ylabel=f"held out: {task.unit}")
-    axes.grid(alpha=0.3)
+        grid[0, 0].errorbar(row["stored"], row["score"], row["spread"], label=name, **style)
+        if dense is not None:
+            gained = gains(row, dense)
+            grid[0, 1].errorbar(row["stored"], mean(gained), spread(gained), **style)
+    for axes, what in zip(grid.flat, ("held out", "held out, less dense with the same seed"), strict=False):
+        axes.set(xscale="log", xlabel="FFN parameters stored (routers apart)", ylabel=f"{what}: {task.unit}")
+        axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
