@@ -1202,12 +1202,14 @@ def _first_output(outputs) -> tuple:
 
 def _check_tasks(task: Tensor | None, arguments: dict) -> None:
     """Raises ValueError if there are tasks for another number of sequences than the pass has."""
-    inputs = (
-        arguments.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
-    )
-    batch = next((len(tensor) for tensor in inputs if tensor is not None), None)
-    if task is not None and batch is not None and batch % len(task):  # beams are sequences of one task
-        raise ValueError(f"{len(task)} tasks were given for {batch} sequences; expected one, or one each")
+    if task is None:
+        return
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values"):
+        tensor = arguments.get(name)
+        if tensor is not None and tensor.shape[0] % task.shape[0]:  # beams are sequences of one task
+            raise ValueError(
+                f"{task.shape[0]} tasks were given for {tensor.shape[0]} sequences; expected one, or one each"
+            )
 
 
 def _recording(forward):
