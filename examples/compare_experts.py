@@ -369,9 +369,15 @@ class Runs:
         row["spread"] = spread(scores)
         parts = results[0]["report"]
         row["parts"] = {part: mean(result["report"][part] for result in results) for part in parts}
-        for key in ("seconds_per_step", "load_entropy", "lowest_load_entropy", "similarity"):
+        kinds = {
+            "seconds_per_step": mean,
+            "load_entropy": mean,
+            "lowest_load_entropy": min,
+            "similarity": mean,
+        }
+        for key, over_seeds in kinds.items():
             if key in results[0]:
-                row[key] = mean(result[key] for result in results)
+                row[key] = over_seeds([result[key] for result in results])
         return row | {key: results[0][key] for key in ("stored", "active")}
 
 

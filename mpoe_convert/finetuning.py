@@ -23,12 +23,7 @@ from .hub import download_papers
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
-from .training import (
-    freeze,
-    has_centre,
-    mask_centre,
-    param_groups,
-)
+from .training import freeze, has_centre, mask_centre, param_groups
 
 if TYPE_CHECKING:
     from torch import nn

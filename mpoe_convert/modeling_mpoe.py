@@ -762,6 +762,10 @@ class Inputs(NamedTuple):
     def take(self, index: Tensor) -> "Inputs":
         return Inputs(*(None if part is None else part[index] for part in self))
 
+    def repeat(self, times: int) -> "Inputs":
+        """Every one that often, copies side by side."""
+        return Inputs(*(None if part is None else part.repeat_interleave(times, dim=0) for part in self))
+
 
 class MPOEFeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
@@ -967,8 +971,7 @@ class MPOEFeedForward(nn.Module):
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and all(chain.acts for chain in self._chains)
         if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
-            index = torch.arange(tokens.shape[0], device=tokens.device).repeat_interleave(top_k)
-            rows = self._experts(inputs.take(index), Picks(chosen))
+            rows = self._experts(inputs.repeat(top_k), Picks(chosen))
             return _combine(rows.unflatten(0, experts.shape), weights)
         order = chosen.argsort(stable=True)  # sorts the copies by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from test_families import generative
+from test_low_rank import load, logits
 from tiny import make_inputs
 from torch.nn import functional as F
 
@@ -16,16 +16,6 @@ from mpoe_convert.errors import RecipeError
 from mpoe_convert.training import role_of
 
 SIZE, EXPERTS = 3, 3
-
-
-def load(folder, model_type: str):
-    auto = getattr(transformers, generative(model_type))
-    return auto.from_pretrained(folder, trust_remote_code=True).eval()
-
-
-def logits(model, model_type: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**make_inputs(model, generative(model_type))).logits
 
 
 @pytest.fixture
