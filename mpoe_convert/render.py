@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -386,7 +387,7 @@ def print_summary(summary: Summary, out: Console) -> None:
 
 def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:
     for name, paths in written.items():
-        out.print(f"{name}: {', '.join(escape(f'{folder}/{path}') for path in paths)}", soft_wrap=True)
+        out.print(f"{name}: {', '.join(escape(str(Path(folder, path))) for path in paths)}", soft_wrap=True)
     out.print("The model card, README.md, shows them.")
     if "losses" not in written:
         out.print("Losses and expert load come with `mpoe-convert finetune`.")
