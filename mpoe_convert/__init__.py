@@ -26,7 +26,7 @@ _HOME = {
     "freeze": "training",
     "mask_centre": "training",
     "param_groups": "training",
-    "plan": "planning",
+    "plan": "compression",
     "router_stats": "routing",
     "verify": "verification",
 }

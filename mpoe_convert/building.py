@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import experts
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
+from .factoring import factor
 from .families import Source
 from .modeling_mpoe import contract_chain, matrix_shape, name_cores
+from .moments import FFNMoments, metric_for
 from .mpo import check_finite, relative_error
 from .planning import MatrixPlan
 from .recipe import Recipe
@@ -31,6 +33,25 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
+def pick_device(name: str) -> torch.device:
+    """The torch device of a recipe; "auto" is CUDA where there is one.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[device.type]:
+        raise RecipeError(f"device {name} is not available here; --device auto picks one that is")
+    return device
+
+
 def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
     """The dense matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
     tensor = checkpoint.read(source.weight).to(device)
@@ -41,22 +62,40 @@ def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) ->
     return (tensor if source.transposed else tensor.T).contiguous()
 
 
-def _read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
+def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
+    """The bias (out,) of a projection that has one. Raises CheckpointError on NaN or Inf."""
     tensor = checkpoint.read(source.bias)
     check_finite(tensor, source.bias)
     return tensor if source.part is None else tensor.chunk(2)[source.part]
 
 
 def build_matrix(
-    plan: MatrixPlan, recipe: Recipe, checkpoint: Checkpoint, device: torch.device
+    plan: MatrixPlan,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    moments: FFNMoments | None = None,
+    corrected: tuple[Tensor, ...] = (),
 ) -> tuple[dict[str, Tensor], MatrixReport]:
-    """One projection's tensors, named below the projection and on the CPU, and their report."""
+    """One projection's tensors, named below the projection and on the CPU, and their report.
+
+    Args:
+        moments: the metric of a plan that compresses, and inputs to measure with.
+        corrected: what takes the matrix's place: two factors, or one matrix.
+    """
     stored = getattr(torch, plan.dtype)
     kind = experts.load(recipe.kind)
     matrix = read_matrix(checkpoint, plan.source, device)
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
     generator = seeded(recipe.seed, plan.name)
-    fitted, discarded = kind.fit(matrix, plan.sites, recipe, generator)
+    fitted_to, factors = matrix, None
+    if len(corrected) == 1:
+        fitted_to = corrected[0].to(matrix)
+    elif corrected:
+        factors = tuple(part.to(matrix) for part in corrected)
+    elif plan.rank is not None:
+        factors = factor(matrix, plan.rank, metric_for(recipe.metric, plan, matrix, moments))
+    fitted, discarded = kind.fit(fitted_to, plan.sites, recipe, generator, factors)
     tensors, exact, clone, unrounded = {}, [], [], []
     for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted, strict=True)):
         whole = [core if core.ndim == 4 else core[0] for core in cores]
@@ -72,16 +111,18 @@ def build_matrix(
             clone[-1].append(core if shared else core[1])
             matrices = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:]))
             tensors[f"terms.{number}.{name}"] = matrices.cpu()
-    error = before = relative_error(matrix, _matrix_of(exact, matrix.dtype))
+    made = _matrix_of(exact, matrix.dtype)
+    error = before = relative_error(matrix, made)
     if stored != fitted[0][0].dtype:
         before = relative_error(matrix, _matrix_of(unrounded, matrix.dtype))
     drift = _drift(exact, clone, matrix.dtype) if recipe.noise else 0.0
     if plan.spec["bias"] is not None:
-        bias = cast(plan.source.bias, _read_bias(checkpoint, plan.source), stored)
+        bias = cast(plan.source.bias, read_bias(checkpoint, plan.source), stored)
         per_expert = plan.spec["bias"] == "per-expert"
         tensors["bias"] = bias.repeat(recipe.experts, 1) if per_expert else bias.clone()
     norm = float(matrix.norm()) ** 2 if any(discarded) else 1.0
-    measured = _Measured(error, before, tuple(lost / norm for lost in discarded), drift)
+    output_error = None if moments is None else moments.output_error(plan, matrix, made)
+    measured = _Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
     return tensors, _matrix_report(plan, recipe, measured)
 
 
@@ -89,6 +130,7 @@ def build_matrix(
 class _Measured:
     error: float
     error_before_cast: float
+    output_error: float | None
     discarded: tuple[float, ...]
     drift: float
 
@@ -102,9 +144,11 @@ def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> Mat
         in_dims=tuple(term["in_dims"]),
         out_dims=tuple(term["out_dims"]),
         bonds=tuple(term["bonds"]),
-        full_bonds=plan.sites.full_bonds if plan.sites else (),
+        full_bonds=plan.full_bonds,
+        rank=plan.rank,
         relative_error=measured.error,
         relative_error_before_cast=measured.error_before_cast,
+        output_error=measured.output_error,
         discarded_weight=measured.discarded,
         clone_drift=measured.drift,
         dense_params=plan.dense_params,

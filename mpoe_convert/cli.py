@@ -20,7 +20,7 @@ from . import __version__
 from .corpus import TASKS
 from .errors import MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
-from .recipe import BIASES, DTYPES, GAUGES, SVDS, Recipe, normalised, read_recipe
+from .recipe import ALLOCATIONS, BIASES, DTYPES, GAUGES, METRICS, SVDS, Recipe, normalised, read_recipe
 from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
 from .training import FROZEN, UNITS
@@ -201,6 +201,50 @@ RECIPE_OPTIONS = (
         help="Dtype of the stored tensors.  [default: as in the source]",
     ),
     option("--max-shard-size", heading="Output", metavar="SIZE", help="Largest weight file."),
+    option(
+        "--keep",
+        heading="Compression",
+        type=float,
+        help="Numbers that the FFNs may store, all experts included, as a share of the dense FFNs': 0.6.",
+    ),
+    option(
+        "--max-error",
+        heading="Compression",
+        type=float,
+        help="Largest relative error of a matrix in the metric; alone: as small as that allows.",
+    ),
+    option(
+        "--allocation",
+        heading="Compression",
+        type=click.Choice(ALLOCATIONS),
+        help="How ranks are shared out under --keep: least expected change of the loss, least squared relative error, or the same share of every matrix.  [default: loss with --metric loss, else energy]",
+    ),
+    option(
+        "--metric",
+        heading="Compression",
+        type=click.Choice(METRICS),
+        help="What a compressed matrix is to be near in: its outputs on the calibration text as the model's loss weighs them (gradients, the whole model in memory), its outputs, its inputs' sizes, or its weights.  [default: loss with --calibrate, else weights]",
+    ),
+    option(
+        "--correct",
+        heading="Compression",
+        is_flag=True,
+        default=None,
+        help="Fit every matrix behind those that are compressed already to the dense model's outputs.",
+    ),
+    option(
+        "--calibrate",
+        heading="Compression",
+        multiple=True,
+        metavar="FILE|ID",
+        help="Calibration text: files or Hub datasets as for finetune, or builtin (Python's language reference). Repeatable.",
+    ),
+    option("--calibration-tokens", heading="Compression", type=int, help="How many of its tokens."),
+    option("--calibration-split", heading="Compression", help="Split of Hub datasets."),
+    option("--text-column", heading="Compression", help="Column with the text."),
+    option(
+        "--target-column", heading="Compression", help="Column with the target text, for encoder-decoders."
+    ),
 )
 SOURCE_OPTIONS = (
     option(
@@ -506,6 +550,7 @@ def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) ->
     from . import render
     from .conversion import convert as convert_checkpoint
 
+    prepare_calibration(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
         report = convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
     if as_json:
@@ -514,13 +559,23 @@ def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) ->
         render.print_report(report, output, render.console(), per_matrix=verbose > 0)
 
 
+def prepare_calibration(recipe: Recipe) -> None:
+    """What a recipe with calibration needs is there, and keeps quiet."""
+    if recipe.calibrate:
+        from . import render
+
+        need("--calibrate", "accelerate", "datasets", "greenlet", extra="calibrate")
+        render.quiet_libraries()
+
+
 @main.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @add(*SOURCE_OPTIONS, *RECIPE_OPTIONS, *COMMON_OPTIONS)
 def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
     """Show what a conversion would do; nothing is written.
 
-    Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone.
+    Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone; with --keep or
+    --max-error the weights are read, and calibrated with --calibrate.
     """
     with told_in_one_line(verbose, quiet):
         recipe, _ = make_recipe(model, config, options)
@@ -529,9 +584,11 @@ def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
 
 def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
     from . import render
-    from .planning import plan as plan_conversion
+    from .compression import plan as plan_conversion
 
-    result = plan_conversion(recipe, token=token)
+    prepare_calibration(recipe)
+    with render.progress_bar(render.console(stderr=True), not quiet) as progress:
+        result = plan_conversion(recipe, token=token, progress=progress)
     if as_json:
         echo_json(render.plan_json(result))
     elif not quiet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from . import artifact, card, experts
-from .building import build_matrix, cast, seeded
+from .building import build_matrix, cast, pick_device, seeded
+from .calibration import Batch
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import MachineError, MpoeError, RecipeError
+from .compression import Prepared, prepare
+from .divergence import measure
+from .errors import MachineError, MpoeError
 from .mpo import check_finite
-from .planning import FFNPlan, Plan, is_buffer, plan_checkpoint
+from .planning import FFNPlan, Plan, is_buffer
 from .recipe import Recipe
 from .report import MatrixReport, Report
 
@@ -31,6 +34,7 @@ def convert(
     *,
     overwrite: bool = False,
     token: str | None = None,
+    calibration: Sequence[Batch] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a dense checkpoint into an artifact folder that plain transformers loads.
@@ -40,7 +44,8 @@ def convert(
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
         token: Hub token for gated or private models; by default the stored login.
-        progress: called with (matrix name, FFNs done, FFNs in all, the matrix's report when done).
+        calibration: batches of the model's inputs to calibrate on, instead of the recipe's text.
+        progress: called with (what is worked on, FFNs done, FFNs in all, a matrix's report when it is done).
 
     Returns:
         The report that is also written as conversion_report.json.
@@ -52,43 +57,30 @@ def convert(
     artifact.check_output(output, overwrite)
     pick_device(recipe.device)
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token)
-    plan = plan_checkpoint(recipe, checkpoint)
     source = checkpoint.folder if checkpoint.revision is None else None
-    artifact.check_fit(output, source, plan.totals.stored_bytes)
+    prepared = prepare(recipe, checkpoint, calibration, progress)
+    artifact.check_fit(output, source, prepared.plan.totals.stored_bytes)
     with artifact.staged(output, overwrite) as folder:
-        report = _write(folder, plan, checkpoint, progress)
+        report = _write(folder, prepared, checkpoint, progress)
     return report
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device of a recipe; "auto" is CUDA where there is one.
-
-    Raises:
-        RecipeError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available[device.type]:
-        raise RecipeError(f"device {name} is not available here; --device auto picks one that is")
-    return device
-
-
-def _write(folder: Path, plan: Plan, checkpoint: Checkpoint, progress: Progress | None) -> Report:
+def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: Progress | None) -> Report:
+    plan = prepared.plan
     artifact.write_companions(folder, plan, checkpoint)
-    builder = _Builder(plan, checkpoint, progress)
+    builder = _Builder(prepared, checkpoint, progress)
     for file, names in plan.shards.items():
         tensors = {name: builder.take(name) for name in names}
         _save_shard(tensors, folder / file)
         del tensors
     if len(plan.shards) > 1:
         _write_index(folder, plan)
-    report = Report(plan, tuple(builder.reports), card.source_license(checkpoint.folder))
+    divergence = None
+    if prepared.calibration:
+        device = pick_device(plan.recipe.device)
+        divergence = measure(plan, checkpoint, folder, prepared.batches, device)
+    license = card.source_license(checkpoint.folder)
+    report = Report(plan, tuple(builder.reports), license, divergence)
     card.write(folder / artifact.CARD_FILE, report, checkpoint)
     _write_recipe(folder / artifact.RECIPE_FILE, plan.recipe)
     files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})
@@ -126,8 +118,9 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
 class _Builder:
     """Makes the artifact's tensors in any order, one FFN in memory at a time."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, progress: Progress | None):
-        self.plan, self.checkpoint = plan, checkpoint
+    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, progress: Progress | None):
+        self.prepared, self.checkpoint = prepared, checkpoint
+        self.plan = plan = prepared.plan
         self.progress = progress or (lambda *_: None)
         self.device = pick_device(plan.recipe.device)
         self.out = {tensor.name: tensor for tensor in plan.tensors}
@@ -157,11 +150,13 @@ class _Builder:
         tensors = {}
         router = f"{plan.ffn.key}.router.weight"
         recipe = self.plan.recipe
+        moments = self.prepared.moments(plan.ffn.path)
         tensors[router] = _router(self.out[router].shape, recipe.seed, router)
         for number, matrix in enumerate(plan.matrices, start=1):
             self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
+            corrected = self.prepared.corrections.load(matrix.name) if self.prepared.corrections else ()
             with _naming(matrix.name):
-                built, report = build_matrix(matrix, recipe, self.checkpoint, self.device)
+                built, report = build_matrix(matrix, recipe, self.checkpoint, self.device, moments, corrected)
             self.reports.append(report)
             self.ffns_done += number == len(plan.matrices)
             self.progress(matrix.name, self.ffns_done, len(self.ffns), report)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
 from . import experts
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .errors import CheckpointError, FamilyError, MpoeError, RecipeError
 from .families import DenseFFN, Family, Source, resolve
 from .recipe import Recipe, parse_layers, parse_size
 from .safetensors_header import DTYPE2BYTES, TensorInfo
-from .sites import Sites
+from .sites import Sites, full_bonds
 from .stock import dense_flops_per_token, runs_per_token, stock_class
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -37,6 +37,7 @@ class MatrixPlan:
         sites: None for kinds without sites.
         spec: the projection as `modeling_mpoe.MPOEProjection` reads it.
         dtype: of the stored cores.
+        rank: of the two thin matrices that stand for the big core; None: it is whole.
     """
 
     name: str
@@ -48,12 +49,29 @@ class MatrixPlan:
     spec: dict
     dtype: str
     num_experts: int
+    rank: int | None = None
+
+    @property
+    def shares_whole(self) -> bool:
+        """Whether the big core, the matrix itself or the middle of its chain, is stored once."""
+        return any(self.spec["terms"][0]["shared"])
 
     @property
     def own_term(self) -> dict:
         """The term that experts have tensors of their own in; the first one if they have none."""
         terms = self.spec["terms"]
         return next((term for term in terms if not all(term["shared"])), terms[0])
+
+    @property
+    def full_bonds(self) -> tuple[int, ...]:
+        """What the bonds of `own_term` would be if nothing were cut; none for kinds without sites."""
+        if self.sites is None:
+            return ()
+        return full_bonds(tuple(self.own_term["in_dims"]), tuple(self.own_term["out_dims"]))
+
+    @property
+    def is_exact(self) -> bool:
+        return self.rank is None and (self.sites is None or self.sites.is_exact)
 
     @property
     def dense_params(self) -> int:
@@ -156,6 +174,42 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class BudgetPoint:
+    """What can be had for a share of the dense FFNs' numbers.
+
+    Attributes:
+        keep: the share.
+        error: root mean square of the matrices' predicted relative errors in the metric.
+        loss: by how much the model's loss is expected to grow, in nats per token; None if that was not asked.
+    """
+
+    keep: float
+    error: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a recipe's `keep` and `max_error` came to. Shares are of the dense FFNs' numbers.
+
+    Attributes:
+        smallest_keep: the smallest share that can be met.
+        fixed: share of what is not compressed: what experts own, biases, routers.
+        tokens: of calibration text; 0: none.
+        errors: by the names of the matrices, their predicted relative errors in the metric.
+        chosen: what was taken.
+        curve: what else there is.
+    """
+
+    smallest_keep: float
+    fixed: float
+    tokens: int
+    errors: dict[str, float]
+    chosen: BudgetPoint
+    curve: tuple[BudgetPoint, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The resolved work. Holds no tensors."""
 
@@ -169,6 +223,7 @@ class Plan:
     tensors: tuple[OutTensor, ...]
     shards: dict[str, tuple[str, ...]] = field(repr=False)
     dense_flops_per_token: int = 0
+    budget: Budget | None = None
 
     @property
     def matrices(self) -> Iterable[MatrixPlan]:
@@ -177,7 +232,7 @@ class Plan:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is truncated, so that expert 0 is the dense FFN."""
-        return all(m.sites is None or m.sites.is_exact for m in self.matrices)
+        return all(matrix.is_exact for matrix in self.matrices)
 
     @cached_property
     def ffn_totals(self) -> Totals:
@@ -203,22 +258,18 @@ class Plan:
         return shard + ffn + matrix
 
 
-def plan(recipe: Recipe, *, token: str | None = None) -> Plan:
-    """Plan a conversion from headers alone; a Hub id downloads no weights.
+def plan_checkpoint(
+    recipe: Recipe, checkpoint: Checkpoint, ranks: Mapping[str, int | None] | None = None
+) -> Plan:
+    """The plan for an opened checkpoint, from its headers. Raises MpoeError.
 
-    Raises:
-        MpoeError: the source, the recipe or their combination cannot be converted.
+    Args:
+        ranks: by the names of the matrices; none: all stay whole.
     """
-    checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token, headers_only=True)
-    return plan_checkpoint(recipe, checkpoint)
-
-
-def plan_checkpoint(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
-    """The plan for an opened checkpoint. Raises MpoeError."""
     model_type = checkpoint.config["model_type"]
     family, found = resolve(model_type, checkpoint.tensors, recipe.ffn, checkpoint.config)
     chosen = _select(recipe, found)
-    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn) for ffn in chosen)
+    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in chosen)
     tensors = _out_tensors(recipe, checkpoint, ffns)
     return Plan(
         recipe=_resolved(recipe, checkpoint),
@@ -262,9 +313,12 @@ def _resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     )
 
 
-def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
+def _plan_ffn(
+    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, ranks: Mapping[str, int | None]
+) -> FFNPlan:
     matrices = tuple(
-        _plan_matrix(recipe, checkpoint, ffn, role, source) for role, source in ffn.projections.items()
+        _plan_matrix(recipe, checkpoint, ffn, role, source, ranks.get(f"{ffn.key}.{role}"))
+        for role, source in ffn.projections.items()
     )
     by_role = {matrix.role: matrix for matrix in matrices}
     up, down = by_role["up"], by_role["down"]
@@ -282,20 +336,20 @@ def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN) -> FFNPlan:
 
 
 def _plan_matrix(
-    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, role: str, source: Source
+    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, role: str, source: Source, rank: int | None
 ) -> MatrixPlan:
     info = checkpoint.tensors[source.weight]
     rows, cols = matrix_size(info, source)
     name = f"{ffn.key}.{role}"
     kind = experts.load(recipe.kind)
     try:
-        terms, sites = kind.terms(rows, cols, recipe, swapped=role == "down")
+        terms, sites = kind.terms(rows, cols, recipe, role == "down", rank)
     except MpoeError as error:
         raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
     bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
     spec = {"terms": terms, "bias": bias}
     dtype = recipe.dtype or info.dtype
-    return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts)
+    return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts, rank)
 
 
 def matrix_size(info: TensorInfo, source: Source) -> tuple[int, int]:

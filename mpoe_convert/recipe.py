@@ -18,6 +18,10 @@ BIASES = ("shared", "per-expert")
 DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 GAUGES = ("canonical", "identity")
+ALLOCATIONS = ("loss", "energy", "uniform")
+METRICS = ("loss", "outputs", "diagonal", "weights")
+# Calibration text that every Python has: its language reference.
+BUILTIN_TEXT = "builtin"
 # MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
 DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
 
@@ -49,6 +53,24 @@ class Recipe:
         gauge: "canonical" (the centre is the orthogonality centre of TT-SVD) or "identity" (outer cores are
             identities, the centre is the matrix; for full outer bonds). Kind mpo only.
         max_shard_size: upper limit of one weight file, such as "2GB".
+        keep: compress: numbers that the converted FFNs may store, experts, biases and routers included, as a
+            share of the dense FFNs' numbers. The shared matrix becomes a product of two thin ones.
+        max_error: compress: largest relative error that a matrix may have in the metric. With `keep` both
+            hold; alone it gives the smallest FFNs that meet it.
+        allocation: how ranks are shared out under `keep`: "loss" minimises the expected change of the
+            model's loss (with metric "loss"), "energy" the sum of the squared relative errors of all
+            matrices, "uniform" keeps the same share of every matrix. By default "loss" where it can, else
+            "energy".
+        metric: what a compressed matrix should be near in: outputs on the calibration text, weighed by what
+            the model's "loss" makes of them; "outputs", all alike (SVD-LLM's whitening); "diagonal" (inputs
+            weighed by their mean squares, as ASVD and AWT do); or "weights" (plain SVD). By default "loss"
+            with calibration and "weights" without. "loss" takes gradients, the whole model in memory.
+        correct: fit every matrix to what reaches it behind those that are compressed already, one after the
+            other, against the dense model's outputs. With metric "loss" or "outputs".
+        calibrate: calibration text: files or Hub datasets (see `corpus.read`), or "builtin".
+        calibration_tokens: how many of its tokens; evenly spread over the text.
+        calibration_split: of Hub datasets.
+        text_column / target_column: of the calibration data; targets are read for encoder-decoders.
         ffn: where the FFNs are, for architectures that are not in the table:
             "layers.{}.mlp:gate_proj,up_proj,down_proj" (or "…:up,down").
 
@@ -76,13 +98,23 @@ class Recipe:
     svd: str = "auto"
     gauge: str = "canonical"
     max_shard_size: str = "1GB"
+    keep: float | None = None
+    max_error: float | None = None
+    allocation: str | None = None
+    metric: str | None = None
+    correct: bool = False
+    calibrate: tuple[str, ...] = ()
+    calibration_tokens: int = 65536
+    calibration_split: str = "train"
+    text_column: str = "text"
+    target_column: str = "target"
     ffn: str | None = None
 
     def __post_init__(self):
         if isinstance(self.model, PathLike):
             object.__setattr__(self, "model", str(self.model))
         self._check_text()
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "calibrate"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "bond_dim", _bond_dim(self.bond_dim))
@@ -92,16 +124,18 @@ class Recipe:
         if self.layers is not None:
             parse_layers(self.layers)
         self._check_sites()
+        self._check_budget()
 
     def _check_text(self) -> None:
-        for name in ("model", "revision", "factors", "device", "ffn"):
+        needed = ("model", "device", "calibration_split", "text_column", "target_column")
+        for name in (*needed, "revision", "factors", "ffn"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name in ("model", "device")):
+            if not isinstance(value, str) and (value is not None or name in needed):
                 raise RecipeError(f"{name} is {value!r}; expected text (quote it in a recipe file)")
-        for name in ("include", "exclude"):
+        for name, what in (("include", "pattern"), ("exclude", "pattern"), ("calibrate", "source")):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
-                raise RecipeError(f"{name} is {value!r}; expected a pattern or a list of patterns")
+                raise RecipeError(f"{name} is {value!r}; expected a {what} or a list of {what}s")
 
     def _check_experts(self) -> None:
         for name in ("experts", "top_k", "seed"):
@@ -144,6 +178,7 @@ class Recipe:
 
         choices = {"kind": KINDS, "layout": LAYOUTS, "svd": SVDS, "gauge": GAUGES}
         choices |= {"dtype": (None, *DTYPES), "bias": (None, *BIASES)}
+        choices |= {"allocation": (None, *ALLOCATIONS), "metric": (None, *METRICS)}
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -151,6 +186,38 @@ class Recipe:
                 raise RecipeError(f"{name} is {value!r}; expected one of {names}")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise RecipeError(f"device is {self.device!r}; expected auto, cpu, cuda, cuda:N or mps")
+
+    @property
+    def compresses(self) -> bool:
+        return self.keep is not None or self.max_error is not None
+
+    def _check_budget(self) -> None:
+        for name, limit in (("keep", math.inf), ("max_error", 1.0)):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < limit):
+                below = "" if limit == math.inf else f" and below {limit:g}"
+                raise RecipeError(f"{name} is {value!r}; expected a number above 0{below}, such as 0.6")
+        tokens = self.calibration_tokens
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise RecipeError(f"calibration_tokens is {tokens!r}; expected a whole number of at least 1")
+        if not isinstance(self.correct, bool):
+            raise RecipeError(f"correct is {self.correct!r}; expected true or false")
+        given = [name for name in ("allocation", "metric", "correct", "calibrate") if getattr(self, name)]
+        if not self.compresses:
+            if given:
+                raise RecipeError(
+                    f"{given[0]} given without --keep or --max-error; nothing is compressed then"
+                )
+            return
+        if self.allocation == "loss" and self.metric not in (None, "loss"):
+            raise RecipeError(f"allocation loss given with metric {self.metric}; expected with --metric loss")
+        if self.kind == "mpo" and (self.layout != "one-sided" or self.factors is not None):
+            what = f"layout {self.layout}" if self.factors is None else "explicit factors"
+            raise RecipeError(
+                f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
+                "--kind (chains of other layouts are cut by --bond-dim)"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
@@ -14,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from .families import FAMILIES
-from .planning import MatrixPlan, Plan, Totals
-from .report import MatrixReport, Report, plan_warnings
+from .planning import Budget, MatrixPlan, Plan, Totals
+from .report import Divergence, MatrixReport, Report, plan_warnings
 from .summary import Summary
 from .verification import Verification
 
@@ -60,8 +61,11 @@ def _table(title: str, *columns: str, numbers: int = 0) -> Table:
 
 def matrices_table(matrices: Iterable[MatrixPlan]) -> Table:
     """One row per matrix of a plan."""
-    columns = ("matrix", "size", "sites (in x out)", "bonds", "full bonds", "dense", "stored")
-    table = _table("Matrices", *columns, numbers=2)
+    matrices = list(matrices)
+    columns = ["matrix", "size", "sites (in x out)", "bonds", "full bonds", "dense", "stored"]
+    if any(matrix.rank is not None for matrix in matrices):
+        columns[-2:-2] = ["rank"]
+    table = _table("Matrices", *columns, numbers=len(columns) - 5)
     for matrix in matrices:
         term = matrix.own_term
         table.add_row(
@@ -69,7 +73,8 @@ def matrices_table(matrices: Iterable[MatrixPlan]) -> Table:
             f"{matrix.rows} x {matrix.cols}",
             _factors(term["in_dims"], term["out_dims"]),
             _numbers(term["bonds"]),
-            _numbers(matrix.sites.full_bonds if matrix.sites else ()),
+            _numbers(matrix.full_bonds),
+            *(["whole" if matrix.rank is None else str(matrix.rank)] if "rank" in columns else []),
             f"{matrix.dense_params:,}",
             f"{matrix.stored_params:,}",
         )
@@ -126,9 +131,41 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(totals_table(plan.ffn_totals, plan.totals))
     out.print(_shards_table(plan))
     out.print(f"Peak memory for tensors, estimated: {size(plan.peak_bytes)}")
+    if plan.budget:
+        print_budget(plan.budget, out)
     exact = "nothing is truncated" if plan.is_exact else "truncated: bonds are below the full ones"
     out.print(f"Bonds: {exact}.")
     _print_warnings(plan_warnings(plan), out)
+
+
+def print_budget(budget: Budget, out: Console) -> None:
+    """What was chosen, and what else there is."""
+    losses = budget.chosen.loss is not None
+    columns = ("FFN numbers kept", "root mean square error", *(("expected loss, nats",) if losses else ()))
+    table = _table("Budget: what other shares are predicted to cost", *columns, numbers=len(columns))
+    others = [point for point in budget.curve if abs(point.keep - budget.chosen.keep) > 0.01]
+    for point in sorted([*others, budget.chosen], key=lambda point: point.keep):
+        cells = [f"{point.keep:.1%}", f"{point.error:.3f}", *([f"+{point.loss:.3g}"] if losses else ())]
+        table.add_row(*cells, style="bold" if point == budget.chosen else None)
+    out.print(table)
+    text = f"calibrated on {budget.tokens:,} tokens" if budget.tokens else "not calibrated"
+    out.print(
+        f"Kept: {budget.chosen.keep:.1%} of the dense FFNs' numbers ({text}); the least that can be met: "
+        f"{budget.smallest_keep:.1%}, of which {budget.fixed:.1%} are what experts own, biases and routers."
+    )
+
+
+def divergence_line(found: Divergence) -> str:
+    """What was measured on held-out text."""
+    if found.nats is None:
+        return (
+            f"Measured on {found.tokens:,} held-out tokens: the last hidden states differ by "
+            f"{found.difference:.3f} of their size."
+        )
+    line = f"Measured on {found.tokens:,} held-out tokens: {found.nats:.3g} nats of divergence from dense"
+    if found.perplexity is not None:
+        line += f", perplexity {found.perplexity:.4g} instead of {found.dense_perplexity:.4g}"
+    return f"{line}."
 
 
 def _shards_table(plan: Plan) -> Table:
@@ -157,6 +194,7 @@ def plan_json(plan: Plan) -> dict:
         "peak_bytes": plan.peak_bytes,
         "kept_dense": list(plan.kept_dense),
         "warnings": plan_warnings(plan),
+        "budget": asdict(plan.budget) if plan.budget else None,
         "matrices": [_matrix_json(matrix) for matrix in plan.matrices],
         "tensors": {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in plan.tensors},
         "shards": {file: list(names) for file, names in plan.shards.items()},
@@ -169,7 +207,8 @@ def _matrix_json(matrix: MatrixPlan) -> dict:
         "name": matrix.name,
         "shape": [matrix.rows, matrix.cols],
         **{key: term[key] for key in ("in_dims", "out_dims", "bonds")},
-        "full_bonds": list(matrix.sites.full_bonds) if matrix.sites else [],
+        "full_bonds": list(matrix.full_bonds),
+        "rank": matrix.rank,
         "dense_params": matrix.dense_params,
         "stored_params": matrix.stored_params,
     }
@@ -177,13 +216,23 @@ def _matrix_json(matrix: MatrixPlan) -> dict:
 
 def layers_table(matrices: Iterable[MatrixReport]) -> Table:
     """One row per FFN: its worst matrix counts."""
-    columns = ("FFN", "largest error", "clone drift", "dense", "stored")
-    table = _table("Layers", *columns, numbers=4)
+    matrices = list(matrices)
+    measured = any(m.output_error is not None for m in matrices)
+    columns = [
+        "FFN",
+        "largest error",
+        *(["of outputs"] if measured else []),
+        "clone drift",
+        "dense",
+        "stored",
+    ]
+    table = _table("Layers", *columns, numbers=len(columns) - 1)
     for ffn, group in groupby(matrices, key=lambda m: m.name.rpartition(".")[0]):
         group = list(group)
         table.add_row(
             ffn,
             f"{max(m.relative_error for m in group):.2e}",
+            *([f"{max(m.output_error for m in group):.2e}"] if measured else []),
             f"{max(m.clone_drift for m in group):.2e}",
             f"{sum(m.dense_params for m in group):,}",
             f"{sum(m.stored_params for m in group):,}",
@@ -193,23 +242,19 @@ def layers_table(matrices: Iterable[MatrixReport]) -> Table:
 
 def reports_table(matrices: Iterable[MatrixReport]) -> Table:
     """One row per matrix."""
-    columns = (
-        "matrix",
-        "size",
-        "bonds",
-        "error",
-        "before the cast",
-        "clone drift",
-        "dense",
-        "stored",
-    )
-    table = _table("Matrices", *columns, numbers=5)
+    matrices = list(matrices)
+    measured = any(m.output_error is not None for m in matrices)
+    columns = ["matrix", "size", "bonds", "error", "before the cast", "clone drift", "dense", "stored"]
+    if measured:
+        columns[4:4] = ["of outputs"]
+    table = _table("Matrices", *columns, numbers=len(columns) - 3)
     for m in matrices:
         table.add_row(
             m.name,
             f"{m.shape[0]} x {m.shape[1]}",
             _numbers(m.bonds),
             f"{m.relative_error:.2e}",
+            *([f"{m.output_error:.2e}"] if measured else []),
             f"{m.relative_error_before_cast:.2e}",
             f"{m.clone_drift:.2e}",
             f"{m.dense_params:,}",
@@ -222,6 +267,10 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     table = reports_table if per_matrix else layers_table
     out.print(table(report.matrices))
     out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
+    if report.plan.budget:
+        print_budget(report.plan.budget, out)
+    if report.divergence:
+        out.print(divergence_line(report.divergence))
     _print_warnings(report.warnings, out)
     out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
 
@@ -262,6 +311,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 @contextmanager

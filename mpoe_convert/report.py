@@ -21,6 +21,9 @@ class MatrixReport:
     Attributes:
         relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
         relative_error_before_cast: the same before the cores were rounded to the stored dtype.
+        rank: of the two thin matrices that stand for the dense one; None: nothing was compressed.
+        output_error: relative difference of what expert 0 as stored and the dense matrix make of calibration
+            inputs that were held out; None without calibration.
         discarded_weight: per bond, the share of the squared norm that was cut there.
         clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
             first site's rows; all clones are drawn alike.
@@ -33,13 +36,35 @@ class MatrixReport:
     out_dims: tuple[int, ...]
     bonds: tuple[int, ...]
     full_bonds: tuple[int, ...]
+    rank: int | None
     relative_error: float
     relative_error_before_cast: float
+    output_error: float | None
     discarded_weight: tuple[float, ...]
     clone_drift: float
     dense_params: int
     stored_params: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Means over held-out tokens.
+
+    Attributes:
+        tokens: how many.
+        nats: Kullback-Leibler divergence of the artifact's distribution over tokens (or classes) from the
+            dense model's; None for models without logits.
+        difference: relative difference of the last hidden states, for those.
+        dense_perplexity / perplexity: of the dense model and of the artifact; None where the model predicts
+            no text of its own.
+    """
+
+    tokens: int
+    nats: float | None
+    difference: float | None
+    dense_perplexity: float | None
+    perplexity: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class Report:
     plan: Plan
     matrices: tuple[MatrixReport, ...]
     license: str | None = None
+    divergence: Divergence | None = None
 
     @property
     def max_error(self) -> float:
@@ -64,6 +90,8 @@ class Report:
 
     def _error_warnings(self) -> list[str]:
         warnings = []
+        if self.plan.budget:
+            return self._budget_warnings()
         worst = max(self.matrices, key=lambda m: m.relative_error)
         if worst.relative_error > BROKEN_ERROR:
             warnings.append(
@@ -83,6 +111,23 @@ class Report:
             )
         return warnings
 
+    def _budget_warnings(self) -> list[str]:
+        """Errors of weights say little where a metric was followed; those of outputs do."""
+        measured = [m for m in self.matrices if m.output_error is not None]
+        if not measured:
+            return [
+                "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "
+                "(--calibrate keeps what matters on a text)."
+            ]
+        worst = max(measured, key=lambda m: m.output_error)
+        if worst.output_error <= BROKEN_ERROR:
+            return []
+        return [
+            f"the outputs of {worst.name} changed by {worst.output_error:.2f} of their size on held-out "
+            "calibration text; the model may not work before it is fine-tuned. Raise --keep, or heal it with "
+            "finetune --teacher."
+        ]
+
     def to_json(self) -> dict[str, Any]:
         plan = self.plan
         return {
@@ -97,6 +142,8 @@ class Report:
             "max_relative_error": self.max_error,
             "max_clone_drift": self.max_drift,
             "exact": plan.is_exact,
+            "divergence": asdict(self.divergence) if self.divergence else None,
+            "budget": asdict(plan.budget) if plan.budget else None,
             "warnings": self.warnings,
             "ffns": [ffn.ffn.path for ffn in plan.ffns],
             "kept_dense": list(plan.kept_dense),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mpoe_convert.conversion import _naming, pick_device
+from mpoe_convert.building import pick_device
+from mpoe_convert.conversion import _naming
 from mpoe_convert.errors import CheckpointError, MachineError, RecipeError
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
 from ..recipe import Recipe
+from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -20,18 +21,24 @@ STARTS_EQUAL = True
 ABOUT = "the dense FFN, shared, with an adapter each behind it (PESC)"
 
 
-def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dict], None]:
+def terms(
+    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+) -> tuple[list[dict], None]:
     """See `experts`: the whole matrix."""
     if recipe.bias == "per-expert":
         raise RecipeError("kind adapter shares the whole FFN, biases too; expected bias shared")
-    return [{"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [True]}], None
+    return [whole_term(rows, cols, rank, shared=True)], None
 
 
 def fit(
-    matrix: Tensor, sites: None, recipe: Recipe, generator: Generator
+    matrix: Tensor,
+    sites: None,
+    recipe: Recipe,
+    generator: Generator,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
-    """See `experts`: the matrix itself."""
-    return [[matrix[None, :, :, None]]], ()
+    """See `experts`: the matrix itself, or its factors."""
+    return [whole_cores(matrix, factors)], ()
 
 
 def adapter_size(hidden_size: int, recipe: Recipe) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..recipe import Recipe
+from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -15,13 +16,19 @@ STARTS_EQUAL = False
 ABOUT = "whole copies of the dense FFN (sparse upcycling)"
 
 
-def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dict], None]:
+def terms(
+    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+) -> tuple[list[dict], None]:
     """See `experts`: a chain of one per-expert core."""
-    return [{"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}], None
+    return [whole_term(rows, cols, rank, shared=False)], None
 
 
 def fit(
-    matrix: Tensor, sites: None, recipe: Recipe, generator: Generator
+    matrix: Tensor,
+    sites: None,
+    recipe: Recipe,
+    generator: Generator,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
-    """See `experts`: the matrix itself."""
-    return [[matrix[None, :, :, None]]], ()
+    """See `experts`: the matrix itself, or its factors."""
+    return [whole_cores(matrix, factors)], ()

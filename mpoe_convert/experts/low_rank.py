@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SitesError
 from ..recipe import Recipe
+from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -19,18 +20,23 @@ STARTS_EQUAL = True
 ABOUT = "the dense FFN, shared, plus a low-rank matrix each"
 
 
-def terms(rows: int, cols: int, recipe: Recipe, swapped: bool) -> tuple[list[dict], None]:
+def terms(
+    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+) -> tuple[list[dict], None]:
     """See `experts`: the whole matrix, and (in, r) times (r, out) per expert."""
-    rank = recipe.bond_dim
-    if not isinstance(rank, int) or rank > min(rows, cols):
-        raise SitesError(f"the rank (--bond-dim) is {rank}; expected one number of at most {min(rows, cols)}")
-    whole = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [True]}
-    thin = {"in_dims": [rows, 1], "out_dims": [1, cols], "bonds": [rank], "shared": [False, False]}
-    return [whole, thin], None
+    own = recipe.bond_dim
+    if not isinstance(own, int) or own > min(rows, cols):
+        raise SitesError(f"the rank (--bond-dim) is {own}; expected one number of at most {min(rows, cols)}")
+    thin = whole_term(rows, cols, own, shared=False)
+    return [whole_term(rows, cols, rank, shared=True), thin], None
 
 
 def fit(
-    matrix: Tensor, sites: None, recipe: Recipe, generator: Generator
+    matrix: Tensor,
+    sites: None,
+    recipe: Recipe,
+    generator: Generator,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
     """See `experts`: the matrix; a random left factor of variance 1 / in per expert, and zero.
 
@@ -42,4 +48,4 @@ def fit(
     shape = (recipe.experts, 1, rows, 1, recipe.bond_dim)
     left = torch.randn(shape, generator=generator).to(matrix) / rows**0.5
     right = matrix.new_zeros(recipe.bond_dim, 1, cols, 1)
-    return [[matrix[None, :, :, None]], [left, right]], ()
+    return [whole_cores(matrix, factors), [left, right]], ()

@@ -1,0 +1,206 @@
+"""A budget becomes ranks: the spectra of all matrices in their metric, then the allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from . import allocation
+from .allocation import Candidate, Ranks
+from .building import pick_device, read_matrix
+from .calibration import Batch, Calibration, calibrate, make_batches
+from .checkpoint import Checkpoint, open_checkpoint
+from .correction import Corrections, correct
+from .errors import RecipeError
+from .factoring import spectrum
+from .moments import FFNMoments, metric_for
+from .planning import Budget, BudgetPoint, MatrixPlan, Plan, plan_checkpoint
+from .recipe import Recipe
+
+# Shares of the dense FFNs' numbers at which a plan predicts the error.
+CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+Progress = Callable[[str, int, int, object], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and what its compressed matrices are to be near in."""
+
+    plan: Plan
+    calibration: Calibration | None = None
+    corrections: Corrections | None = None
+    batches: Sequence[Batch] = ()
+
+    def moments(self, path: str) -> FFNMoments | None:
+        """Of the FFN in the layer at that path."""
+        return None if self.calibration is None else self.calibration.load(path)
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    token: str | None = None,
+    calibration: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan a conversion; nothing is written.
+
+    From headers alone, a Hub id downloads no weights; but with `keep` or `max_error` the weights are read,
+    and calibrated if the recipe says so. Arguments as for `convert`.
+
+    Raises:
+        MpoeError: the source, the recipe or their combination cannot be converted.
+    """
+    headers_only = not recipe.compresses
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, token=token, headers_only=headers_only
+    )
+    return prepare(recipe, checkpoint, calibration, progress, only_plan=True).plan
+
+
+def prepare(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+    *,
+    only_plan: bool = False,
+) -> Prepared:
+    """The plan for an opened checkpoint, with ranks if the recipe compresses. Raises MpoeError.
+
+    Args:
+        only_plan: leave out corrections, which change no plan.
+    """
+    whole = plan_checkpoint(recipe, checkpoint)
+    if not recipe.compresses:
+        if batches is not None:
+            raise RecipeError("calibration given without --keep or --max-error; nothing is compressed then")
+        return Prepared(whole)
+    calibrated = bool(recipe.calibrate) or batches is not None
+    recipe = _resolved(whole.recipe, calibrated)
+    device = pick_device(recipe.device)
+    report = progress or (lambda *_: None)
+    calibration = None
+    if calibrated:
+        batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
+        calibration = calibrate(
+            whole,
+            checkpoint,
+            device,
+            batches,
+            gradients=recipe.metric == "loss",
+            progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
+        )
+    candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
+    ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
+    plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
+    if only_plan or not recipe.correct:
+        return Prepared(plan, calibration, batches=batches or ())
+    corrections = correct(
+        plan,
+        checkpoint,
+        calibration,
+        batches,
+        device,
+        lambda *step: report("correcting: " + step[0], *step[1:], None),
+    )
+    return Prepared(plan, calibration, corrections, batches)
+
+
+def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
+    """The recipe with its defaults filled in. Raises RecipeError if it wants calibration and has none."""
+    metric = recipe.metric or ("loss" if calibrated else "weights")
+    allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
+    for name, value in (("metric", metric), ("allocation", allocation)):
+        if value not in ("weights", "energy", "uniform") and not calibrated:
+            raise RecipeError(f"{name} is {value!r}; expected --calibrate with it")
+    if recipe.correct and metric not in ("loss", "outputs"):
+        raise RecipeError(
+            f"correct given with metric {metric}; expected --calibrate and metric loss or outputs"
+        )
+    return recipe.replace(metric=metric, allocation=allocation)
+
+
+def _candidates(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    calibration: Calibration | None,
+    report: Progress,
+) -> list[Candidate]:
+    found = []
+    for done, ffn in enumerate(plan.ffns):
+        moments = calibration.load(ffn.ffn.path) if calibration else None
+        for matrix in ffn.matrices:
+            report(f"spectrum of {matrix.name}", done, len(plan.ffns), None)
+            weight = read_matrix(checkpoint, matrix.source, device)
+            weight = weight if weight.dtype == torch.float64 else weight.float()
+            values = spectrum(weight, metric_for(plan.recipe.metric, matrix, weight, moments)).cpu().numpy()
+            found.append(_candidate(matrix, values, plan.recipe))
+    return found
+
+
+def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candidate:
+    """Losses are nats per token for metric "loss" with its own allocation, else squared relative errors."""
+    losses = np.append(values[::-1].cumsum()[::-1], 0.0)
+    if recipe.allocation == "loss":
+        losses = losses / 2
+    elif losses[0] > 0:
+        losses = losses / losses[0]
+    copies = 1 if matrix.shares_whole else matrix.num_experts
+    rows, cols = matrix.rows, matrix.cols
+    return Candidate(matrix.name, copies * (rows + cols), copies * rows * cols, losses)
+
+
+def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:
+    dense = whole.ffn_totals.dense_params
+    fixed = whole.ffn_totals.stored_params - sum(each.whole_cost for each in candidates)
+    start = allocation.smallest(candidates, recipe.max_error)
+    least = (fixed + allocation.cost(candidates, start)) / dense
+    allocate = allocation.uniform if recipe.allocation == "uniform" else allocation.greedy
+
+    def ranks_for(keep: float) -> Ranks:
+        return allocate(candidates, int(keep * dense) - fixed, start)
+
+    if recipe.keep is None:
+        ranks = start
+    elif recipe.keep < least:
+        raise RecipeError(_too_small(recipe, least, fixed / dense))
+    else:
+        ranks = ranks_for(recipe.keep)
+    keep = (fixed + allocation.cost(candidates, ranks)) / dense
+    shares = [(share, ranks_for(share)) for share in CURVE if share >= least]
+    budget = Budget(
+        smallest_keep=least,
+        fixed=fixed / dense,
+        tokens=tokens,
+        errors={each.name: each.error(ranks[each.name]) for each in candidates},
+        chosen=_point(keep, candidates, ranks, recipe),
+        curve=tuple(_point(share, candidates, ranks, recipe) for share, ranks in shares),
+    )
+    return ranks, budget
+
+
+def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:
+    errors = [each.error(ranks[each.name]) for each in candidates]
+    loss = sum(each.loss(ranks[each.name]) for each in candidates) if recipe.allocation == "loss" else None
+    return BudgetPoint(keep, float(np.mean(np.square(errors)) ** 0.5), loss)
+
+
+def _too_small(recipe: Recipe, least: float, fixed: float) -> str:
+    limit = "" if recipe.max_error is None else f" with max_error {recipe.max_error:g}"
+    own = "lower --bond-dim or --experts" if fixed > least / 4 else "raise --max-error"
+    if recipe.max_error is None:
+        own = "lower --bond-dim or --experts"
+    return (
+        f"keep is {recipe.keep:g}, and the smallest that can be met{limit} is {_round_up(least):g}: what "
+        f"experts own, biases and routers alone take {fixed:.3f} of the dense FFNs; raise --keep, or {own}"
+    )
+
+
+def _round_up(value: float) -> float:
+    return float(np.ceil(value * 1000) / 1000)

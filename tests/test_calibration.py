@@ -1,0 +1,315 @@
+"""Moments from the model that walks in step, against hooks on the stock model in memory."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from test_families import generative
+from tiny import HIDDEN, VOCAB, make_inputs, save_tiny, save_tokenizer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mpoe_convert import Recipe, convert, plan
+from mpoe_convert.calibration import HELD_OUT, _Walk, calibrate
+from mpoe_convert.checkpoint import open_checkpoint
+from mpoe_convert.errors import CheckpointError, DataError, RecipeError
+from mpoe_convert.families import FAMILY_OF
+from mpoe_convert.planning import plan_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def batches_for(model, auto_class, count=4):
+    """Batches that differ, with padding where the model takes a mask."""
+    first = make_inputs(model, auto_class)
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(100 + seed)
+        batch = dict(first)
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                batch[name] = torch.randint(3, VOCAB, batch[name].shape, generator=generator)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = torch.randn(batch["pixel_values"].shape, generator=generator)
+        else:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][0, -3:] = 0
+        found.append(batch)
+    return found
+
+
+def expected_moments(folder, auto_class, checkpoint, batches):
+    """(the plan, (inputs, outputs without bias) of every projection on the batches, by the weight's name)."""
+    model = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
+    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    seen, batch = {}, {}
+    with_weight = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+    def hook(source, path):
+        def note(module, args, output):
+            x, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
+            if module.bias is not None:
+                y = y - module.bias
+            mask = batch.get("attention_mask")
+            decoder = model.config.is_encoder_decoder and path.startswith("decoder")
+            if mask is not None and not decoder:
+                x, y = x[mask.reshape(-1) > 0], y[mask.reshape(-1) > 0]
+            if source.part is not None:
+                y = y.chunk(2, -1)[source.part]
+            seen.setdefault((source.weight, source.part), []).append((x.detach(), y.detach()))
+
+        return note
+
+    for ffn in planned.ffns:
+        for source in ffn.ffn.projections.values():
+            weight = checkpoint.read(source.weight)
+            module = next(m for m in with_weight if torch.equal(m.weight, weight))
+            module.register_forward_hook(hook(source, ffn.ffn.path))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return planned, {key: [torch.cat(part) for part in zip(*rows, strict=True)] for key, rows in seen.items()}
+
+
+def moment(rows):
+    return rows.mT @ rows / len(rows)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_moments_are_those_of_the_stock_model(model_type, tmp_path):
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    checkpoint = open_checkpoint(str(folder))
+    model = getattr(transformers, auto_class).from_pretrained(folder)
+    batches = batches_for(model, auto_class)
+    planned, expected = expected_moments(folder, auto_class, checkpoint, batches[:-1])
+    _, held_out = expected_moments(folder, auto_class, checkpoint, batches[-1:])
+    found = calibrate(planned, checkpoint, CPU, batches)
+    for ffn in planned.ffns:
+        moments = found.load(ffn.ffn.path)
+        for matrix in ffn.matrices:
+            key = (matrix.source.weight, matrix.source.part)
+            inputs, outputs = expected[key]
+            place = "inner" if matrix.role == "down" else "inputs"
+            ours, theirs = (
+                (moments.tensors[place], moment(inputs))
+                if matrix.rows <= matrix.cols
+                else (moments.tensors[f"{matrix.role}.outputs"], moment(outputs))
+            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+            scale = moments.tensors[f"{place}.scale"]
+            torch.testing.assert_close(scale, inputs.square().mean(0), rtol=1e-4, atol=1e-6)
+            weight = torch.randn(matrix.rows, matrix.cols, generator=torch.Generator().manual_seed(0))
+            kept = held_out[key][0]
+            error = (kept @ weight * 0.5).norm() / (kept @ weight).norm()
+            assert abs(moments.output_error(matrix, weight, weight / 2) - error) < 1e-3
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """(folder, checkpoint, plan, batches) of a tiny Llama."""
+    folder = save_tiny("llama", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    checkpoint = open_checkpoint(str(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    return folder, checkpoint, planned, batches_for(model, "AutoModelForCausalLM")
+
+
+def test_a_second_run_reads_what_the_first_found(llama, monkeypatch):
+    _, checkpoint, planned, batches = llama
+    first = calibrate(planned, checkpoint, CPU, batches)
+    monkeypatch.setattr(_Walk, "run", lambda *_: pytest.fail("the model ran again"))
+    assert calibrate(planned, checkpoint, CPU, batches).folder == first.folder
+
+
+def test_other_weights_and_other_text_are_other_moments(llama, tmp_path):
+    folder, checkpoint, planned, batches = llama
+    first = calibrate(planned, checkpoint, CPU, batches).folder
+    assert calibrate(planned, checkpoint, CPU, batches[::-1]).folder != first
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.save_pretrained(folder)
+    assert calibrate(planned, open_checkpoint(str(folder)), CPU, batches).folder != first
+
+
+def test_an_interrupted_run_goes_on(llama, tmp_path, monkeypatch):
+    _, checkpoint, planned, batches = llama
+    whole = calibrate(planned, checkpoint, CPU, batches)
+    expected = [whole.load(path).tensors for path in whole.paths]
+    whole.file(whole.paths[1]).unlink()
+    kept = whole.file(whole.paths[0]).stat().st_mtime_ns
+
+    def stop(path, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(planned, checkpoint, CPU, batches, progress=stop)
+    assert whole.file(whole.paths[1]).is_file()  # this FFN was done when the run was stopped
+    whole.file(whole.paths[1]).unlink()
+    again = calibrate(planned, checkpoint, CPU, batches)
+    assert whole.file(whole.paths[0]).stat().st_mtime_ns == kept
+    for path, tensors in zip(again.paths, expected, strict=True):
+        assert again.load(path).tensors.keys() == tensors.keys()
+        for name, tensor in again.load(path).tensors.items():
+            torch.testing.assert_close(tensor, tensors[name])
+
+
+def test_only_one_ffn_is_summed_at_a_time(llama, monkeypatch):
+    _, checkpoint, planned, batches = llama
+    counts = []
+    original = _Walk._leave
+
+    def leave(self, path, on_done):
+        counts.append(sum(bool(sums.sums) for sums in self.sums.values()))
+        original(self, path, on_done)
+
+    monkeypatch.setattr(_Walk, "_leave", leave)
+    calibrate(planned, checkpoint, CPU, batches[1:])
+    assert counts == [1, 1]
+
+
+def test_a_model_that_computes_nan_is_told_with_the_place(llama):
+    folder, _, planned, batches = llama
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(3e38)
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"layers\.0 \(inner\) hold NaN or Inf"):
+        calibrate(planned, open_checkpoint(str(folder)), CPU, batches)
+    gc.collect()
+
+
+def test_too_little_text(llama, tmp_path):
+    folder, checkpoint, planned, batches = llama
+    with pytest.raises(DataError, match="two batches"):
+        calibrate(planned, checkpoint, CPU, batches[:1])
+    small = [{name: part[:1, :3] for name, part in batch.items()} for batch in batches]
+    with pytest.raises(DataError, match=f"the {HIDDEN} tokens that moments of {HIDDEN} features need"):
+        calibrate(planned, checkpoint, CPU, small)
+    text = tmp_path / "short.txt"
+    text.write_text("w3 w4 w5 " * 100)
+    with pytest.raises(DataError, match="has 256 tokens in blocks of 64; expected the 65,536"):
+        plan(Recipe(str(folder), bond_dim=4, keep=2.5, calibrate=(str(text),)))
+
+
+def test_text_becomes_blocks_spread_over_all_files(llama, tmp_path):
+    folder, _, _, _ = llama
+    paths = []
+    for number in (3, 4):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text(f"w{number} " * 6400)
+    from mpoe_convert.calibration import make_batches
+
+    recipe = Recipe(str(folder), keep=2.5, calibrate=tuple(map(str, paths)), calibration_tokens=640)
+    batches = make_batches(recipe, open_checkpoint(str(folder)))
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    assert ids.shape == (10, 64)
+    assert (ids == 3).all(1).sum() == 5 and (ids == 4).any(1).sum() == 5
+
+
+def test_pairs_for_an_encoder_decoder(tmp_path):
+    folder = save_tiny("t5", "AutoModelForSeq2SeqLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    path = tmp_path / "pairs.tsv"
+    rows = [f"{'w3 ' * (1 + n % 5)}\t{'w4 ' * (1 + n % 7)}" for n in range(400)]
+    path.write_text("text\ttarget\n" + "\n".join(rows) + "\n")
+    recipe = Recipe(
+        str(folder),
+        experts=2,
+        bond_dim=2,
+        noise=0.0,
+        keep=1.0,
+        calibrate=(str(path),),
+        calibration_tokens=900,
+    )
+    from mpoe_convert.calibration import make_batches
+
+    checkpoint = open_checkpoint(str(folder))
+    batches = make_batches(recipe, checkpoint)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert 900 <= tokens < 950 and all((batch["labels"] != -100).any() for batch in batches)
+    report = convert(recipe, tmp_path / "out", calibration=[*batches] * HELD_OUT)
+    assert all(matrix.output_error is not None for matrix in report.matrices)
+
+
+def test_a_model_that_reads_no_text(tmp_path):
+    folder = save_tiny("vit", "AutoModelForImageClassification", tmp_path / "dense")
+    with pytest.raises(RecipeError, match="reads pixel_values"):
+        plan(Recipe(str(folder), bond_dim=4, keep=2.0, calibrate=("builtin",)))
+
+
+@pytest.mark.parametrize("kind", ["bin", "bfloat16"])
+def test_other_files_and_dtypes(kind, llama, tmp_path):
+    folder, _, _, batches = llama
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    else:
+        model.bfloat16().save_pretrained(folder)
+    checkpoint = open_checkpoint(str(folder))
+    planned, expected = expected_moments(folder, "AutoModelForCausalLM", checkpoint, batches[:-1])
+    found = calibrate(planned, checkpoint, CPU, batches)
+    for ffn in planned.ffns:
+        up = next(m for m in ffn.matrices if m.role == "up")
+        theirs = moment(expected[up.source.weight, None][0].float())
+        ours = found.load(ffn.ffn.path).tensors["inputs"]
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "t5", "bart", "vit", "llama", "phi3"])
+def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
+    """Of a plain FFN that of up's inputs is what autograd itself gives; of down that of its outputs."""
+    from mpoe_convert.calibration import _own_loss, _pieces, projection_modules
+
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    checkpoint = open_checkpoint(str(folder))
+    model = getattr(transformers, auto_class).from_pretrained(folder).eval()
+    batches = batches_for(model, auto_class)
+    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    found = calibrate(planned, checkpoint, CPU, batches, gradients=True)
+    gradients, kept = {}, []
+    for ffn in planned.ffns:
+        modules = projection_modules(model, planned.family, ffn)
+
+        def note(module, args, output, key):
+            for name, tensor in (("in", args[0]), ("out", output)):
+                tensor.retain_grad()
+                kept.append(((*key, name), tensor))
+
+        for role in ("up", "down"):
+            hook = partial(note, key=(ffn.ffn.path, role))
+            modules[role].register_forward_hook(hook)
+    generator, tokens = torch.Generator().manual_seed(0), 0
+    for piece in _pieces(batches):
+        kept.clear()
+        _own_loss(model(**piece), piece, generator).backward()
+        mask = piece.get("attention_mask", torch.ones(piece[next(iter(piece))].shape[:2]))
+        tokens += int(mask.sum())
+        for key, tensor in kept:
+            gradients.setdefault(key, []).append(tensor.grad.reshape(-1, tensor.shape[-1]))
+    for ffn in planned.ffns:
+        tensors = found.load(ffn.ffn.path).tensors
+        rows = torch.cat(gradients[ffn.ffn.path, "down", "out"])
+        theirs = rows.mT @ rows / tokens
+        torch.testing.assert_close(tensors["down.answer"], theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
+        mean = rows.square().mean(1).sum() / tokens
+        torch.testing.assert_close(tensors["down.answer_mean"], mean, rtol=1e-3, atol=1e-12)
+        if "gate" in ffn.ffn.projections:
+            assert tensors["up.answer"].shape == tensors["gate.answer"].shape
+            assert not torch.equal(tensors["up.answer"], tensors["gate.answer"])
+            continue
+        if model_type in ("bert", "bart"):  # what goes into up goes past it, too
+            continue
+        rows = torch.cat(gradients[ffn.ffn.path, "up", "in"])
+        theirs = rows.mT @ rows / tokens
+        torch.testing.assert_close(tensors["up.answer"], theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())

@@ -1,0 +1,197 @@
+"""Conversions under a budget."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from test_calibration import batches_for
+from test_families import generative
+from test_real_checkpoints import load, perplexity, windows_of
+from tiny import make_inputs, outputs, save_tiny, save_tokenizer
+
+from mpoe_convert import Recipe, convert, plan
+from mpoe_convert.errors import DataError, RecipeError
+from mpoe_convert.experts import KINDS
+from mpoe_convert.families import FAMILY_OF
+from mpoe_convert.modeling_mpoe import contract_chain
+
+ONCE_PER_LAYER = [name for name in FAMILY_OF if name != "albert"]
+
+
+def pair(model_type, tmp_path, **recipe):
+    """(stock model, converted one, report) of a tiny model, calibrated on random inputs."""
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    dense = getattr(transformers, auto_class).from_pretrained(folder).eval()
+    recipe = {"experts": 2, "bond_dim": 2, "noise": 0.0} | recipe
+    batches = None if recipe.get("metric") == "weights" else batches_for(dense, auto_class, 6)
+    report = convert(Recipe(str(folder), **recipe), tmp_path / "out", calibration=batches)
+    options = {"trust_remote_code": True}
+    made = getattr(transformers, auto_class).from_pretrained(tmp_path / "out", **options).eval()
+    return dense, made, report
+
+
+@pytest.mark.parametrize("model_type", ONCE_PER_LAYER)
+def test_with_room_for_everything_nothing_changes(model_type, tmp_path):
+    """Corrected, too: what reaches a matrix is then what reached the dense one."""
+    dense, made, report = pair(model_type, tmp_path, keep=9.0, correct=True, metric="outputs")
+    assert all(matrix.rank is None for matrix in report.plan.matrices)
+    inputs = make_inputs(dense, generative(model_type))
+    for name, expected in outputs(dense, inputs).items():
+        found = outputs(made, inputs)[name]
+        assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_a_budget_is_kept(model_type, tmp_path):
+    dense, made, report = pair(model_type, tmp_path, keep=0.9, correct=model_type != "albert")
+    totals = report.plan.ffn_totals
+    stored = [p for _, ffn in made.mixtures() for p in ffn.parameters()]
+    assert sum(p.numel() for p in stored) == totals.stored_params
+    assert totals.stored_params <= 0.9 * totals.dense_params
+    assert totals.stored_params > 0.8 * totals.dense_params
+    found = outputs(made, make_inputs(dense, generative(model_type)))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert 0 < max(m.output_error for m in report.matrices) < 2
+
+
+@pytest.mark.parametrize("metric", ["weights", "diagonal", "outputs", "loss"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_and_metric(kind, metric, tmp_path):
+    keep = 1.2 if kind == "dense" else 0.8
+    dense, made, report = pair("llama", tmp_path, kind=kind, keep=keep, metric=metric)
+    assert report.plan.ffn_totals.stored_params <= keep * report.plan.ffn_totals.dense_params
+    inputs = make_inputs(dense, "AutoModelForCausalLM")
+    assert outputs(made, inputs)["logits"].isfinite().all()
+    for matrix in report.matrices:
+        predicted = report.plan.budget.errors[matrix.name]
+        if metric == "weights":
+            assert abs(matrix.relative_error - predicted) < 1e-3
+        assert (matrix.rank is None) == (predicted == 0)
+
+
+def test_the_chain_is_the_factored_matrix(tmp_path):
+    """Shapes, what is shared, and the product of the cores, which is the truncated SVD."""
+    _, made, report = pair("gpt2", tmp_path, keep=0.7, metric="weights", bond_dim=4, experts=3)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    term = made.transformer.h[0].mlp.up.terms[0]
+    matrix = report.plan.ffns[0].matrices[0]
+    assert term.shapes == [(1, 4, 1, 4), (4, 4, 1, matrix.rank), (matrix.rank, 1, 6, 4), (4, 1, 4, 1)]
+    assert term.core_names == ["aux_0", "central_1", "central_2", "aux_3"] and term.acts
+    cores = [getattr(term, name) for name in term.core_names]
+    cores = [
+        (core if shared else core[0]).reshape(shape)
+        for core, shared, shape in zip(cores, term.shared, term.shapes, strict=True)
+    ]
+    u, values, vh = torch.linalg.svd(dense.transformer.h[0].mlp.c_fc.weight, full_matrices=False)
+    expected = (u[:, : matrix.rank] * values[: matrix.rank]) @ vh[: matrix.rank]
+    torch.testing.assert_close(contract_chain(cores), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.7])
+def test_largest_error(limit, tmp_path):
+    _, _, report = pair("gpt2", tmp_path, max_error=limit, metric="weights")
+    for matrix in report.plan.matrices:
+        assert report.plan.budget.errors[matrix.name] <= limit
+        if matrix.rank is not None:
+            weight = _weight(tmp_path / "dense", matrix)
+            values = torch.linalg.svdvals(weight).square()
+            assert values[matrix.rank - 1 :].sum() > limit**2 * values.sum()
+    assert any(matrix.rank is not None for matrix in report.plan.matrices)
+
+
+def _weight(folder, matrix):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model.state_dict()[matrix.source.weight]
+
+
+def test_both_limits(tmp_path):
+    _, _, report = pair("gpt2", tmp_path, keep=0.95, max_error=0.5, metric="weights")
+    assert max(report.plan.budget.errors.values()) <= 0.5
+    assert report.plan.budget.chosen.keep <= 0.95
+
+
+WRONG = [
+    ({"keep": 0.1}, r"keep is 0\.1, and the smallest that can be met is 0\.\d+"),
+    ({"keep": 0.8, "max_error": 0.01}, r"that can be met with max_error 0\.01 is \d"),
+    ({"keep": 0}, "keep is 0; expected a number above 0"),
+    ({"max_error": 1.5}, "max_error is 1.5; expected a number above 0 and below 1"),
+    ({"keep": 0.8, "layout": "balanced"}, "given with layout balanced"),
+    ({"keep": 0.8, "metric": "outputs"}, "metric is 'outputs'; expected --calibrate"),
+    ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected --calibrate"),
+    ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
+    ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
+    ({"metric": "loss"}, "metric given without --keep or --max-error"),
+    ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
+    ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_requests_that_cannot_be_met(wrong, message, tiny_gpt2):
+    with pytest.raises(RecipeError, match=message):
+        plan(Recipe(str(tiny_gpt2), **{"experts": 2, "bond_dim": 2} | wrong))
+
+
+def test_the_smallest_share_that_is_told_can_be_met(tiny_gpt2):
+    with pytest.raises(RecipeError) as error:
+        plan(Recipe(str(tiny_gpt2), experts=2, bond_dim=2, keep=0.01))
+    least = float(str(error.value).split("can be met is ")[1].split(":")[0])
+    planned = plan(Recipe(str(tiny_gpt2), experts=2, bond_dim=2, keep=least))
+    assert {matrix.rank for matrix in planned.matrices} == {1}
+    with pytest.raises(RecipeError):
+        plan(Recipe(str(tiny_gpt2), experts=2, bond_dim=2, keep=least - 0.002))
+
+
+def test_correction_needs_as_many_tokens_as_inputs_and_one_place_per_ffn(tmp_path):
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    batches = batches_for(dense, "AutoModelForCausalLM", 3)
+    short = [{name: tensor[:, :5] for name, tensor in batch.items()} for batch in batches]
+    recipe = Recipe(str(folder), experts=2, bond_dim=2, keep=0.8, correct=True)
+    with pytest.raises(DataError, match="20 calibration tokens .* expected the 24 that least squares"):
+        convert(recipe, tmp_path / "out", calibration=short)
+    with pytest.raises(RecipeError, match="layers share the FFN"):
+        pair("albert", tmp_path / "albert", keep=0.9, correct=True)
+
+
+def test_builtin_text(tmp_path):
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    recipe = Recipe(
+        str(folder), experts=2, bond_dim=2, keep=0.8, calibrate="builtin", calibration_tokens=1280
+    )
+    planned = plan(recipe)
+    assert planned.budget.tokens == 1280
+    report = convert(recipe, tmp_path / "out")
+    assert report.plan.budget.errors == planned.budget.errors
+    written = json.loads((tmp_path / "out/conversion_report.json").read_text())
+    assert written["budget"]["tokens"] == 1280 and len(written["budget"]["curve"]) >= 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Real checkpoints
+
+
+def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):
+    """On held-out text: plain SVD, then SVD-LLM's whitening, then the loss's metric, then corrected."""
+    source = test_data / "checkpoints/llama-stories260k"
+    text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
+    held_out = windows_of(source, text[:40_000], 256, 24)
+    common = {"experts": 2, "bond_dim": 2, "noise": 0.0, "keep": 0.6, "calibration_tokens": 32768}
+    common["calibrate"] = (str(test_data / "text/mix/train_tinystories.txt"),)
+    ways = [
+        {"metric": "weights", "allocation": "uniform"},
+        {"metric": "outputs", "allocation": "uniform"},
+        {},
+        {"correct": True},
+    ]
+    dense = perplexity(load(source), held_out)
+    found = []
+    for number, way in enumerate(ways):
+        convert(Recipe(str(source), **common | way), tmp_path / str(number))
+        found.append(math.log(perplexity(load(tmp_path / str(number)), held_out) / dense))
+    assert 0 < found[3] < found[2] < found[1] < found[0]
+    assert found[3] < 0.85 * found[1]
