@@ -59,6 +59,7 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
             *(f"> **Warning:** {text}" for text in report.warnings),
             _usage(report, checkpoint),
             "## Parameters\n\n" + _totals(report),
+            *(["## Compression\n\n" + _compression(report)] if report.plan.budget else []),
             "## Reconstruction error\n\n" + _errors(report),
             f"## Citation\n\nThe method is MPOE: [Parameter-Efficient Mixture-of-Experts Architecture for "
             f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
@@ -181,16 +182,27 @@ def _totals(report: Report) -> str:
 
 
 def _errors(report: Report) -> str:
-    rows = [
-        "| matrix | shape | bonds | relative error | clone drift | parameters |",
-        "|---|---|---|---:|---:|---:|",
-    ]
+    names = ["matrix", "shape", "bonds", "relative error", "clone drift", "parameters"]
+    measured = any(matrix.output_error is not None for matrix in report.matrices)
+    if measured:
+        names[4:4] = ["of outputs"]
+    rows = [f"| {' | '.join(names)} |", f"|---|---|---|{'---:|' * (len(names) - 3)}"]
     return "\n".join(rows + [_error_row(matrix) for matrix in report.matrices])
+
+
+def _compression(report: Report) -> str:
+    """What the FFNs store and how far that took the model from the dense one."""
+    recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
+    text = f"The FFNs store {budget.chosen.keep:.1%} of the dense FFNs' numbers (metric {recipe.metric}"
+    text += f", calibrated on {budget.tokens:,} tokens" if budget.tokens else ", without calibration"
+    text += ", corrected)." if recipe.correct else ")."
+    return text if found is None else f"{text} {found.in_words()}"
 
 
 def _error_row(matrix: MatrixReport) -> str:
     bonds = ", ".join(map(str, matrix.bonds)) or "–"
+    of_outputs = "" if matrix.output_error is None else f"{matrix.output_error:.2e} | "
     return (
         f"| `{matrix.name}` | {matrix.shape[0]} x {matrix.shape[1]} | {bonds} | "
-        f"{matrix.relative_error:.2e} | {matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
+        f"{matrix.relative_error:.2e} | {of_outputs}{matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
     )

@@ -651,7 +651,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
         "--tolerance",
         heading="General",
         type=float,
-        help="Allowed relative difference of the outputs.  [default: rounding, plus what the report's errors explain, at most 0.1]",
+        help="Allowed relative difference of the outputs.  [default: rounding, plus what the report's errors explain, at most 0.1, or 0.5 if compressed]",
     ),
     *COMMON_OPTIONS,
 )

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .families import FAMILIES
 from .planning import Budget, MatrixPlan, Plan, Totals
-from .report import Divergence, MatrixReport, Report, plan_warnings
+from .report import MatrixReport, Report, plan_warnings
 from .summary import Summary
 from .verification import Verification
 
@@ -155,19 +155,6 @@ def print_budget(budget: Budget, out: Console) -> None:
     )
 
 
-def divergence_line(found: Divergence) -> str:
-    """What was measured on held-out text."""
-    if found.nats is None:
-        return (
-            f"Measured on {found.tokens:,} held-out tokens: the last hidden states differ by "
-            f"{found.difference:.3f} of their size."
-        )
-    line = f"Measured on {found.tokens:,} held-out tokens: {found.nats:.3g} nats of divergence from dense"
-    if found.perplexity is not None:
-        line += f", perplexity {found.perplexity:.4g} instead of {found.dense_perplexity:.4g}"
-    return f"{line}."
-
-
 def _shards_table(plan: Plan) -> Table:
     table = _table("Weight files", "file", "tensors", "bytes", numbers=2)
     sizes = {tensor.name: tensor.num_bytes for tensor in plan.tensors}
@@ -270,7 +257,7 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     if report.plan.budget:
         print_budget(report.plan.budget, out)
     if report.divergence:
-        out.print(divergence_line(report.divergence))
+        out.print(report.divergence.in_words())
     _print_warnings(report.warnings, out)
     out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
 

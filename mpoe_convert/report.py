@@ -68,6 +68,15 @@ class Divergence:
     dense_perplexity: float | None
     perplexity: float | None
 
+    def in_words(self) -> str:
+        measured = f"Measured on {self.tokens:,} held-out tokens:"
+        if self.nats is None:
+            return f"{measured} the last hidden states differ by {self.difference:.3f} of their size."
+        line = f"{measured} {self.nats:.3g} nats of divergence from the dense model"
+        if self.perplexity is None:
+            return f"{line}."
+        return f"{line}, perplexity {self.perplexity:.4g} instead of {self.dense_perplexity:.4g}."
+
 
 @dataclass(frozen=True)
 class Report:

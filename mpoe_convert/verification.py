@@ -21,6 +21,7 @@ ROUNDING = 1e-4
 # amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
 AMPLIFICATION = 5.0
 MAX_TOLERANCE = 0.1
+MAX_COMPRESSED_TOLERANCE = 0.5  # what was cut under a budget is meant to differ
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _is_shadowed(model: str) -> bool:
 
 def _tolerance(report: dict) -> float:
     explained = report["max_relative_error"] + report["max_clone_drift"]
-    return min(ROUNDING + AMPLIFICATION * explained, MAX_TOLERANCE)
+    largest = MAX_COMPRESSED_TOLERANCE if report.get("budget") else MAX_TOLERANCE
+    return min(ROUNDING + AMPLIFICATION * explained, largest)
 
 
 def _run_child(request: dict) -> dict:

@@ -1,5 +1,6 @@
 """Conversions under a budget."""
 
+import io
 import json
 import math
 
@@ -195,3 +196,87 @@ def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):
         found.append(math.log(perplexity(load(tmp_path / str(number)), held_out) / dense))
     assert 0 < found[3] < found[2] < found[1] < found[0]
     assert found[3] < 0.85 * found[1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is told
+
+
+def test_divergence_is_measured_on_held_out_batches(tmp_path):
+    """Against the definition, by other code."""
+    dense, made, report = pair("gpt2", tmp_path, keep=0.6, metric="outputs")
+    batch = batches_for(dense, "AutoModelForCausalLM", 6)[-1]
+    found = report.divergence
+    kept = batch["attention_mask"] > 0
+    odds, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
+    expected = torch.nn.functional.kl_div(ours, odds, log_target=True, reduction="batchmean")
+    assert found.tokens == int(kept.sum()) and abs(found.nats - expected) < 1e-4 * expected
+    labels = batch["input_ids"].masked_fill(~kept, -100)
+    for model, told in ((dense, found.dense_perplexity), (made, found.perplexity)):
+        with torch.no_grad():
+            assert abs(math.log(told) - model(**batch, labels=labels).loss) < 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bert", "vit", "bart"])
+def test_divergence_of_other_heads(model_type, tmp_path):
+    _, _, whole = pair(model_type, tmp_path / "whole", keep=9.0)
+    _, _, cut = pair(model_type, tmp_path / "cut", keep=0.6)
+    name = "nats" if whole.divergence.nats is not None else "difference"
+    assert abs(getattr(whole.divergence, name)) < 1e-3 < getattr(cut.divergence, name)
+
+
+def test_card_and_tables_say_what_was_compressed(tmp_path):
+    from rich.console import Console
+
+    from mpoe_convert.render import plan_json, print_plan, print_report
+
+    _, _, report = pair("gpt2", tmp_path, keep=0.8, correct=True)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"store {report.plan.budget.chosen.keep:.1%} of the dense" in card and ", corrected)" in card
+    assert report.divergence.in_words() in card and "| of outputs |" in card
+    out = Console(record=True, width=200, file=io.StringIO())
+    print_plan(report.plan, out)
+    print_report(report, "out", out, per_matrix=True)
+    text = out.export_text()
+    ranks = [str(matrix.rank) for matrix in report.plan.matrices if matrix.rank]
+    assert ranks and all(rank in text for rank in ranks)
+    assert "of outputs" in text and report.divergence.in_words() in text.replace("\n", "")
+    assert plan_json(report.plan)["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
+
+
+def test_warnings_follow_what_was_measured(tmp_path):
+    from dataclasses import replace
+
+    _, _, report = pair("gpt2", tmp_path, keep=0.8)
+    near = replace(report, divergence=replace(report.divergence, nats=0.1))
+    far = replace(report, divergence=replace(report.divergence, nats=0.7))
+    blind = replace(report, divergence=None)
+    assert not near.warnings
+    assert "far from the dense one" in far.warnings[0]
+    assert "without calibration" in blind.warnings[0]
+
+
+def test_command_line(tmp_path, capfd):
+    from click.testing import CliRunner
+
+    from mpoe_convert.cli import main
+
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + k * k % 30}" for k in range(4000)))
+    common = [str(folder), "--experts", "2", "--bond-dim", "2", "--keep", "0.7"]
+    common += ["--calibrate", str(text), "--calibration-tokens", "1024"]
+    done = CliRunner().invoke(main, ["plan", *common])
+    assert done.exit_code == 0, done.output
+    assert "Budget" in done.output and "calibrated on 1,024 tokens" in done.output
+    done = CliRunner().invoke(main, [*common, "--correct", "-o", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["divergence"]["nats"] > 0
+    recipe = str(tmp_path / "out/mpoe_recipe.yaml")
+    done = CliRunner().invoke(main, ["--config", recipe, "-o", str(tmp_path / "again"), "-q"])
+    assert done.exit_code == 0, done.output
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert first == second
+    done = CliRunner().invoke(main, ["plan", str(folder), "--experts", "2", "--keep", "0.01"])
+    assert done.exit_code == 2 and "the smallest that can be met is" in done.output

@@ -210,7 +210,7 @@ def models(data: Path) -> dict:
 
 
 def recipe_for(source: Path, way: dict, keep: float) -> Recipe | None:
-    """The recipe of a way at a share; of balanced chains, with the largest bond limit that fits, if any does."""
+    """The recipe of a way at a share; of balanced chains, with the largest bond limit that fits, if any."""
     if way.get("layout") != "balanced":
         return Recipe(str(source), **SMALL, **way, keep=keep)
     fits = None
