@@ -166,11 +166,16 @@ class _Sums:
         self.samples: dict[str, list[Tensor]] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, name: str, rows: Tensor, squares_only: bool) -> None:
+    def add(self, name: str, rows: Tensor, squares_only: bool, where: str) -> None:
         """Rows (tokens, n): their products, in float32 per batch and float64 over batches, or squares."""
-        if not squares_only:
-            self._sum(name, (rows.mT @ rows).double())
-        self._sum(f"{name}.scale", rows.square().sum(0).double())
+        if squares_only:
+            squares = rows.square().sum(0)
+        else:
+            gram = rows.mT @ rows
+            squares = gram.diagonal()
+            self._sum(name, gram.double())
+        check_activations(squares, where)
+        self._sum(f"{name}.scale", squares.double())
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
     def _sum(self, name: str, value: Tensor) -> None:
@@ -342,12 +347,11 @@ class _Walk:
 
     def _see(self, path: str, place: str, x: Tensor, squares_only: bool) -> None:
         rows = self._rows(path, x)
-        check_activations(rows, f"{path} ({place})")
         sums = self.sums.setdefault(path, _Sums())
         if self._holds_out:
             sums.samples.setdefault(place, []).append(rows)
         else:
-            sums.add(place, rows, squares_only)
+            sums.add(place, rows, squares_only, f"{path} ({place})")
 
     def _see_outputs(self, path: str, role: str, y: Tensor) -> None:
         if self._holds_out:
@@ -358,7 +362,7 @@ class _Walk:
         rows = self._rows(path, y)
         if source.bias:  # from the checkpoint: the offloaded module has given its own away
             rows = rows - self.read_bias(source).to(rows)
-        self.sums[path].add(f"{role}.outputs", rows, False)
+        self.sums[path].add(f"{role}.outputs", rows, False, f"{path} (outputs of {role})")
 
     def _leave(self, path: str, on_done: Callable[[str, FFNMoments], None]) -> None:
         self.passes[path] += 1
@@ -366,9 +370,9 @@ class _Walk:
             on_done(path, self.sums.pop(path).finish())
 
 
-def check_activations(rows: Tensor, where: str) -> None:
-    """Raises CheckpointError for NaN or Inf."""
-    if not torch.isfinite(rows.sum()):
+def check_activations(values: Tensor, where: str) -> None:
+    """Raises CheckpointError for NaN or Inf in activations or in their squares."""
+    if not torch.isfinite(values.sum()):
         raise CheckpointError(
             f"the dense model's activations at {where} hold NaN or Inf; expected a model that computes "
             "numbers on the calibration text (try --dtype of its training, or leave out that text)"

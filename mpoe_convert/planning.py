@@ -180,7 +180,8 @@ class BudgetPoint:
     Attributes:
         keep: the share.
         error: root mean square of the matrices' predicted relative errors in the metric.
-        loss: by how much the model's loss is expected to grow, in nats per token; None if that was not asked.
+        loss: expected divergence from the dense model, in nats per token (without logits: half the squared
+            difference of the last hidden states); None if that was not asked.
     """
 
     keep: float

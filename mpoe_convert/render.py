@@ -141,7 +141,7 @@ def print_plan(plan: Plan, out: Console) -> None:
 def print_budget(budget: Budget, out: Console) -> None:
     """What was chosen, and what else there is."""
     losses = budget.chosen.loss is not None
-    columns = ("FFN numbers kept", "root mean square error", *(("expected loss, nats",) if losses else ()))
+    columns = ("FFN numbers kept", "root mean square error", *(("expected loss",) if losses else ()))
     table = _table("Budget: what other shares are predicted to cost", *columns, numbers=len(columns))
     others = [point for point in budget.curve if abs(point.keep - budget.chosen.keep) > 0.01]
     for point in sorted([*others, budget.chosen], key=lambda point: point.keep):

