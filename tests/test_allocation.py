@@ -91,3 +91,10 @@ def test_uniform_gives_every_matrix_the_same_share():
     shares = [each.cost(ranks[each.name]) / each.whole_cost for each in candidates]
     assert max(shares) - min(shares) < 0.04
     assert 0.47 < cost(candidates, ranks) / sum(each.whole_cost for each in candidates) <= 0.5
+
+
+def test_a_whole_matrix_may_pay_more_than_ranks_of_two():
+    """Ten ranks of 110 numbers are 100 numbers dearer than the whole: one whole, one poor, not two halves."""
+    pair = [Candidate(name, 110, 1000, np.linspace(1, 0, 11)) for name in "ab"]
+    ranks = greedy(pair, 1110, {"a": 1, "b": 1})
+    assert sorted(ranks.values(), key=str) == [1, None]

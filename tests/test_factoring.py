@@ -93,3 +93,18 @@ def test_float32_keeps_its_dtype_and_both_factors_are_of_like_size(rows, cols):
     assert first.dtype == second.dtype == torch.float32
     assert first.shape == (rows, 6) and second.shape == (6, cols)
     torch.testing.assert_close(first.norm(dim=0), second.norm(dim=1))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(12, 30), (30, 12)])
+def test_a_moment_that_rounding_made_indefinite(rows, cols):
+    """Inputs with one huge direction, kept in float32: Cholesky of moment and ridge fails."""
+    weight, _ = problem(rows, cols)
+    inputs = torch.randn(TOKENS, 3, dtype=torch.float64) @ torch.randn(3, rows, dtype=torch.float64)
+    inputs[:, 0] *= 1e4
+    seen = inputs if thin_side(rows, cols) == "in" else inputs @ weight
+    moment = (seen.mT @ seen / TOKENS).float().double()
+    moment = moment - 3e-6 * moment.diagonal().mean() * torch.eye(len(moment))
+    assert torch.linalg.cholesky_ex(moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment))).info
+    answer = None if thin_side(rows, cols) == "in" else torch.eye(cols, dtype=torch.float64)
+    first, second = factor(weight, 4, Metric(moment, answer))
+    assert (inputs @ (weight - first @ second)).norm() < 1e-2 * (inputs @ weight).norm()
