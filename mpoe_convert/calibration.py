@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
 from .factoring import thin_side
 from .families import Family, Source
-from .loading import from_pretrained, load_tokenizer, max_length
+from .loading import from_pretrained, load_tokenizer, positions
 from .moments import FFNMoments
 from .planning import FFNPlan, Plan
 from .recipe import BUILTIN_TEXT, Recipe
@@ -40,7 +40,7 @@ from .stock import build, stock_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1
+FORMAT = 2
 # Tokens per forward pass: enough that reading a block's weights takes little of the time.
 TOKENS_PER_BATCH = 4096
 MAX_LENGTH = 512
@@ -69,12 +69,14 @@ def make_batches(recipe: Recipe, checkpoint: Checkpoint) -> list[Batch]:
         DataError: the data cannot be read, or are shorter than what was asked for.
         RecipeError: the model does not read text.
     """
-    folder = str(checkpoint.folder)
+    from transformers import CONFIG_MAPPING
+
     _check_reads_text(checkpoint)
-    tokenizer = load_tokenizer(folder)
-    length = min(MAX_LENGTH, max_length(folder) or MAX_LENGTH)
+    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=False)
+    config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
+    length = min(MAX_LENGTH, positions(config) or MAX_LENGTH)
     rows = _read(recipe)
-    if checkpoint.config.get("is_encoder_decoder") and recipe.target_column in rows.column_names:
+    if _writes_text(checkpoint) and recipe.target_column in rows.column_names:
         return _pair_batches(rows, tokenizer, recipe, length)
     blocks = corpus.language_blocks(rows, tokenizer, recipe.text_column, length)
     wanted = max(recipe.calibration_tokens // length, 2)
@@ -85,10 +87,11 @@ def make_batches(recipe: Recipe, checkpoint: Checkpoint) -> list[Batch]:
         )
     chosen = blocks.select(_spread(len(blocks), wanted))
     ids = torch.tensor(chosen["input_ids"])
-    both = bool(checkpoint.config.get("is_encoder_decoder"))
+    second = ()
+    if checkpoint.config.get("is_encoder_decoder"):
+        second = ("labels",) if _writes_text(checkpoint) else ("decoder_input_ids",)
     return [
-        {"input_ids": part} | ({"labels": part} if both else {})
-        for part in ids.split(_per_batch(wanted, length))
+        {"input_ids": part} | dict.fromkeys(second, part) for part in ids.split(_per_batch(wanted, length))
     ]
 
 
@@ -100,19 +103,35 @@ def _check_reads_text(checkpoint: Checkpoint) -> None:
             f"calibration data are text, and {cls.__name__} reads {main}; expected batches of your own, as "
             "convert(..., calibration=batches)"
         )
+    if checkpoint.config.get("is_encoder_decoder") and cls and cls.__name__.endswith("Classification"):
+        raise RecipeError(
+            f"calibration data are blocks of text, and {cls.__name__} reads texts as a whole; expected "
+            "batches of your own, as convert(..., calibration=batches)"
+        )
+
+
+def _writes_text(checkpoint: Checkpoint) -> bool:
+    cls = stock_class(checkpoint.config)
+    return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
 def _read(recipe: Recipe):
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
-    if recipe.calibrate == (BUILTIN_TEXT,):
-        topics = pydoc_data.topics.topics
-        return Dataset.from_dict({recipe.text_column: [topics[name] for name in sorted(topics)]})
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
-    try:
-        return corpus.read(recipe.calibrate, columns, "seq2seq", recipe.calibration_split)
-    except DataError:  # no targets: texts alone will do
-        return corpus.read(recipe.calibrate, columns, "causal", recipe.calibration_split)
+    sources = [source for source in recipe.calibrate if source != BUILTIN_TEXT]
+    parts = []
+    if len(sources) < len(recipe.calibrate):
+        topics = pydoc_data.topics.topics
+        parts.append(Dataset.from_dict({columns.text: [topics[name] for name in sorted(topics)]}))
+    if sources and not parts:
+        try:
+            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split)
+        except DataError:  # no targets: texts alone will do
+            pass
+    if sources:
+        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split))
+    return concatenate_datasets(parts)
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -184,7 +203,15 @@ class _Sums:
         else:
             self.sums[name] = value
 
-    def finish(self) -> FFNMoments:
+    def finish(self, path: str) -> FFNMoments:
+        """Raises DataError if there were fewer rows than a moment needs."""
+        for name, count in self.counts.items():
+            if name in self.sums and count < len(self.sums[name]):
+                needed = len(self.sums[name])
+                raise DataError(
+                    f"{path} saw {count:,} tokens of calibration data beside those held out; expected the "
+                    f"{needed:,} that moments of {needed:,} features need"
+                )
         tensors = {
             name: (total / self.counts[name.removesuffix(".scale")]).float().cpu()
             for name, total in self.sums.items()
@@ -367,7 +394,7 @@ class _Walk:
     def _leave(self, path: str, on_done: Callable[[str, FFNMoments], None]) -> None:
         self.passes[path] += 1
         if self.passes[path] == self.plans[path].runs_per_token and path not in self.done:
-            on_done(path, self.sums.pop(path).finish())
+            on_done(path, self.sums.pop(path).finish(path))
 
 
 def check_activations(values: Tensor, where: str) -> None:
@@ -415,7 +442,8 @@ def _answers(
     normal numbers, and half of it their squared difference.
 
     Returns:
-        "up.answer" (n, n) and so on, and "up.answer_mean": the mean square of the outputs' gradients.
+        "up.answer" (n, n) and so on, and "up.answer_mean", the mean square of the outputs' gradients: sums
+        over what an FFN sees, per prediction.
     """
     sums: dict[str, dict[str, Tensor]] = {plan.ffn.path: {} for plan in plans}
     state = {"batch": {}}
@@ -445,24 +473,25 @@ def _answers(
             watch(plan.ffn.path, matrix.role, matrix.source, modules[matrix.role], side)
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    generator, tokens = torch.Generator().manual_seed(0), 0
+    generator, said = torch.Generator().manual_seed(0), 0
     pieces = list(_pieces(batches))
     for done, piece in enumerate(pieces):
         state["batch"] = piece
         with torch.enable_grad():
-            _own_loss(run_batch(model, piece), piece, generator).backward()
+            loss, count = _own_loss(run_batch(model, piece), piece, generator)
+            loss.backward()
+        said += count
         model.get_input_embeddings().zero_grad(set_to_none=True)
-        first = piece.get("attention_mask", piece[next(iter(piece))])
-        tokens += int(first.sum()) if "attention_mask" in piece else first.shape[:2].numel()
         progress(done + 1, len(pieces))
     for handle in handles:
         handle.remove()
+    for path, found in sums.items():
+        for role, value in found.items():
+            check_activations(value, f"{path} (gradients of {role})")
     named = {"": "answer", "_mean": "answer_mean"}
     return {
         path: {
-            f"{name.removesuffix('_mean')}.{named['_mean' if name.endswith('_mean') else '']}": (
-                value / tokens
-            )
+            f"{name.removesuffix('_mean')}.{named['_mean' if name.endswith('_mean') else '']}": (value / said)
             .float()
             .cpu()
             for name, value in found.items()
@@ -474,30 +503,37 @@ def _answers(
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
     """Those that are not held out, at most `ANSWER_TOKENS` evenly spread, in pieces that a graph can hold."""
     used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
-    sizes = [batch[next(iter(batch))].shape[:2].numel() for batch in used]
+    # Inputs that are no tokens: as many as would make a graph if each were of an image's length.
+    sizes = [b["input_ids"].numel() if "input_ids" in b else 256 * _count(b) for b in used]
     wanted = min(len(used), -(-ANSWER_TOKENS * len(used) // sum(sizes)))
     for number in _spread(len(used), wanted):
         batch = used[number]
-        rows = max(GRAPH_TOKENS * len(batch[next(iter(batch))]) // sizes[number], 1)
+        rows = max(GRAPH_TOKENS * _count(batch) // sizes[number], 1)
         parts = {name: tensor.split(rows) for name, tensor in batch.items()}
         for values in zip(*parts.values(), strict=True):
             yield dict(zip(parts, values, strict=True))
 
 
-def _own_loss(output, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Summed over tokens; see `_answers`."""
+def _count(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _own_loss(output, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+    """(sum over predictions, their number); see `_answers`."""
     logits = output.get("logits")
     if logits is None or logits.shape[-1] == 1:
         values = output[0] if logits is None else logits
-        return (values.float() * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+        probe = torch.randn(values.shape, generator=generator).to(values.device)
+        return (values.float() * probe).sum(), values.shape[:-1].numel()
     logits = logits.float().flatten(0, -2)
     odds = logits.detach().softmax(-1).cpu()
     said = odds.multinomial(1, generator=generator)[:, 0].to(logits.device)
     losses = nn.functional.cross_entropy(logits, said, reduction="none")
     mask = batch["labels"] != -100 if "labels" in batch else batch.get("attention_mask")
-    if mask is not None and mask.numel() == len(losses):
-        losses = losses * mask.reshape(-1).to(losses)
-    return losses.sum()
+    if mask is None or mask.numel() != len(losses):
+        return losses.sum(), len(losses)
+    mask = mask.reshape(-1).bool().to(losses.device)
+    return losses[mask].sum(), int(mask.sum())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -511,7 +547,7 @@ class Calibration:
     Attributes:
         folder: one safetensors file per FFN, by the number of its place in the plan.
         paths: of the FFNs, in the plan's order.
-        tokens: of text that the moments come from, held-out tokens included.
+        tokens: of text that the moments come from, held-out tokens included; 0 for other inputs.
     """
 
     folder: Path
@@ -551,8 +587,8 @@ def calibrate(
         DataError: too little text.
         CheckpointError: the model computes NaN or Inf.
     """
-    tokens = sum(batch[next(iter(batch))].shape[:2].numel() for batch in batches)
-    _check_enough(plan, batches, tokens)
+    tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    _check_enough(plan, batches)
     found = Calibration(_folder(plan, checkpoint, batches), tuple(f.ffn.path for f in plan.ffns), tokens)
     missing = [ffn.ffn.path for ffn in plan.ffns if not found.file(ffn.ffn.path).is_file()]
     report = progress or (lambda *_: None)
@@ -568,7 +604,7 @@ def calibrate(
             walk.done = {ffn.ffn.path for ffn in plan.ffns} - set(missing)
             walk.run(save)
     if gradients and not all(found.file(path, "answers").is_file() for path in found.paths):
-        model = from_pretrained(_class_of(checkpoint), str(checkpoint.folder), dtype="auto").to(device).eval()
+        model = _load(checkpoint, dtype=_gradient_dtype(plan)).to(device)
         answers = _answers(
             model,
             plan.ffns,
@@ -590,15 +626,25 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     unfinished.replace(path)
 
 
-def _check_enough(plan: Plan, batches: Sequence[Batch], tokens: int) -> None:
+def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
     """A moment of n features needs n tokens, and something has to be held out."""
+    if len(batches) < 2:
+        raise DataError(f"calibration has {len(batches)} batch; expected two or more: one is held out")
     needed = max(min(matrix.rows, matrix.cols) for matrix in plan.matrices)
-    seen = tokens - max(len(batches) // HELD_OUT, 1) * tokens // max(len(batches), 1)
-    if len(batches) < 2 or seen < needed:
+    seen = used_tokens(batches)
+    if seen is not None and seen < needed:
         raise DataError(
-            f"calibration with {tokens:,} tokens in {len(batches)} batches; expected at least two batches "
-            f"and, beside those held out, the {needed:,} tokens that moments of {needed:,} features need"
+            f"calibration has {seen:,} tokens beside those held out; expected the {needed:,} that moments of "
+            f"{needed:,} features need"
         )
+
+
+def used_tokens(batches: Sequence[Batch]) -> int | None:
+    """Tokens that are not held out; None for inputs that are no tokens."""
+    used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
+    if any("input_ids" not in batch for batch in used):
+        return None
+    return sum(batch["input_ids"].shape.numel() for batch in used)
 
 
 def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Path:
@@ -606,7 +652,7 @@ def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Pat
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(json.dumps([FORMAT, checkpoint.config], sort_keys=True).encode())
-    key.update(json.dumps([ffn.ffn.path for ffn in plan.ffns]).encode())
+    key.update(repr([ffn.ffn for ffn in plan.ffns]).encode())
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         with (checkpoint.folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
@@ -617,17 +663,28 @@ def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Pat
     return cached_assets_path("mpoe-convert", namespace="calibration", subfolder=key.hexdigest()[:32])
 
 
-def _class_of(checkpoint: Checkpoint) -> type:
+def _gradient_dtype(plan: Plan) -> str | torch.dtype:
+    """Gradients leave the range of float16."""
+    halves = any(tensor.dtype == "float16" for tensor in plan.tensors)
+    return torch.float32 if halves else "auto"
+
+
+def _load(checkpoint: Checkpoint, **options) -> PreTrainedModel:
+    """The stock model; no code of the source runs, and nothing is cached for generation."""
     from transformers import AutoModel
 
-    return stock_class(checkpoint.config) or AutoModel
+    cls = stock_class(checkpoint.config) or AutoModel
+    model = from_pretrained(cls, str(checkpoint.folder), trust_remote_code=False, **options).eval()
+    model.config.use_cache = False
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = -1  # classifiers want one to find the last token; blocks have none
+    return model
 
 
 @contextmanager
 def streamed_model(plan: Plan, checkpoint: Checkpoint, device: torch.device) -> Iterator[PreTrainedModel]:
     """The stock model, its layers read from disk when they are called."""
-    cls = _class_of(checkpoint)
-    blocks = {_block_of(ffn.ffn.path) for ffn in plan.ffns}
+    blocks = {_block_of(path) for path in (*(ffn.ffn.path for ffn in plan.ffns), *plan.kept_dense)}
     skeleton = build(checkpoint.config, stock_class(checkpoint.config))
     base = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
     placement = dict(_placement(skeleton, {base + block for block in blocks}, str(device)))
@@ -635,7 +692,7 @@ def streamed_model(plan: Plan, checkpoint: Checkpoint, device: torch.device) -> 
         options = {"device_map": placement, "offload_folder": offloaded, "dtype": "auto"}
         with warnings.catch_warnings():  # tensors of their own count as no submodules, and have to be there
             warnings.filterwarnings("ignore", "The following device_map keys do not match")
-            model = from_pretrained(cls, str(checkpoint.folder), **options).eval()
+            model = _load(checkpoint, **options)
         yield model
 
 

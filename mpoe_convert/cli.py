@@ -550,7 +550,7 @@ def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) ->
     from . import render
     from .conversion import convert as convert_checkpoint
 
-    prepare_calibration(recipe)
+    keep_calibration_quiet(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
         report = convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
     if as_json:
@@ -559,12 +559,11 @@ def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) ->
         render.print_report(report, output, render.console(), per_matrix=verbose > 0)
 
 
-def prepare_calibration(recipe: Recipe) -> None:
-    """What a recipe with calibration needs is there, and keeps quiet."""
-    if recipe.calibrate:
+def keep_calibration_quiet(recipe: Recipe) -> None:
+    """The libraries that calibration uses keep quiet."""
+    if recipe.calibrate and find_spec("datasets"):
         from . import render
 
-        need("--calibrate", "accelerate", "datasets", "greenlet", extra="calibrate")
         render.quiet_libraries()
 
 
@@ -586,7 +585,7 @@ def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> 
     from . import render
     from .compression import plan as plan_conversion
 
-    prepare_calibration(recipe)
+    keep_calibration_quiet(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
         result = plan_conversion(recipe, token=token, progress=progress)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from .allocation import Candidate, Ranks
 from .building import pick_device, read_matrix
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
-from .correction import Corrections, correct
-from .errors import RecipeError
+from .correction import Corrections, check_correctable, correct
+from .errors import MachineError, RecipeError
 from .factoring import spectrum
 from .moments import FFNMoments, metric_for
 from .planning import Budget, BudgetPoint, MatrixPlan, Plan, plan_checkpoint
@@ -83,10 +84,16 @@ def prepare(
     calibrated = bool(recipe.calibrate) or batches is not None
     recipe = _resolved(whole.recipe, calibrated)
     device = pick_device(recipe.device)
+    if device.type == "mps":
+        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
+    _check_smallest(recipe, whole)
     report = progress or (lambda *_: None)
     calibration = None
     if calibrated:
+        _check_libraries(recipe)
         batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
+        if recipe.correct:
+            check_correctable(whole, batches)
         calibration = calibrate(
             whole,
             checkpoint,
@@ -117,7 +124,10 @@ def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
     allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
     for name, value in (("metric", metric), ("allocation", allocation)):
         if value not in ("weights", "energy", "uniform") and not calibrated:
-            raise RecipeError(f"{name} is {value!r}; expected --calibrate with it")
+            raise RecipeError(
+                f"{name} is {value!r}; expected --calibrate with it (from Python: calibration, if batches "
+                "were given the first time)"
+            )
     if recipe.correct and metric not in ("loss", "outputs"):
         raise RecipeError(
             f"correct given with metric {metric}; expected --calibrate and metric loss or outputs"
@@ -151,14 +161,12 @@ def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candid
         losses = losses / 2
     elif losses[0] > 0:
         losses = losses / losses[0]
-    copies = 1 if matrix.shares_whole else matrix.num_experts
-    rows, cols = matrix.rows, matrix.cols
+    rows, cols, copies = matrix.rows, matrix.cols, _copies(matrix)
     return Candidate(matrix.name, copies * (rows + cols), copies * rows * cols, losses)
 
 
 def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:
-    dense = whole.ffn_totals.dense_params
-    fixed = whole.ffn_totals.stored_params - sum(each.whole_cost for each in candidates)
+    dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
     start = allocation.smallest(candidates, recipe.max_error)
     least = (fixed + allocation.cost(candidates, start)) / dense
     allocate = allocation.uniform if recipe.allocation == "uniform" else allocation.greedy
@@ -183,6 +191,32 @@ def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: in
         curve=tuple(_point(share, candidates, ranks, recipe) for share, ranks in shares),
     )
     return ranks, budget
+
+
+def _fixed(whole: Plan) -> int:
+    """Numbers that no rank changes: what experts own, biases, routers."""
+    return whole.ffn_totals.stored_params - sum(_copies(m) * m.rows * m.cols for m in whole.matrices)
+
+
+def _copies(matrix: MatrixPlan) -> int:
+    return 1 if matrix.shares_whole else matrix.num_experts
+
+
+def _check_smallest(recipe: Recipe, whole: Plan) -> None:
+    """Whether one rank per matrix fits, before anything is read."""
+    dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
+    least = (fixed + sum(_copies(m) * (m.rows + m.cols) for m in whole.matrices)) / dense
+    if recipe.keep is not None and recipe.keep < least:
+        raise RecipeError(_too_small(recipe.replace(max_error=None), least, fixed / dense))
+
+
+def _check_libraries(recipe: Recipe) -> None:
+    needed = ("accelerate", "greenlet", *(("datasets",) if recipe.calibrate else ()))
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise MachineError(
+            f"calibration needs {' and '.join(missing)}: install them with pip install "
+            "'mpoe-convert[calibrate]'"
+        )
 
 
 def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:

@@ -33,6 +33,7 @@ from .calibration import (
     run_batch,
     streamed_model,
     token_rows,
+    used_tokens,
 )
 from .checkpoint import Checkpoint
 from .errors import DataError, RecipeError
@@ -68,6 +69,24 @@ class Corrections:
         return tuple(part for _, part in sorted(load_file(self._file(name)).items()))
 
 
+def check_correctable(plan: Plan, batches: Sequence[Batch]) -> None:
+    """Whether a plan's matrices can be corrected.
+
+    Raises:
+        RecipeError: layers share an FFN, which then has more than one place in the order of matrices.
+        DataError: fewer tokens than a matrix has inputs.
+    """
+    shared = next((ffn.ffn.path for ffn in plan.ffns if ffn.runs_per_token != 1), None)
+    if shared:
+        raise RecipeError(f"correct was asked for, and layers share the FFN {shared}; expected one each")
+    needed, tokens = max(matrix.rows for matrix in plan.matrices), used_tokens(batches)
+    if tokens is not None and tokens < needed:
+        raise DataError(
+            f"correct was asked for with {tokens:,} calibration tokens beside those held out; expected "
+            f"the {needed:,} that least squares of {needed:,} inputs need: raise --calibration-tokens"
+        )
+
+
 def correct(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -79,21 +98,9 @@ def correct(
     """Fit all matrices of a plan, in the order in which tokens meet them.
 
     Raises:
-        RecipeError: layers share an FFN, which then has more than one place in that order.
-        DataError: fewer tokens than a matrix has inputs.
         CheckpointError: activations hold NaN or Inf.
     """
-    shared = next((ffn.ffn.path for ffn in plan.ffns if ffn.runs_per_token != 1), None)
-    if shared:
-        raise RecipeError(f"correct was asked for, and layers share the FFN {shared}; expected one each")
     used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
-    needed = max(matrix.rows for matrix in plan.matrices)
-    tokens = sum(batch[next(iter(batch))].shape[:2].numel() for batch in used)
-    if tokens < needed:
-        raise DataError(
-            f"correct was asked for with {tokens:,} calibration tokens beside those held out; expected "
-            f"the {needed:,} that least squares of {needed:,} inputs need: raise --calibration-tokens"
-        )
     with streamed_model(plan, checkpoint, device) as model:
         walk = _Walk(model, plan, checkpoint, calibration, used, device, progress)
         walk.run()

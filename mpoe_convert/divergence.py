@@ -17,7 +17,8 @@ from .planning import Plan
 from .report import Divergence
 
 # Logits of so many tokens are compared; they are kept in memory.
-MAX_TOKENS = 8192
+MAX_TOKENS = 4096
+IMAGE_TOKENS = 256  # for as many counts an example that is not made of tokens
 
 
 def measure(
@@ -28,51 +29,78 @@ def measure(
 
     held_out = _limited([batch for number, batch in enumerate(batches) if is_held_out(number, batches)])
     auto_class = main_auto_class(checkpoint.config, plan.model_type)
+    sums = _Sums()
     with torch.no_grad():
         with streamed_model(plan, checkpoint, device) as model:
-            outputs = [run_batch(model, batch) for batch in held_out]
-        has_logits = outputs[0].get("logits") is not None
-        expected = [_output(output) for output in outputs]
+            expected = [_output(run_batch(model, batch)) for batch in held_out]
         model = (
             from_pretrained(getattr(transformers, auto_class), str(folder), dtype="auto").to(device).eval()
         )
-        found = [_output(run_batch(model, batch)) for batch in held_out]
-    masks = [_mask(model, batch, output) for batch, output in zip(held_out, found, strict=True)]
-    theirs, ours = (
-        torch.cat([output[mask] for output, mask in zip(outputs, masks, strict=True)])
-        for outputs in (expected, found)
-    )
-    if not has_logits:
-        difference = float((ours - theirs).norm() / theirs.norm())
-        return Divergence(len(ours), None, difference, None, None)
-    ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-    nats = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-    said = [_next(batch, auto_class) for batch in held_out]
-    if any(labels is None for labels in said):
-        return Divergence(len(ours), nats, None, None, None)
-    labels = torch.cat([label[mask] for label, mask in zip(said, masks, strict=True)])
-    perplexities = [
-        math.exp(nn.functional.nll_loss(odds, labels, ignore_index=-100)) for odds in (theirs, ours)
-    ]
-    return Divergence(len(ours), nats, None, *perplexities)
+        model.config.use_cache = False
+        for batch in held_out:
+            found, has_logits = _output(run_batch(model, batch))
+            mask = _mask(model, batch, found)
+            theirs = expected.pop(0)[0]
+            if has_logits:
+                sums.add_odds(theirs[mask], found[mask], _next(batch, auto_class), mask)
+            else:
+                sums.add_states(theirs[mask], found[mask])
+    return sums.result()
+
+
+class _Sums:
+    """What `Divergence` says, batch by batch."""
+
+    def __init__(self):
+        self.tokens = self.labels = 0
+        self.nats = self.squares = self.norm = 0.0
+        self.losses = [0.0, 0.0]  # dense model, artifact
+        self.has_logits = False
+
+    def add_states(self, theirs: Tensor, ours: Tensor) -> None:
+        self.tokens += len(ours)
+        self.squares += float((ours - theirs).square().sum())
+        self.norm += float(theirs.square().sum())
+
+    def add_odds(self, theirs: Tensor, ours: Tensor, labels: Tensor | None, mask: Tensor) -> None:
+        """Logits (tokens, classes) and what the text says there, before the mask."""
+        self.has_logits = True
+        self.tokens += len(ours)
+        theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
+        kl = nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+        self.nats += float(kl)
+        if labels is not None:
+            labels = labels[mask]
+            self.labels += int((labels != -100).sum())
+            for k, odds in enumerate((theirs, ours)):
+                loss = nn.functional.nll_loss(odds, labels, ignore_index=-100, reduction="sum")
+                self.losses[k] += float(loss)
+
+    def result(self) -> Divergence:
+        if not self.has_logits:
+            difference = (self.squares / self.norm) ** 0.5 if self.norm else 0.0
+            return Divergence(self.tokens, None, difference, None, None)
+        perplexities = [math.exp(loss / self.labels) if self.labels else None for loss in self.losses]
+        return Divergence(self.tokens, self.nats / self.tokens, None, *perplexities)
 
 
 def _limited(batches: list[Batch]) -> list[Batch]:
     """The first batches with at most `MAX_TOKENS` tokens; at least a part of one."""
     found, left = [], MAX_TOKENS
     for batch in batches:
-        first = batch[next(iter(batch))]
-        rows = max(left * len(first) // first.shape[:2].numel(), 0 if found else 1)
+        count = len(next(iter(batch.values())))
+        each = batch["input_ids"].shape[1:].numel() if "input_ids" in batch else IMAGE_TOKENS
+        rows = min(max(left // each, 0 if found else 1), count)
         if rows:
             found.append({name: tensor[:rows] for name, tensor in batch.items()})
-        left -= first[:rows].shape[:2].numel()
+        left -= rows * each
     return found
 
 
-def _output(output) -> Tensor:
-    """Logits, or the first of what there is (last hidden states)."""
+def _output(output) -> tuple[Tensor, bool]:
+    """(logits, True), or (the first of what there is, the last hidden states, False)."""
     value = output.get("logits")
-    return (output[0] if value is None else value).float().cpu()
+    return (output[0] if value is None else value).float().cpu(), value is not None
 
 
 def _mask(model, batch: Batch, output: Tensor) -> Tensor:

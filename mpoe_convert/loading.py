@@ -17,8 +17,11 @@ AUTO_CLASSES = {
 }
 
 
-def from_pretrained(auto, name: str, **options):
+def from_pretrained(auto, name: str, *, trust_remote_code: bool = True, **options):
     """`auto.from_pretrained` with its many errors told in one line.
+
+    Args:
+        trust_remote_code: run the code that lies beside the weights, as artifacts need it.
 
     Raises:
         TrainingError: `name` is no folder, or does not load.
@@ -26,7 +29,7 @@ def from_pretrained(auto, name: str, **options):
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
     try:
-        return auto.from_pretrained(name, trust_remote_code=True, **options)
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
 
@@ -48,11 +51,11 @@ def task_of(model: str, task: str | None) -> tuple[str, str]:
     )
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, *, trust_remote_code: bool = True):
     """The tokenizer, padding by its end-of-text token where it has nothing else."""
     from transformers import AutoTokenizer
 
-    tokenizer = from_pretrained(AutoTokenizer, name)
+    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -62,6 +65,10 @@ def max_length(model: str) -> int | None:
     """How many positions a model has, where its config says."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, model)
+    return positions(from_pretrained(AutoConfig, model))
+
+
+def positions(config) -> int | None:
+    """The same, of a config."""
     names = ("max_position_embeddings", "n_positions", "max_source_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)

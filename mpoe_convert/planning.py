@@ -196,7 +196,7 @@ class Budget:
     Attributes:
         smallest_keep: the smallest share that can be met.
         fixed: share of what is not compressed: what experts own, biases, routers.
-        tokens: of calibration text; 0: none.
+        tokens: of calibration text; 0: none, or other inputs.
         errors: by the names of the matrices, their predicted relative errors in the metric.
         chosen: what was taken.
         curve: what else there is.

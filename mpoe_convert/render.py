@@ -133,8 +133,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"Peak memory for tensors, estimated: {size(plan.peak_bytes)}")
     if plan.budget:
         print_budget(plan.budget, out)
-    exact = "nothing is truncated" if plan.is_exact else "truncated: bonds are below the full ones"
-    out.print(f"Bonds: {exact}.")
+    if not plan.budget:
+        exact = "nothing is truncated" if plan.is_exact else "truncated: bonds are below the full ones"
+        out.print(f"Bonds: {exact}.")
     _print_warnings(plan_warnings(plan), out)
 
 
@@ -148,9 +149,9 @@ def print_budget(budget: Budget, out: Console) -> None:
         cells = [f"{point.keep:.1%}", f"{point.error:.3f}", *([f"+{point.loss:.3g}"] if losses else ())]
         table.add_row(*cells, style="bold" if point == budget.chosen else None)
     out.print(table)
-    text = f"calibrated on {budget.tokens:,} tokens" if budget.tokens else "not calibrated"
+    text = f" (calibrated on {budget.tokens:,} tokens)" if budget.tokens else ""
     out.print(
-        f"Kept: {budget.chosen.keep:.1%} of the dense FFNs' numbers ({text}); the least that can be met: "
+        f"Kept: {budget.chosen.keep:.1%} of the dense FFNs' numbers{text}; the least that can be met: "
         f"{budget.smallest_keep:.1%}, of which {budget.fixed:.1%} are what experts own, biases and routers."
     )
 

@@ -102,7 +102,7 @@ class Report:
     def _error_warnings(self) -> list[str]:
         warnings = []
         if self.plan.budget:
-            return self._budget_warnings()
+            return self._budget_warnings() + self._drift_warnings()
         worst = max(self.matrices, key=lambda m: m.relative_error)
         if worst.relative_error > BROKEN_ERROR:
             warnings.append(
@@ -115,16 +115,21 @@ class Report:
                 f"the weights changed: the relative error of {worst.name} is {worst.relative_error:.3f}. "
                 "Expect worse outputs until the model is fine-tuned."
             )
-        if self.max_drift > BROKEN_ERROR:
-            warnings.append(
-                f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
-                "work before it is retrained. Lower --noise."
-            )
-        return warnings
+        return warnings + self._drift_warnings()
+
+    def _drift_warnings(self) -> list[str]:
+        if self.max_drift <= BROKEN_ERROR:
+            return []
+        return [
+            f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
+            "work before it is retrained. Lower --noise."
+        ]
 
     def _budget_warnings(self) -> list[str]:
         """Errors of weights say little where a metric was followed; what was measured does."""
         found = self.divergence
+        if all(matrix.rank is None for matrix in self.plan.matrices):
+            return []
         if found is None:
             return [
                 "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "

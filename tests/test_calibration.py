@@ -1,6 +1,8 @@
 """Moments from the model that walks in step, against hooks on the stock model in memory."""
 
 import gc
+import json
+import math
 from functools import partial
 
 import pytest
@@ -187,10 +189,10 @@ def test_a_model_that_computes_nan_is_told_with_the_place(llama):
 
 def test_too_little_text(llama, tmp_path):
     folder, checkpoint, planned, batches = llama
-    with pytest.raises(DataError, match="two batches"):
+    with pytest.raises(DataError, match="has 1 batch; expected two or more"):
         calibrate(planned, checkpoint, CPU, batches[:1])
     small = [{name: part[:1, :3] for name, part in batch.items()} for batch in batches]
-    with pytest.raises(DataError, match=f"the {HIDDEN} tokens that moments of {HIDDEN} features need"):
+    with pytest.raises(DataError, match=f"the {HIDDEN} that moments of {HIDDEN} features need"):
         calibrate(planned, checkpoint, CPU, small)
     text = tmp_path / "short.txt"
     text.write_text("w3 w4 w5 " * 100)
@@ -236,6 +238,13 @@ def test_pairs_for_an_encoder_decoder(tmp_path):
     assert 900 <= tokens < 950 and all((batch["labels"] != -100).any() for batch in batches)
     report = convert(recipe, tmp_path / "out")
     assert all(matrix.output_error is not None for matrix in report.matrices)
+
+
+def test_an_encoder_decoder_that_classifies(tmp_path):
+    folder = save_tiny("bart", "AutoModelForSequenceClassification", tmp_path / "dense")
+    save_tokenizer(folder)
+    with pytest.raises(RecipeError, match="BartForSequenceClassification reads texts as a whole"):
+        plan(Recipe(str(folder), bond_dim=4, keep=2.0, calibrate=("builtin",)))
 
 
 def test_a_model_that_reads_no_text(tmp_path):
@@ -294,9 +303,9 @@ def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
     generator, tokens = torch.Generator().manual_seed(0), 0
     for piece in _pieces(batches):
         kept.clear()
-        _own_loss(model(**piece), piece, generator).backward()
-        mask = piece.get("attention_mask", torch.ones(piece[next(iter(piece))].shape[:2]))
-        tokens += int(mask.sum())
+        loss, count = _own_loss(model(**piece), piece, generator)
+        loss.backward()
+        tokens += count
         for key, tensor in kept:
             gradients.setdefault(key, []).append(tensor.grad.reshape(-1, tensor.shape[-1]))
     for ffn in planned.ffns:
@@ -315,3 +324,57 @@ def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
         rows = torch.cat(gradients[ffn.ffn.path, "up", "in"])
         theirs = rows.mT @ rows / tokens
         torch.testing.assert_close(tensors["up.answer"], theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
+
+
+def test_gradients_that_are_no_numbers_are_not_kept(llama, monkeypatch):
+    from mpoe_convert import calibration
+
+    _, checkpoint, planned, batches = llama
+    original = calibration._own_loss
+    monkeypatch.setattr(calibration, "_own_loss", lambda *a: (original(*a)[0] * math.nan, 1))
+    with pytest.raises(CheckpointError, match=r"layers\.\d \(gradients of"):
+        calibrate(planned, checkpoint, CPU, batches[:3], gradients=True)
+    monkeypatch.undo()
+    found = calibrate(planned, checkpoint, CPU, batches[:3], gradients=True)
+    assert all(found.load(path).tensors["up.answer"].isfinite().all() for path in found.paths)
+
+
+def test_no_code_of_the_source_runs_and_its_absence_is_no_trouble(llama, tmp_path):
+    folder, _, planned, batches = llama
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5 " * 1000)
+    recipe = Recipe(str(folder), experts=2, bond_dim=2, keep=0.8)
+    planned = plan(recipe.replace(calibrate=(str(text),), calibration_tokens=1024))
+    assert planned.budget.tokens == 1024
+    marker = tmp_path / "ran"
+    (folder / "configuration_x.py").write_text(f"open({str(marker)!r}, 'w')")
+    plan(recipe.replace(calibrate=(str(text),), calibration_tokens=512))
+    assert not marker.exists()
+
+
+def test_layers_that_stay_dense_are_read_block_by_block_too(llama, monkeypatch):
+    from mpoe_convert import calibration
+
+    folder, checkpoint, _, _ = llama
+    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4, layers="0"), checkpoint)
+    with calibration.streamed_model(planned, checkpoint, CPU) as model:
+        layers = [all(p.is_meta for p in layer.parameters()) for layer in model.model.layers]
+    assert layers == [True, True]
+
+
+OTHER_HEADS = [("gpt2", "AutoModelForSequenceClassification"), ("bart", "AutoModel"), ("t5", "AutoModel")]
+
+
+@pytest.mark.parametrize(("model_type", "auto_class"), OTHER_HEADS)
+def test_text_for_other_heads(model_type, auto_class, tmp_path):
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + k * k % 30}" for k in range(2000)))
+    recipe = Recipe(str(folder), experts=2, bond_dim=2, keep=0.9, calibrate=(str(text),))
+    report = convert(recipe.replace(calibration_tokens=1024), tmp_path / "out")
+    assert report.divergence.tokens > 0
+    assert all(matrix.output_error is not None for matrix in report.matrices)
