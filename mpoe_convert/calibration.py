@@ -273,6 +273,21 @@ def is_held_out(number: int, batches: Sequence[Batch]) -> bool:
     return number % HELD_OUT == HELD_OUT - 1 or number == len(batches) - 1
 
 
+def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(what matrices are fitted to, what is held out)."""
+    parts: tuple[list[Batch], list[Batch]] = [], []
+    for number, batch in enumerate(batches):
+        parts[is_held_out(number, batches)].append(batch)
+    return parts
+
+
+def token_mask(model: PreTrainedModel, batch: Batch, *, decoder: bool) -> Tensor | None:
+    """Which tokens of the decoder's (or only), or of the encoder's sequences are no padding; None: all."""
+    if model.config.is_encoder_decoder and decoder:
+        return batch["labels"] != -100 if "labels" in batch else None
+    return batch.get("attention_mask")
+
+
 def run_batch(model: PreTrainedModel, batch: Batch):
     return model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
 
@@ -280,9 +295,7 @@ def run_batch(model: PreTrainedModel, batch: Batch):
 def token_rows(model: PreTrainedModel, batch: Batch, path: str, x: Tensor) -> Tensor:
     """What an FFN at that path reads or writes, (tokens, features) in float32, without padding."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
-    mask = batch.get("attention_mask")
-    if model.config.is_encoder_decoder and path.startswith("decoder"):
-        mask = batch["labels"] != -100 if "labels" in batch else None
+    mask = token_mask(model, batch, decoder=path.startswith("decoder"))
     if mask is None or mask.numel() != len(rows):
         return rows
     return rows[mask.reshape(-1).bool().to(rows.device)]
@@ -451,7 +464,7 @@ def _answers(
 
     def watch(path: str, role: str, source: Source, module: nn.Module, side: str) -> None:
         def forward(module, args, output):
-            output.register_hook(lambda gradient: backward(gradient))
+            output.register_hook(backward)
 
         def backward(gradient: Tensor) -> None:
             if source.part is not None:
@@ -461,7 +474,8 @@ def _answers(
             mean = rows.square().mean(1).sum().double()
             if side == "in":
                 rows = rows @ read(source).mT.to(rows)
-            for name, value in ((role, (rows.mT @ rows).double()), (f"{role}_mean", mean)):
+            products = (rows.mT @ rows).double()
+            for name, value in ((f"{role}.answer", products), (f"{role}.answer_mean", mean)):
                 found[name] = found[name] + value if name in found else value
 
         handles.append(module.register_forward_hook(forward))
@@ -478,7 +492,7 @@ def _answers(
     for done, piece in enumerate(pieces):
         state["batch"] = piece
         with torch.enable_grad():
-            loss, count = _own_loss(run_batch(model, piece), piece, generator)
+            loss, count = _own_loss(model, piece, generator)
             loss.backward()
         said += count
         model.get_input_embeddings().zero_grad(set_to_none=True)
@@ -486,23 +500,17 @@ def _answers(
     for handle in handles:
         handle.remove()
     for path, found in sums.items():
-        for role, value in found.items():
-            check_activations(value, f"{path} (gradients of {role})")
-    named = {"": "answer", "_mean": "answer_mean"}
+        for name, value in found.items():
+            check_activations(value, f"{path} (gradients, {name})")
     return {
-        path: {
-            f"{name.removesuffix('_mean')}.{named['_mean' if name.endswith('_mean') else '']}": (value / said)
-            .float()
-            .cpu()
-            for name, value in found.items()
-        }
+        path: {name: (value / said).float().cpu() for name, value in found.items()}
         for path, found in sums.items()
     }
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
     """Those that are not held out, at most `ANSWER_TOKENS` evenly spread, in pieces that a graph can hold."""
-    used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
+    used = split(batches)[0]
     # Inputs that are no tokens: as many as would make a graph if each were of an image's length.
     sizes = [b["input_ids"].numel() if "input_ids" in b else 256 * _count(b) for b in used]
     wanted = min(len(used), -(-ANSWER_TOKENS * len(used) // sum(sizes)))
@@ -518,8 +526,9 @@ def _count(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _own_loss(output, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+def _own_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
     """(sum over predictions, their number); see `_answers`."""
+    output = run_batch(model, batch)
     logits = output.get("logits")
     if logits is None or logits.shape[-1] == 1:
         values = output[0] if logits is None else logits
@@ -529,7 +538,7 @@ def _own_loss(output, batch: Batch, generator: torch.Generator) -> tuple[Tensor,
     odds = logits.detach().softmax(-1).cpu()
     said = odds.multinomial(1, generator=generator)[:, 0].to(logits.device)
     losses = nn.functional.cross_entropy(logits, said, reduction="none")
-    mask = batch["labels"] != -100 if "labels" in batch else batch.get("attention_mask")
+    mask = token_mask(model, batch, decoder=True)
     if mask is None or mask.numel() != len(losses):
         return losses.sum(), len(losses)
     mask = mask.reshape(-1).bool().to(losses.device)
@@ -641,7 +650,7 @@ def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
 
 def used_tokens(batches: Sequence[Batch]) -> int | None:
     """Tokens that are not held out; None for inputs that are no tokens."""
-    used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
+    used = split(batches)[0]
     if any("input_ids" not in batch for batch in used):
         return None
     return sum(batch["input_ids"].shape.numel() for batch in used)
@@ -669,13 +678,20 @@ def _gradient_dtype(plan: Plan) -> str | torch.dtype:
     return torch.float32 if halves else "auto"
 
 
+def keep_no_cache(model: PreTrainedModel) -> None:
+    """No keys and values for a generation that will not come; T5's stacks have configs of their own."""
+    for module in model.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            config.use_cache = False
+
+
 def _load(checkpoint: Checkpoint, **options) -> PreTrainedModel:
     """The stock model; no code of the source runs, and nothing is cached for generation."""
     from transformers import AutoModel
 
     cls = stock_class(checkpoint.config) or AutoModel
     model = from_pretrained(cls, str(checkpoint.folder), trust_remote_code=False, **options).eval()
-    model.config.use_cache = False
+    keep_no_cache(model)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # classifiers want one to find the last token; blocks have none
     return model

@@ -177,7 +177,7 @@ def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: in
     if recipe.keep is None:
         ranks = start
     elif recipe.keep < least:
-        raise RecipeError(_too_small(recipe, least, fixed / dense))
+        raise RecipeError(_too_small(recipe, least, fixed / dense, limited=recipe.max_error is not None))
     else:
         ranks = ranks_for(recipe.keep)
     keep = (fixed + allocation.cost(candidates, ranks)) / dense
@@ -207,7 +207,7 @@ def _check_smallest(recipe: Recipe, whole: Plan) -> None:
     dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
     least = (fixed + sum(_copies(m) * (m.rows + m.cols) for m in whole.matrices)) / dense
     if recipe.keep is not None and recipe.keep < least:
-        raise RecipeError(_too_small(recipe.replace(max_error=None), least, fixed / dense))
+        raise RecipeError(_too_small(recipe, least, fixed / dense, limited=False))
 
 
 def _check_libraries(recipe: Recipe) -> None:
@@ -225,14 +225,13 @@ def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recip
     return BudgetPoint(keep, float(np.mean(np.square(errors)) ** 0.5), loss)
 
 
-def _too_small(recipe: Recipe, least: float, fixed: float) -> str:
-    limit = "" if recipe.max_error is None else f" with max_error {recipe.max_error:g}"
-    own = "lower --bond-dim or --experts" if fixed > least / 4 else "raise --max-error"
-    if recipe.max_error is None:
-        own = "lower --bond-dim or --experts"
+def _too_small(recipe: Recipe, least: float, fixed: float, *, limited: bool) -> str:
+    limit = f" with max_error {recipe.max_error:g}" if limited else ""
+    other = "--max-error" if limited else "--keep"
     return (
         f"keep is {recipe.keep:g}, and the smallest that can be met{limit} is {_round_up(least):g}: what "
-        f"experts own, biases and routers alone take {fixed:.3f} of the dense FFNs; raise --keep, or {own}"
+        f"experts own, biases and routers alone take {fixed:.3f} of the dense FFNs; raise {other}, or lower "
+        "--bond-dim or --experts"
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,10 +27,11 @@ from .calibration import (
     Batch,
     Calibration,
     InStep,
+    Progress,
     check_activations,
-    is_held_out,
     projection_modules,
     run_batch,
+    split,
     streamed_model,
     token_rows,
     used_tokens,
@@ -43,8 +44,6 @@ from .planning import FFNPlan, MatrixPlan, Plan
 
 # Of the mean eigenvalue of X'^T X': how strongly W' is held to W.
 RIDGE = 1e-3
-
-Progress = Callable[[str, int, int], None]
 
 
 class Corrections:
@@ -100,9 +99,8 @@ def correct(
     Raises:
         CheckpointError: activations hold NaN or Inf.
     """
-    used = [batch for number, batch in enumerate(batches) if not is_held_out(number, batches)]
     with streamed_model(plan, checkpoint, device) as model:
-        walk = _Walk(model, plan, checkpoint, calibration, used, device, progress)
+        walk = _Walk(model, plan, checkpoint, calibration, split(batches)[0], device, progress)
         walk.run()
     return walk.corrections
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, is_held_out, run_batch, streamed_model
+from .calibration import Batch, keep_no_cache, run_batch, split, streamed_model, token_mask
 from .card import main_auto_class
 from .checkpoint import Checkpoint
 from .loading import from_pretrained
@@ -27,7 +27,7 @@ def measure(
     """Compare the artifact in a folder with its dense model on the batches that are held out."""
     import transformers
 
-    held_out = _limited([batch for number, batch in enumerate(batches) if is_held_out(number, batches)])
+    held_out = _limited(split(batches)[1])
     auto_class = main_auto_class(checkpoint.config, plan.model_type)
     sums = _Sums()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def measure(
         model = (
             from_pretrained(getattr(transformers, auto_class), str(folder), dtype="auto").to(device).eval()
         )
-        model.config.use_cache = False
+        keep_no_cache(model)
         for batch in held_out:
             found, has_logits = _output(run_batch(model, batch))
             mask = _mask(model, batch, found)
@@ -105,9 +105,7 @@ def _output(output) -> tuple[Tensor, bool]:
 
 def _mask(model, batch: Batch, output: Tensor) -> Tensor:
     """Which places of an output count."""
-    mask = batch.get("attention_mask")
-    if model.config.is_encoder_decoder:
-        mask = batch["labels"] != -100 if "labels" in batch else None
+    mask = token_mask(model, batch, decoder=True)
     if mask is None or mask.shape != output.shape[:-1]:
         return torch.ones(output.shape[:-1], dtype=torch.bool)
     return mask.bool().cpu()

@@ -39,11 +39,7 @@ class FFNMoments:
         return Metric(moment, self.answer(matrix, weight) if name == "loss" else None)
 
     def answer(self, matrix: MatrixPlan, weight: Tensor) -> Tensor:
-        """Moment of what the loss answers on the thin side, mixed with that of outputs that matter alike.
-
-        The mixture holds where errors are too large for second order, and where gradients were few (see
-        tests/benchmarks/compression.py).
-        """
+        """Moment of what the loss answers on the thin side, mixed with that of outputs that matter alike."""
         alike = self.tensors[f"{matrix.role}.answer_mean"].to(weight)
         if thin_side(matrix.rows, matrix.cols) == "in":
             alike = alike * (weight @ weight.mT)

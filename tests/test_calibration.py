@@ -303,7 +303,7 @@ def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
     generator, tokens = torch.Generator().manual_seed(0), 0
     for piece in _pieces(batches):
         kept.clear()
-        loss, count = _own_loss(model(**piece), piece, generator)
+        loss, count = _own_loss(model, piece, generator)
         loss.backward()
         tokens += count
         for key, tensor in kept:
@@ -332,7 +332,7 @@ def test_gradients_that_are_no_numbers_are_not_kept(llama, monkeypatch):
     _, checkpoint, planned, batches = llama
     original = calibration._own_loss
     monkeypatch.setattr(calibration, "_own_loss", lambda *a: (original(*a)[0] * math.nan, 1))
-    with pytest.raises(CheckpointError, match=r"layers\.\d \(gradients of"):
+    with pytest.raises(CheckpointError, match=r"layers\.\d \(gradients, "):
         calibrate(planned, checkpoint, CPU, batches[:3], gradients=True)
     monkeypatch.undo()
     found = calibrate(planned, checkpoint, CPU, batches[:3], gradients=True)
@@ -378,3 +378,18 @@ def test_text_for_other_heads(model_type, auto_class, tmp_path):
     report = convert(recipe.replace(calibration_tokens=1024), tmp_path / "out")
     assert report.divergence.tokens > 0
     assert all(matrix.output_error is not None for matrix in report.matrices)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5", "bart"])
+def test_nothing_is_cached_for_generation(model_type, tmp_path):
+    from mpoe_convert.calibration import run_batch, streamed_model
+
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    checkpoint = open_checkpoint(str(folder))
+    stock = getattr(transformers, auto_class).from_pretrained(folder)
+    batch = batches_for(stock, auto_class)[0]
+    assert stock(**batch).get("past_key_values") is not None
+    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    with streamed_model(planned, checkpoint, CPU) as model, torch.no_grad():
+        assert run_batch(model, batch).get("past_key_values") is None
