@@ -16,12 +16,14 @@ except PackageNotFoundError:  # run from a source folder that was never installe
 # No module is called like a function of it: importing `mpoe_convert.plan` would replace the function.
 _HOME = {
     "CentreMask": "finetuning",
+    "Export": "exports",
     "Finetuning": "runs",
     "MpoeError": "errors",
     "Recipe": "recipe",
     "convert": "conversion",
     "draw_pictures": "pictures",
     "evaluate": "evaluation",
+    "export": "exporting",
     "finetune": "finetuning",
     "freeze": "training",
     "mask_centre": "training",

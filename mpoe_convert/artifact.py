@@ -20,6 +20,7 @@ REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
 TRAINING_REPORT_FILE = "training_report.json"
+EXPORT_REPORT_FILE = "export_report.json"
 # What `verify` and `inspect` read of a report.
 _REPORT_KEYS = {
     *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
@@ -122,15 +123,18 @@ def _existing_parent(target: Path) -> Path:
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
-    if not is_artifact(output):
+    is_export = (output / EXPORT_REPORT_FILE).is_file()
+    if not is_export and not is_artifact(output):
         raise OutputError(
             f"{output} is not empty and not an artifact of mpoe-convert; nothing in it is touched, "
             "choose another output"
         )
     if not overwrite:
-        raise OutputError(f"{output} already holds an artifact; pass --overwrite to replace it")
+        what = "export" if is_export else "artifact"
+        raise OutputError(f"{output} already holds an {what}; pass --overwrite to replace it")
     try:
-        files = [Path(name) for name in read_artifact(output)[1].get("files", ())]
+        report = read_json_object(output / EXPORT_REPORT_FILE) if is_export else read_artifact(output)[1]
+        files = [Path(name) for name in report.get("files", ())]
     except CheckpointError as error:
         raise OutputError(f"{error}; nothing in it is touched, choose another output") from None
     written = {*files, *(parent for file in files for parent in file.parents)}

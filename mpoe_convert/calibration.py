@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from .families import Family, Source
 from .loading import from_pretrained, load_tokenizer, positions
 from .moments import FFNMoments
 from .planning import FFNPlan, Plan
-from .recipe import BUILTIN_TEXT, Recipe
+from .recipe import BUILTIN_TEXT
 from .stock import build, stock_class
 
 if TYPE_CHECKING:
@@ -52,6 +52,18 @@ ANSWER_TOKENS = 32768
 GRAPH_TOKENS = 2048
 
 Batch = Mapping[str, Tensor]
+
+
+class CalibrationText(Protocol):
+    """Which text, and how much of it; fields as of `Recipe`."""
+
+    calibrate: tuple[str, ...]
+    calibration_tokens: int
+    calibration_split: str
+    text_column: str
+    target_column: str
+
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -59,8 +71,8 @@ Progress = Callable[[str, int, int], None]
 # Text into batches
 
 
-def make_batches(recipe: Recipe, checkpoint: Checkpoint) -> list[Batch]:
-    """Batches of the model's inputs from the recipe's calibration text.
+def make_batches(recipe: CalibrationText, checkpoint: Checkpoint) -> list[Batch]:
+    """Batches of the model's inputs from calibration text.
 
     Language models and encoders read blocks of tokens; encoder-decoders pairs of text and target, or, where
     the data have no target column, blocks on both sides.
@@ -115,7 +127,7 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
-def _read(recipe: Recipe):
+def _read(recipe: CalibrationText):
     from datasets import Dataset, concatenate_datasets
 
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -144,7 +156,7 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(rows, tokenizer, recipe: Recipe, length: int) -> list[Batch]:
+def _pair_batches(rows, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
     encoded = corpus.pairs(rows, tokenizer, columns, length)
     sizes = [len(ids) for ids in encoded["input_ids"]]

@@ -1,7 +1,8 @@
-"""The model card: README.md of an artifact."""
+"""The model card: README.md of an artifact or an export."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import experts
@@ -65,6 +66,28 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
             f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
         ]
     )
+
+
+def write_export(
+    path: Path,
+    title: str,
+    paragraphs: Iterable[str],
+    code: str,
+    front: dict,
+    tags: Iterable[str],
+    library: str,
+) -> None:
+    """The card of an export. What the artifact's card (`front`) says of licence and base is carried over."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=front.get("base_model"),
+        library_name=library,
+        tags=list(tags),
+        **{key: front[key] for key in CARRIED if front.get(key) is not None},
+    )
+    body = "\n\n".join([f"# {title}", *paragraphs, f"## How to load it\n\n```python\n{code}\n```\n"])
+    path.write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8")
 
 
 def set_section(path: Path, title: str, text: str) -> None:

@@ -93,7 +93,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str, *, revision: str | None = None, token: str | None = None, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    headers_only: bool = False,
+    converted: bool = False,
 ) -> Checkpoint:
     """Open a local folder or a Hub id: check the config and every tensor header, read no data.
 
@@ -102,20 +107,22 @@ def open_checkpoint(
     `headers_only` the weights of a Hub source stay there, unless they are in the cache already or
     are `.bin` files, which have no remote headers and are downloaded after all.
 
-    Raises CheckpointError for anything that is not a readable dense checkpoint, HubError for Hub
+    `converted` says what is expected: a model that this tool converted, or a dense one.
+
+    Raises CheckpointError for anything that is not a readable checkpoint of that sort, HubError for Hub
     and network trouble.
     """
     model = str(model)
     try:
         folder = _local_folder(model)
         if folder is None:
-            return _open_hub(model, revision, token, headers_only)
+            return _open_hub(model, revision, token, headers_only, converted)
         if revision is not None:
             raise CheckpointError(
                 f"--revision {revision!r} was given, but {model} is a local folder: "
                 "drop --revision, or pass a Hub id"
             )
-        config = _read_config(folder, model, [path.name for path in folder.iterdir()])
+        config = _read_config(folder, model, [path.name for path in folder.iterdir()], converted)
         return _open_folder(model, folder, None, config)
     except OSError as exc:  # the Hub's OSErrors are HubErrors by now
         raise CheckpointError(
@@ -124,10 +131,10 @@ def open_checkpoint(
         ) from exc
 
 
-def _open_hub(model: str, revision: str | None, token: str | None, headers_only: bool):
+def _open_hub(model: str, revision: str | None, token: str | None, headers_only: bool, converted: bool):
     folder, commit = hub.download(model, revision=revision, token=token, weights=False)
     names = hub.listing(model, commit) or [path.name for path in folder.iterdir()]
-    config = _read_config(folder, model, names)
+    config = _read_config(folder, model, names, converted)
     if headers_only and not hub.weights_cached(folder, names):
         headers = hub.remote_headers(model, commit, token)
         if headers is not None:
@@ -156,7 +163,7 @@ def _local_folder(model: str) -> Path | None:
 # --------------------------------------------------------------------------------------- the config
 
 
-def _read_config(folder: Path, source: str, names: Iterable[str]) -> dict:
+def _read_config(folder: Path, source: str, names: Iterable[str], converted: bool) -> dict:
     names = list(names)
     if "adapter_config.json" in names:
         raise CheckpointError(
@@ -169,7 +176,7 @@ def _read_config(folder: Path, source: str, names: Iterable[str]) -> dict:
             f"{source} has no config.json, expected a transformers checkpoint{_hint(folder, names)}"
         )
     config = read_json_object(path, "an object with 'model_type'")
-    _reject_config(config, path)
+    _reject_config(config, path, converted)
     return config
 
 
@@ -203,16 +210,23 @@ def _hint(folder: Path, names: list[str]) -> str:
     return f"; found {found}: check the path or the id"
 
 
-def _reject_config(config: dict, path: Path) -> None:
+def _reject_config(config: dict, path: Path, converted: bool) -> None:
     model_type = config.get("model_type")
-    if "mpoe" in config or str(model_type).startswith("mpoe_"):
+    is_converted = "mpoe" in config or str(model_type).startswith("mpoe_")
+    if converted and not isinstance(config.get("mpoe"), dict):
+        raise CheckpointError(
+            f"{path} describes no converted model (model type {model_type!r}, no mpoe block): expected an "
+            "artifact of mpoe-convert, as a conversion or finetune writes it"
+        )
+    if is_converted and not converted:
         raise CheckpointError(f"{path} describes an already converted model: convert its dense base instead")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"{path} has no 'model_type' (old checkpoints lack it): add the architecture's name, "
             'for example "model_type": "bert", and run again'
         )
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+    parts = [value for key, value in config.items() if isinstance(value, dict) and key != "mpoe"]
+    for part in [config, *parts]:
         if quantized := part.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else None
             raise CheckpointError(

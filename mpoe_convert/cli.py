@@ -20,6 +20,7 @@ from . import __version__
 from .corpus import TASKS
 from .errors import MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
+from .exports import TARGETS, Export
 from .recipe import ALLOCATIONS, BIASES, DTYPES, GAUGES, METRICS, SVDS, Recipe, normalised, read_recipe
 from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
@@ -32,7 +33,7 @@ mpoe-convert verify out/
 """
 DEFAULTS = {
     field.name: field.default
-    for field in (*fields(Recipe), *fields(Finetuning))
+    for field in (*fields(Recipe), *fields(Finetuning), *fields(Export))
     if field.default is not MISSING
 }
 
@@ -420,6 +421,9 @@ FINETUNING_OPTIONS = (
 )
 
 
+TARGET_HELP = "dense: one expert or their average in the base's architecture; moe: all of them in transformers' mixture of the family; lora: low-rank experts as PEFT adapters."
+
+
 def add(*options: Callable) -> Callable:
     """One decorator out of several options, listed by --help in this order."""
 
@@ -776,6 +780,79 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
         echo_json(result.to_json())
     elif not quiet:
         render.print_evaluation(result, render.console())
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("artifact")
+@add(
+    option("--to", heading="Target", type=click.Choice(TARGETS), help=TARGET_HELP),
+    option("-o", "--output", heading="Output", type=click.Path(), required=True, help="Folder to write."),
+    option(
+        "--overwrite", heading="Output", is_flag=True, help="Replace an export or artifact that is there."
+    ),
+    option("--max-shard-size", heading="Output", metavar="SIZE", help="Largest weight file."),
+    option("--revision", heading="Source", help="Branch, tag or commit of a Hub model."),
+    option(
+        "--token",
+        heading="Source",
+        envvar="HF_TOKEN",
+        help="Hub token; by default the stored login.",
+    ),
+    option("--expert", heading="Dense", type=int, help="Which expert.  [default: 0]"),
+    option(
+        "--calibrate",
+        heading="Dense",
+        multiple=True,
+        metavar="FILE|ID",
+        help="Average the experts, weighted by how often the routers choose them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
+    ),
+    option("--calibration-tokens", heading="Dense", type=int, help="How many of its tokens."),
+    option("--calibration-split", heading="Dense", help="Split of Hub datasets."),
+    option("--text-column", heading="Dense", help="Column with the text."),
+    option("--target-column", heading="Dense", help="Column with the target text, for encoder-decoders."),
+    option(
+        "--base",
+        heading="LoRA",
+        metavar="MODEL",
+        help="Folder or Hub id of the model that the adapters go on, if what the experts share is still its own.  [default: it is written beside them]",
+    ),
+    option("--base-revision", heading="LoRA", help="Revision of a base on the Hub."),
+    option(
+        "--check/--no-check",
+        heading="General",
+        default=None,
+        help="Load what was written beside the artifact and compare.  [default: check]",
+    ),
+    *COMMON_OPTIONS,
+)
+def export(artifact, output, overwrite, revision, token, as_json, quiet, verbose, **options) -> None:
+    """Write ARTIFACT in a form that needs no code of its own.
+
+    Dense again, as a mixture that transformers has, or as adapters for PEFT. Exit code 1 and no output: there is
+    no exact form, or what was written computes something else.
+    """
+    with told_in_one_line(verbose, quiet):
+        from . import render
+        from .exporting import export as write
+
+        request = Export(**{name: value for name, value in options.items() if value not in (None, ())})
+        if request.calibrate:
+            need("export --calibrate", "datasets", extra="calibrate")
+            render.quiet_libraries()
+        with render.export_progress(render.console(stderr=True), not quiet) as progress:
+            result = write(
+                artifact,
+                output,
+                request,
+                overwrite=overwrite,
+                revision=revision,
+                token=token,
+                progress=progress,
+            )
+    if as_json:
+        echo_json(result.to_json())
+    elif not quiet:
+        render.print_export(result, output, render.console())
 
 
 def assignment(text: str) -> tuple[str, object]:

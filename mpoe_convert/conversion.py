@@ -18,9 +18,10 @@ from .compression import Prepared, prepare
 from .divergence import measure
 from .errors import MachineError, MpoeError
 from .mpo import check_finite
-from .planning import FFNPlan, Plan, is_buffer
+from .planning import FFNPlan, is_buffer
 from .recipe import Recipe
 from .report import MatrixReport, Report
+from .weight_files import save_shard, write_index
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
 ROUTER_STD = 0.02
@@ -71,10 +72,10 @@ def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: P
     builder = _Builder(prepared, checkpoint, progress)
     for file, names in plan.shards.items():
         tensors = {name: builder.take(name) for name in names}
-        _save_shard(tensors, folder / file)
+        save_shard(tensors, folder / file)
         del tensors
     if len(plan.shards) > 1:
-        _write_index(folder, plan)
+        write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
     divergence = None
     if prepared.calibration:
         device = pick_device(plan.recipe.device)
@@ -86,26 +87,6 @@ def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: P
     files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})
     artifact.write_json(folder / artifact.REPORT_FILE, report.to_json() | {"files": files})
     return report
-
-
-def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if "os error 28" in str(error).lower() or "no space" in str(error).lower():
-            raise OSError(28, "No space left on device") from error
-        raise OSError(5, f"safetensors: {error}") from error
-
-
-def _write_index(folder: Path, plan: Plan) -> None:
-    index = {
-        "metadata": {"total_size": sum(tensor.num_bytes for tensor in plan.tensors)},
-        "weight_map": {name: file for file, names in plan.shards.items() for name in names},
-    }
-    artifact.write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

@@ -37,6 +37,10 @@ class VerifyError(MpoeError):
     """An artifact could not be loaded or compared."""
 
 
+class ExportError(MpoeError):
+    """A converted model has no exact form in the architecture or format that was asked for."""
+
+
 class TrainingError(MpoeError):
     """A model, its teacher or its options do not fit a training run."""
 

@@ -17,6 +17,7 @@ from .recipe import Recipe, parse_layers, parse_size
 from .safetensors_header import DTYPE2BYTES, TensorInfo
 from .sites import Sites, full_bonds
 from .stock import dense_flops_per_token, runs_per_token, stock_class
+from .weight_files import num_bytes, split_into_shards
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
@@ -143,7 +144,7 @@ class OutTensor:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE2BYTES[self.dtype]
+        return num_bytes(self)
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def plan_checkpoint(
         ffns=ffns,
         kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
         tensors=tensors,
-        shards=_shards(tensors, parse_size(recipe.max_shard_size)),
+        shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
         dense_flops_per_token=dense_flops_per_token(checkpoint.config),
     )
 
@@ -437,16 +438,6 @@ def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
         and source in checkpoint.tensors
         and first.get(target, target) == first.get(source, source)
     }
-
-
-def _shards(tensors: tuple[OutTensor, ...], shard_bytes: int) -> dict[str, tuple[str, ...]]:
-    """File name -> tensor names, as huggingface_hub would shard these tensors."""
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    empty = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
-    split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
-    return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from .verification import Verification
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
+    from .exporting import Exported
 
 # A terminal narrower than this would fold the tables; output to a file is not folded at all.
 FILE_WIDTH = 200
@@ -350,6 +351,31 @@ def evaluation_progress(out: Console, enabled: bool) -> Iterator:
 
     with bar:
         yield update
+
+
+@contextmanager
+def export_progress(out: Console, enabled: bool) -> Iterator:
+    """A progress callback for `export`: a bar over tensors on a terminal, nothing elsewhere."""
+    if not (enabled and out.is_terminal):
+        yield None
+        return
+    bar = Progress(
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=out, transient=True
+    )
+    task = bar.add_task("")
+    with bar:
+        yield lambda name, done, total: bar.update(
+            task, description=escape(name), completed=done, total=total
+        )
+
+
+def print_export(result: Exported, output: str, out: Console) -> None:
+    out.print(f"{escape(result.about)}")
+    out.print(f"{result.params:,} parameters, {size(result.bytes)}")
+    _print_warnings(list(result.warnings), out)
+    if result.comparison:
+        out.print(result.comparison.in_words())
+    out.print(f"Written to [bold]{escape(output)}[/].")
 
 
 def print_evaluation(result: Evaluation, out: Console) -> None:

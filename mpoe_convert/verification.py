@@ -105,6 +105,50 @@ def verify(
     )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """An export beside the artifact that it was made from, both computing in float32 on random inputs.
+
+    Attributes:
+        relative_difference / max_difference / top1_agreement / greedy_agreement: as of `Verification`; of
+            several experts, the worst.
+        tolerance: what relative_difference was allowed to be; None: they are not meant to be the same.
+    """
+
+    relative_difference: float
+    max_difference: float
+    top1_agreement: float | None
+    greedy_agreement: float | None
+    inputs: str
+    tolerance: float | None
+
+    def in_words(self) -> str:
+        text = f"Relative difference of its outputs from the original's on {self.inputs}, in float32: "
+        return f"{text}{self.relative_difference:.1e}."
+
+
+def compare_export(request: dict, tolerance: float | None) -> Comparison:
+    """Compare an export with its artifact in a fresh process.
+
+    Args:
+        request: as verify_child.py reads it.
+        tolerance: allowed relative difference; None: any.
+
+    Raises:
+        VerifyError: one of the two cannot be loaded or run, or they differ by more.
+    """
+    result = _run_child(request | {"is_export": True})
+    result.pop("model_class")
+    found = Comparison(**result, tolerance=tolerance)
+    if tolerance is not None and not found.relative_difference <= tolerance:
+        raise VerifyError(
+            "what was written does not compute what the artifact does: the outputs differ by a relative "
+            f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
+            "keeps it all the same)"
+        )
+    return found
+
+
 def _is_path(model: str) -> bool:
     """Whether the text can only mean a folder, not a Hub id."""
     return model.startswith((".", "~", "/")) or model.count("/") > 1

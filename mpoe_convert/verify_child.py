@@ -28,29 +28,80 @@ def main() -> dict:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     auto = getattr(transformers, request["auto_class"])
-    options = {"dtype": torch.float32, "output_loading_info": True}
+    options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
+    # Of an export, the artifact is what it is compared with.
+    is_export = request.get("is_export", False)
+    names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
-        dense, _ = auto.from_pretrained(
-            request["against"],
-            revision=request["revision"] or "main",
-            token=request["token"],
-            **options,
+        revision = request["revision"] or "main"
+        model, _ = auto.from_pretrained(
+            request["against"], revision=revision, trust_remote_code=is_export, **options
         )
-        inputs, text = make_inputs(dense)
-        expected, expected_tokens = run(dense.eval(), inputs)
+        inputs, text = make_inputs(model)
+        expected = [run(each.eval(), inputs) for each in by_expert(model, request.get("experts"))]
     except Exception as error:
-        return {"error": f"the dense model {request['against']} does not load or run: {_line(error)}"}
-    del dense
+        return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
+    del model
     try:
-        model, info = auto.from_pretrained(request["artifact"], trust_remote_code=True, **options)
+        revision = request.get("artifact_revision") or "main"
+        model, info = auto.from_pretrained(
+            request["artifact"], revision=revision, trust_remote_code=not is_export, **options
+        )
         if info["missing_keys"] or info["mismatched_keys"]:
             missing = sorted(info["missing_keys"])[:3] or sorted(info["mismatched_keys"])[:3]
-            return {"error": f"the artifact loads with missing or mismatched weights: {missing}"}
-        found, found_tokens = run(model.eval(), inputs)
-        differences = compare(found, expected, found_tokens, expected_tokens)
+            return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing}"}
+        name = type(model).__name__
+        found = [run(each.eval(), inputs) for each in by_adapter(model, request.get("adapters"))]
+        pairs = zip(found, expected, strict=True)
+        differences = worst([compare(ours[0], theirs[0], ours[1], theirs[1]) for ours, theirs in pairs])
     except Exception as error:
-        return {"error": f"the artifact does not load or run: {_line(error)}"}
-    return {"model_class": type(model).__name__, "inputs": text} | differences
+        return {"error": f"the {names[1]} does not load or run: {_line(error)}"}
+    return {"model_class": name, "inputs": text} | differences
+
+
+def by_expert(model, experts):
+    """The model; if experts are given, once for each, with all tokens sent to that one."""
+    if experts is None:
+        yield model
+        return
+    import torch
+
+    for expert in experts:
+
+        def choose(router, args, routing, expert=expert):
+            weights = torch.ones_like(routing.weights[:, :1])
+            return routing._replace(weights=weights, experts=torch.full_like(routing.experts[:, :1], expert))
+
+        routers = [ffn.router for _, ffn in model.mixtures()]
+        handles = [router.register_forward_hook(choose) for router in routers]
+        for router in routers:
+            router.by_task = False
+        yield model
+        for handle in handles:
+            handle.remove()
+
+
+def by_adapter(model, adapters):
+    """The model; if adapters are given, once with each of them."""
+    if adapters is None:
+        yield model
+        return
+    from peft import PeftModel
+
+    for number, folder in enumerate(adapters):
+        if number == 0:
+            model = PeftModel.from_pretrained(model, folder, adapter_name="0")
+        else:
+            model.load_adapter(folder, adapter_name=str(number))
+        model.set_adapter(str(number))
+        yield model
+
+
+def worst(comparisons: list) -> dict:
+    """The largest differences and the least agreement of several comparisons."""
+    pick = {"relative_difference": max, "max_difference": max, "top1_agreement": min, "greedy_agreement": min}
+    values = {name: [c[name] for c in comparisons if c[name] is not None] for name in pick}
+    return {name: pick[name](found) if found else None for name, found in values.items()}
 
 
 def _line(error: Exception) -> str:

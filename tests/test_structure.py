@@ -14,6 +14,9 @@ ORDER = [
         "__main__",
         "cli",
         "render",
+        "exporting",
+        "averaging",
+        "exports.dense",
         "finetuning",
         "evaluation",
         "runs",
@@ -26,6 +29,7 @@ ORDER = [
         "allocation",
         "loading",
         "corpus",
+        "converted",
         "building",
         "moments",
         "verification",
@@ -46,10 +50,20 @@ ORDER = [
         "mpo",
         "recipe",
         "experts",
+        "exports",
         "families",
         "stock",
     ),
-    *("checkpoint", "torch_bin", "hub", "safetensors_header", "sites", "modeling_mpoe", "verify_child"),
+    *(
+        "checkpoint",
+        "torch_bin",
+        "hub",
+        "weight_files",
+        "safetensors_header",
+        "sites",
+        "modeling_mpoe",
+        "verify_child",
+    ),
     "errors",
 ]
 
@@ -71,7 +85,7 @@ def imported(path: Path) -> set[str]:
             elif node.level == 0:
                 continue
             elif node.level < depth:
-                module = f"experts.{module}".rstrip(".")
+                module = f"{path.parent.name}.{module}".rstrip(".")
             found |= {module} if module else {alias.name for alias in node.names}
     return found
 

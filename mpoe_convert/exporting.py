@@ -1,0 +1,199 @@
+"""Take a converted model elsewhere: read lazily, contract, write shard by shard, compare."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from . import artifact, card, exports
+from .converted import Converted, open_converted
+from .exports import Export, ExportPlan, Part
+from .recipe import parse_size
+from .verification import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
+from .weight_files import num_bytes, save_shard, split_into_shards, write_index
+
+HALVES = ("bfloat16", "float16")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. Bytes and parameters are those of the weight files.
+
+    Attributes:
+        artifact / revision: what it was made from.
+        base_model: what that was converted from, if it says so.
+        to / model_type: the target, and the architecture that was written.
+        about: the same in words.
+        expert_shares: of an average, by layer what each expert counts in it.
+        comparison: with what it was made from; None: it was not asked for, or could not be made.
+        files: written, by their paths in the folder.
+    """
+
+    artifact: str
+    revision: str | None
+    base_model: str | None
+    to: str
+    model_type: str
+    about: str
+    expert_shares: dict[str, Mapping[int, float]] | None
+    params: int
+    bytes: int
+    warnings: tuple[str, ...]
+    comparison: Comparison | None
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    request: Export | None = None,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a converted model in a form that needs no code of its own.
+
+    Args:
+        model: artifact, a folder or a Hub id; before or after training.
+        output: the folder to write; appears whole or not at all.
+        request: what to write; by default the first expert, dense.
+        overwrite: replace an artifact or an export of this tool that is already there.
+        revision: branch, tag or commit of a Hub id.
+        progress: called with (tensor, tensors made, tensors in all).
+
+    Returns:
+        What is also written as export_report.json.
+
+    Raises:
+        ExportError: the model has no exact form in that target.
+        VerifyError: what was written does not compute what the model does; nothing is left behind.
+        MpoeError: anything else that is wrong with the model or the output.
+    """
+    request, output = request or Export(), Path(output)
+    artifact.check_output(output, overwrite)
+    shard_bytes = parse_size(request.max_shard_size)
+    source = open_converted(str(model), revision=revision, token=token)
+    shares = None
+    if request.calibrate:
+        from .averaging import expert_loads
+
+        shares = expert_loads(source, request)
+    plan = exports.load(request.to).plan(source, request, shares)
+    local = source.checkpoint.folder if source.checkpoint.revision is None else None
+    artifact.check_fit(output, local, sum(num_bytes(t) for part in plan.parts for t in part.tensors))
+    with artifact.staged(output, overwrite) as folder:
+        steps = _Steps(plan, progress)
+        for part in plan.parts:
+            _write_part(folder / part.folder, part, source, shard_bytes, steps)
+        comparison = _compare(folder, source, plan, token) if request.check else None
+        front = card.source_front_matter(source.checkpoint.folder)
+        report = Exported(
+            artifact=source.checkpoint.source,
+            revision=source.checkpoint.revision,
+            base_model=front.get("base_model"),
+            to=request.to,
+            model_type=plan.model_type,
+            about=plan.about,
+            expert_shares=shares,
+            params=steps.params,
+            bytes=steps.bytes,
+            warnings=plan.warnings,
+            comparison=comparison,
+            files=(),
+        )
+        return _finish(folder, report, plan, front)
+
+
+class _Steps:
+    """Counts what has been made."""
+
+    def __init__(self, plan: ExportPlan, progress: Progress | None):
+        self.total = sum(len(part.tensors) for part in plan.parts)
+        self.progress = progress or (lambda *_: None)
+        self.done = self.params = self.bytes = 0
+
+    def made(self, name: str, tensor) -> None:
+        self.done += 1
+        self.params += tensor.numel()
+        self.bytes += tensor.nbytes
+        self.progress(name, self.done, self.total)
+
+
+def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int, steps: _Steps) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in part.configs.items():
+        artifact.write_json(folder / name, values)
+    if part.adapter:
+        shards = {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
+    else:
+        shards = split_into_shards(part.tensors, shard_bytes)
+        for path in source.checkpoint.companion_files():
+            copy = folder / path.relative_to(source.checkpoint.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    by_name = {tensor.name: tensor for tensor in part.tensors}
+    for file, names in shards.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = by_name[name].make()
+            found = (tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
+            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
+            steps.made(name, tensors[name])
+        save_shard(tensors, folder / file)
+        del tensors
+    if len(shards) > 1:
+        write_index(folder, shards, sum(num_bytes(tensor) for tensor in part.tensors))
+
+
+def _compare(folder: Path, source: Converted, plan: ExportPlan, token: str | None) -> Comparison:
+    """Raises VerifyError if what was written computes something else."""
+    checked, checkpoint = plan.checked, source.checkpoint
+    rounded = any(info.dtype in HALVES for info in checkpoint.tensors.values())
+    tolerance = None
+    if checked.same:  # in half precision products of cores are rounded once more; that may move a choice
+        tolerance = MAX_TOLERANCE if rounded else ROUNDING
+    model = str((folder / checked.model).resolve()) if checked.base is None else checked.base
+    return compare_export(
+        {
+            "against": str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
+            "revision": checkpoint.revision,
+            "experts": checked.experts,
+            "artifact": model,
+            "artifact_revision": checked.base_revision,
+            "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
+            "auto_class": card.main_auto_class(source.config, source.model_type),
+            "token": token,
+        },
+        tolerance,
+    )
+
+
+def _finish(folder: Path, report: Exported, plan: ExportPlan, front: dict) -> Exported:
+    """The card, and the report that lists every file."""
+    name = report.artifact if report.revision else Path(report.artifact).resolve().name
+    paragraphs = [f"Written by `mpoe-convert export --to {report.to}` from {name}. {plan.about}"]
+    paragraphs += [f"> **Note:** {text}" for text in plan.warnings]
+    if report.comparison is not None:
+        paragraphs.append(report.comparison.in_words())
+    card.write_export(
+        folder / artifact.CARD_FILE,
+        f"{name}: {plan.title}",
+        paragraphs,
+        plan.usage,
+        front,
+        ("mpoe", plan.model_type),
+        plan.library,
+    )
+    files = sorted({*artifact.file_names(folder), artifact.EXPORT_REPORT_FILE})
+    report = replace(report, files=tuple(files))
+    artifact.write_json(folder / artifact.EXPORT_REPORT_FILE, report.to_json())
+    return report
