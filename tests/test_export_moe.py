@@ -1,0 +1,214 @@
+"""The export as a mixture that transformers has: the same logits, from stock classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_export_dense import perturb
+from test_families import generative
+from tiny import make_config, make_inputs, make_model, outputs, save_tiny
+
+from mpoe_convert import Export, Recipe, convert, export
+from mpoe_convert.errors import ExportError
+from mpoe_convert.families import FAMILY_OF
+from mpoe_convert.moe_targets import MOE_TARGETS, NEAR_MISSES, TARGET_OF
+
+MOE = Export(to="moe", check=False)
+# Ways in which a model can be routed, by what a target can hold.
+ROUTING = {"renormalised": {}, "raw": {"router_combine": "raw"}}
+CASES = [(source, way) for source, row in TARGET_OF.items() for way in row.weighing]
+
+
+def converted(model_type: str, folder: Path, way: str = "renormalised", **recipe) -> Path:
+    """An artifact whose experts differ and whose routers prefer some of them, as after training."""
+    dense = save_tiny(model_type, generative(model_type), folder / "dense")
+    top_k = 2 if TARGET_OF[model_type].top_k else 1
+    convert(Recipe(str(dense), **{"experts": 3, "top_k": top_k, "bond_dim": 4} | recipe), folder / "out")
+    perturb(folder / "out")
+    set_options(folder / "out", **ROUTING[way])
+    return folder / "out"
+
+
+def set_options(out: Path, **options) -> None:
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+def assert_same(out: Path, back: Path, model_type: str) -> None:
+    auto = getattr(transformers, generative(model_type))
+    model = auto.from_pretrained(out, trust_remote_code=True).eval()
+    found, info = auto.from_pretrained(back, output_loading_info=True)
+    assert not any(info.values()), info
+    assert found.config.model_type == TARGET_OF[model_type].model_type
+    inputs = make_inputs(model, generative(model_type))
+    expected, logits = outputs(model, inputs)["logits"], outputs(found.eval(), inputs)["logits"]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max())
+    with torch.no_grad():  # the routers count
+        name = next(
+            name for name, _ in found.named_parameters() if "router" in name or ".gate.weight" in name
+        )
+        found.get_parameter(name).neg_()
+    assert (outputs(found, inputs)["logits"] - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("model_type", "way"), CASES)
+def test_logits_are_the_same(model_type, way, tmp_path):
+    out = converted(model_type, tmp_path, way)
+    export(out, tmp_path / "back", MOE)
+    assert_same(out, tmp_path / "back", model_type)
+
+
+@pytest.mark.parametrize("model_type", TARGET_OF)
+def test_names_are_those_that_transformers_saves(model_type, tmp_path):
+    """A model of the target's own class, saved, has the same names and shapes."""
+    out = converted(model_type, tmp_path)
+    if TARGET_OF[model_type].top_k is None:
+        set_options(out, router_combine="raw")
+    export(out, tmp_path / "back", MOE)
+    auto = getattr(transformers, generative(model_type))
+    auto.from_pretrained(tmp_path / "back").save_pretrained(tmp_path / "saved")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()}
+        for folder in (tmp_path / "back", tmp_path / "saved")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_layers_that_were_left_dense(model_type, tmp_path):
+    out = converted(model_type, tmp_path, layers="1")
+    export(out, tmp_path / "back", MOE)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["mlp_only_layers"] == [0]
+    assert_same(out, tmp_path / "back", model_type)
+
+
+# Settings that both architectures have and whose defaults differ, or that change what is computed.
+SETTINGS = {
+    "llama": {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        "rms_norm_eps": 0.01,
+        "head_dim": 6,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"sliding_window": 3, "hidden_act": "gelu"},
+    "qwen3": {"attention_bias": True, "head_dim": 6},
+    "granite": {
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+    },
+    "olmo2": {"attention_bias": True, "rms_norm_eps": 0.01},
+}
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_settings_are_carried_over(model_type, tmp_path):
+    config = make_config(model_type).to_dict() | SETTINGS[model_type]
+    model = transformers.AutoModelForCausalLM.from_config(type(make_config(model_type)).from_dict(config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(parameter)))
+    model.save_pretrained(tmp_path / "dense")
+    convert(Recipe(str(tmp_path / "dense"), experts=3, bond_dim=4), tmp_path / "out")
+    perturb(tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "back", MOE)
+    assert_same(tmp_path / "out", tmp_path / "back", model_type)
+
+
+def test_another_head(tmp_path):
+    auto = transformers.AutoModelForSequenceClassification
+    make_model("llama", "AutoModelForSequenceClassification").save_pretrained(tmp_path / "dense")
+    convert(Recipe(str(tmp_path / "dense"), experts=3, bond_dim=4), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "back", MOE)
+    model = auto.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    found = auto.from_pretrained(tmp_path / "back").eval()
+    assert type(found).__name__ == "MixtralForSequenceClassification"
+    inputs = make_inputs(model, "AutoModelForSequenceClassification")
+    expected = outputs(model, inputs)["logits"]
+    torch.testing.assert_close(outputs(found, inputs)["logits"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "message"),
+    [
+        ({"router_tasks": ["a", "b"]}, {}, "no routers that choose by task"),
+        ({"router_combine": "raw"}, {}, r"no combine weights that are raw .*has renormalised"),
+        ({}, {"layers": "1"}, r"no layers without experts \(layers.0 were left dense\)"),
+        ({"attention_bias": True}, {}, r"no biases in its attention \(attention_bias is True\)"),
+        ({"mlp_bias": True, "router_combine": "raw"}, {}, "no combine .*; and no biases in its experts"),
+    ],
+)
+def test_what_a_mixtral_has_not(options, recipe, message, tmp_path):
+    out = converted("llama", tmp_path, **recipe)
+    set_options(out, **options)
+    with pytest.raises(ExportError, match=f"is no mixtral, which has {message}"):
+        export(out, tmp_path / "back", MOE)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_balancing_bias_that_chooses(tmp_path):
+    out = converted("qwen3", tmp_path)
+    tensors = load_file(out / "model.safetensors")
+    for bias, refused in ((torch.zeros(3), False), (torch.tensor([0.1, 0.0, 0.0]), True)):
+        tensors["model.layers.0.mlp.balance_bias"] = bias
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(ExportError, match="no balancing bias in the choice of experts"):
+                export(out, tmp_path / "back", MOE)
+        else:
+            export(out, tmp_path / "unused", MOE)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("t5", {}, "no combine weights that are renormalised"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_what_others_have_not(model_type, options, message, tmp_path):
+    out = converted(model_type, tmp_path)
+    set_options(out, **options)
+    with pytest.raises(ExportError, match=message):
+        export(out, tmp_path / "back", MOE)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "bert"])
+def test_families_without_a_mixture(model_type, artifact, tmp_path):
+    _, out = artifact(model_type)
+    reason = NEAR_MISSES.get(model_type, "transformers has no mixture of that family")
+    with pytest.raises(ExportError, match=f"no exact mixture of experts for {model_type}: {reason}.*mixtral"):
+        export(out, tmp_path / "back", MOE)
+
+
+def test_the_table():
+    sources = [source for row in MOE_TARGETS for source in row.sources]
+    assert len(sources) == len(set(sources)) and set(sources) | set(NEAR_MISSES) <= set(FAMILY_OF)
+    assert not set(sources) & set(NEAR_MISSES)
+
+
+def test_half_precision_says_that_routers_are_computed_in_it(tmp_path):
+    out = converted("llama", tmp_path, dtype="bfloat16")
+    report = export(out, tmp_path / "back", MOE)
+    assert (
+        "Routers stay float32" in report.warnings[0]
+        and "half precision" in (tmp_path / "back/README.md").read_text()
+    )
+    tensors = load_file(tmp_path / "back" / "model.safetensors")
+    assert {str(t.dtype) for n, t in tensors.items() if ".gate." in n} == {"torch.float32"}
+    assert {str(t.dtype) for n, t in tensors.items() if ".experts." in n} == {"torch.bfloat16"}
+
+
+def test_a_trained_llama_as_a_mixtral(test_data, tmp_path):
+    """On a real checkpoint, checked by `export` itself."""
+    source = test_data / "checkpoints" / "llama-stories260k"
+    convert(Recipe(str(source), experts=4, bond_dim=16, noise=0.3), tmp_path / "out")
+    report = export(tmp_path / "out", tmp_path / "back", Export(to="moe"))
+    assert report.model_type == "mixtral" and report.comparison.relative_difference < 1e-5
+    assert report.comparison.top1_agreement == report.comparison.greedy_agreement == 1
+    shutil.rmtree(tmp_path / "back")
