@@ -30,7 +30,7 @@ from .building import read_bias, read_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
 from .factoring import thin_side
-from .families import Family, Source
+from .families import Family, Source, projection_names
 from .loading import from_pretrained, load_tokenizer, positions
 from .moments import FFNMoments
 from .planning import FFNPlan, Plan
@@ -434,17 +434,8 @@ def check_activations(values: Tensor, where: str) -> None:
 def projection_modules(model: PreTrainedModel, family: Family, plan: FFNPlan) -> dict[str, nn.Module]:
     """The stock modules of an FFN's projections by role; a fused one stands for both of its parts."""
     layer = model.base_model.get_submodule(plan.ffn.path)
-    for spelling in family.spellings:
-        names = {"up": spelling.up, "down": spelling.down}
-        if spelling.gate or spelling.fused:
-            names["gate"] = spelling.gate or spelling.up
-        if set(names) != set(plan.ffn.projections):
-            continue
-        try:
-            return {role: layer.get_submodule(name) for role, name in names.items()}
-        except AttributeError:
-            continue
-    raise CheckpointError(f"{plan.ffn.path} of {type(model).__name__} has none of the modules expected there")
+    names = projection_names(layer, family.spellings, plan.ffn.projections)
+    return {role: layer.get_submodule(name) for role, name in names.items()}
 
 
 # ---------------------------------------------------------------------------------------------------

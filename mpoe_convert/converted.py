@@ -137,6 +137,15 @@ class Converted:
         work = bias if bias.dtype == torch.float64 else bias.float()
         return sum(share * work[expert] for expert, share in shares.items()).to(bias.dtype)
 
+    def rank(self, mixture: Mixture, role: str) -> int:
+        """Of what a low-rank expert adds to the shared matrix."""
+        return mixture.form[role]["terms"][-1]["bonds"][0]
+
+    def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
+        """The two matrices, (in, rank) and (rank, out), whose product a low-rank expert adds."""
+        first, second = self._read_cores(mixture, role)[-1]
+        return first[expert], second[expert]
+
     def adapters_are_idle(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
         """Whether these experts' adapters, if the kind has some, add nothing, as right after conversion."""
         if "adapter" not in mixture.form:

@@ -87,14 +87,14 @@ def export(
         from .averaging import expert_loads
 
         shares = expert_loads(source, request)
-    plan = exports.load(request.to).plan(source, request, shares)
+    plan = exports.load(request.to).plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     artifact.check_fit(output, local, sum(num_bytes(t) for part in plan.parts for t in part.tensors))
     with artifact.staged(output, overwrite) as folder:
         steps = _Steps(plan, progress)
         for part in plan.parts:
             _write_part(folder / part.folder, part, source, shard_bytes, steps)
-        comparison = _compare(folder, source, plan, token) if request.check else None
+        comparison = _compare(folder, source, plan, token) if request.check and plan.checked else None
         front = card.source_front_matter(source.checkpoint.folder)
         report = Exported(
             artifact=source.checkpoint.source,

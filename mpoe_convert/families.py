@@ -9,11 +9,15 @@ into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from .errors import FamilyError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -404,6 +408,29 @@ def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> d
         part = {"gate": 0, "up": 1}.get(role) if spelling.fused else None
         sources[role] = Source(weight, bias if bias in names else None, family.transposed, part)
     return sources
+
+
+def projection_names(
+    layer: nn.Module, spellings: Iterable[Spelling], roles: Collection[str]
+) -> dict[str, str]:
+    """{role: path of the linear layer in a stock layer}; a fused one stands for both of its parts.
+
+    Raises:
+        FamilyError: the layer has none of the modules that the spellings name.
+    """
+    for spelling in spellings:
+        names = {"up": spelling.up, "down": spelling.down}
+        if spelling.gate or spelling.fused:
+            names["gate"] = spelling.gate or spelling.up
+        if set(names) != set(roles):
+            continue
+        try:
+            for name in names.values():
+                layer.get_submodule(name)
+        except AttributeError:
+            continue
+        return {role: names[role] for role in roles}
+    raise FamilyError(f"{type(layer).__name__} has none of the modules expected there")
 
 
 def _examples(names: set[str], count: int = 3) -> str:

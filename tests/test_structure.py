@@ -16,6 +16,7 @@ ORDER = [
         "render",
         "exporting",
         "averaging",
+        "exports.lora",
         "exports.moe",
         "exports.dense",
         "moe_targets",

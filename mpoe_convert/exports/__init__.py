@@ -1,7 +1,7 @@
 """Where a converted model can be taken: one module each, discovered; the name is the one on the command line.
 
-A target offers `plan(source, request, shares)`: everything that will be written, with no tensor made yet. It
-raises ExportError, in words, where the model has no exact form there.
+A target offers `plan(source, request, shares, output)`: everything that will be written, with no tensor made
+yet. It raises ExportError, in words, where the model has no exact form there.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class ExportPlan:
         title: what it is in a few words: "expert 0".
         about: the same in a sentence or two.
         usage: Python that loads it.
-        checked: how it is compared with the original.
+        checked: how it is compared with the original; None: it cannot be here.
         warnings: what it does not carry over.
         library: that loads it.
     """
@@ -138,6 +138,6 @@ class ExportPlan:
     title: str
     about: str
     usage: str
-    checked: Checked
+    checked: Checked | None
     warnings: tuple[str, ...] = ()
     library: str = "transformers"

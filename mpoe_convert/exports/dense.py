@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from . import Checked, Export, ExportPlan, Made, Part
 Shares = Mapping[str, Mapping[int, float]]
 
 
-def plan(source: Converted, request: Export, shares: Shares | None) -> ExportPlan:
+def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `exports`.
 
     Args:

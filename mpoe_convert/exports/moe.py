@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .dense import Shares, check_adapters, copied, usage
 IDLE_WIDTH = 256
 
 
-def plan(source: Converted, request: Export, shares: Shares | None) -> ExportPlan:
+def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `exports`.
 
     Raises:
