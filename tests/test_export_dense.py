@@ -15,7 +15,7 @@ from tiny import make_inputs, outputs, save_tiny, save_tokenizer
 from mpoe_convert import Export, Recipe, convert, export
 from mpoe_convert.cli import main
 from mpoe_convert.converted import open_converted
-from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError
+from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError, RecipeError
 from mpoe_convert.families import FAMILY_OF
 from mpoe_convert.modeling_mpoe import FORMAT_VERSION
 
@@ -252,7 +252,7 @@ def test_what_is_there_is_replaced_only_if_it_is_ours_and_only_when_asked(tmp_pa
 )
 def test_requests_that_contradict_themselves(wrong, message, artifact, tmp_path):
     _, out = artifact("gpt2")
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(RecipeError, match=message):
         export(out, tmp_path / "back", Export(**wrong, check=False))
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import ExportError
+from ..errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Export:
         check: load what was written, and compare it with the model that it was made from.
 
     Raises:
-        ExportError: an option does not go with the target.
+        RecipeError: an option does not go with the target.
     """
 
     to: str = "dense"
@@ -59,17 +59,17 @@ class Export:
 
     def __post_init__(self):
         if self.to not in TARGETS:
-            raise ExportError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
+            raise RecipeError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
         sources = (self.calibrate,) if isinstance(self.calibrate, str) else tuple(self.calibrate)
         object.__setattr__(self, "calibrate", sources)
         belongs = {"expert": "dense", "calibrate": "dense", "base": "lora", "base_revision": "lora"}
         for name, target in belongs.items():
             if getattr(self, name) not in (None, ()) and self.to != target:
-                raise ExportError(f"{name} given with --to {self.to}; expected with --to {target} only")
+                raise RecipeError(f"{name} given with --to {self.to}; expected with --to {target} only")
         if self.expert is not None and self.calibrate:
-            raise ExportError("expert and calibrate given; expected one expert, or the average by a text")
+            raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
         if self.base_revision is not None and self.base is None:
-            raise ExportError("base_revision given without base; expected the revision of a base on the Hub")
+            raise RecipeError("base_revision given without base; expected the revision of a base on the Hub")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..card import main_auto_class
 from ..converted import Converted, Mixture
-from ..errors import ExportError
+from ..errors import ExportError, RecipeError
 from . import Checked, Export, ExportPlan, Made, Part
 
 Shares = Mapping[str, Mapping[int, float]]
@@ -25,7 +25,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     """
     expert = request.expert or 0
     if not 0 <= expert < source.num_experts:
-        raise ExportError(
+        raise RecipeError(
             f"expert is {expert}; {source.checkpoint.source} has {source.num_experts}, expected 0 to "
             f"{source.num_experts - 1}"
         )

@@ -99,9 +99,9 @@ def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) 
         if name is None or not torch.equal(base.read(name), tensor.make()):
             what = "differs from that of" if name else "is not in"
             raise ExportError(
-                f"{tensor.name} {what} {base.source}: what the experts share was trained, compressed or rounded "
-                "since, so adapters on that base would compute something else; leave --base away, and the "
-                "right one is written"
+                f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
+                "rounded since, so adapters on that base would compute something else; leave --base away, and "
+                "the right one is written"
             )
 
 
