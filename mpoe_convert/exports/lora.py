@@ -100,8 +100,8 @@ def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) 
             what = "differs from that of" if name else "is not in"
             raise ExportError(
                 f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
-                "rounded since, so adapters on that base would compute something else; leave --base away, and "
-                "the right one is written"
+                "rounded since, so adapters on that base would compute something else; leave --base away: "
+                "the right one is then written"
             )
 
 
