@@ -288,12 +288,17 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
-    """config.json, the modelling file, and everything that belongs to the model but its weights."""
+def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
+    """Tokenizer, licence and what else lies beside the weights, as it is."""
     for path in checkpoint.companion_files():
         copy = folder / path.relative_to(checkpoint.folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    """config.json, the modelling file, and everything that belongs to the model but its weights."""
+    copy_companions(folder, checkpoint)
     for path in (folder / "tokenizer_config.json", *folder.glob("*processor_config.json")):
         _drop_auto_map(path)
     _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))

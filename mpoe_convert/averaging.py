@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 
 from .calibration import keep_no_cache, make_batches, run_batch
-from .card import main_auto_class
 from .converted import Converted
 from .errors import ExportError
 from .exports import Export
-from .loading import from_pretrained
+from .loading import load_converted
 from .routing import router_stats
 
 
@@ -23,18 +22,13 @@ def expert_loads(source: Converted, request: Export) -> dict[str, Mapping[int, f
         ExportError: the routers choose by task, not by what they read.
         DataError: the text cannot be read or is too short.
     """
-    import transformers
-
     if source.options["router_tasks"] is not None:
         raise ExportError(
             f"the routers of {source.checkpoint.source} choose by task, so a text does not say how often "
             "they choose an expert; expected one --expert"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config))
-    auto = getattr(transformers, main_auto_class(source.config, source.model_type))
-    # The folder of a Hub id in the cache has the weights and no code.
-    name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
-    model = from_pretrained(auto, name, revision=source.checkpoint.revision or "main", dtype="auto").eval()
+    model = load_converted(source, dtype="auto")
     keep_no_cache(model)
     with torch.no_grad(), router_stats(model) as stats:
         for batch in batches:

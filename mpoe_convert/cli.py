@@ -421,7 +421,7 @@ FINETUNING_OPTIONS = (
 )
 
 
-TARGET_HELP = "dense: one expert or their average in the base's architecture; moe: all of them in transformers' mixture of the family; lora: low-rank experts as PEFT adapters."
+TARGET_HELP = "dense: one expert or their average in the base's architecture; moe: all of them in transformers' mixture of the family; lora: low-rank experts as PEFT adapters; onnx: the whole model as a graph."
 
 
 def add(*options: Callable) -> Callable:
@@ -828,13 +828,15 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
 def export(artifact, output, overwrite, revision, token, as_json, quiet, verbose, **options) -> None:
     """Write ARTIFACT in a form that needs no code of its own.
 
-    Dense again, as a mixture that transformers has, or as adapters for PEFT. Exit code 1 and no output: there is
+    Dense again, as a mixture that transformers has, as adapters for PEFT, or as an ONNX graph. Exit code 1 and no output: there is
     no exact form, or what was written computes something else.
     """
     with told_in_one_line(verbose, quiet):
         from . import render
         from .exporting import export as write
 
+        if options["to"] == "onnx":
+            need("export --to onnx", "onnx", "onnxruntime", "onnxscript", extra="onnx")
         request = Export(**{name: value for name, value in options.items() if value not in (None, ())})
         if request.calibrate:
             need("export --calibrate", "datasets", extra="calibrate")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
+from math import prod
 from pathlib import Path
 
 from . import artifact, card, exports
 from .converted import Converted, open_converted
-from .exports import Export, ExportPlan, Part
+from .exports import Export, ExportPlan, Made, Part
 from .recipe import parse_size
 from .verification import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
 from .weight_files import num_bytes, save_shard, split_into_shards, write_index
@@ -21,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. Bytes and parameters are those of the weight files.
+    """What was written.
 
     Attributes:
         artifact / revision: what it was made from.
@@ -29,6 +30,7 @@ class Exported:
         to / model_type: the target, and the architecture that was written.
         about: the same in words.
         expert_shares: of an average, by layer what each expert counts in it.
+        params / bytes: numbers in the weight files (None: of a graph), bytes of all files.
         comparison: with what it was made from; None: it was not asked for, or could not be made.
         files: written, by their paths in the folder.
     """
@@ -40,7 +42,7 @@ class Exported:
     model_type: str
     about: str
     expert_shares: dict[str, Mapping[int, float]] | None
-    params: int
+    params: int | None
     bytes: int
     warnings: tuple[str, ...]
     comparison: Comparison | None
@@ -89,12 +91,18 @@ def export(
         shares = expert_loads(source, request)
     plan = exports.load(request.to).plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
-    artifact.check_fit(output, local, sum(num_bytes(t) for part in plan.parts for t in part.tensors))
+    made = [tensor for part in plan.parts for tensor in part.tensors]
+    artifact.check_fit(output, local, sum(map(num_bytes, made or source.checkpoint.tensors.values())))
     with artifact.staged(output, overwrite) as folder:
-        steps = _Steps(plan, progress)
+        done = count(1)
         for part in plan.parts:
-            _write_part(folder / part.folder, part, source, shard_bytes, steps)
-        comparison = _compare(folder, source, plan, token) if request.check and plan.checked else None
+            for tensor in _write_part(folder / part.folder, part, source, shard_bytes):
+                number = next(done)
+                if progress:
+                    progress(tensor.name, number, len(made))
+        comparison = plan.write(folder) if plan.write else None
+        if plan.checked and request.check:
+            comparison = _compare(folder, source, plan, token)
         front = card.source_front_matter(source.checkpoint.folder)
         report = Exported(
             artifact=source.checkpoint.source,
@@ -104,8 +112,8 @@ def export(
             model_type=plan.model_type,
             about=plan.about,
             expert_shares=shares,
-            params=steps.params,
-            bytes=steps.bytes,
+            params=sum(prod(tensor.shape) for tensor in made) or None,
+            bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             warnings=plan.warnings,
             comparison=comparison,
             files=(),
@@ -113,33 +121,16 @@ def export(
         return _finish(folder, report, plan, front)
 
 
-class _Steps:
-    """Counts what has been made."""
-
-    def __init__(self, plan: ExportPlan, progress: Progress | None):
-        self.total = sum(len(part.tensors) for part in plan.parts)
-        self.progress = progress or (lambda *_: None)
-        self.done = self.params = self.bytes = 0
-
-    def made(self, name: str, tensor) -> None:
-        self.done += 1
-        self.params += tensor.numel()
-        self.bytes += tensor.nbytes
-        self.progress(name, self.done, self.total)
-
-
-def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int, steps: _Steps) -> None:
+def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -> Iterator[Made]:
+    """Yields every tensor when it has been made."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         artifact.write_json(folder / name, values)
     if part.adapter:
         shards = {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
     else:
-        shards = split_into_shards(part.tensors, shard_bytes)
-        for path in source.checkpoint.companion_files():
-            copy = folder / path.relative_to(source.checkpoint.folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
+        artifact.copy_companions(folder, source.checkpoint)
     by_name = {tensor.name: tensor for tensor in part.tensors}
     for file, names in shards.items():
         tensors = {}
@@ -147,11 +138,11 @@ def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int, s
             tensors[name] = by_name[name].make()
             found = (tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
             assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
-            steps.made(name, tensors[name])
+            yield by_name[name]
         save_shard(tensors, folder / file)
         del tensors
     if len(shards) > 1:
-        write_index(folder, shards, sum(num_bytes(tensor) for tensor in part.tensors))
+        write_index(folder, shards, sum(map(num_bytes, part.tensors)))
 
 
 def _compare(folder: Path, source: Converted, plan: ExportPlan, token: str | None) -> Comparison:

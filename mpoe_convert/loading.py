@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .card import main_auto_class
+from .converted import Converted
 from .corpus import TASKS
 from .errors import TrainingError
 from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -32,6 +37,16 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = True, **option
         return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
+
+
+def load_converted(source: Converted, **options) -> PreTrainedModel:
+    """The whole model of an opened artifact, by the code that came with it, for inference."""
+    import transformers
+
+    auto = getattr(transformers, main_auto_class(source.config, source.model_type))
+    # The folder of a Hub id in the cache has the weights and no code.
+    name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
+    return from_pretrained(auto, name, revision=source.checkpoint.revision or "main", **options).eval()
 
 
 def task_of(model: str, task: str | None) -> tuple[str, str]:

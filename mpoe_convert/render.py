@@ -370,8 +370,9 @@ def export_progress(out: Console, enabled: bool) -> Iterator:
 
 
 def print_export(result: Exported, output: str, out: Console) -> None:
-    out.print(f"{escape(result.about)}")
-    out.print(f"{result.params:,} parameters, {size(result.bytes)}")
+    out.print(escape(result.about))
+    out.print("" if result.params is None else f"{result.params:,} parameters, ", end="")
+    out.print(size(result.bytes))
     _print_warnings(list(result.warnings), out)
     if result.comparison:
         out.print(result.comparison.in_words())

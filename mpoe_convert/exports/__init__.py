@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from ..verification import Comparison
 
 TARGETS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -131,6 +135,7 @@ class ExportPlan:
         checked: how it is compared with the original; None: it cannot be here.
         warnings: what it does not carry over.
         library: that loads it.
+        write: what else is written into the folder, and how it compares with the original.
     """
 
     parts: tuple[Part, ...]
@@ -141,3 +146,4 @@ class ExportPlan:
     checked: Checked | None
     warnings: tuple[str, ...] = ()
     library: str = "transformers"
+    write: Callable[[Path], Comparison | None] | None = None
