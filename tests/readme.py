@@ -37,11 +37,25 @@ def families_table() -> str:
     return "\n".join(rows)
 
 
+def moe_table() -> str:
+    """Which families have an exact mixture in transformers."""
+    from mpoe_convert.moe_targets import MOE_TARGETS
+
+    rows = ["| base | mixture | combine weights | layers left dense |", "|---|---|---|---|"]
+    for row in MOE_TARGETS:
+        weights = ", ".join(row.weighing) + ("" if row.top_k else ", one expert per token")
+        dense = "yes" if row.dense_layers else "no"
+        rows.append(f"| {', '.join(row.sources)} | {row.model_type} | {weights} | {dense} |")
+    return "\n".join(rows)
+
+
 def with_generated_parts(text: str) -> str:
     """The README with its generated parts made anew."""
     tables = {
         "options": options_table("convert"),
         "finetune": options_table("finetune"),
+        "export": options_table("export"),
+        "moe": moe_table(),
         "families": families_table(),
     }
     for name, table in tables.items():
