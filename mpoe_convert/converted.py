@@ -23,6 +23,7 @@ from .modeling_mpoe import (
     FORMAT_VERSION,
     MODEL_TYPE_PREFIX,
     OPTIONS,
+    MPOEFeedForward,
     MPOEProjection,
     name_cores,
 )
@@ -114,10 +115,10 @@ class Converted:
         cores = self._read_cores(mixture, role)
         total = None
         for number, chain in enumerate(chains):
-            parts = [core.to(work) for core in cores[number]]
-            wanted = {0: 1.0} if all(chain.shared) else shares
-            for expert, share in wanted.items():
-                part = chain.matrix(parts, expert)
+            for expert, share in ({0: 1.0} if all(chain.shared) else shares).items():
+                pairs = zip(cores[number], chain.shared, strict=True)
+                own = [core if shared else core[expert : expert + 1] for core, shared in pairs]
+                part = chain.matrix([core.to(work) for core in own], 0)
                 part = part if share == 1 else share * part
                 total = part if total is None else total + part
         name = f"{mixture.key}.{role}"
@@ -153,10 +154,6 @@ class Converted:
         way_out = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
         return not any(way_out[expert].any() for expert in experts or range(self.num_experts))
 
-    def router(self, mixture: Mixture) -> Tensor:
-        """(E, H) in float32."""
-        return self.checkpoint.read(f"{mixture.key}.router.weight")
-
     def balance_bias(self, mixture: Mixture) -> Tensor | None:
         """(E,) what is added to the probabilities to choose experts, if anything is."""
         name = f"{mixture.key}.balance_bias"
@@ -171,18 +168,12 @@ class Converted:
     def kept_dense(self) -> tuple[str, ...]:
         """Layers with an FFN that was not converted, by their paths below the base model."""
         found = set()
-        for path, spelling, stack in self._stacks():
-            pattern = re.escape(spelling.layers[stack]).replace(r"\{\}", r"(\d+)")
-            pattern = re.compile(rf"(?:.*\.)?{pattern}\.{re.escape(spelling.up)}\.weight")
-            found |= {
-                path.format(match[1]) for n in self.checkpoint.tensors if (match := pattern.fullmatch(n))
-            }
-        return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
-
-    def _stacks(self) -> Iterator[tuple[str, Spelling, int]]:
         for spelling in self.family.spellings:
-            for stack, path in enumerate(self.family.layers):
-                yield path, spelling, stack
+            for layer, path in zip(spelling.layers, self.family.layers, strict=True):
+                pattern = re.compile(rf"{_numbered(layer)}\.{re.escape(spelling.up)}\.weight")
+                matches = map(pattern.fullmatch, self.checkpoint.tensors)
+                found |= {path.format(match[1]) for match in matches if match}
+        return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
 
     def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
         """(number of the term, tensor name) of a projection's cores, from left to right."""
@@ -259,7 +250,7 @@ def _family(checkpoint: Checkpoint, config: dict) -> Family:
 
 
 def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:
-    """In the checkpoint's order. Raises CheckpointError if one of a stack is missing."""
+    """In the checkpoint's order. Raises CheckpointError if one of a stack or a tensor is missing."""
     end = f".{family.slot}.router.weight"
     layers = [name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)]
     found = [mixture for layer in layers if (mixture := _mixture(layer, block, family))]
@@ -273,13 +264,35 @@ def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixt
             f"{checkpoint.source} has no tensors of the mixtures that its config.json names ({lacks}): fetch "
             "or save it again"
         )
+    for mixture in found:
+        _check_complete(checkpoint, mixture, block)
     return tuple(found)
+
+
+def _numbered(layer: str) -> str:
+    """A regular expression for "h.{}" under any prefix, with the number as its group."""
+    return r"(?:.*\.)?" + re.escape(layer).replace(r"\{\}", r"(\d+)")
+
+
+def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
+    """Every tensor is there, and as large as the form says. Raises CheckpointError."""
+    with torch.device("meta"):
+        module = MPOEFeedForward(mixture.form, block["num_experts"], block["top_k"])
+    for tail, tensor in module.state_dict().items():
+        name = f"{mixture.key}.{tail}"
+        found = checkpoint.tensors.get(name)
+        if found is None or found.shape != tuple(tensor.shape):
+            what = "is missing" if found is None else f"has the shape {list(found.shape)}"
+            raise CheckpointError(
+                f"{checkpoint.source}: {name} {what}, expected {list(tensor.shape)} by config.json: fetch or "
+                "save it again"
+            )
 
 
 def _mixture(layer: str, block: dict, family: Family) -> Mixture | None:
     for spelling in family.spellings:
         for pattern, path in zip(spelling.layers, family.layers, strict=True):
-            match = re.fullmatch(rf"(?:.*\.)?{re.escape(pattern)}".replace(r"\{\}", r"(\d+)"), layer)
+            match = re.fullmatch(_numbered(pattern), layer)
             number = block["ffns"].get(path.format(match[1])) if match else None
             if number is None:
                 continue

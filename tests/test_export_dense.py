@@ -89,8 +89,9 @@ def test_variants_come_back_to_rounding(model_type, variant, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", ["gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [*(("gpt2", kind) for kind in KINDS), ("phi3", "one-sided"), ("phi3", "low-rank")]
+)
 def test_an_expert_computes_what_it_does_in_the_mixture(model_type, kind, tmp_path):
     """Of trained experts, no two of them alike."""
     auto = getattr(transformers, generative(model_type))
@@ -266,7 +267,18 @@ def test_what_is_no_artifact(tiny_gpt2, artifact, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="format 2 of the mpoe block, expected 1"):
         export(out, tmp_path / "back", UNCHECKED)
-    config["mpoe"] |= {"format": FORMAT_VERSION, "ffns": config["mpoe"]["ffns"] | {"h.2": 0}}
+    tensors = load_file(out / "model.safetensors")
+    core = tensors.pop("transformer.h.1.mlp.down.terms.0.aux_2")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config["mpoe"] |= {"format": FORMAT_VERSION}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"h.1.mlp.down.terms.0.aux_2 is missing, expected \[3, 4, 4\]"):
+        export(out, tmp_path / "back", UNCHECKED)
+    tensors["transformer.h.1.mlp.down.terms.0.aux_2"] = core[:2].clone()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"aux_2 has the shape \[2, 4, 4\], expected \[3, 4, 4\]"):
+        export(out, tmp_path / "back", UNCHECKED)
+    config["mpoe"]["ffns"] |= {"h.2": 0}
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"no tensors of the mixtures .*\(h.2\)"):
         export(out, tmp_path / "back", UNCHECKED)

@@ -29,9 +29,7 @@ CASES = {
     "t5": {},
     "bert": {},
     "vit": {},
-    "bart": {},
     "albert": {},
-    "bloom": {},
 }
 
 

@@ -1,7 +1,6 @@
 """The ONNX export: onnxruntime computes from the file what the model does, for sizes that were not traced."""
 
 import numpy
-import onnxruntime
 import pytest
 import torch
 import transformers
@@ -11,7 +10,9 @@ from mpoe_convert import Export, export
 from mpoe_convert.errors import ExportError
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_what_the_model_does(artifact, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     _, out = artifact("llama", noise=0.5, bond_dim=8)
     perturb(out)
     report = export(out, tmp_path / "graph", Export(to="onnx"))
