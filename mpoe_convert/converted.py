@@ -79,6 +79,7 @@ class Converted:
     Attributes:
         config: the base's, as config.json was before the conversion.
         options: of the routers and the runtime, see `modeling_mpoe.OPTIONS`.
+        token: of the Hub, that it was opened with.
     """
 
     checkpoint: Checkpoint
@@ -88,6 +89,7 @@ class Converted:
     top_k: int
     family: Family
     mixtures: tuple[Mixture, ...]
+    token: str | None = field(default=None, repr=False)
     _cores: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -222,6 +224,7 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
         top_k=block["top_k"],
         family=family,
         mixtures=_mixtures(checkpoint, block, family),
+        token=token,
     )
 
 

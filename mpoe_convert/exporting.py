@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from math import prod
 from pathlib import Path
 
@@ -37,16 +36,16 @@ class Exported:
 
     artifact: str
     revision: str | None
-    base_model: str | None
     to: str
     model_type: str
     about: str
     expert_shares: dict[str, Mapping[int, float]] | None
     params: int | None
-    bytes: int
     warnings: tuple[str, ...]
     comparison: Comparison | None
-    files: tuple[str, ...]
+    bytes: int = 0
+    base_model: str | None = None
+    files: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -94,35 +93,33 @@ def export(
     made = [tensor for part in plan.parts for tensor in part.tensors]
     artifact.check_fit(output, local, sum(map(num_bytes, made or source.checkpoint.tensors.values())))
     with artifact.staged(output, overwrite) as folder:
-        done = count(1)
-        for part in plan.parts:
-            for tensor in _write_part(folder / part.folder, part, source, shard_bytes):
-                number = next(done)
-                if progress:
-                    progress(tensor.name, number, len(made))
+        for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
+            if progress:
+                progress(tensor.name, number, len(made))
         comparison = plan.write(folder) if plan.write else None
         if plan.checked and request.check:
-            comparison = _compare(folder, source, plan, token)
-        front = card.source_front_matter(source.checkpoint.folder)
+            comparison = _compare(folder, source, plan)
         report = Exported(
             artifact=source.checkpoint.source,
             revision=source.checkpoint.revision,
-            base_model=front.get("base_model"),
             to=request.to,
             model_type=plan.model_type,
             about=plan.about,
             expert_shares=shares,
             params=sum(prod(tensor.shape) for tensor in made) or None,
-            bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             warnings=plan.warnings,
             comparison=comparison,
-            files=(),
         )
-        return _finish(folder, report, plan, front)
+        return _finish(folder, report, plan, card.source_front_matter(source.checkpoint.folder))
+
+
+def _write_parts(folder: Path, plan: ExportPlan, source: Converted, shard_bytes: int) -> Iterator[Made]:
+    """Yields every tensor when it has been made."""
+    for part in plan.parts:
+        yield from _write_part(folder / part.folder, part, source, shard_bytes)
 
 
 def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -> Iterator[Made]:
-    """Yields every tensor when it has been made."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         artifact.write_json(folder / name, values)
@@ -145,14 +142,15 @@ def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -
         write_index(folder, shards, sum(map(num_bytes, part.tensors)))
 
 
-def _compare(folder: Path, source: Converted, plan: ExportPlan, token: str | None) -> Comparison:
+def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
     """Raises VerifyError if what was written computes something else."""
     checked, checkpoint = plan.checked, source.checkpoint
     rounded = any(info.dtype in HALVES for info in checkpoint.tensors.values())
     tolerance = None
     if checked.same:  # in half precision products of cores are rounded once more; that may move a choice
         tolerance = MAX_TOLERANCE if rounded else ROUNDING
-    model = str((folder / checked.model).resolve()) if checked.base is None else checked.base
+    model = checked.base or str(folder / checked.model)
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
     return compare_export(
         {
             "against": str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
@@ -162,7 +160,7 @@ def _compare(folder: Path, source: Converted, plan: ExportPlan, token: str | Non
             "artifact_revision": checked.base_revision,
             "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
             "auto_class": card.main_auto_class(source.config, source.model_type),
-            "token": token,
+            "token": source.token,
         },
         tolerance,
     )
@@ -184,7 +182,12 @@ def _finish(folder: Path, report: Exported, plan: ExportPlan, front: dict) -> Ex
         ("mpoe", plan.model_type),
         plan.library,
     )
-    files = sorted({*artifact.file_names(folder), artifact.EXPORT_REPORT_FILE})
-    report = replace(report, files=tuple(files))
+    names = artifact.file_names(folder)
+    report = replace(
+        report,
+        bytes=sum((folder / name).stat().st_size for name in names),
+        base_model=front.get("base_model"),
+        files=tuple(sorted([*names, artifact.EXPORT_REPORT_FILE])),
+    )
     artifact.write_json(folder / artifact.EXPORT_REPORT_FILE, report.to_json())
     return report

@@ -46,7 +46,8 @@ def load_converted(source: Converted, **options) -> PreTrainedModel:
     auto = getattr(transformers, main_auto_class(source.config, source.model_type))
     # The folder of a Hub id in the cache has the weights and no code.
     name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
-    return from_pretrained(auto, name, revision=source.checkpoint.revision or "main", **options).eval()
+    revision = source.checkpoint.revision or "main"
+    return from_pretrained(auto, name, revision=revision, token=source.token, **options).eval()
 
 
 def task_of(model: str, task: str | None) -> tuple[str, str]:

@@ -35,7 +35,9 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
         _check_low_rank(source, mixture)
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
     if request.base is not None:
-        _check_base(source, base, open_checkpoint(request.base, revision=request.base_revision))
+        _check_base(
+            source, base, open_checkpoint(request.base, revision=request.base_revision, token=source.token)
+        )
     model = request.base or str(output / "base")
     names = [f"expert-{expert}" for expert in range(source.num_experts)]
     modules = _modules(source)
