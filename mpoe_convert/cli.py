@@ -421,9 +421,6 @@ FINETUNING_OPTIONS = (
 )
 
 
-TARGET_HELP = "dense: one expert or their average in the base's architecture; moe: all of them in transformers' mixture of the family; lora: low-rank experts as PEFT adapters; onnx: the whole model as a graph."
-
-
 def add(*options: Callable) -> Callable:
     """One decorator out of several options, listed by --help in this order."""
 
@@ -785,7 +782,12 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
 @main.command(cls=GroupedCommand)
 @click.argument("artifact")
 @add(
-    option("--to", heading="Target", type=click.Choice(TARGETS), help=TARGET_HELP),
+    option(
+        "--to",
+        heading="Target",
+        type=click.Choice(TARGETS),
+        help="dense: one expert or their average in the base's architecture; moe: all of them in transformers' mixture of the family; lora: low-rank experts as PEFT adapters; onnx: the whole model as a graph.",
+    ),
     option("-o", "--output", heading="Output", type=click.Path(), required=True, help="Folder to write."),
     option(
         "--overwrite", heading="Output", is_flag=True, help="Replace an export or artifact that is there."
@@ -828,8 +830,8 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
 def export(artifact, output, overwrite, revision, token, as_json, quiet, verbose, **options) -> None:
     """Write ARTIFACT in a form that needs no code of its own.
 
-    Dense again, as a mixture that transformers has, as adapters for PEFT, or as an ONNX graph. Exit code 1 and no output: there is
-    no exact form, or what was written computes something else.
+    Dense again, as a mixture that transformers has, as adapters for PEFT, or as an ONNX graph. Exit code 1
+    and no output: there is no exact form, or what was written computes something else.
     """
     with told_in_one_line(verbose, quiet):
         from . import render
