@@ -29,10 +29,9 @@ from . import corpus
 from .building import read_bias, read_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
-from .factoring import thin_side
 from .families import Family, Source
 from .loading import from_pretrained, load_tokenizer, positions
-from .moments import FFNMoments
+from .moments import FFNMoments, observed_side
 from .planning import FFNPlan, Plan
 from .recipe import BUILTIN_TEXT, Recipe
 from .stock import build, stock_class
@@ -345,7 +344,7 @@ class _Walk:
 
     def _watch(self, plan: FFNPlan, family: Family) -> None:
         modules = projection_modules(self.model, family, plan)
-        sides = {matrix.role: thin_side(matrix.rows, matrix.cols) for matrix in plan.matrices}
+        sides = {matrix.role: observed_side(matrix) for matrix in plan.matrices}
         path = plan.ffn.path
 
         def enter(module, args):
@@ -483,7 +482,7 @@ def _answers(
     for plan in plans:
         modules = projection_modules(model, family, plan)
         for matrix in plan.matrices:
-            side = thin_side(matrix.rows, matrix.cols)
+            side = observed_side(matrix)
             watch(plan.ffn.path, matrix.role, matrix.source, modules[matrix.role], side)
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
@@ -639,7 +638,7 @@ def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
     """A moment of n features needs n tokens, and something has to be held out."""
     if len(batches) < 2:
         raise DataError(f"calibration has {len(batches)} batch; expected two or more: one is held out")
-    needed = max(min(matrix.rows, matrix.cols) for matrix in plan.matrices)
+    needed = max(m.rows if observed_side(m) == "in" else m.cols for m in plan.matrices)
     seen = used_tokens(batches)
     if seen is not None and seen < needed:
         raise DataError(
@@ -661,7 +660,7 @@ def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Pat
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(json.dumps([FORMAT, checkpoint.config], sort_keys=True).encode())
-    key.update(repr([ffn.ffn for ffn in plan.ffns]).encode())
+    key.update(repr([(ffn.ffn, [observed_side(m) for m in ffn.matrices]) for ffn in plan.ffns]).encode())
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         with (checkpoint.folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())

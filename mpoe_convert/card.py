@@ -59,7 +59,11 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
             *(f"> **Warning:** {text}" for text in report.warnings),
             _usage(report, checkpoint),
             "## Parameters\n\n" + _totals(report),
-            *(["## Compression\n\n" + _compression(report)] if report.plan.budget else []),
+            *(
+                ["## Compression\n\n" + _compression(report)]
+                if report.plan.budget or report.divergence
+                else []
+            ),
             "## Reconstruction error\n\n" + _errors(report),
             f"## Citation\n\nThe method is MPOE: [Parameter-Efficient Mixture-of-Experts Architecture for "
             f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
@@ -193,9 +197,14 @@ def _errors(report: Report) -> str:
 def _compression(report: Report) -> str:
     """What the FFNs store and how far that took the model from the dense one."""
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
-    text = f"The FFNs store {budget.chosen.keep:.1%} of the dense FFNs' numbers (metric {recipe.metric}"
-    text += f", calibrated on {budget.tokens:,} tokens" if budget.tokens else ", without calibration"
-    text += ", corrected)." if recipe.correct else ")."
+    totals = report.plan.ffn_totals
+    calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
+    details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
+    details += ["corrected"] if recipe.correct else []
+    text = (
+        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
+        f"({', '.join(details)})."
+    )
     return text if found is None else f"{text} {found.in_words()}"
 
 

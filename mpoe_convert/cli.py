@@ -20,7 +20,18 @@ from . import __version__
 from .corpus import TASKS
 from .errors import MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
-from .recipe import ALLOCATIONS, BIASES, DTYPES, GAUGES, METRICS, SVDS, Recipe, normalised, read_recipe
+from .recipe import (
+    ALLOCATIONS,
+    BIASES,
+    DTYPES,
+    GAUGES,
+    METRICS,
+    NEURON_ORDERS,
+    SVDS,
+    Recipe,
+    normalised,
+    read_recipe,
+)
 from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
 from .training import FROZEN, UNITS
@@ -193,6 +204,12 @@ RECIPE_OPTIONS = (
         type=click.Choice(GAUGES),
         help="Where the shared centre stands: TT-SVD's orthogonality centre, or the matrix itself between identities.",
     ),
+    option(
+        "--neuron-order",
+        heading="Decomposition",
+        type=click.Choice(NEURON_ORDERS),
+        help="Where bonds are cut: put hidden neurons that look alike next to each other if that loses less, or leave them as in the source.",
+    ),
     option("--device", heading="Decomposition", help="auto, cpu, cuda, cuda:N or mps."),
     option(
         "--dtype",
@@ -223,7 +240,7 @@ RECIPE_OPTIONS = (
         "--metric",
         heading="Compression",
         type=click.Choice(METRICS),
-        help="What a compressed matrix is to be near in: its outputs on the calibration text as the model's loss weighs them (gradients, the whole model in memory), its outputs, its inputs' sizes, or its weights.  [default: loss with --calibrate, else weights]",
+        help="What a compressed matrix, or a chain whose bonds are cut, is to be near in: its outputs on the calibration text as the model's loss weighs them (gradients, the whole model in memory), its outputs, its inputs' sizes, or its weights.  [default: loss with --calibrate (outputs for chains that --bond-dim cuts), else weights]",
     ),
     option(
         "--correct",

@@ -11,7 +11,7 @@ import torch
 
 from . import allocation
 from .allocation import Candidate, Ranks
-from .building import pick_device, read_matrix
+from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
 from .correction import Corrections, check_correctable, correct
@@ -77,31 +77,16 @@ def prepare(
         only_plan: leave out corrections, which change no plan.
     """
     whole = plan_checkpoint(recipe, checkpoint)
-    if not recipe.compresses:
-        if batches is not None:
-            raise RecipeError("calibration given without --keep or --max-error; nothing is compressed then")
-        return Prepared(whole)
     calibrated = bool(recipe.calibrate) or batches is not None
-    recipe = _resolved(whole.recipe, calibrated)
-    device = pick_device(recipe.device)
-    if device.type == "mps":
-        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
-    _check_smallest(recipe, whole)
     report = progress or (lambda *_: None)
+    if not recipe.compresses:
+        return _prepare_chains(whole, checkpoint, batches, calibrated, report, only_plan)
+    recipe = _resolved(whole.recipe, calibrated)
+    device = _device(recipe)
+    _check_smallest(recipe, whole)
     calibration = None
     if calibrated:
-        _check_libraries(recipe)
-        batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
-        if recipe.correct:
-            check_correctable(whole, batches)
-        calibration = calibrate(
-            whole,
-            checkpoint,
-            device,
-            batches,
-            gradients=recipe.metric == "loss",
-            progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
-        )
+        calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report)
     candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
     ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
     plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
@@ -116,6 +101,59 @@ def prepare(
         lambda *step: report("correcting: " + step[0], *step[1:], None),
     )
     return Prepared(plan, calibration, corrections, batches)
+
+
+def _prepare_chains(
+    whole: Plan,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None,
+    calibrated: bool,
+    report: Progress,
+    only_plan: bool,
+) -> Prepared:
+    """Without a budget: metrics for the chains that --bond-dim cuts, if the recipe asks for some."""
+    recipe = whole.recipe
+    if not calibrated:
+        if recipe.metric not in (None, "weights"):
+            raise RecipeError(f"metric is {recipe.metric!r}; expected --calibrate with it")
+        return Prepared(whole)
+    if not any(matrix.is_cut for matrix in whole.matrices):
+        raise RecipeError(
+            "calibration given, and nothing is cut; expected --keep, --max-error or, with "
+            "--layout balanced, a lower --bond-dim"
+        )
+    whole = replace(whole, recipe=recipe.replace(metric=recipe.metric or "outputs"))
+    if only_plan:
+        return Prepared(whole)
+    calibration, batches = _calibrated(whole, checkpoint, batches, report)
+    return Prepared(whole, calibration, batches=batches)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    device = pick_device(recipe.device)
+    if device.type == "mps":
+        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
+    return device
+
+
+def _calibrated(
+    whole: Plan, checkpoint: Checkpoint, batches: Sequence[Batch] | None, report: Progress
+) -> tuple[Calibration, list[Batch]]:
+    """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
+    recipe = whole.recipe
+    _check_libraries(recipe)
+    batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
+    if recipe.correct:
+        check_correctable(whole, batches)
+    calibration = calibrate(
+        whole,
+        checkpoint,
+        _device(recipe),
+        batches,
+        gradients=recipe.metric == "loss",
+        progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
+    )
+    return calibration, batches
 
 
 def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
@@ -147,8 +185,7 @@ def _candidates(
         moments = calibration.load(ffn.ffn.path) if calibration else None
         for matrix in ffn.matrices:
             report(f"spectrum of {matrix.name}", done, len(plan.ffns), None)
-            weight = read_matrix(checkpoint, matrix.source, device)
-            weight = weight if weight.dtype == torch.float64 else weight.float()
+            weight = read_wide(checkpoint, matrix.source, device)
             values = spectrum(weight, metric_for(plan.recipe.metric, matrix, weight, moments)).cpu().numpy()
             found.append(_candidate(matrix, values, plan.recipe))
     return found

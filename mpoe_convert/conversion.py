@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from . import artifact, card, experts
-from .building import build_matrix, cast, pick_device, seeded
+from .building import build_matrix, cast, pick_device, read_wide, seeded
 from .calibration import Batch
 from .checkpoint import Checkpoint, open_checkpoint
 from .compression import Prepared, prepare
 from .divergence import measure
 from .errors import MachineError, MpoeError
 from .mpo import check_finite
+from .neurons import choose_order
 from .planning import FFNPlan, Plan, is_buffer
 from .recipe import Recipe
-from .report import MatrixReport, Report
+from .report import MatrixReport, NeuronOrder, Report
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
 ROUTER_STD = 0.02
@@ -80,7 +81,7 @@ def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: P
         device = pick_device(plan.recipe.device)
         divergence = measure(plan, checkpoint, folder, prepared.batches, device)
     license = card.source_license(checkpoint.folder)
-    report = Report(plan, tuple(builder.reports), license, divergence)
+    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders))
     card.write(folder / artifact.CARD_FILE, report, checkpoint)
     _write_recipe(folder / artifact.RECIPE_FILE, plan.recipe)
     files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})
@@ -128,6 +129,7 @@ class _Builder:
         self.ffns_done = 0
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
+        self.orders: list[NeuronOrder] = []
 
     def take(self, name: str) -> Tensor:
         """The named tensor; what else its FFN yields is kept until it is asked for."""
@@ -150,13 +152,18 @@ class _Builder:
         tensors = {}
         router = f"{plan.ffn.key}.router.weight"
         recipe = self.plan.recipe
+        order = self._neuron_order(plan)
         moments = self.prepared.moments(plan.ffn.path)
+        if moments is not None:
+            moments = moments.reordered(order)
         tensors[router] = _router(self.out[router].shape, recipe.seed, router)
         for number, matrix in enumerate(plan.matrices, start=1):
             self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
             corrected = self.prepared.corrections.load(matrix.name) if self.prepared.corrections else ()
             with _naming(matrix.name):
-                built, report = build_matrix(matrix, recipe, self.checkpoint, self.device, moments, corrected)
+                built, report = build_matrix(
+                    matrix, recipe, self.checkpoint, self.device, moments, corrected, order
+                )
             self.reports.append(report)
             self.ffns_done += number == len(plan.matrices)
             self.progress(matrix.name, self.ffns_done, len(self.ffns), report)
@@ -171,6 +178,18 @@ class _Builder:
         for name, (shape, dtype) in plan.tensors.items():
             assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
         return tensors
+
+    def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
+        """An order that cut chains gain from; None: that of the source."""
+        recipe = self.plan.recipe
+        if recipe.neuron_order == "source" or not any(matrix.is_cut for matrix in plan.matrices):
+            return None
+        self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
+        with _naming(plan.ffn.path):
+            matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
+            order, report = choose_order(plan, matrices, recipe)
+        self.orders.append(report)
+        return order
 
 
 @contextmanager

@@ -70,8 +70,13 @@ class MatrixPlan:
         return full_bonds(tuple(self.own_term["in_dims"]), tuple(self.own_term["out_dims"]))
 
     @property
+    def is_cut(self) -> bool:
+        """Whether its chain has bonds too small for any matrix of this size."""
+        return self.sites is not None and not self.sites.is_exact
+
+    @property
     def is_exact(self) -> bool:
-        return self.rank is None and (self.sites is None or self.sites.is_exact)
+        return self.rank is None and not self.is_cut
 
     @property
     def dense_params(self) -> int:

@@ -117,6 +117,7 @@ def test_both_limits(tmp_path):
     assert report.plan.budget.chosen.keep <= 0.95
 
 
+CUT = {"layout": "balanced", "sites": 3}
 WRONG = [
     ({"keep": 0.1}, r"keep is 0\.1, and the smallest that can be met is 0\.\d+"),
     ({"keep": 0.8, "max_error": 0.01}, r"that can be met with max_error 0\.01 is \d"),
@@ -128,6 +129,15 @@ WRONG = [
     ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
     ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
     ({"metric": "loss"}, "metric given without --keep or --max-error"),
+    (CUT | {"metric": "loss"}, "metric loss given without --keep or --max-error; expected outputs"),
+    (CUT | {"metric": "outputs"}, "metric is 'outputs'; expected --calibrate with it"),
+    (CUT | {"metric": "weights", "calibrate": "builtin"}, "calibrate given with metric weights"),
+    (CUT | {"allocation": "energy"}, "allocation given without --keep or --max-error"),
+    (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without --keep or --max-error"),
+    (
+        CUT | {"bond_dim": 10**6, "calibrate": "builtin"},
+        "calibration given, and nothing is cut; expected --keep, --max-error or, with --layout balanced, a",
+    ),
     ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
     ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
 ]
@@ -177,6 +187,28 @@ def test_builtin_text(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------
 # Real checkpoints
+
+
+def test_chains_fitted_to_outputs_keep_perplexity_lower(test_data, tmp_path):
+    """At the same bonds: TT-SVD, inputs weighed by their size, and the alternating fit."""
+    source = test_data / "checkpoints/llama-stories260k"
+    text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
+    held_out = windows_of(source, text[:40_000], 256, 24)
+    train = str(test_data / "text/mix/train_tinystories.txt")
+    common = {"experts": 2, "noise": 0.0, "layout": "balanced", "sites": 3, "bond_dim": 5}
+    common |= {"calibration_tokens": 16384}
+    dense = perplexity(load(source), held_out)
+    found, reports = [], []
+    for metric in ("weights", "diagonal", "outputs"):
+        way = {"metric": metric, "calibrate": () if metric == "weights" else train}
+        reports.append(convert(Recipe(str(source), **common | way), tmp_path / metric))
+        found.append(math.log(perplexity(load(tmp_path / metric), held_out) / dense))
+    assert 0 < found[2] < 0.6 * min(found[:2])
+    for diagonal, outputs_fitted in zip(reports[1].matrices, reports[2].matrices, strict=True):
+        assert diagonal.bonds == outputs_fitted.bonds and outputs_fitted.rank is None
+        assert outputs_fitted.output_error < diagonal.output_error
+        assert outputs_fitted.discarded_weight == ()
+    assert reports[2].divergence.nats > 0
 
 
 def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):

@@ -27,6 +27,7 @@ ORDER = [
         "loading",
         "corpus",
         "building",
+        "neurons",
         "moments",
         "verification",
         "pictures",
@@ -38,6 +39,7 @@ ORDER = [
     ),
     *(
         "planning",
+        "alternating",
         "factoring",
         "experts.adapter",
         "experts.dense",
