@@ -195,7 +195,7 @@ def test_chains_fitted_to_outputs_keep_perplexity_lower(test_data, tmp_path):
     text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
     held_out = windows_of(source, text[:40_000], 256, 24)
     train = str(test_data / "text/mix/train_tinystories.txt")
-    common = {"experts": 2, "noise": 0.0, "layout": "balanced", "sites": 3, "bond_dim": 5}
+    common = {"experts": 2, "noise": 0.0, "layout": "balanced", "sites": 3, "bond_dim": 7}
     common |= {"calibration_tokens": 16384}
     dense = perplexity(load(source), held_out)
     found, reports = [], []
@@ -203,7 +203,7 @@ def test_chains_fitted_to_outputs_keep_perplexity_lower(test_data, tmp_path):
         way = {"metric": metric, "calibrate": () if metric == "weights" else train}
         reports.append(convert(Recipe(str(source), **common | way), tmp_path / metric))
         found.append(math.log(perplexity(load(tmp_path / metric), held_out) / dense))
-    assert 0 < found[2] < 0.6 * min(found[:2])
+    assert 0 < found[2] < 0.8 * min(found[:2])
     for diagonal, outputs_fitted in zip(reports[1].matrices, reports[2].matrices, strict=True):
         assert diagonal.bonds == outputs_fitted.bonds and outputs_fitted.rank is None
         assert outputs_fitted.output_error < diagonal.output_error

@@ -33,12 +33,15 @@ WAYS = {
     "plain SVD": {"metric": "weights", "allocation": "uniform"},
     "diagonal": {"metric": "diagonal", "allocation": "uniform"},
     "SVD-LLM (W)": {"metric": "outputs", "allocation": "uniform"},
-    "balanced TT": {"layout": "balanced"},
+    "balanced TT": {"layout": "balanced", "neuron_order": "source"},
     "outputs, energy": {"metric": "outputs", "allocation": "energy"},
     "loss, uniform": {"metric": "loss", "allocation": "uniform"},
     "loss": {"metric": "loss"},
     "outputs, corrected": {"metric": "outputs", "correct": True},
     "loss, corrected": {"metric": "loss", "correct": True},
+    "balanced TT, reordered": {"layout": "balanced"},
+    "balanced TT, outputs": {"layout": "balanced", "neuron_order": "source", "metric": "outputs"},
+    "balanced TT, both": {"layout": "balanced", "metric": "outputs"},
 }
 BASELINES = list(WAYS)[:4]
 OURS = "loss, corrected"
