@@ -239,7 +239,7 @@ def recipe_for(source: Path, way: dict, keep: float) -> Recipe | None:
     fits = None
     for bond in range(2, 1024):
         recipe = Recipe(str(source), **SMALL | way | {"bond_dim": bond})
-        totals = plan(recipe).ffn_totals
+        totals = plan(recipe.replace(metric=None)).ffn_totals
         if totals.stored_params > keep * totals.dense_params or fits == recipe:
             break
         fits = recipe
