@@ -234,7 +234,7 @@ RECIPE_OPTIONS = (
         "--allocation",
         heading="Compression",
         type=click.Choice(ALLOCATIONS),
-        help="How ranks are shared out under --keep: least expected change of the loss, least squared relative error, or the same share of every matrix.  [default: loss with --metric loss, else energy]",
+        help="How ranks are shared out under --keep: least expected change of the loss, the same as measured by cutting every matrix alone, least squared relative error, or the same share of every matrix.  [default: loss with --metric loss, else energy]",
     ),
     option(
         "--metric",

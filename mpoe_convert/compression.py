@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from . import allocation
+from . import allocation, sensitivity
 from .allocation import Candidate, Ranks
 from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
@@ -88,6 +88,18 @@ def prepare(
     if calibrated:
         calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report)
     candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
+    if recipe.allocation == "measured":
+        start = _uniform_ranks(recipe, whole, candidates)
+        losses = sensitivity.measure(
+            replace(whole, recipe=recipe),
+            checkpoint,
+            calibration,
+            batches,
+            start,
+            device,
+            lambda what, *steps: report(f"measuring: {what}", *steps, None),
+        )
+        candidates = [_as_measured(each, start[each.name], losses) for each in candidates]
     ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
     plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
     if only_plan or not recipe.correct:
@@ -202,6 +214,20 @@ def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candid
     return Candidate(matrix.name, copies * (rows + cols), copies * rows * cols, losses)
 
 
+def _uniform_ranks(recipe: Recipe, whole: Plan, candidates: list[Candidate]) -> Ranks:
+    """Where sensitivities are measured: the same share of every matrix."""
+    budget = int(recipe.keep * whole.ffn_totals.dense_params) - _fixed(whole)
+    return allocation.uniform(candidates, budget, allocation.smallest(candidates))
+
+
+def _as_measured(each: Candidate, rank: int | None, losses: dict[str, float]) -> Candidate:
+    """The candidate with its spectrum's losses in the measured unit: right at that rank."""
+    expected = each.loss(rank)
+    if rank is None or expected <= 0:
+        return each
+    return replace(each, losses=each.losses * max(losses[each.name], 0.0) / expected)
+
+
 def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:
     dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
     start = allocation.smallest(candidates, recipe.max_error)
@@ -258,7 +284,8 @@ def _check_libraries(recipe: Recipe) -> None:
 
 def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:
     errors = [each.error(ranks[each.name]) for each in candidates]
-    loss = sum(each.loss(ranks[each.name]) for each in candidates) if recipe.allocation == "loss" else None
+    in_nats = recipe.allocation in ("loss", "measured")
+    loss = sum(each.loss(ranks[each.name]) for each in candidates) if in_nats else None
     return BudgetPoint(keep, float(np.mean(np.square(errors)) ** 0.5), loss)
 
 

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 GAUGES = ("canonical", "identity")
 NEURON_ORDERS = ("auto", "source")
-ALLOCATIONS = ("loss", "energy", "uniform")
+ALLOCATIONS = ("loss", "measured", "energy", "uniform")
 METRICS = ("loss", "outputs", "diagonal", "weights")
 # Calibration text that every Python has: its language reference.
 BUILTIN_TEXT = "builtin"
@@ -61,7 +61,8 @@ class Recipe:
         max_error: compress: largest relative error that a matrix may have in the metric. With `keep` both
             hold; alone it gives the smallest FFNs that meet it.
         allocation: how ranks are shared out under `keep`: "loss" minimises the expected change of the
-            model's loss (with metric "loss"), "energy" the sum of the squared relative errors of all
+            model's loss (with metric "loss"), "measured" the same, with what cutting every matrix alone was
+            seen to change (with calibration), "energy" the sum of the squared relative errors of all
             matrices, "uniform" keeps the same share of every matrix. By default "loss" where it can, else
             "energy".
         metric: what a compressed matrix, or a chain with cut bonds, should be near in: outputs on the
@@ -221,6 +222,8 @@ class Recipe:
             return
         if self.allocation == "loss" and self.metric not in (None, "loss"):
             raise RecipeError(f"allocation loss given with metric {self.metric}; expected with --metric loss")
+        if self.allocation == "measured" and self.keep is None:
+            raise RecipeError("allocation measured given without --keep; there is no budget to share out")
         if self.kind == "mpo" and (self.layout != "one-sided" or self.factors is not None):
             what = f"layout {self.layout}" if self.factors is None else "explicit factors"
             raise RecipeError(

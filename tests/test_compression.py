@@ -126,6 +126,8 @@ WRONG = [
     ({"keep": 0.8, "layout": "balanced"}, "given with layout balanced"),
     ({"keep": 0.8, "metric": "outputs"}, "metric is 'outputs'; expected --calibrate"),
     ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected --calibrate"),
+    ({"keep": 0.8, "allocation": "measured"}, "allocation is 'measured'; expected --calibrate"),
+    ({"max_error": 0.5, "allocation": "measured"}, "allocation measured given without --keep"),
     ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
     ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
     ({"metric": "loss"}, "metric given without --keep or --max-error"),

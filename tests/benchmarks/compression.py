@@ -39,6 +39,8 @@ WAYS = {
     "loss": {"metric": "loss"},
     "outputs, corrected": {"metric": "outputs", "correct": True},
     "loss, corrected": {"metric": "loss", "correct": True},
+    "outputs, measured": {"metric": "outputs", "allocation": "measured"},
+    "loss, measured, corrected": {"metric": "loss", "allocation": "measured", "correct": True},
     "balanced TT, reordered": {"layout": "balanced"},
     "balanced TT, outputs": {"layout": "balanced", "neuron_order": "source", "metric": "outputs"},
     "balanced TT, both": {"layout": "balanced", "metric": "outputs"},
