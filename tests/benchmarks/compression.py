@@ -256,7 +256,7 @@ def heal(model: Causal, folder: Path, output: Path) -> None:
         steps=50,
         batch_size=1024 // model.length,
         length=model.length,
-        learning_rate=5e-4,
+        learning_rate=1e-4,
         save_every=10**9,
         log_every=50,
     )
