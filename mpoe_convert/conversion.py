@@ -181,13 +181,12 @@ class _Builder:
 
     def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
         """An order that cut chains gain from; None: that of the source."""
-        recipe = self.plan.recipe
-        if recipe.neuron_order == "source" or not any(matrix.is_cut for matrix in plan.matrices):
+        if not self.plan.seeks_order(plan):
             return None
         self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
         with _naming(plan.ffn.path):
             matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
-            order, report = choose_order(plan, matrices, recipe)
+            order, report = choose_order(plan, matrices, self.plan.recipe)
         self.orders.append(report)
         return order
 
