@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint import Checkpoint, read_json_object
+from .checkpoint import Checkpoint, read_json_object, stays_inside, weight_files
 from .errors import CheckpointError, OutputError
 from .planning import Plan
+from .safetensors_header import read_header
 
 MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
@@ -71,6 +72,34 @@ def register_files(folder: Path, names: Iterable[str]) -> None:
     names = {*report.get("files", ()), *names}
     report["files"] = sorted(name for name in names if (folder / name).is_file())
     write_json(folder / REPORT_FILE, report)
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files that make up an artifact: those that its report lists, and the weights that load.
+
+    A training loop may have written the weights anew, in other files. Whatever else lies in the folder, such
+    as checkpoints and notes, is not the artifact's.
+
+    Raises:
+        CheckpointError: it is no artifact, lists what lies outside, or lacks what it needs to load.
+    """
+    listed = read_artifact(folder)[1].get("files", ())
+    if outside := [name for name in listed if not (isinstance(name, str) and stays_inside(name))]:
+        raise CheckpointError(
+            f"{folder / REPORT_FILE} lists {outside[0]!r}, which is no file inside: repair it"
+        )
+    weights, _, index = weight_files(str(folder), folder, None)
+    for name in weights:
+        read_header(folder / name, name)
+    needed = {*weights, *filter(None, [index]), "config.json", MODELING_FILE, REPORT_FILE}
+    if missing := sorted(name for name in needed if not (folder / name).is_file()):
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which it needs to load: convert again")
+    beside = {name for name in listed if not is_weights(name) and (folder / name).is_file()}
+    return sorted(needed | beside)
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from . import experts
@@ -69,6 +70,11 @@ def _body(report: Report, checkpoint: Checkpoint) -> str:
             f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
         ]
     )
+
+
+def with_model_id(text: str, model_id: str) -> str:
+    """A card whose snippets load `model_id`."""
+    return re.sub(r'^model_id = ".*"$', f'model_id = "{model_id}"', text, flags=re.MULTILINE)
 
 
 def set_section(path: Path, title: str, text: str) -> None:
@@ -141,9 +147,10 @@ def _usage(report: Report, checkpoint: Checkpoint) -> str:
     auto = main_auto_class(checkpoint.config, report.plan.model_type)
     has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
     lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
-    lines.append(f'model = {auto}.from_pretrained("path/to/this", trust_remote_code=True)')
+    lines.append('model_id = "path/to/this"')
+    lines.append(f"model = {auto}.from_pretrained(model_id, trust_remote_code=True)")
     if has_tokenizer:
-        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this", trust_remote_code=True)')
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)")
     code = "\n".join(lines)
     return (
         f"## How to load it\n\n```python\n{code}\n```\n\n"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,18 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import card, corpus, experts
-from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, register_files, write_json
+from .artifact import (
+    CARD_FILE,
+    MODELING_FILE,
+    TRAINING_REPORT_FILE,
+    file_names,
+    is_artifact,
+    is_weights,
+    register_files,
+    write_json,
+)
 from .errors import OutputError, TrainingError
-from .hub import download_papers
+from .hub import CHAT_TEMPLATES, download_papers
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
@@ -209,6 +219,7 @@ def finetune(
     """
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
+    strangers = file_names(output)
     state = PartialState()
     if run.precision == "float16" and state.device.type == "cpu":
         raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
@@ -258,7 +269,7 @@ def finetune(
         trainer.model.config.dtype = config_dtype
     trainer.save_model(str(output))
     if state.is_main_process:
-        _finish(papers, output, report)
+        _finish(papers, output, report, strangers)
     state.wait_for_everyone()
     return report
 
@@ -424,22 +435,20 @@ def _papers(run: Finetuning) -> Path | None:
     return source if is_artifact(source) else None
 
 
-def _finish(papers: Path | None, output: Path, report: dict) -> None:
-    """The report, what else belongs to an artifact, and no more checkpoints."""
-    write_json(output / TRAINING_REPORT_FILE, report)
-    if papers is not None:
-        written = {path.name for path in output.iterdir()}
-        for path in papers.iterdir():
-            if path.is_file() and path.name not in written and not _is_weights(path):
-                shutil.copyfile(path, output / path.name)
-        shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
-        card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained
-        card.describe_training(output / CARD_FILE, report)
-        register_files(output, ())
+def _finish(papers: Path | None, output: Path, report: dict, strangers: Iterable[str]) -> None:
+    """The report, what else belongs to an artifact, and no more checkpoints; `strangers` lay there before."""
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+    write_json(output / TRAINING_REPORT_FILE, report)
+    if papers is None:
+        return
+    written = {path.name for path in output.iterdir()}
+    for path in papers.iterdir():
+        if path.is_file() and path.name not in written and not is_weights(path.name):
+            shutil.copyfile(path, output / path.name)
+    shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
+    card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained
+    card.describe_training(output / CARD_FILE, report)
+    made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
+    register_files(output, made - set(strangers) | {TRAINING_REPORT_FILE})

@@ -22,6 +22,7 @@ from .verification import Verification
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
+    from .publishing import Pushed
 
 # A terminal narrower than this would fold the tables; output to a file is not folded at all.
 FILE_WIDTH = 200
@@ -438,6 +439,16 @@ def print_summary(summary: Summary, out: Console) -> None:
         f"noise {recipe['noise']:g}, seed {recipe['seed']}."
     )
     _print_warnings(summary.report["warnings"], out)
+
+
+def print_push(pushed: Pushed, out: Console) -> None:
+    what = f"{len(pushed.files)} files, {size(pushed.num_bytes)}"
+    gone = f", {len(pushed.deleted)} of an earlier artifact deleted" if pushed.deleted else ""
+    if pushed.changed:
+        out.print(f"Pushed to {escape(pushed.repo_id)} ({what}{gone}):", highlight=False)
+    else:
+        out.print(f"{escape(pushed.repo_id)} holds exactly this already ({what}):", highlight=False)
+    out.print(pushed.pull_request or pushed.url, soft_wrap=True, markup=False)
 
 
 def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 import mpoe_convert
 from mpoe_convert.errors import CheckpointError, HubError
-from mpoe_convert.hub import explain
+from mpoe_convert.hub_errors import explain
 
 PACKAGE = str(Path(mpoe_convert.__file__).parents[1])  # whichever copy is under test
 CONFIG = json.dumps({"model_type": "gpt2"}).encode()

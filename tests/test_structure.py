@@ -31,6 +31,7 @@ ORDER = [
         "neurons",
         "moments",
         "verification",
+        "publishing",
         "pictures",
         "summary",
         "card",
@@ -52,7 +53,16 @@ ORDER = [
         "families",
         "stock",
     ),
-    *("checkpoint", "torch_bin", "hub", "safetensors_header", "sites", "modeling_mpoe", "verify_child"),
+    *(
+        "checkpoint",
+        "torch_bin",
+        "hub",
+        "hub_errors",
+        "safetensors_header",
+        "sites",
+        "modeling_mpoe",
+        "verify_child",
+    ),
     "errors",
 ]
 

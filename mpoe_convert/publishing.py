@@ -1,0 +1,293 @@
+"""Push an artifact to the Hub: its own files, in one commit, never over somebody else's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__, card
+from .artifact import CARD_FILE, REPORT_FILE, is_weights, own_files, read_artifact
+from .checkpoint import stays_inside
+from .errors import HubError
+from .hub import SINGLE
+from .hub_errors import explain_writing
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
+# What a repository may hold and still be empty: the Hub and its web page make them.
+OF_THE_HUB = frozenset({".gitattributes", CARD_FILE})
+WEIGHTS = SINGLE[".safetensors"]
+INDEX = f"{WEIGHTS}.index.json"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes and what it may do there.
+
+    Attributes:
+        repo_id: "owner/name".
+        private: make the repository private, if it has to be made.
+        create_pr: open a pull request instead of committing; nothing there changes then.
+        branch: to commit to, made from the main one if it is not there.
+        overwrite: commit also over a repository that holds something else.
+    """
+
+    repo_id: str
+    private: bool = False
+    create_pr: bool = False
+    branch: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        url: of the commit; of the last one there, if nothing had `changed`.
+        pull_request: its URL, if one was opened.
+        files: what the artifact consists of; `deleted`: what an earlier artifact had left there.
+        num_bytes: of all files; what the Hub has already is not sent.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    pull_request: str | None
+    changed: bool
+    files: tuple[str, ...]
+    deleted: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is at the destination: the branch's commit and files, None and nothing where they are to be made."""
+
+    is_new: bool
+    commit: str | None = None
+    files: frozenset[str] = frozenset()
+    is_artifact: bool = False
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    branch: str | None = None,
+    overwrite: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Push an artifact to a model repository of the Hub, which is made if it is not there.
+
+    Only the artifact's own files go (`artifact.own_files`), in one commit, which also deletes what an earlier
+    artifact there had and this one has not. Weight files that have arrived stay there, so that a push that
+    failed goes on when it is repeated. In the card that is sent, the snippets load `repo_id`; the local card
+    stays as it is. Arguments as for `Destination`.
+
+    Args:
+        folder: an artifact.
+        commit_message: first line of the commit.
+        token: by default HF_TOKEN or the stored login.
+
+    Raises:
+        CheckpointError: the folder is no artifact, or it is incomplete.
+        HubError: the Hub refuses, cannot be reached, or holds something else there.
+    """
+    from huggingface_hub import CommitOperationDelete, HfApi
+
+    folder = Path(folder)
+    files = own_files(folder)
+    to = Destination(repo_id, private, create_pr, branch, overwrite)
+    api = HfApi(token=token, library_name="mpoe-convert", library_version=__version__)
+    found = _survey(to, api)
+    _check_nothing_hides(repo_id, files, found)
+    stale = sorted(_of_artifact(repo_id, found, api) & found.files - set(files))
+    with _explained(repo_id):
+        if found.is_new:
+            api.create_repo(repo_id, private=private or None)
+        if branch and found.commit is None:
+            api.create_branch(repo_id, branch=branch)
+        commit = api.create_commit(
+            repo_id,
+            [*_additions(folder, files, repo_id), *(CommitOperationDelete(name) for name in stale)],
+            commit_message=commit_message or _message(folder),
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=found.commit,
+        )
+    return Pushed(
+        repo_id=repo_id,
+        url=str(commit.commit_url),
+        commit=commit.oid,
+        pull_request=commit.pr_url,
+        changed=commit.oid != found.commit,
+        files=tuple(files),
+        deleted=tuple(stale),
+        num_bytes=sum((folder / name).stat().st_size for name in files),
+    )
+
+
+def check_destination(to: Destination, token: str | None = None) -> None:
+    """Refuse, before any work, a destination that a push would refuse. Nothing is made there.
+
+    Raises:
+        HubError: nobody is logged in, the token may not write there, or something else is there.
+    """
+    from huggingface_hub import HfApi
+
+    _survey(to, HfApi(token=token, library_name="mpoe-convert", library_version=__version__))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is there
+
+
+def _survey(to: Destination, api: HfApi) -> _Found:
+    """Look at the destination and at who is logged in. Raises HubError if a push would be refused."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    with _explained(to.repo_id):
+        validate_repo_id(to.repo_id)
+        _check_choices(to)
+        user = api.whoami()
+        _check_role(user, to)
+        try:
+            info = api.model_info(to.repo_id)
+        except RepositoryNotFoundError:
+            _check_new(user, to)
+            return _Found(is_new=True)
+        if not to.create_pr:  # whoever reads may propose
+            api.auth_check(to.repo_id, write=True)
+        _check_visibility(info, to)
+        try:
+            info = api.model_info(to.repo_id, revision=to.branch) if to.branch else info
+        except RevisionNotFoundError:
+            if to.branch.startswith("refs/"):
+                raise
+            return _Found(is_new=False)
+    files = frozenset(file.rfilename for file in info.siblings or ())
+    config = _read_json(to.repo_id, "config.json", info.sha, api) if "config.json" in files else {}
+    found = _Found(False, info.sha, files, is_artifact="mpoe" in config)
+    if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
+        there = sorted(files - OF_THE_HUB)
+        raise HubError(
+            f"'{to.repo_id}' holds something else ({', '.join(there[:4])}{', ...' * (len(there) > 4)}): choose "
+            "another name, or pass --overwrite to commit over it"
+        )
+    return found
+
+
+def _check_choices(to: Destination) -> None:
+    if to.repo_id.count("/") != 1:
+        raise HubError(f"'{to.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
+    if to.create_pr and to.branch:
+        raise HubError("a pull request is opened against the main branch: leave out --branch or --create-pr")
+
+
+def _check_role(user: dict, to: Destination) -> None:
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":  # finer ones are judged by the Hub
+        raise HubError(
+            f"the token of {user['name']} may only read, and '{to.repo_id}' is to be written: make one with write "
+            "permission and use it by `hf auth login` or --token"
+        )
+
+
+def _check_visibility(info: ModelInfo, to: Destination) -> None:
+    if to.private and not info.private:
+        raise HubError(
+            f"'{to.repo_id}' is there already and public: make it private on its settings page, or leave "
+            "--private out"
+        )
+
+
+def _check_new(user: dict, to: Destination) -> None:
+    if to.create_pr:
+        raise HubError(
+            f"there is no repository '{to.repo_id}' to propose anything to: leave out --create-pr to make it"
+        )
+    owner = to.repo_id.partition("/")[0]
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]
+    if owner not in owners:
+        raise HubError(
+            f"'{to.repo_id}' is not there and {user['name']} cannot make it: expected an owner out of "
+            f"{', '.join(owners)}"
+        )
+
+
+def _check_nothing_hides(repo_id: str, files: Collection[str], found: _Found) -> None:
+    """Refuse a repository where transformers would load something else than what is pushed."""
+    hiding = {"adapter_config.json", *([] if WEIGHTS in files else [WEIGHTS])}
+    if not found.is_artifact and (there := sorted(hiding & found.files)):
+        raise HubError(
+            f"'{repo_id}' holds {there[0]}, which transformers would load instead of this artifact's weights: "
+            "delete it there, or choose another name"
+        )
+
+
+def _of_artifact(repo_id: str, found: _Found, api: HfApi) -> set[str]:
+    """The files of the artifact that is there: those of its report, and its weights."""
+    if not found.is_artifact:
+        return set()
+    names = {WEIGHTS, INDEX}
+    if REPORT_FILE in found.files:
+        listed = _read_json(repo_id, REPORT_FILE, found.commit, api).get("files", ())
+        names |= {name for name in listed if isinstance(name, str) and stays_inside(name)}
+    if INDEX in found.files:
+        shards = _read_json(repo_id, INDEX, found.commit, api).get("weight_map", {})
+        names |= {name for name in shards.values() if is_weights(name)}
+    return names
+
+
+def _read_json(repo_id: str, name: str, commit: str, api: HfApi) -> dict:
+    """What a JSON file there holds; nothing if it is none. Raises HubError."""
+    with _explained(repo_id):
+        path = Path(api.hf_hub_download(repo_id, name, revision=commit))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turns what `huggingface_hub` raises into a HubError of one line."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as exc:
+        raise explain_writing(exc, repo_id) from exc
+
+
+# ---------------------------------------------------------------------------------------------------
+# What goes there
+
+
+def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
+    from huggingface_hub import CommitOperationAdd
+
+    added = []
+    for name in files:
+        content: bytes | str = str(folder / name)
+        if name == CARD_FILE:
+            content = card.with_model_id((folder / name).read_text(encoding="utf-8"), repo_id).encode()
+        added.append(CommitOperationAdd(name, content))
+    return added
+
+
+def _message(folder: Path) -> str:
+    config, report = read_artifact(folder)
+    base = Path(report["base_model"]).name if report["revision"] is None else report["base_model"]
+    return f"{base} as a mixture of {config['mpoe']['num_experts']} experts, by mpoe-convert {__version__}"
