@@ -85,9 +85,7 @@ def own_files(folder: Path) -> list[str]:
     """
     listed = read_artifact(folder)[1].get("files", ())
     if outside := [name for name in listed if not (isinstance(name, str) and stays_inside(name))]:
-        raise CheckpointError(
-            f"{folder / REPORT_FILE} lists {outside[0]!r}, which is no file inside: repair it"
-        )
+        raise CheckpointError(f"{folder / REPORT_FILE} lists {outside[0]!r}, no file inside: repair it")
     weights, _, index = weight_files(str(folder), folder, None)
     for name in weights:
         read_header(folder / name, name)

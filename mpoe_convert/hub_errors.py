@@ -116,7 +116,7 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
         return HubError(f"{repo} cannot be a repository: {one_line(exc)}")
     if isinstance(exc, errors.LocalTokenNotFoundError):
         return HubError(
-            f"nobody is logged in who could write to {repo}: run `hf auth login`, set HF_TOKEN or pass --token"
+            f"nobody is logged in to write to {repo}: run `hf auth login`, set HF_TOKEN or pass --token"
         )
     if isinstance(exc, errors.HfHubHTTPError):
         return HubError(_http_writing(exc, repo))
@@ -150,9 +150,7 @@ def _http_writing(exc, repo: str) -> str:
             "permission to write there, by `hf auth login` or --token"
         )
     if status in (409, 412):
-        return (
-            f"{repo} was changed by somebody else meanwhile (HTTP {status}{said}): look at it, then run again"
-        )
+        return f"{repo} was changed meanwhile (HTTP {status}{said}): look at it, then run again"
     if status == 413:
         return (
             f"the Hub refused a file for {repo} as too large (HTTP 413): convert again with a smaller "

@@ -67,7 +67,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is at the destination: the branch's commit and files, None and nothing where they are to be made."""
+    """What is at the destination; the branch's commit is None where that is to be made."""
 
     is_new: bool
     commit: str | None = None
@@ -179,10 +179,10 @@ def _survey(to: Destination, api: HfApi) -> _Found:
     config = _read_json(to.repo_id, "config.json", info.sha, api) if "config.json" in files else {}
     found = _Found(False, info.sha, files, is_artifact="mpoe" in config)
     if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
-        there = sorted(files - OF_THE_HUB)
+        there = ", ".join(sorted(files - OF_THE_HUB)[:4])
         raise HubError(
-            f"'{to.repo_id}' holds something else ({', '.join(there[:4])}{', ...' * (len(there) > 4)}): choose "
-            "another name, or pass --overwrite to commit over it"
+            f"'{to.repo_id}' holds something else ({there}): choose another name, or pass --overwrite to "
+            "commit over it"
         )
     return found
 
@@ -198,8 +198,8 @@ def _check_role(user: dict, to: Destination) -> None:
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":  # finer ones are judged by the Hub
         raise HubError(
-            f"the token of {user['name']} may only read, and '{to.repo_id}' is to be written: make one with write "
-            "permission and use it by `hf auth login` or --token"
+            f"the token of {user['name']} may only read, and '{to.repo_id}' is to be written: make one with "
+            "write permission and use it by `hf auth login` or --token"
         )
 
 
@@ -230,8 +230,8 @@ def _check_nothing_hides(repo_id: str, files: Collection[str], found: _Found) ->
     hiding = {"adapter_config.json", *([] if WEIGHTS in files else [WEIGHTS])}
     if not found.is_artifact and (there := sorted(hiding & found.files)):
         raise HubError(
-            f"'{repo_id}' holds {there[0]}, which transformers would load instead of this artifact's weights: "
-            "delete it there, or choose another name"
+            f"'{repo_id}' holds {there[0]}, which transformers would load instead of this artifact's "
+            "weights: delete it there, or choose another name"
         )
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,12 +39,12 @@ class Fault:
     """What happens, so many times, to requests of this method whose path ends in `suffix`.
 
     A number is a status; "cut" closes the connection without an answer, "short" in the middle of a body;
-    "half" answers with, or keeps, half of the file.
+    "half" answers with, or keeps, half of the file. A function is called before the answer.
     """
 
     method: str
     suffix: str
-    what: int | str
+    what: int | str | Callable[[], object]
     times: int = 1
 
 
@@ -137,7 +138,7 @@ class LoopbackHub:
         """Add a `Fault`."""
         self.faults.append(Fault(*args, **options))
 
-    def fault_for(self, method: str, path: str) -> int | str | None:
+    def fault_for(self, method: str, path: str):
         """What is to happen to this request; it counts as done."""
         for fault in self.faults:
             if fault.method == method and path.endswith(fault.suffix) and fault.times:
@@ -182,6 +183,9 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.fault = self.hub.fault_for(self.command, path)
+        if callable(self.fault):
+            self.fault()
+            self.fault = None
         if isinstance(self.fault, int):
             self._refuse(self.fault, None, "This is a fault", {"Retry-After": "0"})
         elif self.fault == "cut":

@@ -1,4 +1,4 @@
-"""The half of the loopback Hub that is written to: who somebody is, creation, LFS objects, commits, branches."""
+"""The half of the loopback Hub that is written to: who is who, creation, LFS objects, commits, branches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+WRITTEN = "info|preupload|commit|branch|paths-info"
 LARGE = (".safetensors", ".bin", ".png")
 
 
@@ -35,12 +36,14 @@ class Uploads:
         if stored := re.fullmatch(r"/objects/(\w+)/verify", path):
             whole = len(self.hub.objects.get(stored[1], b"")) == value["size"]
             return self._json({}) if whole else self._refuse(400, None, "The object has another size")
-        pattern = r"/(?:api/)?(?:models/)?(?P<id>.+?)(?:\.git)?/(?P<what>info|preupload|commit|branch|paths-info)/(?P<rest>.+)"
-        found = re.fullmatch(pattern, path)
+        found = re.fullmatch(
+            rf"/(?:api/)?(?:models/)?(?P<id>.+?)(?:\.git)?/(?P<what>{WRITTEN})/(?P<rest>.+)", path
+        )
         if found is None or found["id"] not in self.hub.repos:
             return self._refuse(404, "RepoNotFound", "Repository not found")
         proposed = "create_pr" in parse_qs(urlsplit(self.path).query)
         reads = proposed or found["what"] == "paths-info"
+        reads = reads or (found["what"] == "info" and "ref" not in value)  # objects for a pull request
         if not reads and not (self.user and self.user.may_write(found["id"])):
             return self._refuse(403, None, "You have read access but not write access")
         rest = unquote(found["rest"])

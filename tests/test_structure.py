@@ -53,16 +53,8 @@ ORDER = [
         "families",
         "stock",
     ),
-    *(
-        "checkpoint",
-        "torch_bin",
-        "hub",
-        "hub_errors",
-        "safetensors_header",
-        "sites",
-        "modeling_mpoe",
-        "verify_child",
-    ),
+    *("checkpoint", "torch_bin", "hub", "hub_errors", "safetensors_header"),
+    *("sites", "modeling_mpoe", "verify_child"),
     "errors",
 ]
 
