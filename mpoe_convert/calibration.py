@@ -58,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 # Text into batches
 
 
-def make_batches(recipe: Recipe, checkpoint: Checkpoint) -> list[Batch]:
+def make_batches(recipe: Recipe, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
     """Batches of the model's inputs from the recipe's calibration text.
 
     Language models and encoders read blocks of tokens; encoder-decoders pairs of text and target, or, where
@@ -74,7 +74,7 @@ def make_batches(recipe: Recipe, checkpoint: Checkpoint) -> list[Batch]:
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=False)
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
     length = min(MAX_LENGTH, positions(config) or MAX_LENGTH)
-    rows = _read(recipe)
+    rows = _read(recipe, token)
     if _writes_text(checkpoint) and recipe.target_column in rows.column_names:
         return _pair_batches(rows, tokenizer, recipe, length)
     blocks = corpus.language_blocks(rows, tokenizer, recipe.text_column, length)
@@ -114,7 +114,7 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
-def _read(recipe: Recipe):
+def _read(recipe: Recipe, token: str | None):
     from datasets import Dataset, concatenate_datasets
 
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -125,11 +125,11 @@ def _read(recipe: Recipe):
         parts.append(Dataset.from_dict({columns.text: [topics[name] for name in sorted(topics)]}))
     if sources and not parts:
         try:
-            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split)
+            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split, token)
         except DataError:  # no targets: texts alone will do
             pass
     if sources:
-        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split))
+        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split, token))
     return concatenate_datasets(parts)
 
 

@@ -265,12 +265,14 @@ RECIPE_OPTIONS = (
     ),
 )
 PUSH_NAMES = ("private", "create_pr", "branch", "commit_message")
-TOKEN_OPTION = option(
-    "--token",
-    heading="Source",
-    envvar="HF_TOKEN",
-    help="Hub token; by default the stored login.",
-)
+
+
+def token_option(heading: str) -> Callable:
+    return option(
+        "--token", heading=heading, envvar="HF_TOKEN", help="Hub token; by default the stored login."
+    )
+
+
 SOURCE_OPTIONS = (
     option(
         "--config",
@@ -278,7 +280,7 @@ SOURCE_OPTIONS = (
         type=click.Path(dir_okay=False),
         help="Recipe file (YAML) with the same names, output included; the command line wins.",
     ),
-    TOKEN_OPTION,
+    token_option("Source"),
 )
 COMMON_OPTIONS = (
     option(
@@ -627,12 +629,7 @@ def show_conversion(report, output, verbose) -> None:
         is_flag=True,
         help="Commit over a repository that holds something else; files that are not replaced stay.",
     ),
-    option(
-        "--token",
-        heading="Hub",
-        envvar="HF_TOKEN",
-        help="Hub token that may write; by default the stored login.",
-    ),
+    token_option("Hub"),
     *COMMON_OPTIONS,
 )
 def push(artifact, repo_id, overwrite, token, as_json, quiet, verbose, **pushing) -> None:
@@ -771,7 +768,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
         metavar="MODEL",
         help="Dense model to compare with.  [default: the one it was converted from]",
     ),
-    TOKEN_OPTION,
+    token_option("Source"),
     option(
         "--tolerance",
         heading="General",
@@ -811,9 +808,10 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
         help="File (YAML) with the same names; the command line wins.",
     ),
     *FINETUNING_OPTIONS,
+    token_option("Data"),
     *COMMON_OPTIONS,
 )
-def finetune(model, output, resume, config, as_json, quiet, verbose, **options) -> None:
+def finetune(model, output, resume, config, token, as_json, quiet, verbose, **options) -> None:
     """Train a converted (or any) MODEL on texts by transformers' Trainer.
 
     Several devices: accelerate launch -m mpoe_convert finetune MODEL ...
@@ -829,7 +827,7 @@ def finetune(model, output, resume, config, as_json, quiet, verbose, **options) 
         run = Finetuning.from_mapping(values | given)
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
-        run_finetuning(run, output, resume, as_json, quiet)
+        run_finetuning(run, output, resume, token, as_json, quiet)
 
 
 @main.command(cls=GroupedCommand)
@@ -874,6 +872,7 @@ def finetune(model, output, resume, config, as_json, quiet, verbose, **options) 
     option("--limit", heading="Scoring", type=int, help="Score so many windows or examples only."),
     option("--device", heading="Scoring", help="auto, cpu, cuda, cuda:N or mps."),
     option("--seed", heading="Scoring", type=int, help="Seed of the bootstrap, and of what is masked."),
+    token_option("Data"),
     *COMMON_OPTIONS,
 )
 def evaluate(model, as_json, quiet, verbose, **options) -> None:
@@ -923,7 +922,7 @@ def need(command: str, *libraries: str, extra: str = "train") -> None:
         )
 
 
-def run_finetuning(run: Finetuning, output, resume, as_json, quiet) -> None:
+def run_finetuning(run: Finetuning, output, resume, token, as_json, quiet) -> None:
     need("finetune", "accelerate", "datasets")
     from accelerate import PartialState
 
@@ -933,7 +932,7 @@ def run_finetuning(run: Finetuning, output, resume, as_json, quiet) -> None:
     render.quiet_libraries()
     try:
         with render.training_progress(render.console(stderr=True), not quiet) as progress:
-            report = train(run, output, resume=resume, progress=progress)
+            report = train(run, output, resume=resume, token=token, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"checkpoints in {output}, if any, are continued with --resume") from None
     if not PartialState().is_main_process:

@@ -60,7 +60,7 @@ def plan(
     checkpoint = open_checkpoint(
         recipe.model, revision=recipe.revision, token=token, headers_only=headers_only
     )
-    return prepare(recipe, checkpoint, calibration, progress, only_plan=True).plan
+    return prepare(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
 
 
 def prepare(
@@ -70,23 +70,25 @@ def prepare(
     progress: Progress | None = None,
     *,
     only_plan: bool = False,
+    token: str | None = None,
 ) -> Prepared:
     """The plan for an opened checkpoint, with ranks if the recipe compresses. Raises MpoeError.
 
     Args:
         only_plan: leave out corrections, which change no plan.
+        token: for calibration data on the Hub.
     """
     whole = plan_checkpoint(recipe, checkpoint)
     calibrated = bool(recipe.calibrate) or batches is not None
     report = progress or (lambda *_: None)
     if not recipe.compresses:
-        return _prepare_chains(whole, checkpoint, batches, calibrated, report, only_plan)
+        return _prepare_chains(whole, checkpoint, batches, report, only_plan, token)
     recipe = _resolved(whole.recipe, calibrated)
     device = _device(recipe)
     _check_smallest(recipe, whole)
     calibration = None
     if calibrated:
-        calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report)
+        calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report, token)
     candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
     if recipe.allocation == "measured":
         start = _uniform_ranks(recipe, whole, candidates)
@@ -119,13 +121,13 @@ def _prepare_chains(
     whole: Plan,
     checkpoint: Checkpoint,
     batches: Sequence[Batch] | None,
-    calibrated: bool,
     report: Progress,
     only_plan: bool,
+    token: str | None,
 ) -> Prepared:
     """Without a budget: metrics for the chains that --bond-dim cuts, if the recipe asks for some."""
     recipe = whole.recipe
-    if not calibrated:
+    if not recipe.calibrate and batches is None:
         if recipe.metric not in (None, "weights"):
             raise RecipeError(f"metric is {recipe.metric!r}; expected --calibrate with it")
         return Prepared(whole)
@@ -137,7 +139,7 @@ def _prepare_chains(
     whole = replace(whole, recipe=recipe.replace(metric=recipe.metric or "outputs"))
     if only_plan:
         return Prepared(whole)
-    calibration, batches = _calibrated(whole, checkpoint, batches, report)
+    calibration, batches = _calibrated(whole, checkpoint, batches, report, token)
     return Prepared(whole, calibration, batches=batches)
 
 
@@ -149,12 +151,16 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _calibrated(
-    whole: Plan, checkpoint: Checkpoint, batches: Sequence[Batch] | None, report: Progress
+    whole: Plan,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None,
+    report: Progress,
+    token: str | None,
 ) -> tuple[Calibration, list[Batch]]:
     """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
     recipe = whole.recipe
     _check_libraries(recipe)
-    batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
+    batches = make_batches(recipe, checkpoint, token) if batches is None else list(batches)
     if recipe.correct:
         check_correctable(whole, batches)
     calibration = calibrate(

@@ -44,7 +44,7 @@ def convert(
         recipe: what to convert and how.
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
-        token: Hub token for gated or private models; by default the stored login.
+        token: Hub token for gated or private models and data; by default the stored login.
         calibration: batches of the model's inputs to calibrate on, instead of the recipe's text.
         progress: called with (what is worked on, FFNs done, FFNs in all, a matrix's report when it is done).
 
@@ -59,7 +59,7 @@ def convert(
     pick_device(recipe.device)
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token)
     source = checkpoint.folder if checkpoint.revision is None else None
-    prepared = prepare(recipe, checkpoint, calibration, progress)
+    prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
     artifact.check_fit(output, source, prepared.plan.totals.stored_bytes)
     with artifact.staged(output, overwrite) as folder:
         report = _write(folder, prepared, checkpoint, progress)

@@ -68,6 +68,7 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
@@ -86,6 +87,7 @@ def evaluate(
         columns: names of the columns; `routed_by` names the task that routers choose by.
         limit: evaluate on so many windows or examples (of every task by which routers choose), from the
             first on.
+        token: for models and data of the Hub; by default the stored login.
         progress: called as progress(model, batches done, batches).
 
     Raises:
@@ -96,16 +98,16 @@ def evaluate(
 
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
-    task, auto_class = task_of(model, task)
-    loaded = load_tokenizer(tokenizer or model)
-    longest = max_length(model)
+    task, auto_class = task_of(model, task, token)
+    loaded = load_tokenizer(tokenizer or model, token)
+    longest = max_length(model, token)
     length = length or min(512, longest or 512)
     stride = stride or max(length // 2, 1)
     if not 1 <= stride <= length or (longest and length > longest):
         raise TrainingError(
             f"length is {length} and stride {stride}; expected stride <= length <= {longest or 'any'}"
         )
-    rows = corpus.read(sources, columns, task, split)
+    rows = corpus.read(sources, columns, task, split, token)
     device = _device(device)
 
     @functools.cache  # models with the same classes are scored on the same batches
@@ -122,7 +124,7 @@ def evaluate(
         return made
 
     def score(name: str) -> Scores:
-        network = from_pretrained(getattr(transformers, auto_class), name).to(device).eval()
+        network = from_pretrained(getattr(transformers, auto_class), name, token=token).to(device).eval()
         if columns.routed_by is None and getattr(network.config, "router_tasks", None) is not None:
             raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
         labels = network.config.id2label if task == "classification" else {}

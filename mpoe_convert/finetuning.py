@@ -199,7 +199,12 @@ def _hidden_difference(outputs, taught) -> torch.Tensor:
 
 
 def finetune(
-    run: Finetuning, output: str | Path, *, resume: bool = False, progress: Progress | None = None
+    run: Finetuning,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
 ) -> dict:
     """Train a model and write it to `output`, with `training_report.json` beside it.
 
@@ -207,6 +212,7 @@ def finetune(
     model as a run that was not interrupted. `accelerate launch` or `torchrun` start it on several devices.
 
     Args:
+        token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.
 
     Returns:
@@ -223,13 +229,13 @@ def finetune(
     state = PartialState()
     if run.precision == "float16" and state.device.type == "cpu":
         raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
-    task, auto_class = task_of(run.model, run.task)
-    tokenizer = load_tokenizer(run.tokenizer or run.model)
+    task, auto_class = task_of(run.model, run.task, token)
+    tokenizer = load_tokenizer(run.tokenizer or run.model, token)
     with state.main_process_first():  # the others find what it has mapped in the cache
-        train, evaluation, labels, tasks = _examples(run, task, tokenizer)
-        papers = _papers(run)
+        train, evaluation, labels, tasks = _examples(run, task, tokenizer, token)
+        papers = _papers(run, token)
     set_seed(run.seed)  # of what the checkpoint does not have: a new head, embeddings of tasks
-    model = _load(run, task, auto_class, labels, tasks)
+    model = _load(run, task, auto_class, token, labels, tasks)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     config_dtype = model.config.dtype
     model = model.float()
@@ -245,7 +251,7 @@ def finetune(
         compute_metrics=_accuracy if task == "classification" else None,
         callbacks=_callbacks(run, model),
         run=run,
-        teacher=_load_teacher(run, task, labels),
+        teacher=_load_teacher(run, task, token, labels),
     )
     trainer.remove_callback(PrinterCallback)
     shown = _Progress(progress)
@@ -288,7 +294,7 @@ def _last_checkpoint(output: Path, resume: bool) -> str | None:
     return found
 
 
-def _load(run: Finetuning, task: str, auto_class: str, labels, tasks=None, name: str | None = None):
+def _load(run: Finetuning, task: str, auto_class: str, token, labels, tasks=None, name: str | None = None):
     """The model of a run, or another one with the same head."""
     import transformers
 
@@ -298,20 +304,22 @@ def _load(run: Finetuning, task: str, auto_class: str, labels, tasks=None, name:
     if task == "classification":
         numbers = {label: i for i, label in enumerate(labels)}
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
-    return from_pretrained(getattr(transformers, auto_class), name or run.model, **options)
+    return from_pretrained(getattr(transformers, auto_class), name or run.model, token=token, **options)
 
 
-def _load_teacher(run: Finetuning, task: str, labels: list[str] | None):
-    return _load(run, task, AUTO_CLASSES[task], labels, name=run.teacher) if run.teacher else None
+def _load_teacher(run: Finetuning, task: str, token: str | None, labels: list[str] | None):
+    return _load(run, task, AUTO_CLASSES[task], token, labels, name=run.teacher) if run.teacher else None
 
 
-def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
+def _examples(run: Finetuning, task: str, tokenizer, token: str | None) -> tuple:
     """(training examples, evaluation examples or None, names of the classes or None, tasks or None)."""
-    train = corpus.read(run.data, run.columns, task, run.split)
-    evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
-    labels = _labels(run, train) if task == "classification" else None
-    tasks = _tasks(run, train)
-    limit = max_length(run.model)
+    train = corpus.read(run.data, run.columns, task, run.split, token)
+    evaluation = None
+    if run.eval_data:
+        evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split, token)
+    labels = _labels(run, train, token) if task == "classification" else None
+    tasks = _tasks(run, train, token)
+    limit = max_length(run.model, token)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
         raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
@@ -328,21 +336,21 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
     return encode(train), encode(evaluation), labels, tasks
 
 
-def _labels(run: Finetuning, rows) -> list[str]:
+def _labels(run: Finetuning, rows, token: str | None) -> list[str]:
     """The classes: the model's own if it knows all that the rows have, else those of the rows."""
     from transformers import AutoConfig
 
     found = corpus.label_names(rows, run.label_column)
-    known = from_pretrained(AutoConfig, run.model).id2label
+    known = from_pretrained(AutoConfig, run.model, token=token).id2label
     names = [str(known[number]) for number in sorted(known)]
     return names if set(found) <= set(names) else found
 
 
-def _tasks(run: Finetuning, rows) -> corpus.Tasks | None:
+def _tasks(run: Finetuning, rows, token: str | None) -> corpus.Tasks | None:
     """The tasks that routers choose by: the model's own if it has some, else those that the rows name."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, run.model)
+    config = from_pretrained(AutoConfig, run.model, token=token)
     known = getattr(config, "router_tasks", None)
     if run.routed_by is None:
         if known is not None:
@@ -423,15 +431,15 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
 
 
-def _papers(run: Finetuning) -> Path | None:
+def _papers(run: Finetuning, token: str | None) -> Path | None:
     """The folder with what belongs to an artifact beside its weights; None: the model is no artifact."""
     from transformers import AutoConfig
 
     source = Path(run.model)
     if not source.is_dir():
-        if getattr(from_pretrained(AutoConfig, run.model), "mpoe", None) is None:
+        if getattr(from_pretrained(AutoConfig, run.model, token=token), "mpoe", None) is None:
             return None
-        source = download_papers(run.model)
+        source = download_papers(run.model, token)
     return source if is_artifact(source) else None
 
 

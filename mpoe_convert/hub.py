@@ -85,10 +85,10 @@ def download(
     return folder, commit
 
 
-def download_papers(model_id: str) -> Path:
+def download_papers(model_id: str, token: str | None = None) -> Path:
     """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
     papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
-    return _snapshot(model_id, None, None, papers, ["*/*", "*.safetensors.index.json"])[0]
+    return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]
 
 
 def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:

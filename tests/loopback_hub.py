@@ -57,7 +57,10 @@ class User:
     orgs: tuple[str, ...] = ()
 
     def owns(self, repo_id: str) -> bool:
-        return self.name == "*" or repo_id.partition("/")[0] in (self.name, *self.orgs)
+        return self.name == "*" or repo_id.removeprefix("datasets/").partition("/")[0] in (
+            self.name,
+            *self.orgs,
+        )
 
     def may_write(self, repo_id: str) -> bool:
         return self.role != "read" and self.owns(repo_id)

@@ -1,4 +1,4 @@
-"""Pushing for real: the command and huggingface_hub in a process that sees the loopback Hub only."""
+"""Pushing, and what needs a token: the command for real in a process that sees the loopback Hub only."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub, User, environment
 from test_cli import DRIVER, tree
+from test_finetuning import words
 from transformers import AutoModelForCausalLM
 
 from mpoe_convert.artifact import file_names, is_artifact, own_files
@@ -442,3 +443,27 @@ def test_converted_from_the_hub_pushed_to_it_and_loaded_from_it(hub, ask, artifa
 def test_options_of_a_push_need_one(hub, ask, tmp_path):
     code, _, err = ask("me/source", "-o", tmp_path / "x", "--private")
     assert code == 2 and "--private belongs to --push-to-hub USER/NAME, which is not given." in err
+
+
+# ------------------------------------------------------------------------------- what is not public
+
+
+def test_the_token_reaches_models_and_data_of_every_command(hub, ask, artifact, tmp_path):
+    dense, out = artifact("gpt2")
+    rows = "\n".join(json.dumps({"text": words(200, seed)}) for seed in range(40)).encode()
+    for name in ("one", "two", "three"):  # what one command has read is in the cache then
+        hub.add(f"datasets/me/{name}", {"train.jsonl": rows, "test.jsonl": rows}, private=True)
+    hub.add("me/moe", contents(out, file_names(out)), private=True)
+    convert = f"{dense} --keep 0.9 --calibrate me/one --calibration-tokens 4000 --experts 2 --bond-dim 4"
+    finetune = "finetune me/moe --data me/two --steps 1 --length 16"
+    commands = {
+        "compressed": f"{convert} -o {tmp_path / 'compressed'}",
+        "tuned": f"{finetune} -o {tmp_path / 'tuned'}",
+        "": "evaluate me/moe --data me/three --limit 2 --length 16",
+    }
+    for made, command in commands.items():
+        code, _, err = ask(*command.split(), "-q")
+        assert code == 1 and err.startswith("Error: ") and err.count("\n") == 1, err
+        assert ask(*command.split(), "-q", "--token", "hf_me") == (0, "", "")
+        assert is_artifact(tmp_path / made) or not made
+    assert "hf_me" not in "".join(path.read_text() for path in tmp_path.glob("*/*.json"))
