@@ -21,6 +21,7 @@ REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
 TRAINING_REPORT_FILE = "training_report.json"
+EVALUATION_REPORT_FILE = "evaluation_report.json"
 # What `verify` and `inspect` read of a report.
 _REPORT_KEYS = {
     *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")

@@ -872,6 +872,12 @@ def finetune(model, output, resume, config, token, as_json, quiet, verbose, **op
     option("--limit", heading="Scoring", type=int, help="Score so many windows or examples only."),
     option("--device", heading="Scoring", help="auto, cpu, cuda, cuda:N or mps."),
     option("--seed", heading="Scoring", type=int, help="Seed of the bootstrap, and of what is masked."),
+    option(
+        "--record",
+        heading="General",
+        is_flag=True,
+        help="Write the results into MODEL, an artifact's folder: evaluation_report.json, its card and the card's metadata.",
+    ),
     token_option("Data"),
     *COMMON_OPTIONS,
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from . import corpus
+from . import corpus, recording
+from .artifact import read_artifact
 from .corpus import Columns
 from .errors import DataError, TrainingError
 from .loading import from_pretrained, load_tokenizer, max_length, task_of
@@ -36,6 +38,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
+        data, split: what was read; settings: length, and where they matter stride, limit and seed.
         count: what was scored: tokens for language models, examples for the rest.
         metrics / against: of the model, and of the one it is compared with (None: alone).
         differences: model minus the other, on the same examples (paired); of perplexity, the ratio.
@@ -44,6 +47,9 @@ class Evaluation:
     task: str
     model: str
     other: str | None
+    data: tuple[str, ...]
+    split: str
+    settings: dict[str, int]
     count: int
     metrics: dict[str, Metric]
     against: dict[str, Metric] | None
@@ -69,6 +75,7 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     token: str | None = None,
+    record: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
@@ -88,14 +95,18 @@ def evaluate(
         limit: evaluate on so many windows or examples (of every task by which routers choose), from the
             first on.
         token: for models and data of the Hub; by default the stored login.
+        record: write what was found into the model, an artifact's folder; see `recording.record`.
         progress: called as progress(model, batches done, batches).
 
     Raises:
+        CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
     """
     import transformers
 
+    if record:
+        read_artifact(Path(model))
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
     task, auto_class = task_of(model, task, token)
@@ -144,15 +155,27 @@ def evaluate(
     draws = np.random.default_rng(seed).integers(len(ours.rows), size=(RESAMPLES, len(ours.rows)))
     metrics = ours.metrics(draws)
     others = theirs.metrics(draws) if theirs else None
-    return Evaluation(
+    found = Evaluation(
         task=task,
         model=model,
         other=against,
+        data=tuple(sources),
+        split=split,
+        settings=_settings(task, length, stride, limit, seed),
         count=ours.count,
         metrics=_intervals(metrics),
         against=_intervals(others) if others else None,
         differences=_intervals(_differences(metrics, others)) if others else None,
     )
+    if record:
+        recording.record(model, found.to_json())
+    return found
+
+
+def _settings(task: str, length: int, stride: int, limit: int | None, seed: int) -> dict[str, int]:
+    """What somebody needs to know to repeat it."""
+    more = {"causal": {"stride": stride}, "masked": {"seed": seed}}.get(task, {})
+    return {"length": length, **more, **({"limit": limit} if limit else {})}
 
 
 def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Dataset]]:

@@ -17,9 +17,10 @@ from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import card, corpus, experts
+from . import card, corpus, experts, recording
 from .artifact import (
     CARD_FILE,
+    EVALUATION_REPORT_FILE,
     MODELING_FILE,
     TRAINING_REPORT_FILE,
     file_names,
@@ -451,12 +452,13 @@ def _finish(papers: Path | None, output: Path, report: dict, strangers: Iterable
     write_json(output / TRAINING_REPORT_FILE, report)
     if papers is None:
         return
-    written = {path.name for path in output.iterdir()}
+    written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
     for path in papers.iterdir():
         if path.is_file() and path.name not in written and not is_weights(path.name):
             shutil.copyfile(path, output / path.name)
     shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
-    card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained
+    card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained, as are the results
+    recording.forget(output / CARD_FILE)
     card.describe_training(output / CARD_FILE, report)
     made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
     register_files(output, made - set(strangers) | {TRAINING_REPORT_FILE})

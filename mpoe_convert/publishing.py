@@ -282,7 +282,7 @@ def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
     for name in files:
         content: bytes | str = str(folder / name)
         if name == CARD_FILE:
-            content = card.with_model_id((folder / name).read_text(encoding="utf-8"), repo_id).encode()
+            content = card.for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
         added.append(CommitOperationAdd(name, content))
     return added
 

@@ -135,7 +135,7 @@ def test_only_the_artifacts_own_files_go(hub, push, out):
     assert (done["files"], done["deleted"], done["changed"]) == (sorted(files), [], True)
     assert done["num_bytes"] == sum(map(len, files.values()))
     local = files["README.md"].decode()
-    assert local.replace('"path/to/this"', '"me/moe"') == card != local
+    assert local.replace("path/to/this", "me/moe") == card != local
 
 
 def test_pushed_again_nothing_is_sent(hub, push, ask, out):
