@@ -665,6 +665,7 @@ def run_push(artifact, repo_id, pushing, overwrite, token, silent) -> dict:
     from . import render
     from .publishing import push as push_artifact
 
+    render.quiet_hub()
     pushed = push_artifact(artifact, repo_id, overwrite=overwrite, token=token, **pushing)
     if not silent:
         render.print_push(pushed, render.console())

@@ -441,6 +441,11 @@ def print_summary(summary: Summary, out: Console) -> None:
     _print_warnings(summary.report["warnings"], out)
 
 
+def quiet_hub() -> None:
+    """No words of huggingface_hub on what a commit holds; what it says when it tries again stays."""
+    logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
+
+
 def print_push(pushed: Pushed, out: Console) -> None:
     what = f"{len(pushed.files)} files, {size(pushed.num_bytes)}"
     gone = f", {len(pushed.deleted)} of an earlier artifact deleted" if pushed.deleted else ""

@@ -42,6 +42,7 @@ def with_generated_parts(text: str) -> str:
     tables = {
         "options": options_table("convert"),
         "finetune": options_table("finetune"),
+        "push": options_table("push"),
         "families": families_table(),
     }
     for name, table in tables.items():

@@ -249,6 +249,27 @@ def test_a_hostile_remote_header_is_refused(hub, ask):
         assert "\n" not in outcome["message"]
 
 
+def test_what_fails_once_on_the_way_is_fetched_again(hub, ask):
+    hub.add("o/m", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
+    hub.fault("GET", "model.safetensors", "short")
+    (got,) = ask({"model": "o/m"})
+    assert (Path(got["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
+    assert len(hub.fetched("model.safetensors")) == 2
+
+
+def test_what_went_wrong_is_told_and_not_kept(hub, ask):
+    hub.add("o/m", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
+    hub.fault("GET", "/revision/main", "cut")
+    hub.fault("GET", "config.json", 500)
+    hub.fault("GET", "model.safetensors", "half")
+    cut, broken, half, whole = ask(*[{"model": "o/m"}] * 4)
+    assert cut["kind"] == broken["kind"] == half["kind"] == "HubError"
+    assert broken["message"].startswith("the Hub failed with HTTP 500 for 'o/m': try again later")
+    assert cut["message"].startswith("no connection to the Hub for 'o/m' (")
+    assert half["message"].startswith("downloading 'o/m' at revision") and "size" in half["message"]
+    assert (Path(whole["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
+
+
 FAILURES = {
     ("o/absent", None): "check the spelling (a relative path counts from the current folder)",
     ("o/m", "v9"): "'o/m' has no revision 'v9': expected a branch, a tag or a full commit hash",
