@@ -157,10 +157,11 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
         start = f"Expert 0 is the dense FFN, the others are perturbed by a relative {recipe.noise:g}."
     else:
         start = "Expert 0 is the dense FFN, the others are exact copies."
-    base, licence = name, f"The licence is that of its base: {report.license}."
+    named = source_front_matter(checkpoint.folder).get("license_name") or report.license
+    base, licence = name, f"The licence is that of its base: {named}."
     if checkpoint.revision:
         base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
-    if report.license is None:
+    if named is None:
         licence = "The card of its base names no licence; whatever terms hold for that hold for this."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
@@ -181,7 +182,7 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
         parts += [
             "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
             f"with PEFT:\n\n```python\n{code}\n```",
-            "Or by mpoe-convert, which knows cores that are shared, on texts, pairs or classes in files or "
+            "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
             f"from the Hub:\n\n```\n{snippets.command(auto)}\n```",
         ]
     return parts

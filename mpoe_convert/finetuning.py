@@ -446,12 +446,16 @@ def _papers(run: Finetuning, token: str | None) -> Path | None:
 
 def _finish(papers: Path | None, output: Path, report: dict, strangers: Iterable[str]) -> None:
     """The report, what else belongs to an artifact, and no more checkpoints; `strangers` lay there before."""
+    write_json(output / TRAINING_REPORT_FILE, report)
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
+    if papers is not None:
+        _complete_artifact(papers, output, report, strangers)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
-    write_json(output / TRAINING_REPORT_FILE, report)
-    if papers is None:
-        return
+
+
+def _complete_artifact(papers: Path, output: Path, report: dict, strangers: Iterable[str]) -> None:
+    """Beside the weights: what belongs to an artifact, and in its card and report what has changed."""
     written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
     for path in papers.iterdir():
         if path.is_file() and path.name not in written and not is_weights(path.name):

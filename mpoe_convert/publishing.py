@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, card
-from .artifact import CARD_FILE, REPORT_FILE, is_weights, own_files, read_artifact
+from .artifact import CARD_FILE, REPORT_FILE, file_names, is_weights, own_files, read_artifact
 from .checkpoint import stays_inside
 from .errors import HubError
 from .hub import SINGLE
@@ -51,7 +51,8 @@ class Pushed:
     Attributes:
         url: of the commit; of the last one there, if nothing had `changed`.
         pull_request: its URL, if one was opened.
-        files: what the artifact consists of; `deleted`: what an earlier artifact had left there.
+        files: what the artifact consists of; `deleted`: what an earlier artifact had left there;
+            `left_out`: files and folders beside it, which are not the artifact's.
         num_bytes: of all files; what the Hub has already is not sent.
     """
 
@@ -62,6 +63,7 @@ class Pushed:
     changed: bool
     files: tuple[str, ...]
     deleted: tuple[str, ...]
+    left_out: tuple[str, ...]
     num_bytes: int
 
 
@@ -110,7 +112,7 @@ def push(
     api = HfApi(token=token, library_name="mpoe-convert", library_version=__version__)
     found = _survey(to, api)
     _check_nothing_hides(repo_id, files, found)
-    stale = sorted(_of_artifact(repo_id, found, api) & found.files - set(files))
+    stale = sorted(_of_artifact(repo_id, found, api) & found.files - OF_THE_HUB - set(files))
     with _explained(repo_id):
         if found.is_new:
             api.create_repo(repo_id, private=private or None)
@@ -132,6 +134,7 @@ def push(
         changed=commit.oid != found.commit,
         files=tuple(files),
         deleted=tuple(stale),
+        left_out=tuple(sorted(_tops(file_names(folder)) - _tops(files))),
         num_bytes=sum((folder / name).stat().st_size for name in files),
     )
 
@@ -287,7 +290,11 @@ def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
     return added
 
 
+def _tops(names: Collection[str]) -> set[str]:
+    return {name.partition("/")[0] for name in names}
+
+
 def _message(folder: Path) -> str:
     config, report = read_artifact(folder)
-    base = Path(report["base_model"]).name if report["revision"] is None else report["base_model"]
+    base = report["base_model"] if report["revision"] else Path(report["base_model"]).name or "A model"
     return f"{base} as a mixture of {config['mpoe']['num_experts']} experts, by mpoe-convert {__version__}"

@@ -454,6 +454,10 @@ def print_push(pushed: Pushed, out: Console) -> None:
     else:
         out.print(f"{escape(pushed.repo_id)} holds exactly this already ({what}):", highlight=False)
     out.print(pushed.pull_request or pushed.url, soft_wrap=True, markup=False)
+    if pushed.left_out:
+        out.print(
+            f"Not the artifact's, and left out: {', '.join(pushed.left_out)}", soft_wrap=True, markup=False
+        )
 
 
 def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:

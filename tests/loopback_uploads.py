@@ -23,6 +23,34 @@ def oid(path: str, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest() if path.endswith(LARGE) else git_oid(data)
 
 
+def wrong_fields(front: object) -> list[str]:
+    """The fields of a model card's front matter that are not what the Hub's specification says they are.
+
+    https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    if not isinstance(front, dict):
+        return ["front matter"]
+    texts = ("library_name", "pipeline_tag", "license_name", "license_link")
+    lists = ("license", "language", "base_model", "datasets", "tags")
+    wrong = [name for name in texts if not isinstance(front.get(name, ""), str)]
+    for name in lists:
+        values = front.get(name, [])
+        values = values if isinstance(values, list) else [values]
+        wrong += [name] if not all(isinstance(value, str) for value in values) else []
+    for model in front.get("model-index", []):
+        for result in model["results"]:
+            named = [
+                model["name"],
+                result["task"]["type"],
+                result["dataset"]["type"],
+                result["dataset"]["name"],
+            ]
+            named += [metric["type"] for metric in result["metrics"]]
+            valued = all(isinstance(metric["value"], (int, float, str)) for metric in result["metrics"])
+            wrong += ["model-index"] if not (valued and all(isinstance(n, str) for n in named)) else []
+    return wrong
+
+
 class Uploads:
     """Methods of the request handler; the Hub's own refusals with its own statuses."""
 
@@ -84,15 +112,15 @@ class Uploads:
         return self._json({})
 
     def _validate(self, content: str) -> None:
-        """The front matter has to be a mapping; whether it says something true is not judged here."""
         try:
             front = yaml.safe_load(content.split("---", 2)[1]) if content.startswith("---") else {}
+            errors = [{"message": f"{name} is not allowed to be that"} for name in wrong_fields(front)]
         except yaml.YAMLError as error:
-            front = str(error)
-        if isinstance(front, dict):
-            warnings = [] if front else [{"message": "empty or missing yaml metadata in repo card"}]
-            return self._json({"errors": [], "warnings": warnings})
-        return self._send(400, json.dumps({"errors": [{"message": "bad YAML"}]}).encode(), {})
+            errors = [{"message": str(error)}]
+        if errors:
+            return self._send(400, json.dumps({"errors": errors, "warnings": []}).encode(), {})
+        warnings = [] if front else [{"message": "empty or missing yaml metadata in repo card"}]
+        return self._json({"errors": [], "warnings": warnings})
 
     def _create(self, asked: dict) -> None:
         from loopback_hub import Repo

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback_hub import LoopbackHub, User, environment
 from test_cli import DRIVER, tree
 from test_finetuning import words
 from transformers import AutoModelForCausalLM
 
+from mpoe_convert import evaluate
 from mpoe_convert.artifact import file_names, is_artifact, own_files
+from mpoe_convert.cli import naming_what_is_left
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.hub_errors import explain_writing
 
@@ -133,6 +137,10 @@ def test_only_the_artifacts_own_files_go(hub, push, out):
     assert done["url"] == f"{hub.endpoint}/me/moe/commit/{repo.commit('main')}"
     assert done["commit"] == repo.commit("main")
     assert (done["files"], done["deleted"], done["changed"]) == (sorted(files), [], True)
+    strays = (
+        "checkpoint-5 runs .git optimizer.pt model-of-last-week.safetensors notes.txt tokenizer_old.json .env"
+    )
+    assert done["left_out"] == sorted(strays.split())
     assert done["num_bytes"] == sum(map(len, files.values()))
     local = files["README.md"].decode()
     assert local.replace("path/to/this", "me/moe") == card != local
@@ -395,13 +403,13 @@ def test_the_reason_is_found_below_and_told_in_one_line():
 
 
 CHILD = """
-import re, sys, torch
+import re, sys
 from pathlib import Path
-from transformers import AutoModelForCausalLM
+from huggingface_hub import hf_hub_download
+card = Path(hf_hub_download(sys.argv[1], "README.md")).read_text()
+exec(re.search("```python\\n(.*?)```", card, re.S)[1])  # makes model and tokenizer
 assert "mpoe_convert" not in sys.modules
-repo_id, folder = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)
-torch.save(model(torch.arange(3, 15)[None]).logits, folder + "/logits.pt")
+torch.save(model(torch.arange(3, 15)[None]).logits, sys.argv[2] + "/logits.pt")
 """
 
 
@@ -438,6 +446,33 @@ def test_converted_from_the_hub_pushed_to_it_and_loaded_from_it(hub, ask, artifa
     command = [hf, "download", "me/moe", "--local-dir", str(tmp_path / "again")]
     subprocess.run(command, check=True, capture_output=True, env=variables, cwd=tmp_path)
     assert own_files(tmp_path / "again") == own_files(tmp_path / "out")
+
+
+def test_results_that_were_recorded_go_along_under_the_repositorys_name(hub, push, out, tmp_path):
+    (tmp_path / "text.txt").write_text(words(101))
+    evaluate(str(out), str(tmp_path / "text.txt"), length=16, record=True)
+    before = tree(out)
+    push(out, "me/moe")
+    assert tree(out) == before
+    front = ModelCard(hub.repos["me/moe"].revisions["main"]["README.md"].decode()).data.to_dict()
+    name, (result,) = model_index_to_eval_results(front["model-index"])
+    assert (name, result.dataset_name) == ("moe", "text.txt")
+    assert "evaluation_report.json" in hub.repos["me/moe"].revisions["main"]
+    card = ModelCard.load(out / "README.md")
+    card.data.tags = [1]
+    card.save(out / "README.md")
+    with pytest.raises(AssertionError, match="Invalid metadata in README.md. - tags is not allowed"):
+        push(out, "me/moe")
+
+
+def test_a_push_that_is_stopped_says_how_to_go_on():
+    with (
+        pytest.raises(
+            KeyboardInterrupt, match="the artifact is in o u t, go on with: mpoe-convert push 'o u t' me/m"
+        ),
+        naming_what_is_left("o u t", "me/m", {"private": False}, overwrite=False),
+    ):
+        raise KeyboardInterrupt
 
 
 def test_options_of_a_push_need_one(hub, ask, tmp_path):
