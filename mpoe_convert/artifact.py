@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, read_json_object, stays_inside, weight_files
 from .errors import CheckpointError, OutputError
+from .hub_errors import one_line
 from .planning import Plan
 from .safetensors_header import read_header
 
@@ -75,6 +76,13 @@ def register_files(folder: Path, names: Iterable[str]) -> None:
     write_json(folder / REPORT_FILE, report)
 
 
+def listed_files(report: dict) -> list[str]:
+    """The files that a conversion report lists, without what is no file inside the artifact."""
+    names = report.get("files")
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and stays_inside(name)]
+
+
 def own_files(folder: Path) -> list[str]:
     """The files that make up an artifact: those that its report lists, and the weights that load.
 
@@ -84,9 +92,13 @@ def own_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: it is no artifact, lists what lies outside, or lacks what it needs to load.
     """
-    listed = read_artifact(folder)[1].get("files", ())
-    if outside := [name for name in listed if not (isinstance(name, str) and stays_inside(name))]:
-        raise CheckpointError(f"{folder / REPORT_FILE} lists {outside[0]!r}, no file inside: repair it")
+    report = read_artifact(folder)[1]
+    listed = listed_files(report)
+    if listed != report.get("files"):
+        raise CheckpointError(
+            f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
+            "of files inside: convert again"
+        )
     weights, _, index = weight_files(str(folder), folder, None)
     for name in weights:
         read_header(folder / name, name)

@@ -100,7 +100,7 @@ def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) 
             _snapshot(model_id, commit, token, [single], None)
         if (folder / single).is_file():
             return
-        shards = _shard_names(folder / f"{single}.index.json")
+        shards = shard_names(folder / f"{single}.index.json")
         if shards:
             _snapshot(model_id, commit, token, [escape(name) for name in shards], NEVER_PATTERNS)
             return
@@ -111,13 +111,13 @@ def weights_cached(folder: Path, names: list[str]) -> bool:
     for single in SINGLE.values():
         if single in names:
             return (folder / single).is_file()
-        shards = _shard_names(folder / f"{single}.index.json")
+        shards = shard_names(folder / f"{single}.index.json")
         if shards:
             return all((folder / name).is_file() for name in shards)
     return False
 
 
-def _shard_names(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
     """The files an index names; [] if it is absent or damaged (opening the checkpoint says how)."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

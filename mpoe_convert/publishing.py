@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, card
-from .artifact import CARD_FILE, REPORT_FILE, file_names, is_weights, own_files, read_artifact
-from .checkpoint import stays_inside
-from .errors import HubError
-from .hub import SINGLE
+from .artifact import (
+    CARD_FILE,
+    REPORT_FILE,
+    file_names,
+    is_weights,
+    listed_files,
+    own_files,
+    read_artifact,
+)
+from .checkpoint import read_json_object
+from .errors import CheckpointError, HubError
+from .hub import SINGLE, shard_names
 from .hub_errors import explain_writing
 
 if TYPE_CHECKING:
@@ -69,9 +76,10 @@ class Pushed:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is at the destination; the branch's commit is None where that is to be made."""
+    """What is at the destination, or, where its branch is to be made, on the main one."""
 
     is_new: bool
+    lacks_branch: bool
     commit: str | None = None
     files: frozenset[str] = frozenset()
     is_artifact: bool = False
@@ -116,8 +124,8 @@ def push(
     with _explained(repo_id):
         if found.is_new:
             api.create_repo(repo_id, private=private or None)
-        if branch and found.commit is None:
-            api.create_branch(repo_id, branch=branch)
+        if found.lacks_branch:
+            api.create_branch(repo_id, branch=branch, revision=found.commit)
         commit = api.create_commit(
             repo_id,
             [*_additions(folder, files, repo_id), *(CommitOperationDelete(name) for name in stale)],
@@ -168,19 +176,21 @@ def _survey(to: Destination, api: HfApi) -> _Found:
             info = api.model_info(to.repo_id)
         except RepositoryNotFoundError:
             _check_new(user, to)
-            return _Found(is_new=True)
+            return _Found(is_new=True, lacks_branch=to.branch is not None)
         if not to.create_pr:  # whoever reads may propose
             api.auth_check(to.repo_id, write=True)
         _check_visibility(info, to)
+        lacks_branch = False
         try:
             info = api.model_info(to.repo_id, revision=to.branch) if to.branch else info
         except RevisionNotFoundError:
             if to.branch.startswith("refs/"):
                 raise
-            return _Found(is_new=False)
+            lacks_branch = True
     files = frozenset(file.rfilename for file in info.siblings or ())
-    config = _read_json(to.repo_id, "config.json", info.sha, api) if "config.json" in files else {}
-    found = _Found(False, info.sha, files, is_artifact="mpoe" in config)
+    found = _Found(False, lacks_branch, info.sha, files)
+    is_artifact = "config.json" in files and "mpoe" in _object(_fetch(to.repo_id, "config.json", found, api))
+    found = replace(found, is_artifact=is_artifact)
     if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
         there = ", ".join(sorted(files - OF_THE_HUB)[:4])
         raise HubError(
@@ -244,23 +254,24 @@ def _of_artifact(repo_id: str, found: _Found, api: HfApi) -> set[str]:
         return set()
     names = {WEIGHTS, INDEX}
     if REPORT_FILE in found.files:
-        listed = _read_json(repo_id, REPORT_FILE, found.commit, api).get("files", ())
-        names |= {name for name in listed if isinstance(name, str) and stays_inside(name)}
+        names |= set(listed_files(_object(_fetch(repo_id, REPORT_FILE, found, api))))
     if INDEX in found.files:
-        shards = _read_json(repo_id, INDEX, found.commit, api).get("weight_map", {})
-        names |= {name for name in shards.values() if is_weights(name)}
+        names |= {name for name in shard_names(_fetch(repo_id, INDEX, found, api)) if is_weights(name)}
     return names
 
 
-def _read_json(repo_id: str, name: str, commit: str, api: HfApi) -> dict:
-    """What a JSON file there holds; nothing if it is none. Raises HubError."""
+def _fetch(repo_id: str, name: str, found: _Found, api: HfApi) -> Path:
+    """A small file that is there, into the usual cache. Raises HubError."""
     with _explained(repo_id):
-        path = Path(api.hf_hub_download(repo_id, name, revision=commit))
+        return Path(api.hf_hub_download(repo_id, name, revision=found.commit))
+
+
+def _object(path: Path) -> dict:
+    """The JSON object that a file holds; nothing if it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return read_json_object(path)
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

@@ -142,7 +142,7 @@ class Uploads:
         repo = self.hub.repos[repo_id]
         if name in repo.revisions:
             return self._refuse(409, None, "Reference already exists")
-        repo.write(name, dict(repo.revisions["main"]))
+        repo.revisions[name], repo.commits[name] = repo.revisions["main"], repo.commits["main"]
         return self._json({})
 
     def _lfs_object(self, asked: dict) -> dict:

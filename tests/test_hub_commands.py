@@ -199,7 +199,19 @@ def test_weights_that_were_written_anew_are_those_that_go(out, artifact):
     assert set(own_files(out)) == listed - shards - {index} | {"model.safetensors"}
 
 
-def test_a_branch_is_made_and_the_main_one_is_left(hub, push, out):
+def test_a_report_and_an_index_there_that_are_damaged_delete_nothing(hub, push, out):
+    config = (out / "config.json").read_bytes()
+    damaged = {
+        "conversion_report.json": b'{"files": 3}',
+        "model.safetensors.index.json": b'{"weight_map": [1]}',
+    }
+    hub.add("me/moe", {"config.json": config, "theirs": b"theirs", **damaged})
+    assert push(out, "me/moe")["deleted"] == []
+    hub.add("me/moe", {"config.json": b"{{", "theirs": b"theirs"})
+    push(out, "me/moe", "--overwrite")
+
+
+def test_a_branch_is_made_and_the_main_one_is_left(hub, push, refused, out):
     push(out, "lab/moe")
     before = hub.repos["lab/moe"].commit("main")
     (out / "mpoe_recipe.yaml").write_text("# changed\n")
@@ -208,6 +220,9 @@ def test_a_branch_is_made_and_the_main_one_is_left(hub, push, out):
     repo = hub.repos["lab/moe"]
     assert repo.commit("main") == before
     assert repo.revisions["trial"]["mpoe_recipe.yaml"] == b"# changed\n"
+    hub.add("me/gpt", OTHER_MODEL)
+    said = refused("push", out, "me/gpt", "--token", "hf_me", "--branch", "trial")
+    assert "holds something else" in said and "trial" not in hub.repos["me/gpt"].revisions
     push(out, "me/new", "--branch", "trial")
     assert set(hub.repos["me/new"].revisions["main"]) == {".gitattributes"}
     assert set(hub.repos["me/new"].revisions["trial"]) == {*file_names(out), ".gitattributes"}
@@ -367,10 +382,11 @@ SPOILED = {
     "is not an artifact": lambda folder: (folder / "conversion_report.json").unlink(),
     "lacks modeling_mpoe.py": lambda folder: (folder / "modeling_mpoe.py").unlink(),
     "lacks 1 of the": lambda folder: next(folder.glob("model-00002*")).unlink(),
-    "lists '../dense/config.json', no file inside": lambda folder: edit_report(
+    "lists as files ['../dense/config.json']; expected names of": lambda folder: edit_report(
         folder, files=["../dense/config.json"]
     ),
-    "lists 3, no file": lambda folder: edit_report(folder, files=[3]),
+    "lists as files [3]; expected names of": lambda folder: edit_report(folder, files=[3]),
+    "lists as files 3; expected names of": lambda folder: edit_report(folder, files=3),
     "expected": lambda folder: next(folder.glob("model-00002*")).write_bytes(b"cut off"),
 }
 
