@@ -264,7 +264,6 @@ RECIPE_OPTIONS = (
         "--target-column", heading="Compression", help="Column with the target text, for encoder-decoders."
     ),
 )
-PUSH_NAMES = ("private", "create_pr", "branch", "commit_message")
 
 
 def token_option(heading: str) -> Callable:
@@ -315,6 +314,7 @@ PUSH_OPTIONS = (
         help="First line of the commit.  [default: what was converted, and by which version]",
     ),
 )
+PUSH_NAMES = ("private", "create_pr", "branch", "commit_message")
 COLUMN_OPTIONS = (
     option("--text-column", heading="Data", help="Column with the text."),
     option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from . import corpus, recording
-from .artifact import read_artifact
 from .corpus import Columns
 from .errors import DataError, TrainingError
 from .loading import from_pretrained, load_tokenizer, max_length, task_of
@@ -106,7 +105,7 @@ def evaluate(
     import transformers
 
     if record:
-        read_artifact(Path(model))
+        recording.check(Path(model))
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
     task, auto_class = task_of(model, task, token)

@@ -9,11 +9,14 @@ from . import card
 from .artifact import CARD_FILE, EVALUATION_REPORT_FILE, read_artifact, register_files, write_json
 from .checkpoint import read_json_object
 from .corpus import BUILDERS
-from .errors import OutputError
+from .errors import CheckpointError, OutputError
+from .hub_errors import one_line
 from .loading import AUTO_CLASSES
 from .snippets import PIPELINE_TAGS
 
 SECTION = "Evaluation"
+# What is read of a report again.
+_KEYS = {"task", "data", "split", "settings", "count", "metrics", "other", "against", "differences"}
 # By our names: the Hub's (https://huggingface.co/metrics), and a name for people.
 METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
@@ -36,16 +39,14 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
         evaluation: as `Evaluation.to_json` has it. Of files only the names are kept.
 
     Raises:
-        CheckpointError: the folder is no artifact, or its report of evaluations is damaged.
+        CheckpointError: the folder is no artifact, or its card or report of evaluations is damaged.
         OutputError: it cannot be written to.
     """
     folder = Path(folder)
-    read_artifact(folder)
     path = folder / EVALUATION_REPORT_FILE
     found = _without_paths(evaluation)
     try:
-        all_of_them = read_json_object(path, remedy="delete it")["evaluations"] if path.is_file() else []
-        all_of_them = [each for each in all_of_them if _subject(each) != _subject(found)] + [found]
+        all_of_them = [each for each in check(folder) if _subject(each) != _subject(found)] + [found]
         write_json(path, {"evaluations": all_of_them})
         card.set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, all_of_them)))
         _set_results(folder, [result for each in all_of_them for result in eval_results(each)])
@@ -54,14 +55,47 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
         raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
 
 
+def check(folder: Path) -> list[dict]:
+    """The evaluations that an artifact holds already.
+
+    Raises:
+        CheckpointError: nothing can be recorded in that folder, as `record` says.
+    """
+    read_artifact(folder)
+    _open_card(folder / CARD_FILE)
+    path = folder / EVALUATION_REPORT_FILE
+    if not path.is_file():
+        return []
+    found = read_json_object(path, "evaluations", remedy="delete it").get("evaluations")
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and each.keys() >= _KEYS for each in found
+    ):
+        raise CheckpointError(f"{path} holds no evaluations as this tool writes them: delete it")
+    return found
+
+
+def _open_card(path: Path):
+    """Raises CheckpointError: it is no card, or its front matter cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise CheckpointError(
+            f"{path} is no model card with front matter ({one_line(error)}): repair it"
+        ) from None
+
+
 def forget(path: Path) -> None:
     """Take all results out of a card: its model has changed."""
-    from huggingface_hub import ModelCard
-
     if not path.is_file():
         return
     card.remove_section(path, SECTION)
-    made = ModelCard.load(path)
+    try:
+        made = _open_card(path)
+    except CheckpointError:  # nobody reads results out of that
+        return
     if made.data.eval_results:
         made.data.eval_results = made.data.model_name = None
         made.save(path)
@@ -109,9 +143,7 @@ def _without_paths(evaluation: Mapping) -> dict:
 
 def _set_results(folder: Path, results: Sequence) -> None:
     """Put results into the card's metadata; others than of these data and metrics stay."""
-    from huggingface_hub import ModelCard
-
-    made = ModelCard.load(folder / CARD_FILE)
+    made = _open_card(folder / CARD_FILE)
     ours = {_place(result) for result in results}
     others = [result for result in made.data.eval_results or () if _place(result) not in ours]
     made.data.eval_results = [*others, *results]

@@ -17,6 +17,7 @@ from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune
 from mpoe_convert.artifact import file_names, own_files
 from mpoe_convert.card import for_repository
 from mpoe_convert.cli import main
+from mpoe_convert.errors import CheckpointError
 from mpoe_convert.snippets import PIPELINE_TAGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -166,6 +167,34 @@ def test_all_metrics_of_a_task_are_recorded(artifact, tmp_path):
     assert [result.metric_value for result in recorded] == [each.value for each in found.metrics.values()]
     assert {result.task_type for result in recorded} == {"text2text-generation"}
     assert len({result.metric_type for result in recorded}) == len(found.metrics) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "README.md",
+            "---\na: [\n---\n# Mine\n",
+            "README.md is no model card with front matter (while parsing",
+        ),
+        ("README.md", "---\n- a\n---\n# Mine\n", "README.md is no model card with front matter (repo card"),
+        (
+            "evaluation_report.json",
+            "[]",
+            "evaluation_report.json holds a JSON list, expected evaluations: delete",
+        ),
+        (
+            "evaluation_report.json",
+            '{"evaluations": [{}]}',
+            "holds no evaluations as this tool writes them: delete",
+        ),
+    ],
+)
+def test_what_is_damaged_is_told_before_anything_is_scored(name, content, said, out, text):
+    (out / name).write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        evaluate(str(out), str(text) + "-is-not-there", record=True)
+    assert (out / name).read_text() == content
 
 
 def test_only_an_artifact_takes_a_record(artifact, text):

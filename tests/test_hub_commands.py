@@ -404,6 +404,10 @@ def test_what_is_no_whole_artifact_is_not_pushed(said, hub, out):
 def test_the_reason_is_found_below_and_told_in_one_line():
     inside = RuntimeError("Error while uploading 'a.safetensors' to the Hub.")
     inside.__cause__ = ConnectionError("gone\naway")
+    late = str(explain_writing(TimeoutError("The write operation timed out"), "me/moe"))
+    assert late.startswith(
+        "the connection to the Hub failed for 'me/moe' (The write operation timed out): check"
+    )
     assert str(explain_writing(inside, "me/moe")).startswith(
         "the connection to the Hub failed for 'me/moe' (gone"
     )
@@ -449,6 +453,9 @@ def test_converted_from_the_hub_pushed_to_it_and_loaded_from_it(hub, ask, artifa
     assert (code, err) == (0, "") and document["base_model"] == "lab/dense"
     assert document["pushed"]["changed"] is False  # the same recipe makes the same bytes
     assert hub.repos["me/moe"].private
+    card = hub.repos["me/moe"].revisions["main"]["README.md"].decode()
+    assert ModelCard(card).data.base_model == "lab/dense"
+    assert "networks of [lab/dense](https://huggingface.co/lab/dense), revision" in card
 
     variables = environment(tmp_path / "home", hub.endpoint, HF_TOKEN="hf_me", HF_HUB_OFFLINE="0")
     variables["HF_MODULES_CACHE"] = str(tmp_path / "modules")
