@@ -653,7 +653,7 @@ def check_push(repo_id, pushing, overwrite, token) -> None:
         if given:
             raise click.UsageError(f"--{given[0]} belongs to --push-to-hub USER/NAME, which is not given.")
         return
-    from .publishing import Destination, check_destination
+    from .destination import Destination, check_destination
 
     options = {name: value for name, value in pushing.items() if name != "commit_message"}
     check_destination(Destination(repo_id, overwrite=overwrite, **options), token)

@@ -33,6 +33,7 @@ ORDER = [
         "moments",
         "verification",
         "publishing",
+        "destination",
         "pictures",
         "summary",
         "card",
