@@ -104,7 +104,7 @@ def build_matrix(
         factors = tuple(part.to(matrix) for part in corrected)
     elif plan.rank is not None:
         factors = factor(matrix, plan.rank, metric_for(recipe.metric, plan, matrix, moments))
-    elif plan.is_cut and moments is not None:
+    elif plan.is_cut and moments is not None and recipe.metric != "weights":
         moment = moments.of_inputs(plan, recipe.metric)
         fitted_to = nearest_chain(matrix, plan.sites, moment, svd=recipe.svd, seed=recipe.seed)
     fitted, discarded = kind.fit(fitted_to, plan.sites, recipe, generator, factors)

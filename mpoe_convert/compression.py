@@ -92,15 +92,8 @@ def prepare(
     candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
     if recipe.allocation == "measured":
         start = _uniform_ranks(recipe, whole, candidates)
-        losses = sensitivity.measure(
-            replace(whole, recipe=recipe),
-            checkpoint,
-            calibration,
-            batches,
-            start,
-            device,
-            lambda what, *steps: report(f"measuring: {what}", *steps, None),
-        )
+        work = replace(whole, recipe=recipe), checkpoint, calibration, batches, start, device
+        losses = sensitivity.measure(*work, lambda what, *steps: report(f"measuring: {what}", *steps, None))
         candidates = [_as_measured(each, start[each.name], losses) for each in candidates]
     ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
     plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)

@@ -241,10 +241,6 @@ class Recipe:
                 "metric loss given without --keep or --max-error; expected outputs, diagonal or weights for "
                 "chains that --bond-dim cuts"
             )
-        if self.calibrate and self.metric == "weights":
-            raise RecipeError(
-                "calibrate given with metric weights; expected metric outputs or diagonal, or no calibration"
-            )
 
     @classmethod
     def from_mapping(cls, values: Mapping) -> Recipe:
