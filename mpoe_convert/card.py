@@ -151,12 +151,13 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
+    dense = "the dense FFN" if plan.is_exact else "the dense FFN as far as it was kept"
     if kind.STARTS_EQUAL:
-        start = "Every expert starts as the dense FFN."
+        start = f"Every expert starts as {dense}."
     elif recipe.noise:
-        start = f"Expert 0 is the dense FFN, the others are perturbed by a relative {recipe.noise:g}."
+        start = f"Expert 0 is {dense}, the others are perturbed by a relative {recipe.noise:g}."
     else:
-        start = "Expert 0 is the dense FFN, the others are exact copies."
+        start = f"Expert 0 is {dense}, the others are exact copies."
     named = source_front_matter(checkpoint.folder).get("license_name") or report.license
     base, licence = name, f"The licence is that of its base: {named}."
     if checkpoint.revision:

@@ -298,6 +298,7 @@ def test_card_and_tables_say_what_was_compressed(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert f"store {report.plan.budget.chosen.keep:.1%} of the dense" in card and ", corrected)" in card
     assert report.divergence.in_words() in card and "| of outputs |" in card
+    assert "Expert 0 is the dense FFN as far as it was kept" in card
     out = Console(record=True, width=200, file=io.StringIO())
     print_plan(report.plan, out)
     print_report(report, "out", out, per_matrix=True)
@@ -322,6 +323,32 @@ def test_warnings_follow_what_was_measured(tmp_path):
     assert not near.warnings
     assert "far from the dense one" in far.warnings[0]
     assert "without calibration" in blind.warnings[0]
+
+
+def test_command_line_for_cut_chains(tmp_path):
+    from click.testing import CliRunner
+
+    from mpoe_convert.cli import main
+
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + k * k % 30}" for k in range(4000)))
+    asked = [str(folder), "--experts", "2", "--noise", "0", "--layout", "balanced", "--bond-dim", "4"]
+    asked += ["--calibrate", str(text), "--calibration-tokens", "1024", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, asked, env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out/conversion_report.json").read_text())
+    orders = report["neuron_orders"]
+    assert [order["ffn"] for order in orders] == report["ffns"]
+    applied = [order for order in orders if order["applied"]]
+    assert all(order["bisected_error"] < order["source_error"] for order in applied)
+    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFNs" if applied else "Neurons: no order"
+    assert words in done.output and "nats of divergence" in done.output
+    assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "(metric outputs, calibrated)" in card and "as far as it was kept" in card
+    assert not any("truncation lost" in warning for warning in report["warnings"])
 
 
 def test_command_line(tmp_path, capfd):
