@@ -29,6 +29,7 @@ _HOME = {
     "mask_centre": "training",
     "param_groups": "training",
     "plan": "compression",
+    "push": "publishing",
     "router_stats": "routing",
     "verify": "verification",
 }

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint import Checkpoint, read_json_object
+from .checkpoint import Checkpoint, read_json_object, stays_inside, weight_files
 from .errors import CheckpointError, OutputError
+from .hub_errors import one_line
 from .planning import Plan
+from .safetensors_header import read_header
 
 MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
@@ -21,6 +23,7 @@ RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
 TRAINING_REPORT_FILE = "training_report.json"
 EXPORT_REPORT_FILE = "export_report.json"
+EVALUATION_REPORT_FILE = "evaluation_report.json"
 # What `verify` and `inspect` read of a report.
 _REPORT_KEYS = {
     *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
@@ -72,6 +75,43 @@ def register_files(folder: Path, names: Iterable[str]) -> None:
     names = {*report.get("files", ()), *names}
     report["files"] = sorted(name for name in names if (folder / name).is_file())
     write_json(folder / REPORT_FILE, report)
+
+
+def listed_files(report: dict) -> list[str]:
+    """The files that a conversion report lists, without what is no file inside the artifact."""
+    names = report.get("files")
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and stays_inside(name)]
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files that make up an artifact: those that its report lists, and the weights that load.
+
+    A training loop may have written the weights anew, in other files. Whatever else lies in the folder, such
+    as checkpoints and notes, is not the artifact's.
+
+    Raises:
+        CheckpointError: it is no artifact, lists what lies outside, or lacks what it needs to load.
+    """
+    report = read_artifact(folder)[1]
+    listed = listed_files(report)
+    if listed != report.get("files"):
+        raise CheckpointError(
+            f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
+            "of files inside: convert again"
+        )
+    weights, _, index = weight_files(str(folder), folder, None)
+    for name in weights:
+        read_header(folder / name, name)
+    needed = {*weights, *filter(None, [index]), "config.json", MODELING_FILE, REPORT_FILE}
+    if missing := sorted(name for name in needed if not (folder / name).is_file()):
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which it needs to load: convert again")
+    beside = {name for name in listed if not is_weights(name) and (folder / name).is_file()}
+    return sorted(needed | beside)
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_output(output: Path, overwrite: bool) -> None:

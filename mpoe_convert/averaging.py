@@ -27,7 +27,7 @@ def expert_loads(source: Converted, request: Export) -> dict[str, Mapping[int, f
             f"the routers of {source.checkpoint.source} choose by task, so a text does not say how often "
             "they choose an expert; expected one --expert"
         )
-    batches = make_batches(request, replace(source.checkpoint, config=source.config))
+    batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
     model = load_converted(source, dtype="auto")
     keep_no_cache(model)
     with torch.no_grad(), router_stats(model) as stats:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import experts
+from .alternating import nearest_chain
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .factoring import factor
@@ -16,6 +17,7 @@ from .families import Source
 from .modeling_mpoe import contract_chain, matrix_shape, name_cores
 from .moments import FFNMoments, metric_for
 from .mpo import check_finite, relative_error
+from .neurons import reordered
 from .planning import MatrixPlan
 from .recipe import Recipe
 from .report import MatrixReport
@@ -62,6 +64,12 @@ def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) ->
     return (tensor if source.transposed else tensor.T).contiguous()
 
 
+def read_wide(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
+    """`read_matrix` in a dtype that can be decomposed: float64 as it is, all others in float32."""
+    matrix = read_matrix(checkpoint, source, device)
+    return matrix if matrix.dtype == torch.float64 else matrix.float()
+
+
 def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
     """The bias (out,) of a projection that has one. Raises CheckpointError on NaN or Inf."""
     tensor = checkpoint.read(source.bias)
@@ -76,17 +84,18 @@ def build_matrix(
     device: torch.device,
     moments: FFNMoments | None = None,
     corrected: tuple[Tensor, ...] = (),
+    order: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], MatrixReport]:
     """One projection's tensors, named below the projection and on the CPU, and their report.
 
     Args:
-        moments: the metric of a plan that compresses, and inputs to measure with.
+        moments: the metric of a plan that compresses or cuts chains, and inputs to measure with.
         corrected: what takes the matrix's place: two factors, or one matrix.
+        order: of the hidden neurons, new place -> old one; None: as in the source. The moments are in it.
     """
     stored = getattr(torch, plan.dtype)
     kind = experts.load(recipe.kind)
-    matrix = read_matrix(checkpoint, plan.source, device)
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    matrix = reordered(read_wide(checkpoint, plan.source, device), plan.role, order)
     generator = seeded(recipe.seed, plan.name)
     fitted_to, factors = matrix, None
     if len(corrected) == 1:
@@ -95,6 +104,9 @@ def build_matrix(
         factors = tuple(part.to(matrix) for part in corrected)
     elif plan.rank is not None:
         factors = factor(matrix, plan.rank, metric_for(recipe.metric, plan, matrix, moments))
+    elif plan.is_cut and moments is not None and recipe.metric != "weights":
+        moment = moments.of_inputs(plan, recipe.metric)
+        fitted_to = nearest_chain(matrix, plan.sites, moment, svd=recipe.svd, seed=recipe.seed)
     fitted, discarded = kind.fit(fitted_to, plan.sites, recipe, generator, factors)
     tensors, exact, clone, unrounded = {}, [], [], []
     for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted, strict=True)):
@@ -117,9 +129,12 @@ def build_matrix(
         before = relative_error(matrix, _matrix_of(unrounded, matrix.dtype))
     drift = _drift(exact, clone, matrix.dtype) if recipe.noise else 0.0
     if plan.spec["bias"] is not None:
-        bias = cast(plan.source.bias, read_bias(checkpoint, plan.source), stored)
+        bias = reordered(read_bias(checkpoint, plan.source), plan.role, order)
+        bias = cast(plan.source.bias, bias, stored)
         per_expert = plan.spec["bias"] == "per-expert"
         tensors["bias"] = bias.repeat(recipe.experts, 1) if per_expert else bias.clone()
+    if fitted_to is not matrix:
+        discarded = ()  # it says nothing of the distance to the matrix
     norm = float(matrix.norm()) ** 2 if any(discarded) else 1.0
     output_error = None if moments is None else moments.output_error(plan, matrix, made)
     measured = _Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)

@@ -29,10 +29,9 @@ from . import corpus
 from .building import read_bias, read_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
-from .factoring import thin_side
 from .families import Family, Source, projection_names
 from .loading import from_pretrained, load_tokenizer, positions
-from .moments import FFNMoments
+from .moments import FFNMoments, observed_side
 from .planning import FFNPlan, Plan
 from .recipe import BUILTIN_TEXT
 from .stock import build, stock_class
@@ -71,7 +70,7 @@ Progress = Callable[[str, int, int], None]
 # Text into batches
 
 
-def make_batches(recipe: CalibrationText, checkpoint: Checkpoint) -> list[Batch]:
+def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
     """Batches of the model's inputs from calibration text.
 
     Language models and encoders read blocks of tokens; encoder-decoders pairs of text and target, or, where
@@ -87,7 +86,7 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint) -> list[Batch]
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=False)
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
     length = min(MAX_LENGTH, positions(config) or MAX_LENGTH)
-    rows = _read(recipe)
+    rows = _read(recipe, token)
     if _writes_text(checkpoint) and recipe.target_column in rows.column_names:
         return _pair_batches(rows, tokenizer, recipe, length)
     blocks = corpus.language_blocks(rows, tokenizer, recipe.text_column, length)
@@ -127,7 +126,7 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
-def _read(recipe: CalibrationText):
+def _read(recipe: CalibrationText, token: str | None):
     from datasets import Dataset, concatenate_datasets
 
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -138,11 +137,11 @@ def _read(recipe: CalibrationText):
         parts.append(Dataset.from_dict({columns.text: [topics[name] for name in sorted(topics)]}))
     if sources and not parts:
         try:
-            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split)
+            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split, token)
         except DataError:  # no targets: texts alone will do
             pass
     if sources:
-        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split))
+        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split, token))
     return concatenate_datasets(parts)
 
 
@@ -357,7 +356,7 @@ class _Walk:
 
     def _watch(self, plan: FFNPlan, family: Family) -> None:
         modules = projection_modules(self.model, family, plan)
-        sides = {matrix.role: thin_side(matrix.rows, matrix.cols) for matrix in plan.matrices}
+        sides = {matrix.role: observed_side(matrix) for matrix in plan.matrices}
         path = plan.ffn.path
 
         def enter(module, args):
@@ -486,7 +485,7 @@ def _answers(
     for plan in plans:
         modules = projection_modules(model, family, plan)
         for matrix in plan.matrices:
-            side = thin_side(matrix.rows, matrix.cols)
+            side = observed_side(matrix)
             watch(plan.ffn.path, matrix.role, matrix.source, modules[matrix.role], side)
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
@@ -642,7 +641,7 @@ def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
     """A moment of n features needs n tokens, and something has to be held out."""
     if len(batches) < 2:
         raise DataError(f"calibration has {len(batches)} batch; expected two or more: one is held out")
-    needed = max(min(matrix.rows, matrix.cols) for matrix in plan.matrices)
+    needed = max(m.rows if observed_side(m) == "in" else m.cols for m in plan.matrices)
     seen = used_tokens(batches)
     if seen is not None and seen < needed:
         raise DataError(
@@ -664,7 +663,7 @@ def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Pat
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(json.dumps([FORMAT, checkpoint.config], sort_keys=True).encode())
-    key.update(repr([ffn.ffn for ffn in plan.ffns]).encode())
+    key.update(repr([(ffn.ffn, [observed_side(m) for m in ffn.matrices]) for ffn in plan.ffns]).encode())
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         with (checkpoint.folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())

@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import experts
+from . import experts, snippets
 from .checkpoint import Checkpoint
 from .report import MatrixReport, Report
+from .snippets import PIPELINE_TAGS
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 UNTRAINED = (
     "The router is untrained: this is a starting point for fine-tuning, not a better model than its base."
 )
-PAPER = "https://arxiv.org/abs/2203.01104"
+CITATION = """\
+## Citation
+
+The method is MPOE, [arXiv 2203.01104](https://arxiv.org/abs/2203.01104):
+
+```bibtex
+@inproceedings{gao2022mpoe,
+  title     = {Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models},
+  author    = {Gao, Ze-Feng and Liu, Peiyu and Zhao, Wayne Xin and Lu, Zhong-Yi and Wen, Ji-Rong},
+  booktitle = {Proceedings of the 29th International Conference on Computational Linguistics (COLING)},
+  year      = {2022}
+}
+```
+"""
 
 
 def source_front_matter(folder: Path) -> dict:
@@ -43,27 +57,33 @@ def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     front = source_front_matter(checkpoint.folder)
+    auto = main_auto_class(checkpoint.config, report.plan.model_type)
+    carried = {key: front[key] for key in CARRIED if front.get(key) is not None}
     data = ModelCardData(
         base_model=report.plan.source if checkpoint.revision else None,
         library_name="transformers",
         tags=["mpoe", "moe", "mixture-of-experts", "tensor-train", report.plan.model_type],
-        **{key: front[key] for key in CARRIED if front.get(key) is not None},
+        **{"pipeline_tag": PIPELINE_TAGS.get(auto)} | carried,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}")
     path.write_text(str(card), encoding="utf-8")
 
 
-def _body(report: Report, checkpoint: Checkpoint) -> str:
+def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
     return "\n\n".join(
         [
             _introduction(report, checkpoint),
             *(f"> **Warning:** {text}" for text in report.warnings),
-            _usage(report, checkpoint),
+            *_usage(checkpoint, auto),
             "## Parameters\n\n" + _totals(report),
-            *(["## Compression\n\n" + _compression(report)] if report.plan.budget else []),
+            *(
+                ["## Compression\n\n" + _compression(report)]
+                if report.plan.budget or report.divergence
+                else []
+            ),
             "## Reconstruction error\n\n" + _errors(report),
-            f"## Citation\n\nThe method is MPOE: [Parameter-Efficient Mixture-of-Experts Architecture for "
-            f"Pre-trained Language Models]({PAPER}), Gao et al., COLING 2022.\n",
+            "## Limits\n\n" + _limits(report, checkpoint),
+            CITATION,
         ]
     )
 
@@ -90,11 +110,23 @@ def write_export(
     path.write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8")
 
 
+def for_repository(text: str, repo_id: str) -> str:
+    """The card as it is to stand on the Hub: its snippets load that repository, its results bear its name."""
+    from huggingface_hub import ModelCard
+
+    text = snippets.with_model_id(text, repo_id)
+    if "\nmodel-index:" not in text:
+        return text
+    card = ModelCard(text)
+    card.data.model_name = repo_id.partition("/")[2]
+    return str(card)
+
+
 def set_section(path: Path, title: str, text: str) -> None:
-    """Put a section of that title into a card, before the citation; one that is there already is replaced."""
+    """Put a section of that title into a card, before the limits; one that is there already is replaced."""
     remove_section(path, title)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    place = next((i for i, line in enumerate(lines) if line == "## Citation"), len(lines))
+    place = next((i for i, line in enumerate(lines) if line in ("## Limits", "## Citation")), len(lines))
     lines[place:place] = [f"## {title}", "", *text.splitlines(), ""]
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -130,8 +162,8 @@ def describe_training(path: Path, report: dict) -> None:
         lines.append("Evaluation: " + ", ".join(f"{name[5:]} {numbers[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace(UNTRAINED, "See Training for what became of it since."), encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "See Training for what became of it since.")
+    path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")
 
 
 def _name(report: Report, checkpoint: Checkpoint) -> str:
@@ -142,32 +174,58 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
+    dense = "the dense FFN" if plan.is_exact else "the dense FFN as far as it was kept"
     if kind.STARTS_EQUAL:
-        start = "Every expert starts as the dense FFN."
+        start = f"Every expert starts as {dense}."
     elif recipe.noise:
-        start = f"Expert 0 is the dense FFN, the others are perturbed by a relative {recipe.noise:g}."
+        start = f"Expert 0 is {dense}, the others are perturbed by a relative {recipe.noise:g}."
     else:
-        start = "Expert 0 is the dense FFN, the others are exact copies."
+        start = f"Expert 0 is {dense}, the others are exact copies."
+    named = source_front_matter(checkpoint.folder).get("license_name") or report.license
+    base, licence = name, f"The licence is that of its base: {named}."
+    if checkpoint.revision:
+        base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
+    if named is None:
+        licence = "The card of its base names no licence; whatever terms hold for that hold for this."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
-        f"{len(plan.ffns)} feed-forward networks of {name} were converted by mpoe-convert into mixtures of "
+        f"{len(plan.ffns)} feed-forward networks of {base} were converted by mpoe-convert into mixtures of "
         f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {kind.ABOUT}. {start} "
-        f"{UNTRAINED}"
+        f"{UNTRAINED}\n\n{licence}"
     )
 
 
-def _usage(report: Report, checkpoint: Checkpoint) -> str:
-    auto = main_auto_class(checkpoint.config, report.plan.model_type)
+def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
     has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
-    lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
-    lines.append(f'model = {auto}.from_pretrained("path/to/this", trust_remote_code=True)')
-    if has_tokenizer:
-        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this", trust_remote_code=True)')
-    code = "\n".join(lines)
-    return (
-        f"## How to load it\n\n```python\n{code}\n```\n\n"
-        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
-    )
+    parts = [
+        f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer)}\n```",
+        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers.",
+    ]
+    code = snippets.training(auto) if has_tokenizer else None
+    if code:
+        parts += [
+            "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
+            f"with PEFT:\n\n```python\n{code}\n```",
+            "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
+            f"from the Hub:\n\n```\n{snippets.command(auto)}\n```",
+        ]
+    return parts
+
+
+def _limits(report: Report, checkpoint: Checkpoint) -> str:
+    totals, name = report.plan.totals, _name(report, checkpoint)
+    stored = totals.stored_params / totals.dense_params
+    flops = totals.flops_per_token / totals.dense_flops_per_token
+    lines = [
+        f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
+        "token. Experts that were never trained apart give nothing in return.",
+        f"What {name} gets wrong, and the biases of its training data, came along with its weights.",
+        "Nothing is known of its quality but what this card says was measured.",
+        "Its code lies beside it; programs that bring their own for every architecture do not know it.",
+    ]
+    if report.plan.kept_dense:
+        lines.insert(1, f"{len(report.plan.kept_dense)} feed-forward networks stayed dense.")
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def main_auto_class(config: dict, model_type: str) -> str:
@@ -216,9 +274,14 @@ def _errors(report: Report) -> str:
 def _compression(report: Report) -> str:
     """What the FFNs store and how far that took the model from the dense one."""
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
-    text = f"The FFNs store {budget.chosen.keep:.1%} of the dense FFNs' numbers (metric {recipe.metric}"
-    text += f", calibrated on {budget.tokens:,} tokens" if budget.tokens else ", without calibration"
-    text += ", corrected)." if recipe.correct else ")."
+    totals = report.plan.ffn_totals
+    calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
+    details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
+    details += ["corrected"] if recipe.correct else []
+    text = (
+        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
+        f"({', '.join(details)})."
+    )
     return text if found is None else f"{text} {found.in_words()}"
 
 

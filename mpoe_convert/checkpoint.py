@@ -251,7 +251,7 @@ def _most(count: object) -> int:
 
 
 def _open_folder(source: str, folder: Path, revision: str | None, config: dict) -> Checkpoint:
-    files, weight_map, index = _weight_files(source, folder, revision)
+    files, weight_map, index = weight_files(source, folder, revision)
     bins = BinReader()
     tensors: dict[str, TensorInfo] = {}
     shared: dict[str, str] = {}
@@ -274,8 +274,11 @@ def _open_folder(source: str, folder: Path, revision: str | None, config: dict) 
     return Checkpoint(source, folder, revision, config, _natural(tensors), shared, _bins=bins)
 
 
-def _weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[str], dict[str, str], str]:
-    """The weight files by transformers' order of preference; the index that named them, if any."""
+def weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[str], dict[str, str], str]:
+    """The weight files by transformers' order of preference; what their index says, and its name, if any.
+
+    Raises CheckpointError: there are none, or not all that the index names.
+    """
     for single in hub.SINGLE.values():
         if (folder / single).is_file():
             return [single], {}, ""
@@ -313,7 +316,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
         ) from exc
     files = sorted(set(weight_map.values()))
     for file in files:
-        if not _stays_inside(file) or PurePosixPath(file).suffix != suffix:
+        if not stays_inside(file) or PurePosixPath(file).suffix != suffix:
             raise CheckpointError(
                 f"{path} names the file {file!r}, expected a {suffix} file inside the folder: "
                 "do not trust this checkpoint"
@@ -327,7 +330,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
     return weight_map
 
 
-def _stays_inside(file: str) -> bool:
+def stays_inside(file: str) -> bool:
     """Judge the name, not where it leads: in the Hub's cache files are links to blobs elsewhere."""
     parts = PurePosixPath(file).parts
     plain = bool(parts) and ".." not in parts and "\\" not in file and file.isprintable()

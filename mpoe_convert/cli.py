@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,10 +19,21 @@ from click.shell_completion import CompletionItem
 
 from . import __version__
 from .corpus import TASKS
-from .errors import MachineError, MpoeError, RecipeError, RunError
+from .errors import HubError, MachineError, MpoeError, RecipeError, RunError
 from .experts import KINDS
 from .exports import TARGETS, Export
-from .recipe import ALLOCATIONS, BIASES, DTYPES, GAUGES, METRICS, SVDS, Recipe, normalised, read_recipe
+from .recipe import (
+    ALLOCATIONS,
+    BIASES,
+    DTYPES,
+    GAUGES,
+    METRICS,
+    NEURON_ORDERS,
+    SVDS,
+    Recipe,
+    normalised,
+    read_recipe,
+)
 from .runs import PRECISIONS, Finetuning
 from .sites import LAYOUTS
 from .training import FROZEN, UNITS
@@ -194,6 +206,12 @@ RECIPE_OPTIONS = (
         type=click.Choice(GAUGES),
         help="Where the shared centre stands: TT-SVD's orthogonality centre, or the matrix itself between identities.",
     ),
+    option(
+        "--neuron-order",
+        heading="Decomposition",
+        type=click.Choice(NEURON_ORDERS),
+        help="Where bonds are cut: put hidden neurons that look alike next to each other if that loses less, or leave them as in the source.",
+    ),
     option("--device", heading="Decomposition", help="auto, cpu, cuda, cuda:N or mps."),
     option(
         "--dtype",
@@ -218,13 +236,13 @@ RECIPE_OPTIONS = (
         "--allocation",
         heading="Compression",
         type=click.Choice(ALLOCATIONS),
-        help="How ranks are shared out under --keep: least expected change of the loss, least squared relative error, or the same share of every matrix.  [default: loss with --metric loss, else energy]",
+        help="How ranks are shared out under --keep: least expected change of the loss, the same as measured by cutting every matrix alone, least squared relative error, or the same share of every matrix.  [default: loss with --metric loss, else energy]",
     ),
     option(
         "--metric",
         heading="Compression",
         type=click.Choice(METRICS),
-        help="What a compressed matrix is to be near in: its outputs on the calibration text as the model's loss weighs them (gradients, the whole model in memory), its outputs, its inputs' sizes, or its weights.  [default: loss with --calibrate, else weights]",
+        help="What a compressed matrix, or a chain whose bonds are cut, is to be near in: its outputs on the calibration text as the model's loss weighs them (gradients, the whole model in memory), its outputs, its inputs' sizes, or its weights.  [default: loss with --calibrate (outputs for chains that --bond-dim cuts), else weights]",
     ),
     option(
         "--correct",
@@ -247,6 +265,14 @@ RECIPE_OPTIONS = (
         "--target-column", heading="Compression", help="Column with the target text, for encoder-decoders."
     ),
 )
+
+
+def token_option(heading: str) -> Callable:
+    return option(
+        "--token", heading=heading, envvar="HF_TOKEN", help="Hub token; by default the stored login."
+    )
+
+
 SOURCE_OPTIONS = (
     option(
         "--config",
@@ -254,12 +280,7 @@ SOURCE_OPTIONS = (
         type=click.Path(dir_okay=False),
         help="Recipe file (YAML) with the same names, output included; the command line wins.",
     ),
-    option(
-        "--token",
-        heading="Source",
-        envvar="HF_TOKEN",
-        help="Hub token; by default the stored login.",
-    ),
+    token_option("Source"),
 )
 COMMON_OPTIONS = (
     option(
@@ -279,6 +300,22 @@ COMMON_OPTIONS = (
     ),
 )
 
+PUSH_OPTIONS = (
+    option("--private", heading="Hub", is_flag=True, help="Make the repository private, if it is made."),
+    option("--create-pr", heading="Hub", is_flag=True, help="Open a pull request instead of committing."),
+    option(
+        "--branch",
+        heading="Hub",
+        help="Branch to commit to, made if it is not there.  [default: main]",
+    ),
+    option(
+        "--commit-message",
+        heading="Hub",
+        metavar="TEXT",
+        help="First line of the commit.  [default: what was converted, and by which version]",
+    ),
+)
+PUSH_NAMES = ("private", "create_pr", "branch", "commit_message")
 COLUMN_OPTIONS = (
     option("--text-column", heading="Data", help="Column with the text."),
     option("--target-column", heading="Data", help="Column with the target text, for seq2seq."),
@@ -522,7 +559,7 @@ def main() -> None:
         "--overwrite",
         heading="Output",
         is_flag=True,
-        help="Replace an artifact that is already there.",
+        help="Replace an artifact that is already there. With --push-to-hub also: commit over a repository that holds something else.",
     ),
     option(
         "--dry-run",
@@ -530,34 +567,126 @@ def main() -> None:
         is_flag=True,
         help="Show the plan and write nothing, like the command plan.",
     ),
+    option(
+        "--push-to-hub",
+        "repo_id",
+        heading="Hub",
+        metavar="USER/NAME",
+        help="Push the artifact to this repository; what can be checked there is checked first.",
+    ),
+    *PUSH_OPTIONS,
     *SOURCE_OPTIONS,
     *RECIPE_OPTIONS,
     *COMMON_OPTIONS,
 )
-def convert(model, output, overwrite, dry_run, config, token, as_json, quiet, verbose, **options) -> None:
+def convert(
+    model, output, overwrite, dry_run, repo_id, config, token, as_json, quiet, verbose, **options
+) -> None:
     """Convert MODEL (the command's name may be left out)."""
     with told_in_one_line(verbose, quiet):
+        pushing = {name: options.pop(name) for name in PUSH_NAMES}
         recipe, named = make_recipe(model, config, options)
         output = output or named
+        if not (output or dry_run):
+            raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+        check_push(repo_id, pushing, overwrite, token)
         if dry_run:
             show_plan(recipe, token, as_json, quiet)
             return
-        if not output:
-            raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
-        run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose)
+        report = run_conversion(recipe, output, overwrite, token, quiet)
+        if not (as_json or quiet):
+            show_conversion(report, output, verbose)
+        pushed = {}
+        if repo_id:
+            with naming_what_is_left(output, repo_id, pushing, overwrite):
+                pushed = {"pushed": run_push(output, repo_id, pushing, overwrite, token, as_json or quiet)}
+        if as_json:
+            echo_json(report.to_json() | pushed)
 
 
-def run_conversion(recipe, output, overwrite, token, as_json, quiet, verbose) -> None:
+def run_conversion(recipe, output, overwrite, token, quiet):
     from . import render
     from .conversion import convert as convert_checkpoint
 
     keep_calibration_quiet(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
-        report = convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
-    if as_json:
-        echo_json(report.to_json())
-    elif not quiet:
-        render.print_report(report, output, render.console(), per_matrix=verbose > 0)
+        return convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
+
+
+def show_conversion(report, output, verbose) -> None:
+    from . import render
+
+    render.print_report(report, output, render.console(), per_matrix=verbose > 0)
+
+
+@main.command(cls=GroupedCommand)
+@click.argument("artifact", type=click.Path())
+@click.argument("repo_id", metavar="USER/NAME")
+@add(
+    *PUSH_OPTIONS,
+    option(
+        "--overwrite",
+        heading="Hub",
+        is_flag=True,
+        help="Commit over a repository that holds something else; files that are not replaced stay.",
+    ),
+    token_option("Hub"),
+    *COMMON_OPTIONS,
+)
+def push(artifact, repo_id, overwrite, token, as_json, quiet, verbose, **pushing) -> None:
+    """Push an artifact to a repository of the Hub, which is made if need be.
+
+    Only its own files, in one commit. A push that failed goes on when it is repeated.
+    """
+    with told_in_one_line(verbose, quiet):
+        try:
+            pushed = run_push(artifact, repo_id, pushing, overwrite, token, as_json or quiet)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("run it again to go on") from None
+        if as_json:
+            echo_json(pushed)
+
+
+def check_push(repo_id, pushing, overwrite, token) -> None:
+    """Before a conversion: whether its result could be pushed."""
+    if repo_id is None:
+        given = [name.replace("_", "-") for name, value in pushing.items() if value]
+        if given:
+            raise click.UsageError(f"--{given[0]} belongs to --push-to-hub USER/NAME, which is not given.")
+        return
+    from .destination import Destination, check_destination
+
+    options = {name: value for name, value in pushing.items() if name != "commit_message"}
+    check_destination(Destination(repo_id, overwrite=overwrite, **options), token)
+
+
+def run_push(artifact, repo_id, pushing, overwrite, token, silent) -> dict:
+    from dataclasses import asdict
+
+    from . import render
+    from .publishing import push as push_artifact
+
+    render.quiet_hub()
+    pushed = push_artifact(artifact, repo_id, overwrite=overwrite, token=token, **pushing)
+    if not silent:
+        render.print_push(pushed, render.console())
+    return asdict(pushed)
+
+
+@contextmanager
+def naming_what_is_left(output: str, repo_id: str, pushing: dict, overwrite: bool) -> Iterator[None]:
+    """When a push behind a conversion ends early, say that the artifact is there and how to go on."""
+    words = ["mpoe-convert", "push", output, repo_id]
+    for name, value in {**pushing, "overwrite": overwrite}.items():
+        if value:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    left = f"the artifact is in {output}, go on with: {shlex.join(words)}"
+    try:
+        yield
+    except HubError as error:
+        raise HubError(f"{error}; {left}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(left) from None
 
 
 def keep_calibration_quiet(recipe: Recipe) -> None:
@@ -641,12 +770,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
         metavar="MODEL",
         help="Dense model to compare with.  [default: the one it was converted from]",
     ),
-    option(
-        "--token",
-        heading="Source",
-        envvar="HF_TOKEN",
-        help="Hub token; by default the stored login.",
-    ),
+    token_option("Source"),
     option(
         "--tolerance",
         heading="General",
@@ -686,9 +810,10 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
         help="File (YAML) with the same names; the command line wins.",
     ),
     *FINETUNING_OPTIONS,
+    token_option("Data"),
     *COMMON_OPTIONS,
 )
-def finetune(model, output, resume, config, as_json, quiet, verbose, **options) -> None:
+def finetune(model, output, resume, config, token, as_json, quiet, verbose, **options) -> None:
     """Train a converted (or any) MODEL on texts by transformers' Trainer.
 
     Several devices: accelerate launch -m mpoe_convert finetune MODEL ...
@@ -704,7 +829,7 @@ def finetune(model, output, resume, config, as_json, quiet, verbose, **options) 
         run = Finetuning.from_mapping(values | given)
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
-        run_finetuning(run, output, resume, as_json, quiet)
+        run_finetuning(run, output, resume, token, as_json, quiet)
 
 
 @main.command(cls=GroupedCommand)
@@ -749,6 +874,13 @@ def finetune(model, output, resume, config, as_json, quiet, verbose, **options) 
     option("--limit", heading="Scoring", type=int, help="Score so many windows or examples only."),
     option("--device", heading="Scoring", help="auto, cpu, cuda, cuda:N or mps."),
     option("--seed", heading="Scoring", type=int, help="Seed of the bootstrap, and of what is masked."),
+    option(
+        "--record",
+        heading="General",
+        is_flag=True,
+        help="Write the results into MODEL, an artifact's folder: evaluation_report.json, its card and the card's metadata.",
+    ),
+    token_option("Data"),
     *COMMON_OPTIONS,
 )
 def evaluate(model, as_json, quiet, verbose, **options) -> None:
@@ -878,7 +1010,7 @@ def need(command: str, *libraries: str, extra: str = "train") -> None:
         )
 
 
-def run_finetuning(run: Finetuning, output, resume, as_json, quiet) -> None:
+def run_finetuning(run: Finetuning, output, resume, token, as_json, quiet) -> None:
     need("finetune", "accelerate", "datasets")
     from accelerate import PartialState
 
@@ -888,7 +1020,7 @@ def run_finetuning(run: Finetuning, output, resume, as_json, quiet) -> None:
     render.quiet_libraries()
     try:
         with render.training_progress(render.console(stderr=True), not quiet) as progress:
-            report = train(run, output, resume=resume, progress=progress)
+            report = train(run, output, resume=resume, token=token, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"checkpoints in {output}, if any, are continued with --resume") from None
     if not PartialState().is_main_process:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from . import allocation
+from . import allocation, sensitivity
 from .allocation import Candidate, Ranks
-from .building import pick_device, read_matrix
+from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
 from .correction import Corrections, check_correctable, correct
@@ -60,7 +60,7 @@ def plan(
     checkpoint = open_checkpoint(
         recipe.model, revision=recipe.revision, token=token, headers_only=headers_only
     )
-    return prepare(recipe, checkpoint, calibration, progress, only_plan=True).plan
+    return prepare(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
 
 
 def prepare(
@@ -70,39 +70,31 @@ def prepare(
     progress: Progress | None = None,
     *,
     only_plan: bool = False,
+    token: str | None = None,
 ) -> Prepared:
     """The plan for an opened checkpoint, with ranks if the recipe compresses. Raises MpoeError.
 
     Args:
         only_plan: leave out corrections, which change no plan.
+        token: for calibration data on the Hub.
     """
     whole = plan_checkpoint(recipe, checkpoint)
-    if not recipe.compresses:
-        if batches is not None:
-            raise RecipeError("calibration given without --keep or --max-error; nothing is compressed then")
-        return Prepared(whole)
     calibrated = bool(recipe.calibrate) or batches is not None
-    recipe = _resolved(whole.recipe, calibrated)
-    device = pick_device(recipe.device)
-    if device.type == "mps":
-        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
-    _check_smallest(recipe, whole)
     report = progress or (lambda *_: None)
+    if not recipe.compresses:
+        return _prepare_chains(whole, checkpoint, batches, report, only_plan, token)
+    recipe = _resolved(whole.recipe, calibrated)
+    device = _device(recipe)
+    _check_smallest(recipe, whole)
     calibration = None
     if calibrated:
-        _check_libraries(recipe)
-        batches = make_batches(recipe, checkpoint) if batches is None else list(batches)
-        if recipe.correct:
-            check_correctable(whole, batches)
-        calibration = calibrate(
-            whole,
-            checkpoint,
-            device,
-            batches,
-            gradients=recipe.metric == "loss",
-            progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
-        )
+        calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report, token)
     candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
+    if recipe.allocation == "measured":
+        start = _uniform_ranks(recipe, whole, candidates)
+        work = replace(whole, recipe=recipe), checkpoint, calibration, batches, start, device
+        losses = sensitivity.measure(*work, lambda what, *steps: report(f"measuring: {what}", *steps, None))
+        candidates = [_as_measured(each, start[each.name], losses) for each in candidates]
     ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
     plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
     if only_plan or not recipe.correct:
@@ -116,6 +108,63 @@ def prepare(
         lambda *step: report("correcting: " + step[0], *step[1:], None),
     )
     return Prepared(plan, calibration, corrections, batches)
+
+
+def _prepare_chains(
+    whole: Plan,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None,
+    report: Progress,
+    only_plan: bool,
+    token: str | None,
+) -> Prepared:
+    """Without a budget: metrics for the chains that --bond-dim cuts, if the recipe asks for some."""
+    recipe = whole.recipe
+    if not recipe.calibrate and batches is None:
+        if recipe.metric not in (None, "weights"):
+            raise RecipeError(f"metric is {recipe.metric!r}; expected --calibrate with it")
+        return Prepared(whole)
+    if not any(matrix.is_cut for matrix in whole.matrices):
+        raise RecipeError(
+            "calibration given, and nothing is cut; expected --keep, --max-error or, with "
+            "--layout balanced, a lower --bond-dim"
+        )
+    whole = replace(whole, recipe=recipe.replace(metric=recipe.metric or "outputs"))
+    if only_plan:
+        return Prepared(whole)
+    calibration, batches = _calibrated(whole, checkpoint, batches, report, token)
+    return Prepared(whole, calibration, batches=batches)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    device = pick_device(recipe.device)
+    if device.type == "mps":
+        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
+    return device
+
+
+def _calibrated(
+    whole: Plan,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None,
+    report: Progress,
+    token: str | None,
+) -> tuple[Calibration, list[Batch]]:
+    """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
+    recipe = whole.recipe
+    _check_libraries(recipe)
+    batches = make_batches(recipe, checkpoint, token) if batches is None else list(batches)
+    if recipe.correct:
+        check_correctable(whole, batches)
+    calibration = calibrate(
+        whole,
+        checkpoint,
+        _device(recipe),
+        batches,
+        gradients=recipe.metric == "loss",
+        progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
+    )
+    return calibration, batches
 
 
 def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
@@ -147,8 +196,7 @@ def _candidates(
         moments = calibration.load(ffn.ffn.path) if calibration else None
         for matrix in ffn.matrices:
             report(f"spectrum of {matrix.name}", done, len(plan.ffns), None)
-            weight = read_matrix(checkpoint, matrix.source, device)
-            weight = weight if weight.dtype == torch.float64 else weight.float()
+            weight = read_wide(checkpoint, matrix.source, device)
             values = spectrum(weight, metric_for(plan.recipe.metric, matrix, weight, moments)).cpu().numpy()
             found.append(_candidate(matrix, values, plan.recipe))
     return found
@@ -163,6 +211,20 @@ def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candid
         losses = losses / losses[0]
     rows, cols, copies = matrix.rows, matrix.cols, _copies(matrix)
     return Candidate(matrix.name, copies * (rows + cols), copies * rows * cols, losses)
+
+
+def _uniform_ranks(recipe: Recipe, whole: Plan, candidates: list[Candidate]) -> Ranks:
+    """Where sensitivities are measured: the same share of every matrix."""
+    budget = int(recipe.keep * whole.ffn_totals.dense_params) - _fixed(whole)
+    return allocation.uniform(candidates, budget, allocation.smallest(candidates))
+
+
+def _as_measured(each: Candidate, rank: int | None, losses: dict[str, float]) -> Candidate:
+    """The candidate with its spectrum's losses in the measured unit: right at that rank."""
+    expected = each.loss(rank)
+    if rank is None or expected <= 0:
+        return each
+    return replace(each, losses=each.losses * max(losses[each.name], 0.0) / expected)
 
 
 def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:
@@ -221,7 +283,8 @@ def _check_libraries(recipe: Recipe) -> None:
 
 def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:
     errors = [each.error(ranks[each.name]) for each in candidates]
-    loss = sum(each.loss(ranks[each.name]) for each in candidates) if recipe.allocation == "loss" else None
+    in_nats = recipe.allocation in ("loss", "measured")
+    loss = sum(each.loss(ranks[each.name]) for each in candidates) if in_nats else None
     return BudgetPoint(keep, float(np.mean(np.square(errors)) ** 0.5), loss)
 
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from . import artifact, card, experts
-from .building import build_matrix, cast, pick_device, seeded
+from .building import build_matrix, cast, pick_device, read_wide, seeded
 from .calibration import Batch
 from .checkpoint import Checkpoint, open_checkpoint
 from .compression import Prepared, prepare
 from .divergence import measure
 from .errors import MachineError, MpoeError
 from .mpo import check_finite
+from .neurons import choose_order
 from .planning import FFNPlan, is_buffer
 from .recipe import Recipe
-from .report import MatrixReport, Report
+from .report import MatrixReport, NeuronOrder, Report
 from .weight_files import save_shard, write_index
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -44,7 +45,7 @@ def convert(
         recipe: what to convert and how.
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
-        token: Hub token for gated or private models; by default the stored login.
+        token: Hub token for gated or private models and data; by default the stored login.
         calibration: batches of the model's inputs to calibrate on, instead of the recipe's text.
         progress: called with (what is worked on, FFNs done, FFNs in all, a matrix's report when it is done).
 
@@ -59,7 +60,7 @@ def convert(
     pick_device(recipe.device)
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token)
     source = checkpoint.folder if checkpoint.revision is None else None
-    prepared = prepare(recipe, checkpoint, calibration, progress)
+    prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
     artifact.check_fit(output, source, prepared.plan.totals.stored_bytes)
     with artifact.staged(output, overwrite) as folder:
         report = _write(folder, prepared, checkpoint, progress)
@@ -81,7 +82,7 @@ def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: P
         device = pick_device(plan.recipe.device)
         divergence = measure(plan, checkpoint, folder, prepared.batches, device)
     license = card.source_license(checkpoint.folder)
-    report = Report(plan, tuple(builder.reports), license, divergence)
+    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders))
     card.write(folder / artifact.CARD_FILE, report, checkpoint)
     _write_recipe(folder / artifact.RECIPE_FILE, plan.recipe)
     files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})
@@ -109,6 +110,7 @@ class _Builder:
         self.ffns_done = 0
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
+        self.orders: list[NeuronOrder] = []
 
     def take(self, name: str) -> Tensor:
         """The named tensor; what else its FFN yields is kept until it is asked for."""
@@ -131,13 +133,18 @@ class _Builder:
         tensors = {}
         router = f"{plan.ffn.key}.router.weight"
         recipe = self.plan.recipe
+        order = self._neuron_order(plan)
         moments = self.prepared.moments(plan.ffn.path)
+        if moments is not None:
+            moments = moments.reordered(order)
         tensors[router] = _router(self.out[router].shape, recipe.seed, router)
         for number, matrix in enumerate(plan.matrices, start=1):
             self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
             corrected = self.prepared.corrections.load(matrix.name) if self.prepared.corrections else ()
             with _naming(matrix.name):
-                built, report = build_matrix(matrix, recipe, self.checkpoint, self.device, moments, corrected)
+                built, report = build_matrix(
+                    matrix, recipe, self.checkpoint, self.device, moments, corrected, order
+                )
             self.reports.append(report)
             self.ffns_done += number == len(plan.matrices)
             self.progress(matrix.name, self.ffns_done, len(self.ffns), report)
@@ -152,6 +159,17 @@ class _Builder:
         for name, (shape, dtype) in plan.tensors.items():
             assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
         return tensors
+
+    def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
+        """An order that cut chains gain from; None: that of the source."""
+        if not self.plan.seeks_order(plan):
+            return None
+        self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
+        with _naming(plan.ffn.path):
+            matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
+            order, report = choose_order(plan, matrices, self.plan.recipe)
+        self.orders.append(report)
+        return order
 
 
 @contextmanager

@@ -38,13 +38,16 @@ class Columns:
         return (self.text, *more, *([self.routed_by] if self.routed_by else ()))
 
 
-def read(sources: Sequence[str], columns: Columns, task: str, split: str = "train") -> Dataset:
+def read(
+    sources: Sequence[str], columns: Columns, task: str, split: str = "train", token: str | None = None
+) -> Dataset:
     """The rows of files and Hub datasets, one after the other, with the columns that the task needs.
 
     Args:
         sources: paths of `.txt` (each a text of its own), `.jsonl`/`.json`, `.csv`, `.tsv` and `.parquet`
             files, or Hub ids, as `owner/name` or `owner/name:subset`.
         split: of Hub datasets.
+        token: for Hub datasets that are private or gated; by default the stored login.
 
     Raises:
         DataError: a source is missing, cannot be read, or lacks a column.
@@ -53,7 +56,7 @@ def read(sources: Sequence[str], columns: Columns, task: str, split: str = "trai
 
     if not sources:
         raise DataError("no data given; expected files (.txt, .jsonl, .csv, .tsv, .parquet) or a Hub dataset")
-    parts = [_read_one(source, split) for source in sources]
+    parts = [_read_one(source, split, token) for source in sources]
     needed = columns.needed(task)
     for source, part in zip(sources, parts, strict=True):
         if lacks := [name for name in needed if name not in part.column_names]:
@@ -69,7 +72,7 @@ def read(sources: Sequence[str], columns: Columns, task: str, split: str = "trai
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
 
 
-def _read_one(source: str, split: str) -> Dataset:
+def _read_one(source: str, split: str, token: str | None) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -84,7 +87,7 @@ def _read_one(source: str, split: str) -> Dataset:
                 f"{', '.join(BUILDERS)}"
             )
         name, _, subset = source.partition(":")
-        return load_dataset(name, subset or None, split=split)
+        return load_dataset(name, subset or None, split=split, token=token)
     except DatasetNotFoundError as error:
         raise DataError(f"{source} is neither a file nor a dataset that can be reached: {error}") from None
     except (DatasetGenerationError, ConnectionError, ValueError, OSError) as error:

@@ -27,42 +27,55 @@ def measure(
     """Compare the artifact in a folder with its dense model on the batches that are held out."""
     import transformers
 
-    held_out = _limited(split(batches)[1])
+    held_out = limited(split(batches)[1], MAX_TOKENS)
     auto_class = main_auto_class(checkpoint.config, plan.model_type)
-    sums = _Sums()
+    comparison = Comparison(auto_class)
     with torch.no_grad():
         with streamed_model(plan, checkpoint, device) as model:
-            expected = [_output(run_batch(model, batch)) for batch in held_out]
+            expected = [compared_output(run_batch(model, batch)) for batch in held_out]
         model = (
             from_pretrained(getattr(transformers, auto_class), str(folder), dtype="auto").to(device).eval()
         )
         keep_no_cache(model)
         for batch in held_out:
-            found, has_logits = _output(run_batch(model, batch))
-            mask = _mask(model, batch, found)
-            theirs = expected.pop(0)[0]
-            if has_logits:
-                sums.add_odds(theirs[mask], found[mask], _next(batch, auto_class), mask)
-            else:
-                sums.add_states(theirs[mask], found[mask])
-    return sums.result()
+            comparison.add(model, batch, expected.pop(0), compared_output(run_batch(model, batch)))
+    return comparison.result()
 
 
-class _Sums:
-    """What `Divergence` says, batch by batch."""
+class Comparison:
+    """Sums over batches of how far one model's outputs are from another's.
 
-    def __init__(self):
+    Args:
+        auto_class: whose heads both are; says whether the text itself can be scored.
+    """
+
+    def __init__(self, auto_class: str):
+        self.auto_class = auto_class
         self.tokens = self.labels = 0
         self.nats = self.squares = self.norm = 0.0
         self.losses = [0.0, 0.0]  # dense model, artifact
         self.has_logits = False
 
-    def add_states(self, theirs: Tensor, ours: Tensor) -> None:
+    def add(self, model, batch: Batch, theirs: tuple[Tensor, bool], ours: tuple[Tensor, bool]) -> None:
+        """Outputs of both models for a batch, as `compared_output` gives them; padding does not count."""
+        (theirs, has_logits), ours = theirs, ours[0]
+        mask = _mask(model, batch, ours)
+        if has_logits:
+            self._add_odds(theirs[mask], ours[mask], _next(batch, self.auto_class), mask)
+        else:
+            self._add_states(theirs[mask], ours[mask])
+
+    @property
+    def loss(self) -> float:
+        """Divergence in nats per token; without logits half the squared difference of the hidden states."""
+        return (self.nats if self.has_logits else self.squares / 2) / self.tokens
+
+    def _add_states(self, theirs: Tensor, ours: Tensor) -> None:
         self.tokens += len(ours)
         self.squares += float((ours - theirs).square().sum())
         self.norm += float(theirs.square().sum())
 
-    def add_odds(self, theirs: Tensor, ours: Tensor, labels: Tensor | None, mask: Tensor) -> None:
+    def _add_odds(self, theirs: Tensor, ours: Tensor, labels: Tensor | None, mask: Tensor) -> None:
         """Logits (tokens, classes) and what the text says there, before the mask."""
         self.has_logits = True
         self.tokens += len(ours)
@@ -84,9 +97,9 @@ class _Sums:
         return Divergence(self.tokens, self.nats / self.tokens, None, *perplexities)
 
 
-def _limited(batches: list[Batch]) -> list[Batch]:
-    """The first batches with at most `MAX_TOKENS` tokens; at least a part of one."""
-    found, left = [], MAX_TOKENS
+def limited(batches: list[Batch], tokens: int) -> list[Batch]:
+    """The first batches with at most so many tokens; at least a part of one."""
+    found, left = [], tokens
     for batch in batches:
         count = len(next(iter(batch.values())))
         each = batch["input_ids"].shape[1:].numel() if "input_ids" in batch else IMAGE_TOKENS
@@ -97,7 +110,7 @@ def _limited(batches: list[Batch]) -> list[Batch]:
     return found
 
 
-def _output(output) -> tuple[Tensor, bool]:
+def compared_output(output) -> tuple[Tensor, bool]:
     """(logits, True), or (the first of what there is, the last hidden states, False)."""
     value = output.get("logits")
     return (output[0] if value is None else value).float().cpu(), value is not None

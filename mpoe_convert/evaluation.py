@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from . import corpus
+from . import corpus, recording
 from .corpus import Columns
 from .errors import DataError, TrainingError
 from .loading import from_pretrained, load_tokenizer, max_length, task_of
@@ -36,6 +37,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
+        data, split: what was read; settings: length, and where they matter stride, limit and seed.
         count: what was scored: tokens for language models, examples for the rest.
         metrics / against: of the model, and of the one it is compared with (None: alone).
         differences: model minus the other, on the same examples (paired); of perplexity, the ratio.
@@ -44,6 +46,9 @@ class Evaluation:
     task: str
     model: str
     other: str | None
+    data: tuple[str, ...]
+    split: str
+    settings: dict[str, int]
     count: int
     metrics: dict[str, Metric]
     against: dict[str, Metric] | None
@@ -68,6 +73,8 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    token: str | None = None,
+    record: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
@@ -86,26 +93,31 @@ def evaluate(
         columns: names of the columns; `routed_by` names the task that routers choose by.
         limit: evaluate on so many windows or examples (of every task by which routers choose), from the
             first on.
+        token: for models and data of the Hub; by default the stored login.
+        record: write what was found into the model, an artifact's folder; see `recording.record`.
         progress: called as progress(model, batches done, batches).
 
     Raises:
+        CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
     """
     import transformers
 
+    if record:
+        recording.check(Path(model))
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
-    task, auto_class = task_of(model, task)
-    loaded = load_tokenizer(tokenizer or model)
-    longest = max_length(model)
+    task, auto_class = task_of(model, task, token)
+    loaded = load_tokenizer(tokenizer or model, token)
+    longest = max_length(model, token)
     length = length or min(512, longest or 512)
     stride = stride or max(length // 2, 1)
     if not 1 <= stride <= length or (longest and length > longest):
         raise TrainingError(
             f"length is {length} and stride {stride}; expected stride <= length <= {longest or 'any'}"
         )
-    rows = corpus.read(sources, columns, task, split)
+    rows = corpus.read(sources, columns, task, split, token)
     device = _device(device)
 
     @functools.cache  # models with the same classes are scored on the same batches
@@ -122,7 +134,7 @@ def evaluate(
         return made
 
     def score(name: str) -> Scores:
-        network = from_pretrained(getattr(transformers, auto_class), name).to(device).eval()
+        network = from_pretrained(getattr(transformers, auto_class), name, token=token).to(device).eval()
         if columns.routed_by is None and getattr(network.config, "router_tasks", None) is not None:
             raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
         labels = network.config.id2label if task == "classification" else {}
@@ -142,15 +154,27 @@ def evaluate(
     draws = np.random.default_rng(seed).integers(len(ours.rows), size=(RESAMPLES, len(ours.rows)))
     metrics = ours.metrics(draws)
     others = theirs.metrics(draws) if theirs else None
-    return Evaluation(
+    found = Evaluation(
         task=task,
         model=model,
         other=against,
+        data=tuple(sources),
+        split=split,
+        settings=_settings(task, length, stride, limit, seed),
         count=ours.count,
         metrics=_intervals(metrics),
         against=_intervals(others) if others else None,
         differences=_intervals(_differences(metrics, others)) if others else None,
     )
+    if record:
+        recording.record(model, found.to_json())
+    return found
+
+
+def _settings(task: str, length: int, stride: int, limit: int | None, seed: int) -> dict[str, int]:
+    """What somebody needs to know to repeat it."""
+    more = {"causal": {"stride": stride}, "masked": {"seed": seed}}.get(task, {})
+    return {"length": length, **more, **({"limit": limit} if limit else {})}
 
 
 def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Dataset]]:

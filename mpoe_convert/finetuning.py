@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,20 @@ from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import card, corpus, experts
-from .artifact import CARD_FILE, MODELING_FILE, TRAINING_REPORT_FILE, is_artifact, register_files, write_json
+from . import card, corpus, experts, recording
+from .artifact import (
+    CARD_FILE,
+    EVALUATION_REPORT_FILE,
+    MODELING_FILE,
+    TRAINING_REPORT_FILE,
+    file_names,
+    is_artifact,
+    is_weights,
+    register_files,
+    write_json,
+)
 from .errors import OutputError, TrainingError
-from .hub import download_papers
+from .hub import CHAT_TEMPLATES, download_papers
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
@@ -189,7 +200,12 @@ def _hidden_difference(outputs, taught) -> torch.Tensor:
 
 
 def finetune(
-    run: Finetuning, output: str | Path, *, resume: bool = False, progress: Progress | None = None
+    run: Finetuning,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
 ) -> dict:
     """Train a model and write it to `output`, with `training_report.json` beside it.
 
@@ -197,6 +213,7 @@ def finetune(
     model as a run that was not interrupted. `accelerate launch` or `torchrun` start it on several devices.
 
     Args:
+        token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.
 
     Returns:
@@ -209,16 +226,17 @@ def finetune(
     """
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
+    strangers = file_names(output)
     state = PartialState()
     if run.precision == "float16" and state.device.type == "cpu":
         raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
-    task, auto_class = task_of(run.model, run.task)
-    tokenizer = load_tokenizer(run.tokenizer or run.model)
+    task, auto_class = task_of(run.model, run.task, token)
+    tokenizer = load_tokenizer(run.tokenizer or run.model, token)
     with state.main_process_first():  # the others find what it has mapped in the cache
-        train, evaluation, labels, tasks = _examples(run, task, tokenizer)
-        papers = _papers(run)
+        train, evaluation, labels, tasks = _examples(run, task, tokenizer, token)
+        papers = _papers(run, token)
     set_seed(run.seed)  # of what the checkpoint does not have: a new head, embeddings of tasks
-    model = _load(run, task, auto_class, labels, tasks)
+    model = _load(run, task, auto_class, token, labels, tasks)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     config_dtype = model.config.dtype
     model = model.float()
@@ -234,7 +252,7 @@ def finetune(
         compute_metrics=_accuracy if task == "classification" else None,
         callbacks=_callbacks(run, model),
         run=run,
-        teacher=_load_teacher(run, task, labels),
+        teacher=_load_teacher(run, task, token, labels),
     )
     trainer.remove_callback(PrinterCallback)
     shown = _Progress(progress)
@@ -258,7 +276,7 @@ def finetune(
         trainer.model.config.dtype = config_dtype
     trainer.save_model(str(output))
     if state.is_main_process:
-        _finish(papers, output, report)
+        _finish(papers, output, report, strangers)
     state.wait_for_everyone()
     return report
 
@@ -277,7 +295,7 @@ def _last_checkpoint(output: Path, resume: bool) -> str | None:
     return found
 
 
-def _load(run: Finetuning, task: str, auto_class: str, labels, tasks=None, name: str | None = None):
+def _load(run: Finetuning, task: str, auto_class: str, token, labels, tasks=None, name: str | None = None):
     """The model of a run, or another one with the same head."""
     import transformers
 
@@ -287,20 +305,22 @@ def _load(run: Finetuning, task: str, auto_class: str, labels, tasks=None, name:
     if task == "classification":
         numbers = {label: i for i, label in enumerate(labels)}
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
-    return from_pretrained(getattr(transformers, auto_class), name or run.model, **options)
+    return from_pretrained(getattr(transformers, auto_class), name or run.model, token=token, **options)
 
 
-def _load_teacher(run: Finetuning, task: str, labels: list[str] | None):
-    return _load(run, task, AUTO_CLASSES[task], labels, name=run.teacher) if run.teacher else None
+def _load_teacher(run: Finetuning, task: str, token: str | None, labels: list[str] | None):
+    return _load(run, task, AUTO_CLASSES[task], token, labels, name=run.teacher) if run.teacher else None
 
 
-def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
+def _examples(run: Finetuning, task: str, tokenizer, token: str | None) -> tuple:
     """(training examples, evaluation examples or None, names of the classes or None, tasks or None)."""
-    train = corpus.read(run.data, run.columns, task, run.split)
-    evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split) if run.eval_data else None
-    labels = _labels(run, train) if task == "classification" else None
-    tasks = _tasks(run, train)
-    limit = max_length(run.model)
+    train = corpus.read(run.data, run.columns, task, run.split, token)
+    evaluation = None
+    if run.eval_data:
+        evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split, token)
+    labels = _labels(run, train, token) if task == "classification" else None
+    tasks = _tasks(run, train, token)
+    limit = max_length(run.model, token)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
         raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
@@ -317,21 +337,21 @@ def _examples(run: Finetuning, task: str, tokenizer) -> tuple:
     return encode(train), encode(evaluation), labels, tasks
 
 
-def _labels(run: Finetuning, rows) -> list[str]:
+def _labels(run: Finetuning, rows, token: str | None) -> list[str]:
     """The classes: the model's own if it knows all that the rows have, else those of the rows."""
     from transformers import AutoConfig
 
     found = corpus.label_names(rows, run.label_column)
-    known = from_pretrained(AutoConfig, run.model).id2label
+    known = from_pretrained(AutoConfig, run.model, token=token).id2label
     names = [str(known[number]) for number in sorted(known)]
     return names if set(found) <= set(names) else found
 
 
-def _tasks(run: Finetuning, rows) -> corpus.Tasks | None:
+def _tasks(run: Finetuning, rows, token: str | None) -> corpus.Tasks | None:
     """The tasks that routers choose by: the model's own if it has some, else those that the rows name."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, run.model)
+    config = from_pretrained(AutoConfig, run.model, token=token)
     known = getattr(config, "router_tasks", None)
     if run.routed_by is None:
         if known is not None:
@@ -412,34 +432,37 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
 
 
-def _papers(run: Finetuning) -> Path | None:
+def _papers(run: Finetuning, token: str | None) -> Path | None:
     """The folder with what belongs to an artifact beside its weights; None: the model is no artifact."""
     from transformers import AutoConfig
 
     source = Path(run.model)
     if not source.is_dir():
-        if getattr(from_pretrained(AutoConfig, run.model), "mpoe", None) is None:
+        if getattr(from_pretrained(AutoConfig, run.model, token=token), "mpoe", None) is None:
             return None
-        source = download_papers(run.model)
+        source = download_papers(run.model, token)
     return source if is_artifact(source) else None
 
 
-def _finish(papers: Path | None, output: Path, report: dict) -> None:
-    """The report, what else belongs to an artifact, and no more checkpoints."""
+def _finish(papers: Path | None, output: Path, report: dict, strangers: Iterable[str]) -> None:
+    """The report, what else belongs to an artifact, and no more checkpoints; `strangers` lay there before."""
     write_json(output / TRAINING_REPORT_FILE, report)
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
     if papers is not None:
-        written = {path.name for path in output.iterdir()}
-        for path in papers.iterdir():
-            if path.is_file() and path.name not in written and not _is_weights(path):
-                shutil.copyfile(path, output / path.name)
-        shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
-        card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained
-        card.describe_training(output / CARD_FILE, report)
-        register_files(output, ())
+        _complete_artifact(papers, output, report, strangers)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
 
 
-def _is_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+def _complete_artifact(papers: Path, output: Path, report: dict, strangers: Iterable[str]) -> None:
+    """Beside the weights: what belongs to an artifact, and in its card and report what has changed."""
+    written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
+    for path in papers.iterdir():
+        if path.is_file() and path.name not in written and not is_weights(path.name):
+            shutil.copyfile(path, output / path.name)
+    shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
+    card.remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained, as are the results
+    recording.forget(output / CARD_FILE)
+    card.describe_training(output / CARD_FILE, report)
+    made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
+    register_files(output, made - set(strangers) | {TRAINING_REPORT_FILE})

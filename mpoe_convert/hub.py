@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch a checkpoint or only its headers, and tell each failure in one line.
+"""The Hugging Face Hub: fetch a checkpoint or only its headers.
 
 `huggingface_hub` is imported inside the functions: the command's `--help` must not wait for it. The
 cache, the endpoint, the stored token and offline mode are whatever `huggingface_hub` makes of its
@@ -7,13 +7,13 @@ environment variables.
 
 from __future__ import annotations
 
-import errno
 import json
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
 from .errors import HubError
+from .hub_errors import damaged, explain, one_line
 
 # Files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
 # spellings.
@@ -59,7 +59,6 @@ NEVER_PATTERNS = (
         "*.mlmodel",
     ),
 )
-RELATIVE = "a relative path counts from the current folder"  # where a folder may have been meant
 SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 
 
@@ -86,10 +85,10 @@ def download(
     return folder, commit
 
 
-def download_papers(model_id: str) -> Path:
+def download_papers(model_id: str, token: str | None = None) -> Path:
     """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
     papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
-    return _snapshot(model_id, None, None, papers, ["*/*", "*.safetensors.index.json"])[0]
+    return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]
 
 
 def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:
@@ -101,7 +100,7 @@ def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) 
             _snapshot(model_id, commit, token, [single], None)
         if (folder / single).is_file():
             return
-        shards = _shard_names(folder / f"{single}.index.json")
+        shards = shard_names(folder / f"{single}.index.json")
         if shards:
             _snapshot(model_id, commit, token, [escape(name) for name in shards], NEVER_PATTERNS)
             return
@@ -112,13 +111,13 @@ def weights_cached(folder: Path, names: list[str]) -> bool:
     for single in SINGLE.values():
         if single in names:
             return (folder / single).is_file()
-        shards = _shard_names(folder / f"{single}.index.json")
+        shards = shard_names(folder / f"{single}.index.json")
         if shards:
             return all((folder / name).is_file() for name in shards)
     return False
 
 
-def _shard_names(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
     """The files an index names; [] if it is absent or damaged (opening the checkpoint says how)."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -176,7 +175,7 @@ def remote_headers(
     except NotASafetensorsRepoError:
         return None
     except (KeyError, TypeError, AttributeError) as exc:  # the library trusts the header's entries
-        raise HubError(_damaged(f"'{model_id}'", f"{type(exc).__name__}: {_line(exc)}")) from exc
+        raise HubError(damaged(f"'{model_id}'", f"{type(exc).__name__}: {one_line(exc)}")) from exc
     except Exception as exc:
         raise explain(exc, model_id, revision) from exc
     headers = {}
@@ -184,127 +183,6 @@ def remote_headers(
         for name, tensor in header.tensors.items():
             if not all(type(count) is int and count >= 0 for count in tensor.shape):
                 what = f"{file}: tensor {name!r} has the shape {tensor.shape}"
-                raise HubError(_damaged(f"'{model_id}'", what))
+                raise HubError(damaged(f"'{model_id}'", what))
             headers[name] = (tensor.dtype, tuple(tensor.shape), file)
     return headers
-
-
-def _damaged(repo: str, what: str) -> str:
-    return (
-        f"{repo} holds a safetensors file whose header is not valid ({what}): the upload is "
-        "damaged, tell its owner"
-    )
-
-
-def explain(exc: BaseException, model_id: str | None = None, revision: str | None = None) -> HubError:
-    """Turn anything that `huggingface_hub` raises into one HubError of one line.
-
-    The one place that knows these classes. Their order matters: gated is a kind of "not found", all
-    HTTP errors are OSErrors, and what cannot be fetched or found in the cache hides the reason in
-    `__cause__`.
-    """
-    from huggingface_hub import errors
-
-    repo = f"'{model_id}'" if model_id else "the repository"
-    at = f" at revision '{revision}'" if revision else ""
-    if isinstance(exc, HubError):
-        return exc
-    if isinstance(exc, errors.HFValidationError):
-        return HubError(
-            f"{repo} is neither a folder here nor a Hub id (expected 'name' or 'owner/name'): "
-            f"check the path ({RELATIVE}) or the id"
-        )
-    if isinstance(exc, errors.LocalEntryNotFoundError) and _reason(exc) is not exc:
-        return explain(_reason(exc), model_id, revision)
-    if isinstance(exc, errors.HfHubHTTPError):
-        return HubError(_http(exc, repo, revision))
-    if isinstance(exc, errors.OfflineModeIsEnabled):
-        return HubError(
-            f"{repo}{at} is not complete in the local cache and offline mode is on: unset "
-            f"HF_HUB_OFFLINE, or download it first; if it is a folder: {RELATIVE}"
-        )
-    if isinstance(exc, errors.LocalEntryNotFoundError):
-        return HubError(
-            f"{repo}{at} is not complete in the local cache and the Hub cannot be asked: "
-            "check the connection and HF_HUB_OFFLINE"
-        )
-    if isinstance(exc, errors.SafetensorsParsingError):
-        return HubError(_damaged(repo, _line(exc)))
-    if _is_disk_full(exc):
-        return HubError(
-            f"the disk filled up while downloading {repo}: free some space, or point HF_HOME at a "
-            "larger disk, and run again (finished files are kept)"
-        )
-    if _is_connection(exc):
-        return HubError(
-            f"no connection to the Hub for {repo} ({_line(exc)}): check the network and HF_ENDPOINT, "
-            f"or pass a local folder ({RELATIVE})"
-        )
-    return HubError(f"downloading {repo}{at} failed: {type(exc).__name__}: {_line(exc)}")
-
-
-def _http(exc, repo: str, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    status = exc.response.status_code
-    if isinstance(exc, errors.GatedRepoError):
-        return (
-            f"{repo} is gated: accept its conditions on its Hub page, then run `hf auth login` "
-            "or pass --token of that account"
-        )
-    if isinstance(exc, errors.DisabledRepoError):
-        return f"{repo} has been disabled on the Hub: choose another source"
-    if isinstance(exc, errors.RevisionNotFoundError):
-        return (
-            f"{repo} has no revision '{revision or 'main'}': expected a branch, a tag or a full "
-            "commit hash of that repository"
-        )
-    if isinstance(exc, errors.EntryNotFoundError):
-        file = str(exc.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
-        return f"{repo} has no file '{file}': check the id and --revision"
-    if status == 401 and "credentials" in str(exc):
-        return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
-    if isinstance(exc, errors.RepositoryNotFoundError):
-        return (
-            f"{repo} is neither a folder here nor a repository on the Hub that you can see: check the "
-            f"spelling ({RELATIVE}); if it is private, run `hf auth login` or pass --token"
-        )
-    if status in (401, 403):
-        return (
-            f"the Hub refused access to {repo} (HTTP {status}): run `hf auth login` or pass --token of "
-            "an account that may read it"
-        )
-    if status == 429:
-        return f"the Hub's rate limit is reached (HTTP 429) for {repo}: log in, or wait and try again"
-    if status >= 500:
-        return f"the Hub failed with HTTP {status} for {repo}: try again later"
-    return f"the Hub answered HTTP {status} for {repo}: {_line(exc)}"
-
-
-def _reason(exc: BaseException) -> BaseException:
-    """What went wrong before the cache was tried: the first cause that is not about the cache."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    while isinstance(exc, LocalEntryNotFoundError) and exc.__cause__ is not None:
-        exc = exc.__cause__
-    return exc
-
-
-def _is_disk_full(exc: BaseException) -> bool:
-    full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
-    # The accelerated transfer reports a full disk only in words.
-    return full or "no space left on device" in str(exc).lower()
-
-
-def _is_connection(exc: BaseException) -> bool:
-    # By module name: the HTTP library is huggingface_hub's choice and has changed before (requests,
-    # httpx, httpx2).
-    library = type(exc).__module__.partition(".")[0]
-    return isinstance(exc, (ConnectionError, TimeoutError)) or library.startswith(
-        ("httpx", "httpcore", "requests", "urllib3")
-    )
-
-
-def _line(exc: BaseException, limit: int = 200) -> str:
-    text = " ".join(str(exc).split()) or type(exc).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

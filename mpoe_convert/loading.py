@@ -50,13 +50,13 @@ def load_converted(source: Converted, **options) -> PreTrainedModel:
     return from_pretrained(auto, name, revision=revision, token=source.token, **options).eval()
 
 
-def task_of(model: str, task: str | None) -> tuple[str, str]:
+def task_of(model: str, task: str | None, token: str | None = None) -> tuple[str, str]:
     """(task, Auto class): the task that was asked for, or what the model's head is for."""
     from transformers import AutoConfig
 
     if task:
         return task, AUTO_CLASSES[task]
-    config = from_pretrained(AutoConfig, model).to_dict()
+    config = from_pretrained(AutoConfig, model, token=token).to_dict()
     config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in config.get("architectures") or ()]
     auto_class = main_auto_class(config, config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
     for found, name in AUTO_CLASSES.items():
@@ -67,21 +67,21 @@ def task_of(model: str, task: str | None) -> tuple[str, str]:
     )
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = True):
+def load_tokenizer(name: str, token: str | None = None, *, trust_remote_code: bool = True):
     """The tokenizer, padding by its end-of-text token where it has nothing else."""
     from transformers import AutoTokenizer
 
-    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, token=token, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def max_length(model: str) -> int | None:
+def max_length(model: str, token: str | None = None) -> int | None:
     """How many positions a model has, where its config says."""
     from transformers import AutoConfig
 
-    return positions(from_pretrained(AutoConfig, model))
+    return positions(from_pretrained(AutoConfig, model, token=token))
 
 
 def positions(config) -> int | None:

@@ -20,10 +20,11 @@ class FFNMoments:
 
     Attributes:
         tensors: by name: "inputs" and "inner", (n, n) moments of what goes into up (and gate) and down,
-            where that is their thin side; "up.outputs" and so on, of their outputs without the bias, where
-            those are; "inputs.scale" and "inner.scale", mean squares; "inputs.sample" and "inner.sample",
-            (tokens, features) of held-out text; with gradients, "up.answer" and so on, (n, n) moments of
-            what the loss answers on the thin side, and "up.answer_mean", the outputs' gradients' mean square.
+            where that is observed (see `observed_side`); "up.outputs" and so on, of their outputs without the
+            bias, where those are; "inputs.scale" and "inner.scale", mean squares; "inputs.sample" and
+            "inner.sample", (tokens, features) of held-out text; with gradients, "up.answer" and so on,
+            (n, n) moments of what the loss answers on the thin side, and "up.answer_mean", the outputs'
+            gradients' mean square.
     """
 
     tensors: dict[str, Tensor]
@@ -37,6 +38,22 @@ class FFNMoments:
             return Metric(torch.diag(scale) if inputs else (weight.mT * scale) @ weight)
         moment = self.tensors[place if inputs else f"{matrix.role}.outputs"]
         return Metric(moment, self.answer(matrix, weight) if name == "loss" else None)
+
+    def of_inputs(self, matrix: MatrixPlan, name: str) -> Tensor:
+        """(in, in) moment of a matrix's inputs, where those are observed; for "diagonal" a diagonal one."""
+        place = place_of(matrix.role)
+        return torch.diag(self.tensors[f"{place}.scale"]) if name == "diagonal" else self.tensors[place]
+
+    def reordered(self, order: Tensor | None) -> FFNMoments:
+        """Those that fit a chain, with the hidden neurons in another order (new place -> old one)."""
+        if order is None:
+            return self
+        order = order.cpu()
+        changed = {name: t for name, t in self.tensors.items() if name.partition(".")[0] == "inner"}
+        changed = {name: tensor[..., order] for name, tensor in changed.items()}
+        if "inner" in changed:
+            changed["inner"] = changed["inner"][order]
+        return FFNMoments(self.tensors | changed)
 
     def answer(self, matrix: MatrixPlan, weight: Tensor) -> Tensor:
         """Moment of what the loss answers on the thin side, mixed with that of outputs that matter alike."""
@@ -52,6 +69,11 @@ class FFNMoments:
         sample = self.tensors[f"{place_of(matrix.role)}.sample"].to(weight)
         expected = (sample @ weight).norm()
         return float((sample @ (weight - approximation)).norm() / expected) if expected else 0.0
+
+
+def observed_side(matrix: MatrixPlan) -> str:
+    """ "in" or "out": whose second moments are collected. A chain with cut bonds has no thin side."""
+    return "in" if matrix.is_cut else thin_side(matrix.rows, matrix.cols)
 
 
 def place_of(role: str) -> str:

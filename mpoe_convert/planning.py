@@ -71,8 +71,13 @@ class MatrixPlan:
         return full_bonds(tuple(self.own_term["in_dims"]), tuple(self.own_term["out_dims"]))
 
     @property
+    def is_cut(self) -> bool:
+        """Whether its chain has bonds too small for any matrix of this size."""
+        return self.sites is not None and not self.sites.is_exact
+
+    @property
     def is_exact(self) -> bool:
-        return self.rank is None and (self.sites is None or self.sites.is_exact)
+        return self.rank is None and not self.is_cut
 
     @property
     def dense_params(self) -> int:
@@ -251,13 +256,20 @@ class Plan:
         """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
 
         A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
-        back for the error, and as its cores.
+        back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
+        at once, as they are and as features, centred and halved. What calibration takes is left out.
         """
         by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
         shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
-        ffn = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
+        largest = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
         matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
-        return shard + ffn + matrix
+        reordered = [ffn for ffn in self.ffns if self.seeks_order(ffn)]
+        order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
+        return shard + largest + max(matrix, order)
+
+    def seeks_order(self, ffn: FFNPlan) -> bool:
+        """Whether another order of an FFN's neurons is tried."""
+        return self.recipe.neuron_order == "auto" and any(matrix.is_cut for matrix in ffn.matrices)
 
 
 def plan_checkpoint(

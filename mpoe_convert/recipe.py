@@ -18,7 +18,8 @@ BIASES = ("shared", "per-expert")
 DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 GAUGES = ("canonical", "identity")
-ALLOCATIONS = ("loss", "energy", "uniform")
+NEURON_ORDERS = ("auto", "source")
+ALLOCATIONS = ("loss", "measured", "energy", "uniform")
 METRICS = ("loss", "outputs", "diagonal", "weights")
 # Calibration text that every Python has: its language reference.
 BUILTIN_TEXT = "builtin"
@@ -52,19 +53,24 @@ class Recipe:
         svd: "auto", "exact" or "randomized".
         gauge: "canonical" (the centre is the orthogonality centre of TT-SVD) or "identity" (outer cores are
             identities, the centre is the matrix; for full outer bonds). Kind mpo only.
+        neuron_order: where bonds are cut: "auto" puts hidden neurons that look alike next to each other where
+            less is lost then (see `neurons`), "source" leaves them as they are.
         max_shard_size: upper limit of one weight file, such as "2GB".
         keep: compress: numbers that the converted FFNs may store, experts, biases and routers included, as a
             share of the dense FFNs' numbers. The shared matrix becomes a product of two thin ones.
         max_error: compress: largest relative error that a matrix may have in the metric. With `keep` both
             hold; alone it gives the smallest FFNs that meet it.
         allocation: how ranks are shared out under `keep`: "loss" minimises the expected change of the
-            model's loss (with metric "loss"), "energy" the sum of the squared relative errors of all
+            model's loss (with metric "loss"), "measured" the same, with what cutting every matrix alone was
+            seen to change (with calibration), "energy" the sum of the squared relative errors of all
             matrices, "uniform" keeps the same share of every matrix. By default "loss" where it can, else
             "energy".
-        metric: what a compressed matrix should be near in: outputs on the calibration text, weighed by what
-            the model's "loss" makes of them; "outputs", all alike (SVD-LLM's whitening); "diagonal" (inputs
-            weighed by their mean squares, as ASVD and AWT do); or "weights" (plain SVD). By default "loss"
-            with calibration and "weights" without. "loss" takes gradients, the whole model in memory.
+        metric: what a compressed matrix, or a chain with cut bonds, should be near in: outputs on the
+            calibration text, weighed by what the model's "loss" makes of them; "outputs", all alike
+            (SVD-LLM's whitening); "diagonal" (inputs weighed by their mean squares, as ASVD and AWT do); or
+            "weights" (plain SVD). By default "loss" with calibration and "weights" without; chains take all
+            but "loss", by default "outputs" with calibration. "loss" takes gradients, the whole model in
+            memory.
         correct: fit every matrix to what reaches it behind those that are compressed already, one after the
             other, against the dense model's outputs. With metric "loss" or "outputs".
         calibrate: calibration text: files or Hub datasets (see `corpus.read`), or "builtin".
@@ -96,6 +102,7 @@ class Recipe:
     dtype: str | None = None
     device: str = "auto"
     svd: str = "auto"
+    neuron_order: str = "auto"
     gauge: str = "canonical"
     max_shard_size: str = "1GB"
     keep: float | None = None
@@ -177,6 +184,7 @@ class Recipe:
         from .experts import KINDS
 
         choices = {"kind": KINDS, "layout": LAYOUTS, "svd": SVDS, "gauge": GAUGES}
+        choices |= {"neuron_order": NEURON_ORDERS}
         choices |= {"dtype": (None, *DTYPES), "bias": (None, *BIASES)}
         choices |= {"allocation": (None, *ALLOCATIONS), "metric": (None, *METRICS)}
         for name, allowed in choices.items():
@@ -189,7 +197,13 @@ class Recipe:
 
     @property
     def compresses(self) -> bool:
+        """Under a budget."""
         return self.keep is not None or self.max_error is not None
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether bonds may be too small for some matrix, as far as can be told without its size."""
+        return self.kind == "mpo" and (self.layout == "balanced" or self.factors is not None)
 
     def _check_budget(self) -> None:
         for name, limit in (("keep", math.inf), ("max_error", 1.0)):
@@ -203,20 +217,29 @@ class Recipe:
             raise RecipeError(f"calibration_tokens is {tokens!r}; expected a whole number of at least 1")
         if not isinstance(self.correct, bool):
             raise RecipeError(f"correct is {self.correct!r}; expected true or false")
-        given = [name for name in ("allocation", "metric", "correct", "calibrate") if getattr(self, name)]
         if not self.compresses:
-            if given:
-                raise RecipeError(
-                    f"{given[0]} given without --keep or --max-error; nothing is compressed then"
-                )
+            self._check_chains()
             return
         if self.allocation == "loss" and self.metric not in (None, "loss"):
             raise RecipeError(f"allocation loss given with metric {self.metric}; expected with --metric loss")
+        if self.allocation == "measured" and self.keep is None:
+            raise RecipeError("allocation measured given without --keep; there is no budget to share out")
         if self.kind == "mpo" and (self.layout != "one-sided" or self.factors is not None):
             what = f"layout {self.layout}" if self.factors is None else "explicit factors"
             raise RecipeError(
                 f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
                 "--kind (chains of other layouts are cut by --bond-dim)"
+            )
+
+    def _check_chains(self) -> None:
+        """What has a meaning without a budget: fitting chains whose bonds --bond-dim cuts."""
+        given = [name for name in ("allocation", "correct", "metric", "calibrate") if getattr(self, name)]
+        if given and (given[0] in ("allocation", "correct") or not self.may_cut):
+            raise RecipeError(f"{given[0]} given without --keep or --max-error; nothing is compressed then")
+        if self.metric == "loss":
+            raise RecipeError(
+                "metric loss given without --keep or --max-error; expected outputs, diagonal or weights for "
+                "chains that --bond-dim cuts"
             )
 
     @classmethod

@@ -16,13 +16,14 @@ from rich.table import Table
 
 from .families import FAMILIES
 from .planning import Budget, MatrixPlan, Plan, Totals
-from .report import MatrixReport, Report, plan_warnings
+from .report import MatrixReport, NeuronOrder, Report, plan_warnings
 from .summary import Summary
 from .verification import Verification
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
     from .exporting import Exported
+    from .publishing import Pushed
 
 # A terminal narrower than this would fold the tables; output to a file is not folded at all.
 FILE_WIDTH = 200
@@ -258,10 +259,27 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
     if report.plan.budget:
         print_budget(report.plan.budget, out)
+    if report.neuron_orders:
+        out.print(_neuron_orders(report.neuron_orders))
     if report.divergence:
         out.print(report.divergence.in_words())
     _print_warnings(report.warnings, out)
     out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
+
+
+def _neuron_orders(orders: Sequence[NeuronOrder]) -> str:
+    """One line; errors are means over FFNs."""
+    applied = [order for order in orders if order.applied]
+    if not applied:
+        return "Neurons: no order was found in which cutting the bonds loses less than in the source's."
+    source, found = (
+        sum(getattr(order, f"{name}_error") for order in applied) / len(applied)
+        for name in ("source", "bisected")
+    )
+    return (
+        f"Neurons: reordered in {len(applied)} of {len(orders)} FFNs, where cutting the bonds then loses "
+        f"{found:.3f} instead of {source:.3f} (relative error of the weights, before any metric)."
+    )
 
 
 @contextmanager
@@ -448,6 +466,25 @@ def print_summary(summary: Summary, out: Console) -> None:
         f"noise {recipe['noise']:g}, seed {recipe['seed']}."
     )
     _print_warnings(summary.report["warnings"], out)
+
+
+def quiet_hub() -> None:
+    """No words of huggingface_hub on what a commit holds; what it says when it tries again stays."""
+    logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
+
+
+def print_push(pushed: Pushed, out: Console) -> None:
+    what = f"{len(pushed.files)} files, {size(pushed.num_bytes)}"
+    gone = f", {len(pushed.deleted)} of an earlier artifact deleted" if pushed.deleted else ""
+    if pushed.changed:
+        out.print(f"Pushed to {escape(pushed.repo_id)} ({what}{gone}):", highlight=False)
+    else:
+        out.print(f"{escape(pushed.repo_id)} holds exactly this already ({what}):", highlight=False)
+    out.print(pushed.pull_request or pushed.url, soft_wrap=True, markup=False)
+    if pushed.left_out:
+        out.print(
+            f"Not the artifact's, and left out: {', '.join(pushed.left_out)}", soft_wrap=True, markup=False
+        )
 
 
 def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:

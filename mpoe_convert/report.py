@@ -50,6 +50,23 @@ class MatrixReport:
 
 
 @dataclass(frozen=True)
+class NeuronOrder:
+    """Whether another order of an FFN's hidden neurons paid.
+
+    Attributes:
+        ffn: path of its layer.
+        source_error / bisected_error: relative error of its matrices together, cut by TT-SVD, with the
+            neurons as in the source and in the order found.
+        applied: whether the artifact has the second one.
+    """
+
+    ffn: str
+    source_error: float
+    bisected_error: float
+    applied: bool
+
+
+@dataclass(frozen=True)
 class Divergence:
     """Means over held-out tokens.
 
@@ -86,6 +103,7 @@ class Report:
     matrices: tuple[MatrixReport, ...]
     license: str | None = None
     divergence: Divergence | None = None
+    neuron_orders: tuple[NeuronOrder, ...] = ()
 
     @property
     def max_error(self) -> float:
@@ -101,8 +119,8 @@ class Report:
 
     def _error_warnings(self) -> list[str]:
         warnings = []
-        if self.plan.budget:
-            return self._budget_warnings() + self._drift_warnings()
+        if self.plan.budget or self.divergence:
+            return self._compression_warnings() + self._drift_warnings()
         worst = max(self.matrices, key=lambda m: m.relative_error)
         if worst.relative_error > BROKEN_ERROR:
             warnings.append(
@@ -125,10 +143,10 @@ class Report:
             "work before it is retrained. Lower --noise."
         ]
 
-    def _budget_warnings(self) -> list[str]:
+    def _compression_warnings(self) -> list[str]:
         """Errors of weights say little where a metric was followed; what was measured does."""
         found = self.divergence
-        if all(matrix.rank is None for matrix in self.plan.matrices):
+        if self.plan.is_exact:
             return []
         if found is None:
             return [
@@ -136,7 +154,7 @@ class Report:
                 "(--calibrate keeps what matters on a text)."
             ]
         far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
-        heal = "Raise --keep, or heal it with finetune --teacher."
+        heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 
     def to_json(self) -> dict[str, Any]:
@@ -154,6 +172,7 @@ class Report:
             "max_clone_drift": self.max_drift,
             "exact": plan.is_exact,
             "divergence": asdict(self.divergence) if self.divergence else None,
+            "neuron_orders": [asdict(order) for order in self.neuron_orders],
             "budget": asdict(plan.budget) if plan.budget else None,
             "warnings": self.warnings,
             "ffns": [ffn.ffn.path for ffn in plan.ffns],

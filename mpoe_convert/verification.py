@@ -161,7 +161,8 @@ def _is_shadowed(model: str) -> bool:
 
 def _tolerance(report: dict) -> float:
     explained = report["max_relative_error"] + report["max_clone_drift"]
-    largest = MAX_COMPRESSED_TOLERANCE if report.get("budget") else MAX_TOLERANCE
+    compressed = report.get("budget") or report.get("divergence")
+    largest = MAX_COMPRESSED_TOLERANCE if compressed else MAX_TOLERANCE
     return min(ROUNDING + AMPLIFICATION * explained, largest)
 
 

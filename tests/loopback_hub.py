@@ -1,26 +1,28 @@
 """A Hub on 127.0.0.1 for tests: real `huggingface_hub` talks to it, nothing is mocked.
 
-What downloads need (information, tree listing, file resolution with ranges, and the refusals) and what
-uploads need (creation, preupload, LFS objects, commits on main), of models and, under
-"datasets/owner/name", of datasets. It remembers every request with the bytes it sent, so that a test can say
-what was *not* fetched.
+What downloads need (information, tree listing, file resolution with ranges, and the refusals), here, and
+what uploads need, in loopback_uploads.py, of models and, under "datasets/owner/name", of datasets. It
+remembers every request with the bytes it sent, so that a test can say what was *not* fetched, and has faults
+when a test asks for them.
 Start it in the test process and run the client in a subprocess with `environment(...)`:
 `huggingface_hub` reads its constants at import.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from loopback_uploads import Uploads, git_oid
 
 
 class Request(NamedTuple):
@@ -33,19 +35,53 @@ class Request(NamedTuple):
 
 
 @dataclass
+class Fault:
+    """What happens, so many times, to requests of this method whose path ends in `suffix`.
+
+    A number is a status; "cut" closes the connection without an answer, "short" in the middle of a body;
+    "half" answers with, or keeps, half of the file. A function is called before the answer.
+    """
+
+    method: str
+    suffix: str
+    what: int | str | Callable[[], object]
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class User:
+    """Who has a token: the name ("*": may do everything), the token's role, and organisations."""
+
+    name: str
+    role: str = "write"
+    orgs: tuple[str, ...] = ()
+
+    def owns(self, repo_id: str) -> bool:
+        return self.name == "*" or repo_id.removeprefix("datasets/").partition("/")[0] in (
+            self.name,
+            *self.orgs,
+        )
+
+    def may_write(self, repo_id: str) -> bool:
+        return self.role != "read" and self.owns(repo_id)
+
+
+@dataclass
 class Repo:
     """A model repository: revision -> files.
 
     `refuse` = (status, X-Error-Code or None, message) answers everything; with `listed` the listing
     is public and only the files are refused, as for gated repositories; with `token` whoever has it
-    is let in.
+    is let in. A private one is hidden from all but its owner.
     """
 
     revisions: dict[str, dict[str, bytes]]
     refuse: tuple[int, str | None, str] | None = None
     listed: bool = False
     token: str | None = None
+    private: bool = False
     commits: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)  # by commit
 
     def __post_init__(self) -> None:
         for name, files in self.revisions.items():
@@ -75,6 +111,8 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.objects: dict[str, bytes] = {}  # uploaded by LFS, by SHA-256
+        self.users: dict[str, User] = {}  # by token; without any, everybody may do everything
+        self.faults: list[Fault] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -98,6 +136,18 @@ class LoopbackHub:
         revisions = {"main": files or {}, **options.pop("revisions", {})}
         self.repos[repo_id] = Repo(revisions, **options)
         return self.repos[repo_id]
+
+    def fault(self, *args, **options) -> None:
+        """Add a `Fault`."""
+        self.faults.append(Fault(*args, **options))
+
+    def fault_for(self, method: str, path: str):
+        """What is to happen to this request; it counts as done."""
+        for fault in self.faults:
+            if fault.method == method and path.endswith(fault.suffix) and fault.times:
+                fault.times -= 1
+                return fault.what
+        return None
 
     def fetched(self, suffix: str = "") -> list[Request]:
         """The GETs of files whose path ends in `suffix`."""
@@ -124,9 +174,31 @@ def environment(home: Path, endpoint: str, **more: str) -> dict[str, str]:
     }
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    fault: int | str | None = None
+
+    def parse_request(self) -> bool:
+        """Before any answer: the faults that the test has asked for."""
+        if not super().parse_request():
+            return False
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        self.fault = self.hub.fault_for(self.command, path)
+        if callable(self.fault):
+            self.fault()
+            self.fault = None
+        if isinstance(self.fault, int):
+            self._refuse(self.fault, None, "This is a fault", {"Retry-After": "0"})
+        elif self.fault == "cut":
+            self.close_connection = True
+        return self.fault in (None, "short", "half")
+
+    @property
+    def user(self) -> User | None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.hub.users.get(token) if self.hub.users else User("*")
 
     def do_GET(self) -> None:
         self._answer()
@@ -134,58 +206,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
-        if path == "/api/repos/create":
-            repo_id = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
-            self.hub.repos.setdefault(repo_id, Repo({"main": {}}))
-            return self._json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id})
-        if path.endswith("/preupload/main"):
-            return self._json({"files": [_upload_mode(file) for file in json.loads(body)["files"]]})
-        if path.endswith("/info/lfs/objects/batch"):
-            return self._json({"objects": [self._lfs_object(obj) for obj in json.loads(body)["objects"]]})
-        asked = re.fullmatch(r"/api/(?:models/)?(?P<id>.+)/paths-info/(?P<rev>[^/]+)", path)
-        if asked and asked["id"] in self.hub.repos:
-            repo = self.hub.repos[asked["id"]]
-            files = repo.files(repo.commit(asked["rev"]))
-            wanted = json.loads(body)["paths"]
-            return self._json(_listing({name: data for name, data in files.items() if name in wanted}))
-        commit = re.fullmatch(r"/api/models/(?P<id>.+)/commit/main", path)
-        if commit is None or commit["id"] not in self.hub.repos:
-            return self._refuse(404, "RepoNotFound", "Repository not found")
-        repo = self.hub.repos[commit["id"]]
-        oid = repo.write("main", repo.revisions["main"] | self._committed(body))
-        url = f"{self.hub.endpoint}/{commit['id']}/commit/{oid}"
-        return self._json({"commitUrl": url, "commitOid": oid, "pullRequestUrl": None})
-
-    def do_PUT(self) -> None:
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        self.hub.objects[self.path.rpartition("/")[2]] = data
-        self._json({})
-
-    def _lfs_object(self, obj: dict) -> dict:
-        upload = {"href": f"{self.hub.endpoint}/objects/{obj['oid']}"}
-        return obj | {"actions": {"upload": upload}, "authenticated": True}
-
-    def _committed(self, body: bytes) -> dict[str, bytes]:
-        files = {}
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.hub.objects[value["oid"]]
-                assert hashlib.sha256(files[value["path"]]).hexdigest() == value["oid"]
-        return files
-
     def log_message(self, *args: object) -> None:
         pass
 
     def _answer(self) -> None:
         quoted = urlsplit(self.path).path  # a slash in a revision is quoted, one in a path is not
+        if quoted == "/api/whoami-v2" or "/auth-check" in quoted:
+            return self.answer_who(quoted)
         api = re.fullmatch(
             r"/api/(?:models/)?(?P<id>.+?)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<under>/.+)?)?", quoted
         )
@@ -197,6 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self._refuse(404, "RepoNotFound", "Repository not found")
         let_in = repo.token and self.headers.get("Authorization") == f"Bearer {repo.token}"
+        if repo.private and not (self.user and self.user.owns(found["id"])):
+            return self._refuse(401, "RepoNotFound", "Repository not found")
         if repo.refuse and not let_in and not (repo.listed and api):
             return self._refuse(*repo.refuse)
         commit = repo.commit(unquote(found["rev"] or "main"))
@@ -207,13 +236,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(files.get(unquote(file["file"])), commit)
         if api["under"]:
             return self._refuse(404, "EntryNotFound", "no folders here")
-        return self._json(_listing(files) if api["what"] == "tree" else _info(api["id"], commit, files))
+        if api["what"] == "tree":
+            return self._json(listing(files))
+        return self._json(_info(api["id"], commit, files) | {"private": repo.private})
 
     def _file(self, data: bytes | None, commit: str) -> None:
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
-        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{git_oid(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if self.fault == "half" and self.command == "GET":
+            data = data[: len(data) // 2]
         if not asked:
             return self._send(200, data, headers)
         first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
@@ -236,27 +269,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         sent = 0 if self.command == "HEAD" else len(body)
         self.hub.requests.append(Request(self.command, urlsplit(self.path).path, status, sent))
-        if sent:
+        if sent and self.fault == "short":
+            self.close_connection = True
+            self.wfile.write(body[: sent // 2])
+        elif sent:
             self.wfile.write(body)
 
 
-def _upload_mode(file: dict) -> dict:
-    large = file["path"].endswith((".safetensors", ".bin"))
-    return {
-        "path": file["path"],
-        "uploadMode": "lfs" if large else "regular",
-        "shouldIgnore": False,
-        "oid": None,
-    }
-
-
-def _oid(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _listing(files: dict[str, bytes]) -> list[dict]:
+def listing(files: dict[str, bytes]) -> list[dict]:
     return [
-        {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+        {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
         for path, data in sorted(files.items())
     ]
 

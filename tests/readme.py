@@ -56,6 +56,7 @@ def with_generated_parts(text: str) -> str:
         "finetune": options_table("finetune"),
         "export": options_table("export"),
         "moe": moe_table(),
+        "push": options_table("push"),
         "families": families_table(),
     }
     for name, table in tables.items():

@@ -111,6 +111,20 @@ def test_moments_are_those_of_the_stock_model(model_type, tmp_path):
             assert abs(moments.output_error(matrix, weight, weight / 2) - error) < 1e-3
 
 
+def test_chains_with_cut_bonds_take_moments_of_wide_inputs_too(tmp_path):
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    checkpoint = open_checkpoint(str(folder))
+    batches = batches_for(transformers.AutoModelForCausalLM.from_pretrained(folder), "AutoModelForCausalLM")
+    _, expected = expected_moments(folder, "AutoModelForCausalLM", checkpoint, batches[:-1])
+    planned = plan_checkpoint(Recipe(str(folder), layout="balanced", bond_dim=2), checkpoint)
+    found = calibrate(planned, checkpoint, CPU, batches)
+    for ffn in planned.ffns:
+        for matrix in ffn.matrices:
+            theirs = moment(expected[matrix.source.weight, None][0])
+            ours = found.load(ffn.ffn.path).of_inputs(matrix, "outputs")
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
 @pytest.fixture
 def llama(tmp_path):
     """(folder, checkpoint, plan, batches) of a tiny Llama."""

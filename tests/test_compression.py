@@ -117,6 +117,7 @@ def test_both_limits(tmp_path):
     assert report.plan.budget.chosen.keep <= 0.95
 
 
+CUT = {"layout": "balanced", "sites": 3}
 WRONG = [
     ({"keep": 0.1}, r"keep is 0\.1, and the smallest that can be met is 0\.\d+"),
     ({"keep": 0.8, "max_error": 0.01}, r"that can be met with max_error 0\.01 is \d"),
@@ -125,9 +126,19 @@ WRONG = [
     ({"keep": 0.8, "layout": "balanced"}, "given with layout balanced"),
     ({"keep": 0.8, "metric": "outputs"}, "metric is 'outputs'; expected --calibrate"),
     ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected --calibrate"),
+    ({"keep": 0.8, "allocation": "measured"}, "allocation is 'measured'; expected --calibrate"),
+    ({"max_error": 0.5, "allocation": "measured"}, "allocation measured given without --keep"),
     ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
     ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
     ({"metric": "loss"}, "metric given without --keep or --max-error"),
+    (CUT | {"metric": "loss"}, "metric loss given without --keep or --max-error; expected outputs"),
+    (CUT | {"metric": "outputs"}, "metric is 'outputs'; expected --calibrate with it"),
+    (CUT | {"allocation": "energy"}, "allocation given without --keep or --max-error"),
+    (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without --keep or --max-error"),
+    (
+        CUT | {"bond_dim": 10**6, "calibrate": "builtin"},
+        "calibration given, and nothing is cut; expected --keep, --max-error or, with --layout balanced, a",
+    ),
     ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
     ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
 ]
@@ -177,6 +188,29 @@ def test_builtin_text(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------
 # Real checkpoints
+
+
+def test_chains_fitted_to_outputs_keep_perplexity_lower(test_data, tmp_path):
+    """At the same bonds: TT-SVD, inputs weighed by their size, and the alternating fit."""
+    source = test_data / "checkpoints/llama-stories260k"
+    text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
+    held_out = windows_of(source, text[:40_000], 256, 24)
+    train = str(test_data / "text/mix/train_tinystories.txt")
+    common = {"experts": 2, "noise": 0.0, "layout": "balanced", "sites": 3, "bond_dim": 7}
+    common |= {"calibration_tokens": 16384}
+    dense = perplexity(load(source), held_out)
+    found, reports = [], []
+    for metric in ("weights", "diagonal", "outputs"):
+        way = {"metric": metric, "calibrate": train}
+        reports.append(convert(Recipe(str(source), **common | way), tmp_path / metric))
+        found.append(math.log(perplexity(load(tmp_path / metric), held_out) / dense))
+    assert 0 < found[2] < 0.8 * min(found[:2])
+    for plain, diagonal, fitted in zip(*(report.matrices for report in reports), strict=True):
+        assert plain.bonds == diagonal.bonds == fitted.bonds and fitted.rank is None
+        assert fitted.output_error < min(plain.output_error, diagonal.output_error)
+        assert fitted.discarded_weight == () != plain.discarded_weight
+        assert plain.relative_error < fitted.relative_error  # TT-SVD is nearer in the weights
+    assert reports[2].divergence.nats < reports[0].divergence.nats
 
 
 def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):
@@ -264,6 +298,7 @@ def test_card_and_tables_say_what_was_compressed(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert f"store {report.plan.budget.chosen.keep:.1%} of the dense" in card and ", corrected)" in card
     assert report.divergence.in_words() in card and "| of outputs |" in card
+    assert "Expert 0 is the dense FFN as far as it was kept" in card
     out = Console(record=True, width=200, file=io.StringIO())
     print_plan(report.plan, out)
     print_report(report, "out", out, per_matrix=True)
@@ -288,6 +323,32 @@ def test_warnings_follow_what_was_measured(tmp_path):
     assert not near.warnings
     assert "far from the dense one" in far.warnings[0]
     assert "without calibration" in blind.warnings[0]
+
+
+def test_command_line_for_cut_chains(tmp_path):
+    from click.testing import CliRunner
+
+    from mpoe_convert.cli import main
+
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + k * k % 30}" for k in range(4000)))
+    asked = [str(folder), "--experts", "2", "--noise", "0", "--layout", "balanced", "--bond-dim", "4"]
+    asked += ["--calibrate", str(text), "--calibration-tokens", "1024", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, asked, env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out/conversion_report.json").read_text())
+    orders = report["neuron_orders"]
+    assert [order["ffn"] for order in orders] == report["ffns"]
+    applied = [order for order in orders if order["applied"]]
+    assert all(order["bisected_error"] < order["source_error"] for order in applied)
+    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFNs" if applied else "Neurons: no order"
+    assert words in done.output and "nats of divergence" in done.output
+    assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "(metric outputs, calibrated)" in card and "as far as it was kept" in card
+    assert not any("truncation lost" in warning for warning in report["warnings"])
 
 
 def test_command_line(tmp_path, capfd):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_ecosystem import token_ids
 
 from mpoe_convert import Finetuning, finetune, verify
-from mpoe_convert.artifact import is_artifact
+from mpoe_convert.artifact import file_names, is_artifact, own_files
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, OutputError, RunError, TrainingError
 from mpoe_convert.training import role_of
@@ -115,6 +115,7 @@ def test_the_result_is_an_artifact(artifact, text, tmp_path):
     target = tmp_path / "tuned"
     finetune(Finetuning(str(out), text, **QUICK, learning_rate=1e-9), target)
     assert {path.name for path in out.iterdir()} <= {path.name for path in target.iterdir()}
+    assert own_files(target) == file_names(target)
     assert verify(target).ok
     finetune(Finetuning(str(target), text, **QUICK), tmp_path / "again")  # and can be trained on
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 import mpoe_convert
 from mpoe_convert.errors import CheckpointError, HubError
-from mpoe_convert.hub import explain
+from mpoe_convert.hub_errors import explain
 
 PACKAGE = str(Path(mpoe_convert.__file__).parents[1])  # whichever copy is under test
 CONFIG = json.dumps({"model_type": "gpt2"}).encode()
@@ -247,6 +247,27 @@ def test_a_hostile_remote_header_is_refused(hub, ask):
     for outcome, (_, expected) in zip(got, cases.values(), strict=True):
         assert expected in outcome["message"]
         assert "\n" not in outcome["message"]
+
+
+def test_what_fails_once_on_the_way_is_fetched_again(hub, ask):
+    hub.add("o/m", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
+    hub.fault("GET", "model.safetensors", "short")
+    (got,) = ask({"model": "o/m"})
+    assert (Path(got["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
+    assert len(hub.fetched("model.safetensors")) == 2
+
+
+def test_what_went_wrong_is_told_and_not_kept(hub, ask):
+    hub.add("o/m", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
+    hub.fault("GET", "/revision/main", "cut")
+    hub.fault("GET", "config.json", 500)
+    hub.fault("GET", "model.safetensors", "half")
+    cut, broken, half, whole = ask(*[{"model": "o/m"}] * 4)
+    assert cut["kind"] == broken["kind"] == half["kind"] == "HubError"
+    assert broken["message"].startswith("the Hub failed with HTTP 500 for 'o/m': try again later")
+    assert cut["message"].startswith("no connection to the Hub for 'o/m' (")
+    assert half["message"].startswith("downloading 'o/m' at revision") and "size" in half["message"]
+    assert (Path(whole["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 FAILURES = {

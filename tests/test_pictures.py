@@ -49,8 +49,8 @@ def test_after_conversion(kind, tiny_gpt2, tmp_path):
         assert ElementTree.parse(out / svg).getroot().tag.endswith("svg")
     card = (out / CARD_FILE).read_text()
     assert all(f"]({png})" in card for png, _ in written.values())
-    assert card.index("## Pictures") < card.index("## Citation") and ModelCard(card).data.tags
-    assert card.replace(card[card.index("## Pictures") : card.index("## Citation")], "") == before
+    assert card.index("## Pictures") < card.index("## Limits") and ModelCard(card).data.tags
+    assert card.replace(card[card.index("## Pictures") : card.index("## Limits")], "") == before
     assert sorted(read(out / REPORT_FILE)["files"]) == file_names(out)
     files = {path: (out / path).read_bytes() for path in file_names(out)}
     draw_pictures(out)

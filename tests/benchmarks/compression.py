@@ -33,12 +33,17 @@ WAYS = {
     "plain SVD": {"metric": "weights", "allocation": "uniform"},
     "diagonal": {"metric": "diagonal", "allocation": "uniform"},
     "SVD-LLM (W)": {"metric": "outputs", "allocation": "uniform"},
-    "balanced TT": {"layout": "balanced"},
+    "balanced TT": {"layout": "balanced", "neuron_order": "source"},
     "outputs, energy": {"metric": "outputs", "allocation": "energy"},
     "loss, uniform": {"metric": "loss", "allocation": "uniform"},
     "loss": {"metric": "loss"},
     "outputs, corrected": {"metric": "outputs", "correct": True},
     "loss, corrected": {"metric": "loss", "correct": True},
+    "outputs, measured": {"metric": "outputs", "allocation": "measured"},
+    "loss, measured, corrected": {"metric": "loss", "allocation": "measured", "correct": True},
+    "balanced TT, reordered": {"layout": "balanced"},
+    "balanced TT, outputs": {"layout": "balanced", "neuron_order": "source", "metric": "outputs"},
+    "balanced TT, both": {"layout": "balanced", "metric": "outputs"},
 }
 BASELINES = list(WAYS)[:4]
 OURS = "loss, corrected"
@@ -236,7 +241,7 @@ def recipe_for(source: Path, way: dict, keep: float) -> Recipe | None:
     fits = None
     for bond in range(2, 1024):
         recipe = Recipe(str(source), **SMALL | way | {"bond_dim": bond})
-        totals = plan(recipe).ffn_totals
+        totals = plan(recipe.replace(metric=None)).ffn_totals
         if totals.stored_params > keep * totals.dense_params or fits == recipe:
             break
         fits = recipe
@@ -251,7 +256,7 @@ def heal(model: Causal, folder: Path, output: Path) -> None:
         steps=50,
         batch_size=1024 // model.length,
         length=model.length,
-        learning_rate=5e-4,
+        learning_rate=1e-4,
         save_every=10**9,
         log_every=50,
     )

@@ -1,0 +1,87 @@
+"""Code for the model card: load a converted model, use it, train it, with torch and transformers alone."""
+
+from __future__ import annotations
+
+import re
+
+PLACEHOLDER = "path/to/this"  # stands for the model until its place is known
+# By Auto class: what the Hub calls the task.
+PIPELINE_TAGS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+_GENERATE = """\
+inputs = tokenizer("{prompt}", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
+_USE = {
+    "AutoModelForCausalLM": _GENERATE.format(prompt="Once upon a time"),
+    "AutoModelForSeq2SeqLM": _GENERATE.format(prompt="A text in the form that the base model takes"),
+    "AutoModelForMaskedLM": """\
+inputs = tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+print(tokenizer.decode([logits[0, place].argmax()]))""",
+    "AutoModelForSequenceClassification": """\
+with torch.no_grad():
+    logits = model(**tokenizer("A text to classify.", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])""",
+}
+_BATCH = {
+    "AutoModelForCausalLM": """\
+batch = tokenizer("A text to learn from.", return_tensors="pt")
+batch["labels"] = batch["input_ids"]""",
+    "AutoModelForSeq2SeqLM": """\
+batch = tokenizer("A source text.", text_target="Its target text.", return_tensors="pt")""",
+    "AutoModelForMaskedLM": """\
+batch = tokenizer("A text to learn from.", return_tensors="pt")
+batch["labels"] = batch["input_ids"].clone()
+batch["input_ids"][0, 1] = tokenizer.mask_token_id""",
+    "AutoModelForSequenceClassification": """\
+batch = tokenizer("A text of the first class.", return_tensors="pt")
+batch["labels"] = torch.tensor([0])""",
+}
+_TRAIN = """\
+{batch}
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+model.train()
+for step in range(3):
+    model(**batch).loss.backward()  # the routers' losses are a part of it
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained("tuned")
+tokenizer.save_pretrained("tuned")"""
+
+
+def loading(auto: str, has_tokenizer: bool) -> str:
+    """Python that makes `model` and, where there is one, `tokenizer`, and uses them if it is known how."""
+    lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
+    if has_tokenizer and auto in _USE:
+        lines.insert(0, "import torch")
+    lines.append(f'model_id = "{PLACEHOLDER}"')
+    lines.append(f"model = {auto}.from_pretrained(model_id, trust_remote_code=True)")
+    if has_tokenizer:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)")
+        if auto in _USE:
+            lines += ["", _USE[auto]]
+    return "\n".join(lines)
+
+
+def training(auto: str) -> str | None:
+    """Python that trains `model`, where `loading` has made it; None: not known for that head."""
+    return _TRAIN.format(batch=_BATCH[auto]) if auto in _BATCH else None
+
+
+def command(auto: str) -> str:
+    """A command line that trains it."""
+    data = "pairs.jsonl" if auto == "AutoModelForSeq2SeqLM" else "texts.jsonl"
+    return f"mpoe-convert finetune {PLACEHOLDER} --data {data} -o tuned/"
+
+
+def with_model_id(text: str, model_id: str) -> str:
+    """A text whose snippets load `model_id`, whatever they loaded before."""
+    text = re.sub(r'^model_id = ".*"$', f'model_id = "{model_id}"', text, flags=re.MULTILINE)
+    return re.sub(r"^(mpoe-convert finetune) \S+", rf"\1 {model_id}", text, flags=re.MULTILINE)
