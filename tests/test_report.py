@@ -16,7 +16,7 @@ from mpoe_convert import Recipe, __version__, convert, plan
 WAYS = [
     {"layout": "one-sided"},
     {"layout": "two-sided"},
-    {"layout": "balanced", "bond_dim": 3},
+    {"layout": "balanced", "bond_dim": 3, "neuron_order": "source"},
     {"kind": "dense"},
     {"layout": "one-sided", "sites": 5, "bond_dim": 8},
     {"bias": "per-expert", "dtype": "bfloat16"},
