@@ -24,6 +24,9 @@ from .recipe import Recipe
 # Shares of the dense FFNs' numbers at which a plan predicts the error.
 CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
+# What was measured counts at least as this part of the mean.
+_LEAST = 0.01
+
 Progress = Callable[[str, int, int, object], None]
 
 
@@ -94,7 +97,7 @@ def prepare(
         start = _uniform_ranks(recipe, whole, candidates)
         work = replace(whole, recipe=recipe), checkpoint, calibration, batches, start, device
         losses = sensitivity.measure(*work, lambda what, *steps: report(f"measuring: {what}", *steps, None))
-        candidates = [_as_measured(each, start[each.name], losses) for each in candidates]
+        candidates = _as_measured(candidates, start, losses)
     ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
     plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
     if only_plan or not recipe.correct:
@@ -219,12 +222,21 @@ def _uniform_ranks(recipe: Recipe, whole: Plan, candidates: list[Candidate]) -> 
     return allocation.uniform(candidates, budget, allocation.smallest(candidates))
 
 
-def _as_measured(each: Candidate, rank: int | None, losses: dict[str, float]) -> Candidate:
-    """The candidate with its spectrum's losses in the measured unit: right at that rank."""
-    expected = each.loss(rank)
-    if rank is None or expected <= 0:
-        return each
-    return replace(each, losses=each.losses * max(losses[each.name], 0.0) / expected)
+def _as_measured(candidates: list[Candidate], ranks: Ranks, losses: dict[str, float]) -> list[Candidate]:
+    """The candidates with losses between the expected and the measured ones, in nats: their geometric mean.
+
+    A measurement at one rank and on little text is noisy, and taken at its word starves a matrix. In sum the
+    losses are the measured ones at those ranks.
+    """
+    expected = {each.name: each.loss(ranks[each.name]) for each in candidates}
+    seen = [name for name in losses if expected[name] > 0]
+    if not seen or not (mean := sum(max(losses[name], 0.0) for name in seen) / len(seen)):
+        return candidates
+    measured = {name: max(losses[name], _LEAST * mean) for name in seen}
+    factors = {name: (measured[name] / expected[name]) ** 0.5 for name in seen}
+    unit = sum(measured.values()) / sum(factors[name] * expected[name] for name in seen)
+    others = sum(factors.values()) / len(seen)
+    return [replace(each, losses=each.losses * unit * factors.get(each.name, others)) for each in candidates]
 
 
 def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:

@@ -61,8 +61,8 @@ class Recipe:
         max_error: compress: largest relative error that a matrix may have in the metric. With `keep` both
             hold; alone it gives the smallest FFNs that meet it.
         allocation: how ranks are shared out under `keep`: "loss" minimises the expected change of the
-            model's loss (with metric "loss"), "measured" the same, with what cutting every matrix alone was
-            seen to change (with calibration), "energy" the sum of the squared relative errors of all
+            model's loss (with metric "loss"), "measured" the same, half way (geometrically) between what is
+            expected and what cutting every matrix alone was seen to change (with calibration), "energy" the sum of the squared relative errors of all
             matrices, "uniform" keeps the same share of every matrix. By default "loss" where it can, else
             "energy".
         metric: what a compressed matrix, or a chain with cut bonds, should be near in: outputs on the
