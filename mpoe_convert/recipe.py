@@ -62,9 +62,9 @@ class Recipe:
             hold; alone it gives the smallest FFNs that meet it.
         allocation: how ranks are shared out under `keep`: "loss" minimises the expected change of the
             model's loss (with metric "loss"), "measured" the same, half way (geometrically) between what is
-            expected and what cutting every matrix alone was seen to change (with calibration), "energy" the sum of the squared relative errors of all
-            matrices, "uniform" keeps the same share of every matrix. By default "loss" where it can, else
-            "energy".
+            expected and what cutting every matrix alone was seen to change (with calibration), "energy" the
+            sum of the squared relative errors of all matrices, "uniform" keeps the same share of every
+            matrix. By default "loss" where it can, else "energy".
         metric: what a compressed matrix, or a chain with cut bonds, should be near in: outputs on the
             calibration text, weighed by what the model's "loss" makes of them; "outputs", all alike
             (SVD-LLM's whitening); "diagonal" (inputs weighed by their mean squares, as ASVD and AWT do); or
