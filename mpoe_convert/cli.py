@@ -926,12 +926,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
     ),
     option("--max-shard-size", heading="Output", metavar="SIZE", help="Largest weight file."),
     option("--revision", heading="Source", help="Branch, tag or commit of a Hub model."),
-    option(
-        "--token",
-        heading="Source",
-        envvar="HF_TOKEN",
-        help="Hub token; by default the stored login.",
-    ),
+    token_option("Source"),
     option("--expert", heading="Dense", type=int, help="Which expert.  [default: 0]"),
     option(
         "--calibrate",

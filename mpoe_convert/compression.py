@@ -26,6 +26,9 @@ CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # What was measured counts at least as this part of the mean.
 _LEAST = 0.01
+_NOTHING = 1e-6
+# Sensitivities are measured where matrices keep at most this share, whatever the budget.
+_LARGEST_MEASURED = 0.9
 
 Progress = Callable[[str, int, int, object], None]
 
@@ -218,7 +221,8 @@ def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candid
 
 def _uniform_ranks(recipe: Recipe, whole: Plan, candidates: list[Candidate]) -> Ranks:
     """Where sensitivities are measured: the same share of every matrix."""
-    budget = int(recipe.keep * whole.ffn_totals.dense_params) - _fixed(whole)
+    keep = min(recipe.keep, _LARGEST_MEASURED)
+    budget = int(keep * whole.ffn_totals.dense_params) - _fixed(whole)
     return allocation.uniform(candidates, budget, allocation.smallest(candidates))
 
 
@@ -229,7 +233,9 @@ def _as_measured(candidates: list[Candidate], ranks: Ranks, losses: dict[str, fl
     losses are the measured ones at those ranks.
     """
     expected = {each.name: each.loss(ranks[each.name]) for each in candidates}
-    seen = [name for name in losses if expected[name] > 0]
+    # Where next to nothing should be lost, rounding is measured.
+    whole = {each.name: float(each.losses[0]) for each in candidates}
+    seen = [name for name in losses if expected[name] > _NOTHING * whole[name]]
     if not seen or not (mean := sum(max(losses[name], 0.0) for name in seen) / len(seen)):
         return candidates
     measured = {name: max(losses[name], _LEAST * mean) for name in seen}

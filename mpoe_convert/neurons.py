@@ -42,6 +42,7 @@ def reordered(matrix: Tensor, role: str, order: Tensor | None) -> Tensor:
     """A matrix (in, out), or the bias (out,), of that role with its neurons in that order."""
     if order is None or (role == "down" and matrix.ndim == 1):
         return matrix
+    order = order.to(matrix.device)
     return matrix[order].contiguous() if role == "down" else matrix[..., order].contiguous()
 
 
@@ -85,4 +86,5 @@ def _lost(plan: FFNPlan, matrices: Mapping[str, Tensor], recipe: Recipe, order: 
         sum(decompose(reordered(matrices[matrix.role], matrix.role, order), matrix.sites).discarded)
         for matrix in plan.matrices
     )
-    return (lost / sum(float(matrix.norm()) ** 2 for matrix in matrices.values())) ** 0.5
+    norm = sum(float(matrix.norm()) ** 2 for matrix in matrices.values())
+    return (lost / norm) ** 0.5 if norm else 0.0

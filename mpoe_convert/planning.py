@@ -360,6 +360,11 @@ def _plan_matrix(
         terms, sites = kind.terms(rows, cols, recipe, role == "down", rank)
     except MpoeError as error:
         raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
+    if recipe.gauge == "identity" and sites and not sites.is_exact:
+        raise RecipeError(
+            f"{name} ({rows} x {cols}): the identity gauge needs full bonds {sites.full_bonds}, found "
+            f"{sites.bonds}; expected a larger --bond-dim or --gauge canonical"
+        )
     bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
     spec = {"terms": terms, "bias": bias}
     dtype = recipe.dtype or info.dtype

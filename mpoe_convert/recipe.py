@@ -212,9 +212,7 @@ class Recipe:
             if value is not None and not (is_number and 0 < value < limit):
                 below = "" if limit == math.inf else f" and below {limit:g}"
                 raise RecipeError(f"{name} is {value!r}; expected a number above 0{below}, such as 0.6")
-        tokens = self.calibration_tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise RecipeError(f"calibration_tokens is {tokens!r}; expected a whole number of at least 1")
+        check_calibration_tokens(self.calibration_tokens)
         if not isinstance(self.correct, bool):
             raise RecipeError(f"correct is {self.correct!r}; expected true or false")
         if not self.compresses:
@@ -276,6 +274,12 @@ class Recipe:
         if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
             return False
         return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def check_calibration_tokens(tokens: object) -> None:
+    """Raises RecipeError unless they are a number of tokens."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise RecipeError(f"calibration_tokens is {tokens!r}; expected a whole number of at least 1")
 
 
 def normalised(values: Mapping) -> dict:

@@ -26,7 +26,8 @@ class MatrixReport:
         rank: of the two thin matrices that stand for the dense one; None: nothing was compressed.
         output_error: relative difference of what expert 0 as stored and the dense matrix make of calibration
             inputs that were held out; None without calibration.
-        discarded_weight: per bond, the share of the squared norm that was cut there.
+        discarded_weight: per bond, the share of the squared norm that TT-SVD cut there; none of a matrix that
+            was fitted otherwise.
         clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
             first site's rows; all clones are drawn alike.
     """

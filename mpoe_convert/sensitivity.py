@@ -32,6 +32,7 @@ from .planning import FFNPlan, MatrixPlan, Plan
 
 # Tokens that the passes run over; every pass keeps its hidden states of them in memory.
 TOKENS = 2048
+PIECES = 4
 
 
 def measure(
@@ -50,9 +51,16 @@ def measure(
     """
     with streamed_model(plan, checkpoint, device) as model:
         walk = _Walk(model, plan, checkpoint, calibration, ranks, device, progress)
-        for batch in limited(split(batches)[0], TOKENS):
+        for batch in _sample(split(batches)[0]):
             walk.run(batch)
     return {name: comparison.loss for name, comparison in walk.comparisons.items()}
+
+
+def _sample(batches: list[Batch]) -> list[Batch]:
+    """About `TOKENS` tokens out of batches that are evenly spread."""
+    count = min(len(batches), PIECES)
+    chosen = [batches[k * len(batches) // count] for k in range(count)]
+    return [piece for batch in chosen for piece in limited([batch], TOKENS // count)]
 
 
 class _Walk:
@@ -65,13 +73,13 @@ class _Walk:
         self.comparisons = {name: Comparison("") for name in self.names}
         self.steps = InStep()
         self.at: FFNPlan | None = None
-        self.entered = 0
+        self.passed: set[str] = set()
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # of the FFN in work
 
     def run(self, batch: Batch) -> None:
         """Adds what a batch shows."""
         handles = [handle for ffn in self.plan.ffns for handle in self._watch(ffn)]
-        self.entered, expected = 0, []
+        expected = []
 
         def dense() -> None:
             expected.append(compared_output(run_batch(self.model, batch)))
@@ -125,5 +133,5 @@ class _Walk:
                 weight = read_wide(self.checkpoint, matrix.source, self.device)
                 metric = metric_for(self.plan.recipe.metric, matrix, weight, moments)
                 self.factors[matrix.name] = factor(weight, rank, metric)
-        self.entered += 1
-        self.progress(ffn.ffn.path, self.entered, len(self.plan.ffns))
+        self.passed.add(ffn.ffn.path)
+        self.progress(ffn.ffn.path, len(self.passed), len(self.plan.ffns))

@@ -131,6 +131,7 @@ WRONG = [
     ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
     ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
     ({"metric": "loss"}, "metric given without --keep or --max-error"),
+    (CUT | {"gauge": "identity"}, "the identity gauge needs full bonds"),
     (CUT | {"metric": "loss"}, "metric loss given without --keep or --max-error; expected outputs"),
     (CUT | {"metric": "outputs"}, "metric is 'outputs'; expected --calibrate with it"),
     (CUT | {"allocation": "energy"}, "allocation given without --keep or --max-error"),

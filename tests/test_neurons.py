@@ -112,6 +112,14 @@ def test_the_source_order_on_request(tmp_path):
     assert report.neuron_orders == () and found > 1e-3
 
 
+def test_zero_matrices_keep_their_order(tmp_path):
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    recipe = Recipe(str(folder), **CUT)
+    ffn = plan(recipe).ffns[0]
+    order, report = choose_order(ffn, {m.role: torch.zeros(m.rows, m.cols) for m in ffn.matrices}, recipe)
+    assert order is None and report.source_error == report.bisected_error == 0
+
+
 def test_an_order_that_does_not_pay_is_left(tmp_path):
     """Chains of bond 2 in the source's order: nothing is lost there, and any other order loses."""
     folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
+from ..recipe import check_calibration_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +73,13 @@ class Export:
                 raise RecipeError(f"{name} given with --to {self.to}; expected with --to {target} only")
         if self.expert is not None and self.calibrate:
             raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
+        check_calibration_tokens(self.calibration_tokens)
+        text = ("calibration_tokens", "calibration_split", "text_column", "target_column")
+        given = [
+            name for name in text if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
+        if given and not self.calibrate:
+            raise RecipeError(f"{given[0]} given without calibrate; expected the text that it is about")
         if self.base_revision is not None and self.base is None:
             raise RecipeError("base_revision given without base; expected the revision of a base on the Hub")
 

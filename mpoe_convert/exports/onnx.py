@@ -138,6 +138,8 @@ def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
                 output_names=called.outputs,
                 verbose=False,
             )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever torch's exporter thinks of the stock code
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ExportError(
