@@ -323,9 +323,9 @@ def plot(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
-        for way in WAYS:
-            points = [(r["stored"], r["cost"]) for r in rows if r["model"] == name and r["way"] == way]
-            line = {"linewidth": 2.5, "color": "black"} if way == OURS else {"linewidth": 1}
+        for way, colour in zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False):
+            points = sorted((r["stored"], r["cost"]) for r in rows if (r["model"], r["way"]) == (name, way))
+            line = {"linewidth": 2.5, "color": "black"} if way == OURS else {"linewidth": 1, "color": colour}
             axis.plot(*zip(*points, strict=True), marker=".", label=way, **line) if points else None
         axis.set(title=name, yscale="log", xlabel="share of the dense FFNs stored", ylabel="cost")
     for axis in axes.flat[len(names) :]:
