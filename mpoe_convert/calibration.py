@@ -1,4 +1,4 @@
-"""What passes through the FFNs of a dense model: second moments on the thin side of every matrix.
+"""What passes through the FFNs of a dense model: second moments of every matrix's inputs or outputs.
 
 The stock model runs as it is, with the weights of one block after the other read from the checkpoint's
 files (accelerate's disk offload). Its batches walk in step: each is a greenlet that waits where the next FFN

@@ -123,6 +123,16 @@ def option(*names: str, heading: str, help: str, **kwargs) -> Callable:
     return click.option(*names, cls=GroupedOption, heading=heading, help=help, **kwargs)
 
 
+def calibration_text_options(heading: str) -> tuple[Callable, ...]:
+    """Which part of the data of --calibrate is read, and where in them."""
+    return (
+        option("--calibration-tokens", heading=heading, type=int, help="How many of its tokens."),
+        option("--calibration-split", heading=heading, help="Split of Hub datasets."),
+        option("--text-column", heading=heading, help="Column with the text."),
+        option("--target-column", heading=heading, help="Column with the target text, for encoder-decoders."),
+    )
+
+
 RECIPE_OPTIONS = (
     option("--revision", heading="Source", help="Branch, tag or commit of a Hub model."),
     option(
@@ -258,12 +268,7 @@ RECIPE_OPTIONS = (
         metavar="FILE|ID",
         help="Calibration text: files or Hub datasets as for finetune, or builtin (Python's language reference). Repeatable.",
     ),
-    option("--calibration-tokens", heading="Compression", type=int, help="How many of its tokens."),
-    option("--calibration-split", heading="Compression", help="Split of Hub datasets."),
-    option("--text-column", heading="Compression", help="Column with the text."),
-    option(
-        "--target-column", heading="Compression", help="Column with the target text, for encoder-decoders."
-    ),
+    *calibration_text_options("Compression"),
 )
 
 
@@ -935,10 +940,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
         metavar="FILE|ID",
         help="Average the experts, weighted by how often the routers choose them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
     ),
-    option("--calibration-tokens", heading="Dense", type=int, help="How many of its tokens."),
-    option("--calibration-split", heading="Dense", help="Split of Hub datasets."),
-    option("--text-column", heading="Dense", help="Column with the text."),
-    option("--target-column", heading="Dense", help="Column with the target text, for encoder-decoders."),
+    *calibration_text_options("Dense"),
     option(
         "--base",
         heading="LoRA",

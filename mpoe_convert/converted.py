@@ -6,7 +6,7 @@ It needs config.json and weights only, as `save_pretrained` of a loaded model le
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -64,6 +64,13 @@ class Mixture:
         """(input, output) features of a projection."""
         term = self.form[role]["terms"][0]
         return prod(term["in_dims"]), prod(term["out_dims"])
+
+    def roles_by(self, name_of: Callable[[str], str]) -> dict[str, list[str]]:
+        """{a tensor's name: the roles that it holds}: fused ones hold two."""
+        found: dict[str, list[str]] = {}
+        for role in self.roles:
+            found.setdefault(name_of(role), []).append(role)
+        return found
 
     def dense_name(self, role: str) -> str:
         """Where a dense checkpoint has the projection: "transformer.h.0.mlp.c_fc"; a fused one's for both."""

@@ -14,6 +14,7 @@ from .checkpoint import read_json_object
 from .errors import CheckpointError, HubError
 from .hub import SINGLE, shard_names
 from .hub_errors import explain_writing
+from .weight_files import INDEX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # What a repository may hold and still be empty: the Hub and its web page make them.
 OF_THE_HUB = frozenset({".gitattributes", CARD_FILE})
 WEIGHTS = SINGLE[".safetensors"]
-INDEX = f"{WEIGHTS}.index.json"
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,11 @@ def left_by_an_artifact(repo_id: str, found: Found, api: HfApi) -> frozenset[str
     """The files there that belong to an artifact: those of its report, and its weights. Raises HubError."""
     if not found.is_artifact:
         return frozenset()
-    names = {WEIGHTS, INDEX}
+    names = {WEIGHTS, INDEX_FILE}
     if REPORT_FILE in found.files:
         names |= set(listed_files(_object(_fetch(repo_id, REPORT_FILE, found, api))))
-    if INDEX in found.files:
-        names |= {name for name in shard_names(_fetch(repo_id, INDEX, found, api)) if is_weights(name)}
+    if INDEX_FILE in found.files:
+        names |= {name for name in shard_names(_fetch(repo_id, INDEX_FILE, found, api)) if is_weights(name)}
     return found.files & names - OF_THE_HUB
 
 

@@ -86,10 +86,7 @@ def check_adapters(source: Converted, mixture: Mixture, shares: Mapping[int, flo
 
 def _ffn(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> Iterator[Made]:
     check_adapters(source, mixture, shares)
-    roles_of: dict[str, list[str]] = {}
-    for role in mixture.roles:
-        roles_of.setdefault(mixture.dense_name(role), []).append(role)
-    for name, roles in roles_of.items():
+    for name, roles in mixture.roles_by(mixture.dense_name).items():
         rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         shape = (rows, cols) if source.family.transposed else (cols, rows)
         dtype = source.dtype(mixture, roles[0])

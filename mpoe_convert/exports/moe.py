@@ -177,10 +177,8 @@ def _tensors(source: Converted, target: MoeTarget, config: dict) -> Iterator[Mad
 
 def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[Made]:
     """One role after the other, so that the cores of one projection are read once."""
-    roles_of: dict[str, list[str]] = {}
-    for role in mixture.roles:
-        roles_of.setdefault((target.experts or target.stacked)[role], []).append(role)
-    for name, roles in roles_of.items():
+    names = target.experts or target.stacked
+    for name, roles in mixture.roles_by(names.__getitem__).items():
         inputs, outputs = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         dtype = source.dtype(mixture, roles[0])
         if target.stacked:
