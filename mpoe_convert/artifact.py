@@ -215,6 +215,22 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """A temporary folder on the output's disk, always of the same name.
+
+    Raises:
+        OutputError: as `staged`.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mpoe-convert.", dir=_existing_parent(output)) as outer:
+            folder = Path(outer, "artifact")
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        raise _output_error(error, output) from error
+
+
 def _sibling(output: Path, suffix: str) -> Path:
     """A new hidden folder beside the output; a long name is cut, since ours is longer."""
     return Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=suffix, dir=output.parent))

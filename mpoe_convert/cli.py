@@ -262,6 +262,13 @@ RECIPE_OPTIONS = (
         help="Fit every matrix behind those that are compressed already to the dense model's outputs.",
     ),
     option(
+        "--search",
+        heading="Compression",
+        is_flag=True,
+        default=None,
+        help="Write every combination of --allocation, --metric and --correct that is left open, compare each with the dense model on calibration text, and keep the nearest.",
+    ),
+    option(
         "--calibrate",
         heading="Compression",
         multiple=True,

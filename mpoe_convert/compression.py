@@ -1,34 +1,27 @@
-"""A budget becomes ranks: the spectra of all matrices in their metric, then the allocation."""
+"""What is cut, in which metric and behind which corrections: all that is known before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 
 import numpy as np
 import torch
 
-from . import allocation, sensitivity
-from .allocation import Candidate, Ranks
+from . import sensitivity
+from .allocation import Ranks
+from .budget import as_measured, candidates, check_smallest, choose, measured_ranks
 from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
 from .correction import Corrections, check_correctable, correct
-from .errors import MachineError, RecipeError
+from .errors import MachineError, MpoeError, RecipeError
 from .factoring import spectrum
 from .moments import FFNMoments, metric_for
-from .planning import Budget, BudgetPoint, MatrixPlan, Plan, plan_checkpoint
+from .planning import Plan, plan_checkpoint
 from .recipe import Recipe
-
-# Shares of the dense FFNs' numbers at which a plan predicts the error.
-CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-# What was measured counts at least as this part of the mean.
-_LEAST = 0.01
-_NOTHING = 1e-6
-# Sensitivities are measured where matrices keep at most this share, whatever the budget.
-_LARGEST_MEASURED = 0.9
 
 Progress = Callable[[str, int, int, object], None]
 
@@ -62,6 +55,10 @@ def plan(
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
     """
+    if recipe.search:
+        raise RecipeError(
+            "search given to a plan; it compares what is written, and a plan writes nothing: leave it out"
+        )
     headers_only = not recipe.compresses
     checkpoint = open_checkpoint(
         recipe.model, revision=recipe.revision, token=token, headers_only=headers_only
@@ -84,36 +81,132 @@ def prepare(
         only_plan: leave out corrections, which change no plan.
         token: for calibration data on the Hub.
     """
-    whole = plan_checkpoint(recipe, checkpoint)
-    calibrated = bool(recipe.calibrate) or batches is not None
     report = progress or (lambda *_: None)
     if not recipe.compresses:
+        whole = plan_checkpoint(recipe, checkpoint)
         return _prepare_chains(whole, checkpoint, batches, report, only_plan, token)
-    recipe = _resolved(whole.recipe, calibrated)
-    device = _device(recipe)
-    _check_smallest(recipe, whole)
-    calibration = None
+    calibrated = bool(recipe.calibrate) or batches is not None
+    recipe = _resolved(recipe, calibrated)
+    compressor = _Compressor(recipe, checkpoint, report)
     if calibrated:
-        calibration, batches = _calibrated(replace(whole, recipe=recipe), checkpoint, batches, report, token)
-    candidates = _candidates(replace(whole, recipe=recipe), checkpoint, device, calibration, report)
-    if recipe.allocation == "measured":
-        start = _uniform_ranks(recipe, whole, candidates)
-        work = replace(whole, recipe=recipe), checkpoint, calibration, batches, start, device
-        losses = sensitivity.measure(*work, lambda what, *steps: report(f"measuring: {what}", *steps, None))
-        candidates = _as_measured(candidates, start, losses)
-    ranks, budget = _choose(recipe, whole, candidates, calibration.tokens if calibration else 0)
-    plan = replace(plan_checkpoint(recipe, checkpoint, ranks), budget=budget)
-    if only_plan or not recipe.correct:
-        return Prepared(plan, calibration, batches=batches or ())
-    corrections = correct(
-        plan,
-        checkpoint,
-        calibration,
-        batches,
-        device,
-        lambda *step: report("correcting: " + step[0], *step[1:], None),
-    )
-    return Prepared(plan, calibration, corrections, batches)
+        compressor.calibrate(recipe, batches, token)
+    return compressor.prepare(recipe, only_plan)
+
+
+def prepare_each(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+    *,
+    token: str | None = None,
+) -> Iterator[Prepared]:
+    """What a search compares, one after the other; calibrated once. Arguments as for `prepare`."""
+    if not recipe.calibrate and batches is None:
+        raise RecipeError("search given without --calibrate; what comes out is compared on calibration text")
+    ways = alternatives(recipe)
+    compressor = _Compressor(ways[0], checkpoint, progress or (lambda *_: None))
+    compressor.calibrate(ways[0].replace(correct=recipe.correct), batches, token)
+    for way in ways:
+        if not way.correct or compressor.can_correct:
+            yield compressor.prepare(way)
+
+
+def alternatives(recipe: Recipe) -> list[Recipe]:
+    """Every combination of metric, allocation and correction that the recipe of a search leaves open."""
+    found = []
+    for metric in (recipe.metric,) if recipe.metric else ("loss", "outputs"):
+        own = "loss" if metric == "loss" else "energy"
+        allocations = (recipe.allocation,) if recipe.allocation else (own, "measured", "uniform")
+        corrections = (True,) if recipe.correct else (True, False)
+        if metric not in ("loss", "outputs"):
+            corrections = (recipe.correct,)
+        found += [
+            _resolved(
+                recipe.replace(search=False, metric=metric, allocation=allocation, correct=correct), True
+            )
+            for allocation, correct in product(allocations, corrections)
+            if allocation != "loss" or metric == "loss"
+        ]
+    return found
+
+
+class _Compressor:
+    """What all ways to compress one source share: the plan without ranks, moments, spectra, sensitivities."""
+
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, report: Progress):
+        self.checkpoint, self.report = checkpoint, report
+        self.whole = plan_checkpoint(recipe, checkpoint)
+        self.device = _device(recipe)
+        check_smallest(recipe, self.whole)
+        self.calibration: Calibration | None = None
+        self.batches: Sequence[Batch] = ()
+        self.spectra: dict[str, list[np.ndarray]] = {}  # by metric
+        self.losses: dict[
+            str, dict[str, float]
+        ] = {}  # by metric, what cutting one matrix alone was seen to do
+
+    def calibrate(self, recipe: Recipe, batches: Sequence[Batch] | None, token: str | None) -> None:
+        whole = replace(self.whole, recipe=recipe)
+        self.calibration, self.batches = _calibrated(whole, self.checkpoint, batches, self.report, token)
+
+    @property
+    def can_correct(self) -> bool:
+        try:
+            check_correctable(self.whole, self.batches)
+        except MpoeError:
+            return False
+        return True
+
+    def prepare(self, recipe: Recipe, only_plan: bool = False) -> Prepared:
+        """By a recipe that leaves nothing open."""
+        matrices = candidates(self.whole, self._spectra(recipe.metric), recipe)
+        if recipe.allocation == "measured":
+            ranks = measured_ranks(recipe.keep, self.whole, matrices)
+            matrices = as_measured(matrices, ranks, self._losses(recipe, ranks))
+        ranks, budget = choose(
+            recipe, self.whole, matrices, self.calibration.tokens if self.calibration else 0
+        )
+        plan = replace(plan_checkpoint(recipe, self.checkpoint, ranks), budget=budget)
+        corrections = self._correct(plan) if recipe.correct and not only_plan else None
+        return Prepared(plan, self.calibration, corrections, self.batches)
+
+    def _spectra(self, metric: str) -> list[np.ndarray]:
+        if metric not in self.spectra:
+            self.spectra[metric] = list(self._measure_spectra(metric))
+        return self.spectra[metric]
+
+    def _measure_spectra(self, metric: str) -> Iterator[np.ndarray]:
+        ffns = self.whole.ffns
+        for done, ffn in enumerate(ffns):
+            moments = self.calibration.load(ffn.ffn.path) if self.calibration else None
+            for matrix in ffn.matrices:
+                self.report(f"spectrum of {matrix.name}", done, len(ffns), None)
+                weight = read_wide(self.checkpoint, matrix.source, self.device)
+                yield spectrum(weight, metric_for(metric, matrix, weight, moments)).cpu().numpy()
+
+    def _losses(self, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+        if recipe.metric not in self.losses:
+            self.losses[recipe.metric] = sensitivity.measure(
+                replace(self.whole, recipe=recipe),
+                self.checkpoint,
+                self.calibration,
+                self.batches,
+                ranks,
+                self.device,
+                lambda what, *steps: self.report(f"measuring: {what}", *steps, None),
+            )
+        return self.losses[recipe.metric]
+
+    def _correct(self, plan: Plan) -> Corrections:
+        return correct(
+            plan,
+            self.checkpoint,
+            self.calibration,
+            self.batches,
+            self.device,
+            lambda what, *steps: self.report(f"correcting: {what}", *steps, None),
+        )
 
 
 def _prepare_chains(
@@ -190,106 +283,6 @@ def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
     return recipe.replace(metric=metric, allocation=allocation)
 
 
-def _candidates(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    calibration: Calibration | None,
-    report: Progress,
-) -> list[Candidate]:
-    found = []
-    for done, ffn in enumerate(plan.ffns):
-        moments = calibration.load(ffn.ffn.path) if calibration else None
-        for matrix in ffn.matrices:
-            report(f"spectrum of {matrix.name}", done, len(plan.ffns), None)
-            weight = read_wide(checkpoint, matrix.source, device)
-            values = spectrum(weight, metric_for(plan.recipe.metric, matrix, weight, moments)).cpu().numpy()
-            found.append(_candidate(matrix, values, plan.recipe))
-    return found
-
-
-def _candidate(matrix: MatrixPlan, values: np.ndarray, recipe: Recipe) -> Candidate:
-    """Losses are nats per token for metric "loss" with its own allocation, else squared relative errors."""
-    losses = np.append(values[::-1].cumsum()[::-1], 0.0)
-    if recipe.allocation == "loss":
-        losses = losses / 2
-    elif losses[0] > 0:
-        losses = losses / losses[0]
-    rows, cols, copies = matrix.rows, matrix.cols, _copies(matrix)
-    return Candidate(matrix.name, copies * (rows + cols), copies * rows * cols, losses)
-
-
-def _uniform_ranks(recipe: Recipe, whole: Plan, candidates: list[Candidate]) -> Ranks:
-    """Where sensitivities are measured: the same share of every matrix."""
-    keep = min(recipe.keep, _LARGEST_MEASURED)
-    budget = int(keep * whole.ffn_totals.dense_params) - _fixed(whole)
-    return allocation.uniform(candidates, budget, allocation.smallest(candidates))
-
-
-def _as_measured(candidates: list[Candidate], ranks: Ranks, losses: dict[str, float]) -> list[Candidate]:
-    """The candidates with losses between the expected and the measured ones, in nats: their geometric mean.
-
-    A measurement at one rank and on little text is noisy, and taken at its word starves a matrix. In sum the
-    losses are the measured ones at those ranks.
-    """
-    expected = {each.name: each.loss(ranks[each.name]) for each in candidates}
-    # Where next to nothing should be lost, rounding is measured.
-    whole = {each.name: float(each.losses[0]) for each in candidates}
-    seen = [name for name in losses if expected[name] > _NOTHING * whole[name]]
-    if not seen or not (mean := sum(max(losses[name], 0.0) for name in seen) / len(seen)):
-        return candidates
-    measured = {name: max(losses[name], _LEAST * mean) for name in seen}
-    factors = {name: (measured[name] / expected[name]) ** 0.5 for name in seen}
-    unit = sum(measured.values()) / sum(factors[name] * expected[name] for name in seen)
-    others = sum(factors.values()) / len(seen)
-    return [replace(each, losses=each.losses * unit * factors.get(each.name, others)) for each in candidates]
-
-
-def _choose(recipe: Recipe, whole: Plan, candidates: list[Candidate], tokens: int) -> tuple[Ranks, Budget]:
-    dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
-    start = allocation.smallest(candidates, recipe.max_error)
-    least = (fixed + allocation.cost(candidates, start)) / dense
-    allocate = allocation.uniform if recipe.allocation == "uniform" else allocation.greedy
-
-    def ranks_for(keep: float) -> Ranks:
-        return allocate(candidates, int(keep * dense) - fixed, start)
-
-    if recipe.keep is None:
-        ranks = start
-    elif recipe.keep < least:
-        raise RecipeError(_too_small(recipe, least, fixed / dense, limited=recipe.max_error is not None))
-    else:
-        ranks = ranks_for(recipe.keep)
-    keep = (fixed + allocation.cost(candidates, ranks)) / dense
-    shares = [(share, ranks_for(share)) for share in CURVE if share >= least]
-    budget = Budget(
-        smallest_keep=least,
-        fixed=fixed / dense,
-        tokens=tokens,
-        errors={each.name: each.error(ranks[each.name]) for each in candidates},
-        chosen=_point(keep, candidates, ranks, recipe),
-        curve=tuple(_point(share, candidates, ranks, recipe) for share, ranks in shares),
-    )
-    return ranks, budget
-
-
-def _fixed(whole: Plan) -> int:
-    """Numbers that no rank changes: what experts own, biases, routers."""
-    return whole.ffn_totals.stored_params - sum(_copies(m) * m.rows * m.cols for m in whole.matrices)
-
-
-def _copies(matrix: MatrixPlan) -> int:
-    return 1 if matrix.shares_whole else matrix.num_experts
-
-
-def _check_smallest(recipe: Recipe, whole: Plan) -> None:
-    """Whether one rank per matrix fits, before anything is read."""
-    dense, fixed = whole.ffn_totals.dense_params, _fixed(whole)
-    least = (fixed + sum(_copies(m) * (m.rows + m.cols) for m in whole.matrices)) / dense
-    if recipe.keep is not None and recipe.keep < least:
-        raise RecipeError(_too_small(recipe, least, fixed / dense, limited=False))
-
-
 def _check_libraries(recipe: Recipe) -> None:
     needed = ("accelerate", "greenlet", *(("datasets",) if recipe.calibrate else ()))
     if missing := [name for name in needed if find_spec(name) is None]:
@@ -297,24 +290,3 @@ def _check_libraries(recipe: Recipe) -> None:
             f"calibration needs {' and '.join(missing)}: install them with pip install "
             "'mpoe-convert[calibrate]'"
         )
-
-
-def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:
-    errors = [each.error(ranks[each.name]) for each in candidates]
-    in_nats = recipe.allocation in ("loss", "measured")
-    loss = sum(each.loss(ranks[each.name]) for each in candidates) if in_nats else None
-    return BudgetPoint(keep, float(np.mean(np.square(errors)) ** 0.5), loss)
-
-
-def _too_small(recipe: Recipe, least: float, fixed: float, *, limited: bool) -> str:
-    limit = f" with max_error {recipe.max_error:g}" if limited else ""
-    other = "--max-error" if limited else "--keep"
-    return (
-        f"keep is {recipe.keep:g}, and the smallest that can be met{limit} is {_round_up(least):g}: what "
-        f"experts own, biases and routers alone take {fixed:.3f} of the dense FFNs; raise {other}, or lower "
-        "--bond-dim or --experts"
-    )
-
-
-def _round_up(value: float) -> float:
-    return float(np.ceil(value * 1000) / 1000)

@@ -14,14 +14,14 @@ from . import artifact, card, experts
 from .building import build_matrix, cast, pick_device, read_wide, seeded
 from .calibration import Batch
 from .checkpoint import Checkpoint, open_checkpoint
-from .compression import Prepared, prepare
+from .compression import Prepared, alternatives, prepare, prepare_each
 from .divergence import measure
 from .errors import MachineError, MpoeError
 from .mpo import check_finite
 from .neurons import choose_order
 from .planning import FFNPlan, is_buffer
 from .recipe import Recipe
-from .report import MatrixReport, NeuronOrder, Report
+from .report import MatrixReport, NeuronOrder, Report, Trial
 from .weight_files import save_shard, write_index
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -59,15 +59,54 @@ def convert(
     artifact.check_output(output, overwrite)
     pick_device(recipe.device)
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token)
-    source = checkpoint.folder if checkpoint.revision is None else None
-    prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
-    artifact.check_fit(output, source, prepared.plan.totals.stored_bytes)
+    if recipe.search:
+        prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
+    else:
+        prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
+    _check_fit(prepared, checkpoint, output)
     with artifact.staged(output, overwrite) as folder:
-        report = _write(folder, prepared, checkpoint, progress)
-    return report
+        return _write(folder, prepared, checkpoint, progress, trials)
 
 
-def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: Progress | None) -> Report:
+def _check_fit(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
+    source = checkpoint.folder if checkpoint.revision is None else None
+    artifact.check_fit(output, source, prepared.plan.totals.stored_bytes)
+
+
+def _search(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    batches: Sequence[Batch] | None,
+    progress: Progress | None,
+    token: str | None,
+) -> tuple[Prepared, tuple[Trial, ...]]:
+    """Of what `prepare_each` gives, that whose artifact is nearest to the dense model; and all as tried."""
+    count, trials, best = len(alternatives(recipe)), [], None
+
+    def report(what: str, done: int, total: int, _) -> None:
+        if progress:
+            progress(f"way {len(trials) + 1} of at most {count}: {what}", done, total, None)
+
+    for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
+        _check_fit(prepared, checkpoint, output)
+        # One name for all: transformers keeps a copy of an artifact's code by the folder's name.
+        with artifact.scratch(output) as folder:
+            divergence = _write(folder, prepared, checkpoint, report).divergence
+        way = prepared.plan.recipe
+        trials.append(Trial(way.metric, way.allocation, way.correct, divergence))
+        if best is None or divergence.distance < best[0]:
+            best = divergence.distance, prepared
+    return best[1], tuple(trials)
+
+
+def _write(
+    folder: Path,
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+    trials: tuple[Trial, ...] = (),
+) -> Report:
     plan = prepared.plan
     artifact.write_companions(folder, plan, checkpoint)
     builder = _Builder(prepared, checkpoint, progress)
@@ -82,7 +121,7 @@ def _write(folder: Path, prepared: Prepared, checkpoint: Checkpoint, progress: P
         device = pick_device(plan.recipe.device)
         divergence = measure(plan, checkpoint, folder, prepared.batches, device)
     license = card.source_license(checkpoint.folder)
-    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders))
+    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
     card.write(folder / artifact.CARD_FILE, report, checkpoint)
     _write_recipe(folder / artifact.RECIPE_FILE, plan.recipe)
     files = sorted({*artifact.file_names(folder), artifact.REPORT_FILE})

@@ -73,6 +73,9 @@ class Recipe:
             memory.
         correct: fit every matrix to what reaches it behind those that are compressed already, one after the
             other, against the dense model's outputs. With metric "loss" or "outputs".
+        search: write every combination of metric, allocation and correction that is left open here, compare
+            each with the dense model on calibration text that none was fitted to, and keep the nearest. With
+            `keep` and calibration.
         calibrate: calibration text: files or Hub datasets (see `corpus.read`), or "builtin".
         calibration_tokens: how many of its tokens; evenly spread over the text.
         calibration_split: of Hub datasets.
@@ -110,6 +113,7 @@ class Recipe:
     allocation: str | None = None
     metric: str | None = None
     correct: bool = False
+    search: bool = False
     calibrate: tuple[str, ...] = ()
     calibration_tokens: int = 65536
     calibration_split: str = "train"
@@ -213,8 +217,14 @@ class Recipe:
                 below = "" if limit == math.inf else f" and below {limit:g}"
                 raise RecipeError(f"{name} is {value!r}; expected a number above 0{below}, such as 0.6")
         check_calibration_tokens(self.calibration_tokens)
-        if not isinstance(self.correct, bool):
-            raise RecipeError(f"correct is {self.correct!r}; expected true or false")
+        for name in ("correct", "search"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RecipeError(f"{name} is {value!r}; expected true or false")
+        if self.search and (self.keep is None or self.max_error is not None):
+            raise RecipeError(
+                "search given without --keep, or with --max-error; expected --keep alone: sizes are "
+                "equal then, and errors in different metrics are not alike"
+            )
         if not self.compresses:
             self._check_chains()
             return

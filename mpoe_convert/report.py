@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,6 +87,12 @@ class Divergence:
     dense_perplexity: float | None
     perplexity: float | None
 
+    @property
+    def distance(self) -> float:
+        """What is compared; infinite if the artifact's outputs are not finite."""
+        found = self.difference if self.nats is None else self.nats
+        return found if math.isfinite(found) else math.inf
+
     def in_words(self) -> str:
         measured = f"Measured on {self.tokens:,} held-out tokens:"
         if self.nats is None:
@@ -97,6 +104,16 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One way that a search tried: the recipe's choices, and how far its artifact is from the dense model."""
+
+    metric: str
+    allocation: str
+    correct: bool
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole conversion; `to_json` is what conversion_report.json holds."""
 
@@ -105,6 +122,7 @@ class Report:
     license: str | None = None
     divergence: Divergence | None = None
     neuron_orders: tuple[NeuronOrder, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def max_error(self) -> float:
@@ -174,6 +192,7 @@ class Report:
             "exact": plan.is_exact,
             "divergence": asdict(self.divergence) if self.divergence else None,
             "neuron_orders": [asdict(order) for order in self.neuron_orders],
+            "trials": [asdict(trial) for trial in self.trials],
             "budget": asdict(plan.budget) if plan.budget else None,
             "warnings": self.warnings,
             "ffns": [ffn.ffn.path for ffn in plan.ffns],

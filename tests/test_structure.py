@@ -29,6 +29,7 @@ ORDER = [
         "recording",
         "conversion",
         "compression",
+        "budget",
         "sensitivity",
         "divergence",
         "correction",

