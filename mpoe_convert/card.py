@@ -278,6 +278,7 @@ def _compression(report: Report) -> str:
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
     details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
     details += ["corrected"] if recipe.correct else []
+    details += [f"the nearest to the dense model of {len(report.trials)} ways"] if report.trials else []
     text = (
         f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
         f"({', '.join(details)})."

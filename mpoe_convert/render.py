@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .families import FAMILIES
 from .planning import Budget, MatrixPlan, Plan, Totals
-from .report import MatrixReport, NeuronOrder, Report, plan_warnings
+from .report import MatrixReport, NeuronOrder, Report, Trial, plan_warnings
 from .summary import Summary
 from .verification import Verification
 
@@ -259,12 +259,25 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
     if report.plan.budget:
         print_budget(report.plan.budget, out)
+    if report.trials:
+        out.print(_trials_table(report.trials))
     if report.neuron_orders:
         out.print(_neuron_orders(report.neuron_orders))
     if report.divergence:
         out.print(report.divergence.in_words())
     _print_warnings(report.warnings, out)
     out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
+
+
+def _trials_table(trials: Sequence[Trial]) -> Table:
+    """The nearest first; it is the one that was kept."""
+    in_nats = trials[0].divergence.nats is not None
+    what = "nats of divergence" if in_nats else "difference of the last hidden states"
+    table = _table("Search: ways that were tried", "metric", "allocation", "corrected", what, numbers=1)
+    for place, trial in enumerate(sorted(trials, key=lambda trial: trial.divergence.distance)):
+        cells = trial.metric, trial.allocation, "yes" if trial.correct else "no"
+        table.add_row(*cells, f"{trial.divergence.distance:.3g}", style=None if place else "bold")
+    return table
 
 
 def _neuron_orders(orders: Sequence[NeuronOrder]) -> str:
