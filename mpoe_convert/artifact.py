@@ -189,46 +189,45 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `output` when the block ends well, and is removed if not.
+    """A temporary folder that becomes `output` when the block ends well, and is removed if not.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    folder = None
-    made = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = _sibling(output, ".partial")
+    with scratch(output) as folder:
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
         folder.chmod(0o777 & ~mask)
         for path in folder.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         _move_into_place(folder, output, overwrite)
-    except OSError as error:
-        raise _output_error(error, output) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:  # those that hold the artifact now are not empty and stay
-            with suppress(OSError):
-                parent.rmdir()
 
 
 @contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """A temporary folder on the output's disk, always of the same name.
+    """A folder beside the output that is removed when the block ends.
+
+    It is always called the same: transformers keeps a copy of an artifact's code by the name of its folder.
 
     Raises:
         OutputError: as `staged`.
     """
+    outer = None
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
-        with tempfile.TemporaryDirectory(prefix=".mpoe-convert.", dir=_existing_parent(output)) as outer:
-            folder = Path(outer, "artifact")
-            folder.mkdir()
-            yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
+        outer = _sibling(output, ".partial")
+        folder = outer / "artifact"
+        folder.mkdir()
+        yield folder
     except OSError as error:
         raise _output_error(error, output) from error
+    finally:
+        if outer is not None:
+            shutil.rmtree(outer, ignore_errors=True)
+        for parent in made:  # those that hold the artifact now are not empty and stay
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _sibling(output: Path, suffix: str) -> Path:

@@ -90,7 +90,6 @@ def _search(
 
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
         _check_fit(prepared, checkpoint, output)
-        # One name for all: transformers keeps a copy of an artifact's code by the folder's name.
         with artifact.scratch(output) as folder:
             divergence = _write(folder, prepared, checkpoint, report).divergence
         way = prepared.plan.recipe

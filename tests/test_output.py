@@ -108,7 +108,7 @@ def test_a_failure_leaves_nothing_not_even_folders_above(nested, source, tmp_pat
 def test_a_stopped_run_leaves_nothing(sent, source, tmp_path, server):
     before = tree(tmp_path)
     run = server.start(["dense", "-o", "new/out", *ARGS], tmp_path, matrix_seconds=5)
-    wait_for(lambda: list(tmp_path.glob("new/.out.*.partial/config.json")))
+    wait_for(lambda: list(tmp_path.glob("new/.out.*.partial/artifact/config.json")))
     os.kill(run.pid, getattr(signal, sent))
     run.wait()
     assert run.code == 128 + getattr(signal, sent)
@@ -122,7 +122,7 @@ def test_a_run_stopped_while_replacing_leaves_the_old_artifact(source, tmp_path,
     run = server.start(
         ["dense", "-o", "out", "--overwrite", "--seed", "1", *ARGS], tmp_path, matrix_seconds=5
     )
-    wait_for(lambda: list(tmp_path.glob(".out.*.partial/config.json")))
+    wait_for(lambda: list(tmp_path.glob(".out.*.partial/artifact/config.json")))
     os.kill(run.pid, signal.SIGINT)
     assert run.wait().code == 130
     assert tree(tmp_path) == before
@@ -131,7 +131,7 @@ def test_a_run_stopped_while_replacing_leaves_the_old_artifact(source, tmp_path,
 def test_an_impatient_second_interrupt_does_not_disturb_the_cleaning_up(source, tmp_path, server):
     before = tree(tmp_path)
     run = server.start(["dense", "-o", "out", *ARGS], tmp_path, matrix_seconds=5)
-    wait_for(lambda: list(tmp_path.glob(".out.*.partial/config.json")))
+    wait_for(lambda: list(tmp_path.glob(".out.*.partial/artifact/config.json")))
     partial = next(tmp_path.glob(".out.*.partial"))
     for number in range(3000):  # so many files that removing them takes a while
         (partial / str(number)).touch()
@@ -205,7 +205,7 @@ def test_a_disk_without_room_is_told_before_any_work(source, small_disk, server,
 
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source, small_disk, server, tmp_path):
     run = server.start([source, "-o", small_disk / "out", *ARGS], tmp_path, matrix_seconds=0.3)
-    wait_for(lambda: list(small_disk.glob(".out.*.partial/modeling_mpoe.py")))
+    wait_for(lambda: list(small_disk.glob(".out.*.partial/artifact/modeling_mpoe.py")))
     with pytest.raises(OSError, match="No space left"), (small_disk / "filling").open("wb", 0) as filling:
         while True:
             filling.write(bytes(4096))
