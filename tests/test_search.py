@@ -57,11 +57,19 @@ def test_the_nearest_stays_and_is_what_its_own_recipe_gives(tmp_path):
     assert [trial["divergence"]["nats"] for trial in written["trials"]] == distances
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
     assert "nearest to the dense model of 12 ways" in (tmp_path / "out/README.md").read_text()
-    choices = {"metric": chosen.metric, "allocation": chosen.allocation, "correct": chosen.correct}
-    _, _, again = pair("gpt2", tmp_path / "again", **SEARCH | choices | {"search": False})
+    again = straight(tmp_path / "again", chosen)
     assert again.divergence == report.divergence and again.trials == ()
     first, second = (tmp_path / name / "out/model.safetensors" for name in ("", "again"))
     assert first.read_bytes() == second.read_bytes()
+    # Another metric than that of the first way, with what is measured in it.
+    other = next(t for t in report.trials if (t.metric, t.allocation) == ("outputs", "measured"))
+    assert straight(tmp_path / "other", other).divergence == other.divergence
+
+
+def straight(folder, way):
+    """The report of a conversion that is no search."""
+    choices = {"metric": way.metric, "allocation": way.allocation, "correct": way.correct, "search": False}
+    return pair("gpt2", folder, **SEARCH | choices)[2]
 
 
 def test_layers_that_share_an_ffn_are_searched_without_corrections(tmp_path):
