@@ -283,7 +283,7 @@ def _compression(report: Report) -> str:
         f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
         f"({', '.join(details)})."
     )
-    return text if found is None else f"{text} {found.in_words()}"
+    return text if found is None else f"{text} {report.divergence_in_words()}"
 
 
 def _error_row(matrix: MatrixReport) -> str:

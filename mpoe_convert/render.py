@@ -134,14 +134,14 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(_shards_table(plan))
     out.print(f"Peak memory for tensors, estimated: {size(plan.peak_bytes)}")
     if plan.budget:
-        print_budget(plan.budget, out)
+        _print_budget(plan.budget, plan.recipe.keep, out)
     if not plan.budget:
         exact = "nothing is truncated" if plan.is_exact else "truncated: bonds are below the full ones"
         out.print(f"Bonds: {exact}.")
     _print_warnings(plan_warnings(plan), out)
 
 
-def print_budget(budget: Budget, out: Console) -> None:
+def _print_budget(budget: Budget, asked: float | None, out: Console) -> None:
     """What was chosen, and what else there is."""
     losses = budget.chosen.loss is not None
     columns = ("FFN numbers kept", "root mean square error", *(("expected loss",) if losses else ()))
@@ -151,7 +151,8 @@ def print_budget(budget: Budget, out: Console) -> None:
         cells = [f"{point.keep:.1%}", f"{point.error:.3f}", *([f"+{point.loss:.3g}"] if losses else ())]
         table.add_row(*cells, style="bold" if point == budget.chosen else None)
     out.print(table)
-    text = f" (calibrated on {budget.tokens:,} tokens)" if budget.tokens else ""
+    text = "" if asked is None else f", asked {asked:.1%}"
+    text += f" (calibrated on {budget.tokens:,} tokens)" if budget.tokens else ""
     out.print(
         f"Kept: {budget.chosen.keep:.1%} of the dense FFNs' numbers{text}; the least that can be met: "
         f"{budget.smallest_keep:.1%}, of which {budget.fixed:.1%} are what experts own, biases and routers."
@@ -258,13 +259,13 @@ def print_report(report: Report, output: str, out: Console, *, per_matrix: bool)
     out.print(table(report.matrices))
     out.print(totals_table(report.plan.ffn_totals, report.plan.totals))
     if report.plan.budget:
-        print_budget(report.plan.budget, out)
+        _print_budget(report.plan.budget, report.plan.recipe.keep, out)
     if report.trials:
         out.print(_trials_table(report.trials))
     if report.neuron_orders:
         out.print(_neuron_orders(report.neuron_orders))
     if report.divergence:
-        out.print(report.divergence.in_words())
+        out.print(report.divergence_in_words())
     _print_warnings(report.warnings, out)
     out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
 

@@ -133,6 +133,23 @@ class Report:
         return max(m.clone_drift for m in self.matrices)
 
     @property
+    def predicted_perplexity(self) -> float | None:
+        """The dense model's, grown by the divergence that the plan expected; None where either is unknown."""
+        budget, found = self.plan.budget, self.divergence
+        if not (budget and found and found.dense_perplexity) or budget.chosen.loss is None:
+            return None
+        return found.dense_perplexity * math.exp(budget.chosen.loss)
+
+    def divergence_in_words(self) -> str:
+        """What was measured and what the plan expected."""
+        words = self.divergence.in_words()
+        if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:
+            return words
+        predicted = self.predicted_perplexity
+        perplexity = "" if predicted is None else f", perplexity {predicted:.4g}"
+        return f"{words} Predicted: {self.plan.budget.chosen.loss:.3g} nats{perplexity}."
+
+    @property
     def warnings(self) -> list[str]:
         return [*self._error_warnings(), *plan_warnings(self.plan)]
 
@@ -191,6 +208,7 @@ class Report:
             "max_clone_drift": self.max_drift,
             "exact": plan.is_exact,
             "divergence": asdict(self.divergence) if self.divergence else None,
+            "predicted_perplexity": self.predicted_perplexity,
             "neuron_orders": [asdict(order) for order in self.neuron_orders],
             "trials": [asdict(trial) for trial in self.trials],
             "budget": asdict(plan.budget) if plan.budget else None,

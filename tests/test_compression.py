@@ -307,6 +307,11 @@ def test_card_and_tables_say_what_was_compressed(tmp_path):
     ranks = [str(matrix.rank) for matrix in report.plan.matrices if matrix.rank]
     assert ranks and all(rank in text for rank in ranks)
     assert "of outputs" in text and report.divergence.in_words() in text.replace("\n", "")
+    assert f"Kept: {report.plan.budget.chosen.keep:.1%} of the dense FFNs' numbers, asked 80.0%" in text
+    predicted = report.predicted_perplexity
+    expected = math.log(predicted / report.divergence.dense_perplexity)
+    assert abs(expected - report.plan.budget.chosen.loss) < 1e-9 < expected
+    assert f"nats, perplexity {predicted:.4g}." in text.replace("\n", "") and f"{predicted:.4g}." in card
     assert plan_json(report.plan)["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
 
 
