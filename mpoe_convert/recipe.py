@@ -221,9 +221,9 @@ class Recipe:
             if not isinstance(value := getattr(self, name), bool):
                 raise RecipeError(f"{name} is {value!r}; expected true or false")
         if self.search and (self.keep is None or self.max_error is not None):
+            given = "without --keep" if self.keep is None else "with --max-error"
             raise RecipeError(
-                "search given without --keep, or with --max-error; expected --keep alone: sizes are "
-                "equal then, and errors in different metrics are not alike"
+                f"search given {given}; expected --keep alone: sizes that differ do not compare"
             )
         if not self.compresses:
             self._check_chains()
