@@ -938,7 +938,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
         heading="Dense",
         multiple=True,
         metavar="FILE|ID",
-        help="Average the experts, weighted by how often the routers choose them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
+        help="Average the experts, weighted by the combine weights that the routers give them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
     ),
     *calibration_text_options("Dense"),
     option(

@@ -85,9 +85,9 @@ def export(
     source = open_converted(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
-        from .averaging import expert_loads
+        from .averaging import expert_shares
 
-        shares = expert_loads(source, request)
+        shares = expert_shares(source, request)
     plan = exports.load(request.to).plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     made = [tensor for part in plan.parts for tensor in part.tensors]
