@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
 from .correction import Corrections, check_correctable, correct
-from .errors import MachineError, RecipeError
+from .errors import RecipeError
 from .factoring import spectrum
+from .libraries import need
 from .moments import FFNMoments, metric_for
 from .planning import Budget, BudgetPoint, MatrixPlan, Plan, plan_checkpoint
 from .recipe import Recipe
@@ -158,7 +158,8 @@ def _calibrated(
 ) -> tuple[Calibration, list[Batch]]:
     """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
     recipe = whole.recipe
-    _check_libraries(recipe)
+    readers = ("datasets",) if recipe.calibrate else ()
+    need("calibration", "accelerate", "greenlet", *readers, extra="calibrate")
     batches = make_batches(recipe, checkpoint, token) if batches is None else list(batches)
     if recipe.correct:
         check_correctable(whole, batches)
@@ -288,15 +289,6 @@ def _check_smallest(recipe: Recipe, whole: Plan) -> None:
     least = (fixed + sum(_copies(m) * (m.rows + m.cols) for m in whole.matrices)) / dense
     if recipe.keep is not None and recipe.keep < least:
         raise RecipeError(_too_small(recipe, least, fixed / dense, limited=False))
-
-
-def _check_libraries(recipe: Recipe) -> None:
-    needed = ("accelerate", "greenlet", *(("datasets",) if recipe.calibrate else ()))
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise MachineError(
-            f"calibration needs {' and '.join(missing)}: install them with pip install "
-            "'mpoe-convert[calibrate]'"
-        )
 
 
 def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recipe) -> BudgetPoint:
