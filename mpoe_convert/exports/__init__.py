@@ -144,6 +144,7 @@ class ExportPlan:
         warnings: what it does not carry over.
         library: that loads it.
         write: what else is written into the folder, and how it compares with the original.
+        num_bytes_written: by that, about.
     """
 
     parts: tuple[Part, ...]
@@ -155,3 +156,4 @@ class ExportPlan:
     warnings: tuple[str, ...] = ()
     library: str = "transformers"
     write: Callable[[Path], Comparison | None] | None = None
+    num_bytes_written: int = 0
