@@ -19,9 +19,10 @@ from click.shell_completion import CompletionItem
 
 from . import __version__
 from .corpus import TASKS
-from .errors import HubError, MachineError, MpoeError, RecipeError, RunError
+from .errors import HubError, MpoeError, RecipeError, RunError
 from .experts import KINDS
 from .exports import TARGETS, Export
+from .libraries import need
 from .recipe import (
     ALLOCATIONS,
     BIASES,
@@ -901,7 +902,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
     With 95 % bootstrap intervals, and those of the paired difference with --against.
     """
     with told_in_one_line(verbose, quiet):
-        need("evaluate", "datasets", "sacrebleu", "rouge_score", "sklearn")
+        need("evaluate", "datasets", "sacrebleu", "rouge_score", "sklearn", extra="train")
         from . import render
 
         render.quiet_libraries()
@@ -945,7 +946,7 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
         heading="Dense",
         multiple=True,
         metavar="FILE|ID",
-        help="Average the experts, weighted by how often the routers choose them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
+        help="Average the experts, weighted by the combine weights that the routers give them on this text: files or Hub datasets, or builtin (Python's language reference). Repeatable.",
     ),
     *calibration_text_options("Dense"),
     option(
@@ -1005,17 +1006,8 @@ def assignment(text: str) -> tuple[str, object]:
     return name, yaml.safe_load(value)
 
 
-def need(command: str, *libraries: str, extra: str = "train") -> None:
-    """Say which libraries of an extra are missing."""
-    missing = [name for name in libraries if find_spec(name) is None]
-    if missing:
-        raise MachineError(
-            f"{command} needs {' and '.join(missing)}: install them with pip install 'mpoe-convert[{extra}]'"
-        )
-
-
 def run_finetuning(run: Finetuning, output, resume, token, as_json, quiet) -> None:
-    need("finetune", "accelerate", "datasets")
+    need("finetune", "accelerate", "datasets", extra="train")
     from accelerate import PartialState
 
     from . import render

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import product
 
 import numpy as np
@@ -17,8 +16,9 @@ from .building import pick_device, read_wide
 from .calibration import Batch, Calibration, calibrate, make_batches
 from .checkpoint import Checkpoint, open_checkpoint
 from .correction import Corrections, check_correctable, correct
-from .errors import MachineError, MpoeError, RecipeError
+from .errors import MpoeError, RecipeError
 from .factoring import spectrum
+from .libraries import need
 from .moments import FFNMoments, metric_for
 from .planning import Plan, plan_checkpoint
 from .recipe import Recipe
@@ -251,7 +251,8 @@ def _calibrated(
 ) -> tuple[Calibration, list[Batch]]:
     """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
     recipe = whole.recipe
-    _check_libraries(recipe)
+    readers = ("datasets",) if recipe.calibrate else ()
+    need("calibration", "accelerate", "greenlet", *readers, extra="calibrate")
     batches = make_batches(recipe, checkpoint, token) if batches is None else list(batches)
     if recipe.correct:
         check_correctable(whole, batches)
@@ -281,12 +282,3 @@ def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
             f"correct given with metric {metric}; expected --calibrate and metric loss or outputs"
         )
     return recipe.replace(metric=metric, allocation=allocation)
-
-
-def _check_libraries(recipe: Recipe) -> None:
-    needed = ("accelerate", "greenlet", *(("datasets",) if recipe.calibrate else ()))
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise MachineError(
-            f"calibration needs {' and '.join(missing)}: install them with pip install "
-            "'mpoe-convert[calibrate]'"
-        )

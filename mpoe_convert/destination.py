@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .artifact import CARD_FILE, REPORT_FILE, is_weights, listed_files
 from .checkpoint import read_json_object
-from .errors import CheckpointError, HubError
+from .errors import CheckpointError, HubError, RecipeError
 from .hub import SINGLE, shard_names
-from .hub_errors import explain_writing
+from .hub_errors import explain_writing, one_line
 from .weight_files import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class Destination:
         create_pr: open a pull request instead of committing; nothing there changes then.
         branch: to commit to, made from the main one if it is not there.
         overwrite: commit also over a repository that holds something else.
+
+    Raises:
+        RecipeError: that can be no repository's name, or a pull request is to go to a branch.
     """
 
     repo_id: str
@@ -41,6 +44,21 @@ class Destination:
     create_pr: bool = False
     branch: str | None = None
     overwrite: bool = False
+
+    def __post_init__(self):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise RecipeError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
+        if "/" not in self.repo_id:
+            raise RecipeError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
+        if self.create_pr and self.branch:
+            raise RecipeError(
+                "a pull request is opened against the main branch: leave out --branch or --create-pr"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,8 @@ def make_api(token: str | None) -> HfApi:
 def survey(to: Destination, api: HfApi) -> Found:
     """Look at the destination and at who is logged in. Raises HubError if a push would be refused."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
     with explained(to.repo_id):
-        validate_repo_id(to.repo_id)
-        _check_choices(to)
         user = api.whoami()
         _check_role(user, to)
         try:
@@ -106,13 +121,6 @@ def survey(to: Destination, api: HfApi) -> Found:
             "commit over it"
         )
     return found
-
-
-def _check_choices(to: Destination) -> None:
-    if to.repo_id.count("/") != 1:
-        raise HubError(f"'{to.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
-    if to.create_pr and to.branch:
-        raise HubError("a pull request is opened against the main branch: leave out --branch or --create-pr")
 
 
 def _check_role(user: dict, to: Destination) -> None:

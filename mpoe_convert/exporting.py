@@ -85,13 +85,13 @@ def export(
     source = open_converted(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
-        from .averaging import expert_loads
+        from .averaging import expert_shares
 
-        shares = expert_loads(source, request)
+        shares = expert_shares(source, request)
     plan = exports.load(request.to).plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     made = [tensor for part in plan.parts for tensor in part.tensors]
-    artifact.check_fit(output, local, sum(map(num_bytes, made or source.checkpoint.tensors.values())))
+    artifact.check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
     with artifact.staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:

@@ -112,8 +112,6 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
     while isinstance(exc, RuntimeError) and exc.__cause__ is not None:  # the file that was being sent
         exc = exc.__cause__
     repo = f"'{repo_id}'"
-    if isinstance(exc, errors.HFValidationError):
-        return HubError(f"{repo} cannot be a repository: {one_line(exc)}")
     if isinstance(exc, errors.LocalTokenNotFoundError):
         return HubError(
             f"nobody is logged in to write to {repo}: run `hf auth login`, set HF_TOKEN or pass --token"

@@ -1,7 +1,8 @@
 """The mixtures of experts that transformers has and that hold a converted model exactly: one row each.
 
 Read off the modelling files of transformers 5.23. Names are those of the architectures' own checkpoints,
-which vLLM and llama.cpp's converter read; transformers fuses them when it loads them.
+which serving engines read; transformers fuses them when it loads them. What llama.cpp makes of them was tried
+with the copy in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class MoeTarget:
         fixed: settings of the sources that it has not: values with which they do nothing, and what they are.
         constants: what else its config says.
         idle_shared_expert: it also has an expert for all tokens; zeros make that add nothing.
+        llama_cpp: the combine weights by which llama.cpp computes it, whatever its config says; None: it does
+            not know this architecture.
     """
 
     model_type: str
@@ -46,6 +49,7 @@ class MoeTarget:
     fixed: Mapping[str, tuple[tuple, str]] = field(default_factory=dict)
     constants: Mapping[str, object] = field(default_factory=dict)
     idle_shared_expert: bool = False
+    llama_cpp: str | None = None
 
 
 _ANY = ((), "")  # a setting without effect on what is computed
@@ -67,6 +71,7 @@ MOE_TARGETS: tuple[MoeTarget, ...] = (
         },
         num_experts="num_local_experts",
         fixed={"attention_bias": _NO_ATTENTION_BIAS, "mlp_bias": _NO_FFN_BIAS, "pretraining_tp": _ANY},
+        llama_cpp="renormalised",
     ),
     MoeTarget(
         model_type="qwen2_moe",
@@ -78,6 +83,7 @@ MOE_TARGETS: tuple[MoeTarget, ...] = (
         fixed={"use_sliding_window": _NO_WINDOW},
         constants={"qkv_bias": True, "decoder_sparse_step": 1},
         idle_shared_expert=True,
+        llama_cpp="raw",
     ),
     MoeTarget(
         model_type="qwen3_moe",
@@ -88,6 +94,7 @@ MOE_TARGETS: tuple[MoeTarget, ...] = (
         dense_layers="mlp_only_layers",
         fixed={"use_sliding_window": _NO_WINDOW, "max_window_layers": _ANY, "layer_types": _ANY},
         constants={"decoder_sparse_step": 1},
+        llama_cpp="renormalised",
     ),
     MoeTarget(
         model_type="flex_olmo",
@@ -107,6 +114,7 @@ MOE_TARGETS: tuple[MoeTarget, ...] = (
         },
         num_experts="num_local_experts",
         fixed={"mlp_bias": _NO_FFN_BIAS},
+        llama_cpp="renormalised",
     ),
     MoeTarget(
         model_type="switch_transformers",

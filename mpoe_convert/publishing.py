@@ -58,14 +58,15 @@ def push(
         token: by default HF_TOKEN or the stored login.
 
     Raises:
+        RecipeError: as for `Destination`.
         CheckpointError: the folder is no artifact, or it is incomplete.
         HubError: the Hub refuses, cannot be reached, or holds something else there.
     """
     from huggingface_hub import CommitOperationDelete
 
+    to = Destination(repo_id, private, create_pr, branch, overwrite)
     folder = Path(folder)
     files = own_files(folder)
-    to = Destination(repo_id, private, create_pr, branch, overwrite)
     api = make_api(token)
     found = survey(to, api)
     check_nothing_hides(repo_id, files, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .snippets import PIPELINE_TAGS
 
 SECTION = "Evaluation"
 # What is read of a report again.
-_KEYS = {"task", "data", "split", "settings", "count", "metrics", "other", "against", "differences"}
+_KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "other", "against", "differences"}
 # By our names: the Hub's (https://huggingface.co/metrics), and a name for people.
 METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
@@ -36,7 +37,7 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
     in the Hub's format. Results that somebody else has put there stay.
 
     Args:
-        evaluation: as `Evaluation.to_json` has it. Of files only the names are kept.
+        evaluation: as `Evaluation.to_json` has it. Of files only the names and a hash are kept.
 
     Raises:
         CheckpointError: the folder is no artifact, or its card or report of evaluations is damaged.
@@ -46,7 +47,7 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
     path = folder / EVALUATION_REPORT_FILE
     found = _without_paths(evaluation)
     try:
-        all_of_them = [each for each in check(folder) if _subject(each) != _subject(found)] + [found]
+        all_of_them = [each for each in check(folder) if not _same_subject(each, found)] + [found]
         write_json(path, {"evaluations": all_of_them})
         card.set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, all_of_them)))
         _set_results(folder, [result for each in all_of_them for result in eval_results(each)])
@@ -118,6 +119,7 @@ def eval_results(evaluation: Mapping) -> list:
             dataset_name=name,
             dataset_config=name if builder else subset or None,  # what tells files apart
             dataset_split=None if builder else evaluation["split"],
+            dataset_revision=_short(evaluation["sha256"]),
             metric_type=METRICS[metric][0],
             metric_name=METRICS[metric][1],
             metric_value=found["value"],
@@ -127,8 +129,24 @@ def eval_results(evaluation: Mapping) -> list:
     ]
 
 
-def _subject(evaluation: Mapping) -> tuple:
-    return evaluation["task"], list(evaluation["data"]), evaluation["split"]
+def _same_subject(one: Mapping, other: Mapping) -> bool:
+    return all(one[key] == other[key] for key in ("task", "data", "split", "sha256"))
+
+
+def _short(sha256: str | None) -> str | None:
+    return sha256 and sha256[:12]
+
+
+def _sha256(sources: Sequence[str]) -> str | None:
+    """Of files' contents, by which those of the same name are told apart; None of Hub datasets."""
+    digests = []
+    for source in sources:
+        if Path(source).is_file():
+            with open(source, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) < 2:  # a file's own, which `sha256sum` prints too
+        return digests[0].hexdigest() if digests else None
+    return hashlib.sha256(b"".join(each.digest() for each in digests)).hexdigest()
 
 
 def _without_paths(evaluation: Mapping) -> dict:
@@ -138,7 +156,7 @@ def _without_paths(evaluation: Mapping) -> dict:
     other = evaluation["other"]
     if other is not None and Path(other).is_dir():
         other = Path(other).resolve().name
-    return kept | {"data": data, "other": other}
+    return kept | {"data": data, "other": other, "sha256": _sha256(evaluation["data"])}
 
 
 def _set_results(folder: Path, results: Sequence) -> None:
@@ -158,7 +176,7 @@ def _place(result) -> tuple:
 def _in_words(evaluation: Mapping) -> str:
     unit = "tokens" if evaluation["task"] in ("causal", "masked") else "examples"
     is_file = Path(evaluation["data"][0]).suffix.lower() in BUILDERS
-    split = "" if is_file else f" (split {evaluation['split']})"
+    split = f" (SHA-256 {_short(evaluation['sha256'])}…)" if is_file else f" (split {evaluation['split']})"
     settings = ", ".join(f"{key} {value}" for key, value in evaluation["settings"].items())
     other, differences = evaluation["other"], evaluation["differences"] or {}
     names = ["metric", "this model", *([other, "difference"] if other else [])]

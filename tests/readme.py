@@ -41,11 +41,12 @@ def moe_table() -> str:
     """Which families have an exact mixture in transformers."""
     from mpoe_convert.moe_targets import MOE_TARGETS
 
-    rows = ["| base | mixture | combine weights | layers left dense |", "|---|---|---|---|"]
+    rows = ["| base | mixture | combine weights | layers left dense | llama.cpp |", "|---|---|---|---|---|"]
     for row in MOE_TARGETS:
         weights = ", ".join(row.weighing) + ("" if row.top_k else ", one expert per token")
         dense = "yes" if row.dense_layers else "no"
-        rows.append(f"| {', '.join(row.sources)} | {row.model_type} | {weights} | {dense} |")
+        engine = row.llama_cpp or "no"
+        rows.append(f"| {', '.join(row.sources)} | {row.model_type} | {weights} | {dense} | {engine} |")
     return "\n".join(rows)
 
 

@@ -1,5 +1,6 @@
 """The model card: its code runs, its metadata are the Hub's, what is recorded in it is what was measured."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -123,6 +124,7 @@ def test_a_recorded_evaluation_is_in_report_card_and_metadata(out, text, artifac
     assert result.metric_args == {"length": 16, "stride": 8}
     (recorded,) = json.loads((out / "evaluation_report.json").read_text())["evaluations"]
     expected = json.loads(json.dumps(found.to_json())) | {"data": ["text.txt"], "other": "dense"}
+    expected |= {"sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
     assert recorded == {key: value for key, value in expected.items() if key != "model"}
     card = (out / "README.md").read_text()
     assert f"| Perplexity | {found.metrics['perplexity'].value:.4g} (" in card
@@ -137,6 +139,21 @@ def test_a_recorded_evaluation_is_in_report_card_and_metadata(out, text, artifac
     assert {result.dataset_name for result in both} == {"text.txt", "other.txt"} and len(both) == 2
     assert again.metrics["perplexity"].value in [result.metric_value for result in both]
     assert (out / "README.md").read_text().count("| Perplexity |") == 2
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_contents(out, text, tmp_path):
+    (tmp_path / "text.txt").write_text(words(101, seed=1))
+    (tmp_path / "copy").mkdir()
+    shutil.copyfile(text, tmp_path / "copy" / "text.txt")
+    for path in (text, tmp_path / "text.txt", tmp_path / "copy" / "text.txt"):
+        found = evaluate(str(out), str(path), length=16, record=True)
+    _, both = results(out)
+    assert [result.dataset_name for result in both] == ["text.txt", "text.txt"]
+    assert both[1].metric_value == found.metrics["perplexity"].value != both[0].metric_value
+    prefixes = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (tmp_path / "text.txt", text)]
+    assert [result.dataset_revision for result in both] == prefixes
+    card = (out / "README.md").read_text()
+    assert all(f"on text.txt (SHA-256 {prefix}…)" in card for prefix in prefixes)
 
 
 def test_results_of_others_stay_and_all_of_them_go_when_the_model_changes(out, text, tmp_path):

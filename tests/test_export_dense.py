@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_families import VARIANT_CASES, generative
+from test_finetuning import words
 from tiny import make_inputs, outputs, save_tiny, save_tokenizer
 
 from mpoe_convert import Export, Recipe, convert, export
+from mpoe_convert.calibration import make_batches
 from mpoe_convert.cli import main
 from mpoe_convert.converted import open_converted
 from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError, RecipeError
@@ -151,6 +154,43 @@ def test_the_average_is_that_of_the_matrices(tmp_path, artifact):
             key = f"model.{layer}.mlp.{name}.weight"
             expected = sum(shares[e] * singles[e][key] for e in range(3))
             torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("model_type", "way"), [("llama", "renormalised"), ("t5", "raw")])
+def test_experts_count_as_much_in_the_average_as_routers_let_them(model_type, way, artifact, tmp_path):
+    """From the router logits that the model itself returns; padding is no token."""
+    _, source = artifact(model_type)
+    out = shutil.copytree(source, tmp_path / "out")
+    perturb(out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"router_combine": way}))
+    rows = [{"text": words(5 + seed % 40, seed), "target": words(4 + seed % 7, seed)} for seed in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    request = Export(calibrate=(str(tmp_path / "rows.jsonl"),), calibration_tokens=1800, check=False)
+    shares = export(out, tmp_path / "average", request).expert_shares
+
+    model = getattr(transformers, generative(model_type)).from_pretrained(out, trust_remote_code=True).eval()
+    opened = open_converted(str(out))
+    totals = dict.fromkeys(shares, 0.0)
+    paths = [path.removesuffix(f".{opened.family.slot}") for path, _ in model.mixtures()]
+    batches = make_batches(request, replace(opened.checkpoint, config=opened.config))
+    assert model_type == "llama" or any((batch["attention_mask"] == 0).any() for batch in batches)
+    for batch in batches:
+        with torch.no_grad():
+            found = model(**batch, output_router_logits=True).router_logits
+        for path, logits in zip(paths, found, strict=True):
+            odds = logits.double().softmax(-1)
+            odds[odds < odds.topk(2).values[:, 1:]] = 0
+            odds = odds if way == "raw" else odds / odds.sum(-1, keepdim=True)
+            real = torch.ones(len(odds), dtype=torch.bool)
+            if "labels" in batch:
+                mask = batch["labels"] != -100 if path.startswith("decoder") else batch["attention_mask"] == 1
+                real = mask.flatten()
+            totals[path] += odds[real].sum(0)
+    assert shares.keys() == set(paths) and max(max(each.values()) for each in shares.values()) > 0.4
+    for path, total in totals.items():
+        expected = total / total.sum()
+        assert list(shares[path].values()) == pytest.approx(expected.tolist(), abs=1e-6), path
 
 
 def test_a_partly_converted_model_keeps_the_rest(tmp_path):

@@ -44,7 +44,9 @@ def assert_same(out: Path, back: Path, model_type: str):
     model = auto.from_pretrained(out, trust_remote_code=True).eval()
     found, info = auto.from_pretrained(back, output_loading_info=True)
     assert not any(info.values()), info
-    assert found.config.model_type == TARGET_OF[model_type].model_type
+    target = TARGET_OF[model_type]
+    assert found.config.model_type == target.model_type
+    assert json.loads((back / "config.json").read_text())[target.num_experts] == 3
     inputs = make_inputs(model, generative(model_type))
     expected, logits = outputs(model, inputs)["logits"], outputs(found.eval(), inputs)["logits"]
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max())
@@ -69,6 +71,39 @@ def test_logits_and_names_are_the_same(model_type, way, tmp_path):
         for folder in (tmp_path / "back", tmp_path / "saved")
     ]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("model_type", TARGET_OF)
+def test_the_kernels_of_transformers_compute_the_same(model_type, tmp_path):
+    """Of every target that has them; Switch Transformers runs its experts one after the other."""
+    way = next(iter(TARGET_OF[model_type].weighing))
+    out = converted(model_type, tmp_path, way)
+    export(out, tmp_path / "back", MOE)
+    auto = getattr(transformers, generative(model_type))
+    model = auto.from_pretrained(out, trust_remote_code=True).eval()
+    inputs = make_inputs(model, generative(model_type))
+    expected = outputs(model, inputs)["logits"]
+    found = auto.from_pretrained(tmp_path / "back").eval()
+    has_kernels = TARGET_OF[model_type].model_type != "switch_transformers"
+    assert found._can_set_experts_implementation() == has_kernels
+    for kernel in ("eager", "batched_mm", "grouped_mm") if has_kernels else ():
+        found.set_experts_implementation(kernel)
+        assert found.config._experts_implementation == kernel
+        logits = outputs(found, inputs)["logits"]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max(), msg=kernel)
+
+
+def test_a_shared_expert_that_is_idle_has_an_open_gate(tmp_path):
+    """llama.cpp computes its sigmoid as silu(x) / x, which is no number where x is zero."""
+    out = converted("qwen2", tmp_path)
+    export(out, tmp_path / "back", MOE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    gates = []
+    for layer in model.model.layers:
+        layer.mlp.shared_expert_gate.register_forward_hook(lambda gate, args, found: gates.append(found))
+    outputs(model, make_inputs(model, "AutoModelForCausalLM"))
+    quotients = [torch.nn.functional.silu(gate) / gate for gate in gates]
+    assert len(quotients) == 2 and all(quotient.isfinite().all() for quotient in quotients)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
@@ -183,6 +218,16 @@ def test_the_table():
     sources = [source for row in MOE_TARGETS for source in row.sources]
     assert len(sources) == len(set(sources)) and set(sources) | set(NEAR_MISSES) <= set(FAMILY_OF)
     assert not set(sources) & set(NEAR_MISSES)
+
+
+@pytest.mark.parametrize(("model_type", "way"), CASES)
+def test_what_llama_cpp_computes_otherwise_is_said(model_type, way, tmp_path):
+    """It sums the weights of qwen2_moe's experts as they are and makes those of the others one in all."""
+    out = converted(model_type, tmp_path, way)
+    said = " ".join(export(out, tmp_path / "back", MOE).warnings)
+    differs = (model_type, way) in [("qwen2", "renormalised"), ("qwen3", "raw")]
+    assert ("llama.cpp computes something else from it" in said) == differs
+    assert (f"combine weights are {way} here" in said) == differs
 
 
 def test_half_precision_says_that_routers_are_computed_in_it(tmp_path):

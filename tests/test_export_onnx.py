@@ -1,13 +1,19 @@
 """The ONNX export: onnxruntime computes from the file what the model does, for sizes that were not traced."""
 
+import json
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_export_dense import perturb
 
 from mpoe_convert import Export, export
+from mpoe_convert.converted import open_converted
 from mpoe_convert.errors import ExportError
+from mpoe_convert.exports import onnx
 
 
 @pytest.mark.slow
@@ -29,6 +35,29 @@ def test_onnxruntime_computes_what_the_model_does(artifact, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(found), expected, rtol=0, atol=1e-5 * expected.abs().max()
         )
+
+
+def test_room_is_asked_for_float32_whatever_the_artifact_is(artifact, tmp_path, monkeypatch):
+    _, out = artifact("gpt2", dtype="bfloat16")
+    asked = []
+    monkeypatch.setattr("mpoe_convert.artifact.check_fit", lambda output, source, size: asked.append(size))
+    monkeypatch.setattr(onnx, "_write", lambda source, check, folder: None)
+    export(out, tmp_path / "graph", Export(to="onnx", check=False))
+    assert asked == [4 * sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())]
+
+
+def test_experts_that_own_too_much_each(artifact, tmp_path):
+    """A mixture copies cores for every token while they are small, and sorts the tokens else."""
+    _, out = artifact("gpt2", kind="dense")
+    source = open_converted(str(out))
+    assert onnx.plan(source, Export(to="onnx"), None, tmp_path).library == "onnx"
+    form = json.loads(json.dumps(source.mixtures[0].form))
+    for term in (*form["up"]["terms"], *form["down"]["terms"]):
+        term["in_dims"] = [64 * size for size in term["in_dims"]]
+        term["out_dims"] = [64 * size for size in term["out_dims"]]
+    wide = replace(source, mixtures=(replace(source.mixtures[0], form=form),))
+    with pytest.raises(ExportError, match="own too much each, so that tokens are sorted by expert"):
+        onnx.plan(wide, Export(to="onnx"), None, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["two-sided", "balanced"])

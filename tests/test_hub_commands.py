@@ -13,11 +13,12 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback_hub import LoopbackHub, User, environment
+from safetensors.torch import load_file
 from test_cli import DRIVER, tree
 from test_finetuning import words
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert import evaluate
+from mpoe_convert import Export, evaluate, export
 from mpoe_convert.artifact import file_names, is_artifact, own_files
 from mpoe_convert.cli import naming_what_is_left
 from mpoe_convert.errors import CheckpointError
@@ -279,16 +280,9 @@ REFUSALS = {
     ),
     "is public": (["me/there", "--token", "hf_me", "--private"], "'me/there' is there already and public"),
     "hidden": (["other/hidden", "--token", "hf_me"], "'other/hidden' is not there and me cannot make it"),
-    "no owner": (["moe", "--token", "hf_me"], "'moe' names no owner: expected USER/NAME"),
-    "bad name": (["me/a b", "--token", "hf_me"], "'me/a b' cannot be a repository: Repo id must use"),
-    "two slashes": (["a/b/c", "--token", "hf_me"], "'a/b/c' cannot be a repository"),
     "no place for a pull request": (
         ["me/moe", "--token", "hf_me", "--create-pr"],
         "there is no repository 'me/moe' to propose anything to: leave out --create-pr",
-    ),
-    "pull request against a branch": (
-        ["me/there", "--token", "hf_me", "--create-pr", "--branch", "b"],
-        "a pull request is opened against the main branch: leave out --branch or --create-pr",
     ),
     "no such pull request": (
         ["me/there", "--token", "hf_me", "--branch", "refs/pr/7"],
@@ -313,6 +307,28 @@ def test_a_push_that_would_fail_is_refused_before_the_conversion(name, hub, refu
     assert said in refused(*convert, "--dry-run")
     assert {repo_id: dict(repo.revisions) for repo_id, repo in hub.repos.items()} == before
     assert not hub.fetched("model.safetensors") and not (tmp_path / "new").exists()
+
+
+BAD_REQUESTS = {
+    "no owner": (["moe"], "'moe' names no owner: expected USER/NAME"),
+    "bad name": (["me/a b"], "'me/a b' cannot be a repository: Repo id must use"),
+    "two slashes": (["a/b/c"], "'a/b/c' cannot be a repository"),
+    "pull request against a branch": (
+        ["me/there", "--create-pr", "--branch", "b"],
+        "a pull request is opened against the main branch: leave out --branch or --create-pr",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_told_as_one_before_the_hub_is_asked(name, hub, ask, artifact, tmp_path):
+    """Exit code 2, as of every command."""
+    dense, out = artifact("gpt2")
+    args, said = BAD_REQUESTS[name]
+    for command in (["push", out], [dense, "-o", tmp_path / "new", "--push-to-hub"]):
+        code, printed, err = ask(*command, *args, "--token", "hf_me")
+        assert (code, printed) == (2, "") and said in err and err.count("\n") == 1, err
+    assert not hub.requests and not (tmp_path / "new").exists()
 
 
 FAULTS = {
@@ -504,6 +520,40 @@ def test_options_of_a_push_need_one(hub, ask, tmp_path):
 
 
 # ------------------------------------------------------------------------------- what is not public
+
+
+@pytest.mark.parametrize(
+    ("to", "options"), [("dense", ["--expert", "2"]), ("moe", ["--no-check"])], ids=["dense", "moe"]
+)
+def test_exports_of_a_revision_of_a_private_repository(to, options, hub, ask, refused, artifact, tmp_path):
+    """The same weights as of the folder; the main branch holds another model."""
+    _, out = artifact("llama", noise=0.5)
+    _, other = artifact("llama", noise=0.5, seed=1)
+    trial = contents(out, file_names(out))
+    repo = hub.add(f"me/{to}", contents(other, file_names(other)), revisions={"trial": trial}, private=True)
+    command = [
+        "export",
+        f"me/{to}",
+        "--revision",
+        "trial",
+        "--to",
+        to,
+        *options,
+        "-o",
+        tmp_path / "back",
+        "-q",
+    ]
+    said = refused(*command)
+    assert f"'me/{to}'" in said and "token" in said and not (tmp_path / "back").exists()
+    assert ask(*command, "--token", "hf_me") == (0, "", "")
+    request = Export(to=to, expert=2 if to == "dense" else None, check=False)
+    export(out, tmp_path / "expected", request)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "expected"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    report = json.loads((tmp_path / "back/export_report.json").read_text())
+    assert (report["artifact"], report["revision"]) == (f"me/{to}", repo.commit("trial"))
+    assert to == "moe" or report["comparison"]["relative_difference"] < 1e-4
+    assert "hf_me" not in "".join(path.read_text() for path in (tmp_path / "back").glob("*.[jm][sd]*"))
 
 
 def test_the_token_reaches_models_and_data_of_every_command(hub, ask, artifact, tmp_path):

@@ -12,7 +12,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from test_export_moe import converted
 from test_families import generative
+from tiny import outputs
+
+from mpoe_convert import Export, export
+from mpoe_convert.moe_targets import MOE_TARGETS
 
 # Nothing of this package: it loads as a user would who has this release and no converter.
 CODE = """
@@ -58,14 +65,20 @@ for dense, out, auto in json.load(sys.stdin):
 FAMILIES = ("gpt2", "llama", "gpt_neox", "bloom", "opt", "t5", "bart", "bert")
 
 
-def test_artifacts_load_train_and_generate(artifact):
+@pytest.fixture
+def oldest() -> Path:
+    """The folder with the oldest release."""
     folder = os.environ.get("MPOE_OLDEST_TRANSFORMERS")
     if not folder:
         pytest.skip("MPOE_OLDEST_TRANSFORMERS is not set")
-    cases = [[*map(str, artifact(name)), generative(name)] for name in FAMILIES]
-    environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
+    return Path(folder)
+
+
+def run_in(folder: Path, code: str, cases: list) -> list[dict]:
+    """What code prints, as JSON lines, in a process that has the oldest release and no converter."""
+    environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", code],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
@@ -78,9 +91,53 @@ def test_artifacts_load_train_and_generate(artifact):
         d.partition(">=")[2] for d in project["project"]["dependencies"] if d.startswith("transformers>=")
     ]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == len(FAMILIES)
-    for name, result in zip(FAMILIES, results, strict=True):
-        assert floors == [".".join(result["version"].split(".")[:2])]
-        assert not result["converter"] and result["difference"] < 1e-5 and result["reloaded"], name
+    assert len(results) == len(cases)
+    for result in results:
+        assert floors == [".".join(result["version"].split(".")[:2])] and not result["converter"]
+    return results
+
+
+def test_artifacts_load_train_and_generate(artifact, oldest):
+    cases = [[*map(str, artifact(name)), generative(name)] for name in FAMILIES]
+    for name, result in zip(FAMILIES, run_in(oldest, CODE, cases), strict=True):
+        assert result["difference"] < 1e-5 and result["reloaded"], name
         assert result["trained"] == result["trainable"] > 0, name
         assert result.get("generated", 10) in (5, 10), name
+
+
+EXPORTS = """
+import json, sys
+import torch, transformers
+transformers.logging.set_verbosity_error()
+
+for folder, auto, logits in json.load(sys.stdin):
+    model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+    ids = torch.arange(3, 15).reshape(2, 6)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        difference = (model.eval()(**inputs).logits - torch.tensor(logits)).abs().max().item()
+    print(json.dumps({
+        "version": transformers.__version__,
+        "converter": "mpoe_convert" in sys.modules,
+        "difference": difference,
+        "amiss": {name: list(names) for name, names in info.items() if names},
+    }))
+"""
+
+
+def test_exports_compute_what_they_do_in_this_release(oldest, tmp_path):
+    cases = []
+    for row in MOE_TARGETS:
+        name = row.sources[0]
+        out = converted(name, tmp_path / name, next(iter(row.weighing)))
+        for to in ("dense", "moe"):
+            folder = tmp_path / name / f"as-{to}"
+            export(out, folder, Export(to=to, check=False))
+            model = getattr(transformers, generative(name)).from_pretrained(folder).eval()
+            ids = torch.arange(3, 15).reshape(2, 6)
+            inputs = {"input_ids": ids}
+            inputs |= {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            logits = outputs(model, inputs)["logits"].tolist()
+            cases.append([str(folder), generative(name), logits])
+    for case, result in zip(cases, run_in(oldest, EXPORTS, cases), strict=True):
+        assert not result["amiss"] and result["difference"] < 1e-4, case[0]

@@ -67,7 +67,7 @@ ORDER = [
         "stock",
     ),
     *("checkpoint", "torch_bin", "hub", "hub_errors", "weight_files", "safetensors_header"),
-    *("sites", "modeling_mpoe", "verify_child"),
+    *("sites", "libraries", "modeling_mpoe", "verify_child"),
     "errors",
 ]
 

@@ -38,8 +38,8 @@ class Export:
     Attributes:
         to: a module of this package.
         expert: which one, for `dense`; by default the first.
-        calibrate: for `dense`: average the experts instead, weighted by how often the routers choose them on
-            this text: files or Hub datasets (see `corpus.read`), or "builtin".
+        calibrate: for `dense`: average the experts instead, weighted by the combine weights that the routers
+            give them on this text: files or Hub datasets (see `corpus.read`), or "builtin".
         calibration_tokens / calibration_split / text_column / target_column: of that text, as in `Recipe`.
         base: for `lora`: folder or Hub id of the model that the adapters go on; by default it is written.
         base_revision: of a Hub id.
@@ -144,6 +144,7 @@ class ExportPlan:
         warnings: what it does not carry over.
         library: that loads it.
         write: what else is written into the folder, and how it compares with the original.
+        num_bytes_written: by that, about.
     """
 
     parts: tuple[Part, ...]
@@ -155,3 +156,4 @@ class ExportPlan:
     warnings: tuple[str, ...] = ()
     library: str = "transformers"
     write: Callable[[Path], Comparison | None] | None = None
+    num_bytes_written: int = 0

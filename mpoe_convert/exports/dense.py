@@ -35,8 +35,8 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     else:
         title = "the average of the experts"
         about = (
-            "Every mixture was replaced by the average of its experts, weighted by how often its router "
-            f"chose them on {', '.join(request.calibrate)}"
+            "Every mixture was replaced by the average of its experts, weighted by the combine weights that "
+            f"its router gave them on {', '.join(request.calibrate)}"
         )
     return ExportPlan(
         parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, shares))),),

@@ -49,13 +49,20 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 
 def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
+    found = []
     dtypes = {source.dtype(mixture, "up") for mixture in source.mixtures}
-    if target.model_type == "switch_transformers" or not dtypes & {"bfloat16", "float16"}:
-        return ()
-    return (
-        f"Routers stay float32 in the file; {target.model_type} computes them in the model's dtype, so that "
-        "in half precision a token may go to another expert.",
-    )
+    if target.model_type != "switch_transformers" and dtypes & {"bfloat16", "float16"}:
+        found.append(
+            f"Routers stay float32 in the file; {target.model_type} computes them in the model's dtype, so "
+            "that in half precision a token may go to another expert."
+        )
+    combine = source.options["router_combine"]
+    if target.llama_cpp not in (None, combine):
+        found.append(
+            f"llama.cpp computes something else from it: combine weights are {combine} here, and it takes "
+            f"those of every {target.model_type} as {target.llama_cpp}."
+        )
+    return tuple(found)
 
 
 def _target(source: Converted) -> MoeTarget:
@@ -137,11 +144,12 @@ def target_config(source: Converted, target: MoeTarget) -> dict:
     values["architectures"] = [_head(source, target)]
     values.pop("transformers_version", None)
     config = json.loads(CONFIG_MAPPING[target.model_type].from_dict(values).to_json_string())
-    return config | _rope_for_older_readers(config.get("rope_parameters") or {})
+    # Before transformers 5, configs knew one name only of the number of experts and of the rope's parameters.
+    older = {target.num_experts: source.num_experts} | _older_rope(config.get("rope_parameters") or {})
+    return config | older
 
 
-def _rope_for_older_readers(rope: dict) -> dict:
-    """`rope_parameters` under the names that they had before transformers 5."""
+def _older_rope(rope: dict) -> dict:
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     found = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     return found | ({} if scaling.get("rope_type", "default") == "default" else {"rope_scaling": scaling})
@@ -212,4 +220,6 @@ def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> 
         "shared_expert_gate.weight": (1, hidden),
     }
     for name, shape in shapes.items():
-        yield Made(f"{slot}.{name}", shape, dtype, partial(torch.zeros, shape, dtype=getattr(torch, dtype)))
+        # The gate opens as it likes on nothing; llama.cpp divides by its logit, which must not be zero then.
+        fill = torch.ones if name == "shared_expert_gate.weight" else torch.zeros
+        yield Made(f"{slot}.{name}", shape, dtype, partial(fill, shape, dtype=getattr(torch, dtype)))

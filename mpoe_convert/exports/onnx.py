@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import warnings
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..calibration import keep_no_cache
 from ..converted import Converted
 from ..errors import ExportError, VerifyError
 from ..loading import load_converted
-from ..modeling_mpoe import _FEW_NUMBERS, MPOEFeedForward
+from ..modeling_mpoe import MPOEFeedForward
 from ..verification import ROUNDING, Comparison
 from ..verify_child import compare, make_inputs
 from . import Export, ExportPlan, Part
@@ -35,6 +37,7 @@ MAX_BYTES_INSIDE = 1_500_000_000
 # The example is as short as it can be, with sizes that no other dimension has.
 EXAMPLE_LENGTH = 3
 EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
+SCHEDULE = "apply"
 
 
 def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
@@ -57,23 +60,47 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
         warnings=("The graph has no cache of keys: generation reads the whole text for every token.",),
         library="onnx",
         write=partial(_write, source, request.check),
+        num_bytes_written=4 * sum(prod(info.shape) for info in source.checkpoint.tensors.values()),
     )
 
 
 def _check(source: Converted) -> None:
     if source.options["router_tasks"] is not None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
-    for form in {id(mixture.form): mixture.form for mixture in source.mixtures}.values():
+    for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
-            ffn = MPOEFeedForward(form, source.num_experts, source.top_k)
-        acts = all(module.acts for module in ffn.modules() if hasattr(module, "acts"))
-        if not acts or EXAMPLE_ROWS * source.top_k * ffn.own_numbers > _FEW_NUMBERS:
+            ffn = MPOEFeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
+        ffn.schedule = SCHEDULE
+        if _sorts(ffn, tokens):
+            acts = all(module.acts for module in ffn.modules() if hasattr(module, "acts"))
             what = "own too much each" if acts else "have cores that cannot act on the activations"
             raise ExportError(
                 f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
                 "which torch.onnx does not carry (no ONNX function for aten.sort.stable); expected layout "
                 "one-sided, or kind low-rank or adapter (--to dense and --to moe write stock models)"
             )
+
+
+class _Sorting(Exception):
+    pass
+
+
+class _StopsAtSorting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sort.stable:
+            raise _Sorting
+        return func(*args, **(kwargs or {}))
+
+
+def _sorts(ffn: MPOEFeedForward, tokens: Tensor) -> bool:
+    """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
+    try:
+        with torch.no_grad(), _StopsAtSorting():
+            ffn(tokens, tokens)
+    except _Sorting:
+        return True
+    return False
 
 
 class _ByPosition(nn.Module):
@@ -90,7 +117,7 @@ class _ByPosition(nn.Module):
 
 def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
     """Raises VerifyError if onnxruntime computes something else from the file than the model does."""
-    model = load_converted(source, dtype=torch.float32, mpoe_schedule="apply")
+    model = load_converted(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
     keep_no_cache(model)
     inputs, text = make_inputs(model)
     with torch.no_grad():
