@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .architecture import Architecture
 from .checkpoint import Checkpoint, read_json_object, stays_inside, weight_files
 from .errors import CheckpointError, OutputError
 from .hub_errors import one_line
 from .planning import Plan
 from .safetensors_header import read_header
+from .source_code import GLUE_FILE, code_of_artifact, files, glue, localised, naming_files
 
 MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
@@ -103,11 +105,19 @@ def own_files(folder: Path) -> list[str]:
     weights, _, index = weight_files(str(folder), folder, None)
     for name in weights:
         read_header(folder / name, name)
-    needed = {*weights, *filter(None, [index]), "config.json", MODELING_FILE, REPORT_FILE}
+    needed = {*weights, *filter(None, [index]), *_code_files(folder), "config.json", REPORT_FILE}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which it needs to load: convert again")
     beside = {name for name in listed if not is_weights(name) and (folder / name).is_file()}
     return sorted(needed | beside)
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The names of an artifact's code: the modelling file, and what it has from its source."""
+    block = read_json_object(folder / "config.json")["mpoe"]
+    architecture = Architecture({"auto_map": block.get("base_auto_map")}, code_of_artifact(folder, block))
+    own = {path.name for path in files(folder, architecture)}
+    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_own else set())
 
 
 def is_weights(name: str) -> bool:
@@ -272,42 +282,20 @@ def _output_error(error: OSError, output: Path) -> OutputError:
 # config.json
 
 
-def heads(model_type: str) -> dict[str, str]:
-    """Auto class -> stock class name, for every Auto class that has a head on this very model type."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
-    found = {}
-    for name, auto in vars(modeling_auto).items():
-        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
-            continue
-        mapping = getattr(auto, "_model_mapping", None)
-        stock = mapping and mapping._model_mapping.get(model_type)
-        if stock and auto.__name__ == name:
-            stock = stock[0] if isinstance(stock, (tuple, list)) else stock
-            # Some Auto classes map a type to a model that merely contains it.
-            config_class = getattr(getattr(transformers, stock, None), "config_class", None)
-            if getattr(config_class, "model_type", None) == model_type:
-                found[name] = stock
-    return found
-
-
-def make_config(plan: Plan, config: dict) -> dict:
+def make_config(plan: Plan, architecture: Architecture) -> dict:
     """The base config plus our model type, the Auto classes' entries and the one `mpoe` block."""
     from .modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
 
+    config = architecture.config
     forms: list[dict] = []
     ffns = {}
     for ffn in plan.ffns:
         if ffn.form not in forms:
             forms.append(ffn.form)
         ffns[ffn.ffn.path] = forms.index(ffn.form)
-    names = heads(plan.model_type)
-    module = Path(MODELING_FILE).stem
-    auto_map = {"AutoConfig": f"{module}.{CLASS_PREFIX}{_config_class_name(plan.model_type)}"}
-    auto_map |= {auto: f"{module}.{CLASS_PREFIX}{stock}" for auto, stock in names.items()}
-    architectures = config.get("architectures") or [names["AutoModel"]]
+    names = architecture.heads
+    auto_map = _auto_map(architecture)
+    architectures = config.get("architectures") or [names.get("AutoModel") or next(iter(names.values()))]
     changes = {
         "model_type": MODEL_TYPE_PREFIX + plan.model_type,
         "architectures": [CLASS_PREFIX + name for name in architectures],
@@ -323,16 +311,34 @@ def make_config(plan: Plan, config: dict) -> dict:
             "ffns": ffns,
         },
     }
+    if architecture.auto_map:
+        changes["mpoe"]["base_auto_map"] = architecture.auto_map
     if plan.recipe.dtype:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         changes["dtype"] = plan.recipe.dtype
     return config | changes
 
 
-def _config_class_name(model_type: str) -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def _auto_map(architecture: Architecture) -> dict:
+    """Own classes are subclassed in a module of their own. Entries of tokenizers and processors stay."""
+    from .modeling_mpoe import CLASS_PREFIX
 
-    return CONFIG_MAPPING_NAMES[model_type]
+    module = Path(GLUE_FILE if architecture.is_own else MODELING_FILE).stem
+    classes = {"AutoConfig": architecture.config_class.__name__, **architecture.heads}
+    return architecture.auto_map | {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()}
+
+
+def base_config(config: dict) -> dict:
+    """config.json of the dense base, from that of an artifact."""
+    from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
+
+    ours = {"auto_map", "mpoe", *OPTIONS}
+    base = {key: value for key, value in config.items() if key not in ours}
+    base["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    base["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
+    if auto_map := (config.get("mpoe") or {}).get("base_auto_map"):
+        base["auto_map"] = auto_map
+    return base
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -343,36 +349,47 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
-    """Tokenizer, licence and what else lies beside the weights, as it is."""
+def copy_companions(folder: Path, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Tokenizer, licence and what else lies beside the weights, as it is; with code that may run, or none."""
     for path in checkpoint.companion_files():
         copy = folder / path.relative_to(checkpoint.folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+    for path in files(checkpoint.folder, architecture):
+        shutil.copyfile(path, folder / path.name)
+    for path in naming_files(folder):
+        _keep_auto_map(path, architecture.code is not None)
 
 
 def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     """config.json, the modelling file, and everything that belongs to the model but its weights."""
-    copy_companions(folder, checkpoint)
-    for path in (folder / "tokenizer_config.json", *folder.glob("*processor_config.json")):
-        _drop_auto_map(path)
+    from .modeling_mpoe import CLASS_PREFIX
+
+    architecture = checkpoint.architecture
+    copy_companions(folder, checkpoint, architecture)
     _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
-    write_json(folder / "config.json", make_config(plan, checkpoint.config))
+    write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+    if architecture.is_own:
+        text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
+        (folder / GLUE_FILE).write_text(text, encoding="utf-8")
 
 
-def _drop_auto_map(path: Path) -> None:
-    """Forget the source's own code, which is never copied: an entry that names it does not load."""
-    config = read_json_object(path) if path.exists() else {}
-    if "auto_map" in config:
-        write_json(path, {key: value for key, value in config.items() if key != "auto_map"})
+def _keep_auto_map(path: Path, keeps: bool) -> None:
+    """Name the source's own code where it was copied to, or forget it: an entry without its file fails."""
+    config = read_json_object(path)
+    if "auto_map" not in config:
+        return
+    rest = {key: value for key, value in config.items() if key != "auto_map"}
+    write_json(path, rest | {"auto_map": localised(config["auto_map"])} if keeps else rest)
 
 
 def _name_tokenizer_class(folder: Path, model_type: str, configured: str | None) -> None:
     """Write the class that transformers would find for the source into tokenizer_config.json.
 
     Without it a tokenizer beside an unknown model type loads as a bare backend without special tokens.
-    A class that the file names stays, unless it belongs to code that is not part of transformers.
+    A class that the file names stays, unless it belongs to code that is not part of transformers and did not
+    come along.
     """
     path = folder / "tokenizer_config.json"
     known = (
@@ -386,6 +403,8 @@ def _name_tokenizer_class(folder: Path, model_type: str, configured: str | None)
     if not path.exists() and not any((folder / name).exists() for name in known):
         return
     config = read_json_object(path) if path.exists() else {}
+    if "auto_map" in config:
+        return
     named = config.get("tokenizer_class")
     candidates = (named, configured, _stock_tokenizer_class(model_type))
     name = next((name for name in candidates if _is_in_transformers(name)), None)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import corpus
+from . import corpus, source_code
 from .building import read_bias, read_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
@@ -34,7 +34,6 @@ from .loading import from_pretrained, load_tokenizer, positions
 from .moments import FFNMoments, observed_side
 from .planning import FFNPlan, Plan
 from .recipe import BUILTIN_TEXT
-from .stock import build, stock_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,12 +79,9 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
         DataError: the data cannot be read, or are shorter than what was asked for.
         RecipeError: the model does not read text.
     """
-    from transformers import CONFIG_MAPPING
-
     _check_reads_text(checkpoint)
-    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=False)
-    config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
-    length = min(MAX_LENGTH, positions(config) or MAX_LENGTH)
+    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
+    length = min(MAX_LENGTH, positions(checkpoint.architecture.make_config()) or MAX_LENGTH)
     rows = _read(recipe, token)
     if _writes_text(checkpoint) and recipe.target_column in rows.column_names:
         return _pair_batches(rows, tokenizer, recipe, length)
@@ -107,7 +103,7 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
 
 
 def _check_reads_text(checkpoint: Checkpoint) -> None:
-    cls = stock_class(checkpoint.config)
+    cls = checkpoint.architecture.model_class
     main = getattr(cls, "main_input_name", "input_ids")
     if main != "input_ids":
         raise RecipeError(
@@ -122,7 +118,7 @@ def _check_reads_text(checkpoint: Checkpoint) -> None:
 
 
 def _writes_text(checkpoint: Checkpoint) -> bool:
-    cls = stock_class(checkpoint.config)
+    cls = checkpoint.architecture.model_class
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
@@ -659,7 +655,7 @@ def used_tokens(batches: Sequence[Batch]) -> int | None:
 
 
 def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Path:
-    """Where the moments of these weights on these batches are kept."""
+    """Where the moments of these weights, run by this code, on these batches are kept."""
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(json.dumps([FORMAT, checkpoint.config], sort_keys=True).encode())
@@ -667,6 +663,8 @@ def _folder(plan: Plan, checkpoint: Checkpoint, batches: Sequence[Batch]) -> Pat
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         with (checkpoint.folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
+    for path in source_code.files(checkpoint.folder, checkpoint.architecture):
+        key.update(hashlib.sha256(path.read_bytes()).digest())
     for batch in batches:
         for name, tensor in sorted(batch.items()):
             key.update(name.encode() + str((tensor.dtype, tuple(tensor.shape))).encode())
@@ -688,11 +686,11 @@ def keep_no_cache(model: PreTrainedModel) -> None:
 
 
 def _load(checkpoint: Checkpoint, **options) -> PreTrainedModel:
-    """The stock model; no code of the source runs, and nothing is cached for generation."""
+    """The dense model; no code of the source runs that is not trusted, and generation has no cache."""
     from transformers import AutoModel
 
-    cls = stock_class(checkpoint.config) or AutoModel
-    model = from_pretrained(cls, str(checkpoint.folder), trust_remote_code=False, **options).eval()
+    cls, trusted = checkpoint.architecture.model_class or AutoModel, checkpoint.code is not None
+    model = from_pretrained(cls, str(checkpoint.folder), trust_remote_code=trusted, **options).eval()
     keep_no_cache(model)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # classifiers want one to find the last token; blocks have none
@@ -701,9 +699,9 @@ def _load(checkpoint: Checkpoint, **options) -> PreTrainedModel:
 
 @contextmanager
 def streamed_model(plan: Plan, checkpoint: Checkpoint, device: torch.device) -> Iterator[PreTrainedModel]:
-    """The stock model, its layers read from disk when they are called."""
+    """The dense model, its layers read from disk when they are called."""
     blocks = {_block_of(path) for path in (*(ffn.ffn.path for ffn in plan.ffns), *plan.kept_dense)}
-    skeleton = build(checkpoint.config, stock_class(checkpoint.config))
+    skeleton = checkpoint.architecture.build(checkpoint.architecture.model_class)
     base = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
     placement = dict(_placement(skeleton, {base + block for block in blocks}, str(device)))
     with TemporaryDirectory() as offloaded:

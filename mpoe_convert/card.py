@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import experts, snippets
+from .architecture import heads, own_heads
 from .checkpoint import Checkpoint
 from .report import MatrixReport, Report
 from .snippets import PIPELINE_TAGS
+from .source_code import files
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 UNTRAINED = (
@@ -199,7 +201,8 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
     has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
     parts = [
         f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer)}\n```",
-        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers.",
+        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
+        + _own_code(checkpoint),
     ]
     code = snippets.training(auto) if has_tokenizer else None
     if code:
@@ -210,6 +213,17 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
             f"from the Hub:\n\n```\n{snippets.command(auto)}\n```",
         ]
     return parts
+
+
+def _own_code(checkpoint: Checkpoint) -> str:
+    names = [path.name for path in files(checkpoint.folder, checkpoint.architecture)]
+    if not names:
+        return ""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return (
+        f" It also runs {listed}: code of the base, copied as it was. Read it before you run it; it may need "
+        "more."
+    )
 
 
 def _limits(report: Report, checkpoint: Checkpoint) -> str:
@@ -230,9 +244,8 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
 
 def main_auto_class(config: dict, model_type: str) -> str:
     """The Auto class that loads the head which the source was saved with; AutoModel if none does."""
-    from .artifact import heads
-
-    known = heads(model_type)
+    own = own_heads(config.get("auto_map") or {})
+    known = {auto: name.rpartition(".")[2] for auto, name in own.items()} or heads(model_type)
     architecture = next(iter(config.get("architectures") or ()), None)
     matching = [auto for auto, stock in known.items() if stock == architecture]
     return min(matching, key=_preference, default="AutoModel")

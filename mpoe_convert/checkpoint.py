@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from . import hub
+from . import hub, source_code
+from .architecture import Architecture
 from .errors import CheckpointError
 from .safetensors_header import TensorInfo, read_header, read_tensor, tensor_info
 from .torch_bin import BinReader, dtype_name
@@ -43,7 +45,8 @@ class Checkpoint:
     `source` is what the user typed, `revision` the resolved commit of a Hub source.
     `shared_storage` maps a name to the earlier name whose storage, offset, shape and stride it
     repeats (tied weights in a `.bin`; safetensors files cannot share). With `headers_only` nothing
-    but JSON and tokenizer files is local and `read` refuses.
+    but JSON and tokenizer files is local and `read` refuses. `code` is the folder of code of its own,
+    if there is some and it may run.
     """
 
     source: str
@@ -53,7 +56,12 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shared_storage: dict[str, str] = field(default_factory=dict)
     headers_only: bool = False
+    code: Path | None = None
     _bins: BinReader | None = field(default=None, repr=False)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture(self.config, self.code)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own, with the dtype and shape of `tensors[name]`.
@@ -99,6 +107,7 @@ def open_checkpoint(
     token: str | None = None,
     headers_only: bool = False,
     converted: bool = False,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a local folder or a Hub id: check the config and every tensor header, read no data.
 
@@ -107,7 +116,8 @@ def open_checkpoint(
     `headers_only` the weights of a Hub source stay there, unless they are in the cache already or
     are `.bin` files, which have no remote headers and are downloaded after all.
 
-    `converted` says what is expected: a model that this tool converted, or a dense one.
+    `converted` says what is expected: a model that this tool converted, or a dense one. Of a dense one,
+    code of its own may run with `trust_remote_code` only (no code is run here); an artifact's always may.
 
     Raises CheckpointError for anything that is not a readable checkpoint of that sort, HubError for Hub
     and network trouble.
@@ -116,14 +126,15 @@ def open_checkpoint(
     try:
         folder = _local_folder(model)
         if folder is None:
-            return _open_hub(model, revision, token, headers_only, converted)
+            return _open_hub(model, revision, token, headers_only, converted, trust_remote_code)
         if revision is not None:
             raise CheckpointError(
                 f"--revision {revision!r} was given, but {model} is a local folder: "
                 "drop --revision, or pass a Hub id"
             )
         config = _read_config(folder, model, [path.name for path in folder.iterdir()], converted)
-        return _open_folder(model, folder, None, config)
+        config, code = _admit(model, folder, config, converted, trust_remote_code, token)
+        return _open_folder(model, folder, None, config, code)
     except OSError as exc:  # the Hub's OSErrors are HubErrors by now
         raise CheckpointError(
             f"{exc.filename or model} cannot be read ({exc.strerror or exc}): check the path and "
@@ -131,18 +142,31 @@ def open_checkpoint(
         ) from exc
 
 
-def _open_hub(model: str, revision: str | None, token: str | None, headers_only: bool, converted: bool):
+def _open_hub(
+    model: str, revision: str | None, token: str | None, headers_only: bool, converted: bool, trusted: bool
+) -> Checkpoint:
     folder, commit = hub.download(model, revision=revision, token=token, weights=False)
     names = hub.listing(model, commit) or [path.name for path in folder.iterdir()]
     config = _read_config(folder, model, names, converted)
+    wants_code = source_code.code_of_artifact(folder, config["mpoe"]) if converted else trusted
+    if wants_code and any(name.endswith(".py") for name in names):
+        hub.download_code(model, commit, token)
+    config, code = _admit(model, folder, config, converted, trusted, token)
     if headers_only and not hub.weights_cached(folder, names):
         headers = hub.remote_headers(model, commit, token)
         if headers is not None:
             tensors = {name: tensor_info(model, name, *header) for name, header in headers.items()}
             _reject_tensors(model, tensors)
-            return Checkpoint(model, folder, commit, config, _natural(tensors), headers_only=True)
+            return Checkpoint(model, folder, commit, config, _natural(tensors), headers_only=True, code=code)
     hub.download(model, revision=commit, token=token)
-    return _open_folder(model, folder, commit, config)
+    return _open_folder(model, folder, commit, config, code)
+
+
+def _admit(model: str, folder: Path, config: dict, converted: bool, trusted: bool, token: str | None):
+    """(config, folder of code that may run)."""
+    if converted:
+        return config, source_code.code_of_artifact(folder, config["mpoe"])
+    return source_code.admit(model, folder, config, trusted, token)
 
 
 def _local_folder(model: str) -> Path | None:
@@ -250,7 +274,9 @@ def _most(count: object) -> int:
 # -------------------------------------------------------------------------------------- the weights
 
 
-def _open_folder(source: str, folder: Path, revision: str | None, config: dict) -> Checkpoint:
+def _open_folder(
+    source: str, folder: Path, revision: str | None, config: dict, code: Path | None
+) -> Checkpoint:
     files, weight_map, index = weight_files(source, folder, revision)
     bins = BinReader()
     tensors: dict[str, TensorInfo] = {}
@@ -271,7 +297,7 @@ def _open_folder(source: str, folder: Path, revision: str | None, config: dict) 
             tensors[name] = info
     _check_index(folder, weight_map, index, tensors)
     _reject_tensors(source, tensors)
-    return Checkpoint(source, folder, revision, config, _natural(tensors), shared, _bins=bins)
+    return Checkpoint(source, folder, revision, config, _natural(tensors), shared, code=code, _bins=bins)
 
 
 def weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[str], dict[str, str], str]:

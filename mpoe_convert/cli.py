@@ -134,8 +134,13 @@ def calibration_text_options(heading: str) -> tuple[Callable, ...]:
     )
 
 
+def trust_option(help: str, heading: str = "Source") -> Callable:
+    return option("--trust-remote-code", heading=heading, is_flag=True, default=None, help=help)
+
+
 RECIPE_OPTIONS = (
     option("--revision", heading="Source", help="Branch, tag or commit of a Hub model."),
+    trust_option("Run code of its own that the source has; it goes into the artifact."),
     option(
         "--ffn",
         heading="Source",
@@ -783,6 +788,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
         metavar="MODEL",
         help="Dense model to compare with.  [default: the one it was converted from]",
     ),
+    trust_option("Run code of its own that the dense model has."),
     token_option("Source"),
     option(
         "--tolerance",
@@ -792,7 +798,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
     ),
     *COMMON_OPTIONS,
 )
-def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None:
+def verify(artifact, against, trust_remote_code, token, tolerance, as_json, quiet, verbose) -> None:
     """Compare an artifact with its dense model.
 
     A fresh process without this package loads both as a Hub user would. Exit code 1: they differ.
@@ -803,7 +809,13 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
     from .verification import verify as verify_artifact
 
     with told_in_one_line(verbose, quiet):
-        result = verify_artifact(artifact, against=against, tolerance=tolerance, token=token)
+        result = verify_artifact(
+            artifact,
+            against=against,
+            tolerance=tolerance,
+            token=token,
+            trust_remote_code=bool(trust_remote_code),
+        )
     if as_json:
         echo_json(asdict(result) | {"ok": result.ok})
     elif not quiet:
@@ -823,6 +835,9 @@ def verify(artifact, against, token, tolerance, as_json, quiet, verbose) -> None
         help="File (YAML) with the same names; the command line wins.",
     ),
     *FINETUNING_OPTIONS,
+    trust_option(
+        "Run code of its own that model, tokenizer or teacher have, if they are no artifacts.", "Data"
+    ),
     token_option("Data"),
     *COMMON_OPTIONS,
 )
@@ -893,6 +908,7 @@ def finetune(model, output, resume, config, token, as_json, quiet, verbose, **op
         is_flag=True,
         help="Write the results into MODEL, an artifact's folder: evaluation_report.json, its card and the card's metadata.",
     ),
+    trust_option("Run code of its own that a model has which is no artifact.", "Data"),
     token_option("Data"),
     *COMMON_OPTIONS,
 )

@@ -61,7 +61,11 @@ def plan(
         )
     headers_only = not recipe.compresses
     checkpoint = open_checkpoint(
-        recipe.model, revision=recipe.revision, token=token, headers_only=headers_only
+        recipe.model,
+        revision=recipe.revision,
+        token=token,
+        headers_only=headers_only,
+        trust_remote_code=recipe.trust_remote_code,
     )
     return prepare(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
 

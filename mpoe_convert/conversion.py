@@ -58,7 +58,9 @@ def convert(
     output = Path(output)
     artifact.check_output(output, overwrite)
     pick_device(recipe.device)
-    checkpoint = open_checkpoint(recipe.model, revision=recipe.revision, token=token)
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
+    )
     if recipe.search:
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
     else:

@@ -8,20 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .artifact import REPORT_FILE
+from .architecture import Architecture
+from .artifact import REPORT_FILE, base_config
 from .building import cast
 from .checkpoint import Checkpoint, open_checkpoint, read_json_object
 from .errors import CheckpointError, FamilyError
 from .families import FAMILY_OF, Family, Spelling, family_by_hand
 from .modeling_mpoe import (
-    CLASS_PREFIX,
     FORMAT_VERSION,
-    MODEL_TYPE_PREFIX,
     OPTIONS,
     MPOEFeedForward,
     MPOEProjection,
@@ -98,6 +98,11 @@ class Converted:
     mixtures: tuple[Mixture, ...]
     token: str | None = field(default=None, repr=False)
     _cores: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the base."""
+        return Architecture(self.config, self.checkpoint.code)
 
     @property
     def model_type(self) -> str:
@@ -222,7 +227,8 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
             f"{FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
         )
     config = base_config(checkpoint.config)
-    family = _family(checkpoint, config)
+    architecture = Architecture(config, checkpoint.code)
+    family = _family(checkpoint, architecture)
     return Converted(
         checkpoint=checkpoint,
         config=config,
@@ -235,26 +241,18 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
     )
 
 
-def base_config(config: dict) -> dict:
-    """config.json of the dense base, from that of an artifact."""
-    ours = {"auto_map", "mpoe", *OPTIONS}
-    base = {key: value for key, value in config.items() if key not in ours}
-    base["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-    base["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
-    return base
-
-
-def _family(checkpoint: Checkpoint, config: dict) -> Family:
+def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     path = checkpoint.folder / REPORT_FILE
     report = read_json_object(path) if path.is_file() else {}
     by_hand = (report.get("recipe") or {}).get("ffn")
-    model_type = config["model_type"]
+    model_type = architecture.model_type
     if by_hand:
-        return family_by_hand(model_type, by_hand, config)
-    if model_type not in FAMILY_OF:
+        return family_by_hand(architecture, by_hand)
+    if architecture.is_own or model_type not in FAMILY_OF:
         raise FamilyError(
-            f"{model_type} is not in the table of families, and {checkpoint.source} has no {REPORT_FILE} "
-            "that says where its FFNs were (--ffn): put the report of the conversion beside the weights"
+            f"{model_type} is not in the table of families or has code of its own, and {checkpoint.source} "
+            f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
+            "beside the weights"
         )
     return FAMILY_OF[model_type]
 

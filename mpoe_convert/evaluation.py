@@ -74,6 +74,7 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     token: str | None = None,
+    trust_remote_code: bool = False,
     record: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -94,6 +95,7 @@ def evaluate(
         limit: evaluate on so many windows or examples (of every task by which routers choose), from the
             first on.
         token: for models and data of the Hub; by default the stored login.
+        trust_remote_code: run code of its own that a model has which is no artifact.
         record: write what was found into the model, an artifact's folder; see `recording.record`.
         progress: called as progress(model, batches done, batches).
 
@@ -108,9 +110,10 @@ def evaluate(
         recording.check(Path(model))
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
-    task, auto_class = task_of(model, task, token)
-    loaded = load_tokenizer(tokenizer or model, token)
-    longest = max_length(model, token)
+    trust = {"trust_remote_code": trust_remote_code}
+    task, auto_class = task_of(model, task, token, **trust)
+    loaded = load_tokenizer(tokenizer or model, token, **trust)
+    longest = max_length(model, token, **trust)
     length = length or min(512, longest or 512)
     stride = stride or max(length // 2, 1)
     if not 1 <= stride <= length or (longest and length > longest):
@@ -134,7 +137,8 @@ def evaluate(
         return made
 
     def score(name: str) -> Scores:
-        network = from_pretrained(getattr(transformers, auto_class), name, token=token).to(device).eval()
+        network = from_pretrained(getattr(transformers, auto_class), name, token=token, **trust)
+        network = network.to(device).eval()
         if columns.routed_by is None and getattr(network.config, "router_tasks", None) is not None:
             raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
         labels = network.config.id2label if task == "classification" else {}

@@ -127,7 +127,7 @@ def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -
         shards = {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
     else:
         shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
-        artifact.copy_companions(folder, source.checkpoint)
+        artifact.copy_companions(folder, source.checkpoint, source.architecture)
     by_name = {tensor.name: tensor for tensor in part.tensors}
     for file, names in shards.items():
         tensors = {}
@@ -159,6 +159,7 @@ def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
             "artifact": model,
             "artifact_revision": checked.base_revision,
             "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
+            "trust_remote_code": [True, source.architecture.is_own],
             "auto_class": card.main_auto_class(source.config, source.model_type),
             "token": source.token,
         },

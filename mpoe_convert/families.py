@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from .architecture import Architecture, knows
 from .errors import FamilyError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Family:
 
     `transposed` weights are stored (in, out) as by Conv1D, others (out, in) as by nn.Linear: names
     and shapes cannot tell (gpt2, gpt_neo and starcoder2 share theirs), only the model type can.
+    `by_hand` is the text of --ffn that a row was made of, none of the table's.
     The other fields are explained in `modeling_mpoe.py`, which reads them.
     """
 
@@ -53,6 +55,7 @@ class Family:
     inner_dropout: str | None = None
     outer_dropout: str | None = None
     adds_residual: bool = False
+    by_hand: str | None = None
 
     def runtime(self) -> dict:
         """The part of the row that the artifact's config carries."""
@@ -296,28 +299,29 @@ class DenseFFN:
 
 
 def resolve(
-    model_type: str, names: Iterable[str], ffn: str | None = None, config: dict | None = None
+    architecture: Architecture, names: Iterable[str], ffn: str | None = None
 ) -> tuple[Family, list[DenseFFN]]:
     """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
 
     Args:
-        model_type: from config.json.
+        architecture: its config says how many layers there have to be.
         names: tensor names of the checkpoint.
         ffn: names given by hand, for architectures outside the table.
-        config: the checkpoint's config: how many layers there have to be, and what `ffn` describes.
 
     Raises:
         FamilyError: the type is unknown, the names do not fit its row, or a layer has no FFN.
     """
-    names, config = set(names), config or {}
+    names, model_type = set(names), architecture.model_type
     if ffn is not None:
-        family = family_by_hand(model_type, ffn, config)
+        family = family_by_hand(architecture, ffn)
+    elif architecture.is_own:
+        family = _family_of_own_code(architecture, names)
     elif model_type in FAMILY_OF:
         family = FAMILY_OF[model_type]
     else:
-        raise FamilyError(_unknown(model_type, names))
+        raise FamilyError(_unknown(architecture, names))
     for spelling in family.spellings:
-        found = _find(family, spelling, names, config)
+        found = _find(family, spelling, names, architecture.config)
         if found:
             return family, found
     expected = family.spellings[0]
@@ -438,23 +442,19 @@ def _examples(names: set[str], count: int = 3) -> str:
     return ", ".join((layered or sorted(names))[:count]) or "no tensors at all"
 
 
-def _unknown(model_type: str, names: set[str]) -> str:
+def _unknown(architecture: Architecture, names: set[str]) -> str:
     """Names what was found, the row that fits the names best, and the way out."""
-    from .stock import knows
-
-    nearest, best = None, (0.0, 0.0)
-    for family in FAMILIES:
-        for spelling in family.spellings:
-            score = _likeness(spelling, names)
-            if score[0] and score > best:
-                nearest, best = (family, spelling), score
+    model_type = architecture.model_type
+    nearest = next(iter(_by_likeness(names)), None)
     message = (
         f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
     )
-    if not knows(model_type):
+    if architecture.is_own:
+        message = f"no row of the table of families is this model's; its tensors look like {_examples(names)}"
+    elif not knows(model_type):
         message += "; transformers does not have it either"
         if nearest is None:
-            return f"{message}, and models that need code of their own cannot be converted"
+            return f"{message}, and no code lies beside it: it cannot be built"
         known = nearest[0].model_types[0]
         return (
             f"{message}; nearest is {known}: if the architecture is the same, set "
@@ -468,10 +468,67 @@ def _unknown(model_type: str, names: set[str]) -> str:
     present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
     if {spelling.up, spelling.down} <= set(present):
         roles = present  # such as a plain FFN with the names of a gated one
+    hint = _by_hand(spelling, roles)
+    return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+
+
+def _by_hand(spelling: Spelling, parts: Iterable[str]) -> str:
+    """The names of a spelling's first stack as --ffn takes them."""
     slot = spelling.up.rpartition(".")[0]
     layer = spelling.layers[0] + (f".{slot}" if slot else "")
-    hint = f"{layer}:{','.join(part.rpartition('.')[2] for part in roles)}"
-    return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+    return f"{layer}:{','.join(part.rpartition('.')[2] for part in parts)}"
+
+
+def _by_likeness(names: set[str]) -> list[tuple[Family, Spelling]]:
+    """The rows and spellings whose projections are there by their own names, the most alike first."""
+    scored = [(_likeness(each, names), family, each) for family in FAMILIES for each in family.spellings]
+    scored.sort(key=lambda found: found[0], reverse=True)
+    return [(family, spelling) for score, family, spelling in scored if score[0]]
+
+
+def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
+    """The row of a model whose code is its own: tensors named as in the table, and seen to compute an FFN.
+
+    Only modules that are FFNs by themselves can be seen; of them, the first that is one is taken.
+
+    Raises:
+        FamilyError: there is none; names what is nearest, and what it does instead.
+    """
+    architecture.base  # noqa: B018  (whatever is wrong with the code is no matter of names)
+    reason = ""
+    for _, spelling in _by_likeness(names):
+        parts = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
+        homes = {part.rpartition(".")[0] for part in parts}
+        if _likeness(spelling, names) != (1.0, 1.0) or len(homes) > 1 or homes == {""} or spelling.layers[1:]:
+            continue
+        try:
+            return family_by_hand(architecture, _by_hand(spelling, parts))
+        except FamilyError as error:
+            reason = reason or f" ({error})"
+    raise FamilyError(_unknown(architecture, names) + reason)
+
+
+def check_alike(architecture: Architecture, family: Family, chosen: Iterable[DenseFFN]) -> None:
+    """What was seen in one layer has to hold for all that are converted, under every head.
+
+    Raises:
+        FamilyError: a layer is built otherwise, or the head does not say where its base is.
+    """
+    first = None
+    head = architecture.build(architecture.model_class) if architecture.is_own else None
+    for ffn in chosen if family.by_hand is not None else ():
+        if head is not None and not _has(head.base_model, ffn.path):
+            raise FamilyError(
+                f"{type(head).__name__} has no {ffn.path} where it says that its base is (its "
+                f"base_model_prefix is {head.base_model_prefix!r}): correct that in its code"
+            )
+        row = _describe(architecture, ffn.path, family.by_hand)
+        first = first or row
+        if row != first:
+            raise FamilyError(
+                f"the FFN of {ffn.path} is built otherwise than those before it ({row}, not {first}); convert "
+                "the layers that are alike: --layers"
+            )
 
 
 def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
@@ -486,24 +543,44 @@ def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
     return share(".*"), share(rf"(.*\.)?({layers})")
 
 
-def family_by_hand(model_type: str, ffn: str, config: dict) -> Family:
-    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the stock module.
+def family_by_hand(architecture: Architecture, ffn: str) -> Family:
+    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the module.
 
-    The stock layer is built on the meta device (no memory) to see what the names cannot tell: the
-    orientation of the weights, the activation, dropouts, and whether the FFN adds the residual.
+    The model is built on the meta device (no memory) to see what the names cannot tell: the orientation of
+    the weights, the activation, dropouts, whether `up` holds the gate too, and whether the FFN adds the
+    residual.
 
     Raises:
-        FamilyError: the text is malformed, or the stock module does not look as described.
+        FamilyError: the text is malformed, or the module does not look as described.
     """
+    layer, slot, projections = _parse_by_hand(ffn)
+    *gate, up, down = projections
+    row = _describe(architecture, layer.format(0), ffn)
+    gate = gate[0] if gate else None
+    types = (architecture.model_type,)
+    return _inside(slot, up, down, layer, gate=gate, model_types=types, by_hand=ffn, **row)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _describe(architecture: Architecture, layer: str, ffn: str) -> dict:
+    from .stock import describe_slot
+
+    _, slot, projections = _parse_by_hand(ffn)
+    return describe_slot(architecture.base, layer, slot, projections)
+
+
+def _parse_by_hand(ffn: str) -> tuple[str, str, tuple[str, ...]]:
+    """(layers, slot, projections) of the text that --ffn takes. Raises FamilyError."""
     match = re.fullmatch(r"([\w.]+\.)?(\w*\{\}\w*)\.([\w.]+):(\w+),(\w+)(?:,(\w+))?", ffn)
     if not match:
         raise FamilyError(
             f'--ffn is "{ffn}"; expected "LAYERS.{{}}.SLOT:up,down" or "LAYERS.{{}}.SLOT:gate,up,down"'
         )
-    layers = ((match[1] or "") + match[2],)
-    slot = match[3]
-    *gate, up, down = [name for name in match.groups()[3:] if name]
-    from .stock import describe_slot
-
-    row = describe_slot(model_type, config, layers[0].format(0), slot, (*gate, up, down))
-    return _inside(slot, up, down, layers, gate=gate[0] if gate else None, model_types=(model_type,), **row)
+    return (match[1] or "") + match[2], match[3], tuple(name for name in match.groups()[3:] if name)

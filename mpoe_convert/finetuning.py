@@ -230,8 +230,8 @@ def finetune(
     state = PartialState()
     if run.precision == "float16" and state.device.type == "cpu":
         raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
-    task, auto_class = task_of(run.model, run.task, token)
-    tokenizer = load_tokenizer(run.tokenizer or run.model, token)
+    task, auto_class = task_of(run.model, run.task, token, **run.trust)
+    tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
     with state.main_process_first():  # the others find what it has mapped in the cache
         train, evaluation, labels, tasks = _examples(run, task, tokenizer, token)
         papers = _papers(run, token)
@@ -299,7 +299,7 @@ def _load(run: Finetuning, task: str, auto_class: str, token, labels, tasks=None
     """The model of a run, or another one with the same head."""
     import transformers
 
-    options = dict(run.options) if name is None else {}
+    options = run.trust | (dict(run.options) if name is None else {})
     if tasks is not None:
         options["router_tasks"] = list(tasks.names)
     if task == "classification":
@@ -320,7 +320,7 @@ def _examples(run: Finetuning, task: str, tokenizer, token: str | None) -> tuple
         evaluation = corpus.read(run.eval_data, run.columns, task, run.eval_split, token)
     labels = _labels(run, train, token) if task == "classification" else None
     tasks = _tasks(run, train, token)
-    limit = max_length(run.model, token)
+    limit = max_length(run.model, token, **run.trust)
     length = run.length or min(512, limit or 512)
     if limit and length > limit:
         raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
@@ -342,7 +342,7 @@ def _labels(run: Finetuning, rows, token: str | None) -> list[str]:
     from transformers import AutoConfig
 
     found = corpus.label_names(rows, run.label_column)
-    known = from_pretrained(AutoConfig, run.model, token=token).id2label
+    known = from_pretrained(AutoConfig, run.model, token=token, **run.trust).id2label
     names = [str(known[number]) for number in sorted(known)]
     return names if set(found) <= set(names) else found
 
@@ -351,7 +351,7 @@ def _tasks(run: Finetuning, rows, token: str | None) -> corpus.Tasks | None:
     """The tasks that routers choose by: the model's own if it has some, else those that the rows name."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, run.model, token=token)
+    config = from_pretrained(AutoConfig, run.model, token=token, **run.trust)
     known = getattr(config, "router_tasks", None)
     if run.routed_by is None:
         if known is not None:
@@ -438,7 +438,7 @@ def _papers(run: Finetuning, token: str | None) -> Path | None:
 
     source = Path(run.model)
     if not source.is_dir():
-        if getattr(from_pretrained(AutoConfig, run.model, token=token), "mpoe", None) is None:
+        if getattr(from_pretrained(AutoConfig, run.model, token=token, **run.trust), "mpoe", None) is None:
             return None
         source = download_papers(run.model, token)
     return source if is_artifact(source) else None

@@ -44,7 +44,8 @@ COMPANION_PATTERNS = (
 )
 # Named chat templates, in the folder where transformers looks for them.
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
-# What no download and no copy may ever take: code, pickles and the weights of other frameworks.
+# What `download` and no copy may ever take: code, pickles and the weights of other frameworks. Code that is
+# trusted has ways of its own: `download_code`, and `source_code.files`.
 NEVER_PATTERNS = (
     *("*.py", "*.pyc", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy"),
     *(
@@ -89,6 +90,11 @@ def download_papers(model_id: str, token: str | None = None) -> Path:
     """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
     papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
     return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]
+
+
+def download_code(model_id: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Fetch the Python files of a repository, which nothing else here does. Raises HubError."""
+    return _snapshot(model_id, revision, token, ["*.py"], ["*/*"])[0]
 
 
 def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:

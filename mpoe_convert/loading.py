@@ -1,15 +1,18 @@
-"""Models and tokenizers for training and evaluation, converted or dense, by transformers' Auto classes."""
+"""Models and tokenizers for training and evaluation, converted or dense, by transformers' Auto classes.
+
+`trust` is `trust_remote_code` of `from_pretrained`, if it is given.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .artifact import base_config
 from .card import main_auto_class
 from .converted import Converted
 from .corpus import TASKS
 from .errors import TrainingError
-from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,21 +25,37 @@ AUTO_CLASSES = {
 }
 
 
-def from_pretrained(auto, name: str, *, trust_remote_code: bool = True, **options):
+def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **options):
     """`auto.from_pretrained` with its many errors told in one line.
 
     Args:
-        trust_remote_code: run the code that lies beside the weights, as artifacts need it.
+        trust_remote_code: run the code that lies beside the weights; that of artifacts is run anyway.
 
     Raises:
-        TrainingError: `name` is no folder, or does not load.
+        TrainingError: `name` is no folder, does not load, or has code of its own that is not trusted.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
+    trusted = trust_remote_code or _is_converted(name, options.get("revision"), options.get("token"))
     try:
-        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, RuntimeError) as error:
+        if not trusted and "trust_remote_code=True" in str(error):
+            raise TrainingError(
+                f"{name} has code of its own: read it, and pass --trust-remote-code "
+                "(trust_remote_code=True) to run it"
+            ) from error
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
+
+
+def _is_converted(name: str, revision: str | None, token: str | None) -> bool:
+    """Whether a folder or Hub id holds an artifact, by its config.json. Runs no code."""
+    from transformers import PretrainedConfig
+
+    try:
+        return "mpoe" in PretrainedConfig.get_config_dict(name, revision=revision, token=token)[0]
+    except (OSError, ValueError):  # loading says what is the matter
+        return False
 
 
 def load_converted(source: Converted, **options) -> PreTrainedModel:
@@ -50,15 +69,18 @@ def load_converted(source: Converted, **options) -> PreTrainedModel:
     return from_pretrained(auto, name, revision=revision, token=source.token, **options).eval()
 
 
-def task_of(model: str, task: str | None, token: str | None = None) -> tuple[str, str]:
+def task_of(model: str, task: str | None, token: str | None = None, **trust: bool) -> tuple[str, str]:
     """(task, Auto class): the task that was asked for, or what the model's head is for."""
     from transformers import AutoConfig
 
     if task:
         return task, AUTO_CLASSES[task]
-    config = from_pretrained(AutoConfig, model, token=token).to_dict()
-    config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in config.get("architectures") or ()]
-    auto_class = main_auto_class(config, config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
+    config = from_pretrained(AutoConfig, model, token=token, **trust).to_dict()
+    if config.get("mpoe"):
+        config = base_config(config)
+    elif not trust.get("trust_remote_code"):
+        config.pop("auto_map", None)
+    auto_class = main_auto_class(config, config["model_type"])
     for found, name in AUTO_CLASSES.items():
         if name == auto_class:
             return found, auto_class
@@ -67,21 +89,21 @@ def task_of(model: str, task: str | None, token: str | None = None) -> tuple[str
     )
 
 
-def load_tokenizer(name: str, token: str | None = None, *, trust_remote_code: bool = True):
+def load_tokenizer(name: str, token: str | None = None, **trust: bool):
     """The tokenizer, padding by its end-of-text token where it has nothing else."""
     from transformers import AutoTokenizer
 
-    tokenizer = from_pretrained(AutoTokenizer, name, token=token, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, token=token, **trust)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def max_length(model: str, token: str | None = None) -> int | None:
+def max_length(model: str, token: str | None = None, **trust: bool) -> int | None:
     """How many positions a model has, where its config says."""
     from transformers import AutoConfig
 
-    return positions(from_pretrained(AutoConfig, model, token=token))
+    return positions(from_pretrained(AutoConfig, model, token=token, **trust))
 
 
 def positions(config) -> int | None:

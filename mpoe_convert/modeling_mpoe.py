@@ -20,7 +20,8 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
   matrices of the experts that are hit are contracted first, and can be kept in inference.
 * The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
   `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. Which submodules,
-  and how they are wired, stands in `config.mpoe`, so this file knows no model family.
+  and how they are wired, stands in `config.mpoe`, so this file knows no model family. Classes of code that
+  the source brought along are subclassed in `modeling_mpoe_source.py` beside this file, by `subclass`.
 * Combine weights are the softmax over the chosen k logits and sum to one: identical experts compute
   exactly what the dense FFN computed, whatever the router says.
 
@@ -39,7 +40,7 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
       inner_dropout    between activation and down projection: a module, or a rate that is set to zero
       outer_dropout    after the down projection, where the stock FFN applies it itself
       adds_residual    the stock FFN is called with the residual and adds it
-    base_model_type, kind   for people; nothing here reads them
+    base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -56,7 +58,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 try:
     from transformers import initialization as init
@@ -1471,22 +1473,34 @@ class MPOEMixin:
                 init.zeros_(module.balance_bias)
 
 
-def _config_class(base: type, name: str) -> type:
+def _config_class(base: type, name: str, module: str) -> type:
+    options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
-        "mpoe": None,
-        **OPTIONS,
+        **options,
         "__annotations__": {"mpoe": dict | None, **OPTION_TYPES},
-        "__module__": __name__,
+        "__module__": module,
     }
+    if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
+
+        def __init__(self, *args, **kwargs):
+            ours = {option: kwargs.pop(option, default) for option, default in options.items()}
+            base.__init__(self, *args, **kwargs)
+            for option, value in ours.items():
+                setattr(self, option, value)
+
+        body["__init__"] = __init__
     return type(name, (base,), body)
 
 
-def _model_class(base: type, name: str) -> type:
-    config_class = _class(base.config_class)
-    body = {"config_class": config_class, "__module__": __name__, "forward": _recording(base.forward)}
-    if base.can_generate():
-        body["generate"] = _generating(base.generate)
+def _model_class(base: type, name: str, module: str) -> type:
+    config_class = subclass(base.config_class, module)
+    body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
+    bases = (MPOEMixin, base)
+    if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
+        bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
+    if GenerationMixin in bases or base.can_generate():
+        body["generate"] = _generating(getattr(base, "generate", GenerationMixin.generate))
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
@@ -1495,7 +1509,7 @@ def _model_class(base: type, name: str) -> type:
         kept = getattr(base, attribute, None) or ()
         if "wo" in kept:
             body[attribute] = type(kept)([*kept, "down", "adapter"])
-    cls = type(name, (MPOEMixin, base), body)
+    cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)
     if renames is not None:
@@ -1503,21 +1517,27 @@ def _model_class(base: type, name: str) -> type:
     return cls
 
 
-def _class(base: type) -> type:
-    """The subclass of a stock config or model class; made once, kept as an attribute of this module."""
-    name = CLASS_PREFIX + base.__name__
-    if name not in globals():
-        if issubclass(base, PretrainedConfig):
-            globals()[name] = _config_class(base, name)
-        else:
-            globals()[name] = _model_class(base, name)
-            # Heads such as LlamaForSequenceClassification build their backbone by AutoModel.
-            backbone = MODEL_MAPPING.get(base.config_class, None)
-            if isinstance(backbone, type) and CLASS_PREFIX + backbone.__name__ not in globals():
-                _class(backbone)
-            if base is backbone:
-                AutoModel.register(_class(base.config_class), globals()[name], exist_ok=True)
-    return globals()[name]
+def subclass(base: type, module: str = __name__) -> type:
+    """The subclass of a config or model class; made once, kept as an attribute of the module of that name.
+
+    The base is a class of transformers, or one of the code that a checkpoint's source has of its own: that
+    is subclassed in a module beside this one, so that saving a model copies all of its code.
+    """
+    namespace, name = vars(sys.modules[module]), CLASS_PREFIX + base.__name__
+    if name in namespace:
+        return namespace[name]
+    if issubclass(base, PretrainedConfig):
+        namespace[name] = _config_class(base, name, module)
+        return namespace[name]
+    namespace[name] = _model_class(base, name, module)
+    if module == __name__:
+        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel.
+        backbone = MODEL_MAPPING.get(base.config_class, None)
+        if isinstance(backbone, type):
+            subclass(backbone)
+        if base is backbone:
+            AutoModel.register(subclass(base.config_class), namespace[name], exist_ok=True)
+    return namespace[name]
 
 
 def __getattr__(name: str) -> type:
@@ -1526,4 +1546,4 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not issubclass(base, (PretrainedConfig, PreTrainedModel)):
         raise AttributeError(f"{name!r}: transformers.{base.__name__} is neither config nor model")
-    return _class(base)
+    return subclass(base)

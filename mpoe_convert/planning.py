@@ -12,11 +12,11 @@ from math import prod
 from . import experts
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, FamilyError, MpoeError, RecipeError
-from .families import DenseFFN, Family, Source, resolve
+from .families import DenseFFN, Family, Source, check_alike, resolve
 from .recipe import Recipe, parse_layers, parse_size
 from .safetensors_header import DTYPE2BYTES, TensorInfo
 from .sites import Sites, full_bonds
-from .stock import dense_flops_per_token, runs_per_token, stock_class
+from .stock import dense_flops_per_token, runs_per_token
 from .weight_files import num_bytes, split_into_shards
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -281,12 +281,13 @@ def plan_checkpoint(
         ranks: by the names of the matrices; none: all stay whole.
     """
     model_type = checkpoint.config["model_type"]
-    family, found = resolve(model_type, checkpoint.tensors, recipe.ffn, checkpoint.config)
+    family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = _select(recipe, found)
+    check_alike(checkpoint.architecture, family, chosen)
     ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in chosen)
     tensors = _out_tensors(recipe, checkpoint, ffns)
     return Plan(
-        recipe=_resolved(recipe, checkpoint),
+        recipe=_resolved(recipe, checkpoint, family),
         source=checkpoint.source,
         revision=checkpoint.revision,
         model_type=model_type,
@@ -295,7 +296,7 @@ def plan_checkpoint(
         kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
         tensors=tensors,
         shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
-        dense_flops_per_token=dense_flops_per_token(checkpoint.config),
+        dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
     )
 
 
@@ -318,10 +319,11 @@ def _select(recipe: Recipe, found: list[DenseFFN]) -> list[DenseFFN]:
     return chosen
 
 
-def _resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+def _resolved(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
     """The recipe with its defaults filled in, which repeats the run even if the defaults change."""
     return recipe.replace(
         revision=checkpoint.revision,
+        ffn=family.by_hand,
         sites=recipe.num_sites if recipe.kind == "mpo" else None,
         bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
     )
@@ -435,7 +437,7 @@ def is_buffer(name: str) -> bool:
 
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
     """Whether the head multiplies with the embedding table, which is then stored once."""
-    cls = stock_class(checkpoint.config)
+    cls = checkpoint.architecture.model_class
     ties = getattr(cls, "_tied_weights_keys", None) or {}
     default = getattr(getattr(cls, "config_class", None), "tie_word_embeddings", True)
     return bool(ties) and bool(checkpoint.config.get("tie_word_embeddings", default))
@@ -445,7 +447,7 @@ def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
     """Names in a `.bin` that repeat the storage of the tensor they are tied to and will be again on load."""
     if not checkpoint.shared_storage or not ties_embeddings(checkpoint):
         return set()
-    ties = stock_class(checkpoint.config)._tied_weights_keys
+    ties = checkpoint.architecture.model_class._tied_weights_keys
     ties = ties.items() if isinstance(ties, dict) else ()
     first = checkpoint.shared_storage
     return {

@@ -82,6 +82,8 @@ class Recipe:
         text_column / target_column: of the calibration data; targets are read for encoder-decoders.
         ffn: where the FFNs are, for architectures that are not in the table:
             "layers.{}.mlp:gate_proj,up_proj,down_proj" (or "…:up,down").
+        trust_remote_code: run code of its own that the source has beside its weights, as transformers does
+            with the option of that name. A source that has none is converted as without it.
 
     Raises:
         RecipeError: a value is out of range or contradicts another.
@@ -120,6 +122,7 @@ class Recipe:
     text_column: str = "text"
     target_column: str = "target"
     ffn: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if isinstance(self.model, PathLike):
@@ -143,6 +146,9 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name in needed):
                 raise RecipeError(f"{name} is {value!r}; expected text (quote it in a recipe file)")
+        for name in ("trust_remote_code", "correct", "search"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RecipeError(f"{name} is {value!r}; expected true or false")
         for name, what in (("include", "pattern"), ("exclude", "pattern"), ("calibrate", "source")):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
@@ -217,9 +223,6 @@ class Recipe:
                 below = "" if limit == math.inf else f" and below {limit:g}"
                 raise RecipeError(f"{name} is {value!r}; expected a number above 0{below}, such as 0.6")
         check_calibration_tokens(self.calibration_tokens)
-        for name in ("correct", "search"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise RecipeError(f"{name} is {value!r}; expected true or false")
         if self.search and (self.keep is None or self.max_error is not None):
             given = "without --keep" if self.keep is None else "with --max-error"
             raise RecipeError(

@@ -473,7 +473,9 @@ def print_summary(summary: Summary, out: Console) -> None:
         parts.add_row(part, str(count), f"{params:,}", size(num_bytes))
     out.print(parts)
     out.print(_forms_table(block))
-    out.print(f"Loads by {', '.join(auto for auto in summary.config['auto_map'] if auto != 'AutoConfig')}.")
+    out.print(f"Loads by {', '.join(summary.heads)}.")
+    if summary.config["mpoe"].get("base_auto_map"):
+        out.print("Its base has code of its own, which lies in the folder and is run with it.")
     out.print(
         f"Largest relative error {summary.report['max_relative_error']:.2e}, clone drift "
         f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "

@@ -44,6 +44,8 @@ class Finetuning:
         report_to: trackers, as "tensorboard" or "wandb".
         options: of the model's config, as {"router_aux_loss_coef": 0.02}.
         arguments: any other field of transformers.TrainingArguments.
+        trust_remote_code: run code of its own that model, tokenizer or teacher have; that of artifacts is run
+            anyway.
 
     Raises:
         RunError: a value is out of range.
@@ -88,6 +90,7 @@ class Finetuning:
     report_to: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         for name in ("data", "eval_data", "freeze", "report_to"):
@@ -97,6 +100,8 @@ class Finetuning:
         for name, allowed in choices.items():
             _check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}", allowed)
         _check(set(self.freeze) <= set(FROZEN), f"freeze is {list(self.freeze)}", FROZEN)
+        if not isinstance(self.trust_remote_code, bool):
+            raise RunError(f"trust_remote_code is {self.trust_remote_code!r}; expected true or false")
         for name in ("steps", "length", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -121,6 +126,11 @@ class Finetuning:
             if not values.get(name):
                 raise RunError(f"no {name} is given")
         return cls(**{key: value for key, value in values.items() if value is not None})
+
+    @property
+    def trust(self) -> dict[str, bool]:
+        """For `loading`."""
+        return {"trust_remote_code": self.trust_remote_code}
 
     @property
     def columns(self) -> Columns:

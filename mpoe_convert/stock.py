@@ -1,4 +1,4 @@
-"""Looking at a stock transformers module, built on the meta device, for what names cannot tell."""
+"""Looking at a module of the dense model, built on the meta device, for what names cannot tell."""
 
 from __future__ import annotations
 
@@ -7,51 +7,16 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
+from .architecture import Architecture
 from .errors import FamilyError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-
-def knows(model_type: str) -> bool:
-    """Whether the installed transformers has this model type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return model_type in CONFIG_MAPPING_NAMES
-
-
-def stock_class(config: dict) -> type | None:
-    """The transformers class that the config names first, if this release has it."""
-    import transformers
-
-    for name in config.get("architectures") or ():
-        if isinstance(cls := getattr(transformers, name, None), type):
-            return cls
-    return None
-
-
-def build(config: dict, cls: type | None = None) -> PreTrainedModel:
-    """The stock model of a config.json on the meta device, without memory; by default AutoModel's class.
-
-    Raises:
-        FamilyError: transformers has no such model, or cannot build it from this config.
-    """
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModel
-
-    model_type = config["model_type"]
-    if not knows(model_type):
-        raise FamilyError(f"transformers has no model type {model_type!r}; its code cannot be subclassed")
-    try:
-        with torch.device("meta"):
-            stock = CONFIG_MAPPING[model_type].from_dict(config)
-            return cls(stock) if cls else AutoModel.from_config(stock)
-    except Exception as error:  # whatever the stock code thinks of this config
-        raise FamilyError(
-            f"transformers cannot build a {model_type} from this config.json "
-            f"({type(error).__name__}: {error}), so what it computes cannot be told; repair the config"
-        ) from error
+# Sizes of a trial: different, so that a wrong order fails; even, so that halving works.
+HIDDEN, INNER = 6, 10
 
 
 def runs_per_token(config: dict, path: str) -> int:
@@ -66,50 +31,50 @@ def runs_per_token(config: dict, path: str) -> int:
     return sum(int(layer / layers_each) == int(match[1]) for layer in range(albert.num_hidden_layers))
 
 
-def dense_flops_per_token(config: dict) -> int:
-    """Of all Linear, Conv1D and Conv2d layers of the stock model, as `planning.Totals` counts them.
+def dense_flops_per_token(architecture: Architecture) -> int:
+    """Of all Linear, Conv1D and Conv2d layers of the dense model, as `planning.Totals` counts them.
 
     Raises:
-        FamilyError: as `build`.
+        FamilyError: as `Architecture.build`.
     """
     from torch import nn
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-    cls = stock_class(config)
-    model = build(config, cls if cls and issubclass(cls, PreTrainedModel) else None)
+    cls = architecture.model_class
+    model = architecture.build(cls if cls and issubclass(cls, PreTrainedModel) else None)
     return sum(
-        2 * module.weight.numel() * runs_per_token(config, path)
+        2 * module.weight.numel() * runs_per_token(architecture.config, path)
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
     )
 
 
-def describe_slot(model_type: str, config: dict, layer: str, slot: str, projections: tuple[str, ...]) -> dict:
-    """The fields of a family row for a self-contained FFN module of a stock model.
+def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tuple[str, ...]) -> dict:
+    """The fields of a family row for a self-contained FFN module.
 
     Args:
-        model_type: the checkpoint's own; its class must be part of transformers.
-        config: the checkpoint's own; some defaults are no model.
-        layer: module path of one layer below the base model.
+        base: the model without its head, on the meta device.
+        layer: module path of one layer in it.
         slot: path of the FFN in the layer.
-        projections: names of the linear layers in the slot, (up, down) or (gate, up, down).
+        projections: names of the linear layers in the slot, (up, down) or (gate, up, down); `up` of two may
+            hold gate and up, one above the other.
 
     Raises:
-        FamilyError: there is no such model, layer or projection, or no single activation, or the module
-            computes something else than an FFN of these projections.
+        FamilyError: there is no such layer or projection, or no single activation, or the module computes
+            something else than an FFN of these projections.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    model = build(config | {"model_type": model_type})
+    name = _name(base)
     try:
-        module = model.get_submodule(f"{layer}.{slot}")
+        module = base.get_submodule(f"{layer}.{slot}")
         linears = [module.get_submodule(name) for name in projections]
     except AttributeError as error:
         raise FamilyError(
-            f"--ffn does not fit transformers' {type(model).__name__}: {error}; expected names below it, so "
-            f"without {model.base_model_prefix}."
+            f"--ffn does not fit {name}: {error}; expected names below it, so without "
+            f"{base.base_model_prefix}."
         ) from None
     if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
         kinds = sorted({type(linear).__name__ for linear in linears})
@@ -128,46 +93,101 @@ def describe_slot(model_type: str, config: dict, layer: str, slot: str, projecti
             f"{layer}.{slot} holds tensors beside the projections: {', '.join(own)}; expected an activation "
             "and nothing else that is learnt, because a mixture has no place for them"
         )
-    row = {"activation": activations[0], "transposed": isinstance(linears[0], Conv1D)}
-    if dropouts:
-        row["outer_dropout"] = dropouts[0]
-    row["adds_residual"] = "residual" in inspect.signature(module.forward).parameters
-    if not _computes_an_ffn(module, projections, row):
-        formula = "down(act(gate(x)) * up(x))" if len(projections) == 3 else "down(act(up(x)))"
+    takes = list(inspect.signature(module.forward).parameters)[1:]
+    if takes not in ([], ["residual"]):
         raise FamilyError(
-            f"{layer}.{slot} of transformers' {type(model).__name__} does not compute {formula} with "
-            f"--ffn …:{','.join(projections)}; name them in the order gate, up, down (or up, down). If they "
-            "are, the module does more, such as scaling, and cannot be converted"
+            f"{layer}.{slot} takes {', '.join(takes)} beside the hidden states; a mixture takes nothing else"
         )
-    return row
+    row = {"activation": activations[0], "transposed": isinstance(linears[0], Conv1D)}
+    row["adds_residual"] = bool(takes)
+    rates = [name for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1]
+    places = [{}] if not dropouts else []
+    places += [{place: name} for name in dropouts or rates for place in ("outer_dropout", "inner_dropout")]
+    forms = [{}] if len(projections) == 3 else [{}, {"fused": True}]
+    for found in (row | place | form for form in forms for place in places):
+        if _computes_an_ffn(module, projections, found):
+            return found
+    formula = "down(act(gate(x)) * up(x))" if len(projections) == 3 else "down(act(up(x)))"
+    raise FamilyError(
+        f"{layer}.{slot} of {name} does not compute {formula} with "
+        f"--ffn …:{','.join(projections)}; name them in the order gate, up, down (or up, down). If they "
+        "are, the module does more, such as scaling, and cannot be converted"
+    )
+
+
+def _name(model: PreTrainedModel) -> str:
+    whose = "transformers'" if type(model).__module__.startswith("transformers.") else "the source's"
+    return f"{whose} {type(model).__name__}"
 
 
 def _computes_an_ffn(module: nn.Module, projections: tuple[str, ...], row: dict) -> bool:
-    """Run the slot's own code and the formula on the CPU, with small random weights of small sizes."""
+    """Run the slot's own code and the formula on the CPU, with small random weights of small sizes.
+
+    Both in evaluation and in training. Where a dropout is shows in what something else in its place does: one
+    is added by a module, and with a rate of one nothing is left.
+    """
     import torch
 
-    slot = copy.deepcopy(module).eval()
-    generator = torch.Generator().manual_seed(0)
-    hidden, inner = 6, 10  # different, so that a wrong order fails; even, so that halving works
+    slot = copy.deepcopy(module)
     *gate, up, down = (slot.get_submodule(name) for name in projections)
-    for linear in (*gate, up, down):
-        in_features, out_features = (inner, hidden) if linear is down else (hidden, inner)
-        shape = (in_features, out_features) if row["transposed"] else (out_features, in_features)
-        linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
-        if linear.bias is not None:
-            linear.bias = torch.nn.Parameter(torch.randn(out_features, generator=generator))
-        if row["transposed"]:
-            linear.nf, linear.nx = out_features, in_features
-    x, residual = torch.randn(2, 1, 3, hidden, generator=generator)
     act = slot.get_submodule(row["activation"])
+    place, dropout = next(((k, v) for k, v in row.items() if k.endswith("_dropout")), (None, None))
+    is_rate = dropout is not None and not isinstance(getattr(slot, dropout), torch.nn.Module)
+    generator = torch.Generator().manual_seed(0)
+    for linear in (*gate, up, down):
+        _shrink(linear, linear is down, row, generator, with_bias=is_rate)
+    if dropout is not None:
+        setattr(slot, dropout, 1.0 if is_rate else _add_one())
+    x, residual = torch.randn(2, 1, 3, HIDDEN, generator=generator)
+
+    def apply(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """By its numbers alone: a layer of the source's own class may do more."""
+        y = x @ (layer.weight if row["transposed"] else layer.weight.T)
+        return y if layer.bias is None else y + layer.bias
+
+    def drop(y: torch.Tensor, here: str) -> torch.Tensor:
+        if place != here:
+            return y
+        return y * (not slot.training) if is_rate else y + 1
+
+    def expect() -> torch.Tensor:
+        if row.get("fused"):
+            gates, values = apply(up, x).chunk(2, dim=-1)
+            y = act(gates) * values
+        else:
+            y = act(apply(gate[0], x)) * apply(up, x) if gate else act(apply(up, x))
+        y = drop(apply(down, drop(y, "inner_dropout")), "outer_dropout")
+        return y + residual if row["adds_residual"] else y
+
+    inputs = (x, residual) if row["adds_residual"] else (x,)
     try:
         with torch.no_grad():
-            expected = down(act(gate[0](x)) * up(x) if gate else act(up(x)))
-            if row["adds_residual"]:
-                found = slot(x, residual)
-                expected = expected + residual
-            else:
-                found = slot(x)
-        return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-    except Exception:  # whatever the stock code wants beside the hidden states, or other shapes
+            pairs = [(slot.train(mode)(*inputs), expect()) for mode in (False, True)]
+        return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
+    except Exception:  # whatever the model's code wants beside the hidden states, or other shapes
         return False
+
+
+def _shrink(linear: nn.Module, leads_back: bool, row: dict, generator: torch.Generator, with_bias: bool):
+    """Give a layer a small random matrix, and a bias if it has one or is to have one."""
+    import torch
+
+    in_features, out_features = (INNER, HIDDEN) if leads_back else (HIDDEN, INNER)
+    if row.get("fused") and not leads_back:
+        out_features *= 2
+    shape = (in_features, out_features) if row["transposed"] else (out_features, in_features)
+    linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    if linear.bias is not None or with_bias:
+        linear.bias = torch.nn.Parameter(torch.randn(out_features, generator=generator))
+    if row["transposed"]:
+        linear.nf, linear.nx = out_features, in_features
+
+
+def _add_one() -> nn.Module:
+    import torch
+
+    class AddOne(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    return AddOne()

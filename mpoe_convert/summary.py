@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .artifact import file_names, read_artifact
+from .artifact import MODELING_FILE, file_names, read_artifact
 from .safetensors_header import TensorInfo, read_header
 
 
@@ -23,6 +23,13 @@ class Summary:
     report: dict
     parts: dict[str, tuple[int, int, int]]
     files: dict[str, int]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The Auto classes that load it."""
+        entries = self.config["auto_map"].items()
+        ours = (auto for auto, name in entries if str(name).startswith(Path(MODELING_FILE).stem))
+        return tuple(auto for auto in ours if auto != "AutoConfig")
 
     def to_json(self) -> dict[str, Any]:
         names = ("tensors", "parameters", "bytes")

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifact import read_artifact
+from .artifact import base_config, read_artifact
 from .card import main_auto_class
 from .errors import VerifyError
 
@@ -59,6 +59,7 @@ def verify(
     against: str | None = None,
     tolerance: float | None = None,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Compare an artifact with its dense source on random inputs, both computing in float32.
 
@@ -67,13 +68,12 @@ def verify(
         against: Hub id or folder of the dense model; by default the one it was converted from.
         tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
         token: Hub token for the dense model.
+        trust_remote_code: run code of its own that the dense model has; an artifact's is always run.
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing.
         CheckpointError: the folder is no artifact.
     """
-    from .modeling_mpoe import CLASS_PREFIX
-
     folder = Path(artifact)
     config, report = read_artifact(folder)
     revision = report["revision"] if against is None else None
@@ -86,13 +86,19 @@ def verify(
             f"the dense model {against} is not a folder here; expected "
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
         )
-    base = {"architectures": [a.removeprefix(CLASS_PREFIX) for a in config["architectures"]]}
+    base = base_config(config)
+    if "auto_map" in base and not trust_remote_code:
+        raise VerifyError(
+            f"the dense model {against} has code of its own: read it, and pass --trust-remote-code "
+            "(trust_remote_code=True) to run it"
+        )
     auto_class = main_auto_class(base, report["model_type"])
     request = {
         "artifact": str(folder.resolve()),
         "against": str(Path(against).resolve()) if is_local else against,
         "revision": revision,
         "auto_class": auto_class,
+        "trust_remote_code": [trust_remote_code, True],
         "token": token,
     }
     result = _run_child(request)

@@ -31,11 +31,12 @@ def main() -> dict:
     options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
     # Of an export, the artifact is what it is compared with.
     is_export = request.get("is_export", False)
+    trusted = request["trust_remote_code"]  # of either
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
         revision = request["revision"] or "main"
         model, _ = auto.from_pretrained(
-            request["against"], revision=revision, trust_remote_code=is_export, **options
+            request["against"], revision=revision, trust_remote_code=trusted[0], **options
         )
         inputs, text = make_inputs(model)
         expected = [run(each.eval(), inputs) for each in by_expert(model, request.get("experts"))]
@@ -45,7 +46,7 @@ def main() -> dict:
     try:
         revision = request.get("artifact_revision") or "main"
         model, info = auto.from_pretrained(
-            request["artifact"], revision=revision, trust_remote_code=not is_export, **options
+            request["artifact"], revision=revision, trust_remote_code=trusted[1], **options
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             missing = sorted(info["missing_keys"])[:3] or sorted(info["mismatched_keys"])[:3]
@@ -123,7 +124,7 @@ def make_inputs(model) -> tuple[dict, str]:
     size = (2, min(48, longest - 4))
     if head.endswith("ForMultipleChoice"):
         size = (2, 3, size[1])  # (batch, choices, length)
-    elif head.endswith("ForSequenceClassification") and text_config.pad_token_id is None:
+    elif head.endswith("ForSequenceClassification") and getattr(text_config, "pad_token_id", None) is None:
         size = (1, size[1])  # without a pad token decoders cannot find where each row of a batch ends
     ids = torch.randint(min(4, vocabulary - 1), vocabulary, size, generator=generator)
     inputs = {"input_ids": _end_rows(ids, text_config), "attention_mask": torch.ones_like(ids)}
@@ -135,7 +136,7 @@ def make_inputs(model) -> tuple[dict, str]:
 
 def _end_rows(ids, config):
     """The ids with one end-of-sequence token per row, at its end: BART and T5 classify the state there."""
-    eos = config.eos_token_id
+    eos = getattr(config, "eos_token_id", None)  # configs of models' own need not have one
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
     if eos is not None and 0 <= eos < config.vocab_size:
         ids[ids == eos] = (eos + 1) % config.vocab_size

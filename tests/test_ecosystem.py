@@ -19,7 +19,8 @@ from test_families import assert_same_outputs, break_one_ffn, generative, load_p
 from tiny import LAYERS, VOCAB, make_inputs, outputs
 
 import mpoe_convert
-from mpoe_convert.artifact import MODELING_FILE, REPORT_FILE, heads
+from mpoe_convert.architecture import heads
+from mpoe_convert.artifact import MODELING_FILE, REPORT_FILE
 
 SOURCE = Path(mpoe_convert.__file__).with_name(MODELING_FILE)
 FAMILIES = ("gpt2", "llama", "gpt_neox", "bloom", "opt", "t5", "bart", "bert", "vit")

@@ -8,7 +8,7 @@ import transformers
 from tiny import LAYERS, VARIANTS, make_inputs, outputs, save_tiny
 
 from mpoe_convert import Recipe, convert
-from mpoe_convert.artifact import heads
+from mpoe_convert.architecture import heads
 from mpoe_convert.families import FAMILY_OF
 
 HEADS = [(model_type, auto) for model_type in FAMILY_OF for auto in heads(model_type)]

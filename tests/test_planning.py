@@ -12,6 +12,7 @@ from tiny import VARIANTS, make_config, make_inputs, save_tiny
 from transformers.pytorch_utils import Conv1D
 
 from mpoe_convert import MpoeError, Recipe, plan
+from mpoe_convert.architecture import Architecture
 from mpoe_convert.errors import FamilyError, RecipeError
 from mpoe_convert.families import FAMILY_OF, resolve
 from mpoe_convert.recipe import normalised
@@ -211,25 +212,24 @@ FALCON = {f"transformer.h.0.mlp.dense_{way}.weight" for way in ("h_to_4h", "4h_t
 
 def test_a_type_that_transformers_lacks_is_to_be_renamed():
     with pytest.raises(FamilyError) as error:
-        resolve("RefinedWebModel", FALCON)
+        resolve(Architecture({"model_type": "RefinedWebModel"}), FALCON)
     assert (
         "transformers does not have it either; nearest is falcon: if the architecture is the same, set "
         in (said := str(error.value))
     )
     assert '"model_type": "falcon" in a copy of config.json' in said and "--ffn" not in said
-    with pytest.raises(FamilyError, match="models that need code of their own cannot be converted"):
-        resolve("unheard-of", {"a.0.b.weight"})
+    with pytest.raises(FamilyError, match="no code lies beside it: it cannot be built"):
+        resolve(Architecture({"model_type": "unheard-of"}), {"a.0.b.weight"})
 
 
 def test_the_layers_decide_between_rows_with_the_same_projections():
     with pytest.raises(FamilyError) as error:
-        resolve("mpt", FALCON)
+        resolve(Architecture({"model_type": "mpt"}), FALCON)
     assert '--ffn "h.{}.mlp:dense_h_to_4h,dense_4h_to_h"' in str(error.value)
 
 
-def stock_config(model_type: str, **changes) -> dict:
-    config = make_config(model_type).to_dict()
-    return config | changes
+def stock_base(model_type: str, **changes):
+    return Architecture(make_config(model_type).to_dict() | changes).base
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def stock_config(model_type: str, **changes) -> dict:
 def test_a_module_that_is_no_ffn_of_these_names_is_told(model_type, projections, changes, said):
     slot = "feed_forward" if model_type == "falcon_h1" else "mlp"
     with pytest.raises(MpoeError) as error:
-        describe_slot(model_type, stock_config(model_type, **changes), "layers.0", slot, projections)
+        describe_slot(stock_base(model_type, **changes), "layers.0", slot, projections)
     assert said in str(error.value)
 
 
@@ -260,12 +260,12 @@ def test_a_module_that_is_an_ffn_is_described(model_type):
     """Granite scales what its layers add, outside the FFN."""
     changes = {"residual_multiplier": 0.5} if model_type == "granite" else {}
     names = ("gate_proj", "up_proj", "down_proj")
-    row = describe_slot(model_type, stock_config(model_type, **changes), "layers.0", "mlp", names)
+    row = describe_slot(stock_base(model_type, **changes), "layers.0", "mlp", names)
     assert row == {"activation": "act_fn", "transposed": False, "adds_residual": False}
 
 
 def test_other_stock_ffns_are_described():
-    row = describe_slot("gpt2", stock_config("gpt2"), "h.0", "mlp", ("c_fc", "c_proj"))
+    row = describe_slot(stock_base("gpt2"), "h.0", "mlp", ("c_fc", "c_proj"))
     assert row["transposed"] and row["outer_dropout"] == "dropout"
-    row = describe_slot("bloom", stock_config("bloom"), "h.0", "mlp", ("dense_h_to_4h", "dense_4h_to_h"))
+    row = describe_slot(stock_base("bloom"), "h.0", "mlp", ("dense_h_to_4h", "dense_4h_to_h"))
     assert row["adds_residual"]

@@ -66,7 +66,16 @@ ORDER = [
         "families",
         "stock",
     ),
-    *("checkpoint", "torch_bin", "hub", "hub_errors", "weight_files", "safetensors_header"),
+    *(
+        "checkpoint",
+        "source_code",
+        "architecture",
+        "torch_bin",
+        "hub",
+        "hub_errors",
+        "weight_files",
+        "safetensors_header",
+    ),
     *("sites", "libraries", "modeling_mpoe", "verify_child"),
     "errors",
 ]

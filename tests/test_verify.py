@@ -10,7 +10,7 @@ from test_families import HEADS
 from tiny import make_config, make_model, save_tiny
 
 from mpoe_convert import Recipe, convert, verification
-from mpoe_convert.artifact import heads
+from mpoe_convert.architecture import heads
 from mpoe_convert.card import main_auto_class
 from mpoe_convert.errors import VerifyError
 from mpoe_convert.families import FAMILY_OF

@@ -115,7 +115,7 @@ def make_config(model_type: str, variant: int = 0):
 
 def make_model(model_type: str, auto_class: str, variant: int = 0, seed: int = 0):
     """A tiny stock model whose weights are large enough that every part shows in the outputs."""
-    from mpoe_convert.artifact import heads
+    from mpoe_convert.architecture import heads
 
     stock = getattr(transformers, heads(model_type)[auto_class])
     torch.manual_seed(seed)

@@ -38,11 +38,13 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
             "Every mixture was replaced by the average of its experts, weighted by the combine weights that "
             f"its router gave them on {', '.join(request.calibrate)}"
         )
+    is_own = source.architecture.is_own
+    classes = "the code that lies beside it" if is_own else "the stock classes of transformers"
     return ExportPlan(
         parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, shares))),),
         model_type=source.model_type,
         title=title,
-        about=f"{about}: this is a dense {source.model_type} again, of the stock classes of transformers.",
+        about=f"{about}: this is a dense {source.model_type} again, of {classes}.",
         usage=usage(source),
         checked=Checked(experts=None if request.calibrate else (expert,), same=not request.calibrate),
     )
@@ -50,7 +52,14 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 def usage(source: Converted, model: str = "path/to/this") -> str:
     auto = main_auto_class(source.config, source.model_type)
-    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{model}")'
+    return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
+
+
+def loading(source: Converted, model: str) -> str:
+    """The expression that loads it, in Python."""
+    auto = main_auto_class(source.config, source.model_type)
+    trust = ", trust_remote_code=True" if source.architecture.is_own else ""
+    return f'{auto}.from_pretrained("{model}"{trust})'
 
 
 def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from ..converted import SHARED, Converted, Mixture
 from ..errors import ExportError
 from ..families import projection_names
 from ..planning import is_buffer
-from ..stock import build, stock_class
 from . import Checked, Export, ExportPlan, Made, Part
-from .dense import Shares, dense_tensors
+from .dense import Shares, dense_tensors, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tasks whose PEFT wrappers add nothing to the adapter.
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
@@ -34,6 +37,11 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     for mixture in source.mixtures:
         _check_low_rank(source, mixture)
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
+    if request.base is not None and source.architecture.is_own:
+        raise ExportError(
+            f"base is {request.base}, and a {source.model_type} has code of its own; only the artifact's is "
+            "run here: leave --base away, the base is then written with that"
+        )
     if request.base is not None:
         _check_base(
             source, base, open_checkpoint(request.base, revision=request.base_revision, token=source.token)
@@ -72,7 +80,7 @@ def _usage(source: Converted, base: str) -> str:
     auto = main_auto_class(source.config, source.model_type)
     return (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{base}")\n'
+        f"model = {loading(source, base)}\n"
         'model = PeftModel.from_pretrained(model, "path/to/this/expert-0", adapter_name="expert-0")\n'
         'model.load_adapter("path/to/this/expert-1", adapter_name="expert-1")\n'
         'model.set_adapter("expert-1")'
@@ -92,7 +100,7 @@ def _check_low_rank(source: Converted, mixture: Mixture) -> None:
 
 def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) -> None:
     """Raises ExportError if the base has other numbers than the experts share."""
-    prefix = f"{build(source.config, stock_class(source.config)).base_model_prefix}."
+    prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
         spellings = (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name)
         name = next((name for name in spellings if name in base.tensors), None)
@@ -107,9 +115,14 @@ def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) 
             )
 
 
+def _build(source: Converted) -> PreTrainedModel:
+    """The dense model on the meta device."""
+    return source.architecture.build(source.architecture.model_class)
+
+
 def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
     """By the paths of the layers: {path of a linear layer in the stock model: the roles that it plays}."""
-    model = build(source.config, stock_class(source.config))
+    model = _build(source)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     found: dict[str, dict[str, list[str]]] = {}
     for mixture in source.mixtures:

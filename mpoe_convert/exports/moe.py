@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..artifact import heads
+from ..architecture import heads
 from ..card import main_auto_class
 from ..converted import Converted, Mixture
 from ..errors import ExportError
@@ -67,6 +67,11 @@ def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
 
 def _target(source: Converted) -> MoeTarget:
     target = TARGET_OF.get(source.model_type)
+    if source.architecture.is_own:
+        raise ExportError(
+            f"{source.checkpoint.source} is a {source.model_type} of code of its own, which no mixture of "
+            "transformers is known to compute; --to dense writes one expert with that code"
+        )
     if target is None:
         exact = "; ".join(f"{', '.join(row.sources)} -> {row.model_type}" for row in MOE_TARGETS)
         miss = NEAR_MISSES.get(source.model_type, "transformers has no mixture of that family")
