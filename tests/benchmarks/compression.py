@@ -98,7 +98,7 @@ class Lines(Causal):
         lines = path.read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(lines)
         self.folder, self.tokenizer, self.train = folder, AutoTokenizer.from_pretrained(folder), lines[:1024]
-        self.seen, self.kept = self.batches(self.train), self.batches(lines[1024:])
+        self.seen, self.kept = self.batches(self.train), self.batches(lines[-1024:])
 
     def batches(self, lines: list[str]) -> list[dict]:
         parts = [lines[start : start + 64] for start in range(0, len(lines), 64)]
