@@ -505,6 +505,7 @@ def test_exported_it_is_the_source_again(name, auto_class, own, tmp_path):
     assert "trust_remote_code=True" in (tmp_path / "back" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_written_is_compared_in_another_process(own, tmp_path):
     _, out = own("minstrel", kind="low-rank")
     assert verify(out, trust_remote_code=True).relative_difference < 1e-5
