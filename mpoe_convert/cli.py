@@ -272,7 +272,7 @@ RECIPE_OPTIONS = (
         heading="Compression",
         is_flag=True,
         default=None,
-        help="Write every combination of --allocation, --metric and --correct that is left open, compare each with the dense model on calibration text, and keep the nearest.",
+        help="Of --metric loss and outputs, each with its own --allocation, measured and uniform, with and without --correct, as far as they are left open: write all, compare them with the dense model on calibration text, and keep the nearest.",
     ),
     option(
         "--calibrate",
@@ -836,7 +836,8 @@ def verify(artifact, against, trust_remote_code, token, tolerance, as_json, quie
     ),
     *FINETUNING_OPTIONS,
     trust_option(
-        "Run code of its own that model, tokenizer or teacher have, if they are no artifacts.", "Data"
+        "Run code that model, tokenizer or teacher bring along, other than this release's modeling_mpoe.py.",
+        "Data",
     ),
     token_option("Data"),
     *COMMON_OPTIONS,
@@ -908,7 +909,7 @@ def finetune(model, output, resume, config, token, as_json, quiet, verbose, **op
         is_flag=True,
         help="Write the results into MODEL, an artifact's folder: evaluation_report.json, its card and the card's metadata.",
     ),
-    trust_option("Run code of its own that a model has which is no artifact.", "Data"),
+    trust_option("Run code that a model brings along, other than this release's modeling_mpoe.py.", "Data"),
     token_option("Data"),
     *COMMON_OPTIONS,
 )

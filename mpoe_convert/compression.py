@@ -117,7 +117,7 @@ def prepare_each(
 
 
 def alternatives(recipe: Recipe) -> list[Recipe]:
-    """Every combination of metric, allocation and correction that the recipe of a search leaves open."""
+    """The combinations of metric, allocation and correction that a search tries; see `Recipe.search`."""
     found = []
     for metric in (recipe.metric,) if recipe.metric else ("loss", "outputs"):
         own = "loss" if metric == "loss" else "energy"

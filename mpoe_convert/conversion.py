@@ -133,8 +133,12 @@ def _write(
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     import yaml
 
-    text = yaml.safe_dump(recipe.to_mapping(), sort_keys=False, allow_unicode=True)
-    path.write_text(f"# mpoe-convert --config {path.name} -o OUT repeats this run\n{text}", encoding="utf-8")
+    values = recipe.to_mapping()
+    # Whoever repeats it decides on that anew.
+    trust = " --trust-remote-code" if values.pop("trust_remote_code") else ""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    first = f"# mpoe-convert --config {path.name}{trust} -o OUT repeats this run"
+    path.write_text(f"{first}\n{text}", encoding="utf-8")
 
 
 class _Builder:

@@ -34,7 +34,11 @@ def measure(
         with streamed_model(plan, checkpoint, device) as model:
             expected = [compared_output(run_batch(model, batch)) for batch in held_out]
         model = (
-            from_pretrained(getattr(transformers, auto_class), str(folder), dtype="auto").to(device).eval()
+            from_pretrained(
+                getattr(transformers, auto_class), str(folder), dtype="auto", trust_remote_code=True
+            )
+            .to(device)
+            .eval()
         )
         keep_no_cache(model)
         for batch in held_out:
@@ -93,7 +97,9 @@ class Comparison:
         if not self.has_logits:
             difference = (self.squares / self.norm) ** 0.5 if self.norm else 0.0
             return Divergence(self.tokens, None, difference, None, None)
-        perplexities = [math.exp(loss / self.labels) if self.labels else None for loss in self.losses]
+        # No number of tokens is as large as e**700.
+        losses = [min(loss / self.labels, 700.0) if self.labels else None for loss in self.losses]
+        perplexities = [None if loss is None else math.exp(loss) for loss in losses]
         return Divergence(self.tokens, self.nats / self.tokens, None, *perplexities)
 
 

@@ -95,7 +95,7 @@ def evaluate(
         limit: evaluate on so many windows or examples (of every task by which routers choose), from the
             first on.
         token: for models and data of the Hub; by default the stored login.
-        trust_remote_code: run code of its own that a model has which is no artifact.
+        trust_remote_code: run code that a model brings along, other than this release's `modeling_mpoe.py`.
         record: write what was found into the model, an artifact's folder; see `recording.record`.
         progress: called as progress(model, batches done, batches).
 

@@ -509,12 +509,11 @@ def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
 
 
 def check_alike(architecture: Architecture, family: Family, chosen: Iterable[DenseFFN]) -> None:
-    """What was seen in one layer has to hold for all that are converted, under every head.
+    """What was seen in the first layer has to hold for all that are converted, under the head.
 
     Raises:
         FamilyError: a layer is built otherwise, or the head does not say where its base is.
     """
-    first = None
     head = architecture.build(architecture.model_class) if architecture.is_own else None
     for ffn in chosen if family.by_hand is not None else ():
         if head is not None and not _has(head.base_model, ffn.path):
@@ -522,12 +521,12 @@ def check_alike(architecture: Architecture, family: Family, chosen: Iterable[Den
                 f"{type(head).__name__} has no {ffn.path} where it says that its base is (its "
                 f"base_model_prefix is {head.base_model_prefix!r}): correct that in its code"
             )
-        row = _describe(architecture, ffn.path, family.by_hand)
-        first = first or row
-        if row != first:
+        first = family.layers[0].format(0)  # the family's row is read off it
+        row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
+        if row != expected:
             raise FamilyError(
-                f"the FFN of {ffn.path} is built otherwise than those before it ({row}, not {first}); convert "
-                "the layers that are alike: --layers"
+                f"the FFN of {ffn.path} is built otherwise than that of {first} ({row}, not {expected}); convert "
+                "the layers that are like that one: --layers"
             )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from .card import main_auto_class
 from .converted import Converted
 from .corpus import TASKS
 from .errors import TrainingError
+from .source_code import references
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,14 +31,15 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
     """`auto.from_pretrained` with its many errors told in one line.
 
     Args:
-        trust_remote_code: run the code that lies beside the weights; that of artifacts is run anyway.
+        trust_remote_code: run the code that lies beside the weights; where that is `modeling_mpoe.py` of this
+            release and nothing else, it is run anyway.
 
     Raises:
         TrainingError: `name` is no folder, does not load, or has code of its own that is not trusted.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
-    trusted = trust_remote_code or _is_converted(name, options.get("revision"), options.get("token"))
+    trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, RuntimeError) as error:
@@ -48,13 +51,23 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
 
 
-def _is_converted(name: str, revision: str | None, token: str | None) -> bool:
-    """Whether a folder or Hub id holds an artifact, by its config.json. Runs no code."""
-    from transformers import PretrainedConfig
+def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
+    """Whether all code that a folder or Hub id would run is this release's `modeling_mpoe.py`. Runs none."""
+    from transformers.utils import cached_file
+
+    def read(file: str) -> bytes:
+        path = cached_file(
+            name, file, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        return Path(path).read_bytes() if path else b""
 
     try:
-        return "mpoe" in PretrainedConfig.get_config_dict(name, revision=revision, token=token)[0]
-    except (OSError, ValueError):  # loading says what is the matter
+        configs = [json.loads(read(file) or "{}") for file in ("config.json", "tokenizer_config.json")]
+        maps = [config.get("auto_map") for config in configs]
+        if {*references(maps)} != {("", "modeling_mpoe")} or read("custom_generate/generate.py"):
+            return False
+        return read("modeling_mpoe.py") == Path(__file__).with_name("modeling_mpoe.py").read_bytes()
+    except (OSError, ValueError, AttributeError):  # loading says what is the matter
         return False
 
 
@@ -66,7 +79,8 @@ def load_converted(source: Converted, **options) -> PreTrainedModel:
     # The folder of a Hub id in the cache has the weights and no code.
     name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
     revision = source.checkpoint.revision or "main"
-    return from_pretrained(auto, name, revision=revision, token=source.token, **options).eval()
+    trust = {"trust_remote_code": True}  # an artifact is opened as one, with its code
+    return from_pretrained(auto, name, revision=revision, token=source.token, **trust, **options).eval()
 
 
 def task_of(model: str, task: str | None, token: str | None = None, **trust: bool) -> tuple[str, str]:

@@ -73,9 +73,9 @@ class Recipe:
             memory.
         correct: fit every matrix to what reaches it behind those that are compressed already, one after the
             other, against the dense model's outputs. With metric "loss" or "outputs".
-        search: write every combination of metric, allocation and correction that is left open here, compare
-            each with the dense model on calibration text that none was fitted to, and keep the nearest. With
-            `keep` and calibration.
+        search: of the metrics "loss" and "outputs", each with its own allocation, "measured" and "uniform",
+            corrected and not, as far as they are left open here: write all, compare each with the dense model
+            on calibration text that none was fitted to, and keep the nearest. With `keep` and calibration.
         calibrate: calibration text: files or Hub datasets (see `corpus.read`), or "builtin".
         calibration_tokens: how many of its tokens; evenly spread over the text.
         calibration_split: of Hub datasets.

@@ -15,6 +15,7 @@ BROKEN_ERROR = 0.4
 # Above this divergence from the dense model, in nats per token, a compressed one has lost a good part of it.
 BROKEN_NATS = 0.5
 NOTICEABLE_ERROR = 0.02
+LOST_NATS = 10.0
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,22 @@ class Report:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """The dense model's, grown by the divergence that the plan expected; None where either is unknown."""
+        """The dense model's, grown by the divergence that the plan expected.
+
+        None where either is unknown, or where more is expected than any distribution over tokens would lose.
+        """
         budget, found = self.plan.budget, self.divergence
         if not (budget and found and found.dense_perplexity) or budget.chosen.loss is None:
+            return None
+        if budget.chosen.loss > LOST_NATS:
             return None
         return found.dense_perplexity * math.exp(budget.chosen.loss)
 
     def divergence_in_words(self) -> str:
         """What was measured and what the plan expected."""
         words = self.divergence.in_words()
+        if self.trials:
+            words += " The search chose it by them."
         if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:
             return words
         predicted = self.predicted_perplexity

@@ -44,8 +44,8 @@ class Finetuning:
         report_to: trackers, as "tensorboard" or "wandb".
         options: of the model's config, as {"router_aux_loss_coef": 0.02}.
         arguments: any other field of transformers.TrainingArguments.
-        trust_remote_code: run code of its own that model, tokenizer or teacher have; that of artifacts is run
-            anyway.
+        trust_remote_code: run code that model, tokenizer or teacher bring along, other than this release's
+            `modeling_mpoe.py`.
 
     Raises:
         RunError: a value is out of range.

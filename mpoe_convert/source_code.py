@@ -29,7 +29,8 @@ def admit(
         CheckpointError: a file of it is missing.
     """
     auto_map = config.get("auto_map") or {}
-    names = list(_references(auto_map))
+    _check_entries(source, auto_map)
+    names = list(references(auto_map))
     if not trusted:
         if names and not knows(config["model_type"]):
             files = ", ".join(sorted({f"{module}.py" for _, module in names}))
@@ -37,8 +38,9 @@ def admit(
                 f"transformers has no model type {config['model_type']!r}, and {source} has code of its own "
                 f"({files}): read that, and pass --trust-remote-code (trust_remote_code=True) to run it"
             )
+        _check_has_stock_head(source, config, names)
         return {key: value for key, value in config.items() if key != "auto_map"}, None
-    names += [name for each in naming_files(folder) for name in _references(_auto_map(each))]
+    names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     if not names:
         return config, None
     if "AutoConfig" in auto_map and not own_heads(auto_map):
@@ -49,10 +51,34 @@ def admit(
     return config | {"auto_map": localised(auto_map)}, _gather(folder, names, token)
 
 
+def _check_entries(source: str, auto_map: object) -> None:
+    if not isinstance(auto_map, Mapping):
+        raise CheckpointError(
+            f"the auto_map of {source} is {auto_map!r}; expected Auto classes and their names"
+        )
+    for auto, name in auto_map.items():
+        named = isinstance(name, str) and all(name.rpartition("--")[2].rpartition(".")[::2])
+        if auto.startswith(("AutoModel", "AutoConfig")) and not named:
+            raise CheckpointError(f'{source} maps {auto} to {name!r}; expected "module.Class"')
+
+
+def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]]) -> None:
+    """Raises FamilyError if the classes that a config of a known type names are not those of transformers."""
+    import transformers
+
+    heads = config.get("architectures") or ()
+    if names and heads and not any(hasattr(transformers, str(head)) for head in heads):
+        files = ", ".join(sorted({f"{module}.py" for _, module in names}))
+        raise FamilyError(
+            f"{source} is a {heads[0]} of code of its own ({files}); transformers' {config['model_type']} "
+            "may compute something else: read it, and pass --trust-remote-code (trust_remote_code=True)"
+        )
+
+
 def code_of_artifact(folder: Path, block: dict) -> Path | None:
     """The folder of the code that an artifact has from its source."""
-    named = [*_references(block.get("base_auto_map"))]
-    named += [name for each in naming_files(folder) for name in _references(_auto_map(each))]
+    named = [*references(block.get("base_auto_map"))]
+    named += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     return folder if named else None
 
 
@@ -68,16 +94,16 @@ def _auto_map(path: Path) -> object:
     return values.get("auto_map") if isinstance(values, dict) else None
 
 
-def _references(auto_map: object) -> Iterator[tuple[str, str]]:
+def references(auto_map: object) -> Iterator[tuple[str, str]]:
     """(repository or "", module) of every class that an auto_map names; tokenizers' entries are pairs."""
     if isinstance(auto_map, str):
         repo, _, name = auto_map.rpartition("--")
         yield repo, name.partition(".")[0]
     elif isinstance(auto_map, (list, tuple)):
         for each in auto_map:
-            yield from _references(each)
+            yield from references(each)
     elif isinstance(auto_map, Mapping):
-        yield from _references(list(auto_map.values()))
+        yield from references(list(auto_map.values()))
 
 
 def localised(auto_map: object):
@@ -144,8 +170,8 @@ def files(folder: Path, architecture: Architecture) -> list[Path]:
     """
     if architecture.code is None:
         return []
-    names = [*_references(architecture.auto_map)]
-    names += [name for each in naming_files(folder) for name in _references(_auto_map(each))]
+    names = [*references(architecture.auto_map)]
+    names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     found = with_imports(architecture.code, {module for _, module in names})
     if clash := [path.name for path in found if path.name in (GLUE_FILE, "modeling_mpoe.py")]:
         raise FamilyError(f"{clash[0]} of the source's code is named as a file of every artifact: rename it")

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .architecture import own_heads
 from .artifact import base_config, read_artifact
 from .card import main_auto_class
 from .errors import VerifyError
@@ -68,7 +69,8 @@ def verify(
         against: Hub id or folder of the dense model; by default the one it was converted from.
         tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
         token: Hub token for the dense model.
-        trust_remote_code: run code of its own that the dense model has; an artifact's is always run.
+        trust_remote_code: run code of its own that the dense model has, if the artifact has it too or
+            `against` names another; an artifact's is always run.
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing.
@@ -76,8 +78,9 @@ def verify(
     """
     folder = Path(artifact)
     config, report = read_artifact(folder)
-    revision = report["revision"] if against is None else None
-    was_local = against is None and revision is None
+    is_named = against is not None
+    revision = None if is_named else report["revision"]
+    was_local = not is_named and revision is None
     against = against or report["base_model"]
     # What was downloaded is compared with the download, even if a folder of that name lies here.
     is_local = revision is None and Path(against).is_dir()
@@ -87,7 +90,8 @@ def verify(
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
         )
     base = base_config(config)
-    if "auto_map" in base and not trust_remote_code:
+    has_own_code = bool(own_heads(base.get("auto_map") or {}))
+    if has_own_code and not trust_remote_code:
         raise VerifyError(
             f"the dense model {against} has code of its own: read it, and pass --trust-remote-code "
             "(trust_remote_code=True) to run it"
@@ -98,7 +102,7 @@ def verify(
         "against": str(Path(against).resolve()) if is_local else against,
         "revision": revision,
         "auto_class": auto_class,
-        "trust_remote_code": [trust_remote_code, True],
+        "trust_remote_code": [trust_remote_code and (has_own_code or is_named), True],
         "token": token,
     }
     result = _run_child(request)

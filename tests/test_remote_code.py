@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from loopback_hub import LoopbackHub, User, environment
 from safetensors.torch import load_file
 from test_ecosystem import CHILD, SOURCE, stored
 from test_families import assert_same_outputs, break_one_ffn
 from tiny import make_inputs, save_tiny, save_tokenizer
 
+import mpoe_convert
 from mpoe_convert import (
     Export,
     Finetuning,
@@ -42,6 +44,7 @@ from mpoe_convert.errors import (
 )
 from mpoe_convert.source_code import GLUE_FILE
 
+SHIPPED = Path(mpoe_convert.__file__).with_name(MODELING_FILE)
 OWN_CODE = Path(__file__).with_name("own_code")
 SMALL = {"experts": 3, "bond_dim": 4, "noise": 0.0, "trust_remote_code": True}
 LLAMA = {
@@ -334,18 +337,59 @@ def test_code_does_not_run_without_trust(tmp_path):
     with pytest.raises(TrainingError, match=told):
         finetune(Finetuning(source, str(text), steps=1), tmp_path / "tuned")
     assert not mark.exists() and not (tmp_path / "out").exists()
+    change(folder / "config.json", mpoe={"format": 1})  # looks like an artifact
+    (folder / "modeling_mpoe.py").write_bytes(SHIPPED.read_bytes())
+    with pytest.raises(TrainingError, match=told):
+        evaluate(source, str(text), length=8)
+    assert not mark.exists()
+    change(folder / "config.json", mpoe=None)
     convert(Recipe(source, **SMALL), tmp_path / "out")
     assert mark.exists()
     mark.unlink()
     with pytest.raises(VerifyError, match=told):
         verify(tmp_path / "out")
+    with pytest.raises(TrainingError, match=told):
+        evaluate(str(tmp_path / "out"), str(text), length=8)
     assert not mark.exists()
+    assert "trust_remote_code" not in yaml.safe_load((tmp_path / "out/mpoe_recipe.yaml").read_text())
+    assert "--trust-remote-code -o OUT" in (tmp_path / "out/mpoe_recipe.yaml").read_text()
+
+
+def change(path: Path, **values) -> None:
+    """Set values of a JSON file; None takes one out."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+def test_an_artifact_with_other_code_than_ours_is_not_run_unasked(artifact, tmp_path):
+    out = Path(shutil.copytree(artifact("gpt2")[1], tmp_path / "out"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    ask = {"task": "causal", "length": 8, "limit": 2}
+    evaluate(str(out), str(tmp_path / "text.txt"), **ask)
+    (out / "custom_generate").mkdir()
+    (out / "custom_generate/generate.py").write_text("raise SystemExit")
+    with pytest.raises(TrainingError, match="has code of its own"):
+        evaluate(str(out), str(tmp_path / "text.txt"), **ask)
+    shutil.rmtree(out / "custom_generate")
+    with (out / "modeling_mpoe.py").open("a") as file:
+        file.write(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
+    with pytest.raises(TrainingError, match="has code of its own"):
+        evaluate(str(out), str(tmp_path / "text.txt"), **ask)
+    assert not (tmp_path / "mark").exists()
+    evaluate(str(out), str(tmp_path / "text.txt"), **ask, trust_remote_code=True)
+    assert (tmp_path / "mark").exists()
 
 
 def test_code_of_a_known_type_does_not_run_without_trust(tmp_path):
     folder, mark = marked("llama", tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    convert(Recipe(folder, **SMALL | {"trust_remote_code": False}), tmp_path / "out")
+    untrusting = Recipe(folder, **SMALL | {"trust_remote_code": False})
+    with pytest.raises(
+        FamilyError, match=r"Loud\w+ of code of its own \(modeling_loud.py\); transformers' llama"
+    ):
+        plan(untrusting)
+    change(folder / "config.json", architectures=["LlamaForCausalLM"])
+    convert(untrusting, tmp_path / "out")
     assert verify(tmp_path / "out").ok
     evaluate(str(folder), str(tmp_path / "text.txt"), task="causal", length=8, limit=2)
     assert not mark.exists()
@@ -363,6 +407,10 @@ def test_code_of_a_known_type_does_not_run_without_trust(tmp_path):
             {"AutoConfig": "modeling_scribe.ScribeConfig"},
             "a config of its own .* and no model",
         ),
+        ({"AutoModel": None}, "maps AutoModel to None; expected .module.Class"),
+        ({"AutoModel": ["m.C"]}, "maps AutoModel to "),
+        ({"AutoModelForCausalLM": "modeling_scribe"}, "maps AutoModelForCausalLM to 'modeling_scribe'"),
+        (["modeling_scribe.Scribe"], "the auto_map of .* is "),
     ],
 )
 def test_an_auto_map_that_cannot_be_followed_is_told(entries, said, own, tmp_path):
@@ -447,6 +495,24 @@ def test_every_layer_is_looked_at(tmp_path):
     with pytest.raises(FamilyError, match=r"^layers\.1\.mlp of the source's MinstrelModel does not compute"):
         plan(Recipe(folder, trust_remote_code=True))
     assert plan(Recipe(folder, trust_remote_code=True, layers="0")).kept_dense == ("layers.1",)
+
+
+def test_the_first_layer_stands_for_all(tmp_path):
+    """Also where it is left dense: what was seen there is what the artifact is built by."""
+    edits = [
+        ("self.mlp = Song(config)", "self.mlp = Song(config, next(NAMES))"),
+        (
+            "config):\n        super().__init__()\n        self.gate_proj",
+            "config, name):\n        super().__init__()\n        self.name = name\n        self.gate_proj",
+        ),
+        ('self.act_fn = ACT2FN["silu"]', 'setattr(self, name, ACT2FN["silu"])'),
+        ("self.act_fn(self", "getattr(self, self.name)(self"),
+        ("class Song", 'NAMES = itertools.cycle(("act_fn", "other"))\n\n\nclass Song'),
+        ("import torch.nn", "import itertools\n\nimport torch.nn"),
+    ]
+    folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path, edits)
+    with pytest.raises(FamilyError, match=r"layers\.1 is built otherwise than that of layers\.0"):
+        plan(Recipe(folder, trust_remote_code=True, layers="1"))
 
 
 def test_other_names_are_asked_for(tmp_path):
