@@ -205,12 +205,13 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
         + _own_code(checkpoint),
     ]
     code = snippets.training(auto) if has_tokenizer else None
+    command = snippets.command(auto, has_own_code=checkpoint.code is not None)
     if code:
         parts += [
             "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
             f"with PEFT:\n\n```python\n{code}\n```",
             "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
-            f"from the Hub:\n\n```\n{snippets.command(auto)}\n```",
+            f"from the Hub:\n\n```\n{command}\n```",
         ]
     return parts
 

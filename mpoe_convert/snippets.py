@@ -75,10 +75,11 @@ def training(auto: str) -> str | None:
     return _TRAIN.format(batch=_BATCH[auto]) if auto in _BATCH else None
 
 
-def command(auto: str) -> str:
-    """A command line that trains it."""
+def command(auto: str, *, has_own_code: bool) -> str:
+    """A command line that trains it; code of its own has to be trusted."""
     data = "pairs.jsonl" if auto == "AutoModelForSeq2SeqLM" else "texts.jsonl"
-    return f"mpoe-convert finetune {PLACEHOLDER} --data {data} -o tuned/"
+    trust = " --trust-remote-code" if has_own_code else ""
+    return f"mpoe-convert finetune {PLACEHOLDER} --data {data} -o tuned/{trust}"
 
 
 def with_model_id(text: str, model_id: str) -> str:
