@@ -64,10 +64,12 @@ def _check_entries(source: str, auto_map: object) -> None:
 
 def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]]) -> None:
     """Raises FamilyError if the classes that a config of a known type names are not those of transformers."""
+    heads = config.get("architectures") or ()
+    if not (names and heads):
+        return
     import transformers
 
-    heads = config.get("architectures") or ()
-    if names and heads and not any(hasattr(transformers, str(head)) for head in heads):
+    if not any(hasattr(transformers, str(head)) for head in heads):
         files = ", ".join(sorted({f"{module}.py" for _, module in names}))
         raise FamilyError(
             f"{source} is a {heads[0]} of code of its own ({files}); transformers' {config['model_type']} "
