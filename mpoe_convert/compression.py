@@ -145,10 +145,9 @@ class _Compressor:
         check_smallest(recipe, self.whole)
         self.calibration: Calibration | None = None
         self.batches: Sequence[Batch] = ()
-        self.spectra: dict[str, list[np.ndarray]] = {}  # by metric
-        self.losses: dict[
-            str, dict[str, float]
-        ] = {}  # by metric, what cutting one matrix alone was seen to do
+        # By metric: spectra, and what cutting one matrix alone was seen to do.
+        self.spectra: dict[str, list[np.ndarray]] = {}
+        self.losses: dict[str, dict[str, float]] = {}
 
     def calibrate(self, recipe: Recipe, batches: Sequence[Batch] | None, token: str | None) -> None:
         whole = replace(self.whole, recipe=recipe)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .artifact import base_config
+from .artifact import MODELING_FILE, base_config
 from .card import main_auto_class
 from .converted import Converted
 from .corpus import TASKS
@@ -64,9 +64,9 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
     try:
         configs = [json.loads(read(file) or "{}") for file in ("config.json", "tokenizer_config.json")]
         maps = [config.get("auto_map") for config in configs]
-        if {*references(maps)} != {("", "modeling_mpoe")} or read("custom_generate/generate.py"):
+        if {*references(maps)} != {("", Path(MODELING_FILE).stem)} or read("custom_generate/generate.py"):
             return False
-        return read("modeling_mpoe.py") == Path(__file__).with_name("modeling_mpoe.py").read_bytes()
+        return read(MODELING_FILE) == Path(__file__).with_name(MODELING_FILE).read_bytes()
     except (OSError, ValueError, AttributeError):  # loading says what is the matter
         return False
 

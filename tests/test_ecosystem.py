@@ -113,6 +113,19 @@ torch.save(results, sys.argv[2])
 """
 
 
+def run_child(cases: dict, tmp_path: Path) -> dict:
+    """What CHILD makes of the cases, in a process without this package."""
+    torch.save(cases, tmp_path / "cases.pt")
+    (tmp_path / "child.py").write_text(CHILD)
+    subprocess.run(
+        [sys.executable, "-P", tmp_path / "child.py", tmp_path / "cases.pt", tmp_path / "out.pt"],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+        check=True,
+    )
+    return torch.load(tmp_path / "out.pt")
+
+
 def test_a_process_without_this_package_computes_what_the_dense_model_computes(artifact, tmp_path):
     cases, expected = {}, {}
     # Llama's classifier builds its backbone by AutoModel, which must know ours without a loader's help.
@@ -127,15 +140,7 @@ def test_a_process_without_this_package_computes_what_the_dense_model_computes(a
         text = None if model_type == "vit" else "w7 w3 w39"
         case = {"folder": str(out), "auto_class": auto_class, "inputs": inputs, "text": text}
         cases[name] = case
-    torch.save(cases, tmp_path / "cases.pt")
-    (tmp_path / "child.py").write_text(CHILD)
-    subprocess.run(
-        [sys.executable, "-P", tmp_path / "child.py", tmp_path / "cases.pt", tmp_path / "out.pt"],
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        check=True,
-    )
-    results = torch.load(tmp_path / "out.pt")
+    results = run_child(cases, tmp_path)
     for name, (logits, stock) in expected.items():
         assert results[name]["class"] == f"MPOE{stock}"
         tolerance = 2e-5 * logits.abs().max().item()

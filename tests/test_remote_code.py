@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import re
 import shutil
@@ -16,7 +15,7 @@ import transformers
 import yaml
 from loopback_hub import LoopbackHub, User, environment
 from safetensors.torch import load_file
-from test_ecosystem import CHILD, SOURCE, stored
+from test_ecosystem import SOURCE, run_child, stored
 from test_families import assert_same_outputs, break_one_ffn
 from tiny import make_inputs, save_tiny, save_tokenizer
 
@@ -198,15 +197,7 @@ def test_a_process_without_this_package_loads_it(own, tmp_path):
             "inputs": inputs,
             "text": text,
         }
-    torch.save(cases, tmp_path / "cases.pt")
-    (tmp_path / "child.py").write_text(CHILD)
-    subprocess.run(
-        [sys.executable, "-P", tmp_path / "child.py", tmp_path / "cases.pt", tmp_path / "out.pt"],
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        check=True,
-    )
-    for name, found in torch.load(tmp_path / "out.pt").items():
+    for name, found in run_child(cases, tmp_path).items():
         logits = expected[name]
         torch.testing.assert_close(found["logits"], logits, rtol=0, atol=2e-5 * logits.abs().max().item())
         # The minstrel's own tokenizer adds a word.
