@@ -13,7 +13,7 @@ from loopback_hub import LoopbackHub, environment
 from safetensors.torch import load_file
 from test_ecosystem import token_ids
 
-from mpoe_convert import Finetuning, finetune, verify
+from mpoe_convert import Finetuning, evaluate, finetune, verify
 from mpoe_convert.artifact import file_names, is_artifact, own_files
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, OutputError, RunError, TrainingError
@@ -353,3 +353,4 @@ def test_from_an_artifact_on_the_hub(artifact, text, tmp_path):
     assert sum(request.path.endswith("model.safetensors") for request in hub.requests) == 2  # HEAD, GET
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "## Training" in card and "## Reconstruction error" in card
+    evaluate(str(tmp_path / "tuned"), str(text), length=16, limit=2)  # its code is its own, and known
