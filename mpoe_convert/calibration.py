@@ -38,7 +38,7 @@ from .recipe import BUILTIN_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 2
+FORMAT = 3
 # Tokens per forward pass: enough that reading a block's weights takes little of the time.
 TOKENS_PER_BATCH = 4096
 MAX_LENGTH = 512
@@ -72,8 +72,9 @@ Progress = Callable[[str, int, int], None]
 def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
     """Batches of the model's inputs from calibration text.
 
-    Language models and encoders read blocks of tokens; encoder-decoders pairs of text and target, or, where
-    the data have no target column, blocks on both sides.
+    Data with a target column are read as pairs: by encoder-decoders text and target on a side each, by
+    models that say the next token one after the other, and then only what is said of the target counts.
+    Else texts are read as blocks of tokens, by encoder-decoders on both sides.
 
     Raises:
         DataError: the data cannot be read, or are shorter than what was asked for.
@@ -82,9 +83,10 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
     _check_reads_text(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
     length = min(MAX_LENGTH, positions(checkpoint.architecture.make_config()) or MAX_LENGTH)
-    rows = _read(recipe, token)
-    if _writes_text(checkpoint) and recipe.target_column in rows.column_names:
-        return _pair_batches(rows, tokenizer, recipe, length)
+    encode = _pairing(checkpoint)
+    rows = _read(recipe, "seq2seq" if encode else "causal", token)
+    if recipe.target_column in rows.column_names:
+        return _pair_batches(rows, encode, tokenizer, recipe, length)
     blocks = corpus.language_blocks(rows, tokenizer, recipe.text_column, length)
     wanted = max(recipe.calibration_tokens // length, 2)
     if len(blocks) < wanted:
@@ -122,7 +124,16 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
-def _read(recipe: CalibrationText, token: str | None):
+def _pairing(checkpoint: Checkpoint) -> Callable | None:
+    """What makes examples of rows with text and target, if the model can answer."""
+    if checkpoint.config.get("is_encoder_decoder"):
+        return corpus.pairs if _writes_text(checkpoint) else None
+    cls = checkpoint.architecture.model_class
+    return corpus.answers if cls is not None and cls.can_generate() else None
+
+
+def _read(recipe: CalibrationText, task: str, token: str | None):
+    """Rows with the columns of the task, or with texts alone."""
     from datasets import Dataset, concatenate_datasets
 
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -133,7 +144,7 @@ def _read(recipe: CalibrationText, token: str | None):
         parts.append(Dataset.from_dict({columns.text: [topics[name] for name in sorted(topics)]}))
     if sources and not parts:
         try:
-            return corpus.read(sources, columns, "seq2seq", recipe.calibration_split, token)
+            return corpus.read(sources, columns, task, recipe.calibration_split, token)
         except DataError:  # no targets: texts alone will do
             pass
     if sources:
@@ -151,14 +162,14 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(rows, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
+def _pair_batches(rows, encode: Callable, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
-    encoded = corpus.pairs(rows, tokenizer, columns, length)
+    encoded = encode(rows, tokenizer, columns, length)
     sizes = [len(ids) for ids in encoded["input_ids"]]
     wanted = min(recipe.calibration_tokens * len(sizes) // max(sum(sizes), 1) + 1, len(sizes))
     if sum(sizes) < recipe.calibration_tokens:
         raise DataError(
-            f"the calibration pairs have {sum(sizes):,} source tokens; expected the "
+            f"the calibration pairs have {sum(sizes):,} tokens that the model reads; expected the "
             f"{recipe.calibration_tokens:,} of --calibration-tokens: give more text or ask for fewer"
         )
     chosen = sorted(_spread(len(sizes), wanted), key=lambda i: (sizes[i], i))  # little padding
@@ -295,8 +306,25 @@ def token_mask(model: PreTrainedModel, batch: Batch, *, decoder: bool) -> Tensor
     return batch.get("attention_mask")
 
 
+def prediction_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """Which places of the (decoder's or only) outputs count; None: all.
+
+    Neither padding nor what `labels` leave out with -100: of a model that says the next token those places
+    whose next label is left out.
+    """
+    mask, labels, ids = token_mask(model, batch, decoder=True), batch.get("labels"), batch.get("input_ids")
+    if model.config.is_encoder_decoder or labels is None or ids is None or labels.shape != ids.shape:
+        return mask
+    counted = labels != -100
+    if model.can_generate():
+        counted = nn.functional.pad(counted[:, 1:], (0, 1))
+    return counted if mask is None else counted & mask.bool()
+
+
 def run_batch(model: PreTrainedModel, batch: Batch):
-    return model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    """The model's outputs; labels are inputs of decoders, else they only say what counts."""
+    unread = () if model.config.is_encoder_decoder else ("labels",)
+    return model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name not in unread})
 
 
 def token_rows(model: PreTrainedModel, batch: Batch, path: str, x: Tensor) -> Tensor:
@@ -528,19 +556,17 @@ def _own_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) 
     """(sum over predictions, their number); see `_answers`."""
     output = run_batch(model, batch)
     logits = output.get("logits")
+    values = (output[0] if logits is None else logits).float()
+    mask = prediction_mask(model, batch)
+    if mask is not None and mask.shape == values.shape[:-1]:
+        values = values[mask.bool().to(values.device)]
+    values = values.flatten(0, -2)
     if logits is None or logits.shape[-1] == 1:
-        values = output[0] if logits is None else logits
         probe = torch.randn(values.shape, generator=generator).to(values.device)
-        return (values.float() * probe).sum(), values.shape[:-1].numel()
-    logits = logits.float().flatten(0, -2)
-    odds = logits.detach().softmax(-1).cpu()
-    said = odds.multinomial(1, generator=generator)[:, 0].to(logits.device)
-    losses = nn.functional.cross_entropy(logits, said, reduction="none")
-    mask = token_mask(model, batch, decoder=True)
-    if mask is None or mask.numel() != len(losses):
-        return losses.sum(), len(losses)
-    mask = mask.reshape(-1).bool().to(losses.device)
-    return losses[mask].sum(), int(mask.sum())
+        return (values * probe).sum(), len(values)
+    odds = values.detach().softmax(-1).cpu()
+    said = odds.multinomial(1, generator=generator)[:, 0].to(values.device)
+    return nn.functional.cross_entropy(values, said, reduction="sum"), len(values)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -586,7 +612,8 @@ def calibrate(
 
     Args:
         plan: what is converted.
-        batches: inputs of the model; `attention_mask` and `labels` say what is padding.
+        batches: inputs of the model; `attention_mask` and decoders' `labels` say what is padding, other
+            `labels` which predictions count (see `prediction_mask`).
         gradients: also what the model's loss answers, with the whole model in memory and a backward pass.
         progress: called with (what is worked on, steps done, steps in all).
 
@@ -637,6 +664,12 @@ def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
     """A moment of n features needs n tokens, and something has to be held out."""
     if len(batches) < 2:
         raise DataError(f"calibration has {len(batches)} batch; expected two or more: one is held out")
+    for part, what in zip(split(batches), ("beside those held out", "that are held out"), strict=True):
+        labels = [batch["labels"] for batch in part if batch.get("labels", torch.tensor(0)).dim() == 2]
+        if labels and not any((each != -100).any() for each in labels):
+            raise DataError(
+                f"no label counts in the calibration batches {what}, all are -100; expected some that do"
+            )
     needed = max(m.rows if observed_side(m) == "in" else m.cols for m in plan.matrices)
     seen = used_tokens(batches)
     if seen is not None and seen < needed:

@@ -130,7 +130,11 @@ def calibration_text_options(heading: str) -> tuple[Callable, ...]:
         option("--calibration-tokens", heading=heading, type=int, help="How many of its tokens."),
         option("--calibration-split", heading=heading, help="Split of Hub datasets."),
         option("--text-column", heading=heading, help="Column with the text."),
-        option("--target-column", heading=heading, help="Column with the target text, for encoder-decoders."),
+        option(
+            "--target-column",
+            heading=heading,
+            help="Column with the target text, of encoder-decoders, or the answer to a text, of models that say the next token.",
+        ),
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TASKS = ("causal", "masked", "seq2seq", "classification")
+TEXT = ("string", "large_string")
 # By file extension: the builder of `datasets` and its options. "null" and "NA" are words, nothing is missing.
 BUILDERS = {
     ".txt": ("text", {"sample_by": "document"}),
@@ -65,6 +66,9 @@ def read(
                 "others with --text-column, --target-column, --label-column, --routed-by)"
             )
         for name in needed:
+            kind = getattr(part.features[name], "dtype", "list")
+            if name in (columns.text, columns.target) and kind not in TEXT:
+                raise DataError(f"column {name} of {source} holds {kind}; expected text")
             if missing := part.data.column(name).null_count:
                 raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
             if name in (columns.label, columns.routed_by) and "" in part.unique(name):
@@ -173,6 +177,35 @@ def pairs(rows: Dataset, tokenizer, columns: Columns, length: int, tasks: Tasks 
         return tasks.add_to(found, batch) if tasks else found
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
+    """Texts with their targets right behind them, cut to `length` tokens; only the target's have labels.
+
+    An end-of-text token, where the tokenizer has one, belongs to the target; so does a token that holds the
+    end of the text and the beginning of the target. Rows whose text alone fills `length` are left out.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict) -> dict:
+        found = {"input_ids": [], "labels": []}
+        for text, target in zip(batch[columns.text], batch[columns.target], strict=True):
+            given = tokenizer(text, verbose=False)["input_ids"]
+            ids = tokenizer(text + target, verbose=False)["input_ids"]
+            shared = _common_prefix(given, ids)
+            if ids[-1:] != end:
+                ids = ids + end
+            if shared < min(len(ids), length):
+                found["input_ids"].append(ids[:length])
+                found["labels"].append(([-100] * shared + ids[shared:])[:length])
+        return found
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    same = (a == b for a, b in zip(first, second, strict=False))
+    return next((place for place, equal in enumerate(same) if not equal), min(len(first), len(second)))
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:

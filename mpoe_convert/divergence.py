@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, keep_no_cache, run_batch, split, streamed_model, token_mask
+from .calibration import Batch, keep_no_cache, prediction_mask, run_batch, split, streamed_model
 from .card import main_auto_class
 from .checkpoint import Checkpoint
 from .loading import from_pretrained
@@ -61,7 +61,7 @@ class Comparison:
         self.has_logits = False
 
     def add(self, model, batch: Batch, theirs: tuple[Tensor, bool], ours: tuple[Tensor, bool]) -> None:
-        """Outputs of both models for a batch, as `compared_output` gives them; padding does not count."""
+        """Outputs of both models for a batch, as `compared_output` gives them; see `prediction_mask`."""
         (theirs, has_logits), ours = theirs, ours[0]
         mask = _mask(model, batch, ours)
         if has_logits:
@@ -124,7 +124,7 @@ def compared_output(output) -> tuple[Tensor, bool]:
 
 def _mask(model, batch: Batch, output: Tensor) -> Tensor:
     """Which places of an output count."""
-    mask = token_mask(model, batch, decoder=True)
+    mask = prediction_mask(model, batch)
     if mask is None or mask.shape != output.shape[:-1]:
         return torch.ones(output.shape[:-1], dtype=torch.bool)
     return mask.bool().cpu()

@@ -79,7 +79,8 @@ class Recipe:
         calibrate: calibration text: files or Hub datasets (see `corpus.read`), or "builtin".
         calibration_tokens: how many of its tokens; evenly spread over the text.
         calibration_split: of Hub datasets.
-        text_column / target_column: of the calibration data; targets are read for encoder-decoders.
+        text_column / target_column: of the calibration data. Targets, where the data have them, are what an
+            encoder-decoder is to say, or another language model right behind the text; they count then.
         ffn: where the FFNs are, for architectures that are not in the table:
             "layers.{}.mlp:gate_proj,up_proj,down_proj" (or "…:up,down").
         trust_remote_code: run code of its own that the source has beside its weights, as transformers does

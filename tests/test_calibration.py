@@ -254,6 +254,56 @@ def test_pairs_for_an_encoder_decoder(tmp_path):
     assert all(matrix.output_error is not None for matrix in report.matrices)
 
 
+def test_of_answers_to_prompts_only_the_answers_count(llama, tmp_path):
+    from mpoe_convert.calibration import make_batches, split
+
+    folder, checkpoint, _, _ = llama
+    path = tmp_path / "answers.jsonl"
+    rows = [("w3 " * (1 + n % 5), "w4 " * (1 + n % 7)) for n in range(400)] + [("w5 " * 99, "w4")] * 9
+    path.write_text("\n".join(json.dumps({"said": a, "target": b}) for a, b in rows))
+    options = {"bond_dim": 2, "keep": 1.0, "calibrate": (str(path),), "text_column": "said"}
+    recipe = Recipe(str(folder), **options, calibration_tokens=900)
+    batches = make_batches(recipe, checkpoint)
+    assert 850 <= sum(int(batch["attention_mask"].sum()) for batch in batches) < 950
+    for batch in batches:
+        ids, labels = batch["input_ids"], batch["labels"]
+        assert torch.equal(labels, ids.masked_fill((ids != 4) & (ids != 2), -100))
+        assert not (ids == 5).any()  # no room for what was said to that
+        assert ((labels == 2).sum(1) == 1).all()  # the end is a part of the answer
+    report = convert(recipe, tmp_path / "out")
+    assert report.divergence.tokens == sum(int((b["labels"] != -100).sum()) for b in split(batches)[1])
+    with pytest.raises(DataError, match="expected the 65,536 of --calibration-tokens"):
+        make_batches(Recipe(str(folder), **options), checkpoint)
+
+
+def test_a_column_that_is_no_text_makes_no_answers(llama, tmp_path):
+    from mpoe_convert.calibration import make_batches
+
+    folder, checkpoint, _, _ = llama
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "w3 " * 40, "target": n}) for n in range(40)))
+    recipe = Recipe(str(folder), bond_dim=2, keep=1.0, calibrate=(str(path),), calibration_tokens=900)
+    assert {tuple(batch) for batch in make_batches(recipe, checkpoint)} == {("input_ids",)}
+
+
+def test_a_token_across_prompt_and_answer_belongs_to_the_answer():
+    """And one that the tokenizer adds behind a text ends the answer, not the prompt."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from mpoe_convert import corpus
+
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "c": 3, "bc": 4}
+    backend = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    rows = Dataset.from_dict({"text": ["ab", "ab"], "target": ["cb", "ab"]})
+    found = corpus.answers(rows, tokenizer, corpus.Columns(), 8)
+    assert found["input_ids"][:] == [[1, 4, 2, 0], [1, 2, 1, 2, 0]]
+    assert found["labels"][:] == [[-100, 4, 2, 0], [-100, -100, 1, 2, 0]]
+
+
 def test_an_encoder_decoder_that_classifies(tmp_path):
     folder = save_tiny("bart", "AutoModelForSequenceClassification", tmp_path / "dense")
     save_tokenizer(folder)
@@ -338,6 +388,56 @@ def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
         rows = torch.cat(gradients[ffn.ffn.path, "up", "in"])
         theirs = rows.mT @ rows / tokens
         torch.testing.assert_close(tensors["up.answer"], theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "distilbert"])
+def test_gradients_of_what_the_labels_count(model_type, tmp_path):
+    """The loss is a sum over those places; behind the last attention other places have no gradient."""
+    from mpoe_convert.calibration import _own_loss
+
+    auto_class = generative(model_type) if model_type == "gpt2" else "AutoModelForMaskedLM"
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    model = getattr(transformers, auto_class).from_pretrained(folder).eval()
+    batch = batches_for(model, auto_class, 1)[0]
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][1:, 2:5] = 7
+    seen = []
+    plan_of = plan_checkpoint(Recipe(str(folder), bond_dim=4), open_checkpoint(str(folder)))
+    last = model.base_model.get_submodule(plan_of.ffns[-1].ffn.path)
+    last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model.base_model.register_forward_hook(lambda m, a, out: seen[0].retain_grad())
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    shift = 1 if model_type == "gpt2" else 0
+    expected = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    expected[1:, 2 - shift : 5 - shift] = True
+    assert count == int(expected.sum())
+    assert torch.equal(seen[0].grad.abs().sum(-1) > 0, expected)
+
+
+def test_padding_of_a_model_without_a_head_answers_nothing(tmp_path):
+    from mpoe_convert.calibration import _own_loss
+
+    folder = save_tiny("bert", "AutoModel", tmp_path / "dense")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = batches_for(model, "AutoModel", 1)[0]
+    outputs = []
+    model.encoder.register_forward_hook(lambda m, a, out: outputs.append(out[0]))
+    model.encoder.register_forward_hook(lambda m, a, out: outputs[0].retain_grad())
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert count == int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
+    assert torch.equal(outputs[0].grad.abs().sum(-1) > 0, batch["attention_mask"] > 0)
+
+
+def test_labels_that_count_nothing(llama):
+    _, checkpoint, planned, batches = llama
+    nothing = torch.full_like(batches[0]["input_ids"], -100)
+    for blind, where in ((slice(0, -1), "beside those held out"), (slice(-1, None), "that are held out")):
+        given = [batch | {"labels": batch["input_ids"]} for batch in batches]
+        given[blind] = [batch | {"labels": nothing} for batch in given[blind]]
+        with pytest.raises(DataError, match=f"no label counts in the calibration batches {where}"):
+            calibrate(planned, checkpoint, CPU, given)
 
 
 def test_gradients_that_are_no_numbers_are_not_kept(llama, monkeypatch):

@@ -267,16 +267,27 @@ def test_sentence_encoder(tmp_path):
 # What is told
 
 
-def test_divergence_is_measured_on_held_out_batches(tmp_path):
-    """Against the definition, by other code."""
-    dense, made, report = pair("gpt2", tmp_path, keep=0.6, metric="outputs")
-    batch = batches_for(dense, "AutoModelForCausalLM", 6)[-1]
-    found = report.divergence
+@pytest.mark.parametrize("given", [0, 5])
+def test_divergence_is_measured_on_held_out_batches(given, tmp_path):
+    """Against the definition, by other code; what is said after some given tokens, or all."""
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    batches = batches_for(dense, "AutoModelForCausalLM", 6)
+    for batch in batches if given else ():
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, :given] = -100
+    recipe = Recipe(str(folder), experts=2, bond_dim=2, noise=0.0, keep=0.6, metric="outputs")
+    found = convert(recipe, tmp_path / "out", calibration=batches).divergence
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    batch = batches[-1]
     kept = batch["attention_mask"] > 0
+    labels = batch.pop("labels", batch["input_ids"].masked_fill(~kept, -100))
+    if given:
+        kept = torch.zeros_like(kept)
+        kept[:, :-1] = labels[:, 1:] != -100
     odds, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
     expected = torch.nn.functional.kl_div(ours, odds, log_target=True, reduction="batchmean")
     assert found.tokens == int(kept.sum()) and abs(found.nats - expected) < 1e-4 * expected
-    labels = batch["input_ids"].masked_fill(~kept, -100)
     for model, told in ((dense, found.dense_perplexity), (made, found.perplexity)):
         with torch.no_grad():
             assert abs(math.log(told) - model(**batch, labels=labels).loss) < 1e-3

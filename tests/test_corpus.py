@@ -31,6 +31,17 @@ def test_what_is_missing_is_told(tmp_path):
         corpus.read([str(path)], Columns(), "causal")
 
 
+@pytest.mark.parametrize("cells", [["1", "2"], [[1], [2]]])
+def test_columns_that_hold_no_text(cells, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"text": "a", "target": cell}) for cell in map(json.loads, map(str, cells)))
+    )
+    with pytest.raises(DataError, match=r"column target of .*rows.jsonl holds (int64|list); expected text"):
+        corpus.read([str(path)], Columns(), "seq2seq")
+    assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "a"]
+
+
 def test_a_class_or_task_without_a_name(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label,about\na,x,\nb,,sums\n")

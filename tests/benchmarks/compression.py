@@ -89,7 +89,8 @@ class Causal:
 class Lines(Causal):
     """One sequence per line; lines to calibrate on and to evaluate on are drawn at random.
 
-    The first seven tokens describe a part and are given; what the model says about it counts.
+    The first seven tokens describe a part and are given; what the model says about it counts, in calibration
+    as in evaluation.
     """
 
     given, length = 7, 256
@@ -101,11 +102,17 @@ class Lines(Causal):
         self.seen, self.kept = self.batches(self.train), self.batches(lines[-1024:])
 
     def batches(self, lines: list[str]) -> list[dict]:
-        parts = [lines[start : start + 64] for start in range(0, len(lines), 64)]
-        return [dict(self.tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+        found = []
+        for start in range(0, len(lines), 64):
+            batch = self.tokenizer(lines[start : start + 64], padding=True, return_tensors="pt")
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            labels[:, : self.given] = -100
+            names = ("input_ids", "attention_mask")
+            found.append({name: batch[name] for name in names} | {"labels": labels})
+        return found
 
     def calibration(self) -> list[dict]:
-        return [{name: part[name] for name in ("input_ids", "attention_mask")} for part in self.seen]
+        return self.seen
 
     def healing(self, folder: Path) -> dict:
         path = write_rows(folder / "lines.jsonl", [{"text": line} for line in self.train])
@@ -115,11 +122,8 @@ class Lines(Causal):
     def loss(self, folder: Path) -> float:
         model, total, count = self.auto.from_pretrained(folder, trust_remote_code=True).eval(), 0.0, 0
         for batch in self.kept:
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            labels[:, : self.given] = -100
-            tokens = int((labels[:, 1:] != -100).sum())
-            found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
-            total, count = total + float(found.loss) * tokens, count + tokens
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total, count = total + float(model(**batch).loss) * tokens, count + tokens
         return total / count
 
 
