@@ -26,7 +26,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, logging
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 from mpoe_convert import Finetuning, Recipe, convert, finetune, plan
 
@@ -128,17 +139,12 @@ class Lines(Causal):
 
 
 class Pairs:
-    """An encoder-decoder; examples are (source ids, target ids).
-
-    `text` is what was seen, if it has a tokenizer.
-    """
+    """An encoder-decoder; examples are (source ids, target ids), whatever tokenizer they come from."""
 
     auto = AutoModelForSeq2SeqLM
 
-    def __init__(
-        self, folder: Path, seen: list[tuple], kept: list[tuple], pad: int, text: Sequence[tuple] = ()
-    ):
-        self.folder, self.seen, self.kept, self.pad, self.text = folder, seen, kept, pad, text
+    def __init__(self, folder: Path, seen: list[tuple], kept: list[tuple], pad: int):
+        self.folder, self.seen, self.kept, self.pad = folder, seen, kept, pad
 
     def batches(self, pairs: list[tuple]) -> list[dict]:
         pairs, found = sorted(pairs, key=lambda pair: len(pair[0])), []
@@ -155,10 +161,12 @@ class Pairs:
         return self.batches(self.seen)
 
     def healing(self, folder: Path) -> dict:
-        if not self.text:
-            return {}
-        rows = [{"text": source, "target": target} for source, target in self.text]
-        return {"data": write_rows(folder / "pairs.jsonl", rows), "length": 64, "batch_size": 50}
+        save_number_tokenizer(
+            folder / "numbers", AutoConfig.from_pretrained(self.folder).vocab_size, self.pad
+        )
+        rows = [dict(zip(("text", "target"), map(as_text, pair), strict=True)) for pair in self.seen]
+        data = write_rows(folder / "pairs.jsonl", rows)
+        return {"data": data, "tokenizer": str(folder / "numbers"), "length": 64, "batch_size": 50}
 
     @torch.no_grad()
     def loss(self, folder: Path) -> float:
@@ -167,6 +175,18 @@ class Pairs:
             tokens = int((batch["labels"] != -100).sum())
             total, count = total + float(model(**batch).loss) * tokens, count + tokens
         return total / count
+
+
+def as_text(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def save_number_tokenizer(folder: Path, size: int, pad: int) -> None:
+    """A tokenizer that reads `as_text`, for models that come without one."""
+    numbers = {"<pad>" if number == pad else str(number): number for number in range(size)}
+    backend = Tokenizer(WordLevel(numbers))
+    backend.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>").save_pretrained(folder)
 
 
 class Sentences:
@@ -236,8 +256,7 @@ def t5(data: Path) -> Pairs:
     def encode(pairs: list[tuple]) -> list[tuple]:
         return [(tokenizer(source)["input_ids"], tokenizer(target)["input_ids"]) for source, target in pairs]
 
-    seen = read("train", 4096)
-    return Pairs(folder, encode(seen), encode(read("test", 1500)), 0, seen)
+    return Pairs(folder, encode(read("train", 4096)), encode(read("test", 1500)), 0)
 
 
 def bart(data: Path) -> Pairs:
@@ -341,9 +360,8 @@ def measure(name: str, model, options, rows: list[dict]) -> None:
                 if recipe.search:
                     chosen = report.plan.recipe
                     row["chosen"] = [chosen.metric, chosen.allocation, chosen.correct]
-                wanted = round(100 * keep) in options.heal and hasattr(model, "healing")
-                if wanted and (training := model.healing(Path(folder))):
-                    heal(training, model.folder, made, Path(folder, "healed"))
+                if round(100 * keep) in options.heal and hasattr(model, "healing"):
+                    heal(model.healing(Path(folder)), model.folder, made, Path(folder, "healed"))
                     row["healed"] = model.loss(Path(folder, "healed")) - dense
             print(json.dumps(row), flush=True)
             rows.append(row)
