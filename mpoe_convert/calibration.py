@@ -48,6 +48,9 @@ SAMPLE = 256
 # Gradients are taken on at most so many tokens, and so many at once.
 ANSWER_TOKENS = 32768
 GRAPH_TOKENS = 2048
+# Odds are softened before gradients are taken: where the model is sure there are none to speak of, until a cut
+# is so deep that it is sure no more.
+TEMPERATURE = 2.0
 
 Batch = Mapping[str, Tensor]
 
@@ -475,9 +478,10 @@ def _answers(
 ) -> dict[str, dict[str, Tensor]]:
     """Per FFN and matrix, second moments of the gradients on its thin side.
 
-    The loss is the negative log-likelihood of what the model itself would say (drawn by a fixed seed), so
-    that they are those of the Fisher information: half of what they give is the expected divergence from the
-    dense model, in nats per token. For models without logits it is the product of the last hidden states with
+    The loss is the negative log-likelihood of what the model itself would say at `TEMPERATURE` (drawn by a
+    fixed seed), times the temperature, so that they are those of the Fisher information: half of what they
+    give is the expected divergence from the dense model at that temperature, times its square as in
+    distillation, in nats per token. For models without logits it is the product of the last hidden states with
     normal numbers, and half of it their squared difference.
 
     Returns:
@@ -564,9 +568,10 @@ def _own_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) 
     if logits is None or logits.shape[-1] == 1:
         probe = torch.randn(values.shape, generator=generator).to(values.device)
         return (values * probe).sum(), len(values)
+    values = values / TEMPERATURE
     odds = values.detach().softmax(-1).cpu()
     said = odds.multinomial(1, generator=generator)[:, 0].to(values.device)
-    return nn.functional.cross_entropy(values, said, reduction="sum"), len(values)
+    return TEMPERATURE * nn.functional.cross_entropy(values, said, reduction="sum"), len(values)
 
 
 # ---------------------------------------------------------------------------------------------------

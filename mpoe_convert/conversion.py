@@ -46,7 +46,8 @@ def convert(
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
         token: Hub token for gated or private models and data; by default the stored login.
-        calibration: batches of the model's inputs to calibrate on, instead of the recipe's text.
+        calibration: batches of the model's inputs to calibrate on, instead of the recipe's text; `labels` of
+            -100 leave a token out of what the model is to say.
         progress: called with (what is worked on, FFNs done, FFNs in all, a matrix's report when it is done).
 
     Returns:
