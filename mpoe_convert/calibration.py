@@ -38,7 +38,7 @@ from .recipe import BUILTIN_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 3
+FORMAT = 4
 # Tokens per forward pass: enough that reading a block's weights takes little of the time.
 TOKENS_PER_BATCH = 4096
 MAX_LENGTH = 512
@@ -48,8 +48,8 @@ SAMPLE = 256
 # Gradients are taken on at most so many tokens, and so many at once.
 ANSWER_TOKENS = 32768
 GRAPH_TOKENS = 2048
-# Odds are softened before gradients are taken: where the model is sure there are none to speak of, until a cut
-# is so deep that it is sure no more.
+# Odds are softened before gradients are taken: where the model is sure there are none to speak of, until a
+# cut is so deep that it is sure no more.
 TEMPERATURE = 2.0
 
 Batch = Mapping[str, Tensor]
@@ -481,8 +481,8 @@ def _answers(
     The loss is the negative log-likelihood of what the model itself would say at `TEMPERATURE` (drawn by a
     fixed seed), times the temperature, so that they are those of the Fisher information: half of what they
     give is the expected divergence from the dense model at that temperature, times its square as in
-    distillation, in nats per token. For models without logits it is the product of the last hidden states with
-    normal numbers, and half of it their squared difference.
+    distillation, in nats per token. For models without logits it is the product of the last hidden states
+    with normal numbers, and half of it their squared difference.
 
     Returns:
         "up.answer" (n, n) and so on, and "up.answer_mean", the mean square of the outputs' gradients: sums
