@@ -415,6 +415,23 @@ def test_gradients_of_what_the_labels_count(model_type, tmp_path):
     assert torch.equal(seen[0].grad.abs().sum(-1) > 0, expected)
 
 
+def test_the_models_own_loss_is_of_odds_at_temperature_two(llama):
+    """The gradient of the logits is those odds minus one for what was drawn."""
+    from mpoe_convert.calibration import _own_loss
+
+    folder, _, _, batches = llama
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    batch = {"input_ids": batches[0]["input_ids"]}
+    seen = []
+    model.lm_head.register_forward_hook(lambda m, a, out: (out.retain_grad(), seen.append(out))[0])
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    drawn = (seen[0] / 2).softmax(-1) - seen[0].grad
+    assert count == batch["input_ids"].numel()
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn.amax(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
+
+
 def test_padding_of_a_model_without_a_head_answers_nothing(tmp_path):
     from mpoe_convert.calibration import _own_loss
 
