@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from . import corpus, source_code
 from .building import read_bias, read_matrix
+from .card import main_auto_class
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DataError, RecipeError
 from .families import Family, Source, projection_names
@@ -51,6 +52,10 @@ GRAPH_TOKENS = 2048
 # Odds are softened before gradients are taken: where the model is sure there are none to speak of, until a
 # cut is so deep that it is sure no more.
 TEMPERATURE = 2.0
+
+NOTHING_COUNTS = (
+    "the labels of the calibration batches {} leave out every place (-100); expected some that count"
+)
 
 Batch = Mapping[str, Tensor]
 
@@ -86,9 +91,9 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
     _check_reads_text(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
     length = min(MAX_LENGTH, positions(checkpoint.architecture.make_config()) or MAX_LENGTH)
-    encode = _pairing(checkpoint)
+    encode = _pairing(checkpoint) if recipe.target_column != recipe.text_column else None
     rows = _read(recipe, "seq2seq" if encode else "causal", token)
-    if recipe.target_column in rows.column_names:
+    if encode and recipe.target_column in rows.column_names:
         return _pair_batches(rows, encode, tokenizer, recipe, length)
     blocks = corpus.language_blocks(rows, tokenizer, recipe.text_column, length)
     wanted = max(recipe.calibration_tokens // length, 2)
@@ -129,14 +134,22 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
 
 def _pairing(checkpoint: Checkpoint) -> Callable | None:
     """What makes examples of rows with text and target, if the model can answer."""
+    if _writes_text(checkpoint) and checkpoint.config.get("is_encoder_decoder"):
+        return corpus.pairs
+    return corpus.answers if says_next(checkpoint) else None
+
+
+def says_next(checkpoint: Checkpoint) -> bool:
+    """Whether what stands at a place of the model's outputs is about the next token."""
     if checkpoint.config.get("is_encoder_decoder"):
-        return corpus.pairs if _writes_text(checkpoint) else None
+        return False
     cls = checkpoint.architecture.model_class
-    return corpus.answers if cls is not None and cls.can_generate() else None
+    causal = main_auto_class(checkpoint.config, checkpoint.config.get("model_type", ""))
+    return causal == "AutoModelForCausalLM" or (cls is not None and cls.can_generate())
 
 
 def _read(recipe: CalibrationText, task: str, token: str | None):
-    """Rows with the columns of the task, or with texts alone."""
+    """Rows with the columns of the task, or with texts alone where there are no targets."""
     from datasets import Dataset, concatenate_datasets
 
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -145,13 +158,10 @@ def _read(recipe: CalibrationText, task: str, token: str | None):
     if len(sources) < len(recipe.calibrate):
         topics = pydoc_data.topics.topics
         parts.append(Dataset.from_dict({columns.text: [topics[name] for name in sorted(topics)]}))
-    if sources and not parts:
-        try:
-            return corpus.read(sources, columns, task, recipe.calibration_split, token)
-        except DataError:  # no targets: texts alone will do
-            pass
     if sources:
-        parts.append(corpus.read(sources, columns, "causal", recipe.calibration_split, token))
+        task = "causal" if parts else task
+        rows = corpus.read(sources, columns, task, recipe.calibration_split, token, targets_needed=False)
+        parts.append(rows)
     return concatenate_datasets(parts)
 
 
@@ -309,19 +319,20 @@ def token_mask(model: PreTrainedModel, batch: Batch, *, decoder: bool) -> Tensor
     return batch.get("attention_mask")
 
 
-def prediction_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+def prediction_mask(model: PreTrainedModel, batch: Batch, says_next: bool) -> Tensor | None:
     """Which places of the (decoder's or only) outputs count; None: all.
 
-    Neither padding nor what `labels` leave out with -100: of a model that says the next token those places
+    Neither padding nor what `labels` leave out with -100: of a model that says the next token, those places
     whose next label is left out.
     """
     mask, labels, ids = token_mask(model, batch, decoder=True), batch.get("labels"), batch.get("input_ids")
     if model.config.is_encoder_decoder or labels is None or ids is None or labels.shape != ids.shape:
         return mask
-    counted = labels != -100
-    if model.can_generate():
+    kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    counted = (labels != -100) & kept
+    if says_next:
         counted = nn.functional.pad(counted[:, 1:], (0, 1))
-    return counted if mask is None else counted & mask.bool()
+    return counted & kept
 
 
 def run_batch(model: PreTrainedModel, batch: Batch):
@@ -475,6 +486,7 @@ def _answers(
     batches: Sequence[Batch],
     read: Callable[[Source], Tensor],
     progress: Callable[[int, int], None],
+    says_next: bool,
 ) -> dict[str, dict[str, Tensor]]:
     """Per FFN and matrix, second moments of the gradients on its thin side.
 
@@ -522,13 +534,15 @@ def _answers(
     for done, piece in enumerate(pieces):
         state["batch"] = piece
         with torch.enable_grad():
-            loss, count = _own_loss(model, piece, generator)
+            loss, count = _own_loss(model, piece, generator, says_next)
             loss.backward()
         said += count
         model.get_input_embeddings().zero_grad(set_to_none=True)
         progress(done + 1, len(pieces))
     for handle in handles:
         handle.remove()
+    if not said:
+        raise DataError(NOTHING_COUNTS.format("that gradients are taken of"))
     for path, found in sums.items():
         for name, value in found.items():
             check_activations(value, f"{path} (gradients, {name})")
@@ -556,12 +570,14 @@ def _count(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _own_loss(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+def _own_loss(
+    model: PreTrainedModel, batch: Batch, generator: torch.Generator, says_next: bool
+) -> tuple[Tensor, int]:
     """(sum over predictions, their number); see `_answers`."""
     output = run_batch(model, batch)
     logits = output.get("logits")
     values = (output[0] if logits is None else logits).float()
-    mask = prediction_mask(model, batch)
+    mask = prediction_mask(model, batch, says_next)
     if mask is not None and mask.shape == values.shape[:-1]:
         values = values[mask.bool().to(values.device)]
     values = values.flatten(0, -2)
@@ -651,6 +667,7 @@ def calibrate(
             batches,
             lambda source: read_matrix(checkpoint, source, device),
             lambda *n: report("gradients", *n),
+            says_next(checkpoint),
         )
         for path, tensors in answers.items():
             _save(tensors, found.file(path, "answers"))
@@ -670,11 +687,9 @@ def _check_enough(plan: Plan, batches: Sequence[Batch]) -> None:
     if len(batches) < 2:
         raise DataError(f"calibration has {len(batches)} batch; expected two or more: one is held out")
     for part, what in zip(split(batches), ("beside those held out", "that are held out"), strict=True):
-        labels = [batch["labels"] for batch in part if batch.get("labels", torch.tensor(0)).dim() == 2]
-        if labels and not any((each != -100).any() for each in labels):
-            raise DataError(
-                f"no label counts in the calibration batches {what}, all are -100; expected some that do"
-            )
+        labels = [batch.get("labels") for batch in part]
+        if all(each is not None and each.dim() == 2 and not (each != -100).any() for each in labels):
+            raise DataError(NOTHING_COUNTS.format(what))
     needed = max(m.rows if observed_side(m) == "in" else m.cols for m in plan.matrices)
     seen = used_tokens(batches)
     if seen is not None and seen < needed:

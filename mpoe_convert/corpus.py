@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TASKS = ("causal", "masked", "seq2seq", "classification")
-TEXT = ("string", "large_string")
+TEXT = ("string", "large_string", "string_view")
 # By file extension: the builder of `datasets` and its options. "null" and "NA" are words, nothing is missing.
 BUILDERS = {
     ".txt": ("text", {"sample_by": "document"}),
@@ -36,11 +37,18 @@ class Columns:
 
     def needed(self, task: str) -> tuple[str, ...]:
         more = {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
-        return (self.text, *more, *([self.routed_by] if self.routed_by else ()))
+        names = (self.text, *more, *([self.routed_by] if self.routed_by else ()))
+        return tuple(dict.fromkeys(names))
 
 
 def read(
-    sources: Sequence[str], columns: Columns, task: str, split: str = "train", token: str | None = None
+    sources: Sequence[str],
+    columns: Columns,
+    task: str,
+    split: str = "train",
+    token: str | None = None,
+    *,
+    targets_needed: bool = True,
 ) -> Dataset:
     """The rows of files and Hub datasets, one after the other, with the columns that the task needs.
 
@@ -49,6 +57,8 @@ def read(
             files, or Hub ids, as `owner/name` or `owner/name:subset`.
         split: of Hub datasets.
         token: for Hub datasets that are private or gated; by default the stored login.
+        targets_needed: else, where no source has a text column of the targets' default name, texts alone are
+            read.
 
     Raises:
         DataError: a source is missing, cannot be read, or lacks a column.
@@ -59,6 +69,9 @@ def read(
         raise DataError("no data given; expected files (.txt, .jsonl, .csv, .tsv, .parquet) or a Hub dataset")
     parts = [_read_one(source, split, token) for source in sources]
     needed = columns.needed(task)
+    default = columns.target == Columns.target
+    if not targets_needed and default and not any(_holds_text(part, columns.target) for part in parts):
+        needed = columns.needed("causal")
     for source, part in zip(sources, parts, strict=True):
         if lacks := [name for name in needed if name not in part.column_names]:
             raise DataError(
@@ -66,14 +79,19 @@ def read(
                 "others with --text-column, --target-column, --label-column, --routed-by)"
             )
         for name in needed:
-            kind = getattr(part.features[name], "dtype", "list")
-            if name in (columns.text, columns.target) and kind not in TEXT:
+            if name in (columns.text, columns.target) and not _holds_text(part, name):
+                feature = part.features[name]
+                kind = getattr(feature, "dtype", type(feature).__name__)
                 raise DataError(f"column {name} of {source} holds {kind}; expected text")
             if missing := part.data.column(name).null_count:
                 raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
             if name in (columns.label, columns.routed_by) and "" in part.unique(name):
                 raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _holds_text(part: Dataset, name: str) -> bool:
+    return getattr(part.features.get(name), "dtype", None) in TEXT
 
 
 def _read_one(source: str, split: str, token: str | None) -> Dataset:
@@ -139,7 +157,7 @@ def language_blocks(
     if tasks:  # else every task leaves something over of every batch
         named = tasks.numbers(rows[tasks.column])
         rows = rows.select(sorted(range(len(named)), key=named.__getitem__))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = _end(tokenizer)
 
     def blocks(batch: dict) -> dict:
         streams: dict[int, list[int]] = {}
@@ -184,28 +202,36 @@ def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
 
     An end-of-text token, where the tokenizer has one, belongs to the target; so does a token that holds the
     end of the text and the beginning of the target. Rows whose text alone fills `length` are left out.
+
+    Raises:
+        DataError: no row is left.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = _end(tokenizer)
 
     def encode(batch: dict) -> dict:
         found = {"input_ids": [], "labels": []}
         for text, target in zip(batch[columns.text], batch[columns.target], strict=True):
-            given = tokenizer(text, verbose=False)["input_ids"]
-            ids = tokenizer(text + target, verbose=False)["input_ids"]
-            shared = _common_prefix(given, ids)
-            if ids[-1:] != end:
-                ids = ids + end
+            given = _without_end(tokenizer(text, verbose=False)["input_ids"], end)
+            ids = _without_end(tokenizer(text + target, verbose=False)["input_ids"], end) + end
+            shared = len(os.path.commonprefix([given, ids]))
             if shared < min(len(ids), length):
                 found["input_ids"].append(ids[:length])
                 found["labels"].append(([-100] * shared + ids[shared:])[:length])
         return found
 
-    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+    found = rows.map(encode, batched=True, remove_columns=rows.column_names)
+    if not len(found):
+        raise DataError(f"every text alone fills {length} tokens; expected room for a target behind it")
+    return found
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    same = (a == b for a, b in zip(first, second, strict=False))
-    return next((place for place, equal in enumerate(same) if not equal), min(len(first), len(second)))
+def _end(tokenizer) -> list[int]:
+    """The token that ends a text, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _without_end(ids: list[int], end: list[int]) -> list[int]:
+    return ids[:-1] if end and ids[-1:] == end else ids
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:

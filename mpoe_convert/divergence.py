@@ -9,9 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, keep_no_cache, prediction_mask, run_batch, split, streamed_model
+from .calibration import (
+    NOTHING_COUNTS,
+    Batch,
+    keep_no_cache,
+    prediction_mask,
+    run_batch,
+    says_next,
+    split,
+    streamed_model,
+)
 from .card import main_auto_class
 from .checkpoint import Checkpoint
+from .errors import DataError
 from .loading import from_pretrained
 from .planning import Plan
 from .report import Divergence
@@ -29,7 +39,7 @@ def measure(
 
     held_out = limited(split(batches)[1], MAX_TOKENS)
     auto_class = main_auto_class(checkpoint.config, plan.model_type)
-    comparison = Comparison(auto_class)
+    comparison = Comparison(auto_class, says_next(checkpoint))
     with torch.no_grad():
         with streamed_model(plan, checkpoint, device) as model:
             expected = [compared_output(run_batch(model, batch)) for batch in held_out]
@@ -51,10 +61,11 @@ class Comparison:
 
     Args:
         auto_class: whose heads both are; says whether the text itself can be scored.
+        says_next: see `calibration.says_next`.
     """
 
-    def __init__(self, auto_class: str):
-        self.auto_class = auto_class
+    def __init__(self, auto_class: str, says_next: bool):
+        self.auto_class, self.says_next = auto_class, says_next
         self.tokens = self.labels = 0
         self.nats = self.squares = self.norm = 0.0
         self.losses = [0.0, 0.0]  # dense model, artifact
@@ -63,7 +74,7 @@ class Comparison:
     def add(self, model, batch: Batch, theirs: tuple[Tensor, bool], ours: tuple[Tensor, bool]) -> None:
         """Outputs of both models for a batch, as `compared_output` gives them; see `prediction_mask`."""
         (theirs, has_logits), ours = theirs, ours[0]
-        mask = _mask(model, batch, ours)
+        mask = self._mask(model, batch, ours)
         if has_logits:
             self._add_odds(theirs[mask], ours[mask], _next(batch, self.auto_class), mask)
         else:
@@ -71,8 +82,23 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """Divergence in nats per token; without logits half the squared difference of the hidden states."""
+        """Divergence in nats per token; without logits half the squared difference of the hidden states.
+
+        Raises DataError if no place counted.
+        """
+        self._check_counted()
         return (self.nats if self.has_logits else self.squares / 2) / self.tokens
+
+    def _check_counted(self) -> None:
+        if not self.tokens:
+            raise DataError(NOTHING_COUNTS.format("on which models are compared"))
+
+    def _mask(self, model, batch: Batch, output: Tensor) -> Tensor:
+        """Which places of an output count."""
+        mask = prediction_mask(model, batch, self.says_next)
+        if mask is None or mask.shape != output.shape[:-1]:
+            return torch.ones(output.shape[:-1], dtype=torch.bool)
+        return mask.bool().cpu()
 
     def _add_states(self, theirs: Tensor, ours: Tensor) -> None:
         self.tokens += len(ours)
@@ -94,6 +120,8 @@ class Comparison:
                 self.losses[k] += float(loss)
 
     def result(self) -> Divergence:
+        """Raises DataError if no place counted."""
+        self._check_counted()
         if not self.has_logits:
             difference = (self.squares / self.norm) ** 0.5 if self.norm else 0.0
             return Divergence(self.tokens, None, difference, None, None)
@@ -120,14 +148,6 @@ def compared_output(output) -> tuple[Tensor, bool]:
     """(logits, True), or (the first of what there is, the last hidden states, False)."""
     value = output.get("logits")
     return (output[0] if value is None else value).float().cpu(), value is not None
-
-
-def _mask(model, batch: Batch, output: Tensor) -> Tensor:
-    """Which places of an output count."""
-    mask = prediction_mask(model, batch)
-    if mask is None or mask.shape != output.shape[:-1]:
-        return torch.ones(output.shape[:-1], dtype=torch.bool)
-    return mask.bool().cpu()
 
 
 def _next(batch: Batch, auto_class: str) -> Tensor | None:

@@ -21,6 +21,7 @@ from .calibration import (
     Progress,
     projection_modules,
     run_batch,
+    says_next,
     split,
     streamed_model,
 )
@@ -70,7 +71,7 @@ class _Walk:
         self.model, self.plan, self.checkpoint, self.calibration = model, plan, checkpoint, calibration
         self.ranks, self.device, self.progress = ranks, device, progress
         self.names = [name for name, rank in ranks.items() if rank is not None]
-        self.comparisons = {name: Comparison("") for name in self.names}
+        self.comparisons = {name: Comparison("", says_next(checkpoint)) for name in self.names}
         self.steps = InStep()
         self.at: FFNPlan | None = None
         self.passed: set[str] = set()

@@ -3,7 +3,9 @@
 import gc
 import json
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,14 +278,46 @@ def test_of_answers_to_prompts_only_the_answers_count(llama, tmp_path):
         make_batches(Recipe(str(folder), **options), checkpoint)
 
 
-def test_a_column_that_is_no_text_makes_no_answers(llama, tmp_path):
+TEXTS = [{"text": "w3 " * 40, "target": "w4"}] * 40
+WITHOUT_TARGETS = {
+    "numbers": ([row | {"target": 4} for row in TEXTS], {}),
+    "objects": ([row | {"target": {"a": "w4"}} for row in TEXTS], {}),
+    "one column for both": (TEXTS, {"target_column": "text"}),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TARGETS)
+def test_without_targets_texts_are_read(case, llama, tmp_path):
     from mpoe_convert.calibration import make_batches
 
-    folder, checkpoint, _, _ = llama
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": "w3 " * 40, "target": n}) for n in range(40)))
-    recipe = Recipe(str(folder), bond_dim=2, keep=1.0, calibrate=(str(path),), calibration_tokens=900)
-    assert {tuple(batch) for batch in make_batches(recipe, checkpoint)} == {("input_ids",)}
+    rows, options = WITHOUT_TARGETS[case]
+    recipe = answers_recipe(llama[0], tmp_path, [rows], **options)
+    assert {tuple(batch) for batch in make_batches(recipe, llama[1])} == {("input_ids",)}
+
+
+BROKEN_TARGETS = {
+    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "needs ['targte'] as well"),
+    "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 rows without target"),
+    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs ['target'] as well"),
+    "no room": ([[row | {"text": "w3 " * 99} for row in TEXTS]], {}, "every text alone fills 64 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TARGETS)
+def test_answers_do_not_vanish(case, llama, tmp_path):
+    from mpoe_convert.calibration import make_batches
+
+    files, options, message = BROKEN_TARGETS[case]
+    with pytest.raises(DataError, match=re.escape(message)):
+        make_batches(answers_recipe(llama[0], tmp_path, files, **options), llama[1])
+
+
+def answers_recipe(folder, tmp_path, files, **options):
+    paths = [tmp_path / f"{number}.jsonl" for number in range(len(files))]
+    for path, rows in zip(paths, files, strict=True):
+        path.write_text("\n".join(map(json.dumps, rows)))
+    given = {"bond_dim": 2, "keep": 1.0, "calibrate": tuple(map(str, paths)), "calibration_tokens": 900}
+    return Recipe(str(folder), **given | options)
 
 
 def test_a_token_across_prompt_and_answer_belongs_to_the_answer():
@@ -298,10 +332,10 @@ def test_a_token_across_prompt_and_answer_belongs_to_the_answer():
     backend = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    rows = Dataset.from_dict({"text": ["ab", "ab"], "target": ["cb", "ab"]})
+    rows = Dataset.from_dict({"text": ["ab", "ab", "ab"], "target": ["cb", "ab", ""]})
     found = corpus.answers(rows, tokenizer, corpus.Columns(), 8)
-    assert found["input_ids"][:] == [[1, 4, 2, 0], [1, 2, 1, 2, 0]]
-    assert found["labels"][:] == [[-100, 4, 2, 0], [-100, -100, 1, 2, 0]]
+    assert found["input_ids"][:] == [[1, 4, 2, 0], [1, 2, 1, 2, 0], [1, 2, 0]]
+    assert found["labels"][:] == [[-100, 4, 2, 0], [-100, -100, 1, 2, 0], [-100, -100, 0]]
 
 
 def test_an_encoder_decoder_that_classifies(tmp_path):
@@ -343,7 +377,7 @@ def test_other_files_and_dtypes(kind, llama, tmp_path):
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "t5", "bart", "vit", "llama", "phi3"])
 def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
     """Of a plain FFN that of up's inputs is what autograd itself gives; of down that of its outputs."""
-    from mpoe_convert.calibration import _own_loss, _pieces, projection_modules
+    from mpoe_convert.calibration import _own_loss, _pieces, projection_modules, says_next
 
     auto_class = generative(model_type)
     folder = save_tiny(model_type, auto_class, tmp_path / "dense")
@@ -367,7 +401,7 @@ def test_answers_are_gradients_on_the_thin_side(model_type, tmp_path):
     generator, tokens = torch.Generator().manual_seed(0), 0
     for piece in _pieces(batches):
         kept.clear()
-        loss, count = _own_loss(model, piece, generator)
+        loss, count = _own_loss(model, piece, generator, says_next(checkpoint))
         loss.backward()
         tokens += count
         for key, tensor in kept:
@@ -399,18 +433,25 @@ def test_gradients_of_what_the_labels_count(model_type, tmp_path):
     folder = save_tiny(model_type, auto_class, tmp_path / "dense")
     model = getattr(transformers, auto_class).from_pretrained(folder).eval()
     batch = batches_for(model, auto_class, 1)[0]
-    batch["labels"] = torch.full_like(batch["input_ids"], -100)
-    batch["labels"][1:, 2:5] = 7
+    batch["attention_mask"][1, :3] = 0  # labels of padding do not count, nor is it told what follows padding
+    batch["labels"] = torch.full_like(batch["input_ids"], 7)
+    batch["labels"][1:, 5:] = -100
     seen = []
     plan_of = plan_checkpoint(Recipe(str(folder), bond_dim=4), open_checkpoint(str(folder)))
     last = model.base_model.get_submodule(plan_of.ffns[-1].ffn.path)
     last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model.base_model.register_forward_hook(lambda m, a, out: seen[0].retain_grad())
-    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0), model_type == "gpt2")
     loss.backward()
-    shift = 1 if model_type == "gpt2" else 0
+    length, shift = batch["labels"].shape[1], int(model_type == "gpt2")
+    places = [
+        range(length - 3 - shift),
+        range(3, 5 - shift),
+        *[range(5 - shift)] * (len(batch["labels"]) - 2),
+    ]
     expected = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    expected[1:, 2 - shift : 5 - shift] = True
+    for row, counted in enumerate(places):
+        expected[row, list(counted)] = True
     assert count == int(expected.sum())
     assert torch.equal(seen[0].grad.abs().sum(-1) > 0, expected)
 
@@ -421,15 +462,20 @@ def test_the_models_own_loss_is_of_odds_at_temperature_two(llama):
 
     folder, _, _, batches = llama
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    batch = {"input_ids": batches[0]["input_ids"]}
+    model.lm_head.weight.data *= 50  # so that it is sure of something
+    batch = {"input_ids": torch.full((5000, 1), 7)}
     seen = []
     model.lm_head.register_forward_hook(lambda m, a, out: (out.retain_grad(), seen.append(out))[0])
-    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0), True)
     loss.backward()
     drawn = (seen[0] / 2).softmax(-1) - seen[0].grad
     assert count == batch["input_ids"].numel()
     torch.testing.assert_close(drawn.sum(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn.amax(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
+    odds = (seen[0][0, 0] / 2).softmax(-1)
+    assert odds.max() > 0.2
+    errors = (odds * (1 - odds) / len(drawn)).sqrt()
+    assert ((drawn.mean((0, 1)) - odds).abs() < 5 * errors + 1e-4).all()
 
 
 def test_padding_of_a_model_without_a_head_answers_nothing(tmp_path):
@@ -441,20 +487,51 @@ def test_padding_of_a_model_without_a_head_answers_nothing(tmp_path):
     outputs = []
     model.encoder.register_forward_hook(lambda m, a, out: outputs.append(out[0]))
     model.encoder.register_forward_hook(lambda m, a, out: outputs[0].retain_grad())
-    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0))
+    loss, count = _own_loss(model, batch, torch.Generator().manual_seed(0), False)
     loss.backward()
     assert count == int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
     assert torch.equal(outputs[0].grad.abs().sum(-1) > 0, batch["attention_mask"] > 0)
 
 
-def test_labels_that_count_nothing(llama):
-    _, checkpoint, planned, batches = llama
+def test_labels_that_count_nothing(llama, tmp_path):
+    folder, checkpoint, planned, batches = llama
     nothing = torch.full_like(batches[0]["input_ids"], -100)
+    given = [batch | {"labels": batch["input_ids"]} for batch in batches]
     for blind, where in ((slice(0, -1), "beside those held out"), (slice(-1, None), "that are held out")):
-        given = [batch | {"labels": batch["input_ids"]} for batch in batches]
-        given[blind] = [batch | {"labels": nothing} for batch in given[blind]]
-        with pytest.raises(DataError, match=f"no label counts in the calibration batches {where}"):
-            calibrate(planned, checkpoint, CPU, given)
+        some = list(given)
+        some[blind] = [batch | {"labels": nothing} for batch in some[blind]]
+        with pytest.raises(DataError, match=f"the labels of the calibration batches {where} leave out every"):
+            calibrate(planned, checkpoint, CPU, some)
+    first = nothing.clone()
+    first[:, 0] = 7  # of which nothing is said
+    for number, (metric, where) in enumerate({"loss": "gradients are taken", "outputs": "compared"}.items()):
+        recipe = Recipe(str(folder), bond_dim=2, keep=2.0, metric=metric)
+        with pytest.raises(DataError, match=f"{where}.* leave out every place"):
+            convert(recipe, tmp_path / str(number), calibration=[b | {"labels": first} for b in batches])
+        assert not (tmp_path / str(number)).exists()
+    calibrate(planned, checkpoint, CPU, [batches[0] | {"labels": nothing}, *batches[1:]], gradients=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "architectures": ["X"]}, True),
+        ({"auto_map": {"AutoModelForMaskedLM": "modeling_x.X"}, "architectures": ["X"]}, False),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, True),
+        ({"model_type": "gpt2", "architectures": ["GPT2Model"]}, False),
+        ({"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}, False),
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            False,
+        ),
+    ],
+)
+def test_which_models_say_the_next_token(config, found):
+    """Code of its own, which need not be run for it, or may lack what `generate` needs, included."""
+    from mpoe_convert.calibration import says_next
+    from mpoe_convert.checkpoint import Checkpoint
+
+    assert says_next(Checkpoint("x", Path("x"), None, config, {})) is found
 
 
 def test_gradients_that_are_no_numbers_are_not_kept(llama, monkeypatch):

@@ -31,15 +31,24 @@ def test_what_is_missing_is_told(tmp_path):
         corpus.read([str(path)], Columns(), "causal")
 
 
-@pytest.mark.parametrize("cells", [["1", "2"], [[1], [2]]])
-def test_columns_that_hold_no_text(cells, tmp_path):
+@pytest.mark.parametrize(("cell", "kind"), [(1, "int64"), ([2], "List"), ({"a": "b"}, "dict")])
+def test_columns_that_hold_no_text(cell, kind, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "\n".join(json.dumps({"text": "a", "target": cell}) for cell in map(json.loads, map(str, cells)))
-    )
-    with pytest.raises(DataError, match=r"column target of .*rows.jsonl holds (int64|list); expected text"):
+    path.write_text("\n".join(json.dumps({"text": "a", "target": cell}) for _ in range(2)))
+    with pytest.raises(DataError, match=f"column target of .*rows.jsonl holds {kind}; expected text"):
         corpus.read([str(path)], Columns(), "seq2seq")
     assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "a"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_every_kind_of_text(kind, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    cells = pyarrow.array(["a", "b"]).cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": cells}), path)
+    assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "b"]
 
 
 def test_a_class_or_task_without_a_name(tmp_path):

@@ -236,6 +236,7 @@ class Sentences:
 
     def heal(self, made: Path, output: Path) -> None:
         """Without a head there is no loss for `finetune`: to the dense model's last hidden states."""
+        torch.manual_seed(0)  # of dropout
         teacher = AutoModel.from_pretrained(self.folder).eval()
         model = AutoModel.from_pretrained(made, trust_remote_code=True).train()
         optimizer = torch.optim.AdamW(param_groups(model, HEALING_RATE))
