@@ -462,7 +462,7 @@ def test_the_models_own_loss_is_of_odds_at_temperature_two(llama):
 
     folder, _, _, batches = llama
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    model.lm_head.weight.data *= 50  # so that it is sure of something
+    model.lm_head.weight.data *= 10  # so that it is sure of something
     batch = {"input_ids": torch.full((5000, 1), 7)}
     seen = []
     model.lm_head.register_forward_hook(lambda m, a, out: (out.retain_grad(), seen.append(out))[0])
@@ -473,7 +473,7 @@ def test_the_models_own_loss_is_of_odds_at_temperature_two(llama):
     torch.testing.assert_close(drawn.sum(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn.amax(-1), torch.ones(drawn.shape[:-1]), rtol=1e-5, atol=1e-5)
     odds = (seen[0][0, 0] / 2).softmax(-1)
-    assert odds.max() > 0.2
+    assert 0.2 < odds.max() < 0.9
     errors = (odds * (1 - odds) / len(drawn)).sqrt()
     assert ((drawn.mean((0, 1)) - odds).abs() < 5 * errors + 1e-4).all()
 
