@@ -639,7 +639,7 @@ def calibrate(
         progress: called with (what is worked on, steps done, steps in all).
 
     Raises:
-        DataError: too little text.
+        DataError: too little text, or labels by which none of it counts.
         CheckpointError: the model computes NaN or Inf.
     """
     tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

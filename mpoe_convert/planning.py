@@ -186,8 +186,9 @@ class BudgetPoint:
     Attributes:
         keep: the share.
         error: root mean square of the matrices' predicted relative errors in the metric.
-        loss: expected divergence from the dense model, in nats per token (without logits: half the squared
-            difference of the last hidden states); None if that was not asked.
+        loss: expected divergence from the dense model at temperature 2, times its square, in nats per token
+            (without logits: half the squared difference of the last hidden states); None if that was not
+            asked.
     """
 
     keep: float
