@@ -72,10 +72,11 @@ def read(
     default = columns.target == Columns.target
     if not targets_needed and default and not any(_holds_text(part, columns.target) for part in parts):
         needed = columns.needed("causal")
+    who = f"task {task}" if targets_needed else "calibration"
     for source, part in zip(sources, parts, strict=True):
         if lacks := [name for name in needed if name not in part.column_names]:
             raise DataError(
-                f"{source} has the columns {part.column_names}; task {task} needs {lacks} as well (name "
+                f"{source} has the columns {part.column_names}; {who} needs {lacks} as well (name "
                 "others with --text-column, --target-column, --label-column, --routed-by)"
             )
         for name in needed:
