@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .exporting import Exported
     from .publishing import Pushed
 
+# Relative difference of outputs up to which they are said to agree.
+NEAR = 0.05
 # A terminal narrower than this would fold the tables; output to a file is not folded at all.
 FILE_WIDTH = 200
 
@@ -455,10 +457,12 @@ def print_verification(result: Verification, out: Console) -> None:
         f"{escape(result.against)} in float32:"
     )
     out.print(table)
-    verdict = (
-        "[green]OK[/]: the outputs agree." if result.ok else "[red]DIFFERENT[/]: the outputs do not agree."
-    )
-    out.print(verdict)
+    if not result.ok:
+        out.print("[red]DIFFERENT[/]: the outputs do not agree.")
+    elif result.relative_difference < NEAR:
+        out.print("[green]OK[/]: the outputs agree.")
+    else:
+        out.print("[green]OK[/]: the outputs differ, and by no more than is allowed.")
 
 
 def print_summary(summary: Summary, out: Console) -> None:

@@ -1,5 +1,6 @@
 """Verification: inputs for every head, what `compare` sees, and which dense model is meant."""
 
+import io
 import json
 from pathlib import Path
 
@@ -116,3 +117,18 @@ STUB = {
     "top1_agreement": None,
     "greedy_agreement": None,
 }
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [(0.01, "OK: the outputs agree."), (0.3, "OK: the outputs differ, and by no more"), (0.6, "DIFFERENT")],
+)
+def test_what_is_allowed_to_differ_is_not_said_to_agree(difference, verdict):
+    from rich.console import Console
+
+    from mpoe_convert.render import print_verification
+    from mpoe_convert.verification import Verification
+
+    out = Console(record=True, width=200, file=io.StringIO())
+    print_verification(Verification("out", "dense", "A", "B", "ids", difference, 1.0, 0.5, 0.8, None), out)
+    assert out.export_text().splitlines()[-1].startswith(verdict)
