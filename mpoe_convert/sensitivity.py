@@ -71,7 +71,8 @@ class _Walk:
         self.model, self.plan, self.checkpoint, self.calibration = model, plan, checkpoint, calibration
         self.ranks, self.device, self.progress = ranks, device, progress
         self.names = [name for name, rank in ranks.items() if rank is not None]
-        self.comparisons = {name: Comparison("", says_next(checkpoint)) for name in self.names}
+        about_next = says_next(checkpoint)
+        self.comparisons = {name: Comparison("", about_next) for name in self.names}
         self.steps = InStep()
         self.at: FFNPlan | None = None
         self.passed: set[str] = set()
