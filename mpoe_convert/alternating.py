@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .factoring import RIDGE
-from .modeling_mpoe import contract_chain, merge_cores
 from .mpo import fit
+from .runtime.modeling_mpoe import contract_chain, merge_cores
 from .sites import Sites
 
 # Up and down the chain so often at most, or until a sweep gains less than this part of the error.

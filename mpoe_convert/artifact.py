@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, read_json_object, stays_inside, weight_files
 from .errors import CheckpointError, OutputError
 from .hub_errors import one_line
 from .planning import Plan
+from .runtime import MODELING_PATH
 from .safetensors_header import read_header
 from .source_code import GLUE_FILE, code_of_artifact, files, glue, localised, naming_files
 
@@ -284,7 +285,7 @@ def _output_error(error: OSError, output: Path) -> OutputError:
 
 def make_config(plan: Plan, architecture: Architecture) -> dict:
     """The base config plus our model type, the Auto classes' entries and the one `mpoe` block."""
-    from .modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
+    from .runtime.modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
 
     config = architecture.config
     forms: list[dict] = []
@@ -321,7 +322,7 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
 
 def _auto_map(architecture: Architecture) -> dict:
     """Own classes are subclassed in a module of their own. Entries of tokenizers and processors stay."""
-    from .modeling_mpoe import CLASS_PREFIX
+    from .runtime.modeling_mpoe import CLASS_PREFIX
 
     module = Path(GLUE_FILE if architecture.is_own else MODELING_FILE).stem
     classes = {"AutoConfig": architecture.config_class.__name__, **architecture.heads}
@@ -330,7 +331,7 @@ def _auto_map(architecture: Architecture) -> dict:
 
 def base_config(config: dict) -> dict:
     """config.json of the dense base, from that of an artifact."""
-    from .modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
+    from .runtime.modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
 
     ours = {"auto_map", "mpoe", *OPTIONS}
     base = {key: value for key, value in config.items() if key not in ours}
@@ -363,13 +364,13 @@ def copy_companions(folder: Path, checkpoint: Checkpoint, architecture: Architec
 
 def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     """config.json, the modelling file, and everything that belongs to the model but its weights."""
-    from .modeling_mpoe import CLASS_PREFIX
+    from .runtime.modeling_mpoe import CLASS_PREFIX
 
     architecture = checkpoint.architecture
     copy_companions(folder, checkpoint, architecture)
     _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
     write_json(folder / "config.json", make_config(plan, architecture))
-    shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+    shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
     if architecture.is_own:
         text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
         (folder / GLUE_FILE).write_text(text, encoding="utf-8")

@@ -14,13 +14,13 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .factoring import factor
 from .families import Source
-from .modeling_mpoe import contract_chain, matrix_shape, name_cores
 from .moments import FFNMoments, metric_for
 from .mpo import check_finite, relative_error
 from .neurons import reordered
 from .planning import MatrixPlan
 from .recipe import Recipe
 from .report import MatrixReport
+from .runtime.modeling_mpoe import contract_chain, matrix_shape, name_cores
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

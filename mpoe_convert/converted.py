@@ -20,14 +20,14 @@ from .building import cast
 from .checkpoint import Checkpoint, open_checkpoint, read_json_object
 from .errors import CheckpointError, FamilyError
 from .families import FAMILY_OF, Family, Spelling, family_by_hand
-from .modeling_mpoe import (
+from .mpo import check_finite
+from .runtime.modeling_mpoe import (
     FORMAT_VERSION,
     OPTIONS,
     MPOEFeedForward,
     MPOEProjection,
     name_cores,
 )
-from .mpo import check_finite
 
 ROLES = ("gate", "up", "down")
 # The shared parts alone: what low-rank experts are added to.

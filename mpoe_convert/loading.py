@@ -14,6 +14,7 @@ from .card import main_auto_class
 from .converted import Converted
 from .corpus import TASKS
 from .errors import TrainingError
+from .runtime import MODELING_PATH
 from .source_code import references
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
         maps = [config.get("auto_map") for config in configs]
         if {*references(maps)} != {("", Path(MODELING_FILE).stem)} or read("custom_generate/generate.py"):
             return False
-        return read(MODELING_FILE) == Path(__file__).with_name(MODELING_FILE).read_bytes()
+        return read(MODELING_FILE) == MODELING_PATH.read_bytes()
     except (OSError, ValueError, AttributeError):  # loading says what is the matter
         return False
 

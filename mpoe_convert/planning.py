@@ -91,7 +91,7 @@ class MatrixPlan:
 
     def _params(self) -> tuple[int, int]:
         """Numbers (stored once, stored per expert)."""
-        from .modeling_mpoe import chain_shapes
+        from .runtime.modeling_mpoe import chain_shapes
 
         shared, own = self._bias_params
         for term in self.spec["terms"]:
@@ -398,7 +398,7 @@ def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], 
     """Names and shapes as the shipped module itself declares them, built without memory."""
     import torch
 
-    from .modeling_mpoe import MPOEFeedForward
+    from .runtime.modeling_mpoe import MPOEFeedForward
 
     with torch.device("meta"):
         module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
@@ -468,7 +468,7 @@ def _ffn_flops(plan: Plan) -> tuple[int, int]:
     """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
     import torch
 
-    from .modeling_mpoe import MPOEFeedForward
+    from .runtime.modeling_mpoe import MPOEFeedForward
 
     per_token = rebuild = 0
     for ffn in plan.ffns:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from .modeling_mpoe import RouterStats
+    from .runtime.modeling_mpoe import RouterStats
 
 
 def router_stats(

@@ -6,8 +6,8 @@ from test_factoring import problem
 
 from mpoe_convert.alternating import nearest_chain, refine
 from mpoe_convert.factoring import Metric, factor
-from mpoe_convert.modeling_mpoe import contract_chain
 from mpoe_convert.mpo import fit
+from mpoe_convert.runtime.modeling_mpoe import contract_chain
 from mpoe_convert.sites import Sites, balanced
 
 ROWS, COLS = 24, 36

@@ -18,7 +18,7 @@ from tiny import make_inputs, outputs, save_tiny, save_tokenizer
 from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.errors import DataError, RecipeError
 from mpoe_convert.experts import KINDS
-from mpoe_convert.modeling_mpoe import contract_chain
+from mpoe_convert.runtime.modeling_mpoe import contract_chain
 
 ONCE_PER_LAYER = [name for name in ONE_OF_EACH if name != "albert"]
 

@@ -20,7 +20,7 @@ from mpoe_convert.cli import main
 from mpoe_convert.converted import open_converted
 from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError, RecipeError
 from mpoe_convert.families import FAMILY_OF
-from mpoe_convert.modeling_mpoe import FORMAT_VERSION
+from mpoe_convert.runtime.modeling_mpoe import FORMAT_VERSION
 
 UNCHECKED = Export(check=False)
 EXACT = {"gauge": "identity", "noise": 0.0, "experts": 3, "bond_dim": 4}

@@ -9,8 +9,8 @@ from test_families import generative
 from tiny import make_inputs, outputs, save_tiny
 
 from mpoe_convert import Recipe, convert, plan
-from mpoe_convert.modeling_mpoe import contract_chain
 from mpoe_convert.neurons import bisection, choose_order, reordered
+from mpoe_convert.runtime.modeling_mpoe import contract_chain
 
 CUT = {"layout": "balanced", "sites": 3, "bond_dim": 2, "experts": 2, "noise": 0.0}
 

@@ -15,11 +15,10 @@ import transformers
 import yaml
 from loopback_hub import LoopbackHub, User, environment
 from safetensors.torch import load_file
-from test_ecosystem import SOURCE, run_child, stored
+from test_ecosystem import run_child, stored
 from test_families import assert_same_outputs, break_one_ffn
 from tiny import make_inputs, save_tiny, save_tokenizer
 
-import mpoe_convert
 from mpoe_convert import (
     Export,
     Finetuning,
@@ -41,9 +40,9 @@ from mpoe_convert.errors import (
     TrainingError,
     VerifyError,
 )
+from mpoe_convert.runtime import MODELING_PATH
 from mpoe_convert.source_code import GLUE_FILE
 
-SHIPPED = Path(mpoe_convert.__file__).with_name(MODELING_FILE)
 OWN_CODE = Path(__file__).with_name("own_code")
 SMALL = {"experts": 3, "bond_dim": 4, "noise": 0.0, "trust_remote_code": True}
 LLAMA = {
@@ -236,7 +235,7 @@ def test_a_source_without_code_is_converted_as_without_trust(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_code_of_the_source_lies_beside_ours_unchanged(name, own):
     folder, out = own(name)
-    ours = {MODELING_FILE: SOURCE.read_bytes(), GLUE_FILE: (out / GLUE_FILE).read_bytes()}
+    ours = {MODELING_FILE: MODELING_PATH.read_bytes(), GLUE_FILE: (out / GLUE_FILE).read_bytes()}
     assert code_in(out) == code_in(folder) | ours
     config = json.loads((out / "config.json").read_text())
     assert config["mpoe"]["base_auto_map"] == MODELS[name]
@@ -331,7 +330,7 @@ def test_code_does_not_run_without_trust(tmp_path):
         finetune(Finetuning(source, str(text), steps=1), tmp_path / "tuned")
     assert not mark.exists() and not (tmp_path / "out").exists()
     change(folder / "config.json", mpoe={"format": 1})  # looks like an artifact
-    (folder / "modeling_mpoe.py").write_bytes(SHIPPED.read_bytes())
+    (folder / "modeling_mpoe.py").write_bytes(MODELING_PATH.read_bytes())
     with pytest.raises(TrainingError, match=told):
         evaluate(source, str(text), length=8)
     assert not mark.exists()

@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from mpoe_convert import router_stats
-from mpoe_convert.modeling_mpoe import MPOERouter, Routing, load_balancing_loss, router_z_loss
+from mpoe_convert.runtime.modeling_mpoe import MPOERouter, Routing, load_balancing_loss, router_z_loss
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mpoe_convert import modeling_mpoe as modeling
-from mpoe_convert.modeling_mpoe import (
+from mpoe_convert.runtime import modeling_mpoe as modeling
+from mpoe_convert.runtime.modeling_mpoe import (
     MPOEChain,
     MPOEFeedForward,
     MPOEProjection,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert.modeling_mpoe import MatrixCache, MPOEFeedForward
+from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward
 
 HIDDEN = 12
 

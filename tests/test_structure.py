@@ -76,7 +76,7 @@ ORDER = [
         "weight_files",
         "safetensors_header",
     ),
-    *("sites", "libraries", "modeling_mpoe", "verify_child"),
+    *("sites", "libraries", "runtime.modeling_mpoe", "runtime", "verify_child"),
     "errors",
 ]
 

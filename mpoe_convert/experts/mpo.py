@@ -75,7 +75,7 @@ def _between(
     """The cores between orthogonal outer ones that make the chain the product of two thin matrices."""
     import torch
 
-    from ..modeling_mpoe import merge_cores
+    from ..runtime.modeling_mpoe import merge_cores
 
     inputs, outputs = merge_cores(left)[0, :, 0, :], merge_cores(right)[:, 0, :, 0]
     rank = first.shape[1]

@@ -22,7 +22,7 @@ from ..calibration import keep_no_cache
 from ..converted import Converted
 from ..errors import ExportError, VerifyError
 from ..loading import load_converted
-from ..modeling_mpoe import MPOEFeedForward
+from ..runtime.modeling_mpoe import MPOEFeedForward
 from ..verification import ROUNDING, Comparison
 from ..verify_child import compare, make_inputs
 from . import Export, ExportPlan, Part

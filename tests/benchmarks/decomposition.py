@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from tensorly.decomposition import tensor_train_matrix
 
-from mpoe_convert.modeling_mpoe import contract_chain
 from mpoe_convert.mpo import fit, relative_error
+from mpoe_convert.runtime.modeling_mpoe import contract_chain
 from mpoe_convert.sites import Sites, choose
 
 SIZES = [(768, 3072), (4096, 11008)]
