@@ -43,7 +43,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, router_stats
-from mpoe_convert.loading import AUTO_CLASSES
+from mpoe_convert.artifact.loading import AUTO_CLASSES
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ["MPOE_TEST_DATA"]) if "MPOE_TEST_DATA" in os.environ else None

@@ -13,25 +13,25 @@ try:
 except PackageNotFoundError:  # run from a source folder that was never installed
     __version__ = "0+unknown"
 
-# No module is called like a function of it: importing `mpoe_convert.plan` would replace the function.
+# No room is called like a function of it: importing `mpoe_convert.plan` would replace the function.
 _HOME = {
-    "CentreMask": "finetuning",
-    "Export": "exports",
-    "Finetuning": "runs",
+    "CentreMask": "training.trainer",
+    "Export": "exports.targets",
+    "Finetuning": "training.request",
     "MpoeError": "errors",
-    "Recipe": "recipe",
-    "convert": "conversion",
-    "draw_pictures": "pictures",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "finetune": "finetuning",
-    "freeze": "training",
-    "mask_centre": "training",
-    "param_groups": "training",
-    "plan": "compression",
-    "push": "publishing",
-    "router_stats": "routing",
-    "verify": "verification",
+    "Recipe": "planning.recipe",
+    "convert": "conversion.convert",
+    "draw_pictures": "artifact.pictures",
+    "evaluate": "training.evaluate",
+    "export": "exports.export",
+    "finetune": "training.finetune",
+    "freeze": "training.roles",
+    "mask_centre": "training.roles",
+    "param_groups": "training.roles",
+    "plan": "compression.prepare",
+    "push": "artifact.push",
+    "router_stats": "training.router_stats",
+    "verify": "artifact.verify",
 }
 __all__ = ["__version__", *_HOME]
 

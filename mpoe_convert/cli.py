@@ -18,26 +18,26 @@ import click
 from click.shell_completion import CompletionItem
 
 from . import __version__
-from .corpus import TASKS
+from .decomposition import SVDS
+from .decomposition.sites import LAYOUTS
 from .errors import HubError, MpoeError, RecipeError, RunError
 from .experts import KINDS
-from .exports import TARGETS, Export
-from .libraries import need
-from .recipe import (
+from .exports.targets import TARGETS, Export
+from .extras import need
+from .planning.recipe import (
     ALLOCATIONS,
     BIASES,
     DTYPES,
     GAUGES,
     METRICS,
     NEURON_ORDERS,
-    SVDS,
     Recipe,
     normalised,
     read_recipe,
 )
-from .runs import PRECISIONS, Finetuning
-from .sites import LAYOUTS
-from .training import FROZEN, UNITS
+from .source.texts import TASKS
+from .training.request import PRECISIONS, Finetuning
+from .training.roles import FROZEN, UNITS
 
 EXAMPLE = """\
 mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
@@ -628,7 +628,7 @@ def convert(
 
 def run_conversion(recipe, output, overwrite, token, quiet):
     from . import render
-    from .conversion import convert as convert_checkpoint
+    from .conversion.convert import convert as convert_checkpoint
 
     keep_calibration_quiet(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
@@ -676,7 +676,7 @@ def check_push(repo_id, pushing, overwrite, token) -> None:
         if given:
             raise click.UsageError(f"--{given[0]} belongs to --push-to-hub USER/NAME, which is not given.")
         return
-    from .destination import Destination, check_destination
+    from .artifact.destination import Destination, check_destination
 
     options = {name: value for name, value in pushing.items() if name != "commit_message"}
     check_destination(Destination(repo_id, overwrite=overwrite, **options), token)
@@ -686,7 +686,7 @@ def run_push(artifact, repo_id, pushing, overwrite, token, silent) -> dict:
     from dataclasses import asdict
 
     from . import render
-    from .publishing import push as push_artifact
+    from .artifact.push import push as push_artifact
 
     render.quiet_hub()
     pushed = push_artifact(artifact, repo_id, overwrite=overwrite, token=token, **pushing)
@@ -735,7 +735,7 @@ def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
 
 def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
     from . import render
-    from .compression import plan as plan_conversion
+    from .compression.prepare import plan as plan_conversion
 
     keep_calibration_quiet(recipe)
     with render.progress_bar(render.console(stderr=True), not quiet) as progress:
@@ -752,7 +752,7 @@ def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> 
 def inspect(artifact, as_json, quiet, verbose) -> None:
     """Show what an artifact is made of."""
     from . import render
-    from .summary import inspect as summarise
+    from .artifact.inspect import inspect as summarise
 
     with told_in_one_line(verbose, quiet):
         summary = summarise(artifact)
@@ -774,7 +774,7 @@ def report(artifact, as_json, quiet, verbose) -> None:
 
     with told_in_one_line(verbose, quiet):
         need("report", "matplotlib", extra="report")
-        from .pictures import draw_pictures
+        from .artifact.pictures import draw_pictures
 
         written = draw_pictures(artifact)
     if as_json:
@@ -810,7 +810,7 @@ def verify(artifact, against, trust_remote_code, token, tolerance, as_json, quie
     from dataclasses import asdict
 
     from . import render
-    from .verification import verify as verify_artifact
+    from .artifact.verify import verify as verify_artifact
 
     with told_in_one_line(verbose, quiet):
         result = verify_artifact(
@@ -927,8 +927,8 @@ def evaluate(model, as_json, quiet, verbose, **options) -> None:
         from . import render
 
         render.quiet_libraries()
-        from .corpus import Columns
-        from .evaluation import evaluate as score
+        from .source.texts import Columns
+        from .training.evaluate import evaluate as score
 
         given = {name: value for name, value in options.items() if value is not None}
         names = {
@@ -993,7 +993,7 @@ def export(artifact, output, overwrite, revision, token, as_json, quiet, verbose
     """
     with told_in_one_line(verbose, quiet):
         from . import render
-        from .exporting import export as write
+        from .exports.export import export as write
 
         if options["to"] == "onnx":
             need("export --to onnx", "onnx", "onnxruntime", "onnxscript", extra="onnx")
@@ -1032,7 +1032,7 @@ def run_finetuning(run: Finetuning, output, resume, token, as_json, quiet) -> No
     from accelerate import PartialState
 
     from . import render
-    from .finetuning import finetune as train
+    from .training.finetune import finetune as train
 
     render.quiet_libraries()
     try:

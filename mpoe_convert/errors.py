@@ -1,5 +1,7 @@
 """The errors a user can cause. Every message says what was found, what was expected and what to do next."""
 
+from __future__ import annotations
+
 
 class MpoeError(Exception):
     """Anything that is wrong with the input, the request or the machine, told in one line."""
@@ -51,3 +53,8 @@ class RunError(MpoeError):
 
 class DataError(MpoeError):
     """Training or evaluation data are missing, unreadable, or not what the task needs."""
+
+
+def one_line(exc: BaseException | str, limit: int = 200) -> str:
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -14,16 +14,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .families import FAMILIES
-from .planning import Budget, MatrixPlan, Plan, Totals
-from .report import MatrixReport, NeuronOrder, Report, Trial, plan_warnings
-from .summary import Summary
-from .verification import Verification
+from .artifact.inspect import Summary
+from .artifact.verify import Verification
+from .conversion.report import MatrixReport, NeuronOrder, Report, Trial, plan_warnings
+from .planning.plan import Budget, MatrixPlan, Plan, Totals
+from .source.families import FAMILIES
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation
-    from .exporting import Exported
-    from .publishing import Pushed
+    from .artifact.push import Pushed
+    from .exports.export import Exported
+    from .training.evaluate import Evaluation
+
 
 # Relative difference of outputs up to which they are said to agree.
 NEAR = 0.05

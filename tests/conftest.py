@@ -39,7 +39,7 @@ def test_data() -> Path:
 @pytest.fixture
 def tiny_gpt2(tmp_path) -> Path:
     """A folder with a random two-layer GPT-2."""
-    from tiny import save_tiny
+    from helpers.tiny import save_tiny
 
     return save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "tiny-gpt2")
 
@@ -47,8 +47,8 @@ def tiny_gpt2(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     """(dense folder, artifact folder) of a type and recipe, made once."""
-    from test_families import generative
-    from tiny import save_tiny, save_tokenizer
+    from helpers.models import generative
+    from helpers.tiny import save_tiny, save_tokenizer
 
     from mpoe_convert import Recipe, convert
 

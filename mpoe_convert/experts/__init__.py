@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 KINDS: tuple[str, ...] = tuple(
     sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 )

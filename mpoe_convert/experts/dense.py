@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..recipe import Recipe
+from ..planning.recipe import Recipe
 from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
 
 DEFAULT_BIAS = "per-expert"
 AUXILIARY_LR = 1.0

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import SitesError
-from ..recipe import Recipe
+from ..planning.recipe import Recipe
 from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
 
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 3.0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import sites as site_layouts
-from ..recipe import Recipe
+from ..decomposition import sites as site_layouts
+from ..planning.recipe import Recipe
 from . import factored
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from ..sites import Sites
+    from ..decomposition.sites import Sites
+
 
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 1.0
@@ -57,7 +58,7 @@ def fit(
     Factors go where their side's outer cores leave them: for the one-sided layout, whose outer cores are
     orthogonal and carry one side only.
     """
-    from ..mpo import fit as fit_mpo
+    from ..decomposition.mpo import fit as fit_mpo
 
     if factors is not None:
         first, second = factors

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, logging
 
 from mpoe_convert import Recipe
-from mpoe_convert.calibration import calibrate, run_batch, streamed_model
-from mpoe_convert.checkpoint import open_checkpoint
-from mpoe_convert.factoring import Metric, factor
-from mpoe_convert.planning import plan_checkpoint
+from mpoe_convert.compression.calibrate import calibrate
+from mpoe_convert.compression.stream import run_batch, streamed_model
+from mpoe_convert.decomposition.low_rank import Metric, factor
+from mpoe_convert.planning.plan import plan_checkpoint
+from mpoe_convert.source.checkpoint import open_checkpoint
 
 ROUNDS = 3
 

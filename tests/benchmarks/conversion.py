@@ -110,7 +110,7 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=True,
 )
 # The interpreter's own share: everything that a conversion imports.
-IMPORTS = "import torch, mpoe_convert.conversion, mpoe_convert.runtime.modeling_mpoe, mpoe_convert.mpo"
+IMPORTS = "import torch, mpoe_convert.conversion.convert, mpoe_convert.runtime.modeling_mpoe"
 # Not getrusage: a child's ru_maxrss starts at its parent's.
 PEAK = "print('peak', next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 

@@ -1,4 +1,4 @@
-"""Time `mpoe_convert.mpo.fit` against TensorLy's default decomposition, side by side.
+"""Time `mpoe_convert.decomposition.mpo.fit` against TensorLy's default decomposition, side by side.
 
     python tests/benchmarks/decomposition.py [--json FILE] [--quick] [--threads N] [--limit S]
 
@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from tensorly.decomposition import tensor_train_matrix
 
-from mpoe_convert.mpo import fit, relative_error
+from mpoe_convert.decomposition.mpo import fit, relative_error
+from mpoe_convert.decomposition.sites import Sites, choose
 from mpoe_convert.runtime.modeling_mpoe import contract_chain
-from mpoe_convert.sites import Sites, choose
 
 SIZES = [(768, 3072), (4096, 11008)]
 FULL = 10**9

@@ -28,8 +28,8 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from mpoe_convert.decomposition.sites import choose
 from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward, contract_chain
-from mpoe_convert.sites import choose
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
 SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}

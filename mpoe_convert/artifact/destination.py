@@ -1,0 +1,202 @@
+"""Where a push goes: who may write there, and what is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import CheckpointError, HubError, RecipeError, one_line
+from ..source.hub import SINGLE, shard_names
+from ..source.hub_errors import explain_writing
+from ..source.json_files import read_json_object
+from .layout import CARD_FILE, REPORT_FILE, is_weights, listed_files
+from .weight_files import INDEX_FILE
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
+
+# What a repository may hold and still be empty: the Hub and its web page make them.
+OF_THE_HUB = frozenset({".gitattributes", CARD_FILE})
+WEIGHTS = SINGLE[".safetensors"]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes and what it may do there.
+
+    Attributes:
+        repo_id: "owner/name".
+        private: make the repository private, if it has to be made.
+        create_pr: open a pull request instead of committing; nothing there changes then.
+        branch: to commit to, made from the main one if it is not there.
+        overwrite: commit also over a repository that holds something else.
+
+    Raises:
+        RecipeError: that can be no repository's name, or a pull request is to go to a branch.
+    """
+
+    repo_id: str
+    private: bool = False
+    create_pr: bool = False
+    branch: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise RecipeError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
+        if "/" not in self.repo_id:
+            raise RecipeError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
+        if self.create_pr and self.branch:
+            raise RecipeError(
+                "a pull request is opened against the main branch: leave out --branch or --create-pr"
+            )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is at the destination, or, where its branch is to be made, on the main one."""
+
+    is_new: bool
+    lacks_branch: bool
+    commit: str | None = None
+    files: frozenset[str] = frozenset()
+    is_artifact: bool = False
+
+
+def check_destination(to: Destination, token: str | None = None) -> None:
+    """Refuse, before any work, a destination that a push would refuse. Nothing is made there.
+
+    Raises:
+        HubError: nobody is logged in, the token may not write there, or something else is there.
+    """
+    survey(to, make_api(token))
+
+
+def make_api(token: str | None) -> HfApi:
+    """A client of the Hub that names this tool; the token is by default HF_TOKEN or the stored login."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="mpoe-convert", library_version=__version__)
+
+
+def survey(to: Destination, api: HfApi) -> Found:
+    """Look at the destination and at who is logged in. Raises HubError if a push would be refused."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    with explained(to.repo_id):
+        user = api.whoami()
+        _check_role(user, to)
+        try:
+            info = api.model_info(to.repo_id)
+        except RepositoryNotFoundError:
+            _check_new(user, to)
+            return Found(is_new=True, lacks_branch=to.branch is not None)
+        if not to.create_pr:  # whoever reads may propose
+            api.auth_check(to.repo_id, write=True)
+        _check_visibility(info, to)
+        lacks_branch = False
+        try:
+            info = api.model_info(to.repo_id, revision=to.branch) if to.branch else info
+        except RevisionNotFoundError:
+            if to.branch.startswith("refs/"):
+                raise
+            lacks_branch = True
+    files = frozenset(file.rfilename for file in info.siblings or ())
+    found = Found(False, lacks_branch, info.sha, files)
+    is_artifact = "config.json" in files and "mpoe" in _object(_fetch(to.repo_id, "config.json", found, api))
+    found = replace(found, is_artifact=is_artifact)
+    if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
+        there = ", ".join(sorted(files - OF_THE_HUB)[:4])
+        raise HubError(
+            f"'{to.repo_id}' holds something else ({there}): choose another name, or pass --overwrite to "
+            "commit over it"
+        )
+    return found
+
+
+def _check_role(user: dict, to: Destination) -> None:
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":  # finer ones are judged by the Hub
+        raise HubError(
+            f"the token of {user['name']} may only read, and '{to.repo_id}' is to be written: make one with "
+            "write permission and use it by `hf auth login` or --token"
+        )
+
+
+def _check_visibility(info: ModelInfo, to: Destination) -> None:
+    if to.private and not info.private:
+        raise HubError(
+            f"'{to.repo_id}' is there already and public: make it private on its settings page, or leave "
+            "--private out"
+        )
+
+
+def _check_new(user: dict, to: Destination) -> None:
+    if to.create_pr:
+        raise HubError(
+            f"there is no repository '{to.repo_id}' to propose anything to: leave out --create-pr to make it"
+        )
+    owner = to.repo_id.partition("/")[0]
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]
+    if owner not in owners:
+        raise HubError(
+            f"'{to.repo_id}' is not there and {user['name']} cannot make it: expected an owner out of "
+            f"{', '.join(owners)}"
+        )
+
+
+def check_nothing_hides(repo_id: str, files: Collection[str], found: Found) -> None:
+    """Refuse a repository where transformers would load something else than what is pushed."""
+    hiding = {"adapter_config.json", *([] if WEIGHTS in files else [WEIGHTS])}
+    if not found.is_artifact and (there := sorted(hiding & found.files)):
+        raise HubError(
+            f"'{repo_id}' holds {there[0]}, which transformers would load instead of this artifact's "
+            "weights: delete it there, or choose another name"
+        )
+
+
+def left_by_an_artifact(repo_id: str, found: Found, api: HfApi) -> frozenset[str]:
+    """The files there that belong to an artifact: those of its report, and its weights. Raises HubError."""
+    if not found.is_artifact:
+        return frozenset()
+    names = {WEIGHTS, INDEX_FILE}
+    if REPORT_FILE in found.files:
+        names |= set(listed_files(_object(_fetch(repo_id, REPORT_FILE, found, api))))
+    if INDEX_FILE in found.files:
+        names |= {name for name in shard_names(_fetch(repo_id, INDEX_FILE, found, api)) if is_weights(name)}
+    return found.files & names - OF_THE_HUB
+
+
+def _fetch(repo_id: str, name: str, found: Found, api: HfApi) -> Path:
+    """A small file that is there, into the usual cache. Raises HubError."""
+    with explained(repo_id):
+        return Path(api.hf_hub_download(repo_id, name, revision=found.commit))
+
+
+def _object(path: Path) -> dict:
+    """The JSON object that a file holds; nothing if it holds none."""
+    try:
+        return read_json_object(path)
+    except CheckpointError:
+        return {}
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Turns what `huggingface_hub` raises into a HubError of one line."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as exc:
+        raise explain_writing(exc, repo_id) from exc

@@ -1,0 +1,130 @@
+"""The files of an artifact: their names, which of them are its own, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError, one_line
+from ..source.architecture import Architecture
+from ..source.checkpoint import stays_inside, weight_files
+from ..source.custom_code import GLUE_FILE, code_of_artifact, files
+from ..source.json_files import read_json_object, write_json
+from ..source.safetensors_file import read_header
+
+MODELING_FILE = "modeling_mpoe.py"
+REPORT_FILE = "conversion_report.json"
+RECIPE_FILE = "mpoe_recipe.yaml"
+CARD_FILE = "README.md"
+TRAINING_REPORT_FILE = "training_report.json"
+EXPORT_REPORT_FILE = "export_report.json"
+EVALUATION_REPORT_FILE = "evaluation_report.json"
+# What `verify` and `inspect` read of a report.
+_REPORT_KEYS = {
+    *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
+}
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder was written by this tool: it says so in its config and holds the report."""
+    try:
+        config = read_json_object(folder / "config.json")
+    except (OSError, CheckpointError):
+        return False
+    return "mpoe" in config and (folder / REPORT_FILE).is_file()
+
+
+def read_artifact(folder: Path) -> tuple[dict, dict]:
+    """(config, conversion report) of an artifact.
+
+    Raises:
+        CheckpointError: the folder is no artifact of this tool, or its report is damaged.
+    """
+    if not is_artifact(folder):
+        what = "is not an artifact of mpoe-convert" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(
+            f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
+            "config.json with an mpoe block"
+        )
+    path = folder / REPORT_FILE
+    try:
+        report = read_json_object(path, "a conversion report", remedy="convert again")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    if lacks := sorted(_REPORT_KEYS - set(report)):
+        raise CheckpointError(f"{path} is damaged (it lacks {lacks}): convert again")
+    return read_json_object(folder / "config.json"), report
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files in a folder and its subfolders, by their paths inside it, with "/" on every system."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def register_files(folder: Path, names: Iterable[str]) -> None:
+    """Count files that were added to an artifact among its own, so that it can be replaced as a whole.
+
+    Files that are gone do not count any more.
+    """
+    report = read_artifact(folder)[1]
+    names = {*report.get("files", ()), *names}
+    report["files"] = sorted(name for name in names if (folder / name).is_file())
+    write_json(folder / REPORT_FILE, report)
+
+
+def listed_files(report: dict) -> list[str]:
+    """The files that a conversion report lists, without what is no file inside the artifact."""
+    names = report.get("files")
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and stays_inside(name)]
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files that make up an artifact: those that its report lists, and the weights that load.
+
+    A training loop may have written the weights anew, in other files. Whatever else lies in the folder, such
+    as checkpoints and notes, is not the artifact's.
+
+    Raises:
+        CheckpointError: it is no artifact, lists what lies outside, or lacks what it needs to load.
+    """
+    report = read_artifact(folder)[1]
+    listed = listed_files(report)
+    if listed != report.get("files"):
+        raise CheckpointError(
+            f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
+            "of files inside: convert again"
+        )
+    weights, _, index = weight_files(str(folder), folder, None)
+    for name in weights:
+        read_header(folder / name, name)
+    needed = {*weights, *filter(None, [index]), *_code_files(folder), "config.json", REPORT_FILE}
+    if missing := sorted(name for name in needed if not (folder / name).is_file()):
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which it needs to load: convert again")
+    beside = {name for name in listed if not is_weights(name) and (folder / name).is_file()}
+    return sorted(needed | beside)
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The names of an artifact's code: the modelling file, and what it has from its source."""
+    block = read_json_object(folder / "config.json")["mpoe"]
+    architecture = Architecture({"auto_map": block.get("base_auto_map")}, code_of_artifact(folder, block))
+    own = {path.name for path in files(folder, architecture)}
+    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_own else set())
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def base_config(config: dict) -> dict:
+    """config.json of the dense base, from that of an artifact."""
+    from ..runtime.modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
+
+    ours = {"auto_map", "mpoe", *OPTIONS}
+    base = {key: value for key, value in config.items() if key not in ours}
+    base["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    base["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
+    if auto_map := (config.get("mpoe") or {}).get("base_auto_map"):
+        base["auto_map"] = auto_map
+    return base

@@ -1,0 +1,120 @@
+"""Push an artifact to the Hub: its own files, in one commit, never over somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from .card_file import for_repository
+from .destination import Destination, check_nothing_hides, explained, left_by_an_artifact, make_api, survey
+from .layout import CARD_FILE, file_names, own_files, read_artifact
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        url: of the commit; of the last one there, if nothing had `changed`.
+        pull_request: its URL, if one was opened.
+        files: what the artifact consists of; `deleted`: what an earlier artifact had left there;
+            `left_out`: files and folders beside it, which are not the artifact's.
+        num_bytes: of all files; what the Hub has already is not sent.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    pull_request: str | None
+    changed: bool
+    files: tuple[str, ...]
+    deleted: tuple[str, ...]
+    left_out: tuple[str, ...]
+    num_bytes: int
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    branch: str | None = None,
+    overwrite: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Push an artifact to a model repository of the Hub, which is made if it is not there.
+
+    Only the artifact's own files go (`layout.own_files`), in one commit, which also deletes what an earlier
+    artifact there had and this one has not. Weight files that have arrived stay there, so that a push that
+    failed goes on when it is repeated. In the card that is sent, the snippets load `repo_id`; the local card
+    stays as it is. Arguments as for `Destination`.
+
+    Args:
+        folder: an artifact.
+        commit_message: first line of the commit.
+        token: by default HF_TOKEN or the stored login.
+
+    Raises:
+        RecipeError: as for `Destination`.
+        CheckpointError: the folder is no artifact, or it is incomplete.
+        HubError: the Hub refuses, cannot be reached, or holds something else there.
+    """
+    from huggingface_hub import CommitOperationDelete
+
+    to = Destination(repo_id, private, create_pr, branch, overwrite)
+    folder = Path(folder)
+    files = own_files(folder)
+    api = make_api(token)
+    found = survey(to, api)
+    check_nothing_hides(repo_id, files, found)
+    stale = sorted(left_by_an_artifact(repo_id, found, api) - set(files))
+    with explained(repo_id):
+        if found.is_new:
+            api.create_repo(repo_id, private=private or None)
+        if found.lacks_branch:
+            api.create_branch(repo_id, branch=branch, revision=found.commit)
+        commit = api.create_commit(
+            repo_id,
+            [*_additions(folder, files, repo_id), *(CommitOperationDelete(name) for name in stale)],
+            commit_message=commit_message or _message(folder),
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=found.commit,
+        )
+    return Pushed(
+        repo_id=repo_id,
+        url=str(commit.commit_url),
+        commit=commit.oid,
+        pull_request=commit.pr_url,
+        changed=commit.oid != found.commit,
+        files=tuple(files),
+        deleted=tuple(stale),
+        left_out=tuple(sorted(_tops(file_names(folder)) - _tops(files))),
+        num_bytes=sum((folder / name).stat().st_size for name in files),
+    )
+
+
+def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
+    from huggingface_hub import CommitOperationAdd
+
+    added = []
+    for name in files:
+        content: bytes | str = str(folder / name)
+        if name == CARD_FILE:
+            content = for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
+        added.append(CommitOperationAdd(name, content))
+    return added
+
+
+def _tops(names: Collection[str]) -> set[str]:
+    return {name.partition("/")[0] for name in names}
+
+
+def _message(folder: Path) -> str:
+    config, report = read_artifact(folder)
+    base = report["base_model"] if report["revision"] else Path(report["base_model"]).name or "A model"
+    return f"{base} as a mixture of {config['mpoe']['num_experts']} experts, by mpoe-convert {__version__}"

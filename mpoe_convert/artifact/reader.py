@@ -1,0 +1,301 @@
+"""A converted model opened for reading: its base's config, and its experts' matrices, one at a time.
+
+It needs config.json and weights only, as `save_pretrained` of a loaded model leaves them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, FamilyError
+from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEFeedForward, MPOEProjection, name_cores
+from ..source.architecture import Architecture
+from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.families import FAMILY_OF, Family, Spelling
+from ..source.json_files import read_json_object
+from ..source.locate import family_by_hand
+from ..tensors import cast, check_finite
+from .layout import REPORT_FILE, base_config
+
+ROLES = ("gate", "up", "down")
+# The shared parts alone: what low-rank experts are added to.
+SHARED: Mapping[int, float] = {}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One mixture, as the checkpoint spells it.
+
+    Attributes:
+        key: prefix of its tensors: "transformer.h.0.mlp".
+        layer: the same of its layer: "transformer.h.0".
+        path: the layer's module path below the base model: "h.0".
+        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        spelling: how a dense checkpoint of the family names the FFN's tensors in this layer.
+    """
+
+    key: str
+    layer: str
+    path: str
+    form: dict = field(repr=False)
+    spelling: Spelling
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for role in ROLES if role in self.form)
+
+    def bias_kind(self, role: str) -> str | None:
+        """ "shared", "per-expert" or None."""
+        return self.form[role]["bias"]
+
+    def size(self, role: str) -> tuple[int, int]:
+        """(input, output) features of a projection."""
+        term = self.form[role]["terms"][0]
+        return prod(term["in_dims"]), prod(term["out_dims"])
+
+    def roles_by(self, name_of: Callable[[str], str]) -> dict[str, list[str]]:
+        """{a tensor's name: the roles that it holds}: fused ones hold two."""
+        found: dict[str, list[str]] = {}
+        for role in self.roles:
+            found.setdefault(name_of(role), []).append(role)
+        return found
+
+    def dense_name(self, role: str) -> str:
+        """Where a dense checkpoint has the projection: "transformer.h.0.mlp.c_fc"; a fused one's for both."""
+        name = self.spelling.gate if role == "gate" and not self.spelling.fused else None
+        name = name or (self.spelling.down if role == "down" else self.spelling.up)
+        return f"{self.layer}.{name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """See the module.
+
+    Attributes:
+        config: the base's, as config.json was before the conversion.
+        options: of the routers and the runtime, see `modeling_mpoe.OPTIONS`.
+        token: of the Hub, that it was opened with.
+    """
+
+    checkpoint: Checkpoint
+    config: dict
+    options: dict
+    num_experts: int
+    top_k: int
+    family: Family
+    mixtures: tuple[Mixture, ...]
+    token: str | None = field(default=None, repr=False)
+    _cores: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the base."""
+        return Architecture(self.config, self.checkpoint.code)
+
+    @property
+    def model_type(self) -> str:
+        """Of the base."""
+        return self.config["model_type"]
+
+    def dtype(self, mixture: Mixture, role: str) -> str:
+        """Of a projection's stored cores."""
+        return self.checkpoint.tensors[next(self._core_names(mixture, role))[1]].dtype
+
+    def matrix(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor:
+        """The sum over experts of share times matrix, (in, out), in the stored dtype.
+
+        Args:
+            shares: by the experts' numbers, one in all; `SHARED`: of what all experts share alone.
+
+        Raises:
+            CheckpointError: it holds NaN or Inf.
+        """
+        with torch.device("meta"):
+            chains = MPOEProjection(mixture.form[role], self.num_experts).terms
+        stored = getattr(torch, self.dtype(mixture, role))
+        work = torch.float64 if stored == torch.float64 else torch.float32
+        cores = self._read_cores(mixture, role)
+        total = None
+        for number, chain in enumerate(chains):
+            for expert, share in ({0: 1.0} if all(chain.shared) else shares).items():
+                pairs = zip(cores[number], chain.shared, strict=True)
+                own = [core if shared else core[expert : expert + 1] for core, shared in pairs]
+                part = chain.matrix([core.to(work) for core in own], 0)
+                part = part if share == 1 else share * part
+                total = part if total is None else total + part
+        name = f"{mixture.key}.{role}"
+        check_finite(total, name)
+        return cast(name, total, stored)
+
+    def bias(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor | None:
+        """The same of the biases, (out,); of `SHARED` expert 0's, if each has one."""
+        kind = mixture.bias_kind(role)
+        if kind is None:
+            return None
+        bias = self.checkpoint.read(f"{mixture.key}.{role}.bias")
+        if kind == "shared":
+            return bias
+        if len(shares) < 2:
+            return bias[next(iter(shares), 0)].clone()
+        work = bias if bias.dtype == torch.float64 else bias.float()
+        return sum(share * work[expert] for expert, share in shares.items()).to(bias.dtype)
+
+    def rank(self, mixture: Mixture, role: str) -> int:
+        """Of what a low-rank expert adds to the shared matrix."""
+        return mixture.form[role]["terms"][-1]["bonds"][0]
+
+    def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
+        """The two matrices, (in, rank) and (rank, out), whose product a low-rank expert adds."""
+        first, second = self._read_cores(mixture, role)[-1]
+        return first[expert], second[expert]
+
+    def adapters_are_idle(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
+        """Whether these experts' adapters, if the kind has some, add nothing, as right after conversion."""
+        if "adapter" not in mixture.form:
+            return True
+        way_out = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
+        return not any(way_out[expert].any() for expert in experts or range(self.num_experts))
+
+    def balance_bias(self, mixture: Mixture) -> Tensor | None:
+        """(E,) what is added to the probabilities to choose experts, if anything is."""
+        name = f"{mixture.key}.balance_bias"
+        bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+        return bias if bias is not None and bias.any() else None
+
+    def owner(self, name: str) -> Mixture | None:
+        """The mixture that a tensor of the checkpoint belongs to; None: it is copied as it is."""
+        return next((m for m in self.mixtures if name.startswith(f"{m.key}.")), None)
+
+    @property
+    def kept_dense(self) -> tuple[str, ...]:
+        """Layers with an FFN that was not converted, by their paths below the base model."""
+        found = set()
+        for spelling in self.family.spellings:
+            for layer, path in zip(spelling.layers, self.family.layers, strict=True):
+                pattern = re.compile(rf"{_numbered(layer)}\.{re.escape(spelling.up)}\.weight")
+                matches = map(pattern.fullmatch, self.checkpoint.tensors)
+                found |= {path.format(match[1]) for match in matches if match}
+        return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
+
+    def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
+        """(number of the term, tensor name) of a projection's cores, from left to right."""
+        for number, term in enumerate(mixture.form[role]["terms"]):
+            for core in name_cores(term):
+                yield number, f"{mixture.key}.{role}.terms.{number}.{core}"
+
+    def _read_cores(self, mixture: Mixture, role: str) -> list[list[Tensor]]:
+        """Per term; kept until another projection is asked for: its experts come one after the other."""
+        key = f"{mixture.key}.{role}"
+        if key not in self._cores:
+            self._cores.clear()
+            terms: list[list[Tensor]] = [[] for _ in mixture.form[role]["terms"]]
+            for number, name in self._core_names(mixture, role):
+                terms[number].append(self.checkpoint.read(name))
+            self._cores[key] = terms
+        return self._cores[key]
+
+
+def open_converted(model: str, *, revision: str | None = None, token: str | None = None) -> Converted:
+    """Open an artifact, a folder or a Hub id; reads headers, and no tensor.
+
+    Raises:
+        CheckpointError: it is no converted model, of another format, or incomplete.
+        FamilyError: its family is outside the table and it does not say where its FFNs were.
+        HubError: the Hub refused or could not be reached.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, token=token, converted=True)
+    block = checkpoint.config["mpoe"]
+    if block.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint.source} has format {block.get('format')} of the mpoe block, expected "
+            f"{FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
+        )
+    config = base_config(checkpoint.config)
+    architecture = Architecture(config, checkpoint.code)
+    family = _family(checkpoint, architecture)
+    return Converted(
+        checkpoint=checkpoint,
+        config=config,
+        options={name: checkpoint.config.get(name, default) for name, default in OPTIONS.items()},
+        num_experts=block["num_experts"],
+        top_k=block["top_k"],
+        family=family,
+        mixtures=_mixtures(checkpoint, block, family),
+        token=token,
+    )
+
+
+def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
+    path = checkpoint.folder / REPORT_FILE
+    report = read_json_object(path) if path.is_file() else {}
+    by_hand = (report.get("recipe") or {}).get("ffn")
+    model_type = architecture.model_type
+    if by_hand:
+        return family_by_hand(architecture, by_hand)
+    if architecture.is_own or model_type not in FAMILY_OF:
+        raise FamilyError(
+            f"{model_type} is not in the table of families or has code of its own, and {checkpoint.source} "
+            f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
+            "beside the weights"
+        )
+    return FAMILY_OF[model_type]
+
+
+def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:
+    """In the checkpoint's order. Raises CheckpointError if one of a stack or a tensor is missing."""
+    end = f".{family.slot}.router.weight"
+    layers = [name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)]
+    found = [mixture for layer in layers if (mixture := _mixture(layer, block, family))]
+    paths = {mixture.path for mixture in found}
+    # A model may hold only one of the stacks, such as the encoder of T5.
+    stacks = {path.split(".")[0] for path in paths}
+    missing = [path for path in block["ffns"] if path not in paths and path.split(".")[0] in stacks]
+    if missing or not found:
+        lacks = ", ".join((missing or list(block["ffns"]))[:3])
+        raise CheckpointError(
+            f"{checkpoint.source} has no tensors of the mixtures that its config.json names ({lacks}): fetch "
+            "or save it again"
+        )
+    for mixture in found:
+        _check_complete(checkpoint, mixture, block)
+    return tuple(found)
+
+
+def _numbered(layer: str) -> str:
+    """A regular expression for "h.{}" under any prefix, with the number as its group."""
+    return r"(?:.*\.)?" + re.escape(layer).replace(r"\{\}", r"(\d+)")
+
+
+def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
+    """Every tensor is there, and as large as the form says. Raises CheckpointError."""
+    with torch.device("meta"):
+        module = MPOEFeedForward(mixture.form, block["num_experts"], block["top_k"])
+    for tail, tensor in module.state_dict().items():
+        name = f"{mixture.key}.{tail}"
+        found = checkpoint.tensors.get(name)
+        if found is None or found.shape != tuple(tensor.shape):
+            what = "is missing" if found is None else f"has the shape {list(found.shape)}"
+            raise CheckpointError(
+                f"{checkpoint.source}: {name} {what}, expected {list(tensor.shape)} by config.json: fetch or "
+                "save it again"
+            )
+
+
+def _mixture(layer: str, block: dict, family: Family) -> Mixture | None:
+    for spelling in family.spellings:
+        for pattern, path in zip(spelling.layers, family.layers, strict=True):
+            match = re.fullmatch(_numbered(pattern), layer)
+            number = block["ffns"].get(path.format(match[1])) if match else None
+            if number is None:
+                continue
+            form = block["forms"][number]
+            if ("gate" in form) == bool(spelling.gate or spelling.fused):
+                return Mixture(f"{layer}.{family.slot}", layer, path.format(match[1]), form, spelling)
+    return None

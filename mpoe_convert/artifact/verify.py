@@ -1,0 +1,200 @@
+"""Compare an artifact with its dense model, both loaded as a Hub user would, without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import VerifyError
+from ..source.architecture import main_auto_class, own_heads
+from .layout import base_config, read_artifact
+
+# An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
+# a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
+ROUNDING = 1e-4
+# What rounding of the stored cores and the clones' noise do to a weight shows in the logits, somewhat
+# amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
+AMPLIFICATION = 5.0
+MAX_TOLERANCE = 0.1
+MAX_COMPRESSED_TOLERANCE = 0.5  # what was cut under a budget is meant to differ
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and how it came out.
+
+    Attributes:
+        relative_difference: Frobenius norm of (converted - dense output) over that of the dense one; the
+            largest of all floating-point outputs, so that none hides another.
+        max_difference: largest absolute difference of two outputs.
+        tolerance: what relative_difference was allowed to be.
+        top1_agreement: share of positions with the same largest logit; None for a model without logits.
+        greedy_agreement: share of greedily generated tokens that are equal; None without generation.
+    """
+
+    artifact: str
+    against: str
+    auto_class: str
+    model_class: str
+    inputs: str
+    relative_difference: float
+    max_difference: float
+    tolerance: float
+    top1_agreement: float | None
+    greedy_agreement: float | None
+
+    @property
+    def ok(self) -> bool:
+        return self.relative_difference <= self.tolerance
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    against: str | None = None,
+    tolerance: float | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Compare an artifact with its dense source on random inputs, both computing in float32.
+
+    Args:
+        artifact: folder that a conversion wrote.
+        against: Hub id or folder of the dense model; by default the one it was converted from.
+        tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
+        token: Hub token for the dense model.
+        trust_remote_code: run code of its own that the dense model has, if the artifact has it too or
+            `against` names another; an artifact's is always run.
+
+    Raises:
+        VerifyError: one of the two cannot be loaded or run, or weights are missing.
+        CheckpointError: the folder is no artifact.
+    """
+    folder = Path(artifact)
+    config, report = read_artifact(folder)
+    is_named = against is not None
+    revision = None if is_named else report["revision"]
+    was_local = not is_named and revision is None
+    against = against or report["base_model"]
+    # What was downloaded is compared with the download, even if a folder of that name lies here.
+    is_local = revision is None and Path(against).is_dir()
+    if not is_local and (was_local or _is_path(against)):
+        raise VerifyError(
+            f"the dense model {against} is not a folder here; expected "
+            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
+        )
+    base = base_config(config)
+    has_own_code = bool(own_heads(base.get("auto_map") or {}))
+    if has_own_code and not trust_remote_code:
+        raise VerifyError(
+            f"the dense model {against} has code of its own: read it, and pass --trust-remote-code "
+            "(trust_remote_code=True) to run it"
+        )
+    auto_class = main_auto_class(base, report["model_type"])
+    request = {
+        "artifact": str(folder.resolve()),
+        "against": str(Path(against).resolve()) if is_local else against,
+        "revision": revision,
+        "auto_class": auto_class,
+        "trust_remote_code": [trust_remote_code and (has_own_code or is_named), True],
+        "token": token,
+    }
+    result = _run_child(request)
+    return Verification(
+        artifact=str(folder),
+        against=against,
+        auto_class=auto_class,
+        tolerance=_tolerance(report) if tolerance is None else tolerance,
+        **result,
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An export beside the artifact that it was made from, both computing in float32 on random inputs.
+
+    Attributes:
+        relative_difference / max_difference / top1_agreement / greedy_agreement: as of `Verification`; of
+            several experts, the worst.
+        tolerance: what relative_difference was allowed to be; None: they are not meant to be the same.
+    """
+
+    relative_difference: float
+    max_difference: float
+    top1_agreement: float | None
+    greedy_agreement: float | None
+    inputs: str
+    tolerance: float | None
+
+    def in_words(self) -> str:
+        text = f"Relative difference of its outputs from the original's on {self.inputs}, in float32: "
+        return f"{text}{self.relative_difference:.1e}."
+
+
+def compare_export(request: dict, tolerance: float | None) -> Comparison:
+    """Compare an export with its artifact in a fresh process.
+
+    Args:
+        request: as verify_child.py reads it.
+        tolerance: allowed relative difference; None: any.
+
+    Raises:
+        VerifyError: one of the two cannot be loaded or run, or they differ by more.
+    """
+    result = _run_child(request | {"is_export": True})
+    result.pop("model_class")
+    found = Comparison(**result, tolerance=tolerance)
+    if tolerance is not None and not found.relative_difference <= tolerance:
+        raise VerifyError(
+            "what was written does not compute what the artifact does: the outputs differ by a relative "
+            f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
+            "keeps it all the same)"
+        )
+    return found
+
+
+def _is_path(model: str) -> bool:
+    """Whether the text can only mean a folder, not a Hub id."""
+    return model.startswith((".", "~", "/")) or model.count("/") > 1
+
+
+def _is_shadowed(model: str) -> bool:
+    """Whether transformers would take a Hub id for a folder here; folders are absolute by now."""
+    return not Path(model).is_absolute() and Path(model).exists()
+
+
+def _tolerance(report: dict) -> float:
+    explained = report["max_relative_error"] + report["max_clone_drift"]
+    compressed = report.get("budget") or report.get("divergence")
+    largest = MAX_COMPRESSED_TOLERANCE if compressed else MAX_TOLERANCE
+    return min(ROUNDING + AMPLIFICATION * explained, largest)
+
+
+def _run_child(request: dict) -> dict:
+    """Run verify_child.py by its path, with a fresh module cache; its last line of output is the result."""
+    child = Path(__file__).with_name("verify_child.py")
+    with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
+        environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [sys.executable, "-P", str(child)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=cache if _is_shadowed(request["against"]) else None,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise VerifyError(f"the verifying process failed: {reason}") from None
+    if "error" in result:
+        raise VerifyError(result["error"])
+    return result

@@ -1,0 +1,63 @@
+"""Weight files: which tensors go into which, writing one, and the index of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..source.safetensors_file import DTYPE2BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Announced(Protocol):
+    """A tensor that is still to be made; `dtype` is torch's name for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def split_into_shards(tensors: Iterable[Announced], shard_bytes: int) -> dict[str, tuple[str, ...]]:
+    """File name -> tensor names, as huggingface_hub would shard these tensors."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
+    return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
+
+
+def num_bytes(tensor: Announced) -> int:
+    """Bytes of a tensor's numbers."""
+    return prod(tensor.shape) * DTYPE2BYTES[tensor.dtype]
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file. Raises OSError, as for a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if "os error 28" in str(error).lower() or "no space" in str(error).lower():
+            raise OSError(28, "No space left on device") from error
+        raise OSError(5, f"safetensors: {error}") from error
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Say which file holds which tensor; for more than one file."""
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")

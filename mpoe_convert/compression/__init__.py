@@ -1,0 +1,1 @@
+"""Which ranks, in which metric: calibration, budgets, corrections."""

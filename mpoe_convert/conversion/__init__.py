@@ -1,0 +1,1 @@
+"""The loop: read, build, write, measure."""

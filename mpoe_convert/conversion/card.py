@@ -1,0 +1,189 @@
+"""The model card: README.md of an artifact or an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import experts
+from ..artifact import snippets
+from ..artifact.card_file import CARRIED, UNTRAINED, source_front_matter
+from ..artifact.snippets import PIPELINE_TAGS
+from ..source.architecture import main_auto_class
+from ..source.checkpoint import Checkpoint
+from ..source.custom_code import files
+from .report import MatrixReport, Report
+
+CITATION = """\
+## Citation
+
+The method is MPOE, [arXiv 2203.01104](https://arxiv.org/abs/2203.01104):
+
+```bibtex
+@inproceedings{gao2022mpoe,
+  title     = {Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models},
+  author    = {Gao, Ze-Feng and Liu, Peiyu and Zhao, Wayne Xin and Lu, Zhong-Yi and Wen, Ji-Rong},
+  booktitle = {Proceedings of the 29th International Conference on Computational Linguistics (COLING)},
+  year      = {2022}
+}
+```
+"""
+
+
+def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
+    """Write the card. Front matter that describes the model itself is carried over from the source."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    front = source_front_matter(checkpoint.folder)
+    auto = main_auto_class(checkpoint.config, report.plan.model_type)
+    carried = {key: front[key] for key in CARRIED if front.get(key) is not None}
+    data = ModelCardData(
+        base_model=report.plan.source if checkpoint.revision else None,
+        library_name="transformers",
+        tags=["mpoe", "moe", "mixture-of-experts", "tensor-train", report.plan.model_type],
+        **{"pipeline_tag": PIPELINE_TAGS.get(auto)} | carried,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}")
+    path.write_text(str(card), encoding="utf-8")
+
+
+def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
+    return "\n\n".join(
+        [
+            _introduction(report, checkpoint),
+            *(f"> **Warning:** {text}" for text in report.warnings),
+            *_usage(checkpoint, auto),
+            "## Parameters\n\n" + _totals(report),
+            *(
+                ["## Compression\n\n" + _compression(report)]
+                if report.plan.budget or report.divergence
+                else []
+            ),
+            "## Reconstruction error\n\n" + _errors(report),
+            "## Limits\n\n" + _limits(report, checkpoint),
+            CITATION,
+        ]
+    )
+
+
+def _name(report: Report, checkpoint: Checkpoint) -> str:
+    return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
+
+
+def _introduction(report: Report, checkpoint: Checkpoint) -> str:
+    recipe, plan = report.plan.recipe, report.plan
+    name = _name(report, checkpoint)
+    kind = experts.load(recipe.kind)
+    dense = "the dense FFN" if plan.is_exact else "the dense FFN as far as it was kept"
+    if kind.STARTS_EQUAL:
+        start = f"Every expert starts as {dense}."
+    elif recipe.noise:
+        start = f"Expert 0 is {dense}, the others are perturbed by a relative {recipe.noise:g}."
+    else:
+        start = f"Expert 0 is {dense}, the others are exact copies."
+    named = source_front_matter(checkpoint.folder).get("license_name") or report.license
+    base, licence = name, f"The licence is that of its base: {named}."
+    if checkpoint.revision:
+        base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
+    if named is None:
+        licence = "The card of its base names no licence; whatever terms hold for that hold for this."
+    return (
+        f"# {name} as a mixture of {recipe.experts} experts\n\n"
+        f"{len(plan.ffns)} feed-forward networks of {base} were converted by mpoe-convert into mixtures of "
+        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {kind.ABOUT}. {start} "
+        f"{UNTRAINED}\n\n{licence}"
+    )
+
+
+def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
+    has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
+    parts = [
+        f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer)}\n```",
+        "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
+        + _own_code(checkpoint),
+    ]
+    code = snippets.training(auto) if has_tokenizer else None
+    command = snippets.command(auto, has_own_code=checkpoint.code is not None)
+    if code:
+        parts += [
+            "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
+            f"with PEFT:\n\n```python\n{code}\n```",
+            "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
+            f"from the Hub:\n\n```\n{command}\n```",
+        ]
+    return parts
+
+
+def _own_code(checkpoint: Checkpoint) -> str:
+    names = [path.name for path in files(checkpoint.folder, checkpoint.architecture)]
+    if not names:
+        return ""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return (
+        f" It also runs {listed}: code of the base, copied as it was. Read it before you run it; it may need "
+        "more."
+    )
+
+
+def _limits(report: Report, checkpoint: Checkpoint) -> str:
+    totals, name = report.plan.totals, _name(report, checkpoint)
+    stored = totals.stored_params / totals.dense_params
+    flops = totals.flops_per_token / totals.dense_flops_per_token
+    lines = [
+        f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
+        "token. Experts that were never trained apart give nothing in return.",
+        f"What {name} gets wrong, and the biases of its training data, came along with its weights.",
+        "Nothing is known of its quality but what this card says was measured.",
+        "Its code lies beside it; programs that bring their own for every architecture do not know it.",
+    ]
+    if report.plan.kept_dense:
+        lines.insert(1, f"{len(report.plan.kept_dense)} feed-forward networks stayed dense.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _totals(report: Report) -> str:
+    rows = ["| | dense base | plain MoE | this model |", "|---|---:|---:|---:|"]
+    for label, totals in (("FFNs", report.plan.ffn_totals), ("whole model", report.plan.totals)):
+        rows += [
+            f"| {label}: parameters stored | {totals.dense_params:,} | {totals.plain_moe_params:,} | "
+            f"{totals.stored_params:,} |",
+            f"| {label}: parameters used per token | {totals.dense_params:,} | "
+            f"{totals.plain_moe_active_params:,} | {totals.active_params:,} |",
+            f"| {label}: bytes | {totals.dense_bytes:,} | {totals.plain_moe_bytes:,} | "
+            f"{totals.stored_bytes:,} |",
+            f"| {label}: FLOPs per token | {totals.dense_flops_per_token:,} | "
+            f"{totals.plain_moe_flops_per_token:,} | {totals.flops_per_token:,} |",
+        ]
+    return "\n".join(rows)
+
+
+def _errors(report: Report) -> str:
+    names = ["matrix", "shape", "bonds", "relative error", "clone drift", "parameters"]
+    measured = any(matrix.output_error is not None for matrix in report.matrices)
+    if measured:
+        names[4:4] = ["of outputs"]
+    rows = [f"| {' | '.join(names)} |", f"|---|---|---|{'---:|' * (len(names) - 3)}"]
+    return "\n".join(rows + [_error_row(matrix) for matrix in report.matrices])
+
+
+def _compression(report: Report) -> str:
+    """What the FFNs store and how far that took the model from the dense one."""
+    recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
+    totals = report.plan.ffn_totals
+    calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
+    details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
+    details += ["corrected"] if recipe.correct else []
+    details += [f"the nearest to the dense model of {len(report.trials)} ways"] if report.trials else []
+    text = (
+        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
+        f"({', '.join(details)})."
+    )
+    return text if found is None else f"{text} {report.divergence_in_words()}"
+
+
+def _error_row(matrix: MatrixReport) -> str:
+    bonds = ", ".join(map(str, matrix.bonds)) or "–"
+    of_outputs = "" if matrix.output_error is None else f"{matrix.output_error:.2e} | "
+    return (
+        f"| `{matrix.name}` | {matrix.shape[0]} x {matrix.shape[1]} | {bonds} | "
+        f"{matrix.relative_error:.2e} | {of_outputs}{matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
+    )

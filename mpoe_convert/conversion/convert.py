@@ -1,0 +1,239 @@
+"""The conversion: lazy read, fit, clone, write shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import experts
+from ..artifact.card_file import source_license
+from ..artifact.folder import check_fit, check_output, scratch, staged
+from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, file_names
+from ..artifact.weight_files import save_shard, write_index
+from ..compression.batches import Batch
+from ..compression.divergence import measure
+from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
+from ..errors import MachineError, MpoeError
+from ..planning.plan import FFNPlan, is_buffer
+from ..planning.recipe import Recipe
+from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.json_files import write_json
+from ..source.matrices import read_wide
+from ..tensors import cast, check_finite, pick_device
+from . import card
+from .build import build_matrix, choose_order, seeded
+from .report import MatrixReport, NeuronOrder, Report, Trial
+from .write import _write_recipe, write_companions
+
+# Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
+ROUTER_STD = 0.02
+
+Progress = Callable[[str, int, int, MatrixReport | None], None]
+
+
+def convert(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    token: str | None = None,
+    calibration: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a dense checkpoint into an artifact folder that plain transformers loads.
+
+    Args:
+        recipe: what to convert and how.
+        output: the folder to write; appears whole or not at all.
+        overwrite: replace an artifact of this tool that is already there.
+        token: Hub token for gated or private models and data; by default the stored login.
+        calibration: batches of the model's inputs to calibrate on, instead of the recipe's text; `labels` of
+            -100 leave a token out of what the model is to say.
+        progress: called with (what is worked on, FFNs done, FFNs in all, a matrix's report when it is done).
+
+    Returns:
+        The report that is also written as conversion_report.json.
+
+    Raises:
+        MpoeError: anything wrong with the source, the recipe or the output; nothing is left behind.
+    """
+    output = Path(output)
+    check_output(output, overwrite)
+    pick_device(recipe.device)
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
+    )
+    if recipe.search:
+        prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
+    else:
+        prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
+    _check_fit(prepared, checkpoint, output)
+    with staged(output, overwrite) as folder:
+        return _write(folder, prepared, checkpoint, progress, trials)
+
+
+def _check_fit(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
+    source = checkpoint.folder if checkpoint.revision is None else None
+    check_fit(output, source, prepared.plan.totals.stored_bytes)
+
+
+def _search(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    batches: Sequence[Batch] | None,
+    progress: Progress | None,
+    token: str | None,
+) -> tuple[Prepared, tuple[Trial, ...]]:
+    """Of what `prepare_each` gives, that whose artifact is nearest to the dense model; and all as tried."""
+    count, trials, best = len(alternatives(recipe)), [], None
+
+    def report(what: str, done: int, total: int, _) -> None:
+        if progress:
+            progress(f"way {len(trials) + 1} of at most {count}: {what}", done, total, None)
+
+    for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
+        _check_fit(prepared, checkpoint, output)
+        with scratch(output) as folder:
+            divergence = _write(folder, prepared, checkpoint, report).divergence
+        way = prepared.plan.recipe
+        trials.append(Trial(way.metric, way.allocation, way.correct, divergence))
+        if best is None or divergence.distance < best[0]:
+            best = divergence.distance, prepared
+    return best[1], tuple(trials)
+
+
+def _write(
+    folder: Path,
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+    trials: tuple[Trial, ...] = (),
+) -> Report:
+    plan = prepared.plan
+    write_companions(folder, plan, checkpoint)
+    builder = _Builder(prepared, checkpoint, progress)
+    for file, names in plan.shards.items():
+        tensors = {name: builder.take(name) for name in names}
+        save_shard(tensors, folder / file)
+        del tensors
+    if len(plan.shards) > 1:
+        write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
+    divergence = None
+    if prepared.calibration:
+        device = pick_device(plan.recipe.device)
+        divergence = measure(plan, checkpoint, folder, prepared.batches, device)
+    license = source_license(checkpoint.folder)
+    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
+    card.write(folder / CARD_FILE, report, checkpoint)
+    _write_recipe(folder / RECIPE_FILE, plan.recipe)
+    files = sorted({*file_names(folder), REPORT_FILE})
+    write_json(folder / REPORT_FILE, report.to_json() | {"files": files})
+    return report
+
+
+class _Builder:
+    """Makes the artifact's tensors in any order, one FFN in memory at a time."""
+
+    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, progress: Progress | None):
+        self.prepared, self.checkpoint = prepared, checkpoint
+        self.plan = plan = prepared.plan
+        self.progress = progress or (lambda *_: None)
+        self.device = pick_device(plan.recipe.device)
+        self.out = {tensor.name: tensor for tensor in plan.tensors}
+        self.ffns = {ffn.ffn.key: ffn for ffn in plan.ffns}
+        self.ffns_done = 0
+        self.pending: dict[str, Tensor] = {}
+        self.reports: list[MatrixReport] = []
+        self.orders: list[NeuronOrder] = []
+
+    def take(self, name: str) -> Tensor:
+        """The named tensor; what else its FFN yields is kept until it is asked for."""
+        ffn = self.out[name].ffn
+        if ffn is None:
+            return self._copy(name)
+        if name not in self.pending:
+            self.pending |= self._build(self.ffns[ffn])
+        return self.pending.pop(name)
+
+    def _copy(self, name: str) -> Tensor:
+        tensor = self.checkpoint.read(name)
+        dtype = getattr(torch, self.out[name].dtype)
+        if tensor.is_floating_point() and not is_buffer(name):
+            check_finite(tensor, name)
+            return cast(name, tensor, dtype).contiguous()
+        return tensor.to(dtype).contiguous()
+
+    def _build(self, plan: FFNPlan) -> dict[str, Tensor]:
+        tensors = {}
+        router = f"{plan.ffn.key}.router.weight"
+        recipe = self.plan.recipe
+        order = self._neuron_order(plan)
+        moments = self.prepared.moments(plan.ffn.path)
+        if moments is not None:
+            moments = moments.reordered(order)
+        tensors[router] = _router(self.out[router].shape, recipe.seed, router)
+        for number, matrix in enumerate(plan.matrices, start=1):
+            self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
+            corrected = self.prepared.corrections.load(matrix.name) if self.prepared.corrections else ()
+            with _naming(matrix.name):
+                built, report = build_matrix(
+                    matrix, recipe, self.checkpoint, self.device, moments, corrected, order
+                )
+            self.reports.append(report)
+            self.ffns_done += number == len(plan.matrices)
+            self.progress(matrix.name, self.ffns_done, len(self.ffns), report)
+            tensors |= {f"{matrix.name}.{tail}": tensor for tail, tensor in built.items()}
+        if "adapter" in plan.form:
+            adapter = f"{plan.ffn.key}.adapter"
+            dtype = getattr(torch, self.out[f"{adapter}.aux_0"].dtype)
+            made = experts.load(recipe.kind).fit_adapter(
+                plan.matrices[0].rows, recipe, seeded(recipe.seed, adapter)
+            )
+            tensors |= {f"{adapter}.{tail}": tensor.to(dtype) for tail, tensor in made.items()}
+        for name, (shape, dtype) in plan.tensors.items():
+            assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
+        return tensors
+
+    def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
+        """An order that cut chains gain from; None: that of the source."""
+        if not self.plan.seeks_order(plan):
+            return None
+        self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
+        with _naming(plan.ffn.path):
+            matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
+            order, report = choose_order(plan, matrices, self.plan.recipe)
+        self.orders.append(report)
+        return order
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Adds the matrix name to errors from the parts that do not know it."""
+    try:
+        yield
+    except MpoeError as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"out of memory while working on {name}; `mpoe-convert plan` estimates what a conversion needs"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _router(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
+    assert len(shape) == 2 and prod(shape), shape
+    return ROUTER_STD * torch.randn(shape, generator=seeded(seed, name))

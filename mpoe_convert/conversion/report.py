@@ -1,0 +1,214 @@
+"""What a conversion did, measured on the weights as stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import __version__
+from ..compression.divergence import Divergence
+from ..planning.plan import Plan
+
+# Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
+# weights, 0.76 turns text into noise (see README, "How much error is too much").
+BROKEN_ERROR = 0.4
+# Above this divergence from the dense model, in nats per token, a compressed one has lost a good part of it.
+BROKEN_NATS = 0.5
+NOTICEABLE_ERROR = 0.02
+LOST_NATS = 10.0
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One converted matrix.
+
+    Attributes:
+        relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
+        relative_error_before_cast: the same before the cores were rounded to the stored dtype.
+        rank: of the two thin matrices that stand for the dense one; None: nothing was compressed.
+        output_error: relative difference of what expert 0 as stored and the dense matrix make of calibration
+            inputs that were held out; None without calibration.
+        discarded_weight: per bond, the share of the squared norm that TT-SVD cut there; none of a matrix that
+            was fitted otherwise.
+        clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
+            first site's rows; all clones are drawn alike.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    in_dims: tuple[int, ...]
+    out_dims: tuple[int, ...]
+    bonds: tuple[int, ...]
+    full_bonds: tuple[int, ...]
+    rank: int | None
+    relative_error: float
+    relative_error_before_cast: float
+    output_error: float | None
+    discarded_weight: tuple[float, ...]
+    clone_drift: float
+    dense_params: int
+    stored_params: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class NeuronOrder:
+    """Whether another order of an FFN's hidden neurons paid.
+
+    Attributes:
+        ffn: path of its layer.
+        source_error / bisected_error: relative error of its matrices together, cut by TT-SVD, with the
+            neurons as in the source and in the order found.
+        applied: whether the artifact has the second one.
+    """
+
+    ffn: str
+    source_error: float
+    bisected_error: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way that a search tried: the recipe's choices, and how far its artifact is from the dense model."""
+
+    metric: str
+    allocation: str
+    correct: bool
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole conversion; `to_json` is what conversion_report.json holds."""
+
+    plan: Plan
+    matrices: tuple[MatrixReport, ...]
+    license: str | None = None
+    divergence: Divergence | None = None
+    neuron_orders: tuple[NeuronOrder, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def max_error(self) -> float:
+        return max(m.relative_error for m in self.matrices)
+
+    @property
+    def max_drift(self) -> float:
+        return max(m.clone_drift for m in self.matrices)
+
+    @property
+    def predicted_perplexity(self) -> float | None:
+        """The dense model's, grown by the divergence that the plan expected.
+
+        None where either is unknown, or where more is expected than any distribution over tokens would lose.
+        """
+        budget, found = self.plan.budget, self.divergence
+        if not (budget and found and found.dense_perplexity) or budget.chosen.loss is None:
+            return None
+        if budget.chosen.loss > LOST_NATS:
+            return None
+        return found.dense_perplexity * math.exp(budget.chosen.loss)
+
+    def divergence_in_words(self) -> str:
+        """What was measured and what the plan expected."""
+        words = self.divergence.in_words()
+        if self.trials:
+            words += " The search chose it by them."
+        if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:
+            return words
+        predicted = self.predicted_perplexity
+        perplexity = "" if predicted is None else f", perplexity {predicted:.4g}"
+        return f"{words} Predicted: {self.plan.budget.chosen.loss:.3g} nats{perplexity}."
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._error_warnings(), *plan_warnings(self.plan)]
+
+    def _error_warnings(self) -> list[str]:
+        warnings = []
+        if self.plan.budget or self.divergence:
+            return self._compression_warnings() + self._drift_warnings()
+        worst = max(self.matrices, key=lambda m: m.relative_error)
+        if worst.relative_error > BROKEN_ERROR:
+            warnings.append(
+                f"truncation lost most of the model: the relative error of {worst.name} is "
+                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained; "
+                "for a model that works at once use --layout one-sided or two-sided, or larger bonds."
+            )
+        elif worst.relative_error > NOTICEABLE_ERROR:
+            warnings.append(
+                f"the weights changed: the relative error of {worst.name} is {worst.relative_error:.3f}. "
+                "Expect worse outputs until the model is fine-tuned."
+            )
+        return warnings + self._drift_warnings()
+
+    def _drift_warnings(self) -> list[str]:
+        if self.max_drift <= BROKEN_ERROR:
+            return []
+        return [
+            f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
+            "work before it is retrained. Lower --noise."
+        ]
+
+    def _compression_warnings(self) -> list[str]:
+        """Errors of weights say little where a metric was followed; what was measured does."""
+        found = self.divergence
+        if self.plan.is_exact:
+            return []
+        if found is None:
+            return [
+                "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "
+                "(--calibrate keeps what matters on a text)."
+            ]
+        far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
+        heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
+        return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
+
+    def to_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "format": 1,
+            "version": __version__,
+            "base_model": plan.source,
+            "revision": plan.revision,
+            "model_type": plan.model_type,
+            "license": self.license,
+            "recipe": plan.recipe.to_mapping(),
+            "totals": asdict(plan.totals) | {"ffn": asdict(plan.ffn_totals)},
+            "max_relative_error": self.max_error,
+            "max_clone_drift": self.max_drift,
+            "exact": plan.is_exact,
+            "divergence": asdict(self.divergence) if self.divergence else None,
+            "predicted_perplexity": self.predicted_perplexity,
+            "neuron_orders": [asdict(order) for order in self.neuron_orders],
+            "trials": [asdict(trial) for trial in self.trials],
+            "budget": asdict(plan.budget) if plan.budget else None,
+            "warnings": self.warnings,
+            "ffns": [ffn.ffn.path for ffn in plan.ffns],
+            "kept_dense": list(plan.kept_dense),
+            "matrices": [asdict(matrix) for matrix in self.matrices],
+        }
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What can be said before any tensor is read."""
+    warnings = []
+    alone = [m.name for m in plan.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params]
+    if alone:
+        warnings.append(
+            f"an expert owns less than a thousandth of {alone[0]}"
+            f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
+            "Raise --bond-dim."
+        )
+    grown = [
+        m.name for m in plan.matrices if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
+    ]
+    if grown:
+        warnings.append(
+            f"{grown[0]} takes more numbers than {plan.recipe.experts} dense copies would: the auxiliary "
+            "tensors are too large for this matrix. Lower --bond-dim, or use --kind dense."
+        )
+    return warnings

@@ -1,0 +1,133 @@
+"""config.json of an artifact, and the files beside its weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..artifact.companions import copy_companions
+from ..artifact.layout import MODELING_FILE
+from ..planning.plan import Plan
+from ..planning.recipe import Recipe
+from ..runtime import MODELING_PATH
+from ..source.architecture import Architecture
+from ..source.checkpoint import Checkpoint
+from ..source.custom_code import GLUE_FILE, glue
+from ..source.json_files import read_json_object, write_json
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    import yaml
+
+    values = recipe.to_mapping()
+    # Whoever repeats it decides on that anew.
+    trust = " --trust-remote-code" if values.pop("trust_remote_code") else ""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    first = f"# mpoe-convert --config {path.name}{trust} -o OUT repeats this run"
+    path.write_text(f"{first}\n{text}", encoding="utf-8")
+
+
+def make_config(plan: Plan, architecture: Architecture) -> dict:
+    """The base config plus our model type, the Auto classes' entries and the one `mpoe` block."""
+    from ..runtime.modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
+
+    config = architecture.config
+    forms: list[dict] = []
+    ffns = {}
+    for ffn in plan.ffns:
+        if ffn.form not in forms:
+            forms.append(ffn.form)
+        ffns[ffn.ffn.path] = forms.index(ffn.form)
+    names = architecture.heads
+    auto_map = _auto_map(architecture)
+    architectures = config.get("architectures") or [names.get("AutoModel") or next(iter(names.values()))]
+    changes = {
+        "model_type": MODEL_TYPE_PREFIX + plan.model_type,
+        "architectures": [CLASS_PREFIX + name for name in architectures],
+        "auto_map": auto_map,
+        "mpoe": {
+            "format": FORMAT_VERSION,
+            "base_model_type": plan.model_type,
+            "kind": plan.recipe.kind,
+            "num_experts": plan.recipe.experts,
+            "top_k": plan.recipe.top_k,
+            "family": plan.family.runtime(),
+            "forms": forms,
+            "ffns": ffns,
+        },
+    }
+    if architecture.auto_map:
+        changes["mpoe"]["base_auto_map"] = architecture.auto_map
+    if plan.recipe.dtype:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        changes["dtype"] = plan.recipe.dtype
+    return config | changes
+
+
+def _auto_map(architecture: Architecture) -> dict:
+    """Own classes are subclassed in a module of their own. Entries of tokenizers and processors stay."""
+    from ..runtime.modeling_mpoe import CLASS_PREFIX
+
+    module = Path(GLUE_FILE if architecture.is_own else MODELING_FILE).stem
+    classes = {"AutoConfig": architecture.config_class.__name__, **architecture.heads}
+    return architecture.auto_map | {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()}
+
+
+def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    """config.json, the modelling file, and everything that belongs to the model but its weights."""
+    from ..runtime.modeling_mpoe import CLASS_PREFIX
+
+    architecture = checkpoint.architecture
+    copy_companions(folder, checkpoint, architecture)
+    _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
+    write_json(folder / "config.json", make_config(plan, architecture))
+    shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
+    if architecture.is_own:
+        text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
+        (folder / GLUE_FILE).write_text(text, encoding="utf-8")
+
+
+def _name_tokenizer_class(folder: Path, model_type: str, configured: str | None) -> None:
+    """Write the class that transformers would find for the source into tokenizer_config.json.
+
+    Without it a tokenizer beside an unknown model type loads as a bare backend without special tokens.
+    A class that the file names stays, unless it belongs to code that is not part of transformers and did not
+    come along.
+    """
+    path = folder / "tokenizer_config.json"
+    known = (
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer.model",
+        "source.spm",
+    )
+    if not path.exists() and not any((folder / name).exists() for name in known):
+        return
+    config = read_json_object(path) if path.exists() else {}
+    if "auto_map" in config:
+        return
+    named = config.get("tokenizer_class")
+    candidates = (named, configured, _stock_tokenizer_class(model_type))
+    name = next((name for name in candidates if _is_in_transformers(name)), None)
+    if name and name != named:
+        write_json(path, config | {"tokenizer_class": name})
+
+
+def _stock_tokenizer_class(model_type: str) -> str | None:
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    stock = TOKENIZER_MAPPING_NAMES.get(model_type)
+    names = stock if isinstance(stock, (tuple, list)) else (stock,)
+    return next((name for name in reversed(names) if name), None)
+
+
+def _is_in_transformers(name: object) -> bool:
+    """Whether transformers has this tokenizer class, be it under its older or newer name."""
+    import transformers
+
+    if not name or not isinstance(name, str):
+        return False
+    stem = name.removesuffix("Fast")
+    return hasattr(transformers, stem) or hasattr(transformers, stem + "Fast")

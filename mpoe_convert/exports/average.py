@@ -1,0 +1,62 @@
+"""How much weight the routers of a converted model give each expert on a text: its part of an average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..artifact.loading import load_converted
+from ..artifact.reader import Converted
+from ..compression.batches import Batch, make_batches, token_rows
+from ..compression.stream import keep_no_cache, run_batch
+from ..errors import ExportError
+from .targets import Export
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, float]]:
+    """{path of a layer: {expert: its part of the combine weights}}, with the whole model in memory.
+
+    Raises:
+        ExportError: the routers choose by task, not by what they read.
+        DataError: the text cannot be read or is too short.
+    """
+    if source.options["router_tasks"] is not None:
+        raise ExportError(
+            f"the routers of {source.checkpoint.source} choose by task, so a text does not say how much "
+            "weight they give an expert; expected one --expert"
+        )
+    batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
+    model = load_converted(source, dtype="auto")
+    keep_no_cache(model)
+    end = f".{source.family.slot}"
+    return {
+        path.removesuffix(end): dict(enumerate((weights / weights.sum()).tolist()))
+        for path, weights in combine_weights(model, batches).items()
+    }
+
+
+@torch.no_grad()
+def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor]:
+    """{path of a mixture: (E,) sum over the tokens of what each expert's output is multiplied by}."""
+    totals = {path: torch.zeros(ffn.num_experts, dtype=torch.float64) for path, ffn in model.mixtures()}
+
+    def add(path: str, router, args, routing) -> None:
+        weights = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.weights)
+        totals[path] += token_rows(model, batch, path, weights).sum(0).double().cpu()
+
+    handles = [ffn.router.register_forward_hook(partial(add, path)) for path, ffn in model.mixtures()]
+    try:
+        for batch in batches:
+            run_batch(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return totals

@@ -1,0 +1,201 @@
+"""Take a converted model elsewhere: read lazily, contract, write shard by shard, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+
+from ..artifact.card_file import source_front_matter
+from ..artifact.companions import copy_companions
+from ..artifact.folder import check_fit, check_output, staged
+from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
+from ..artifact.reader import Converted, open_converted
+from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
+from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
+from ..planning.recipe import parse_size
+from ..source.architecture import main_auto_class
+from ..source.json_files import write_json
+from . import targets
+from .card import write_export
+from .targets import Export, ExportPlan, Made, Part
+
+HALVES = ("bfloat16", "float16")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        artifact / revision: what it was made from.
+        base_model: what that was converted from, if it says so.
+        to / model_type: the target, and the architecture that was written.
+        about: the same in words.
+        expert_shares: of an average, by layer what each expert counts in it.
+        params / bytes: numbers in the weight files (None: of a graph), bytes of all files.
+        comparison: with what it was made from; None: it was not asked for, or could not be made.
+        files: written, by their paths in the folder.
+    """
+
+    artifact: str
+    revision: str | None
+    to: str
+    model_type: str
+    about: str
+    expert_shares: dict[str, Mapping[int, float]] | None
+    params: int | None
+    warnings: tuple[str, ...]
+    comparison: Comparison | None
+    bytes: int = 0
+    base_model: str | None = None
+    files: tuple[str, ...] = ()
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    request: Export | None = None,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a converted model in a form that needs no code of its own.
+
+    Args:
+        model: artifact, a folder or a Hub id; before or after training.
+        output: the folder to write; appears whole or not at all.
+        request: what to write; by default the first expert, dense.
+        overwrite: replace an artifact or an export of this tool that is already there.
+        revision: branch, tag or commit of a Hub id.
+        progress: called with (tensor, tensors made, tensors in all).
+
+    Returns:
+        What is also written as export_report.json.
+
+    Raises:
+        ExportError: the model has no exact form in that target.
+        VerifyError: what was written does not compute what the model does; nothing is left behind.
+        MpoeError: anything else that is wrong with the model or the output.
+    """
+    request, output = request or Export(), Path(output)
+    check_output(output, overwrite)
+    shard_bytes = parse_size(request.max_shard_size)
+    source = open_converted(str(model), revision=revision, token=token)
+    shares = None
+    if request.calibrate:
+        from .average import expert_shares
+
+        shares = expert_shares(source, request)
+    plan = targets.load(request.to).plan(source, request, shares, output)
+    local = source.checkpoint.folder if source.checkpoint.revision is None else None
+    made = [tensor for part in plan.parts for tensor in part.tensors]
+    check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    with staged(output, overwrite) as folder:
+        for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
+            if progress:
+                progress(tensor.name, number, len(made))
+        comparison = plan.write(folder) if plan.write else None
+        if plan.checked and request.check:
+            comparison = _compare(folder, source, plan)
+        report = Exported(
+            artifact=source.checkpoint.source,
+            revision=source.checkpoint.revision,
+            to=request.to,
+            model_type=plan.model_type,
+            about=plan.about,
+            expert_shares=shares,
+            params=sum(prod(tensor.shape) for tensor in made) or None,
+            warnings=plan.warnings,
+            comparison=comparison,
+        )
+        return _finish(folder, report, plan, source_front_matter(source.checkpoint.folder))
+
+
+def _write_parts(folder: Path, plan: ExportPlan, source: Converted, shard_bytes: int) -> Iterator[Made]:
+    """Yields every tensor when it has been made."""
+    for part in plan.parts:
+        yield from _write_part(folder / part.folder, part, source, shard_bytes)
+
+
+def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -> Iterator[Made]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in part.configs.items():
+        write_json(folder / name, values)
+    if part.adapter:
+        shards = {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
+    else:
+        shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
+        copy_companions(folder, source.checkpoint, source.architecture)
+    by_name = {tensor.name: tensor for tensor in part.tensors}
+    for file, names in shards.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = by_name[name].make()
+            found = (tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
+            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
+            yield by_name[name]
+        save_shard(tensors, folder / file)
+        del tensors
+    if len(shards) > 1:
+        write_index(folder, shards, sum(map(num_bytes, part.tensors)))
+
+
+def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
+    """Raises VerifyError if what was written computes something else."""
+    checked, checkpoint = plan.checked, source.checkpoint
+    rounded = any(info.dtype in HALVES for info in checkpoint.tensors.values())
+    tolerance = None
+    if checked.same:  # in half precision products of cores are rounded once more; that may move a choice
+        tolerance = MAX_TOLERANCE if rounded else ROUNDING
+    model = checked.base or str(folder / checked.model)
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return compare_export(
+        {
+            "against": str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
+            "revision": checkpoint.revision,
+            "experts": checked.experts,
+            "artifact": model,
+            "artifact_revision": checked.base_revision,
+            "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
+            "trust_remote_code": [True, source.architecture.is_own],
+            "auto_class": main_auto_class(source.config, source.model_type),
+            "token": source.token,
+        },
+        tolerance,
+    )
+
+
+def _finish(folder: Path, report: Exported, plan: ExportPlan, front: dict) -> Exported:
+    """The card, and the report that lists every file."""
+    name = report.artifact if report.revision else Path(report.artifact).resolve().name
+    paragraphs = [f"Written by `mpoe-convert export --to {report.to}` from {name}. {plan.about}"]
+    paragraphs += [f"> **Note:** {text}" for text in plan.warnings]
+    if report.comparison is not None:
+        paragraphs.append(report.comparison.in_words())
+    write_export(
+        folder / CARD_FILE,
+        f"{name}: {plan.title}",
+        paragraphs,
+        plan.usage,
+        front,
+        ("mpoe", plan.model_type),
+        plan.library,
+    )
+    names = file_names(folder)
+    report = replace(
+        report,
+        bytes=sum((folder / name).stat().st_size for name in names),
+        base_model=front.get("base_model"),
+        files=tuple(sorted([*names, EXPORT_REPORT_FILE])),
+    )
+    write_json(folder / EXPORT_REPORT_FILE, report.to_json())
+    return report

@@ -1,0 +1,160 @@
+"""Where a converted model can be taken: one module each, discovered; the name is the one on the command line.
+
+A target offers `plan(source, request, shares, output)`: everything that will be written, with no tensor made
+yet. It raises ExportError, in words, where the model has no exact form there.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ...errors import RecipeError
+from ...planning.recipe import check_calibration_tokens
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...artifact.verify import Comparison
+
+
+TARGETS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def load(target: str) -> ModuleType:
+    """The module of a target."""
+    return import_module(f"{__name__}.{target}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to write.
+
+    Attributes:
+        to: a module of this package.
+        expert: which one, for `dense`; by default the first.
+        calibrate: for `dense`: average the experts instead, weighted by the combine weights that the routers
+            give them on this text: files or Hub datasets (see `texts.read`), or "builtin".
+        calibration_tokens / calibration_split / text_column / target_column: of that text, as in `Recipe`.
+        base: for `lora`: folder or Hub id of the model that the adapters go on; by default it is written.
+        base_revision: of a Hub id.
+        max_shard_size: upper limit of one weight file.
+        check: load what was written, and compare it with the model that it was made from.
+
+    Raises:
+        RecipeError: an option does not go with the target.
+    """
+
+    to: str = "dense"
+    expert: int | None = None
+    calibrate: tuple[str, ...] = ()
+    calibration_tokens: int = 65536
+    calibration_split: str = "train"
+    text_column: str = "text"
+    target_column: str = "target"
+    base: str | None = None
+    base_revision: str | None = None
+    max_shard_size: str = "1GB"
+    check: bool = True
+
+    def __post_init__(self):
+        if self.to not in TARGETS:
+            raise RecipeError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
+        sources = (self.calibrate,) if isinstance(self.calibrate, str) else tuple(self.calibrate)
+        object.__setattr__(self, "calibrate", sources)
+        belongs = {"expert": "dense", "calibrate": "dense", "base": "lora", "base_revision": "lora"}
+        for name, target in belongs.items():
+            if getattr(self, name) not in (None, ()) and self.to != target:
+                raise RecipeError(f"{name} given with --to {self.to}; expected with --to {target} only")
+        if self.expert is not None and self.calibrate:
+            raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
+        check_calibration_tokens(self.calibration_tokens)
+        text = ("calibration_tokens", "calibration_split", "text_column", "target_column")
+        given = [
+            name for name in text if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
+        if given and not self.calibrate:
+            raise RecipeError(f"{given[0]} given without calibrate; expected the text that it is about")
+        if self.base_revision is not None and self.base is None:
+            raise RecipeError("base_revision given without base; expected the revision of a base on the Hub")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that will be written: `make` reads what it needs and builds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model or an adapter: what lies in one folder of an export.
+
+    Attributes:
+        folder: its path in the export; "" is the export itself.
+        configs: JSON files by name.
+        tensors: in the order of the files.
+        adapter: weights are `adapter_model.safetensors`, in one file, and nothing else comes with them.
+    """
+
+    folder: str
+    configs: Mapping[str, dict]
+    tensors: tuple[Made, ...] = field(repr=False)
+    adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How an export is compared with the model that it was made from.
+
+    Attributes:
+        experts: one after the other all tokens of the original go to these; None: where routers send them.
+        adapters: folders in the export that are put on its model one after the other, each for its expert.
+        model: the folder in the export with the model.
+        base / base_revision: a folder or Hub id of a model that is no part of the export, in its place.
+        same: they have to compute the same.
+    """
+
+    experts: tuple[int, ...] | None = None
+    adapters: tuple[str, ...] | None = None
+    model: str = ""
+    base: str | None = None
+    base_revision: str | None = None
+    same: bool = True
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What a target makes of a model.
+
+    Attributes:
+        model_type: of what is written.
+        title: what it is in a few words: "expert 0".
+        about: the same in a sentence or two.
+        usage: Python that loads it.
+        checked: how it is compared with the original; None: it cannot be here.
+        warnings: what it does not carry over.
+        library: that loads it.
+        write: what else is written into the folder, and how it compares with the original.
+        num_bytes_written: by that, about.
+    """
+
+    parts: tuple[Part, ...]
+    model_type: str
+    title: str
+    about: str
+    usage: str
+    checked: Checked | None
+    warnings: tuple[str, ...] = ()
+    library: str = "transformers"
+    write: Callable[[Path], Comparison | None] | None = None
+    num_bytes_written: int = 0

@@ -1,0 +1,198 @@
+"""Low-rank experts as PEFT adapters: one per expert, on the dense model of what all experts share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...artifact.reader import SHARED, Converted, Mixture
+from ...errors import ExportError
+from ...planning.plan import is_buffer
+from ...source.architecture import main_auto_class
+from ...source.checkpoint import Checkpoint, open_checkpoint
+from ...source.locate import projection_names
+from . import Checked, Export, ExportPlan, Made, Part
+from .dense import Shares, dense_tensors, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Tasks whose PEFT wrappers add nothing to the adapter.
+TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+
+
+def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+    """See `targets`.
+
+    Raises:
+        ExportError: the experts are no low-rank additions to a shared matrix, or the base that was named has
+            other weights than they share.
+    """
+    for mixture in source.mixtures:
+        _check_low_rank(source, mixture)
+    base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
+    if request.base is not None and source.architecture.is_own:
+        raise ExportError(
+            f"base is {request.base}, and a {source.model_type} has code of its own; only the artifact's is "
+            "run here: leave --base away, the base is then written with that"
+        )
+    if request.base is not None:
+        _check_base(
+            source, base, open_checkpoint(request.base, revision=request.base_revision, token=source.token)
+        )
+    model = request.base or str(output / "base")
+    names = [f"expert-{expert}" for expert in range(source.num_experts)]
+    modules = _modules(source)
+    config = _adapter_config(source, modules, model, request.base_revision)
+    parts = [] if request.base else [Part("base", {"config.json": source.config}, base)]
+    for expert, name in enumerate(names):
+        tensors = tuple(_adapter(source, modules, expert))
+        parts.append(Part(name, {"adapter_config.json": config}, tensors, adapter=True))
+    warnings = ["The routers are not among it: which adapter a text goes to is for the server to say."]
+    checked = None
+    if find_spec("peft"):
+        experts = tuple(range(source.num_experts))
+        checked = Checked(experts, tuple(names), "base", request.base, request.base_revision)
+    elif request.check:
+        warnings.append("Not compared with the artifact: that needs peft.")
+    return ExportPlan(
+        parts=tuple(parts),
+        model_type=source.model_type,
+        title="experts as adapters",
+        about=(
+            f"Each of the {source.num_experts} experts is a PEFT adapter (LoRA) on "
+            f"{request.base or 'base/, the dense model of what they share'}."
+        ),
+        usage=_usage(source, request.base or "path/to/this/base"),
+        checked=checked,
+        warnings=tuple(warnings),
+        library="peft",
+    )
+
+
+def _usage(source: Converted, base: str) -> str:
+    auto = main_auto_class(source.config, source.model_type)
+    return (
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f"model = {loading(source, base)}\n"
+        'model = PeftModel.from_pretrained(model, "path/to/this/expert-0", adapter_name="expert-0")\n'
+        'model.load_adapter("path/to/this/expert-1", adapter_name="expert-1")\n'
+        'model.set_adapter("expert-1")'
+    )
+
+
+def _check_low_rank(source: Converted, mixture: Mixture) -> None:
+    for role in mixture.roles:
+        terms = [term["shared"] for term in mixture.form[role]["terms"]]
+        if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
+            kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
+            raise ExportError(
+                f"the experts of {source.checkpoint.source} are of kind {kind}, no low-rank additions to a "
+                "shared matrix (kind low-rank), so they are no LoRA adapters; --to dense writes one of them"
+            )
+
+
+def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) -> None:
+    """Raises ExportError if the base has other numbers than the experts share."""
+    prefix = f"{_build(source).base_model_prefix}."
+    for tensor in tensors:
+        spellings = (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name)
+        name = next((name for name in spellings if name in base.tensors), None)
+        if name is None and is_buffer(tensor.name):
+            continue
+        if name is None or not torch.equal(base.read(name), tensor.make()):
+            what = "differs from that of" if name else "is not in"
+            raise ExportError(
+                f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
+                "rounded since, so adapters on that base would compute something else; leave --base away: "
+                "the right one is then written"
+            )
+
+
+def _build(source: Converted) -> PreTrainedModel:
+    """The dense model on the meta device."""
+    return source.architecture.build(source.architecture.model_class)
+
+
+def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
+    """By the paths of the layers: {path of a linear layer in the stock model: the roles that it plays}."""
+    model = _build(source)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    found: dict[str, dict[str, list[str]]] = {}
+    for mixture in source.mixtures:
+        layer = model.base_model.get_submodule(mixture.path)
+        own = found.setdefault(mixture.path, {})
+        for role, name in projection_names(layer, source.family.spellings, mixture.roles).items():
+            own.setdefault(f"{prefix}{mixture.path}.{name}", []).append(role)
+    return found
+
+
+def _adapter_config(source: Converted, modules: dict, base: str, revision: str | None) -> dict:
+    """adapter_config.json. Alpha is the rank: the products are added as they are."""
+    ranks, own_biases = {}, False
+    for mixture in source.mixtures:
+        for module, roles in modules[mixture.path].items():
+            ranks[module] = sum(source.rank(mixture, role) for role in roles)
+            own_biases |= mixture.bias_kind(roles[0]) == "per-expert"
+    rank = min(ranks.values())
+    others = {
+        module: found for module, found in ranks.items() if found != rank
+    }  # fused ones have twice as much
+    return {
+        "peft_type": "LORA",
+        "task_type": TASKS.get(main_auto_class(source.config, source.model_type)),
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "lora_bias": own_biases,
+        "bias": "none",
+        "fan_in_fan_out": source.family.transposed,
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
+    for mixture in source.mixtures:
+        for module, roles in modules[mixture.path].items():
+            rank = sum(source.rank(mixture, role) for role in roles)
+            inputs, outputs = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
+            dtype = source.dtype(mixture, roles[0])
+            key = f"base_model.model.{module}"
+            arguments = (source, mixture, roles, expert)
+            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_way_in, *arguments))
+            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_way_out, *arguments))
+            if mixture.bias_kind(roles[0]) == "per-expert":
+                dtype = source.bias(mixture, roles[0], SHARED).dtype
+                dtype = str(dtype).removeprefix("torch.")
+                yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
+
+
+def _way_in(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(rank, in); of a fused projection one role's above the other's."""
+    return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
+
+
+def _way_out(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(out, rank); of a fused projection each role's in a block of its own."""
+    return torch.block_diag(*(source.factors(mixture, role, expert)[1].T for role in roles)).contiguous()
+
+
+def _own_bias(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """What the expert's bias has beyond the base's, which is expert 0's."""
+    return torch.cat(
+        [source.bias(mixture, role, {expert: 1.0}) - source.bias(mixture, role, SHARED) for role in roles]
+    )

@@ -1,0 +1,177 @@
+"""The model as an ONNX graph, experts and routers included, for any batch and length; no cache of keys.
+
+torch.onnx traces the schedule that applies the cores to a few tokens: every row takes the cores of its own
+experts. Where the experts' matrices have to be built, or an expert owns a great deal, the model sorts tokens
+by expert, and that the exporter does not carry (torch 2.13: no ONNX function for aten.sort.stable).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...artifact.loading import load_converted
+from ...artifact.reader import Converted
+from ...artifact.verify import ROUNDING, Comparison
+from ...artifact.verify_child import compare, make_inputs
+from ...compression.stream import keep_no_cache
+from ...errors import ExportError, VerifyError
+from ...runtime.modeling_mpoe import MPOEFeedForward
+from . import Export, ExportPlan, Part
+from .dense import Shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+FILE = "model.onnx"
+# A protobuf holds two gigabytes; what is larger lies beside the graph.
+MAX_BYTES_INSIDE = 1_500_000_000
+# The example is as short as it can be, with sizes that no other dimension has.
+EXAMPLE_LENGTH = 3
+EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
+SCHEDULE = "apply"
+
+
+def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+    """See `targets`.
+
+    Raises:
+        ExportError: the exporter does not carry experts like these.
+    """
+    _check(source)
+    return ExportPlan(
+        parts=(Part("", {"config.json": source.config}, ()),),
+        model_type=source.model_type,
+        title="as an ONNX graph",
+        about=(
+            f"{FILE} is the whole model, {source.num_experts} experts per mixture and {source.top_k} per "
+            "token, in float32, for any batch and length."
+        ),
+        usage=f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("path/to/this/{FILE}")',
+        checked=None,
+        warnings=("The graph has no cache of keys: generation reads the whole text for every token.",),
+        library="onnx",
+        write=partial(_write, source, request.check),
+        num_bytes_written=4 * sum(prod(info.shape) for info in source.checkpoint.tensors.values()),
+    )
+
+
+def _check(source: Converted) -> None:
+    if source.options["router_tasks"] is not None:
+        raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
+    for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
+        with torch.device("meta"):
+            ffn = MPOEFeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
+        ffn.schedule = SCHEDULE
+        if _sorts(ffn, tokens):
+            acts = all(module.acts for module in ffn.modules() if hasattr(module, "acts"))
+            what = "own too much each" if acts else "have cores that cannot act on the activations"
+            raise ExportError(
+                f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
+                "which torch.onnx does not carry (no ONNX function for aten.sort.stable); expected layout "
+                "one-sided, or kind low-rank or adapter (--to dense and --to moe write stock models)"
+            )
+
+
+class _Sorting(Exception):
+    pass
+
+
+class _StopsAtSorting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sort.stable:
+            raise _Sorting
+        return func(*args, **(kwargs or {}))
+
+
+def _sorts(ffn: MPOEFeedForward, tokens: Tensor) -> bool:
+    """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
+    try:
+        with torch.no_grad(), _StopsAtSorting():
+            ffn(tokens, tokens)
+    except _Sorting:
+        return True
+    return False
+
+
+class _ByPosition(nn.Module):
+    """A model called with its inputs in order; a tuple of its floating-point outputs."""
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str], outputs: list[str]):
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
+        return tuple(found[name] for name in self.outputs)
+
+
+def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
+    """Raises VerifyError if onnxruntime computes something else from the file than the model does."""
+    model = load_converted(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
+    keep_no_cache(model)
+    inputs, text = make_inputs(model)
+    with torch.no_grad():
+        found = {k: v for k, v in model(**inputs, return_dict=True).items() if isinstance(v, Tensor)}
+    expected = {name: value for name, value in found.items() if value.is_floating_point()}
+    called = _ByPosition(model, list(inputs), list(expected)).eval()
+    program = _trace(called, inputs)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    program.save(folder / FILE, external_data=num_bytes > MAX_BYTES_INSIDE)
+    if not check:
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    computed = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
+    computed = {name: torch.from_numpy(value) for name, value in zip(expected, computed, strict=True)}
+    result = compare(computed, expected, None, None)
+    if not result["relative_difference"] <= ROUNDING:
+        raise VerifyError(
+            f"onnxruntime computes something else from what was written: a relative difference of "
+            f"{result['relative_difference']:.2g}, expected at most {ROUNDING:g}; nothing was kept"
+        )
+    return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
+
+
+def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
+    any_size = torch.export.Dim.DYNAMIC
+    example, shapes = [], []
+    for value in inputs.values():
+        is_tokens = value.dtype == torch.int64
+        example.append(value[..., :EXAMPLE_LENGTH].contiguous() if is_tokens else value)
+        shapes.append({0: any_size} | ({value.ndim - 1: any_size} if is_tokens else {}))
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # misses torchvision
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                called,
+                tuple(example),
+                dynamo=True,
+                dynamic_shapes=(tuple(shapes),),
+                input_names=called.inputs,
+                output_names=called.outputs,
+                verbose=False,
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever torch's exporter thinks of the stock code
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ExportError(
+            f"torch.onnx does not carry this {type(called.model).__name__}: {reason}"
+        ) from error
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,534 @@
+"""A recipe applied to a checkpoint's headers: everything that will be done, before any tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+from .. import experts
+from ..artifact.weight_files import num_bytes, split_into_shards
+from ..decomposition.sites import Sites, full_bonds
+from ..errors import FamilyError, MpoeError, RecipeError
+from ..source.architecture import Architecture
+from ..source.checkpoint import Checkpoint
+from ..source.families import Family
+from ..source.ffn import DenseFFN, Source
+from ..source.locate import check_alike, resolve, runs_per_token
+from ..source.matrices import FLOAT_DTYPES, matrix_size
+from ..source.safetensors_file import DTYPE2BYTES
+from .recipe import Recipe, parse_layers, parse_size
+
+if TYPE_CHECKING:
+    pass
+
+# Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
+_BUFFER = re.compile(
+    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|"
+    r"inv_freq$|position_ids$|final_logits_bias$"
+)
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One dense matrix and the term it becomes.
+
+    Attributes:
+        name: the projection's name in the artifact: "transformer.h.0.mlp.up".
+        role: "gate", "up" or "down".
+        rows, cols: input and output features.
+        sites: None for kinds without sites.
+        spec: the projection as `modeling_mpoe.MPOEProjection` reads it.
+        dtype: of the stored cores.
+        rank: of the two thin matrices that stand for the big core; None: it is whole.
+    """
+
+    name: str
+    role: str
+    source: Source
+    rows: int
+    cols: int
+    sites: Sites | None
+    spec: dict
+    dtype: str
+    num_experts: int
+    rank: int | None = None
+
+    @property
+    def shares_whole(self) -> bool:
+        """Whether the big core, the matrix itself or the middle of its chain, is stored once."""
+        return any(self.spec["terms"][0]["shared"])
+
+    @property
+    def own_term(self) -> dict:
+        """The term that experts have tensors of their own in; the first one if they have none."""
+        terms = self.spec["terms"]
+        return next((term for term in terms if not all(term["shared"])), terms[0])
+
+    @property
+    def full_bonds(self) -> tuple[int, ...]:
+        """What the bonds of `own_term` would be if nothing were cut; none for kinds without sites."""
+        if self.sites is None:
+            return ()
+        return full_bonds(tuple(self.own_term["in_dims"]), tuple(self.own_term["out_dims"]))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its chain has bonds too small for any matrix of this size."""
+        return self.sites is not None and not self.sites.is_exact
+
+    @property
+    def is_exact(self) -> bool:
+        return self.rank is None and not self.is_cut
+
+    @property
+    def dense_params(self) -> int:
+        return self.rows * self.cols + (self.cols if self.source.bias else 0)
+
+    @property
+    def _bias_params(self) -> tuple[int, int]:
+        """(shared, per expert)."""
+        kinds = {None: (0, 0), "shared": (self.cols, 0), "per-expert": (0, self.cols)}
+        return kinds[self.spec["bias"]]
+
+    def _params(self) -> tuple[int, int]:
+        """Numbers (stored once, stored per expert)."""
+        from ..runtime.modeling_mpoe import chain_shapes
+
+        shared, own = self._bias_params
+        for term in self.spec["terms"]:
+            for shape, is_shared in zip(chain_shapes(term), term["shared"], strict=True):
+                if is_shared:
+                    shared += prod(shape)
+                else:
+                    own += prod(shape)
+        return shared, own
+
+    @cached_property
+    def stored_params(self) -> int:
+        shared, own = self._params()
+        return shared + self.num_experts * own
+
+    def active_params(self, top_k: int) -> int:
+        """Parameters that a token's k experts use; shared ones count once."""
+        shared, own = self._params()
+        return shared + top_k * own
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
+
+    Attributes:
+        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
+    """
+
+    ffn: DenseFFN
+    matrices: tuple[MatrixPlan, ...]
+    form: dict
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    runs_per_token: int = 1
+
+    @property
+    def router_params(self) -> int:
+        return sum(prod(s) for n, (s, _) in self.tensors.items() if n.endswith(".router.weight"))
+
+    @property
+    def adapter_params(self) -> int:
+        """Of all experts."""
+        return sum(prod(s) for n, (s, _) in self.tensors.items() if ".adapter." in n)
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor of the artifact. `ffn` is the key of the FFN that makes it, None for a copied one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    ffn: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Parameters, bytes and floating-point operations of one part, for the artifact and two references.
+
+    The references are the dense source and a plain MoE: as many whole copies of every converted FFN,
+    with the same router. Bytes are in the artifact's dtypes. FLOPs count products with weights only
+    (2 per multiply-add): every Linear, Conv1D and Conv2d of the stock class that config.json names (of
+    AutoModel's if it names none), as often as a token passes it. Attention scores depend on the length
+    and are left out. Of an encoder-decoder, "per token" is one token of either stack; layers that see
+    one position (poolers, classifiers) or patches (ViT's Conv2d) count as if they saw every token, and
+    cross-attention as if it were used.
+    """
+
+    dense_params: int
+    plain_moe_params: int
+    stored_params: int
+    plain_moe_active_params: int
+    active_params: int
+    dense_bytes: int
+    plain_moe_bytes: int
+    stored_bytes: int
+    dense_flops_per_token: int
+    plain_moe_flops_per_token: int
+    flops_per_token: int
+    rebuild_flops_per_forward: int
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """What can be had for a share of the dense FFNs' numbers.
+
+    Attributes:
+        keep: the share.
+        error: root mean square of the matrices' predicted relative errors in the metric.
+        loss: expected divergence from the dense model at temperature 2, times its square, in nats per token
+            (without logits: half the squared difference of the last hidden states); None if that was not
+            asked.
+    """
+
+    keep: float
+    error: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a recipe's `keep` and `max_error` came to. Shares are of the dense FFNs' numbers.
+
+    Attributes:
+        smallest_keep: the smallest share that can be met.
+        fixed: share of what is not compressed: what experts own, biases, routers.
+        tokens: of calibration text; 0: none, or other inputs.
+        errors: by the names of the matrices, their predicted relative errors in the metric.
+        chosen: what was taken.
+        curve: what else there is.
+    """
+
+    smallest_keep: float
+    fixed: float
+    tokens: int
+    errors: dict[str, float]
+    chosen: BudgetPoint
+    curve: tuple[BudgetPoint, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved work. Holds no tensors."""
+
+    recipe: Recipe
+    source: str
+    revision: str | None
+    model_type: str
+    family: Family
+    ffns: tuple[FFNPlan, ...]
+    kept_dense: tuple[str, ...]
+    tensors: tuple[OutTensor, ...]
+    shards: dict[str, tuple[str, ...]] = field(repr=False)
+    dense_flops_per_token: int = 0
+    budget: Budget | None = None
+
+    @property
+    def matrices(self) -> Iterable[MatrixPlan]:
+        return (matrix for ffn in self.ffns for matrix in ffn.matrices)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is truncated, so that expert 0 is the dense FFN."""
+        return all(matrix.is_exact for matrix in self.matrices)
+
+    @cached_property
+    def ffn_totals(self) -> Totals:
+        """Of the converted FFNs alone."""
+        return ffn_totals(self)
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Of the whole model."""
+        return model_totals(self)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
+
+        A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
+        back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
+        at once, as they are and as features, centred and halved. What calibration takes is left out.
+        """
+        by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
+        shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
+        largest = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
+        matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
+        reordered = [ffn for ffn in self.ffns if self.seeks_order(ffn)]
+        order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
+        return shard + largest + max(matrix, order)
+
+    def seeks_order(self, ffn: FFNPlan) -> bool:
+        """Whether another order of an FFN's neurons is tried."""
+        return self.recipe.neuron_order == "auto" and any(matrix.is_cut for matrix in ffn.matrices)
+
+
+def plan_checkpoint(
+    recipe: Recipe, checkpoint: Checkpoint, ranks: Mapping[str, int | None] | None = None
+) -> Plan:
+    """The plan for an opened checkpoint, from its headers. Raises MpoeError.
+
+    Args:
+        ranks: by the names of the matrices; none: all stay whole.
+    """
+    model_type = checkpoint.config["model_type"]
+    family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
+    chosen = _select(recipe, found)
+    check_alike(checkpoint.architecture, family, chosen)
+    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in chosen)
+    tensors = _out_tensors(recipe, checkpoint, ffns)
+    return Plan(
+        recipe=_resolved(recipe, checkpoint, family),
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        model_type=model_type,
+        family=family,
+        ffns=ffns,
+        kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
+        tensors=tensors,
+        shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
+        dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
+    )
+
+
+def _select(recipe: Recipe, found: list[DenseFFN]) -> list[DenseFFN]:
+    """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
+    paths = [ffn.path for ffn in found]
+    names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
+    has = f"this model has {len(found)}: {names}"
+    for part in parse_layers(recipe.layers) if recipe.layers is not None else ():
+        if not any(ffn.index in part for ffn in found):
+            number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
+            raise RecipeError(f"layers is {recipe.layers!r}, and {number} matches no FFN; {has}")
+    for option in ("include", "exclude"):
+        for pattern in getattr(recipe, option):
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise RecipeError(f"{option} {pattern!r} matches no FFN; {has}")
+    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
+    if not chosen:
+        raise RecipeError(f"layers/include/exclude leave no FFN to convert; {has}")
+    return chosen
+
+
+def _resolved(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
+    """The recipe with its defaults filled in, which repeats the run even if the defaults change."""
+    return recipe.replace(
+        revision=checkpoint.revision,
+        ffn=family.by_hand,
+        sites=recipe.num_sites if recipe.kind == "mpo" else None,
+        bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
+    )
+
+
+def _plan_ffn(
+    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, ranks: Mapping[str, int | None]
+) -> FFNPlan:
+    matrices = tuple(
+        _plan_matrix(recipe, checkpoint, ffn, role, source, ranks.get(f"{ffn.key}.{role}"))
+        for role, source in ffn.projections.items()
+    )
+    by_role = {matrix.role: matrix for matrix in matrices}
+    up, down = by_role["up"], by_role["down"]
+    if (up.rows, up.cols) != (down.cols, down.rows):
+        raise FamilyError(
+            f"{ffn.key}: up is {up.rows} x {up.cols} and down {down.rows} x {down.cols}; expected "
+            "down to lead back"
+        )
+    form = {matrix.role: matrix.spec for matrix in matrices}
+    kind = experts.load(recipe.kind)
+    if hasattr(kind, "adapter_size"):
+        form["adapter"] = kind.adapter_size(down.cols, recipe)
+    runs = runs_per_token(checkpoint.config, ffn.path)
+    return FFNPlan(ffn, matrices, form, _ffn_tensors(recipe, ffn, matrices, form), runs)
+
+
+def _plan_matrix(
+    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, role: str, source: Source, rank: int | None
+) -> MatrixPlan:
+    info = checkpoint.tensors[source.weight]
+    rows, cols = matrix_size(info, source)
+    name = f"{ffn.key}.{role}"
+    kind = experts.load(recipe.kind)
+    try:
+        terms, sites = kind.terms(rows, cols, recipe, role == "down", rank)
+    except MpoeError as error:
+        raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
+    if recipe.gauge == "identity" and sites and not sites.is_exact:
+        raise RecipeError(
+            f"{name} ({rows} x {cols}): the identity gauge needs full bonds {sites.full_bonds}, found "
+            f"{sites.bonds}; expected a larger --bond-dim or --gauge canonical"
+        )
+    bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
+    spec = {"terms": terms, "bias": bias}
+    dtype = recipe.dtype or info.dtype
+    return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts, rank)
+
+
+def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
+    """Names and shapes as the shipped module itself declares them, built without memory."""
+    import torch
+
+    from ..runtime.modeling_mpoe import MPOEFeedForward
+
+    with torch.device("meta"):
+        module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
+    dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
+    dtypes["adapter"] = dtypes["down"]
+    return {
+        f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]) -> tuple[OutTensor, ...]:
+    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood."""
+    owner = {}
+    for plan in ffns:
+        for source in plan.ffn.projections.values():
+            owner |= {name: plan for name in (source.weight, source.bias) if name}
+    dropped = tied_duplicates(checkpoint)
+    out, done = [], set()
+    for name, info in checkpoint.tensors.items():
+        if name in owner:
+            plan = owner[name]
+            if plan.ffn.key not in done:
+                done.add(plan.ffn.key)
+                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in plan.tensors.items()]
+        elif name not in dropped:
+            floating = info.dtype in FLOAT_DTYPES
+            dtype = recipe.dtype if floating and recipe.dtype else info.dtype
+            out.append(OutTensor(name, info.shape, dtype, None))
+    return tuple(out)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a copied tensor is no parameter but a mask or a table, by its name."""
+    return bool(_BUFFER.search(name))
+
+
+def ties_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether the head multiplies with the embedding table, which is then stored once."""
+    cls = checkpoint.architecture.model_class
+    ties = getattr(cls, "_tied_weights_keys", None) or {}
+    default = getattr(getattr(cls, "config_class", None), "tie_word_embeddings", True)
+    return bool(ties) and bool(checkpoint.config.get("tie_word_embeddings", default))
+
+
+def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
+    """Names in a `.bin` that repeat the storage of the tensor they are tied to and will be again on load."""
+    if not checkpoint.shared_storage or not ties_embeddings(checkpoint):
+        return set()
+    ties = checkpoint.architecture.model_class._tied_weights_keys
+    ties = ties.items() if isinstance(ties, dict) else ()
+    first = checkpoint.shared_storage
+    return {
+        target
+        for target, source in ties
+        if target in checkpoint.tensors
+        and source in checkpoint.tensors
+        and first.get(target, target) == first.get(source, source)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Totals
+
+
+def _ffn_flops(plan: Plan) -> tuple[int, int]:
+    """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
+    import torch
+
+    from ..runtime.modeling_mpoe import MPOEFeedForward
+
+    per_token = rebuild = 0
+    for ffn in plan.ffns:
+        with torch.device("meta"):
+            module = MPOEFeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
+        per_token += ffn.runs_per_token * module.flops_per_token
+        rebuild += ffn.runs_per_token * module.rebuild_flops
+    return per_token, rebuild
+
+
+def ffn_totals(plan: Plan) -> Totals:
+    """Totals of the converted FFNs."""
+    experts, top_k = plan.recipe.experts, plan.recipe.top_k
+    matrices = list(plan.matrices)
+    routers = sum(ffn.router_params for ffn in plan.ffns)
+    adapters = sum(ffn.adapter_params for ffn in plan.ffns)
+    dense = sum(m.dense_params for m in matrices)
+    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
+    products = sum(ffn.runs_per_token * m.rows * m.cols for ffn in plan.ffns for m in ffn.matrices)
+    router_products = sum(ffn.runs_per_token * ffn.router_params for ffn in plan.ffns)
+    flops, rebuild = _ffn_flops(plan)
+    return Totals(
+        dense_params=dense,
+        plain_moe_params=experts * dense + routers,
+        stored_params=sum(m.stored_params for m in matrices) + routers + adapters,
+        plain_moe_active_params=top_k * dense + routers,
+        active_params=sum(m.active_params(top_k) for m in matrices) + routers + adapters * top_k // experts,
+        dense_bytes=dense_bytes,
+        plain_moe_bytes=experts * dense_bytes + 4 * routers,
+        stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
+        dense_flops_per_token=2 * products,
+        plain_moe_flops_per_token=2 * (top_k * products + router_products),
+        flops_per_token=flops,
+        rebuild_flops_per_forward=rebuild,
+    )
+
+
+def model_totals(plan: Plan) -> Totals:
+    """Totals of the whole model: those of the FFNs plus everything that is copied."""
+    ffn = plan.ffn_totals
+    copied = [t for t in plan.tensors if t.ffn is None]
+    params = sum(prod(t.shape) for t in copied if not is_buffer(t.name))
+    num_bytes = sum(t.num_bytes for t in copied)
+    flops = plan.dense_flops_per_token - ffn.dense_flops_per_token
+    return Totals(
+        dense_params=ffn.dense_params + params,
+        plain_moe_params=ffn.plain_moe_params + params,
+        stored_params=ffn.stored_params + params,
+        plain_moe_active_params=ffn.plain_moe_active_params + params,
+        active_params=ffn.active_params + params,
+        dense_bytes=ffn.dense_bytes + num_bytes,
+        plain_moe_bytes=ffn.plain_moe_bytes + num_bytes,
+        stored_bytes=ffn.stored_bytes + num_bytes,
+        dense_flops_per_token=ffn.dense_flops_per_token + flops,
+        plain_moe_flops_per_token=ffn.plain_moe_flops_per_token + flops,
+        flops_per_token=ffn.flops_per_token + flops,
+        rebuild_flops_per_forward=ffn.rebuild_flops_per_forward,
+    )
+
+
+def dense_flops_per_token(architecture: Architecture) -> int:
+    """Of all Linear, Conv1D and Conv2d layers of the dense model, as `Totals` counts them.
+
+    Raises:
+        FamilyError: as `Architecture.build`.
+    """
+    from torch import nn
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    cls = architecture.model_class
+    model = architecture.build(cls if cls and issubclass(cls, PreTrainedModel) else None)
+    return sum(
+        2 * module.weight.numel() * runs_per_token(architecture.config, path)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
+    )

@@ -1,0 +1,1 @@
+"""What is read: checkpoints, their code, their FFNs, and texts."""

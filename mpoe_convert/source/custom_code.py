@@ -1,0 +1,213 @@
+"""Code of its own that a model has beside its weights: which files, whence, and whether it may run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..errors import CheckpointError, FamilyError
+from . import hub
+from .architecture import Architecture, knows, own_heads
+
+GLUE_FILE = "modeling_mpoe_source.py"
+# Beside config.json, what may name code: tokenizers and processors.
+NAMING_FILES = ("tokenizer_config.json", "*processor_config.json")
+
+
+def admit(
+    source: str, folder: Path, config: dict, trusted: bool, token: str | None
+) -> tuple[dict, Path | None]:
+    """(config.json, folder of the code that may run) of a dense source.
+
+    Code of other repositories is fetched, and entries that named it name its files. Nothing is run. A source
+    without code is the same with and without trust.
+
+    Raises:
+        FamilyError: the model needs code of its own, which is not trusted, or has no model in it.
+        CheckpointError: a file of it is missing.
+    """
+    auto_map = config.get("auto_map") or {}
+    _check_entries(source, auto_map)
+    names = list(references(auto_map))
+    if not trusted:
+        if names and not knows(config["model_type"]):
+            files = ", ".join(sorted({f"{module}.py" for _, module in names}))
+            raise FamilyError(
+                f"transformers has no model type {config['model_type']!r}, and {source} has code of its own "
+                f"({files}): read that, and pass --trust-remote-code (trust_remote_code=True) to run it"
+            )
+        _check_has_stock_head(source, config, names)
+        return {key: value for key, value in config.items() if key != "auto_map"}, None
+    names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
+    if not names:
+        return config, None
+    if "AutoConfig" in auto_map and not own_heads(auto_map):
+        raise FamilyError(
+            f"{source} has a config of its own ({auto_map['AutoConfig']}) and no model that goes with it; "
+            "leave --trust-remote-code away for the classes of transformers"
+        )
+    return config | {"auto_map": localised(auto_map)}, _gather(folder, names, token)
+
+
+def _check_entries(source: str, auto_map: object) -> None:
+    if not isinstance(auto_map, Mapping):
+        raise CheckpointError(
+            f"the auto_map of {source} is {auto_map!r}; expected Auto classes and their names"
+        )
+    for auto, name in auto_map.items():
+        named = isinstance(name, str) and all(name.rpartition("--")[2].rpartition(".")[::2])
+        if auto.startswith(("AutoModel", "AutoConfig")) and not named:
+            raise CheckpointError(f'{source} maps {auto} to {name!r}; expected "module.Class"')
+
+
+def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]]) -> None:
+    """Raises FamilyError if the classes that a config of a known type names are not those of transformers."""
+    heads = config.get("architectures") or ()
+    if not (names and heads):
+        return
+    import transformers
+
+    if not any(hasattr(transformers, str(head)) for head in heads):
+        files = ", ".join(sorted({f"{module}.py" for _, module in names}))
+        raise FamilyError(
+            f"{source} is a {heads[0]} of code of its own ({files}); transformers' {config['model_type']} "
+            "may compute something else: read it, and pass --trust-remote-code (trust_remote_code=True)"
+        )
+
+
+def code_of_artifact(folder: Path, block: dict) -> Path | None:
+    """The folder of the code that an artifact has from its source."""
+    named = [*references(block.get("base_auto_map"))]
+    named += [name for each in naming_files(folder) for name in references(_auto_map(each))]
+    return folder if named else None
+
+
+def naming_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in NAMING_FILES for path in folder.glob(pattern))
+
+
+def _auto_map(path: Path) -> object:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever reads it for what it is says so
+        return None
+    return values.get("auto_map") if isinstance(values, dict) else None
+
+
+def references(auto_map: object) -> Iterator[tuple[str, str]]:
+    """(repository or "", module) of every class that an auto_map names; tokenizers' entries are pairs."""
+    if isinstance(auto_map, str):
+        repo, _, name = auto_map.rpartition("--")
+        yield repo, name.partition(".")[0]
+    elif isinstance(auto_map, (list, tuple)):
+        for each in auto_map:
+            yield from references(each)
+    elif isinstance(auto_map, Mapping):
+        yield from references(list(auto_map.values()))
+
+
+def localised(auto_map: object):
+    """The same classes, in files beside the weights."""
+    if isinstance(auto_map, str):
+        return auto_map.rpartition("--")[2]
+    if isinstance(auto_map, (list, tuple)):
+        return [localised(each) for each in auto_map]
+    if isinstance(auto_map, Mapping):
+        return {auto: localised(each) for auto, each in auto_map.items()}
+    return auto_map
+
+
+def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -> Path:
+    """A folder with all the code: the model's, or, if some is in other repositories, one of copies."""
+    homes = {repo: hub.download_code(repo, token=token) if repo else folder for repo, _ in names}
+    contents: dict[str, bytes] = {}
+    for repo, module in names:
+        for path in with_imports(homes[repo], [module]):
+            content = path.read_bytes()
+            if contents.setdefault(path.name, content) != content:
+                raise CheckpointError(
+                    f"two different files {path.name} are among the code that {folder} names: put all of it "
+                    "beside the weights, under names of its own"
+                )
+    if not any(homes):
+        return folder
+    from huggingface_hub import cached_assets_path
+
+    digest = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:32]
+    copies = cached_assets_path("mpoe-convert", namespace="code", subfolder=digest)
+    for name, content in contents.items():
+        (copies / name).write_bytes(content)
+    return copies
+
+
+def with_imports(code: Path, modules: Iterable[str]) -> list[Path]:
+    """The files of modules, and of what they import relatively.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    found: set[Path] = set()
+    for module in modules:
+        if not module.isidentifier():
+            raise CheckpointError(f"an auto_map names {module!r}; expected a module beside the weights")
+        path = code / f"{module}.py"
+        try:
+            found |= {path, *map(Path, get_relative_import_files(path))}
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{code} lacks {Path(error.filename).name}, which its code needs: fetch the model again"
+            ) from None
+    return sorted(found)
+
+
+def files(folder: Path, architecture: Architecture) -> list[Path]:
+    """The files of a model's code, those of its tokenizer and processors included.
+
+    Raises:
+        FamilyError: one has the name of a file of ours.
+    """
+    if architecture.code is None:
+        return []
+    names = [*references(architecture.auto_map)]
+    names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
+    found = with_imports(architecture.code, {module for _, module in names})
+    if clash := [path.name for path in found if path.name in (GLUE_FILE, "modeling_mpoe.py")]:
+        raise FamilyError(f"{clash[0]} of the source's code is named as a file of every artifact: rename it")
+    return found
+
+
+def glue(architecture: Architecture, subclasses: str, prefix: str) -> str:
+    """A module with the mixtures' classes, made of the source's own by `subclass` of the module `subclasses`.
+
+    It imports relatively, by which transformers finds all files that belong to a model.
+
+    Raises:
+        FamilyError: two of the source's classes have one name.
+    """
+    config = architecture.config_class.__name__
+    named = [architecture.auto_map.get("AutoConfig", f"transformers.{config}")]
+    named += [architecture.auto_map[auto] for auto in architecture.heads]
+    home: dict[str, str] = {}
+    for module, _, cls in (name.rpartition(".") for name in named):
+        if home.setdefault(cls, module) != module:
+            raise FamilyError(f"two classes of the source's code are named {cls}: rename one")
+    backbone = architecture.heads.get("AutoModel")
+    imports = {"transformers": ["AutoModel"]} if backbone else {}
+    for cls, module in home.items():
+        imports.setdefault(module if module == "transformers" else f".{module}", []).append(cls)
+    imports[f".{subclasses}"] = ["subclass"]
+    lines = [
+        "# Written by mpoe-convert. The classes of this checkpoint: those of the code that its source has,",
+        "# which lies beside this file as it was, with mixtures as their feed-forward networks.",
+        "",
+        *(f"from {module} import {', '.join(classes)}" for module, classes in imports.items()),
+        "",
+        *(f"{prefix}{cls} = subclass({cls}, __name__)" for cls in home),
+    ]
+    if backbone:
+        lines += ["", f"AutoModel.register({prefix}{config}, {prefix}{backbone}, exist_ok=True)  # for heads"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,194 @@
+"""The Hugging Face Hub: fetch a checkpoint or only its headers.
+
+`huggingface_hub` is imported inside the functions: the command's `--help` must not wait for it. The
+cache, the endpoint, the stored token and offline mode are whatever `huggingface_hub` makes of its
+environment variables.
+"""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+
+from ..errors import HubError, one_line
+from .hub_errors import damaged, explain
+
+# Files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
+# spellings.
+COMPANION_PATTERNS = (
+    "tokenizer*",
+    "*tokenizer*.json",
+    "tekken.json",
+    "*vocab*",
+    "merges*",
+    "*merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
+    "sentencepiece*",
+    "spiece*",
+    "normalizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "*preprocessor_config.json",
+    "*processor_config.json",
+    "feature_extractor*.json",
+    "chat_template*",
+    "*.jinja",
+    *("LICENSE*", "License*", "license*", "LICENCE*", "Licence*", "licence*"),
+    *("NOTICE*", "Notice*", "notice*", "COPYING*", "USE_POLICY*"),
+)
+# Named chat templates, in the folder where transformers looks for them.
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+# What `download` and no copy may ever take: code, pickles and the weights of other frameworks. Code that is
+# trusted has ways of its own: `download_code`, and `custom_code.files`.
+NEVER_PATTERNS = (
+    *("*.py", "*.pyc", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy"),
+    *(
+        "*.h5",
+        "*.msgpack",
+        "*.onnx",
+        "*.onnx_data",
+        "*.gguf",
+        "*.ggml",
+        "*.tflite",
+        "*.ot",
+        "*.mlmodel",
+    ),
+)
+SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+
+
+def download(
+    model_id: str, *, revision: str | None, token: str | None, weights: bool = True
+) -> tuple[Path, str]:
+    """Fetch a repository's top-level files into the usual cache; return (folder, commit).
+
+    Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
+    subfolder), licences, and one set of weights:
+    `model.safetensors`, else the shards its index names, else `pytorch_model.bin`, else the shards
+    of that. Never code, other frameworks' weights, or weight variants. `weights=False` stops before
+    the weights, so that a repository that is going to be refused is refused after a few kilobytes.
+
+    Raises HubError, in one line, for whatever the Hub or the connection does.
+    """
+    small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
+    ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
+    folder, commit = _snapshot(model_id, revision, token, small, ignore)
+    if any(fnmatchcase(name, CHAT_TEMPLATES) for name in listing(model_id, commit)):
+        _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
+    if weights:
+        _fetch_weights(model_id, folder, commit, token)
+    return folder, commit
+
+
+def download_papers(model_id: str, token: str | None = None) -> Path:
+    """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
+    papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
+    return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]
+
+
+def download_code(model_id: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Fetch the Python files of a repository, which nothing else here does. Raises HubError."""
+    return _snapshot(model_id, revision, token, ["*.py"], ["*/*"])[0]
+
+
+def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:
+    # The commit is known now: the listing is cached, so each further snapshot costs no request of
+    # its own, and the branch cannot move between the files.
+    names = listing(model_id, commit)
+    for single in SINGLE.values():
+        if single in names or not names:  # a snapshot that matches nothing says so on stderr
+            _snapshot(model_id, commit, token, [single], None)
+        if (folder / single).is_file():
+            return
+        shards = shard_names(folder / f"{single}.index.json")
+        if shards:
+            _snapshot(model_id, commit, token, [escape(name) for name in shards], NEVER_PATTERNS)
+            return
+
+
+def weights_cached(folder: Path, names: list[str]) -> bool:
+    """Whether `folder` already holds, whole, the weights that `download` would choose."""
+    for single in SINGLE.values():
+        if single in names:
+            return (folder / single).is_file()
+        shards = shard_names(folder / f"{single}.index.json")
+        if shards:
+            return all((folder / name).is_file() for name in shards)
+    return False
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files an index names; [] if it is absent or damaged (opening the checkpoint says how)."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({name for name in names if isinstance(name, str)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def _snapshot(model_id, revision, token, allow, ignore) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            token=token,
+            allow_patterns=list(allow),
+            ignore_patterns=list(ignore) if ignore else None,
+            library_name="mpoe-convert",
+        )
+    except Exception as exc:
+        raise explain(exc, model_id, revision) from exc
+    # Snapshots live in `snapshots/<commit>`: the folder's name is the resolved revision.
+    return Path(folder), Path(folder).name
+
+
+def listing(model_id: str, commit: str) -> list[str]:
+    """All files of the repository at `commit`, from the listing that `download` cached, or []."""
+    from huggingface_hub import get_cached_repo_tree
+
+    try:
+        return sorted(file.path for file in get_cached_repo_tree(model_id, revision=commit))
+    except Exception:  # only used to word messages: an older cache without a listing is no error
+        return []
+
+
+def remote_headers(
+    model_id: str, revision: str | None, token: str | None
+) -> dict[str, tuple[str, tuple[int, ...], str]] | None:
+    """Read tensor name -> (safetensors dtype code, shape, file) without downloading weights.
+
+    Two ranged requests per file at most. None for a repository without `model.safetensors` or its
+    index: the headers of `.bin` files are inside the pickle, so the caller has to download those
+    (they go to the usual cache, where the conversion finds them).
+
+    Raises HubError.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        found = HfApi(token=token, library_name="mpoe-convert").get_safetensors_metadata(
+            model_id, revision=revision
+        )
+    except NotASafetensorsRepoError:
+        return None
+    except (KeyError, TypeError, AttributeError) as exc:  # the library trusts the header's entries
+        raise HubError(damaged(f"'{model_id}'", f"{type(exc).__name__}: {one_line(exc)}")) from exc
+    except Exception as exc:
+        raise explain(exc, model_id, revision) from exc
+    headers = {}
+    for file, header in sorted(found.files_metadata.items()):
+        for name, tensor in header.tensors.items():
+            if not all(type(count) is int and count >= 0 for count in tensor.shape):
+                what = f"{file}: tensor {name!r} has the shape {tensor.shape}"
+                raise HubError(damaged(f"'{model_id}'", what))
+            headers[name] = (tensor.dtype, tuple(tensor.shape), file)
+    return headers

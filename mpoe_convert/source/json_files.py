@@ -1,0 +1,34 @@
+"""JSON files, read and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    pass
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json_object(
+    path: Path, expected: str = "an object", remedy: str = "repair it or fetch it again"
+) -> dict:
+    """The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: it holds something else; the message ends with the remedy.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is not JSON ({exc}): {remedy}") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected {expected}: {remedy}")
+    return value

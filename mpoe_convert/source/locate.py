@@ -1,0 +1,321 @@
+"""Where the FFNs of every supported architecture are: one row per way of building a layer.
+
+A row says where the FFN sits in the *module* tree of the current transformers release, and how a
+*checkpoint* spells the names of its tensors (older checkpoints spell some differently). Rows are
+matched by model type and confirmed by tensor names; the part that the artifact needs at run time goes
+into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from ..errors import FamilyError
+from .architecture import Architecture, knows
+from .families import FAMILIES, FAMILY_OF, Family, Spelling, _inside
+from .ffn import DenseFFN, Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def resolve(
+    architecture: Architecture, names: Iterable[str], ffn: str | None = None
+) -> tuple[Family, list[DenseFFN]]:
+    """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
+
+    Args:
+        architecture: its config says how many layers there have to be.
+        names: tensor names of the checkpoint.
+        ffn: names given by hand, for architectures outside the table.
+
+    Raises:
+        FamilyError: the type is unknown, the names do not fit its row, or a layer has no FFN.
+    """
+    names, model_type = set(names), architecture.model_type
+    if ffn is not None:
+        family = family_by_hand(architecture, ffn)
+    elif architecture.is_own:
+        family = _family_of_own_code(architecture, names)
+    elif model_type in FAMILY_OF:
+        family = FAMILY_OF[model_type]
+    else:
+        raise FamilyError(_unknown(architecture, names))
+    for spelling in family.spellings:
+        found = _find(family, spelling, names, architecture.config)
+        if found:
+            return family, found
+    expected = family.spellings[0]
+    example = f"{expected.layers[0].format(0)}.{expected.up}.weight"
+    raise FamilyError(
+        f"no FFN found: a {model_type} checkpoint has tensors such as {example}, this one has "
+        f"{_examples(names)}; is it complete, and of the type that config.json names?"
+    )
+
+
+def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[DenseFFN]:
+    """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
+    found, prefixes = [], set()
+    for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
+        pattern = re.escape(layer).replace(r"\{\}", r"(\d+)")
+        pattern = re.compile(rf"((?:.*\.)?){pattern}\.{re.escape(spelling.up)}\.weight")
+        for name in names:
+            if match := pattern.fullmatch(name):
+                prefixes.add(match[1])
+                index = int(match[2])
+                found.append((stack, index, path.format(index), match[1] + layer.format(index)))
+    if len(prefixes) > 1:
+        raise FamilyError(
+            f"FFNs under several prefixes {sorted(prefixes)}: this looks like several models in one "
+            "checkpoint; extract the language model first"
+        )
+    for prefix in prefixes:
+        for stack, layer in enumerate(spelling.layers):
+            indices = {index for each, index, *_ in found if each == stack}
+            _check_complete(prefix + layer, spelling.up, indices, names, _num_layers(config, layer))
+    return [
+        DenseFFN(path, index, f"{key}.{family.slot}", _sources(family, spelling, key, names))
+        for _, index, path, key in sorted(found)
+    ]
+
+
+# How configs call the number of layers of a stack, by where its layers are; the first that is given.
+_COUNTS = {
+    "encoder.albert_layer_groups.": ("num_hidden_groups",),
+    "encoder.": ("encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder.": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
+    "": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+}
+
+
+def _num_layers(config: dict, layer: str) -> int | None:
+    """The number of layers that config.json names for a stack, if it does."""
+    keys = next(keys for start, keys in _COUNTS.items() if layer.startswith(start))
+    count = next((config[key] for key in keys if config.get(key) is not None), None)
+    return count if isinstance(count, int) else None
+
+
+def _check_complete(layer: str, up: str, indices: set[int], names: set[str], count: int | None) -> None:
+    """Every layer of a stack needs an FFN; a stack without any tensor belongs to a head without it.
+
+    Raises:
+        FamilyError: an FFN is missing, and would be random after loading, or there are too many.
+    """
+    pattern = re.compile(re.escape(layer).replace(r"\{\}", r"(\d+)") + r"\.")
+    present = indices | {int(match[1]) for name in names if (match := pattern.match(name))}
+    if not present:
+        return
+    expected = max(present) + 1 if count is None else count
+    missing = (f"{layer.format(i)}.{up}.weight" for i in range(expected) if i not in indices)
+    if some := list(islice(missing, 3)):
+        raise FamilyError(
+            f"the checkpoint is incomplete: {', '.join(some)} missing; found {len(indices)} FFNs, expected "
+            f"{expected} by {'the layers that have tensors' if count is None else 'config.json'}"
+        )
+    if len(indices) > expected:
+        raise FamilyError(
+            f"found {len(indices)} FFNs up to {layer.format(max(indices))}, expected {expected} by "
+            "config.json; correct the number of layers there"
+        )
+
+
+def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> dict[str, Source]:
+    roles = {"gate": spelling.gate, "up": spelling.up, "down": spelling.down}
+    if spelling.fused:
+        roles["gate"] = spelling.up
+    sources = {}
+    for role, name in roles.items():
+        if name is None:
+            continue
+        weight, bias = f"{key}.{name}.weight", f"{key}.{name}.bias"
+        if weight not in names:
+            raise FamilyError(f"{weight} is missing while {key}.{spelling.up}.weight is there")
+        part = {"gate": 0, "up": 1}.get(role) if spelling.fused else None
+        sources[role] = Source(weight, bias if bias in names else None, family.transposed, part)
+    return sources
+
+
+def projection_names(
+    layer: nn.Module, spellings: Iterable[Spelling], roles: Collection[str]
+) -> dict[str, str]:
+    """{role: path of the linear layer in a stock layer}; a fused one stands for both of its parts.
+
+    Raises:
+        FamilyError: the layer has none of the modules that the spellings name.
+    """
+    for spelling in spellings:
+        names = {"up": spelling.up, "down": spelling.down}
+        if spelling.gate or spelling.fused:
+            names["gate"] = spelling.gate or spelling.up
+        if set(names) != set(roles):
+            continue
+        try:
+            for name in names.values():
+                layer.get_submodule(name)
+        except AttributeError:
+            continue
+        return {role: names[role] for role in roles}
+    raise FamilyError(f"{type(layer).__name__} has none of the modules expected there")
+
+
+def _examples(names: set[str], count: int = 3) -> str:
+    layered = sorted(name for name in names if re.search(r"\.\d+\.", name) and name.endswith("weight"))
+    return ", ".join((layered or sorted(names))[:count]) or "no tensors at all"
+
+
+def _unknown(architecture: Architecture, names: set[str]) -> str:
+    """Names what was found, the row that fits the names best, and the way out."""
+    model_type = architecture.model_type
+    nearest = next(iter(_by_likeness(names)), None)
+    message = (
+        f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
+    )
+    if architecture.is_own:
+        message = f"no row of the table of families is this model's; its tensors look like {_examples(names)}"
+    elif not knows(model_type):
+        message += "; transformers does not have it either"
+        if nearest is None:
+            return f"{message}, and no code lies beside it: it cannot be built"
+        known = nearest[0].model_types[0]
+        return (
+            f"{message}; nearest is {known}: if the architecture is the same, set "
+            f'"model_type": "{known}" in a copy of config.json'
+        )
+    if nearest is None:
+        hint = "layers.{}.mlp:gate_proj,up_proj,down_proj"
+        return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
+    family, spelling = nearest
+    roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
+    present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
+    if {spelling.up, spelling.down} <= set(present):
+        roles = present  # such as a plain FFN with the names of a gated one
+    hint = _by_hand(spelling, roles)
+    return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+
+
+def _by_hand(spelling: Spelling, parts: Iterable[str]) -> str:
+    """The names of a spelling's first stack as --ffn takes them."""
+    slot = spelling.up.rpartition(".")[0]
+    layer = spelling.layers[0] + (f".{slot}" if slot else "")
+    return f"{layer}:{','.join(part.rpartition('.')[2] for part in parts)}"
+
+
+def _by_likeness(names: set[str]) -> list[tuple[Family, Spelling]]:
+    """The rows and spellings whose projections are there by their own names, the most alike first."""
+    scored = [(_likeness(each, names), family, each) for family in FAMILIES for each in family.spellings]
+    scored.sort(key=lambda found: found[0], reverse=True)
+    return [(family, spelling) for score, family, spelling in scored if score[0]]
+
+
+def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
+    """The row of a model whose code is its own: tensors named as in the table, and seen to compute an FFN.
+
+    Only modules that are FFNs by themselves can be seen; of them, the first that is one is taken.
+
+    Raises:
+        FamilyError: there is none; names what is nearest, and what it does instead.
+    """
+    architecture.base  # noqa: B018  (whatever is wrong with the code is no matter of names)
+    reason = ""
+    for _, spelling in _by_likeness(names):
+        parts = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
+        homes = {part.rpartition(".")[0] for part in parts}
+        if _likeness(spelling, names) != (1.0, 1.0) or len(homes) > 1 or homes == {""} or spelling.layers[1:]:
+            continue
+        try:
+            return family_by_hand(architecture, _by_hand(spelling, parts))
+        except FamilyError as error:
+            reason = reason or f" ({error})"
+    raise FamilyError(_unknown(architecture, names) + reason)
+
+
+def check_alike(architecture: Architecture, family: Family, chosen: Iterable[DenseFFN]) -> None:
+    """What was seen in the first layer has to hold for all that are converted, under the head.
+
+    Raises:
+        FamilyError: a layer is built otherwise, or the head does not say where its base is.
+    """
+    head = architecture.build(architecture.model_class) if architecture.is_own else None
+    for ffn in chosen if family.by_hand is not None else ():
+        if head is not None and not _has(head.base_model, ffn.path):
+            raise FamilyError(
+                f"{type(head).__name__} has no {ffn.path} where it says that its base is (its "
+                f"base_model_prefix is {head.base_model_prefix!r}): correct that in its code"
+            )
+        first = family.layers[0].format(0)  # the family's row is read off it
+        row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
+        if row != expected:
+            raise FamilyError(
+                f"the FFN of {ffn.path} is built otherwise than that of {first} ({row}, not {expected}); "
+                "convert the layers that are like that one: --layers"
+            )
+
+
+def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
+    """The shares of a row's projections that are there: by their own names, and below its layers too."""
+    parts = [part for part in (spelling.up, spelling.down, spelling.gate) if part]
+    layers = "|".join(re.escape(layer).replace(r"\{\}", r"\d+") for layer in spelling.layers)
+
+    def share(before: str) -> float:
+        patterns = [re.compile(rf"{before}\.{re.escape(part)}\.weight") for part in parts]
+        return sum(any(map(pattern.fullmatch, names)) for pattern in patterns) / len(parts)
+
+    return share(".*"), share(rf"(.*\.)?({layers})")
+
+
+def family_by_hand(architecture: Architecture, ffn: str) -> Family:
+    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the module.
+
+    The model is built on the meta device (no memory) to see what the names cannot tell: the orientation of
+    the weights, the activation, dropouts, whether `up` holds the gate too, and whether the FFN adds the
+    residual.
+
+    Raises:
+        FamilyError: the text is malformed, or the module does not look as described.
+    """
+    layer, slot, projections = _parse_by_hand(ffn)
+    *gate, up, down = projections
+    row = _describe(architecture, layer.format(0), ffn)
+    gate = gate[0] if gate else None
+    types = (architecture.model_type,)
+    return _inside(slot, up, down, layer, gate=gate, model_types=types, by_hand=ffn, **row)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _describe(architecture: Architecture, layer: str, ffn: str) -> dict:
+    from .probe import describe_slot
+
+    _, slot, projections = _parse_by_hand(ffn)
+    return describe_slot(architecture.base, layer, slot, projections)
+
+
+def _parse_by_hand(ffn: str) -> tuple[str, str, tuple[str, ...]]:
+    """(layers, slot, projections) of the text that --ffn takes. Raises FamilyError."""
+    match = re.fullmatch(r"([\w.]+\.)?(\w*\{\}\w*)\.([\w.]+):(\w+),(\w+)(?:,(\w+))?", ffn)
+    if not match:
+        raise FamilyError(
+            f'--ffn is "{ffn}"; expected "LAYERS.{{}}.SLOT:up,down" or "LAYERS.{{}}.SLOT:gate,up,down"'
+        )
+    return (match[1] or "") + match[2], match[3], tuple(name for name in match.groups()[3:] if name)
+
+
+def runs_per_token(config: dict, path: str) -> int:
+    """How often a token passes a module: once, but ALBERT walks through all layers with a few groups."""
+    match = re.search(r"(?:^|\.)albert_layer_groups\.(\d+)\.", path)
+    if not match:
+        return 1
+    from transformers import AlbertConfig
+
+    albert = AlbertConfig.from_dict(config)
+    layers_each = albert.num_hidden_layers / albert.num_hidden_groups
+    return sum(int(layer / layers_each) == int(match[1]) for layer in range(albert.num_hidden_layers))

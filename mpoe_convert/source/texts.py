@@ -1,0 +1,271 @@
+"""Data for training and evaluation: local files and Hub datasets, read and mapped by `datasets`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+TASKS = ("causal", "masked", "seq2seq", "classification")
+TEXT = ("string", "large_string", "string_view")
+# By file extension: the builder of `datasets` and its options. "null" and "NA" are words, nothing is missing.
+BUILDERS = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold what a task needs."""
+
+    text: str = "text"
+    target: str = "target"
+    label: str = "label"
+    routed_by: str | None = None  # names the task by which routers choose
+
+    def needed(self, task: str) -> tuple[str, ...]:
+        more = {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
+        names = (self.text, *more, *([self.routed_by] if self.routed_by else ()))
+        return tuple(dict.fromkeys(names))
+
+
+def read(
+    sources: Sequence[str],
+    columns: Columns,
+    task: str,
+    split: str = "train",
+    token: str | None = None,
+    *,
+    targets_needed: bool = True,
+) -> Dataset:
+    """The rows of files and Hub datasets, one after the other, with the columns that the task needs.
+
+    Args:
+        sources: paths of `.txt` (each a text of its own), `.jsonl`/`.json`, `.csv`, `.tsv` and `.parquet`
+            files, or Hub ids, as `owner/name` or `owner/name:subset`.
+        split: of Hub datasets.
+        token: for Hub datasets that are private or gated; by default the stored login.
+        targets_needed: else, where no source has a text column of the targets' default name, texts alone are
+            read.
+
+    Raises:
+        DataError: a source is missing, cannot be read, or lacks a column.
+    """
+    from datasets import concatenate_datasets
+
+    if not sources:
+        raise DataError("no data given; expected files (.txt, .jsonl, .csv, .tsv, .parquet) or a Hub dataset")
+    parts = [_read_one(source, split, token) for source in sources]
+    needed = columns.needed(task)
+    default = columns.target == Columns.target
+    if not targets_needed and default and not any(_holds_text(part, columns.target) for part in parts):
+        needed = columns.needed("causal")
+    who = f"task {task}" if targets_needed else "calibration"
+    for source, part in zip(sources, parts, strict=True):
+        if lacks := [name for name in needed if name not in part.column_names]:
+            raise DataError(
+                f"{source} has the columns {part.column_names}; {who} needs {lacks} as well (name "
+                "others with --text-column, --target-column, --label-column, --routed-by)"
+            )
+        for name in needed:
+            if name in (columns.text, columns.target) and not _holds_text(part, name):
+                feature = part.features[name]
+                kind = getattr(feature, "dtype", type(feature).__name__)
+                raise DataError(f"column {name} of {source} holds {kind}; expected text")
+            if missing := part.data.column(name).null_count:
+                raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
+            if name in (columns.label, columns.routed_by) and "" in part.unique(name):
+                raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+    return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _holds_text(part: Dataset, name: str) -> bool:
+    return getattr(part.features.get(name), "dtype", None) in TEXT
+
+
+def _read_one(source: str, split: str, token: str | None) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    path = Path(source)
+    builder, options = BUILDERS.get(path.suffix.lower(), (None, {}))
+    try:
+        if path.is_file() and builder:
+            return load_dataset(builder, data_files=[str(path)], split="train", **options)
+        if path.exists() or builder or source.startswith((".", "/", "~")):
+            raise DataError(
+                f"{source} is {'no file' if not path.is_file() else 'of an unknown kind'}; expected one of "
+                f"{', '.join(BUILDERS)}"
+            )
+        name, _, subset = source.partition(":")
+        return load_dataset(name, subset or None, split=split, token=token)
+    except DatasetNotFoundError as error:
+        raise DataError(f"{source} is neither a file nor a dataset that can be reached: {error}") from None
+    except (DatasetGenerationError, ConnectionError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{source} cannot be read: {cause}") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Into examples
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks that routers know, and the column that names a row's."""
+
+    column: str
+    names: tuple[str, ...]
+
+    def numbers(self, values: Sequence) -> list[int]:
+        """Raises DataError for a name that is not known."""
+        if strange := sorted({str(value) for value in values} - set(self.names)):
+            raise DataError(f"column {self.column} names {strange}; the routers know {list(self.names)}")
+        return [self.names.index(str(value)) for value in values]
+
+    def add_to(self, encoded: Mapping, batch: Mapping) -> dict:
+        """Encoded rows with their tasks' numbers as `task_ids`."""
+        return {**encoded, "task_ids": self.numbers(batch[self.column])}
+
+
+def task_names(rows: Dataset, column: str) -> list[str]:
+    """The tasks that rows name, sorted."""
+    return sorted({str(name) for name in rows[column]})
+
+
+def language_blocks(
+    rows: Dataset, tokenizer, column: str, length: int, tasks: Tasks | None = None
+) -> Dataset:
+    """Texts as blocks of `length` tokens, one after the other; what is left of a thousand texts is left out.
+
+    Where the tokenizer has an end-of-text token, it stands between texts. A block holds texts of one task.
+
+    Raises:
+        DataError: the texts, or those of a task, are shorter than a block, or a task is not known.
+    """
+    if tasks:  # else every task leaves something over of every batch
+        named = tasks.numbers(rows[tasks.column])
+        rows = rows.select(sorted(range(len(named)), key=named.__getitem__))
+    end = _end(tokenizer)
+
+    def blocks(batch: dict) -> dict:
+        streams: dict[int, list[int]] = {}
+        numbers = tasks.numbers(batch[tasks.column]) if tasks else [0] * len(batch[column])
+        for number, text in zip(numbers, batch[column], strict=True):
+            streams.setdefault(number, []).extend(tokenizer(text, verbose=False)["input_ids"] + end)
+        cut = [
+            (stream[i : i + length], number)
+            for number, stream in streams.items()
+            for i in range(0, len(stream) // length * length, length)
+        ]
+        found = {"input_ids": [ids for ids, _ in cut]}
+        return found | {"task_ids": [number for _, number in cut]} if tasks else found
+
+    found = rows.map(blocks, batched=True, remove_columns=rows.column_names)
+    if not len(found):
+        raise DataError(
+            f"the texts give no whole block of {length} tokens; expected more text or a smaller length"
+        )
+    if tasks and (short := sorted(set(named) - set(found["task_ids"]))):
+        raise DataError(
+            f"the texts of {[tasks.names[number] for number in short]} give no whole block of {length} "
+            "tokens; expected more text or a smaller length"
+        )
+    return found
+
+
+def pairs(rows: Dataset, tokenizer, columns: Columns, length: int, tasks: Tasks | None = None) -> Dataset:
+    """Source and target texts as `input_ids`, `attention_mask` and `labels`, cut to `length` tokens."""
+
+    def encode(batch: dict) -> dict:
+        found = tokenizer(
+            batch[columns.text], text_target=batch[columns.target], truncation=True, max_length=length
+        )
+        return tasks.add_to(found, batch) if tasks else found
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
+    """Texts with their targets right behind them, cut to `length` tokens; only the target's have labels.
+
+    An end-of-text token, where the tokenizer has one, belongs to the target; so does a token that holds the
+    end of the text and the beginning of the target. Rows whose text alone fills `length` are left out.
+
+    Raises:
+        DataError: no row is left.
+    """
+    end = _end(tokenizer)
+
+    def encode(batch: dict) -> dict:
+        found = {"input_ids": [], "labels": []}
+        for text, target in zip(batch[columns.text], batch[columns.target], strict=True):
+            given = _without_end(tokenizer(text, verbose=False)["input_ids"], end)
+            ids = _without_end(tokenizer(text + target, verbose=False)["input_ids"], end) + end
+            shared = len(os.path.commonprefix([given, ids]))
+            if shared < min(len(ids), length):
+                found["input_ids"].append(ids[:length])
+                found["labels"].append(([-100] * shared + ids[shared:])[:length])
+        return found
+
+    found = rows.map(encode, batched=True, remove_columns=rows.column_names)
+    if not len(found):
+        raise DataError(f"every text alone fills {length} tokens; expected room for a target behind it")
+    return found
+
+
+def _end(tokenizer) -> list[int]:
+    """The token that ends a text, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _without_end(ids: list[int], end: list[int]) -> list[int]:
+    return ids[:-1] if end and ids[-1:] == end else ids
+
+
+def label_names(rows: Dataset, column: str) -> list[str]:
+    """The classes, in the order of their numbers."""
+    feature = rows.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    return [str(name) for name in sorted(set(rows[column]))]
+
+
+def labelled(
+    rows: Dataset,
+    tokenizer,
+    columns: Columns,
+    length: int,
+    names: Sequence[str],
+    tasks: Tasks | None = None,
+) -> Dataset:
+    """Texts with the numbers of their classes, cut to `length` tokens.
+
+    Raises:
+        DataError: a class that is not among `names`.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    feature = rows.features[columns.label]
+
+    def encode(batch: dict) -> dict:
+        found = [feature.int2str(v) if hasattr(feature, "names") else str(v) for v in batch[columns.label]]
+        if strange := sorted(set(found) - set(number)):
+            raise DataError(f"labels {strange} are not among the model's, {list(names)}")
+        texts = tokenizer(batch[columns.text], truncation=True, max_length=length)
+        encoded = {**texts, "labels": [number[name] for name in found]}
+        return tasks.add_to(encoded, batch) if tasks else encoded
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)

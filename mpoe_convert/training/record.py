@@ -1,0 +1,198 @@
+"""Record an evaluation in an artifact: evaluation_report.json, and its card's metadata and section."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..artifact.card_file import remove_section, set_section
+from ..artifact.layout import CARD_FILE, EVALUATION_REPORT_FILE, read_artifact, register_files
+from ..artifact.loading import AUTO_CLASSES
+from ..artifact.snippets import PIPELINE_TAGS
+from ..errors import CheckpointError, OutputError, one_line
+from ..source.json_files import read_json_object, write_json
+from ..source.texts import BUILDERS
+
+SECTION = "Evaluation"
+# What is read of a report again.
+_KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "other", "against", "differences"}
+# By our names: the Hub's (https://huggingface.co/metrics), and a name for people.
+METRICS = {
+    "perplexity": ("perplexity", "Perplexity"),
+    "accuracy": ("accuracy", "Accuracy"),
+    "f1": ("f1", "F1, macro average"),
+    "exact_match": ("exact_match", "Exact match"),
+    "bleu": ("sacrebleu", "BLEU"),
+    "chrf": ("chrf", "chrF"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+}
+
+
+def record(folder: str | Path, evaluation: Mapping) -> None:
+    """Write an evaluation into an artifact; an earlier one of the same task on the same data is replaced.
+
+    evaluation_report.json holds all of them, the card a section with tables, and its metadata a `model-index`
+    in the Hub's format. Results that somebody else has put there stay.
+
+    Args:
+        evaluation: as `Evaluation.to_json` has it. Of files only the names and a hash are kept.
+
+    Raises:
+        CheckpointError: the folder is no artifact, or its card or report of evaluations is damaged.
+        OutputError: it cannot be written to.
+    """
+    folder = Path(folder)
+    path = folder / EVALUATION_REPORT_FILE
+    found = _without_paths(evaluation)
+    try:
+        all_of_them = [each for each in check(folder) if not _same_subject(each, found)] + [found]
+        write_json(path, {"evaluations": all_of_them})
+        set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, all_of_them)))
+        _set_results(folder, [result for each in all_of_them for result in eval_results(each)])
+        register_files(folder, [EVALUATION_REPORT_FILE])
+    except OSError as error:
+        raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
+
+
+def check(folder: Path) -> list[dict]:
+    """The evaluations that an artifact holds already.
+
+    Raises:
+        CheckpointError: nothing can be recorded in that folder, as `record` says.
+    """
+    read_artifact(folder)
+    _open_card(folder / CARD_FILE)
+    path = folder / EVALUATION_REPORT_FILE
+    if not path.is_file():
+        return []
+    found = read_json_object(path, "evaluations", remedy="delete it").get("evaluations")
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and each.keys() >= _KEYS for each in found
+    ):
+        raise CheckpointError(f"{path} holds no evaluations as this tool writes them: delete it")
+    return found
+
+
+def _open_card(path: Path):
+    """Raises CheckpointError: it is no card, or its front matter cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise CheckpointError(
+            f"{path} is no model card with front matter ({one_line(error)}): repair it"
+        ) from None
+
+
+def forget(path: Path) -> None:
+    """Take all results out of a card: its model has changed."""
+    if not path.is_file():
+        return
+    remove_section(path, SECTION)
+    try:
+        made = _open_card(path)
+    except CheckpointError:  # nobody reads results out of that
+        return
+    if made.data.eval_results:
+        made.data.eval_results = made.data.model_name = None
+        made.save(path)
+
+
+def eval_results(evaluation: Mapping) -> list:
+    """The `EvalResult`s of one evaluation, by which `huggingface_hub` writes a model-index."""
+    from huggingface_hub import EvalResult
+
+    tag = PIPELINE_TAGS[AUTO_CLASSES[evaluation["task"]]]
+    name = ", ".join(evaluation["data"])
+    first = evaluation["data"][0]
+    builder = BUILDERS.get(Path(first).suffix.lower())
+    dataset, _, subset = first.partition(":")
+    return [
+        EvalResult(
+            task_type=tag,
+            task_name=tag.replace("-", " ").capitalize(),
+            dataset_type=builder[0] if builder else dataset,
+            dataset_name=name,
+            dataset_config=name if builder else subset or None,  # what tells files apart
+            dataset_split=None if builder else evaluation["split"],
+            dataset_revision=_short(evaluation["sha256"]),
+            metric_type=METRICS[metric][0],
+            metric_name=METRICS[metric][1],
+            metric_value=found["value"],
+            metric_args=evaluation["settings"],
+        )
+        for metric, found in evaluation["metrics"].items()
+    ]
+
+
+def _same_subject(one: Mapping, other: Mapping) -> bool:
+    return all(one[key] == other[key] for key in ("task", "data", "split", "sha256"))
+
+
+def _short(sha256: str | None) -> str | None:
+    return sha256 and sha256[:12]
+
+
+def _sha256(sources: Sequence[str]) -> str | None:
+    """Of files' contents, by which those of the same name are told apart; None of Hub datasets."""
+    digests = []
+    for source in sources:
+        if Path(source).is_file():
+            with open(source, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) < 2:  # a file's own, which `sha256sum` prints too
+        return digests[0].hexdigest() if digests else None
+    return hashlib.sha256(b"".join(each.digest() for each in digests)).hexdigest()
+
+
+def _without_paths(evaluation: Mapping) -> dict:
+    """What the world may know: where files lay, and where models did, stays here."""
+    kept = {key: value for key, value in evaluation.items() if key != "model"}
+    data = [Path(source).name if Path(source).is_file() else source for source in evaluation["data"]]
+    other = evaluation["other"]
+    if other is not None and Path(other).is_dir():
+        other = Path(other).resolve().name
+    return kept | {"data": data, "other": other, "sha256": _sha256(evaluation["data"])}
+
+
+def _set_results(folder: Path, results: Sequence) -> None:
+    """Put results into the card's metadata; others than of these data and metrics stay."""
+    made = _open_card(folder / CARD_FILE)
+    ours = {_place(result) for result in results}
+    others = [result for result in made.data.eval_results or () if _place(result) not in ours]
+    made.data.eval_results = [*others, *results]
+    made.data.model_name = made.data.model_name or folder.resolve().name
+    made.save(folder / CARD_FILE)
+
+
+def _place(result) -> tuple:
+    return *result.unique_identifier, result.metric_type
+
+
+def _in_words(evaluation: Mapping) -> str:
+    unit = "tokens" if evaluation["task"] in ("causal", "masked") else "examples"
+    is_file = Path(evaluation["data"][0]).suffix.lower() in BUILDERS
+    split = f" (SHA-256 {_short(evaluation['sha256'])}…)" if is_file else f" (split {evaluation['split']})"
+    settings = ", ".join(f"{key} {value}" for key, value in evaluation["settings"].items())
+    other, differences = evaluation["other"], evaluation["differences"] or {}
+    names = ["metric", "this model", *([other, "difference"] if other else [])]
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for metric, found in evaluation["metrics"].items():
+        shown = [found]
+        if other:
+            ratio = differences.get(f"{metric} ratio")
+            shown += [evaluation["against"][metric], ratio or differences[metric]]
+        numbers = (f"{n['value']:.4g} ({n['low']:.4g} to {n['high']:.4g})" for n in shown)
+        rows.append(f"| {METRICS[metric][1]} | {' | '.join(numbers)} |")
+    note = ["The difference of perplexities is their ratio."] if "perplexity ratio" in differences else []
+    return "\n\n".join(
+        [
+            f"By `mpoe-convert evaluate` on {', '.join(evaluation['data'])}{split}: {evaluation['count']:,} "
+            f"{unit}, {settings}; 95 % bootstrap intervals.",
+            "\n".join(rows),
+            *note,
+        ]
+    )

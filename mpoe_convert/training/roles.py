@@ -1,0 +1,171 @@
+"""What is special in training a converted model: its central cores belong to every expert.
+
+MPOE's gradient mask, learning rates by role, freezing. All of it works on the model as it is wrapped (DDP,
+FSDP2, PEFT), goes by the names of the parameters, and serves any training loop.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+ROLES = ("central", "auxiliary", "router", "other")
+UNITS = ("step", "layer", "matrix")
+FROZEN = ("centre", "all-but-experts")
+
+_CORE = re.compile(
+    r"(?P<ffn>.+)\.(?:(?:up|down|gate)\.terms\.\d+|adapter)\.(?:\w+\.)*(?P<kind>central|aux)_\d+(?:\.|$)"
+)
+_BIAS = re.compile(r"(?P<ffn>.+)\.(?:up|down|gate)\.bias$")
+_ROUTER = re.compile(r"(?P<ffn>.+)\.router\.")
+
+
+def role_of(name: str) -> str:
+    """The role of a parameter in a converted model, by its name.
+
+    "central": cores shared by the experts; "auxiliary": cores (and copies, for `--kind dense`) of one expert
+    each; "router"; "other": everything else, such as attention, embeddings and the biases of the FFNs.
+    """
+    core = _CORE.match(name)
+    if core:
+        return "central" if core["kind"] == "central" else "auxiliary"
+    return "router" if _ROUTER.match(name) else "other"
+
+
+def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    found = [(name, p) for name, p in model.named_parameters() if role_of(name) == "central"]
+    if not found:
+        raise TrainingError(
+            f"{type(model).__name__} has no central tensors to mask or freeze; expected a converted model of "
+            "--kind mpo"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradient mask
+
+
+def mask_centre(
+    model: nn.Module, step: int, probability: float, *, seed: int = 0, per: str = "step"
+) -> list[str]:
+    """MPOE's gradient mask: with some probability the central cores sit this optimizer's step out.
+
+    Call it between `backward` and `optimizer.step`, after clipping. The gradients become None, so that
+    neither an optimizer's moments nor its weight decay move the masked cores. Draws depend on `seed`, `step`
+    and the unit's place alone: every rank draws the same, and so does a run that is resumed.
+
+        for step, batch in enumerate(batches):
+            model(**batch).loss.backward()
+            mask_centre(model, step, probability=0.75)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        step: number of the optimizer's step.
+        probability: p_b of the paper (figure of the official repository), of skipping; 0 never, 1 always. The
+            paper's value is not known; at 1 - k/n the centre learns from as many tokens as an expert's own
+            cores do on average.
+        per: what is drawn for: all centres at once ("step"), those of an FFN ("layer"), or each ("matrix").
+
+    Returns:
+        Names of the parameters whose gradient was dropped.
+
+    Raises:
+        TrainingError: a value is out of range, or the model has no central cores.
+    """
+    if not 0 <= probability <= 1:
+        raise TrainingError(f"the probability of skipping the centre is {probability}; expected 0 to 1")
+    if per not in UNITS:
+        raise TrainingError(f"the mask's unit is {per!r}; expected one of {', '.join(UNITS)}")
+    units: dict[str, int] = {}
+    masked = []
+    for name, parameter in _central(model):
+        unit = {"step": "", "layer": _CORE.match(name)["ffn"], "matrix": name}[per]
+        place = units.setdefault(unit, len(units))  # not the name: wrappers change it
+        if random.Random(f"{seed}/{step}/{place}").random() < probability:
+            parameter.grad = None
+            masked.append(name)
+    return masked
+
+
+# ---------------------------------------------------------------------------------------------------
+# Learning rates and freezing
+
+
+def has_centre(model: nn.Module) -> bool:
+    """Whether the experts share central cores; whole copies (`--kind dense`) do not."""
+    return any(role_of(name) == "central" for name, _ in model.named_parameters())
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    central: float = 1.0,
+    auxiliary: float = 1.0,
+    router: float = 1.0,
+    weight_decay: float = 0.0,
+    no_decay: Iterable[str] = (),
+) -> list[dict]:
+    """Parameter groups for an optimizer, one per role and decay, without what is frozen.
+
+    Args:
+        lr: learning rate of everything else; `central`, `auxiliary` and `router` are factors on it.
+        weight_decay: of matrices. Vectors (biases, norms) and the names in `no_decay` have none, and routers
+            have none: decay would pull the choice towards a coin's.
+
+    Returns:
+        [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
+    """
+    factors = {"central": central, "auxiliary": auxiliary, "router": router, "other": 1.0}
+    wrong = {name: factor for name, factor in factors.items() if not factor >= 0}
+    if wrong:
+        raise TrainingError(f"learning rate factors are {wrong}; expected at least 0")
+    no_decay = set(no_decay)
+    groups: dict[tuple[str, float], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = role_of(name)
+        decays = parameter.dim() > 1 and role != "router" and not _BIAS.match(name) and name not in no_decay
+        groups.setdefault((role, weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * factors[role], "weight_decay": decay, "role": role}
+        for (role, decay), parameters in groups.items()
+    ]
+
+
+def freeze(model: nn.Module, what: str) -> int:
+    """Stop training the "centre", or "all-but-experts" (which leaves cores, FFN biases and routers).
+
+    Returns:
+        How many numbers are still trained.
+
+    Raises:
+        TrainingError: unknown `what`, or nothing would be left to train.
+    """
+    if what not in FROZEN:
+        raise TrainingError(f"asked to freeze {what!r}; expected one of {', '.join(FROZEN)}")
+    if what == "centre":
+        frozen: Iterable = [p for _, p in _central(model)]
+    else:
+        frozen = [p for name, p in model.named_parameters() if not _of_experts(name)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not left:
+        raise TrainingError("nothing is left to train; expected a converted model")
+    return left
+
+
+def _of_experts(name: str) -> bool:
+    return role_of(name) != "other" or _BIAS.match(name) is not None

@@ -1,0 +1,173 @@
+"""transformers' Trainer with what shared cores need: the mask, rates by role, distillation, router logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+
+from .. import experts
+from ..errors import TrainingError
+from .request import Finetuning
+from .roles import mask_centre, param_groups
+from .router_stats import router_stats
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+class CentreMask(TrainerCallback):
+    """MPOE's gradient mask for transformers' Trainer; see `mask_centre`."""
+
+    def __init__(self, probability: float, *, seed: int = 0, per: str = "step"):
+        self.probability, self.seed, self.per = probability, seed, per
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        mask_centre(model, state.global_step, self.probability, seed=self.seed, per=self.per)
+
+
+class RouterLog(TrainerCallback):
+    """Watches the routers in the steps that are logged.
+
+    `latest` holds numbers for the log, `loads` the experts' shares of the choices by mixture.
+    """
+
+    def __init__(self):
+        self.latest: dict[str, float] = {}
+        self.loads: dict[str, list[float]] = {}
+        self._watching = ExitStack()
+        self._stats: dict = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if (state.global_step + 1) % args.logging_steps == 0:
+            self._stats = self._watching.enter_context(router_stats(model))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._stats:
+            return
+        self._watching.close()
+        self.latest, self.loads = {}, {}
+        for path, stats in self._stats.items():
+            load = stats.load
+            self.loads[path] = [round(share, 4) for share in load.tolist()]
+            entropy = torch.special.entr(load).sum() / math.log(len(load))
+            self.latest[f"load_entropy/{path}"] = round(float(entropy), 4)
+            self.latest[f"load_max/{path}"] = round(float(load.max()), 4)
+        self._stats = {}
+
+
+class FollowStep(TrainerCallback):
+    """Moves the routers' balancing biases before a checkpoint is written, not after it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.model.update_router_bias()
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, progress: Progress | None):
+        self.progress = progress
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, logs)
+
+
+class MpoeTrainer(Trainer):
+    """Trainer with learning rates by role, distillation, and routers in the log."""
+
+    def __init__(self, *args, run: Finetuning, teacher: nn.Module | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.teacher = run, teacher
+        self.router_log = next((c for c in kwargs["callbacks"] if isinstance(c, RouterLog)), None)
+        if teacher is not None:
+            teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decays = set(self.get_decay_parameter_names(model))
+            auxiliary = self.run.auxiliary_lr
+            if auxiliary is None:
+                block = getattr(self.model.config, "mpoe", None)
+                auxiliary = experts.load(block["kind"]).AUXILIARY_LR if block else 1.0
+            groups = param_groups(
+                model,
+                self.args.learning_rate,
+                central=self.run.central_lr,
+                auxiliary=auxiliary,
+                router=self.run.router_lr,
+                weight_decay=self.args.weight_decay,
+                no_decay={name for name, _ in model.named_parameters()} - decays,
+            )
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hidden = {"output_hidden_states": True} if self.run.hidden_weight else {}
+        loss, outputs = super().compute_loss(model, inputs | hidden, True, num_items_in_batch)
+        with torch.no_grad():
+            taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
+        extra = self.distillation(outputs, taught, inputs["labels"])
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # a part of the step's mean
+            labels = inputs["labels"][..., int(self._loss_shifts_labels) :]
+            extra = extra * (labels != -100).sum() / num_items_in_batch * self.accelerator.num_processes
+        loss = (1 - self.run.teacher_weight) * loss + extra
+        return (loss, outputs) if return_outputs else loss
+
+    def distillation(self, outputs, taught, labels: torch.Tensor) -> torch.Tensor:
+        """KL(teacher || student) per counted token at the temperature, times its square (Hinton 2015)."""
+        student, teacher = outputs.logits, taught.logits
+        if student.shape != teacher.shape:
+            raise TrainingError(
+                f"the teacher's logits are {tuple(teacher.shape)}, the model's {tuple(student.shape)}; "
+                "expected the dense model that was converted, with the same head"
+            )
+        if labels.dim() == 2:  # per token, where a label counts
+            if self._loss_shifts_labels:
+                student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+            student, teacher = student[labels != -100], teacher[labels != -100]
+        temperature = self.run.temperature
+        divergence = F.kl_div(
+            (student.float() / temperature).log_softmax(-1),
+            (teacher.float() / temperature).log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        loss = self.run.teacher_weight * temperature**2 * divergence
+        if self.run.hidden_weight:
+            loss = loss + self.run.hidden_weight * _hidden_difference(outputs, taught)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:  # the training loss holds the routers' as well
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 80.0))
+        if self.router_log is not None and "loss" in logs:
+            logs |= self.router_log.latest
+        super().log(logs, start_time)
+        if self.router_log is not None and "loss" in logs and self.router_log.loads:  # no tracker takes lists
+            self.state.log_history[-1]["expert_load"] = self.router_log.loads
+
+
+def _hidden_difference(outputs, taught) -> torch.Tensor:
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    pairs = [
+        pair
+        for name in names
+        if getattr(taught, name, None)
+        for pair in zip(getattr(outputs, name), getattr(taught, name), strict=True)
+    ]
+    return sum(F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs) / len(pairs)

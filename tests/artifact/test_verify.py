@@ -1,0 +1,134 @@
+"""Verification: inputs for every head, what `compare` sees, and which dense model is meant."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.models import HEADS
+from helpers.tiny import make_config, make_model, save_tiny
+
+from mpoe_convert import Recipe, convert
+from mpoe_convert.artifact import verify as verification
+from mpoe_convert.artifact.verify import verify
+from mpoe_convert.artifact.verify_child import compare, make_inputs, run
+from mpoe_convert.errors import VerifyError
+from mpoe_convert.source.architecture import heads, main_auto_class
+from mpoe_convert.source.families import FAMILY_OF
+
+
+@pytest.mark.parametrize(("model_type", "auto_class"), HEADS)
+def test_every_head_runs_and_a_change_of_any_output_shows(model_type, auto_class):
+    model = make_model(model_type, auto_class)
+    inputs, _ = make_inputs(model)
+    outputs, tokens = run(model, inputs)
+    assert outputs and (tokens is not None) == (model.can_generate() and "input_ids" in inputs)
+    same = compare(outputs, outputs, tokens, tokens)
+    assert same["relative_difference"] == same["max_difference"] == 0
+    assert same["top1_agreement"] == (1 if any("logits" in name for name in outputs) else None)
+    for name, tensor in outputs.items():
+        changed = tensor.clone(memory_format=torch.contiguous_format)
+        changed.view(-1)[-1] += tensor.norm()
+        found = compare(outputs | {name: changed}, outputs, tokens, tokens)
+        assert found["relative_difference"] == pytest.approx(1, rel=1e-4), name
+
+
+def test_question_answering_compares_starts_and_ends():
+    model = make_model("bert", "AutoModelForQuestionAnswering")
+    assert run(model, make_inputs(model)[0])[0].keys() == {"start_logits", "end_logits"}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_sequence_classifier_without_a_pad_token_takes_one_row(model_type):
+    config = make_config(model_type)
+    config.pad_token_id = None
+    stock = getattr(transformers, heads(model_type)["AutoModelForSequenceClassification"])
+    inputs, text = make_inputs(model := stock(config).eval())
+    assert text == "1 x 48 random tokens"
+    assert run(model, inputs)[0]["logits"].shape == (1, 2)
+
+
+def test_rows_hold_one_end_token_each_at_their_end():
+    inputs, _ = make_inputs(make_model("bart", "AutoModelForSequenceClassification"))
+    assert ((inputs["input_ids"] == 2).nonzero()[:, 1] == 47).all()
+    assert (inputs["input_ids"] == 2).sum() == 2
+
+
+def test_nan_is_an_infinite_difference():
+    expected = {"logits": torch.ones(2, 3)}
+    found = compare({"logits": torch.full((2, 3), torch.nan)}, expected, None, None)
+    assert min(found["relative_difference"], found["max_difference"]) > 1e300
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_the_auto_class_of_the_card_loads_the_head_of_the_source(model_type):
+    known = heads(model_type)
+    for stock in known.values():
+        assert known[main_auto_class({"architectures": [stock]}, model_type)] == stock
+
+
+def test_among_several_auto_classes_the_plainest_is_named():
+    for model_type, stock, auto in (
+        ("bart", "BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("mbart", "MBartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("t5", "T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("gpt2", "GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("roberta", "RobertaForMaskedLM", "AutoModelForMaskedLM"),
+        ("bert", "BertForPreTraining", "AutoModelForPreTraining"),
+        ("bert", "BertModel", "AutoModel"),
+    ):
+        assert main_auto_class({"architectures": [stock]}, model_type) == auto
+
+
+@pytest.fixture
+def artifact(tmp_path, monkeypatch) -> Path:
+    """An artifact whose report says that its base was downloaded as `dense`, beside a folder `dense`."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny("gpt2", "AutoModelForCausalLM", Path("dense"))
+    convert(Recipe("dense", experts=2, bond_dim=4, noise=0.0), "done")
+    path = Path("done/conversion_report.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "0" * 40}))
+    return Path("done")
+
+
+def test_a_hub_id_is_not_looked_up_in_the_current_folder(artifact):
+    with pytest.raises(VerifyError, match="the dense model dense does not load or run: .*"):
+        verify(artifact)  # the Hub is offline in tests; the folder would have loaded
+
+
+def test_against_takes_the_folder(artifact, monkeypatch):
+    asked = []
+    monkeypatch.setattr(verification, "_run_child", lambda request: asked.append(request) or STUB)
+    verify(artifact, against="dense")
+    verify(artifact)
+    assert [(r["against"], r["revision"]) for r in asked] == [
+        (str(Path("dense").resolve()), None),
+        ("dense", "0" * 40),
+    ]
+
+
+STUB = {
+    "model_class": "M",
+    "inputs": "",
+    "relative_difference": 0.0,
+    "max_difference": 0.0,
+    "top1_agreement": None,
+    "greedy_agreement": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [(0.01, "OK: the outputs agree."), (0.3, "OK: the outputs differ, and by no more"), (0.6, "DIFFERENT")],
+)
+def test_what_is_allowed_to_differ_is_not_said_to_agree(difference, verdict):
+    from rich.console import Console
+
+    from mpoe_convert.artifact.verify import Verification
+    from mpoe_convert.render import print_verification
+
+    out = Console(record=True, width=200, file=io.StringIO())
+    print_verification(Verification("out", "dense", "A", "B", "ids", difference, 1.0, 0.5, 0.8, None), out)
+    assert out.export_text().splitlines()[-1].startswith(verdict)

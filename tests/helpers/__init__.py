@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, pairs of models, data, a Hub on loopback."""

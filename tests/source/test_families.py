@@ -1,0 +1,89 @@
+"""Every row of the family table, by every head of its Auto classes, against the stock model."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from helpers.models import (
+    HEADS,
+    VARIANT_CASES,
+    assert_same_outputs,
+    break_one_ffn,
+    generative,
+    load_pair,
+    router_name,
+)
+from helpers.tiny import LAYERS, make_inputs, outputs, save_tiny
+
+from mpoe_convert import Recipe, convert
+from mpoe_convert.source.architecture import heads
+from mpoe_convert.source.families import FAMILY_OF
+
+SMALL = {"experts": 3, "bond_dim": 4}
+
+
+@pytest.mark.parametrize(("model_type", "auto_class"), HEADS)
+def test_every_head_computes_what_the_stock_head_computes(model_type, auto_class, tmp_path):
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    convert(Recipe(str(folder), noise=0.0, **SMALL), tmp_path / "out")
+    dense, model = load_pair(folder, tmp_path / "out", auto_class)
+    inputs = make_inputs(dense, auto_class)
+    assert_same_outputs(dense, model, inputs)
+    break_one_ffn(model)
+    with pytest.raises(AssertionError):
+        assert_same_outputs(dense, model, inputs)
+
+
+@pytest.mark.parametrize(("model_type", "variant"), [case for case in VARIANT_CASES if case[1]])
+def test_variants_of_a_family(model_type, variant, tmp_path):
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense", variant)
+    convert(Recipe(str(folder), noise=0.0, **SMALL), tmp_path / "out")
+    dense, model = load_pair(folder, tmp_path / "out", auto_class)
+    assert_same_outputs(dense, model, make_inputs(dense, auto_class))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_half_precision_is_as_close_to_float32_as_the_stock_model(model_type, dtype, tmp_path):
+    """Rounding the cores costs no more than a small multiple of what the dtype costs the stock model."""
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense", dtype=dtype)
+    convert(Recipe(str(folder), noise=0.0, **SMALL), tmp_path / "out")
+    dense, model = load_pair(folder, tmp_path / "out", auto_class, dtype=dtype)
+    exact = getattr(transformers, auto_class).from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = make_inputs(exact, auto_class)
+    truth = outputs(exact, inputs)["logits"]
+    half = inputs | {k: v.to(dtype) for k, v in inputs.items() if v.is_floating_point()}
+
+    def distance(other):
+        return (outputs(other, half)["logits"].float() - truth).norm() / truth.norm()
+
+    assert model.get_parameter(router_name(model)).dtype == torch.float32
+    assert distance(model) < 4 * distance(dense) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_gradients_reach_every_expert_tensor(model_type, tmp_path):
+    auto_class = generative(model_type)
+    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
+    convert(Recipe(str(folder), experts=2, bond_dim=4), tmp_path / "out")
+    _, model = load_pair(folder, tmp_path / "out", auto_class)
+    logits = model(**make_inputs(model, auto_class)).logits
+    logits.square().mean().backward()
+    experts = [(n, p) for n, p in model.named_parameters() if ".aux_" in n or ".central_" in n]
+    assert len(experts) >= 3 * 2 * LAYERS or model_type == "albert"
+    without = [name for name, parameter in experts if parameter.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_config_of_the_artifact(model_type, tmp_path):
+    folder = save_tiny(model_type, "AutoModel", tmp_path / "dense")
+    convert(Recipe(str(folder), **SMALL), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == f"mpoe_{model_type}"
+    assert set(config["auto_map"]) == {"AutoConfig", *heads(model_type)}
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.mpoe == config["mpoe"]

@@ -1,0 +1,90 @@
+"""Data as they are read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.loopback_hub import LoopbackHub, environment
+
+from mpoe_convert.errors import DataError
+from mpoe_convert.source import texts as corpus
+from mpoe_convert.source.texts import Columns
+
+WORDS = ["null", "NA", "nan", "None", "word", "12"]
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_words_that_look_like_nothing(suffix, separator, tmp_path):
+    path = tmp_path / f"words{suffix}"
+    path.write_text(
+        "\n".join(separator.join(row) for row in [("text", "target"), *zip(WORDS, WORDS, strict=True)])
+    )
+    rows = corpus.read([str(path)], Columns(), "seq2seq")
+    assert rows["text"][:] == rows["target"][:] == WORDS
+
+
+def test_what_is_missing_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": word}) for word in ["a", None, "b", None]))
+    with pytest.raises(DataError, match=r"rows.jsonl has 2 rows without text"):
+        corpus.read([str(path)], Columns(), "causal")
+
+
+@pytest.mark.parametrize(("cell", "kind"), [(1, "int64"), ([2], "List"), ({"a": "b"}, "dict")])
+def test_columns_that_hold_no_text(cell, kind, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a", "target": cell}) for _ in range(2)))
+    with pytest.raises(DataError, match=f"column target of .*rows.jsonl holds {kind}; expected text"):
+        corpus.read([str(path)], Columns(), "seq2seq")
+    assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "a"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_every_kind_of_text(kind, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    cells = pyarrow.array(["a", "b"]).cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": cells}), path)
+    assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "b"]
+
+
+def test_a_class_or_task_without_a_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,about\na,x,\nb,,sums\n")
+    with pytest.raises(DataError, match="rows with an empty label"):
+        corpus.read([str(path)], Columns(), "classification")
+    with pytest.raises(DataError, match="rows with an empty about"):
+        corpus.read([str(path)], Columns(routed_by="about"), "causal")
+
+
+CLIENT = """
+import sys
+from mpoe_convert.source import texts as corpus
+from mpoe_convert import errors
+for task, name, split in [("causal", "me/texts", "train"), ("causal", "me/texts", "validation"),
+                          ("causal", "me/texts", "dev"), ("causal", "me/absent", "train")]:
+    try:
+        print(corpus.read([name], corpus.Columns(), task, split)["text"][:])
+    except errors.DataError as error:
+        print("DataError:", error)
+"""
+
+
+def test_a_dataset_on_the_hub(tmp_path):
+    files = {
+        f"{split}.jsonl": json.dumps({"text": f"{split} text", "more": 1}).encode()
+        for split in ("train", "validation")
+    }
+    with LoopbackHub() as hub:
+        hub.add("datasets/me/texts", {"README.md": b"# Texts\n"} | files)
+        variables = environment(tmp_path, hub.endpoint, HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
+        command = [sys.executable, "-c", CLIENT]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["['train text']", "['validation text']"], done.stderr[-3000:]
+    assert lines[2].startswith("DataError: me/texts cannot be read: Unknown split") and "dev" in lines[2]
+    assert lines[3].startswith("DataError: me/absent is neither a file nor a dataset that can be reached")
+    assert hub.fetched("train.jsonl")

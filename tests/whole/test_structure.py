@@ -1,0 +1,97 @@
+"""The rooms of the package and the direction of their imports."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "mpoe_convert"
+# From the top down. A room imports only from the lines below its own; rooms on one line do not import each
+# other.
+LEVELS = (
+    ("__main__",),
+    ("cli",),
+    ("render",),
+    ("training", "exports", "conversion"),
+    ("compression",),
+    ("planning",),
+    ("experts",),
+    ("artifact", "decomposition"),
+    ("source",),
+    ("runtime",),
+    ("tensors", "extras"),
+    ("errors",),
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if module_name(path)}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of the package that a module imports anywhere, inside functions too."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute = [alias.name for alias in node.names]
+            found |= {each.partition(".")[2] for each in absolute if each.partition(".")[0] == "mpoe_convert"}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = (node.module or "").split(".") if node.module else []
+        if node.level:
+            base = package[: len(package) - (node.level - 1)] + module
+        elif module[0] == "mpoe_convert":
+            base = module[1:]
+        else:
+            continue
+        for alias in node.names:
+            full = ".".join([*base, alias.name])
+            found.add(full if full in MODULES else ".".join(base))
+    return found - {"", name}
+
+
+def test_every_module_is_in_a_room():
+    assert {name.partition(".")[0] for name in MODULES} == set(LEVEL_OF)
+
+
+def test_imports_are_found():
+    assert {"artifact.layout", "experts", "compression.prepare", "errors"} <= imported("conversion.convert")
+    assert "runtime.modeling_mpoe" in imported("decomposition.als")  # inside the package, by relative name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    room = name.partition(".")[0]
+    others = {each for each in imported(name) if each.partition(".")[0] != room}
+    others -= {"planning.recipe"} if room == "experts" else set()  # for annotations
+    assert not {each for each in others if LEVEL_OF[each.partition(".")[0]] <= LEVEL_OF[room]}
+
+
+def test_no_circles_inside_rooms():
+    """Packages count as their `__init__`, so that a module may import what the package's own file defines."""
+    assert list(TopologicalSorter({name: imported(name) for name in MODULES}).static_order())
+
+
+@pytest.mark.parametrize(("library", "only"), [("click", {"cli"}), ("rich", {"render"})])
+def test_libraries_that_have_one_home(library, only):
+    def uses(path: Path) -> bool:
+        text = path.read_text(encoding="utf-8")
+        return f"import {library}" in text or f"from {library}" in text
+
+    assert {name.partition(".")[0] for name, path in MODULES.items() if uses(path)} == only
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, mpoe_convert.cli; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
