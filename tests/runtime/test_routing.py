@@ -177,7 +177,7 @@ def test_checkpointing_keeps_the_gradient_of_the_losses(model_type, reentrant, s
     found = gradients(scale * found, model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        close = {"rtol": 1e-4, "atol": 1e-6 * scale, "msg": name}
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(gradient.abs().max()), "msg": name}
         torch.testing.assert_close(found[name], gradient, **close)
     model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
     torch.manual_seed(0)
@@ -200,7 +200,8 @@ def test_a_loss_made_by_hand_from_the_logits_optimises_them_too(reentrant, artif
         logits = output.logits if return_dict else output[0]
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         for name, gradient in gradients(loss, model).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+            atol = 1e-4 * float(expected[name].abs().max())
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bart"])
