@@ -1,11 +1,11 @@
-"""What every room asks of tensors: that they are finite, fit a dtype, and lie on a device that is there."""
+"""What every room asks of tensors: that they are finite and fit a dtype."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, RecipeError
+from .errors import CheckpointError
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,25 +18,6 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
                 f"{name} holds numbers up to {largest:.3g}, too large for {short}; use another --dtype"
             )
     return tensor.to(dtype)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of a recipe; "auto" is CUDA where there is one.
-
-    Raises:
-        RecipeError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available[device.type]:
-        raise RecipeError(f"device {name} is not available here; --device auto picks one that is")
-    return device
 
 
 def check_finite(tensor: Tensor, name: str = "the matrix") -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ..decomposition.low_rank import spectrum
+from ..devices import pick_device
 from ..errors import MpoeError, RecipeError
 from ..extras import need
 from ..planning.plan import Plan, plan_checkpoint
 from ..planning.recipe import Recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.matrices import read_wide
-from ..tensors import pick_device
 from . import sensitivity
 from .allocation import Ranks
 from .batches import Batch, make_batches

@@ -18,13 +18,14 @@ from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
 from ..compression.divergence import measure
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
+from ..devices import pick_device
 from ..errors import MachineError, MpoeError
 from ..planning.plan import FFNPlan, is_buffer
 from ..planning.recipe import Recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
-from ..tensors import cast, check_finite, pick_device
+from ..tensors import cast, check_finite
 from . import card
 from .build import build_matrix, choose_order, seeded
 from .report import MatrixReport, NeuronOrder, Report, Trial

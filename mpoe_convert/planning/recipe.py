@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from ..decomposition import SVDS
 from ..decomposition.sites import LAYOUTS
+from ..devices import check_device_name
 from ..errors import RecipeError
 
 BIASES = ("shared", "per-expert")
@@ -203,8 +204,7 @@ class Recipe:
             if value not in allowed:
                 names = ", ".join(str(a) for a in allowed if a is not None)
                 raise RecipeError(f"{name} is {value!r}; expected one of {names}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise RecipeError(f"device is {self.device!r}; expected auto, cpu, cuda, cuda:N or mps")
+        check_device_name(self.device)
 
     @property
     def compresses(self) -> bool:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from ..artifact.loading import from_pretrained, load_tokenizer, max_length, task_of
+from ..devices import pick_device
 from ..errors import DataError, TrainingError
 from ..source import texts
 from ..source.texts import Columns
+from .record import record_evaluation, recorded_evaluations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,18 +99,20 @@ def evaluate(
             first on.
         token: for models and data of the Hub; by default the stored login.
         trust_remote_code: run code that a model brings along, other than this release's `modeling_mpoe.py`.
-        record: write what was found into the model, an artifact's folder; see `record.record`.
+        record: write what was found into the model, an artifact's folder; see `record_evaluation`.
         progress: called as progress(model, batches done, batches).
 
     Raises:
         CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
+        RecipeError: there is no such device here.
     """
     import transformers
 
+    where = pick_device(device)
     if record:
-        record.check(Path(model))
+        recorded_evaluations(Path(model))
     sources = [data] if isinstance(data, str) else list(data)
     columns = columns or Columns()
     trust = {"trust_remote_code": trust_remote_code}
@@ -122,7 +126,6 @@ def evaluate(
             f"length is {length} and stride {stride}; expected stride <= length <= {longest or 'any'}"
         )
     rows = texts.read(sources, columns, task, split, token)
-    device = _device(device)
 
     @functools.cache  # models with the same classes are scored on the same batches
     def batches_of(labels: tuple[str, ...]) -> list[tuple[str | None, list]]:
@@ -139,7 +142,7 @@ def evaluate(
 
     def score(name: str) -> Scores:
         network = from_pretrained(getattr(transformers, auto_class), name, token=token, **trust)
-        network = network.to(device).eval()
+        network = network.to(where).eval()
         if columns.routed_by is None and getattr(network.config, "router_tasks", None) is not None:
             raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
         labels = network.config.id2label if task == "classification" else {}
@@ -172,7 +175,7 @@ def evaluate(
         differences=_intervals(_differences(metrics, others)) if others else None,
     )
     if record:
-        record.record(model, found.to_json())
+        record_evaluation(model, found.to_json())
     return found
 
 
@@ -198,14 +201,6 @@ def _route(network, task: str) -> None:
         network.route_by(task)
     except ValueError as error:
         raise TrainingError(str(error)) from None
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------

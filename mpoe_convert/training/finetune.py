@@ -30,8 +30,8 @@ from ..errors import OutputError, TrainingError
 from ..source import texts
 from ..source.hub import CHAT_TEMPLATES, download_papers
 from ..source.json_files import write_json
-from . import record
 from .card import describe_training
+from .record import forget_evaluations
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .trainer import CentreMask, FollowStep, MpoeTrainer, Progress, RouterLog, _Progress
@@ -303,7 +303,7 @@ def _complete_artifact(papers: Path, output: Path, report: dict, strangers: Iter
             shutil.copyfile(path, output / path.name)
     shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
     remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained, as are the results
-    record.forget(output / CARD_FILE)
+    forget_evaluations(output / CARD_FILE)
     describe_training(output / CARD_FILE, report)
     made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
     register_files(output, made - set(strangers) | {TRAINING_REPORT_FILE})

@@ -29,7 +29,7 @@ METRICS = {
 }
 
 
-def record(folder: str | Path, evaluation: Mapping) -> None:
+def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
     """Write an evaluation into an artifact; an earlier one of the same task on the same data is replaced.
 
     evaluation_report.json holds all of them, the card a section with tables, and its metadata a `model-index`
@@ -46,7 +46,9 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
     path = folder / EVALUATION_REPORT_FILE
     found = _without_paths(evaluation)
     try:
-        all_of_them = [each for each in check(folder) if not _same_subject(each, found)] + [found]
+        all_of_them = [each for each in recorded_evaluations(folder) if not _same_subject(each, found)] + [
+            found
+        ]
         write_json(path, {"evaluations": all_of_them})
         set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, all_of_them)))
         _set_results(folder, [result for each in all_of_them for result in eval_results(each)])
@@ -55,11 +57,11 @@ def record(folder: str | Path, evaluation: Mapping) -> None:
         raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
 
 
-def check(folder: Path) -> list[dict]:
+def recorded_evaluations(folder: Path) -> list[dict]:
     """The evaluations that an artifact holds already.
 
     Raises:
-        CheckpointError: nothing can be recorded in that folder, as `record` says.
+        CheckpointError: nothing can be recorded in that folder, as `record_evaluation` says.
     """
     read_artifact(folder)
     _open_card(folder / CARD_FILE)
@@ -87,7 +89,7 @@ def _open_card(path: Path):
         ) from None
 
 
-def forget(path: Path) -> None:
+def forget_evaluations(path: Path) -> None:
     """Take all results out of a card: its model has changed."""
     if not path.is_file():
         return

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mpoe_convert.conversion.convert import _naming
-from mpoe_convert.errors import CheckpointError, MachineError, RecipeError
-from mpoe_convert.tensors import pick_device
+from mpoe_convert.errors import CheckpointError, MachineError
 
 
 def test_running_out_of_memory_names_the_matrix():
@@ -24,10 +23,3 @@ def test_errors_name_the_matrix_once():
         raise CheckpointError("it is odd")
     with pytest.raises(CheckpointError, match="^h.0.mlp.up is odd$"), _naming("h.0.mlp.up"):
         raise CheckpointError("h.0.mlp.up is odd")
-
-
-def test_a_device_that_is_not_here():
-    missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(RecipeError, match=f"device {missing} is not available here; --device auto"):
-        pick_device(missing)
-    assert pick_device("auto").type in ("cpu", "cuda")

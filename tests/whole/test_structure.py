@@ -22,7 +22,7 @@ LEVELS = (
     ("artifact", "decomposition"),
     ("source",),
     ("runtime",),
-    ("tensors", "extras"),
+    ("tensors", "devices", "extras"),
     ("errors",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

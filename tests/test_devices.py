@@ -1,0 +1,48 @@
+"""The device of every command: one meaning, told in one line where it is not there."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mpoe_convert import Recipe, convert, evaluate
+from mpoe_convert.cli import main
+from mpoe_convert.devices import pick_device
+from mpoe_convert.errors import RecipeError
+
+MISSING = f"cuda:{torch.cuda.device_count()}"
+TOLD = {
+    "banana": "device is 'banana'; expected auto, cpu, cuda, cuda:N or mps",
+    MISSING: f"device {MISSING} is not available here; --device auto picks one that is",
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_is_no_device_here(name):
+    with pytest.raises(RecipeError) as told:
+        pick_device(name)
+    assert str(told.value) == TOLD[name]
+
+
+def test_auto_is_cuda_or_the_cpu():
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_command_tells_it_in_one_line(name, tmp_path, tiny_gpt2):
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5 w6")
+    commands = {
+        "convert": [str(tiny_gpt2), "-o", str(tmp_path / "out")],
+        "evaluate": ["evaluate", str(tiny_gpt2), "--data", str(text)],
+    }
+    for command, arguments in commands.items():
+        done = CliRunner().invoke(main, [*arguments, "--device", name])
+        assert (done.exit_code, done.stderr) == (2, f"Error: {TOLD[name]}\n"), command
+
+
+def test_from_python_too(tmp_path, tiny_gpt2):
+    with pytest.raises(RecipeError, match="banana"):
+        evaluate(str(tiny_gpt2), "text.txt", device="banana")
+    with pytest.raises(RecipeError, match="not available here"):
+        convert(Recipe(str(tiny_gpt2), device=MISSING), tmp_path / "out")
