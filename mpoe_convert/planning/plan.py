@@ -21,6 +21,7 @@ from ..source.ffn import DenseFFN, Source
 from ..source.locate import check_alike, resolve, runs_per_token
 from ..source.matrices import FLOAT_DTYPES, matrix_size
 from ..source.safetensors_file import DTYPE2BYTES
+from ..source.shapes import check_shapes
 from .recipe import Recipe, parse_layers, parse_size
 
 if TYPE_CHECKING:
@@ -285,12 +286,14 @@ def plan_checkpoint(
     """The plan for an opened checkpoint, from its headers. Raises MpoeError.
 
     Args:
-        ranks: by the names of the matrices; none: all stay whole.
+        ranks: by the names of the matrices; None: all stay whole, and shapes are checked first.
     """
     model_type = checkpoint.config["model_type"]
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = _select(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)
+    if ranks is None:  # else that plan came first
+        check_shapes(checkpoint)
     ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in chosen)
     tensors = _out_tensors(recipe, checkpoint, ffns)
     return Plan(
