@@ -516,11 +516,11 @@ def test_which_models_say_the_next_token(config, found):
 
 
 def test_gradients_that_are_no_numbers_are_not_kept(llama, monkeypatch):
-    from mpoe_convert.compression import calibrate as calibration
+    from mpoe_convert.compression import fisher
 
     _, checkpoint, planned, batches = llama
-    original = calibration._own_loss
-    monkeypatch.setattr(calibration, "_own_loss", lambda *a: (original(*a)[0] * math.nan, 1))
+    original = fisher._own_loss
+    monkeypatch.setattr(fisher, "_own_loss", lambda *a: (original(*a)[0] * math.nan, 1))
     with pytest.raises(CheckpointError, match=r"layers\.\d \(gradients, "):
         calibrate(planned, checkpoint, CPU, batches[:3], gradients=True)
     monkeypatch.undo()
@@ -545,11 +545,11 @@ def test_no_code_of_the_source_runs_and_its_absence_is_no_trouble(llama, tmp_pat
 
 
 def test_layers_that_stay_dense_are_read_block_by_block_too(llama, monkeypatch):
-    from mpoe_convert.compression import calibrate as calibration
+    from mpoe_convert.compression.stream import streamed_model
 
     folder, checkpoint, _, _ = llama
     planned = plan_checkpoint(Recipe(str(folder), bond_dim=4, layers="0"), checkpoint)
-    with calibration.streamed_model(planned, checkpoint, CPU) as model:
+    with streamed_model(planned, checkpoint, CPU) as model:
         layers = [all(p.is_meta for p in layer.parameters()) for layer in model.model.layers]
     assert layers == [True, True]
 

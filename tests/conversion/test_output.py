@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import MpoeError, Recipe, convert
-from mpoe_convert.artifact import layout as artifact
+from mpoe_convert.artifact import companions, layout
+from mpoe_convert.artifact import folder as artifact_folder
 from mpoe_convert.conversion import card
 from mpoe_convert.conversion import convert as conversion
 from mpoe_convert.errors import OutputError
@@ -86,13 +87,13 @@ def test_a_run_leaves_the_artifact_and_nothing_else(source, tmp_path, server):
 
 def test_folders_above_the_output_are_made(source, tmp_path):
     convert(Recipe(str(source), **SMALL), tmp_path / "a" / "b" / "out")
-    assert artifact.is_artifact(tmp_path / "a" / "b" / "out")
+    assert layout.is_artifact(tmp_path / "a" / "b" / "out")
 
 
 def test_an_empty_folder_may_be_the_output(source, tmp_path):
     (tmp_path / "out").mkdir()
     convert(Recipe(str(source), **SMALL), tmp_path / "out")
-    assert artifact.is_artifact(tmp_path / "out")
+    assert layout.is_artifact(tmp_path / "out")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -164,7 +165,7 @@ def test_an_interrupt_while_moving_brings_the_old_artifact_back(stage, source, t
             raise KeyboardInterrupt
         replace(*paths)
 
-    monkeypatch.setattr(artifact.os, "replace", interrupted)
+    monkeypatch.setattr(artifact_folder.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(Recipe(str(source), seed=1, **SMALL), tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == before
@@ -225,10 +226,10 @@ def test_no_space_is_noticed_wherever_it_ends(where, source, tmp_path, monkeypat
     if where == "shard":
         full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     place = {
-        "companion": (artifact.shutil, "copyfile"),
+        "companion": (companions.shutil, "copyfile"),
         "shard": (safetensors.torch, "save_file"),
         "card": (card, "write"),
-        "report": (conversion.artifact, "write_json"),
+        "report": (conversion, "write_json"),
     }
 
     def refuse(*args, **options):
