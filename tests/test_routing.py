@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from mpoe_convert import router_stats
-from mpoe_convert.runtime.modeling_mpoe import MPOERouter, Routing, load_balancing_loss, router_z_loss
+from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3
@@ -49,7 +49,7 @@ def seeded(model, **inputs):
 def routings(model, inputs) -> list[Routing]:
     """What the routers decide in a plain pass, with a graph."""
     found = []
-    routers = [m for m in model.modules() if type(m).__name__ == "MPOERouter"]
+    routers = [m for m in model.modules() if type(m).__name__ == "Router"]
     handles = [r.register_forward_hook(lambda _, __, out: found.append(out)) for r in routers]
     seeded(model, **inputs)
     for handle in handles:
@@ -57,8 +57,8 @@ def routings(model, inputs) -> list[Routing]:
     return found
 
 
-def router(top_k=2, experts=4, hidden=6) -> MPOERouter:
-    module = MPOERouter(hidden, experts, top_k)
+def router(top_k=2, experts=4, hidden=6) -> Router:
+    module = Router(hidden, experts, top_k)
     module.reset_parameters(1.0)
     return module
 
@@ -177,7 +177,7 @@ def test_checkpointing_keeps_the_gradient_of_the_losses(model_type, reentrant, s
     found = gradients(scale * found, model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        close = {"rtol": 1e-4, "atol": 1e-6 * scale, "msg": name}
+        close = {"rtol": 1e-4, "atol": 5e-6 * scale, "msg": name}
         torch.testing.assert_close(found[name], gradient, **close)
     model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
     torch.manual_seed(0)

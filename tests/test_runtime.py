@@ -13,11 +13,11 @@ from torch import nn
 
 from mpoe_convert.runtime import modeling_mpoe as modeling
 from mpoe_convert.runtime.modeling_mpoe import (
-    MPOEChain,
-    MPOEFeedForward,
-    MPOEProjection,
-    MPOERouter,
+    Chain,
+    FeedForward,
     Picks,
+    Projection,
+    Router,
     chain_shapes,
 )
 
@@ -69,7 +69,7 @@ def randn(*shape, seed: int = 1, dtype=torch.float64) -> torch.Tensor:
 # The definition, written without the module's own contraction
 
 
-def chain_matrix(module: MPOEChain, expert: int) -> torch.Tensor:
+def chain_matrix(module: Chain, expert: int) -> torch.Tensor:
     """One expert's matrix: a single einsum over all bonds, then input indices before output indices."""
     names = iter(LETTERS)
     bond, operands, ins, outs = next(names), [], "", ""
@@ -87,14 +87,14 @@ def chain_matrix(module: MPOEChain, expert: int) -> torch.Tensor:
     )
 
 
-def project(module: MPOEProjection, row: torch.Tensor, expert: int) -> torch.Tensor:
+def project(module: Projection, row: torch.Tensor, expert: int) -> torch.Tensor:
     y = sum(row @ chain_matrix(term, expert) for term in module.terms)
     if module.bias is None:
         return y
     return y + (module.bias if module.bias.ndim == 1 else module.bias[expert])
 
 
-def mixture(ffn: MPOEFeedForward, tokens: torch.Tensor) -> torch.Tensor:
+def mixture(ffn: FeedForward, tokens: torch.Tensor) -> torch.Tensor:
     """Token by token, expert by expert; tokens (T, H)."""
     rows = []
     for token in tokens:
@@ -136,7 +136,7 @@ SCHEDULES = (*WAYS, "rebuild", "cached", "compiling, few rows", "compiling, many
 
 
 @contextmanager
-def schedule(name: str, ffn: MPOEFeedForward | None = None):
+def schedule(name: str, ffn: FeedForward | None = None):
     """ "compiling": what is traced by torch.compile, run as it stands."""
     with pytest.MonkeyPatch.context() as patch:
         if name in ("rebuild", "cached"):
@@ -191,7 +191,7 @@ def mixtures(draw, num_experts: int, top_k: int):
     form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
     if draw(st.booleans()):
         form["gate"] = draw(specs(hidden, inner))
-    ffn = MPOEFeedForward(form, num_experts, top_k).double()
+    ffn = FeedForward(form, num_experts, top_k).double()
     ffn.act = nn.GELU()
     return fill(ffn, draw(st.integers(0, 99)))
 
@@ -199,7 +199,7 @@ def mixtures(draw, num_experts: int, top_k: int):
 leading = st.sampled_from([(), (1,), (5,), (0,), (2, 3), (2, 0), (0, 3), (1, 1), (2, 1, 2)])
 
 
-def hidden_size(ffn: MPOEFeedForward) -> int:
+def hidden_size(ffn: FeedForward) -> int:
     return ffn.router.weight.shape[1]
 
 
@@ -215,7 +215,7 @@ def rows_and_experts(rows_per_expert, in_features: int):
 @pytest.mark.parametrize("counts", [(3, 1, 2, 4), (0, 5, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 def test_chain_multiplies_by_the_experts_matrix(term, counts):
-    module = fill(MPOEChain(term, NUM_EXPERTS).double())
+    module = fill(Chain(term, NUM_EXPERTS).double())
     rows, experts = rows_and_experts(counts, 12)
     expected = [row @ chain_matrix(module, e) for row, e in zip(rows, experts.tolist(), strict=True)]
     expected = torch.stack(expected) if expected else rows.new_zeros(0, 10)
@@ -233,7 +233,7 @@ def test_chain_multiplies_by_the_experts_matrix(term, counts):
 @pytest.mark.parametrize("name", TERMS)
 def test_which_chains_act_on_the_activations(name):
     """No expert's matrix is built where input comes first, output last and only one core has both."""
-    module = MPOEChain(TERMS[name], NUM_EXPERTS)
+    module = Chain(TERMS[name], NUM_EXPERTS)
     assert module.acts == (name not in ("two-sided", "balanced", "two shared runs"))
 
 
@@ -244,7 +244,7 @@ def test_which_chains_act_on_the_activations(name):
 def test_gradients_of_a_projection(name, way, rebuild, bias):
     """Finite differences in float64, for the rows and for every core; one expert has no row."""
     spec = {"terms": LORA if name == "lora" else [TERMS[name]], "bias": bias}
-    module = fill(MPOEProjection(spec, NUM_EXPERTS).double())
+    module = fill(Projection(spec, NUM_EXPERTS).double())
     rows, experts = rows_and_experts((0, 0, 3, 0) if way == "one" else (1, 0, 2, 1), 12)
     picks = ways(experts, NUM_EXPERTS)[way]
     names = [name for name, _ in module.named_parameters()]
@@ -260,7 +260,7 @@ def test_gradients_of_a_projection(name, way, rebuild, bias):
 
 def test_shapes_of_the_parameters():
     """Shared cores once, per-expert cores with a leading expert axis, named by site."""
-    module = MPOEChain(TERMS["one-sided, shared centre of two"], NUM_EXPERTS)
+    module = Chain(TERMS["one-sided, shared centre of two"], NUM_EXPERTS)
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
         "aux_0": (4, 1 * 3, 1 * 3),
         "central_1": (3 * 4, 1 * 2),
@@ -275,7 +275,7 @@ def test_flops_are_those_of_the_products(name):
     """Counted by torch while a batch runs with one row, whose expert's matrix is built."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    module = fill(MPOEChain(TERMS[name], NUM_EXPERTS).double())
+    module = fill(Chain(TERMS[name], NUM_EXPERTS).double())
     counts = []
     for rows in (1, 3):
         with FlopCounterMode(display=False) as counter:
@@ -334,12 +334,12 @@ def mirrored(term: dict) -> dict:
     return chain(*[term[name][::-1] for name in names])
 
 
-def make_ffn(name="one-sided", top_k=2, bias=None) -> MPOEFeedForward:
+def make_ffn(name="one-sided", top_k=2, bias=None) -> FeedForward:
     """A gated mixture, 12 -> 10 -> 12."""
     terms = LORA if name == "lora" else [TERMS[name]]
     up = {"terms": terms, "bias": bias}
     down = {"terms": [mirrored(term) for term in terms], "bias": bias}
-    ffn = MPOEFeedForward({"gate": up, "up": up, "down": down}, NUM_EXPERTS, top_k)
+    ffn = FeedForward({"gate": up, "up": up, "down": down}, NUM_EXPERTS, top_k)
     ffn.act = nn.SiLU()
     return fill(ffn)
 
@@ -347,7 +347,7 @@ def make_ffn(name="one-sided", top_k=2, bias=None) -> MPOEFeedForward:
 @SETTINGS
 @given(st.integers(1, NUM_EXPERTS), st.integers(0, 5), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale):
-    router = fill(MPOERouter(12, NUM_EXPERTS, top_k), scale=scale)
+    router = fill(Router(12, NUM_EXPERTS, top_k), scale=scale)
     tokens = randn(num_tokens, 12, dtype=torch.float32)
     _, weights, experts, _ = router(tokens)
     assert weights.dtype == torch.float32 and weights.shape == experts.shape == (num_tokens, top_k)
@@ -364,7 +364,7 @@ def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale)
 
 
 def test_one_expert_per_token_has_weight_one_and_a_router_gradient():
-    router = fill(MPOERouter(12, NUM_EXPERTS, 1))
+    router = fill(Router(12, NUM_EXPERTS, 1))
     tokens = randn(6, 12, dtype=torch.float32)
     _, weights, experts, _ = router(tokens)
     assert torch.equal(weights, torch.ones(6, 1))
@@ -491,7 +491,7 @@ def test_bfloat16_weights_route_in_float32():
 @pytest.mark.parametrize("name", TERMS)
 def test_random_initialisation_keeps_the_scale(name):
     """Freshly initialised matrices have entries near the given standard deviation, none unset."""
-    module = MPOEChain(TERMS[name], NUM_EXPERTS)
+    module = Chain(TERMS[name], NUM_EXPERTS)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(torch.nan)

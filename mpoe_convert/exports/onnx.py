@@ -22,7 +22,7 @@ from ..calibration import keep_no_cache
 from ..converted import Converted
 from ..errors import ExportError, VerifyError
 from ..loading import load_converted
-from ..runtime.modeling_mpoe import MPOEFeedForward
+from ..runtime.modeling_mpoe import FeedForward
 from ..verification import ROUNDING, Comparison
 from ..verify_child import compare, make_inputs
 from . import Export, ExportPlan, Part
@@ -69,7 +69,7 @@ def _check(source: Converted) -> None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
-            ffn = MPOEFeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            ffn = FeedForward(mixture.form, source.num_experts, source.top_k).eval()
             tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
         ffn.schedule = SCHEDULE
         if _sorts(ffn, tokens):
@@ -93,7 +93,7 @@ class _StopsAtSorting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _sorts(ffn: MPOEFeedForward, tokens: Tensor) -> bool:
+def _sorts(ffn: FeedForward, tokens: Tensor) -> bool:
     """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
     try:
         with torch.no_grad(), _StopsAtSorting():

@@ -2,28 +2,28 @@
 """Transformers whose feed-forward networks (FFNs) are mixtures of experts with shared parameters.
 
 This file ships with every converted checkpoint and needs torch and transformers only (written for and
-tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
+tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
-* One weight form. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
-  operator); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
+* One form of weights. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
+  operator, MPO); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
 
       y = x W_e        W_e =  aux_0[e] --D1-- central_1 --D2-- aux_2[e]
                                 |                |                |
                             (i_0, j_0)       (i_1, j_1)       (i_2, j_2)
 
-  Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis when it is
-  per expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse
-  upcycling) are one chain of one per-expert core.
-* Schedules. When the cores left of the centre carry input only and those right of it output only
-  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations and no expert matrix is ever
-  built: all experts go through one matrix product with C. Otherwise, or where that is cheaper, the
-  matrices of the experts that are hit are contracted first, and can be kept in inference.
+  Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis if there is one per
+  expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
+  arXiv 2212.05055) are one chain of one per-expert core.
+* Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
+  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
+  all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the
+  experts that tokens go to are contracted first; in inference they can be kept.
 * The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
-  `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. Which submodules,
-  and how they are wired, stands in `config.mpoe`, so this file knows no model family. Classes of code that
-  the source brought along are subclassed in `modeling_mpoe_source.py` beside this file, by `subclass`.
-* Combine weights are the softmax over the chosen k logits and sum to one: identical experts compute
-  exactly what the dense FFN computed, whatever the router says.
+  `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
+  submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's
+  custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
+* Combine weights are the softmax over the k chosen logits and sum to one: identical experts compute exactly
+  what the dense FFN computed, whatever the router decides.
 
 `config.mpoe` holds:
 
@@ -31,16 +31,29 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
     num_experts, top_k
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
-                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...], "bias"};
+                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
+                       "bias": "shared", "per-expert" or null};
                        "adapter": size, if the experts are adapters behind a shared FFN
-    family             how the FFN is wired into its layer; all paths relative to the layer:
+    family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces
-      absorbed         submodules whose work moved into it; they become Identity
-      activation       where the stock activation module is found; it is taken over as it is
-      inner_dropout    between activation and down projection: a module, or a rate that is set to zero
-      outer_dropout    after the down projection, where the stock FFN applies it itself
-      adds_residual    the stock FFN is called with the residual and adds it
+      absorbed         submodules whose work moved into the mixture; they become Identity
+      activation       where the stock activation module is found; it is used as it is
+      inner_dropout    between activation and down-projection: a module, or a rate that is set to zero
+      outer_dropout    after the down-projection, where the stock FFN applies it itself
+      adds_residual    true if the stock FFN is called with the residual and adds it
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
+
+Shapes in the comments: B batch, T tokens (all of a batch, in one axis), H hidden size, E experts, k experts
+per token, N rows (one per token and chosen expert).
+
+Contents:
+    1. Config: options at its top level, and the version of its `mpoe` block
+    2. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+    3. Parts of an expert: projections (sums of chains), and adapters behind the FFN
+    4. Routers: which experts a token goes to, and the losses that routers learn from
+    5. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    6. The mixture: the FFN of several experts, its schedules and what they cost
+    7. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import dataclasses
@@ -50,8 +63,9 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import UnionType
 from typing import NamedTuple
 
 import torch
@@ -72,56 +86,126 @@ except ImportError as error:
     found = transformers.__version__
     raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error
 
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Config: options at its top level, and the version of its `mpoe` block
+
+
 FORMAT_VERSION = 1
 CLASS_PREFIX = "MPOE"
 MODEL_TYPE_PREFIX = "mpoe_"
 
-# Options at the top level of the config, each with its default; `from_pretrained(..., name=value)` sets them.
-OPTIONS = {
-    "router_aux_loss_coef": 0.01,  # of the load-balancing loss, added in training; 0: off
-    "router_z_loss_coef": 0.0,  # of the router z-loss, added in training
-    "output_router_logits": False,  # outputs carry `router_logits` and `aux_loss`
-    "router_combine": "renormalised",  # see MPOERouter
-    "router_jitter_noise": 0.0,
-    "router_capacity_factor": None,
-    "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: the bias stays
-    "router_balance_bias": False,  # there is such a bias; set by the rate
-    "router_tasks": None,  # names of tasks: routers choose by task, see `MPOEMixin.route_by`; None: by token
-    "mpoe_schedule": "auto",  # see MPOEFeedForward; MPOE_SCHEDULE in the environment comes first
-    "mpoe_cache": "off",  # see MatrixCache: off, hit, all; MPOE_CACHE comes first
-    "mpoe_cache_bytes": None,  # limit for the whole model; MPOE_CACHE_BYTES comes first
-}
-OPTION_TYPES = {
-    "router_aux_loss_coef": float,
-    "router_z_loss_coef": float,
-    "output_router_logits": bool,
-    "router_combine": str,
-    "router_jitter_noise": float,
-    "router_capacity_factor": float | None,
-    "router_bias_update_rate": float,
-    "router_balance_bias": bool,
-    "router_tasks": list[str] | None,
-    "mpoe_schedule": str,
-    "mpoe_cache": str,
-    "mpoe_cache_bytes": int | None,
-}
 
-# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
-_FLOPS = 1e11  # per second
-_BANDWIDTH = 1e10  # bytes per second
-# Up to so many numbers every row gets a copy of its own experts' cores.
-_FEW_NUMBERS = 1 << 23
-_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
-_ROUTER_FIELDS = ("aux_loss", "router_logits")
-# From so many rows per expert on, a processor computes expert by expert ...
-_MANY_ROWS = 384
-# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
-# weight[expert] is as large as all experts together.
-_OWN_NUMBERS = 1 << 18
+class Option(NamedTuple):
+    """An option at the top level of the config; `from_pretrained(..., name=value)` sets it."""
+
+    name: str
+    type: type | UnionType
+    default: object
+    meaning: str
+    values: tuple[str, ...] | None = None  # all that it may be; None: anything of its type
+
+
+# In the order in which config.json lists them.
+CONFIG_OPTIONS = (
+    Option(
+        "router_aux_loss_coef",
+        float,
+        0.01,
+        "coefficient of the load-balancing loss, which is added in training; 0: off",
+    ),
+    Option(
+        "router_z_loss_coef",
+        float,
+        0.0,
+        "coefficient of the router z-loss, which is added in training; 0: off",
+    ),
+    Option(
+        "output_router_logits",
+        bool,
+        False,
+        "outputs carry `router_logits` and `aux_loss`",
+    ),
+    Option(
+        "router_combine",
+        str,
+        "renormalised",
+        "combine weights: `renormalised`, which sum to one per token, or `raw`, the probabilities (Switch)",
+        ("renormalised", "raw"),
+    ),
+    Option(
+        "router_jitter_noise",
+        float,
+        0.0,
+        "in training the router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+    ),
+    Option(
+        "router_capacity_factor",
+        float | None,
+        None,
+        "in training an expert takes at most this times its equal share of the choices; null: no limit",
+    ),
+    Option(
+        "router_bias_update_rate",
+        float,
+        0.0,
+        "step of DeepSeek-V3's balancing bias, which balances without a loss; 0: the bias stays as it is",
+    ),
+    Option(
+        "router_balance_bias",
+        bool,
+        False,
+        "the checkpoint has balancing biases; a rate above 0 sets it",
+    ),
+    Option(
+        "router_tasks",
+        list[str] | None,
+        None,
+        "names of tasks: routers choose by the task of a sequence (see `route_by`); null: by token",
+    ),
+    Option(
+        "mpoe_schedule",
+        str,
+        "auto",
+        "how experts are computed: `apply`, `rebuild`, `cached`, or `auto`, the cheapest; "
+        "the environment variable MPOE_SCHEDULE overrules it",
+        ("auto", "apply", "rebuild", "cached"),
+    ),
+    Option(
+        "mpoe_cache",
+        str,
+        "off",
+        "which experts' matrices are kept in inference: `off`, `hit` (of experts that were chosen) or `all`; "
+        "MPOE_CACHE overrules it",
+        ("off", "hit", "all"),
+    ),
+    Option(
+        "mpoe_cache_bytes",
+        int | None,
+        None,
+        "limit of all kept matrices of the model, in bytes; null: none; MPOE_CACHE_BYTES overrules it",
+    ),
+)
+OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
+
+
+def read_option(config: PretrainedConfig, name: str) -> object:
+    """The value of an option; for `mpoe_...` the environment variable of that name comes first.
+
+    Raises:
+        ValueError: it is none of the values that the option may have.
+    """
+    value = getattr(config, name)
+    if name.startswith("mpoe_"):
+        value = os.environ.get(name.upper(), value)
+    values = next(option.values for option in CONFIG_OPTIONS if option.name == name)
+    if values is not None and value not in values:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------
-# Chains of cores
+# 2. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -265,7 +349,7 @@ class MatrixCache:
     def nbytes(self) -> int:
         return sum(matrix.nbytes for _, matrix in self.entries.values())
 
-    def matrix(self, chain: "MPOEChain", cores: list[Tensor], expert: int) -> Tensor:
+    def matrix(self, chain: "Chain", cores: list[Tensor], expert: int) -> Tensor:
         """One expert's matrix (in, out), from the cache if it is there and still right."""
         if not all(isinstance(core, nn.Parameter) for core in cores):
             return chain.matrix(cores, expert)  # parametrised (PEFT): a new tensor each time
@@ -287,7 +371,7 @@ class MatrixCache:
         return chain.matrix(cores, expert) if kept is None else kept[1]
 
 
-class MPOEChain(nn.Module):
+class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
     A core is stored as a matrix (bond_left * in_dim, out_dim * bond_right), or a stack of one per expert:
@@ -404,7 +488,11 @@ class MPOEChain(nn.Module):
             init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
 
 
-class MPOEProjection(nn.Module):
+# ---------------------------------------------------------------------------------------------------
+# 3. Parts of an expert: projections (sums of chains), and adapters behind the FFN
+
+
+class Projection(nn.Module):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
@@ -413,7 +501,7 @@ class MPOEProjection(nn.Module):
 
     def __init__(self, spec: dict, num_experts: int):
         super().__init__()
-        self.terms = nn.ModuleList(MPOEChain(term, num_experts) for term in spec["terms"])
+        self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
         self.is_common = [all(term["shared"]) for term in spec["terms"]]
         out_features = math.prod(spec["terms"][0]["out_dims"])
         self.bias_kind = spec["bias"]
@@ -439,7 +527,7 @@ class MPOEProjection(nn.Module):
         cache: MatrixCache | None = None,
         common: Tensor | None = None,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `MPOEChain`. `common`: what the shared terms make of the rows, if done."""
+        """(N, in) -> (N, out); see `Chain`. `common`: what the shared terms make of the rows, if done."""
         y = common
         for term, shared in zip(self.terms, self.is_common, strict=True):
             if not shared or common is None:
@@ -457,7 +545,7 @@ class MPOEProjection(nn.Module):
             init.zeros_(self.bias)
 
 
-class MPOEAdapter(nn.Module):
+class Adapter(nn.Module):
     """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
 
     PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
@@ -485,6 +573,10 @@ class MPOEAdapter(nn.Module):
         init.zeros_(self.aux_1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# 4. Routers: which experts a token goes to, and the losses that routers learn from
+
+
 class Routing(NamedTuple):
     """What a router decided for T tokens; all floats are float32."""
 
@@ -494,7 +586,7 @@ class Routing(NamedTuple):
     dropped: Tensor | None  # (T, k) weights that were lost to the capacity; None without a capacity
 
 
-class MPOERouter(nn.Module):
+class Router(nn.Module):
     """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
@@ -621,6 +713,13 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum(0) / mask.sum().clamp(min=1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# 5. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+
+
+_ROUTER_FIELDS = ("aux_loss", "router_logits")
+
+
 class _AddGradient(torch.autograd.Function):
     """A copy of the tensor; in the backward pass the loss is optimised too, by the pass's factor."""
 
@@ -655,20 +754,20 @@ class _NoteScale(torch.autograd.Function):
 class Call(NamedTuple):
     """One call of one mixture in a pass."""
 
-    ffn: "MPOEFeedForward"
+    ffn: "FeedForward"
     routing: Routing
     mask: Tensor | None  # (T,) zero for padding
     loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
-class _Repeatable(deque):
+class Repeatable(deque):
     """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
 
     def __reduce__(self):  # copies of a model start empty
-        return functools.partial(_Repeatable, maxlen=self.maxlen), ()
+        return functools.partial(Repeatable, maxlen=self.maxlen), ()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
@@ -682,7 +781,7 @@ class RouterPass:
         calls: of the mixtures so far; dropped when the pass is over.
         num_calls: how many; the loss is the mean over them.
         share: how much of an optimizer's step this pass is.
-        task: that was given to this pass, see `MPOERouter`.
+        task: that was given to this pass, see `Router`.
         scale: what the model's own loss is multiplied by; known once the backward pass has begun.
         went_back: whether a backward pass has reached a mixture.
     """
@@ -703,12 +802,12 @@ class RouterPass:
             share = share.to(self.scale.device)
         return self.scale * share / max(self.num_calls, 1)
 
-    def mask(self, ffn: "MPOEFeedForward", num_tokens: int) -> Tensor | None:
+    def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """Which of the tokens of a mixture's next call count."""
         return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
 
     def add(
-        self, ffn: "MPOEFeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
     ) -> Tensor:
         """Take part in a call of a mixture; its combine weights."""
         self.num_calls += 1
@@ -738,14 +837,79 @@ class RouterPass:
         return loss
 
 
-def _one_of(config: PretrainedConfig, name: str, values: tuple[str, ...]) -> str:
-    """A config option; MPOE_SCHEDULE and MPOE_CACHE in the environment come first."""
-    value = getattr(config, name)
-    if name.startswith("mpoe_"):
-        value = os.environ.get(name.upper(), value)
-    if value not in values:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
-    return value
+def add_losses(outputs, running: RouterPass, arguments: dict):
+    """The model's outputs with the routers' losses in their loss."""
+    losses = [call.loss for call in running.calls]
+    if not losses:
+        return outputs
+    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    total = total * torch.as_tensor(running.share, device=total.device)
+    key, tensor = _loss_of(outputs, arguments)
+    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+        if not torch.compiler.is_compiling():
+            tensor = _NoteScale.apply(tensor, running)
+        tensor = tensor + total.to(tensor.device)
+    elif total.requires_grad:
+        key, tensor = _first_output(outputs)
+        tensor = _AddGradient.apply(tensor, total, None)
+    else:
+        return outputs
+    if isinstance(outputs, tuple):
+        return (*outputs[:key], tensor, *outputs[key + 1 :])
+    outputs[key] = tensor
+    return outputs
+
+
+@functools.cache
+def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class with `aux_loss` and `router_logits`."""
+    known = {field.name for field in dataclasses.fields(base)}
+    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
+    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
+
+
+def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    calls = running.calls
+    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
+    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
+    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
+        return _with_router_fields(type(outputs))(**outputs, **shown)
+    for name, value in shown.items():
+        outputs[name] = value
+    return outputs
+
+
+def _loss_of(outputs, arguments: dict) -> tuple:
+    """Key and value of the loss among a model's outputs, or (None, None)."""
+    if isinstance(outputs, tuple):
+        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
+        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
+    loss = outputs.get("loss")
+    return (None, None) if loss is None else ("loss", loss)
+
+
+def _first_output(outputs) -> tuple:
+    """Key and value of the first tensor that was computed from the hidden states."""
+    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
+    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. The mixture: the FFN of several experts, its schedules and what they cost
+
+
+# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
+_FLOPS = 1e11  # per second
+_BANDWIDTH = 1e10  # bytes per second
+# Up to so many numbers every row gets a copy of its own experts' cores.
+_FEW_NUMBERS = 1 << 23
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
+# From so many rows per expert on, a processor computes expert by expert ...
+_MANY_ROWS = 384
+# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
+# weight[expert] is as large as all experts together.
+_OWN_NUMBERS = 1 << 18
 
 
 def _combine(copies: Tensor, weights: Tensor) -> Tensor:
@@ -769,10 +933,10 @@ class Inputs(NamedTuple):
         return Inputs(*(None if part is None else part.repeat_interleave(times, dim=0) for part in self))
 
 
-class MPOEFeedForward(nn.Module):
+class FeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `MPOEProjection`), and "adapter": its size,
+    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `Projection`), and "adapter": its size,
     if the experts are adapters behind an FFN that is shared altogether.
 
     Schedules, the same function in different operations:
@@ -786,12 +950,12 @@ class MPOEFeedForward(nn.Module):
         super().__init__()
         hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
         self.num_experts = num_experts
-        self.router = MPOERouter(hidden_size, num_experts, top_k)
-        self.gate = MPOEProjection(form["gate"], num_experts) if "gate" in form else None
-        self.up = MPOEProjection(form["up"], num_experts)
-        self.down = MPOEProjection(form["down"], num_experts)
+        self.router = Router(hidden_size, num_experts, top_k)
+        self.gate = Projection(form["gate"], num_experts) if "gate" in form else None
+        self.up = Projection(form["up"], num_experts)
+        self.down = Projection(form["down"], num_experts)
         size = form.get("adapter")
-        self.adapter = None if size is None else MPOEAdapter(hidden_size, size, num_experts)
+        self.adapter = None if size is None else Adapter(hidden_size, size, num_experts)
         self.top_k = top_k
         self.act = nn.Identity()
         self.inner_dropout = nn.Identity()
@@ -800,14 +964,14 @@ class MPOEFeedForward(nn.Module):
         self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
-        self.register_buffer("balance_bias", None)  # (E,) see MPOERouter; None: not used
-        self.task: Tensor | None = None  # see MPOERouter; a pass may bring its own
+        self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
+        self.task: Tensor | None = None  # see Router; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
-        self.repeatable = _Repeatable(maxlen=_REPEATABLE)
+        self.repeatable = Repeatable(maxlen=_REPEATABLE)
         # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
         self._adapters = () if self.adapter is None else (self.adapter,)
-        self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
+        self._chains = tuple(module for module in self.modules() if isinstance(module, Chain))
         first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
         once = self._chains if self.adapter is not None else first
         # Those that work on a token once, however many experts it has.
@@ -821,7 +985,7 @@ class MPOEFeedForward(nn.Module):
         own = self.router.weight.numel() + self.top_k * self._adapter_numbers
         return 2 * own + sum(self._rows(chain) * chain.flops_per_row for chain in self._chains)
 
-    def _rows(self, chain: MPOEChain) -> int:
+    def _rows(self, chain: Chain) -> int:
         """How many copies of a token pass a chain."""
         return 1 if chain in self._common else self.top_k
 
@@ -882,7 +1046,7 @@ class MPOEFeedForward(nn.Module):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = _one_of(config, "router_combine", ("renormalised", "raw"))
+        self.router.combine = read_option(config, "router_combine")
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -890,9 +1054,8 @@ class MPOEFeedForward(nn.Module):
         if config.router_bias_update_rate or config.router_balance_bias:
             config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
             self.add_balance_bias()
-        self.schedule = _one_of(config, "mpoe_schedule", ("auto", "apply", "rebuild", "cached"))
-        keep = _one_of(config, "mpoe_cache", ("off", "hit", "all"))
-        limit = os.environ.get("MPOE_CACHE_BYTES", config.mpoe_cache_bytes)
+        self.schedule = read_option(config, "mpoe_schedule")
+        keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
         if keep == "off":
             keep = "hit" if self.schedule == "cached" else None
         limit = None if limit is None else float(limit) / num_mixtures
@@ -940,7 +1103,7 @@ class MPOEFeedForward(nn.Module):
             routing = self.router(tokens, self.balance_bias, mask, task)
             return running.add(self, routing, mask, task), routing.experts
         if self.training and not torch.compiler.is_compiling():
-            if not _in_backward():
+            if not in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
                 repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
@@ -1015,6 +1178,11 @@ class MPOEFeedForward(nn.Module):
             return self.adapter(inputs.rows, picks)
         return self._ffn(inputs, picks, schedule)
 
+    def run_all_experts(self, tokens: Tensor) -> Tensor:
+        """(E, T, H) what every expert makes of tokens (T, H), whatever the router decides."""
+        inputs = self._prepare(tokens)
+        return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
+
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
@@ -1027,7 +1195,7 @@ class MPOEFeedForward(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Into the stock model
+# 7. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 def _take(layer: nn.Module, path: str | None):
@@ -1059,9 +1227,9 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
     """Replace the dense FFN of a stock layer by a mixture of the given form; done twice, does nothing."""
     family = block["family"]
-    if isinstance(_take(layer, family["slot"]), MPOEFeedForward):
+    if isinstance(_take(layer, family["slot"]), FeedForward):
         return
-    ffn = MPOEFeedForward(form, block["num_experts"], block["top_k"])
+    ffn = FeedForward(form, block["num_experts"], block["top_k"])
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])
@@ -1077,132 +1245,6 @@ def _has_submodule(model: nn.Module, path: str) -> bool:
         if model is None:
             return False
     return True
-
-
-class RouterStats:
-    """What one router did, over all tokens that were watched and were no padding.
-
-    Attributes:
-        num_tokens: how many.
-        load: (E,) each expert's part of the choices; sums to one.
-        probability: (E,) mean router probability.
-        entropy: of the router's softmax, mean over tokens, in nats; log(E) is indifferent.
-        dropped: part of the combine weights lost to the capacity.
-        similarity: (E, E) mean cosine between experts' outputs on the same tokens; None if not asked for.
-    """
-
-    def __init__(self, num_experts: int):
-        self.num_tokens = 0.0
-        self._choices = torch.zeros(num_experts, dtype=torch.float64)
-        self._probability = torch.zeros(num_experts, dtype=torch.float64)
-        self._entropy = self._dropped = self._weight = 0.0
-        self._cosines = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-        self._compared = 0
-
-    @torch.no_grad()
-    def add(self, routing: Routing, mask: Tensor | None) -> None:
-        num_experts = len(self._choices)
-        counted = torch.ones_like(routing.logits[:, 0]) if mask is None else mask.to(routing.logits)
-        probabilities = routing.logits.softmax(-1)
-        choices = F.one_hot(routing.experts, num_experts).sum(1)
-        entropy = torch.special.entr(probabilities).sum(-1)
-        self.num_tokens += float(counted.sum())
-        self._choices += (counted @ choices.to(counted)).cpu().double()
-        self._probability += (counted @ probabilities).cpu().double()
-        self._entropy += float(counted @ entropy)
-        dropped = torch.zeros_like(routing.weights) if routing.dropped is None else routing.dropped
-        self._dropped += float(counted @ dropped.sum(-1))
-        self._weight += float(counted @ (routing.weights + dropped).sum(-1))
-
-    @torch.no_grad()
-    def compare(self, ffn: "MPOEFeedForward", tokens: Tensor) -> None:
-        inputs = ffn._prepare(tokens)
-        outputs = torch.stack([ffn._experts(inputs, Picks(e)) for e in range(ffn.num_experts)])
-        directions = F.normalize(outputs.cpu().double(), dim=-1)  # (E, T, H)
-        self._cosines += torch.einsum("eth,fth->ef", directions, directions)
-        self._compared += len(tokens)
-
-    @property
-    def load(self) -> Tensor:
-        return self._choices / self._choices.sum().clamp(min=1)
-
-    @property
-    def probability(self) -> Tensor:
-        return self._probability / max(self.num_tokens, 1)
-
-    @property
-    def entropy(self) -> float:
-        return self._entropy / max(self.num_tokens, 1)
-
-    @property
-    def dropped(self) -> float:
-        return self._dropped / self._weight if self._weight else 0.0
-
-    @property
-    def similarity(self) -> Tensor | None:
-        return self._cosines / self._compared if self._compared else None
-
-    def __repr__(self) -> str:
-        load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
-        return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
-
-
-def _add_losses(outputs, running: RouterPass, arguments: dict):
-    """The model's outputs with the routers' losses in their loss."""
-    losses = [call.loss for call in running.calls]
-    if not losses:
-        return outputs
-    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-    total = total * torch.as_tensor(running.share, device=total.device)
-    key, tensor = _loss_of(outputs, arguments)
-    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
-        if not torch.compiler.is_compiling():
-            tensor = _NoteScale.apply(tensor, running)
-        tensor = tensor + total.to(tensor.device)
-    elif total.requires_grad:
-        key, tensor = _first_output(outputs)
-        tensor = _AddGradient.apply(tensor, total, None)
-    else:
-        return outputs
-    if isinstance(outputs, tuple):
-        return (*outputs[:key], tensor, *outputs[key + 1 :])
-    outputs[key] = tensor
-    return outputs
-
-
-@functools.cache
-def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with `aux_loss` and `router_logits`."""
-    known = {field.name for field in dataclasses.fields(base)}
-    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
-    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
-
-
-def _show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
-    calls = running.calls
-    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
-    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
-    shown["router_logits"] = tuple(call.routing.logits for call in calls)
-    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
-        return _with_router_fields(type(outputs))(**outputs, **shown)
-    for name, value in shown.items():
-        outputs[name] = value
-    return outputs
-
-
-def _loss_of(outputs, arguments: dict) -> tuple:
-    """Key and value of the loss among a model's outputs, or (None, None)."""
-    if isinstance(outputs, tuple):
-        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
-        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
-    loss = outputs.get("loss")
-    return (None, None) if loss is None else ("loss", loss)
-
-
-def _first_output(outputs) -> tuple:
-    """Key and value of the first tensor that was computed from the hidden states."""
-    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
-    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
 
 
 def _check_tasks(task: Tensor | None, arguments: dict) -> None:
@@ -1254,7 +1296,7 @@ def _generating(generate):
     return generating
 
 
-class MPOEMixin:
+class MixtureMixin:
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     def __init__(self, config, *args, **kwargs):
@@ -1283,17 +1325,14 @@ class MPOEMixin:
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         self.post_init()
 
-    def mixtures(self) -> list[tuple[str, MPOEFeedForward]]:
+    def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
 
         Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
         """
         found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
         return [
-            (path, ffn)
-            for path, module in found
-            for ffn in module.modules()
-            if isinstance(ffn, MPOEFeedForward)
+            (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
         ]
 
     def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
@@ -1345,7 +1384,7 @@ class MPOEMixin:
             return forward(self, *args, **kwargs)
         if rate:
             self._follow_step()
-        running = RouterPass(learns, *coefs, functools.partial(self._token_mask, arguments=arguments))
+        running = RouterPass(learns, *coefs, functools.partial(self.token_mask, arguments=arguments))
         running.share = self._share_of_step(arguments)
         running.task = task
         try:
@@ -1360,9 +1399,9 @@ class MPOEMixin:
                 call.ffn.note_load(call.routing, call.mask)
             self._balancing = running
         if any(coefs):
-            outputs = _add_losses(outputs, running, arguments)
+            outputs = add_losses(outputs, running, arguments)
         if show and isinstance(outputs, ModelOutput):
-            outputs = _show_routers(outputs, running)
+            outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
 
@@ -1397,9 +1436,7 @@ class MPOEMixin:
         shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
-    def _token_mask(
-        self, ffn: MPOEFeedForward, num_tokens: int, index: int, *, arguments: dict
-    ) -> Tensor | None:
+    def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
         """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
 
         `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
@@ -1421,55 +1458,14 @@ class MPOEMixin:
         # With a cache the mask covers the past as well.
         return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
 
-    @contextmanager
-    def router_stats(self, similarity_tokens: int = 0) -> Iterator[dict[str, "RouterStats"]]:
-        """Watch the routers: inside the block every forward pass adds to the statistics of each mixture.
-
-        Args:
-            similarity_tokens: compare the experts' outputs on so many tokens per mixture and pass. This runs
-                all experts on them.
-
-        Yields:
-            {path of the mixture below the base model: `RouterStats`}, filled as passes go by.
-        """
-        stats = {path: RouterStats(ffn.num_experts) for path, ffn in self.mixtures()}
-        arguments: dict = {}
-        calls = {ffn: 0 for _, ffn in self.mixtures()}
-        signature = inspect.signature(self.forward)
-
-        def take_arguments(module, args, kwargs):
-            calls.update(dict.fromkeys(calls, 0))
-            arguments.clear()
-            arguments.update(dict(zip(signature.parameters, args, strict=False)) | kwargs)
-
-        def watch(path: str, ffn: MPOEFeedForward, router, args, routing: Routing):
-            if _in_backward():
-                return  # a checkpoint repeats what was counted
-            mask = self._token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)
-            calls[ffn] += 1
-            stats[path].add(routing, mask)
-            if similarity_tokens:
-                stats[path].compare(ffn, args[0][:similarity_tokens])
-
-        handles = [self.register_forward_pre_hook(take_arguments, with_kwargs=True)]
-        for path, ffn in self.mixtures():
-            hook = functools.partial(watch, path, ffn)
-            handles.append(ffn.router.register_forward_hook(hook))
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
-                yield stats
-        finally:
-            for handle in handles:
-                handle.remove()
-
     @torch.no_grad()
     def initialize_weights(self):
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
-            if isinstance(module, (MPOEProjection, MPOEAdapter, MPOERouter)):
+            if isinstance(module, (Projection, Adapter, Router)):
                 module.reset_parameters(std)
-            elif isinstance(module, MPOEFeedForward) and module.balance_bias is not None:
+            elif isinstance(module, FeedForward) and module.balance_bias is not None:
                 init.zeros_(module.balance_bias)
 
 
@@ -1478,7 +1474,7 @@ def _config_class(base: type, name: str, module: str) -> type:
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         **options,
-        "__annotations__": {"mpoe": dict | None, **OPTION_TYPES},
+        "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
     if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
@@ -1496,7 +1492,7 @@ def _config_class(base: type, name: str, module: str) -> type:
 def _model_class(base: type, name: str, module: str) -> type:
     config_class = subclass(base.config_class, module)
     body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
-    bases = (MPOEMixin, base)
+    bases = (MixtureMixin, base)
     if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
         bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
     if GenerationMixin in bases or base.can_generate():

@@ -28,7 +28,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward, contract_chain
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache, contract_chain
 from mpoe_convert.sites import choose
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
@@ -48,7 +48,7 @@ def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict
     return {"terms": [term], "bias": None}
 
 
-def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> MPOEFeedForward:
+def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> FeedForward:
     """Random experts that differ, of the scale of trained ones."""
     hidden, inner, activation = SHAPES[shape]
     form = {
@@ -57,7 +57,7 @@ def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = 
     }
     if activation == "silu":
         form["gate"] = form["up"]
-    ffn = MPOEFeedForward(form, EXPERTS, TOP_K)
+    ffn = FeedForward(form, EXPERTS, TOP_K)
     ffn.act = nn.SiLU() if activation == "silu" else nn.GELU()
     ffn.router.reset_parameters(1.0)
     for role in form:
@@ -65,7 +65,7 @@ def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = 
     return ffn
 
 
-def matrices(ffn: MPOEFeedForward, role: str) -> torch.Tensor:
+def matrices(ffn: FeedForward, role: str) -> torch.Tensor:
     """(E, in, out)."""
     (chain,) = getattr(ffn, role).terms
     cores = [getattr(chain, name) for name in chain.core_names]
@@ -76,7 +76,7 @@ def matrices(ffn: MPOEFeedForward, role: str) -> torch.Tensor:
 class PlainMoE(nn.Module):
     """The same experts as matrices, run by transformers."""
 
-    def __init__(self, ffn: MPOEFeedForward, implementation: str):
+    def __init__(self, ffn: FeedForward, implementation: str):
         super().__init__()
         self.router = ffn.router
         up, down = matrices(ffn, "up").mT, matrices(ffn, "down").mT
@@ -108,7 +108,7 @@ class PlainMoE(nn.Module):
 class Dense(nn.Module):
     """The base FFN, one expert's worth of work."""
 
-    def __init__(self, ffn: MPOEFeedForward):
+    def __init__(self, ffn: FeedForward):
         super().__init__()
         self.act = ffn.act
         for role in ("gate", "up", "down"):
@@ -124,7 +124,7 @@ class Dense(nn.Module):
 class Paper(nn.Module):
     """MPOE as published: every expert's matrices from all its cores in every pass, then dense experts."""
 
-    def __init__(self, ffn: MPOEFeedForward):
+    def __init__(self, ffn: FeedForward):
         super().__init__()
         self.ffn = ffn
 
@@ -154,7 +154,7 @@ def contract(chain, cores, expert: int) -> torch.Tensor:
 
 
 class Scheduled(nn.Module):
-    def __init__(self, ffn: MPOEFeedForward, schedule: str, cache: MatrixCache):
+    def __init__(self, ffn: FeedForward, schedule: str, cache: MatrixCache):
         super().__init__()
         self.ffn, self.schedule, self.cache = ffn, schedule, cache
 
