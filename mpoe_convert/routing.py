@@ -41,18 +41,17 @@ class RouterStats:
     @torch.no_grad()
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         """Count a call. `mask` (T,) is zero for padding."""
-        num_experts = len(self._choices)
-        counted = torch.ones_like(routing.logits[:, 0]) if mask is None else mask.to(routing.logits)  # (T,)
-        probabilities = routing.logits.softmax(-1)  # (T, E)
-        choices = F.one_hot(routing.experts, num_experts).sum(1)  # (T, E)
+        logits, choices, room = routing
+        counted = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits)  # (T,)
+        probabilities = logits.softmax(-1)  # (T, E)
         entropy = torch.special.entr(probabilities).sum(-1)  # (T,)
+        weights = counted[choices.tokens] * choices.weights  # (N,)
         self.num_tokens += float(counted.sum())
-        self._choices += (counted @ choices.to(counted)).cpu().double()
+        self._choices += choices.load(len(self._choices), counted).cpu().double()
         self._probability += (counted @ probabilities).cpu().double()
         self._entropy += float(counted @ entropy)
-        dropped = torch.zeros_like(routing.weights) if routing.dropped is None else routing.dropped
-        self._dropped += float(counted @ dropped.sum(-1))
-        self._weight += float(counted @ (routing.weights + dropped).sum(-1))
+        self._weight += float(weights.sum())
+        self._dropped += 0.0 if room is None else float(weights[~room].sum())
 
     @torch.no_grad()
     def compare(self, ffn: FeedForward, tokens: Tensor) -> None:

@@ -6,13 +6,20 @@ import pytest
 import torch
 import transformers
 from test_families import generative
+from test_runtime import table
 from tiny import make_inputs
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from mpoe_convert import router_stats
-from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss
+from mpoe_convert.runtime.modeling_mpoe import (
+    Router,
+    Routing,
+    load_balancing_loss,
+    router_z_loss,
+    weigh,
+)
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3
@@ -265,8 +272,9 @@ def test_raw_weights_are_the_probabilities():
     module.combine = "raw"
     routing = module(tokens())
     probabilities = (tokens() @ module.weight.T).softmax(-1).sort(descending=True)
-    torch.testing.assert_close(routing.weights, probabilities.values[:, :2])
-    assert torch.equal(routing.experts, probabilities.indices[:, :2]) and routing.weights.sum() < 12
+    weights, experts = table(routing)
+    torch.testing.assert_close(weights, probabilities.values[:, :2])
+    assert torch.equal(experts, probabilities.indices[:, :2]) and weights.sum() < 12
 
 
 def test_jitter_is_for_training():
@@ -282,21 +290,23 @@ def test_jitter_is_for_training():
 def test_capacity_by_its_definition(factor):
     """First choices before second ones, early tokens before late ones."""
     module = router().train()
-    free = module(tokens(20))
+    weights, experts = table(module(tokens(20)))
     module.capacity_factor = factor
     found = module(tokens(20))
+    assert torch.equal(table(found)[0], weights)
     room = {e: max(math.ceil(factor * 20 * 2 / 4), 1) for e in range(4)}
-    expected = free.weights.clone()
+    kept = torch.ones(20, 2, dtype=torch.bool)
     for choice in range(2):
         for token in range(20):
-            expert = int(free.experts[token, choice])
+            expert = int(experts[token, choice])
             room[expert] -= 1
-            if room[expert] < 0:
-                expected[token, choice] = 0
-    torch.testing.assert_close(found.weights, expected)
-    torch.testing.assert_close(found.weights + found.dropped, free.weights)
-    assert bool((expected == 0).any()) == (factor < 1.5)
-    assert torch.equal(module.eval()(tokens(20)).weights, free.weights)
+            kept[token, choice] = room[expert] >= 0
+    assert torch.equal(found.room, kept.reshape(-1))
+    assert bool(kept.all()) == (factor >= 1.5)
+    served = found.served()
+    assert torch.equal(served.weights, weights[kept]) and torch.equal(served.experts, experts[kept])
+    assert torch.equal(served.tokens, kept.nonzero()[:, 0])
+    assert module.eval()(tokens(20)).room is None
 
 
 def test_bias_balances_without_a_loss(artifact, tmp_path):
@@ -320,7 +330,7 @@ def test_bias_balances_without_a_loss(artifact, tmp_path):
     again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1]
     assert again.balance_bias.dtype == torch.float32 and torch.equal(again.balance_bias, biases[0])
     found = routings(model.eval(), inputs)[0]
-    torch.testing.assert_close(found.weights, torch.ones_like(found.weights))
+    assert torch.equal(found.choices.weights, torch.ones(len(found.logits)))
 
 
 def test_the_balancing_loss_balances(artifact):
@@ -375,7 +385,7 @@ def test_statistics_by_their_definition(artifact):
     assert list(stats) == ["h.0.mlp", "h.1.mlp"]
     kept = mask.reshape(-1).bool()
     for layer, routing in zip(stats.values(), found, strict=True):
-        chosen = routing.experts[kept].reshape(-1)
+        chosen = table(routing)[1][kept].reshape(-1)
         expected = torch.bincount(chosen, minlength=EXPERTS) / len(chosen)
         torch.testing.assert_close(layer.load, expected.double())
         probability = routing.logits[kept].softmax(-1)
@@ -649,9 +659,8 @@ def test_a_tuple_without_a_loss_stays_as_it_is(artifact):
 
 
 def test_an_expert_of_no_probability_has_a_weight():
-    module = router(top_k=1)
     logits = torch.tensor([[0.0, 300.0, -300.0]])
-    weights = module._weigh(logits, logits[:, 2:], torch.tensor([[2]]))
+    weights = weigh(logits, logits[:, 2:], torch.tensor([[2]]), "renormalised")
     assert torch.equal(weights, torch.ones(1, 1))
 
 

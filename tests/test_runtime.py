@@ -116,6 +116,14 @@ def mixture(ffn: FeedForward, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape)
 
 
+def table(routing: modeling.Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts (T, k) of a rule that gives every token k choices."""
+    choices, num_tokens = routing.choices, len(routing.logits)
+    assert choices.tokens.tolist() == [t for t in range(num_tokens) for _ in range(choices.per_token)]
+    shape = (num_tokens, choices.per_token)
+    return choices.weights.reshape(shape), choices.experts.reshape(shape)
+
+
 def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
     """Every way to say which expert each of some sorted rows has."""
     found = {
@@ -349,7 +357,7 @@ def make_ffn(name="one-sided", top_k=2, bias=None) -> FeedForward:
 def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale):
     router = fill(Router(12, NUM_EXPERTS, top_k), scale=scale)
     tokens = randn(num_tokens, 12, dtype=torch.float32)
-    _, weights, experts, _ = router(tokens)
+    weights, experts = table(router(tokens))
     assert weights.dtype == torch.float32 and weights.shape == experts.shape == (num_tokens, top_k)
     torch.testing.assert_close(weights.sum(-1), torch.ones(num_tokens))
     logits = (tokens.double() @ router.weight.double().T).detach().numpy()
@@ -366,7 +374,7 @@ def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale)
 def test_one_expert_per_token_has_weight_one_and_a_router_gradient():
     router = fill(Router(12, NUM_EXPERTS, 1))
     tokens = randn(6, 12, dtype=torch.float32)
-    _, weights, experts, _ = router(tokens)
+    weights, experts = table(router(tokens))
     assert torch.equal(weights, torch.ones(6, 1))
     weights.sum().backward()
     # d/dW sum log p(chosen) = sum over tokens of (one-hot - p) x token
@@ -460,7 +468,7 @@ def test_autocast_computes_in_bfloat16_and_routes_in_float32(name, mode, monkeyp
     exact = ffn(x)
     with schedule(mode, ffn), torch.autocast("cpu", torch.bfloat16):
         rounded = ffn(x)
-    (_, weights, experts, _), (_, autocast_weights, autocast_experts, _) = routed
+    (weights, experts), (autocast_weights, autocast_experts) = map(table, routed)
     assert autocast_weights.dtype == torch.float32
     assert torch.equal(weights, autocast_weights) and torch.equal(experts, autocast_experts)
     error = (rounded - exact).norm() / exact.norm()
@@ -479,7 +487,7 @@ def test_bfloat16_weights_route_in_float32():
     x = randn(6, 12, dtype=torch.bfloat16)
     y = ffn(x)
     assert y.dtype == torch.bfloat16
-    weights = ffn.router(x).weights
+    weights, _ = table(ffn.router(x))
     expected = (x.double() @ router.double().T).topk(2).values.softmax(-1)
     torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6)
     exact = make_ffn(bias="shared")

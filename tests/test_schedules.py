@@ -111,7 +111,7 @@ def entries(ffn: FeedForward) -> dict:
 def test_hit_keeps_what_was_used_and_all_everything():
     one = tokens(1)
     hit, everything = cached(make_ffn("two-sided")), cached(make_ffn("two-sided"), "all")
-    chosen = hit.router(one).experts[0].tolist()
+    chosen = hit.router(one).choices.experts.tolist()
     run(hit, one), run(everything, one)
     assert {expert for _, expert in entries(hit)} == set(chosen)
     assert len(entries(everything)) == 3 * 4  # gate, up, down of four experts

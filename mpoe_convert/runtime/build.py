@@ -5,7 +5,8 @@
 
 A part is a module of this folder: a docstring whose first line is the section's title, imports, and a body.
 The built file has the docstring of `header.py` with a table of contents, all imports once, and the parts'
-bodies unchanged, each under a banner made of the part's docstring. Imports from other parts fall away.
+bodies unchanged, each under a banner made of the part's docstring. Imports from other parts fall away. Every
+file of `rules/` is a part.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from . import MODELING_PATH
 
 FOLDER = MODELING_PATH.parent
 # From the bottom up: a part uses what stands above it in the built file.
-PARTS = ("header", "config", "chains", "parts", "routers", "passes", "mixture", "model")
+BELOW_RULES = ("header", "config", "chains", "parts", "choices")
+ABOVE_RULES = ("routers", "passes", "mixture", "model")
 RULER = "# " + "-" * 99
+Import = ast.Import | ast.ImportFrom
 
 
 class BuildError(Exception):
@@ -28,15 +31,15 @@ class BuildError(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class Part:
     """A part, read.
 
     Attributes:
-        name: "chains".
+        name: "chains" or "rules.top_k".
         licence: the comment above the docstring, if there is one.
         docstring: as written, without quotes.
         imports: from outside of the runtime.
-        relative: imports from other parts that are needed when it is imported: {part: names}.
+        relative: what it takes from other parts: {part: names}.
         body: everything behind the imports, unchanged.
         defines: names that the body binds at its top level.
     """
@@ -44,7 +47,7 @@ class Source:
     name: str
     licence: str
     docstring: str
-    imports: tuple[ast.Import | ast.ImportFrom, ...]
+    imports: tuple[Import, ...]
     relative: dict[str, tuple[str, ...]]
     body: str
     defines: frozenset[str]
@@ -54,26 +57,36 @@ class Source:
         return self.docstring.partition("\n")[0].rstrip(".")
 
 
-def read_part(name: str) -> Source:
+def part_names() -> tuple[str, ...]:
+    """All parts, in their order in the built file."""
+    rules = sorted(path.stem for path in (FOLDER / "rules").glob("*.py") if path.stem != "__init__")
+    return (*BELOW_RULES, *(f"rules.{name}" for name in rules), *ABOVE_RULES)
+
+
+def read_part(name: str) -> Part:
     """Raises BuildError if the module is more than a docstring, imports and a body."""
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    file = f"{name.replace('.', '/')}.py"
+    text = (FOLDER / file).read_text(encoding="utf-8")
     tree = ast.parse(text)
     docstring = ast.get_docstring(tree, clean=False)
     if docstring is None:
-        raise BuildError(f"{name}.py has no docstring; expected one, whose first line is a title")
+        raise BuildError(f"{file} has no docstring; expected one, whose first line is a title")
     end, imports, relative, statements = tree.body[0].end_lineno, [], {}, tree.body[1:]
-    while statements and (_is_import(statements[0]) or _is_for_types(statements[0])):
+    while statements and (isinstance(statements[0], Import) or _is_for_types(statements[0])):
         statement = statements.pop(0)
         end = statement.end_lineno
         if isinstance(statement, ast.ImportFrom) and statement.level:
-            relative[statement.module] = tuple(alias.name for alias in statement.names)
-        elif _is_import(statement):
+            above = name.split(".")[: -statement.level]
+            relative[".".join([*above, statement.module])] = tuple(alias.name for alias in statement.names)
+            if renamed := [alias.name for alias in statement.names if alias.asname]:
+                raise BuildError(f"{file} renames {renamed}; in the built file they have one name")
+        elif isinstance(statement, Import):
             imports.append(statement)
     for node in (node for statement in statements for node in ast.walk(statement)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            raise BuildError(f"{name}.py:{node.lineno} imports a part in its body; expected that at its top")
+            raise BuildError(f"{file}:{node.lineno} imports a part in its body; expected that at its top")
     lines = text.splitlines()
-    return Source(
+    return Part(
         name=name,
         licence="\n".join(lines[: tree.body[0].lineno - 1]),
         docstring=docstring,
@@ -82,10 +95,6 @@ def read_part(name: str) -> Source:
         body="\n".join(lines[end:]).strip("\n"),
         defines=frozenset(_bound(statements)),
     )
-
-
-def _is_import(statement: ast.stmt) -> bool:
-    return isinstance(statement, (ast.Import, ast.ImportFrom))
 
 
 def _is_for_types(statement: ast.stmt) -> bool:
@@ -98,7 +107,7 @@ def _bound(statements: Iterable[ast.stmt]) -> Iterable[str]:
     for statement in statements:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             yield statement.name
-        elif _is_import(statement):
+        elif isinstance(statement, Import):
             yield from (alias.asname or alias.name for alias in statement.names)
         elif isinstance(statement, ast.Try):
             yield from _bound(statement.body)
@@ -107,76 +116,65 @@ def _bound(statements: Iterable[ast.stmt]) -> Iterable[str]:
             yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-def check_parts(parts: list[Source]) -> None:
-    """Raises BuildError if a part uses one below it, a name that is not there, or one that another binds."""
-    above: dict[str, Source] = {}
+def check_parts(parts: Iterable[Part]) -> None:
+    """Raises BuildError if a part uses one below it or an unknown name, or binds a name that is taken."""
+    above: dict[str, Part] = {}
     owner: dict[str, str] = {}
     for part in parts:
-        for module, names in part.relative.items():
-            if module not in above:
-                raise BuildError(f"{part.name}.py imports {module}, which is not above it in {PARTS}")
-            if missing := set(names) - above[module].defines:
-                raise BuildError(
-                    f"{part.name}.py imports {sorted(missing)}, which {module}.py does not define"
-                )
-        if twice := sorted(part.defines & owner.keys()):
-            raise BuildError(f"{part.name}.py defines {twice}, as {owner[twice[0]]}.py does; rename one")
+        for name, wanted in part.relative.items():
+            if name not in above:
+                raise BuildError(f"{part.name} imports {name}, which is not above it: {', '.join(above)}")
+            if missing := sorted(set(wanted) - above[name].defines):
+                raise BuildError(f"{part.name} imports {missing}, which {name} does not define")
+        if taken := sorted(part.defines & owner.keys()):
+            raise BuildError(f"{part.name} defines {taken}, as {owner[taken[0]]} does; rename one")
         above[part.name] = part
         owner |= dict.fromkeys(part.defines, part.name)
 
 
-def _render_imports(imports: Iterable[ast.Import | ast.ImportFrom]) -> str:
+def _render_imports(imports: Iterable[Import]) -> str:
     """All of them once, in ruff's order: the standard library, then the rest; modules, then names."""
-    modules: set[tuple[str, str | None]] = set()
+    modules: set[str] = set()
     names: dict[str, set[str]] = {}
     for node in imports:
         if isinstance(node, ast.Import):
-            modules |= {(alias.name, alias.asname) for alias in node.names}
+            modules |= {ast.unparse(alias) for alias in node.names}
         else:
-            names.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
+            names.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
     names.get("typing", set()).discard("TYPE_CHECKING")
-    sections = []
-    for is_standard in (True, False):
-        lines = [
-            f"import {module} as {alias}" if alias else f"import {module}"
-            for module, alias in sorted(modules, key=lambda pair: pair[0])
-            if (module.split(".")[0] in sys.stdlib_module_names) == is_standard
-        ]
-        lines += [
-            f"from {module} import {', '.join(sorted(found, key=_import_order))}"
-            for module, found in sorted(names.items())
-            if found and (module.split(".")[0] in sys.stdlib_module_names) == is_standard
-        ]
-        sections.append("\n".join(lines))
-    return "\n\n".join(section for section in sections if section)
+    lines = [f"import {module}" for module in sorted(modules)]
+    for module, found in sorted(names.items()):
+        lines += [f"from {module} import {', '.join(sorted(found, key=_import_order))}"] if found else []
+    sections: tuple[list[str], list[str]] = ([], [])
+    for line in lines:
+        sections[line.split()[1].split(".")[0] not in sys.stdlib_module_names].append(line)
+    return "\n\n".join("\n".join(section) for section in sections)
 
 
 def _import_order(name: str) -> tuple[int, str]:
     """CONSTANTS, Classes, functions."""
-    kind = 0 if name.isupper() and len(name) > 1 else 1 if name[:1].isupper() else 2
+    kind = 0 if name.isupper() else 1 if name[0].isupper() else 2
     return kind, name.lower() if kind == 1 else name
 
 
-def _banner(number: int, part: Source) -> str:
+def _banner(number: int, part: Part) -> str:
     """A ruler, the section's number and title, and what else the docstring says, as a comment."""
-    _, _, more = part.docstring.partition("\n")
-    lines = [f"{number}. {part.title}", *(more.rstrip().split("\n") if more.strip() else [])]
+    more = part.docstring.partition("\n")[2].rstrip()
+    lines = [f"{number}. {part.title}", *(more.split("\n") if more else [])]
     return "\n".join([RULER, *(f"# {line}".rstrip() for line in lines)])
 
 
 def build() -> str:
     """The text of `modeling_mpoe.py`. Raises BuildError."""
-    header, *parts = found = [read_part(name) for name in PARTS]
+    found = [read_part(name) for name in part_names()]
     check_parts(found)
+    header, *parts = found
     contents = "\n".join(f"    {number}. {part.title}" for number, part in enumerate(parts, 1))
     docstring = header.docstring.replace("{contents}", contents)
     imports = _render_imports(node for part in found for node in part.imports)
+    head = f'{header.licence}\n"""{docstring}"""\n\n{imports}\n\n{header.body}'
     sections = [f"{_banner(number, part)}\n\n\n{part.body}" for number, part in enumerate(parts, 1)]
-    return (
-        f'{header.licence}\n"""{docstring}"""\n\n{imports}\n\n{header.body}\n\n\n'
-        + "\n\n\n".join(sections)
-        + "\n"
-    )
+    return "\n\n\n".join([head, *sections]) + "\n"
 
 
 def main(arguments: list[str]) -> int:

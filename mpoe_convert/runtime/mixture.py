@@ -1,19 +1,19 @@
 """The mixture: the FFN of several experts, its schedules and what they cost."""
 
-import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .chains import Chain, MatrixCache, Picks
+from .choices import DEFAULT_RULE, Choices, Routing
 from .config import read_option
 from .parts import Adapter, Projection
 from .passes import Repeatable, RouterPass, in_backward
-from .routers import Router, Routing
+from .routers import Router
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
@@ -28,12 +28,6 @@ _MANY_ROWS = 384
 _OWN_NUMBERS = 1 << 18
 
 
-def _combine(copies: Tensor, weights: Tensor) -> Tensor:
-    """What a token's experts made of it (T, k, H), times the combine weights (T, k) -> (T, H)."""
-    weights = weights.to(torch.promote_types(copies.dtype, torch.float32))
-    return (copies * weights.unsqueeze(-1)).sum(1).to(copies.dtype)
-
-
 class Inputs(NamedTuple):
     """What experts start from, per token or per row: one that the experts' shared parts have worked on."""
 
@@ -42,11 +36,12 @@ class Inputs(NamedTuple):
     gate: Tensor | None = None
 
     def take(self, index: Tensor) -> "Inputs":
+        """Those at `index` (M,), in its order."""
         return Inputs(*(None if part is None else part[index] for part in self))
 
-    def repeat(self, times: int) -> "Inputs":
-        """Every one that often, copies side by side."""
-        return Inputs(*(None if part is None else part.repeat_interleave(times, dim=0) for part in self))
+    def spread(self, choices: Choices) -> "Inputs":
+        """Of the tokens -> of their choices."""
+        return Inputs(*(None if part is None else choices.spread(part) for part in self))
 
 
 class FeedForward(nn.Module):
@@ -62,11 +57,11 @@ class FeedForward(nn.Module):
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
     """
 
-    def __init__(self, form: dict, num_experts: int, top_k: int):
+    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
         self.num_experts = num_experts
-        self.router = Router(hidden_size, num_experts, top_k)
+        self.router = Router(hidden_size, num_experts, top_k, rule)
         self.gate = Projection(form["gate"], num_experts) if "gate" in form else None
         self.up = Projection(form["up"], num_experts)
         self.down = Projection(form["down"], num_experts)
@@ -119,24 +114,31 @@ class FeedForward(nn.Module):
         """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
         return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
 
-    def experts_hit(self, num_tokens: int) -> float:
-        """How many experts that many tokens reach, if all are equally likely."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
+    def experts_hit(self, num_tokens: int, num_choices: int | None = None) -> float:
+        """How many experts so many choices of so many tokens reach, if all are equally likely.
 
-    def flops(self, num_tokens: int, schedule: str = "apply") -> float:
+        By default every token has `top_k` choices, as in the methods below.
+        """
+        if not num_tokens:
+            return 0.0
+        per_token = self.top_k if num_choices is None else num_choices / num_tokens
+        return self.num_experts * (1 - (1 - per_token / self.num_experts) ** num_tokens)
+
+    def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
         """Floating-point operations of a forward pass over that many tokens."""
-        hit = self.experts_hit(num_tokens)
-        flops = num_tokens * 2.0 * (self.router.weight.numel() + self.top_k * self._adapter_numbers)
+        hit = self.experts_hit(num_tokens, num_choices)
+        num_choices = num_tokens * self.top_k if num_choices is None else num_choices
+        flops = 2.0 * (num_tokens * self.router.weight.numel() + num_choices * self._adapter_numbers)
         for chain in self._chains:
-            rows = num_tokens * self._rows(chain)
+            rows = num_tokens if chain in self._common else num_choices
             acts = chain.acts and schedule == "apply"
             flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
             flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
         return flops
 
-    def bytes_read(self, num_tokens: int, schedule: str = "apply") -> float:
+    def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
         """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
-        hit = self.experts_hit(num_tokens)
+        hit = self.experts_hit(num_tokens, num_choices)
         total = self.router.weight.nbytes
         total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
         for chain in self._chains:
@@ -152,9 +154,10 @@ class FeedForward(nn.Module):
             total += numbers * getattr(chain, chain.core_names[0]).itemsize
         return total
 
-    def seconds(self, num_tokens: int, schedule: str) -> float:
+    def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
         """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
-        return self.flops(num_tokens, schedule) / _FLOPS + self.bytes_read(num_tokens, schedule) / _BANDWIDTH
+        flops = self.flops(num_tokens, schedule, num_choices)
+        return flops / _FLOPS + self.bytes_read(num_tokens, schedule, num_choices) / _BANDWIDTH
 
     def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
         """Take over the config's router and schedule options, the latter overruled by the environment.
@@ -182,8 +185,8 @@ class FeedForward(nn.Module):
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
-    def choose_schedule(self, num_tokens: int) -> str:
-        """The schedule that will run."""
+    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
+        """The schedule that will run for so many tokens; see `flops`."""
         if self.schedule != "auto":
             return self.schedule
         if torch.compiler.is_compiling():
@@ -191,7 +194,7 @@ class FeedForward(nn.Module):
         free = self.cache is not None and not torch.is_grad_enabled()
         return min(
             ("apply", "rebuild", "cached")[: 3 if free else 2],
-            key=functools.partial(self.seconds, num_tokens),
+            key=lambda schedule: self.seconds(num_tokens, schedule, num_choices),
         )
 
     # ------------------------------------------------------------------------------------- forward
@@ -205,33 +208,31 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        weights, experts = self._route(tokens)
-        output = self._mix(tokens, weights, experts).reshape(hidden_states.shape)
+        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine weights and experts (T, k) of tokens (T, H)."""
+    def _route(self, tokens: Tensor) -> Choices:
+        """The choices for tokens (T, H) that are to be computed."""
         running = self.router_pass
         if running is not None:
-            mask = running.mask(self, len(tokens))
+            mask = running.mask(self, len(tokens))  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task)
-            return running.add(self, routing, mask, task), routing.experts
+            return running.add(self, routing, mask, task).served()
         if self.training and not torch.compiler.is_compiling():
             if not in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
                 repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
                 routing = self.router(tokens, self.balance_bias, mask, task)
-                return repeated.join(routing, mask)[0], routing.experts
-        routing = self.router(tokens, self.balance_bias, task=self.task)
-        return routing.weights, routing.experts
+                return repeated.join(routing, mask)[0].served()
+        return self.router(tokens, self.balance_bias, task=self.task).served()
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
-        choices = F.one_hot(routing.experts, self.num_experts).sum(1).float()
-        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
+        """Count the choices of a call, without padding, until the balancing bias moves."""
+        load = routing.choices.load(self.num_experts, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()
@@ -244,32 +245,40 @@ class FeedForward(nn.Module):
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
 
-    def _mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """tokens (T, H), combine weights and experts (T, k) -> (T, H)."""
-        chosen = experts.reshape(-1)
-        num_rows, top_k = chosen.shape[0], experts.shape[1]
-        schedule = self.choose_schedule(tokens.shape[0])
+    def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
+        """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
+        num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
+        schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and all(chain.acts for chain in self._chains)
         if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
-            rows = self._experts(inputs.repeat(top_k), Picks(chosen))
-            return _combine(rows.unflatten(0, experts.shape), weights)
-        order = chosen.argsort(stable=True)  # sorts the copies by expert
+            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
+            return choices.combine(rows, num_tokens)
+        order = choices.experts.argsort(stable=True)  # (N,) choices by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
-        picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
-        if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
-            rows = self._experts(inputs.take(order // top_k), picks, schedule)
-            return _combine(rows[order.argsort()].unflatten(0, experts.shape), weights)
-        output = None
-        for expert, part in enumerate(order.split(picks.sizes)):
+        picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
+        if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
+            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
+        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), by expert
+        if choices.per_token is None:
+            return choices.take(order).combine(rows, num_tokens)
+        return choices.combine(rows[order.argsort()], num_tokens)
+
+    def _mix_by_expert(
+        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
+    ) -> Tensor:
+        """The same, one expert after the other; `parts`: for every expert the indices of its choices."""
+        output, dtype = None, inputs.rows.dtype
+        for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
-            rows = self._experts(inputs.take(part // top_k), Picks(expert), schedule)
-            rows, dtype = rows * weights.reshape(-1)[part, None], rows.dtype
+            own = choices.take(part)
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (choices of it, H)
+            rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
-                output = rows.new_zeros(tokens.shape)
-            output.index_add_(0, part // top_k, rows)
+                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
+            output.index_add_(0, own.tokens, rows)
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:

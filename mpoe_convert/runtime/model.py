@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+from .choices import DEFAULT_RULE
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .header import (
     ModelOutput,
@@ -54,7 +55,7 @@ def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
     family = block["family"]
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
-    ffn = FeedForward(form, block["num_experts"], block["top_k"])
+    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])

@@ -50,10 +50,12 @@ Contents:
     1. Config: options at its top level, and the version of its `mpoe` block
     2. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
     3. Parts of an expert: projections (sums of chains), and adapters behind the FFN
-    4. Routers: which experts a token goes to, and the losses that routers learn from
-    5. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    6. The mixture: the FFN of several experts, its schedules and what they cost
-    7. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    4. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+    5. Rule top-k: every token goes to the k experts with the largest logits
+    6. Routers: which experts a token goes to, and the losses that routers learn from
+    7. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    8. The mixture: the FFN of several experts, its schedules and what they cost
+    9. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import dataclasses
@@ -63,7 +65,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import UnionType
 from typing import NamedTuple
@@ -574,37 +576,164 @@ class Adapter(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Routers: which experts a token goes to, and the losses that routers learn from
+# 4. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+
+
+class Choices(NamedTuple):
+    """N choices: token `tokens[n]` goes to expert `experts[n]`, whose output is multiplied by `weights[n]`.
+
+    A token may have no choice, one or many. A rule lists them token by token, each token's from the first
+    choice to the last.
+    """
+
+    tokens: Tensor  # (N,) int64
+    experts: Tensor  # (N,) int64
+    weights: Tensor  # (N,) float32, the combine weights
+    per_token: int | None = None  # k, if every token has k choices, side by side; None: their number varies
+
+    def take(self, index: Tensor) -> "Choices":
+        """Those at `index` (M,), in its order."""
+        return Choices(self.tokens[index], self.experts[index], self.weights[index])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
+        if self.per_token is None:
+            return values.index_select(0, self.tokens)
+        return values.repeat_interleave(self.per_token, dim=0)
+
+    def combine(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """One output per choice (N, H) -> (T, H), each token's weighted sum; zero for a token without."""
+        weights = self.weights.to(torch.promote_types(rows.dtype, torch.float32))
+        weighted = rows * weights.unsqueeze(-1)  # (N, H), in float32 at least
+        if self.per_token is not None:  # reshape and sum: faster than by index, and in a fixed order on CUDA
+            return weighted.unflatten(0, (num_tokens, self.per_token)).sum(1).to(rows.dtype)
+        output = weighted.new_zeros(num_tokens, rows.shape[-1])
+        return output.index_add(0, self.tokens, weighted).to(rows.dtype)
+
+    def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
+        """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
+        counted = (
+            torch.ones_like(self.weights) if mask is None else mask.to(self.weights)[self.tokens]
+        )  # (N,)
+        return counted.new_zeros(num_experts).scatter_add(0, self.experts, counted)
+
+    def ranks(self) -> Tensor:
+        """(N,) a choice's place among those of its token, as a rule lists them: 0 for the first."""
+        start = torch.searchsorted(self.tokens, self.tokens)  # (N,) where the token's choices begin
+        return torch.arange(len(start), device=start.device) - start
 
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens; all floats are float32."""
+    """What a router made of T tokens."""
 
-    logits: Tensor  # (T, E), before any balancing bias
-    weights: Tensor  # (T, k) combine weights; zero where the expert had no room
-    experts: Tensor  # (T, k)
-    dropped: Tensor | None  # (T, k) weights that were lost to the capacity; None without a capacity
+    logits: Tensor  # (T, E) float32, before any balancing bias
+    choices: Choices  # all that the rule chose
+    room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
+
+    def weighted(self, weights: Tensor) -> "Routing":
+        """The same with other combine weights (N,)."""
+        return self._replace(choices=self.choices._replace(weights=weights))
+
+    def served(self) -> Choices:
+        """The choices that are computed: those for which there was room.
+
+        Compiled code, whose shapes must not depend on values, computes all, the others with weight zero.
+        """
+        if self.room is None:
+            return self.choices
+        if torch.compiler.is_compiling() or self.room.is_meta:
+            return self.choices._replace(weights=self.choices.weights * self.room)
+        return self.choices.take(self.room.nonzero().squeeze(-1))
+
+
+Rule = Callable[["Router", Tensor, Tensor | None], Choices]
+DEFAULT_RULE = "top-k"
+RULES: dict[str, Rule] = {}
+
+
+def rule(function: Rule) -> Rule:
+    """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
+
+    A rule takes the router, logits (T, E) in float32, and the balancing bias (E,) or None.
+    """
+    RULES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def find_rule(name: str) -> Rule:
+    """Raises ValueError if there is no such rule."""
+    if name not in RULES:
+        raise ValueError(f"config.mpoe has the rule {name!r}: this file knows {', '.join(RULES)}")
+    return RULES[name]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Rule top-k: every token goes to the k experts with the largest logits
+
+
+@rule
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+    """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
+
+    Args:
+        logits: (T, E).
+        bias: (E,) added to the probabilities to choose experts, never to weigh them (DeepSeek-V3, arXiv
+            2412.19437, section 2.1.2).
+    """
+    k = router.top_k
+    if bias is None:
+        chosen, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
+    else:
+        experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
+        chosen = logits.gather(-1, experts)  # (T, k)
+    weights = weigh(logits, chosen, experts, router.combine)  # (T, k)
+    tokens = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(k)  # (T * k,)
+    return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
+
+
+def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str) -> Tensor:
+    """Combine weights (T, k) of k experts per token.
+
+    Args:
+        logits: (T, E) of all experts.
+        chosen: (T, k) of the chosen experts.
+        experts: (T, k) their numbers.
+        combine: see `Router`.
+    """
+    if combine == "renormalised" and experts.shape[-1] > 1:
+        return chosen.softmax(-1)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
+    if combine == "raw":
+        return log_probability.exp()
+    # One expert per token: p / p.detach() by logarithms, so that p = 0 in float32 gives one as well.
+    return (log_probability - log_probability.detach()).exp()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Routers: which experts a token goes to, and the losses that routers learn from
 
 
 class Router(nn.Module):
-    """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
+    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
     of `tasks` (number of tasks, H), or one that is given.
 
     Attributes:
+        top_k: k, for the rules that choose so many experts per token.
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
             p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
             probability over all experts (Switch), which scales the FFN's output down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
-        capacity_factor: in training an expert takes at most this times T k / E of the T k choices, first
-            choices before second, early tokens before late ones; others add nothing. None: no limit.
+        capacity_factor: in training an expert takes at most this times N / E of the N choices, first
+            choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int):
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         self.top_k = top_k
+        self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.combine = "renormalised"
         self.jitter_noise = 0.0
@@ -639,16 +768,10 @@ class Router(nn.Module):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
-            if bias is None:
-                chosen, experts = logits.topk(self.top_k, dim=-1)
-            else:
-                experts = (logits.softmax(-1) + bias.float()).topk(self.top_k, dim=-1).indices
-                chosen = logits.gather(-1, experts)
-            weights = self._weigh(logits, chosen, experts)
+            choices = self.select(self, logits, bias)
             if not self.training or self.capacity_factor is None:
-                return Routing(logits, weights, experts, None)
-            dropped = weights * ~self._has_room(experts, mask)
-            return Routing(logits, weights - dropped, experts, dropped)
+                return Routing(logits, choices)
+            return Routing(logits, choices, self._has_room(choices, mask))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -665,22 +788,19 @@ class Router(nn.Module):
             )
         return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
-    def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
-        if self.combine == "renormalised" and self.top_k > 1:
-            return chosen.softmax(-1)
-        log_probability = logits.log_softmax(-1).gather(-1, experts)
-        if self.combine == "raw":
-            return log_probability.exp()
-        return (log_probability - log_probability.detach()).exp()
-
-    def _has_room(self, experts: Tensor, mask: Tensor | None) -> Tensor:
+    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+        """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
-        choices = F.one_hot(experts.T.reshape(-1), num_experts)  # (k * T, E), first choices first
+        order = choices.ranks().argsort(
+            stable=True
+        )  # (N,) first choices of all tokens, then second ones, ...
+        ranked = choices.take(order)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
         if mask is not None:
-            choices = choices * mask.to(choices).repeat(experts.shape[1]).unsqueeze(-1)
-        capacity = (self.capacity_factor * choices.sum() / num_experts).ceil().clamp(min=1)
-        place = (choices.cumsum(0) * choices).sum(-1)  # 1 for the first in its expert's queue
-        return (place <= capacity).reshape(experts.T.shape).T
+            queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
+        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
+        return (place <= capacity)[order.argsort()]
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -690,14 +810,15 @@ class Router(nn.Module):
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """E * sum over e of f_e P_e: f_e tokens' choices per token, P_e mean probability; k if balanced.
+    """E * sum over e of f_e P_e: f_e choices of expert e per token, P_e its mean probability; k if balanced.
 
     Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
     `mask` (T,) is zero for tokens that do not count.
     """
     num_experts = routing.logits.shape[-1]
-    choices = F.one_hot(routing.experts, num_experts).sum(1).float()
-    return num_experts * (_mean(choices, mask) * _mean(routing.logits.softmax(-1), mask)).sum()
+    load = routing.choices.load(num_experts, mask)  # (E,)
+    per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
 
 
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -706,15 +827,15 @@ def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Over tokens, the first axis, that the mask counts."""
+    """Over tokens, the first axis, that the mask (T,) counts."""
     if mask is None:
         return values.mean(0)
-    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))  # (T, 1, ...)
     return (values * mask).sum(0) / mask.sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 7. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 
 
 _ROUTER_FIELDS = ("aux_loss", "router_logits")
@@ -808,25 +929,25 @@ class RouterPass:
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
-    ) -> Tensor:
-        """Take part in a call of a mixture; its combine weights."""
+    ) -> Routing:
+        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # nobody will tell
             self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
-            return routing.weights
-        weights, loss = self.join(routing, mask)
+            return routing
+        joined, loss = self.join(routing, mask)
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             ffn.repeatable.append((self, mask, task))
-        return weights
+        return joined
 
-    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(combine weights that carry the losses' gradient, the losses)."""
-        loss = self.loss(routing, mask)
-        if not (self.learns and torch.is_grad_enabled() and routing.weights.requires_grad):
-            return routing.weights, loss
-        return _AddGradient.apply(routing.weights, loss, self), loss
+    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """(the routing, whose weights carry the losses' gradient; the losses)."""
+        loss, weights = self.loss(routing, mask), routing.choices.weights
+        if not (self.learns and torch.is_grad_enabled() and weights.requires_grad):
+            return routing, loss
+        return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
         loss = routing.logits.new_zeros(())
@@ -896,7 +1017,7 @@ def _first_output(outputs) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. The mixture: the FFN of several experts, its schedules and what they cost
+# 8. The mixture: the FFN of several experts, its schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -912,12 +1033,6 @@ _MANY_ROWS = 384
 _OWN_NUMBERS = 1 << 18
 
 
-def _combine(copies: Tensor, weights: Tensor) -> Tensor:
-    """What a token's experts made of it (T, k, H), times the combine weights (T, k) -> (T, H)."""
-    weights = weights.to(torch.promote_types(copies.dtype, torch.float32))
-    return (copies * weights.unsqueeze(-1)).sum(1).to(copies.dtype)
-
-
 class Inputs(NamedTuple):
     """What experts start from, per token or per row: one that the experts' shared parts have worked on."""
 
@@ -926,11 +1041,12 @@ class Inputs(NamedTuple):
     gate: Tensor | None = None
 
     def take(self, index: Tensor) -> "Inputs":
+        """Those at `index` (M,), in its order."""
         return Inputs(*(None if part is None else part[index] for part in self))
 
-    def repeat(self, times: int) -> "Inputs":
-        """Every one that often, copies side by side."""
-        return Inputs(*(None if part is None else part.repeat_interleave(times, dim=0) for part in self))
+    def spread(self, choices: Choices) -> "Inputs":
+        """Of the tokens -> of their choices."""
+        return Inputs(*(None if part is None else choices.spread(part) for part in self))
 
 
 class FeedForward(nn.Module):
@@ -946,11 +1062,11 @@ class FeedForward(nn.Module):
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
     """
 
-    def __init__(self, form: dict, num_experts: int, top_k: int):
+    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
         self.num_experts = num_experts
-        self.router = Router(hidden_size, num_experts, top_k)
+        self.router = Router(hidden_size, num_experts, top_k, rule)
         self.gate = Projection(form["gate"], num_experts) if "gate" in form else None
         self.up = Projection(form["up"], num_experts)
         self.down = Projection(form["down"], num_experts)
@@ -1003,24 +1119,31 @@ class FeedForward(nn.Module):
         """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
         return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
 
-    def experts_hit(self, num_tokens: int) -> float:
-        """How many experts that many tokens reach, if all are equally likely."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
+    def experts_hit(self, num_tokens: int, num_choices: int | None = None) -> float:
+        """How many experts so many choices of so many tokens reach, if all are equally likely.
 
-    def flops(self, num_tokens: int, schedule: str = "apply") -> float:
+        By default every token has `top_k` choices, as in the methods below.
+        """
+        if not num_tokens:
+            return 0.0
+        per_token = self.top_k if num_choices is None else num_choices / num_tokens
+        return self.num_experts * (1 - (1 - per_token / self.num_experts) ** num_tokens)
+
+    def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
         """Floating-point operations of a forward pass over that many tokens."""
-        hit = self.experts_hit(num_tokens)
-        flops = num_tokens * 2.0 * (self.router.weight.numel() + self.top_k * self._adapter_numbers)
+        hit = self.experts_hit(num_tokens, num_choices)
+        num_choices = num_tokens * self.top_k if num_choices is None else num_choices
+        flops = 2.0 * (num_tokens * self.router.weight.numel() + num_choices * self._adapter_numbers)
         for chain in self._chains:
-            rows = num_tokens * self._rows(chain)
+            rows = num_tokens if chain in self._common else num_choices
             acts = chain.acts and schedule == "apply"
             flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
             flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
         return flops
 
-    def bytes_read(self, num_tokens: int, schedule: str = "apply") -> float:
+    def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
         """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
-        hit = self.experts_hit(num_tokens)
+        hit = self.experts_hit(num_tokens, num_choices)
         total = self.router.weight.nbytes
         total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
         for chain in self._chains:
@@ -1036,9 +1159,10 @@ class FeedForward(nn.Module):
             total += numbers * getattr(chain, chain.core_names[0]).itemsize
         return total
 
-    def seconds(self, num_tokens: int, schedule: str) -> float:
+    def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
         """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
-        return self.flops(num_tokens, schedule) / _FLOPS + self.bytes_read(num_tokens, schedule) / _BANDWIDTH
+        flops = self.flops(num_tokens, schedule, num_choices)
+        return flops / _FLOPS + self.bytes_read(num_tokens, schedule, num_choices) / _BANDWIDTH
 
     def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
         """Take over the config's router and schedule options, the latter overruled by the environment.
@@ -1066,8 +1190,8 @@ class FeedForward(nn.Module):
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
-    def choose_schedule(self, num_tokens: int) -> str:
-        """The schedule that will run."""
+    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
+        """The schedule that will run for so many tokens; see `flops`."""
         if self.schedule != "auto":
             return self.schedule
         if torch.compiler.is_compiling():
@@ -1075,7 +1199,7 @@ class FeedForward(nn.Module):
         free = self.cache is not None and not torch.is_grad_enabled()
         return min(
             ("apply", "rebuild", "cached")[: 3 if free else 2],
-            key=functools.partial(self.seconds, num_tokens),
+            key=lambda schedule: self.seconds(num_tokens, schedule, num_choices),
         )
 
     # ------------------------------------------------------------------------------------- forward
@@ -1089,33 +1213,31 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        weights, experts = self._route(tokens)
-        output = self._mix(tokens, weights, experts).reshape(hidden_states.shape)
+        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine weights and experts (T, k) of tokens (T, H)."""
+    def _route(self, tokens: Tensor) -> Choices:
+        """The choices for tokens (T, H) that are to be computed."""
         running = self.router_pass
         if running is not None:
-            mask = running.mask(self, len(tokens))
+            mask = running.mask(self, len(tokens))  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task)
-            return running.add(self, routing, mask, task), routing.experts
+            return running.add(self, routing, mask, task).served()
         if self.training and not torch.compiler.is_compiling():
             if not in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
                 repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
                 routing = self.router(tokens, self.balance_bias, mask, task)
-                return repeated.join(routing, mask)[0], routing.experts
-        routing = self.router(tokens, self.balance_bias, task=self.task)
-        return routing.weights, routing.experts
+                return repeated.join(routing, mask)[0].served()
+        return self.router(tokens, self.balance_bias, task=self.task).served()
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
-        choices = F.one_hot(routing.experts, self.num_experts).sum(1).float()
-        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
+        """Count the choices of a call, without padding, until the balancing bias moves."""
+        load = routing.choices.load(self.num_experts, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()
@@ -1128,32 +1250,40 @@ class FeedForward(nn.Module):
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
 
-    def _mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """tokens (T, H), combine weights and experts (T, k) -> (T, H)."""
-        chosen = experts.reshape(-1)
-        num_rows, top_k = chosen.shape[0], experts.shape[1]
-        schedule = self.choose_schedule(tokens.shape[0])
+    def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
+        """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
+        num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
+        schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and all(chain.acts for chain in self._chains)
         if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
-            rows = self._experts(inputs.repeat(top_k), Picks(chosen))
-            return _combine(rows.unflatten(0, experts.shape), weights)
-        order = chosen.argsort(stable=True)  # sorts the copies by expert
+            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
+            return choices.combine(rows, num_tokens)
+        order = choices.experts.argsort(stable=True)  # (N,) choices by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
-        picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
-        if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
-            rows = self._experts(inputs.take(order // top_k), picks, schedule)
-            return _combine(rows[order.argsort()].unflatten(0, experts.shape), weights)
-        output = None
-        for expert, part in enumerate(order.split(picks.sizes)):
+        picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
+        if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
+            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
+        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), by expert
+        if choices.per_token is None:
+            return choices.take(order).combine(rows, num_tokens)
+        return choices.combine(rows[order.argsort()], num_tokens)
+
+    def _mix_by_expert(
+        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
+    ) -> Tensor:
+        """The same, one expert after the other; `parts`: for every expert the indices of its choices."""
+        output, dtype = None, inputs.rows.dtype
+        for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
-            rows = self._experts(inputs.take(part // top_k), Picks(expert), schedule)
-            rows, dtype = rows * weights.reshape(-1)[part, None], rows.dtype
+            own = choices.take(part)
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (choices of it, H)
+            rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
-                output = rows.new_zeros(tokens.shape)
-            output.index_add_(0, part // top_k, rows)
+                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
+            output.index_add_(0, own.tokens, rows)
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
@@ -1195,7 +1325,7 @@ class FeedForward(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 9. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 def _take(layer: nn.Module, path: str | None):
@@ -1229,7 +1359,7 @@ def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
     family = block["family"]
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
-    ffn = FeedForward(form, block["num_experts"], block["top_k"])
+    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .choices import Routing
 from .header import ModelOutput
-from .routers import Routing, load_balancing_loss, router_z_loss
+from .routers import load_balancing_loss, router_z_loss
 
 if TYPE_CHECKING:
     from .mixture import FeedForward
@@ -105,25 +106,25 @@ class RouterPass:
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
-    ) -> Tensor:
-        """Take part in a call of a mixture; its combine weights."""
+    ) -> Routing:
+        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # nobody will tell
             self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
-            return routing.weights
-        weights, loss = self.join(routing, mask)
+            return routing
+        joined, loss = self.join(routing, mask)
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             ffn.repeatable.append((self, mask, task))
-        return weights
+        return joined
 
-    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(combine weights that carry the losses' gradient, the losses)."""
-        loss = self.loss(routing, mask)
-        if not (self.learns and torch.is_grad_enabled() and routing.weights.requires_grad):
-            return routing.weights, loss
-        return _AddGradient.apply(routing.weights, loss, self), loss
+    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """(the routing, whose weights carry the losses' gradient; the losses)."""
+        loss, weights = self.loss(routing, mask), routing.choices.weights
+        if not (self.learns and torch.is_grad_enabled() and weights.requires_grad):
+            return routing, loss
+        return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
         loss = routing.logits.new_zeros(())

@@ -1,43 +1,36 @@
 """Routers: which experts a token goes to, and the losses that routers learn from."""
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import DEFAULT_RULE, Choices, Routing, find_rule
 from .header import init
 
 
-class Routing(NamedTuple):
-    """What a router decided for T tokens; all floats are float32."""
-
-    logits: Tensor  # (T, E), before any balancing bias
-    weights: Tensor  # (T, k) combine weights; zero where the expert had no room
-    experts: Tensor  # (T, k)
-    dropped: Tensor | None  # (T, k) weights that were lost to the capacity; None without a capacity
-
-
 class Router(nn.Module):
-    """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
+    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
     of `tasks` (number of tasks, H), or one that is given.
 
     Attributes:
+        top_k: k, for the rules that choose so many experts per token.
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
             p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
             probability over all experts (Switch), which scales the FFN's output down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
-        capacity_factor: in training an expert takes at most this times T k / E of the T k choices, first
-            choices before second, early tokens before late ones; others add nothing. None: no limit.
+        capacity_factor: in training an expert takes at most this times N / E of the N choices, first
+            choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int):
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         self.top_k = top_k
+        self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.combine = "renormalised"
         self.jitter_noise = 0.0
@@ -72,16 +65,10 @@ class Router(nn.Module):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
-            if bias is None:
-                chosen, experts = logits.topk(self.top_k, dim=-1)
-            else:
-                experts = (logits.softmax(-1) + bias.float()).topk(self.top_k, dim=-1).indices
-                chosen = logits.gather(-1, experts)
-            weights = self._weigh(logits, chosen, experts)
+            choices = self.select(self, logits, bias)
             if not self.training or self.capacity_factor is None:
-                return Routing(logits, weights, experts, None)
-            dropped = weights * ~self._has_room(experts, mask)
-            return Routing(logits, weights - dropped, experts, dropped)
+                return Routing(logits, choices)
+            return Routing(logits, choices, self._has_room(choices, mask))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -98,22 +85,19 @@ class Router(nn.Module):
             )
         return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
-    def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
-        if self.combine == "renormalised" and self.top_k > 1:
-            return chosen.softmax(-1)
-        log_probability = logits.log_softmax(-1).gather(-1, experts)
-        if self.combine == "raw":
-            return log_probability.exp()
-        return (log_probability - log_probability.detach()).exp()
-
-    def _has_room(self, experts: Tensor, mask: Tensor | None) -> Tensor:
+    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+        """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
-        choices = F.one_hot(experts.T.reshape(-1), num_experts)  # (k * T, E), first choices first
+        order = choices.ranks().argsort(
+            stable=True
+        )  # (N,) first choices of all tokens, then second ones, ...
+        ranked = choices.take(order)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
         if mask is not None:
-            choices = choices * mask.to(choices).repeat(experts.shape[1]).unsqueeze(-1)
-        capacity = (self.capacity_factor * choices.sum() / num_experts).ceil().clamp(min=1)
-        place = (choices.cumsum(0) * choices).sum(-1)  # 1 for the first in its expert's queue
-        return (place <= capacity).reshape(experts.T.shape).T
+            queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
+        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
+        return (place <= capacity)[order.argsort()]
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -123,14 +107,15 @@ class Router(nn.Module):
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """E * sum over e of f_e P_e: f_e tokens' choices per token, P_e mean probability; k if balanced.
+    """E * sum over e of f_e P_e: f_e choices of expert e per token, P_e its mean probability; k if balanced.
 
     Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
     `mask` (T,) is zero for tokens that do not count.
     """
     num_experts = routing.logits.shape[-1]
-    choices = F.one_hot(routing.experts, num_experts).sum(1).float()
-    return num_experts * (_mean(choices, mask) * _mean(routing.logits.softmax(-1), mask)).sum()
+    load = routing.choices.load(num_experts, mask)  # (E,)
+    per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
 
 
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -139,8 +124,8 @@ def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Over tokens, the first axis, that the mask counts."""
+    """Over tokens, the first axis, that the mask (T,) counts."""
     if mask is None:
         return values.mean(0)
-    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))  # (T, 1, ...)
     return (values * mask).sum(0) / mask.sum().clamp(min=1)

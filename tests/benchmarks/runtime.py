@@ -101,8 +101,9 @@ class PlainMoE(nn.Module):
         self.experts.down_proj.data = down.contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routing = self.router(x)
-        return self.experts(x, routing.experts, routing.weights.to(x.dtype))
+        choices = self.router(x).choices
+        experts, weights = (each.unflatten(0, (-1, TOP_K)) for each in (choices.experts, choices.weights))
+        return self.experts(x, experts, weights.to(x.dtype))
 
 
 class Dense(nn.Module):
@@ -135,16 +136,17 @@ class Paper(nn.Module):
                 (chain,) = getattr(self.ffn, role).terms
                 cores = [getattr(chain, name) for name in chain.core_names]
                 built[role] = [contract(chain, cores, expert) for expert in range(EXPERTS)]
-        _, weights, experts, _ = self.ffn.router(x)
+        choices = self.ffn.router(x).choices
         output = torch.zeros_like(x)
         for expert in range(EXPERTS):
-            tokens, place = torch.where(experts == expert)
+            (own,) = torch.where(choices.experts == expert)
+            tokens = choices.tokens[own]
             rows = x[tokens]
             inner = rows @ built["up"][expert]
             gate = self.ffn.act(rows @ built["gate"][expert]) * inner if "gate" in built else None
             inner = self.ffn.act(inner) if gate is None else gate
             rows = inner @ built["down"][expert]
-            output.index_add_(0, tokens, rows * weights[tokens, place, None].to(rows.dtype))
+            output.index_add_(0, tokens, rows * choices.weights[own, None].to(rows.dtype))
         return output
 
 
