@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEFeedForward, MPOEProjection, name_cores
+from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, FeedForward, Projection, name_cores
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import FAMILY_OF, Family, Spelling
@@ -37,7 +37,7 @@ class Mixture:
         key: prefix of its tensors: "transformer.h.0.mlp".
         layer: the same of its layer: "transformer.h.0".
         path: the layer's module path below the base model: "h.0".
-        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        form: as `modeling_mpoe.FeedForward` reads it.
         spelling: how a dense checkpoint of the family names the FFN's tensors in this layer.
     """
 
@@ -118,7 +118,7 @@ class Converted:
             CheckpointError: it holds NaN or Inf.
         """
         with torch.device("meta"):
-            chains = MPOEProjection(mixture.form[role], self.num_experts).terms
+            chains = Projection(mixture.form[role], self.num_experts).terms
         stored = getattr(torch, self.dtype(mixture, role))
         work = torch.float64 if stored == torch.float64 else torch.float32
         cores = self._read_cores(mixture, role)
@@ -276,7 +276,7 @@ def _numbered(layer: str) -> str:
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
     """Every tensor is there, and as large as the form says. Raises CheckpointError."""
     with torch.device("meta"):
-        module = MPOEFeedForward(mixture.form, block["num_experts"], block["top_k"])
+        module = FeedForward(mixture.form, block["num_experts"], block["top_k"])
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)

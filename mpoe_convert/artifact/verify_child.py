@@ -70,8 +70,13 @@ def by_expert(model, experts):
     for expert in experts:
 
         def choose(router, args, routing, expert=expert):
-            weights = torch.ones_like(routing.weights[:, :1])
-            return routing._replace(weights=weights, experts=torch.full_like(routing.experts[:, :1], expert))
+            tokens = torch.arange(len(routing.logits), device=routing.logits.device)
+            weights, experts = torch.ones_like(routing.logits[:, 0]), torch.full_like(tokens, expert)
+            choices = getattr(routing, "choices", None)
+            if choices is None:  # from the code of an earlier release: weights and experts (T, k)
+                return routing._replace(weights=weights[:, None], experts=experts[:, None])
+            alone = choices._replace(tokens=tokens, experts=experts, weights=weights, per_token=1)
+            return routing._replace(choices=alone, room=None)
 
         routers = [ffn.router for _, ffn in model.mixtures()]
         handles = [router.register_forward_hook(choose) for router in routers]

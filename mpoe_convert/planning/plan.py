@@ -43,7 +43,7 @@ class MatrixPlan:
         role: "gate", "up" or "down".
         rows, cols: input and output features.
         sites: None for kinds without sites.
-        spec: the projection as `modeling_mpoe.MPOEProjection` reads it.
+        spec: the projection as `modeling_mpoe.Projection` reads it.
         dtype: of the stored cores.
         rank: of the two thin matrices that stand for the big core; None: it is whole.
     """
@@ -125,7 +125,7 @@ class FFNPlan:
     """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
 
     Attributes:
-        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        form: as `modeling_mpoe.FeedForward` reads it.
         runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
     """
 
@@ -387,10 +387,10 @@ def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], 
     """Names and shapes as the shipped module itself declares them, built without memory."""
     import torch
 
-    from ..runtime.modeling_mpoe import MPOEFeedForward
+    from ..runtime.modeling_mpoe import FeedForward
 
     with torch.device("meta"):
-        module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
+        module = FeedForward(form, recipe.experts, recipe.top_k)
     dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
     dtypes["adapter"] = dtypes["down"]
     return {
@@ -457,12 +457,12 @@ def _ffn_flops(plan: Plan) -> tuple[int, int]:
     """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
     import torch
 
-    from ..runtime.modeling_mpoe import MPOEFeedForward
+    from ..runtime.modeling_mpoe import FeedForward
 
     per_token = rebuild = 0
     for ffn in plan.ffns:
         with torch.device("meta"):
-            module = MPOEFeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
+            module = FeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
         per_token += ffn.runs_per_token * module.flops_per_token
         rebuild += ffn.runs_per_token * module.rebuild_flops
     return per_token, rebuild

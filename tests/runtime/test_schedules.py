@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache
 
 HIDDEN = 12
 
@@ -19,17 +19,17 @@ def tokens(num: int = 6) -> torch.Tensor:
     return randn(num, HIDDEN, dtype=torch.float32)
 
 
-def cached(ffn: MPOEFeedForward, keep: str = "hit", limit: float | None = None) -> MPOEFeedForward:
+def cached(ffn: FeedForward, keep: str = "hit", limit: float | None = None) -> FeedForward:
     ffn.schedule, ffn.cache = "cached", MatrixCache(keep, limit)
     return ffn
 
 
-def run(ffn: MPOEFeedForward, x: torch.Tensor) -> torch.Tensor:
+def run(ffn: FeedForward, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return ffn(x)
 
 
-def wide(layout: str = "one-sided") -> MPOEFeedForward:
+def wide(layout: str = "one-sided") -> FeedForward:
     """64 x 256, bond 16: large enough for the schedules to differ."""
     if layout == "one-sided":
         up = {"in_dims": [16, 4, 1], "out_dims": [1, 16, 16], "bonds": [16, 16], "shared": [0, 1, 0]}
@@ -38,7 +38,7 @@ def wide(layout: str = "one-sided") -> MPOEFeedForward:
         up = {"in_dims": [4, 4, 4], "out_dims": [4, 16, 4], "bonds": [16, 16], "shared": [0, 1, 0]}
         down = {"in_dims": [4, 16, 4], "out_dims": [4, 4, 4], "bonds": [16, 16], "shared": [0, 1, 0]}
     form = {name: {"terms": [term], "bias": None} for name, term in (("up", up), ("down", down))}
-    return fill(MPOEFeedForward(form, 4, 2), scale=0.2)
+    return fill(FeedForward(form, 4, 2), scale=0.2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -104,14 +104,14 @@ def test_cached_matrices_give_the_same(name, keep):
     assert ffn.cache.nbytes > 0
 
 
-def entries(ffn: MPOEFeedForward) -> dict:
+def entries(ffn: FeedForward) -> dict:
     return {key: matrix for key, (_, matrix) in ffn.cache.entries.items()}
 
 
 def test_hit_keeps_what_was_used_and_all_everything():
     one = tokens(1)
     hit, everything = cached(make_ffn("two-sided")), cached(make_ffn("two-sided"), "all")
-    chosen = hit.router(one).experts[0].tolist()
+    chosen = hit.router(one).choices.experts.tolist()
     run(hit, one), run(everything, one)
     assert {expert for _, expert in entries(hit)} == set(chosen)
     assert len(entries(everything)) == 3 * 4  # gate, up, down of four experts
@@ -183,7 +183,7 @@ def test_copies_start_with_an_empty_cache(copy_of):
     assert not found.cache.entries and found.cache.keep == "all" and found.cache.limit == 1e6
     assert torch.equal(run(found, tokens()), run(ffn, tokens()))
     assert all(a is not b for a, b in zip(found._chains, ffn._chains, strict=True))
-    assert found._chains == tuple(m for m in found.modules() if type(m).__name__ == "MPOEChain")
+    assert found._chains == tuple(m for m in found.modules() if type(m).__name__ == "Chain")
 
 
 def test_autocast_has_matrices_of_its_own():
@@ -197,7 +197,7 @@ def test_autocast_has_matrices_of_its_own():
 # Options of a loaded model
 
 
-def mixtures(folder, **options) -> list[MPOEFeedForward]:
+def mixtures(folder, **options) -> list[FeedForward]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     return [ffn for _, ffn in model.mixtures()]
 
@@ -234,7 +234,7 @@ def test_thin_factors_are_never_expanded():
     terms = [TERMS["one-sided, shared centre of two"], TERMS["low rank"]]
     spec = {"terms": terms, "bias": None}
     down = {"terms": [{"in_dims": [10], "out_dims": [12], "bonds": [], "shared": [True]}], "bias": None}
-    ffn = fill(MPOEFeedForward({"up": spec, "down": down}, 4, 2))
+    ffn = fill(FeedForward({"up": spec, "down": down}, 4, 2))
     ffn.act = nn.ReLU()
     with FlopCounterMode(display=False) as counter:
         run(ffn, tokens(1))

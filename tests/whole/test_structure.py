@@ -36,12 +36,19 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if module_name(path)}
 
 
-def imported(name: str) -> set[str]:
-    """Modules of the package that a module imports anywhere, inside functions too."""
+def imported(name: str, *, annotations: bool = True) -> set[str]:
+    """Modules of the package that a module imports anywhere, inside functions too.
+
+    Args:
+        annotations: also what is imported for type checkers alone.
+    """
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not annotations:
+        tree.body = [node for node in tree.body if not _is_for_type_checkers(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             absolute = [alias.name for alias in node.names]
             found |= {each.partition(".")[2] for each in absolute if each.partition(".")[0] == "mpoe_convert"}
@@ -58,6 +65,10 @@ def imported(name: str) -> set[str]:
             full = ".".join([*base, alias.name])
             found.add(full if full in MODULES else ".".join(base))
     return found - {"", name}
+
+
+def _is_for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def test_every_module_is_in_a_room():
@@ -77,9 +88,21 @@ def test_imports_point_down(name):
     assert not {each for each in others if LEVEL_OF[each.partition(".")[0]] <= LEVEL_OF[room]}
 
 
+def test_parts_of_the_modelling_file_are_for_reading():
+    """They are imported by each other only; what runs is the file that is built from them."""
+    parts = {name for name in MODULES if name.startswith("runtime.")} - {
+        "runtime.modeling_mpoe",
+        "runtime.build",
+    }
+    assert len(parts) > 5
+    for name in set(MODULES) - parts:
+        assert not imported(name) & parts, name
+
+
 def test_no_circles_inside_rooms():
     """Packages count as their `__init__`, so that a module may import what the package's own file defines."""
-    assert list(TopologicalSorter({name: imported(name) for name in MODULES}).static_order())
+    graph = {name: imported(name, annotations=False) for name in MODULES}
+    assert list(TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.parametrize(("library", "only"), [("click", {"cli"}), ("rich", {"render"})])

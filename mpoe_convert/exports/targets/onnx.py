@@ -24,7 +24,7 @@ from ...artifact.verify import ROUNDING, Comparison
 from ...artifact.verify_child import compare, make_inputs
 from ...compression.stream import keep_no_cache
 from ...errors import ExportError, VerifyError
-from ...runtime.modeling_mpoe import MPOEFeedForward
+from ...runtime.modeling_mpoe import FeedForward
 from . import Export, ExportPlan, Part
 from .dense import Shares
 
@@ -70,7 +70,7 @@ def _check(source: Converted) -> None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
-            ffn = MPOEFeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            ffn = FeedForward(mixture.form, source.num_experts, source.top_k).eval()
             tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
         ffn.schedule = SCHEDULE
         if _sorts(ffn, tokens):
@@ -94,7 +94,7 @@ class _StopsAtSorting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _sorts(ffn: MPOEFeedForward, tokens: Tensor) -> bool:
+def _sorts(ffn: FeedForward, tokens: Tensor) -> bool:
     """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
     try:
         with torch.no_grad(), _StopsAtSorting():
