@@ -99,7 +99,7 @@ def write_export(
     tags: Iterable[str],
     library: str,
 ) -> None:
-    """The card of an export. What the artifact's card (`front`) says of licence and base is carried over."""
+    """Write the card of an export, with licence and base from the front matter of the artifact's card."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -113,7 +113,7 @@ def write_export(
 
 
 def for_repository(text: str, repo_id: str) -> str:
-    """The card as it is to stand on the Hub: its snippets load that repository, its results bear its name."""
+    """The card for the Hub: its snippets load that repository, its results have that repository's name."""
     from huggingface_hub import ModelCard
 
     text = snippets.with_model_id(text, repo_id)
@@ -125,7 +125,7 @@ def for_repository(text: str, repo_id: str) -> str:
 
 
 def set_section(path: Path, title: str, text: str) -> None:
-    """Put a section of that title into a card, before the limits; one that is there already is replaced."""
+    """Put a section into a card, before the limits. A section with that title is replaced."""
     remove_section(path, title)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     place = next((i for i, line in enumerate(lines) if line in ("## Limits", "## Citation")), len(lines))
@@ -134,7 +134,7 @@ def set_section(path: Path, title: str, text: str) -> None:
 
 
 def remove_section(path: Path, title: str) -> None:
-    """Take a section out of a card, if both are there."""
+    """Remove a section from a card, if both exist."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if f"## {title}" in lines:
         start = lines.index(f"## {title}")
@@ -143,9 +143,9 @@ def remove_section(path: Path, title: str) -> None:
 
 
 def describe_training(path: Path, report: dict) -> None:
-    """Say in a card how its model was trained, from a training report."""
+    """Write into a card how its model was trained, from a training report."""
     run, log = report["run"], report["log"]
-    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # which are those since
+    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # else: of the last part only
     losses = [entry["loss"] for entry in log if "loss" in entry]
     lines = [
         f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
@@ -153,10 +153,11 @@ def describe_training(path: Path, report: dict) -> None:
         f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
     ]
     if run["teacher"]:
-        lines.append(f"It was taught by {Path(run['teacher']).name}, weight {run['teacher_weight']:g}.")
+        teacher, weight = Path(run["teacher"]).name, run["teacher_weight"]
+        lines.append(f"It was distilled from {teacher}, with weight {weight:g} of the loss.")
     if losses:
         lines.append(
-            f"The training loss, routers' losses included, went from {losses[0]:.3f} to {losses[-1]:.3f}."
+            f"The training loss, with the router losses, went from {losses[0]:.3f} to {losses[-1]:.3f}."
         )
     if report["evaluation"]:
         numbers = report["evaluation"]
@@ -164,7 +165,7 @@ def describe_training(path: Path, report: dict) -> None:
         lines.append("Evaluation: " + ", ".join(f"{name[5:]} {numbers[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
-    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "See Training for what became of it since.")
+    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "It was fine-tuned since: see Training.")
     path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")
 
 
@@ -172,27 +173,31 @@ def _name(report: Report, checkpoint: Checkpoint) -> str:
     return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
 
 
+def _networks(number: int) -> str:
+    return "1 feed-forward network was" if number == 1 else f"{number} feed-forward networks were"
+
+
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
-    dense = "the dense FFN" if plan.is_exact else "the dense FFN as far as it was kept"
+    dense = "the dense FFN" if plan.is_exact else "an approximation of the dense FFN"
     if kind.STARTS_EQUAL:
         start = f"Every expert starts as {dense}."
     elif recipe.noise:
-        start = f"Expert 0 is {dense}, the others are perturbed by a relative {recipe.noise:g}."
+        start = f"Expert 0 is {dense}; the others are perturbed by relative noise of {recipe.noise:g}."
     else:
-        start = f"Expert 0 is {dense}, the others are exact copies."
+        start = f"Expert 0 is {dense}; the others are exact copies of it."
     named = source_front_matter(checkpoint.folder).get("license_name") or report.license
     base, licence = name, f"The licence is that of its base: {named}."
     if checkpoint.revision:
         base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
     if named is None:
-        licence = "The card of its base names no licence; whatever terms hold for that hold for this."
+        licence = "The card of its base names no licence; the terms of the base apply."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
-        f"{len(plan.ffns)} feed-forward networks of {base} were converted by mpoe-convert into mixtures of "
-        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {kind.ABOUT}. {start} "
+        f"{_networks(len(plan.ffns))} of {base} converted by mpoe-convert into mixtures of {recipe.experts} "
+        f"experts, of which {recipe.top_k} are chosen per token. The experts are {kind.ABOUT}. {start} "
         f"{UNTRAINED}\n\n{licence}"
     )
 
@@ -208,10 +213,11 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
     command = snippets.command(auto, has_own_code=checkpoint.code is not None)
     if code:
         parts += [
-            "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
-            f"with PEFT:\n\n```python\n{code}\n```",
-            "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
-            f"from the Hub:\n\n```\n{command}\n```",
+            "## How to fine-tune it\n\nLike any transformers model: in a loop such as this one, with "
+            f"`Trainer`, or with PEFT:\n\n```python\n{code}\n```",
+            "Or with mpoe-convert, which has learning rates for central tensors, auxiliary tensors and "
+            "routers, and reads texts, pairs and labels from files or from the Hub:\n\n"
+            f"```\n{command}\n```",
         ]
     return parts
 
@@ -222,8 +228,8 @@ def _own_code(checkpoint: Checkpoint) -> str:
         return ""
     listed = ", ".join(f"`{name}`" for name in names)
     return (
-        f" It also runs {listed}: code of the base, copied as it was. Read it before you run it; it may need "
-        "more."
+        f" It also runs {listed}: custom code of the base, copied unchanged. Read it before you run it; it "
+        "may need other packages."
     )
 
 
@@ -233,13 +239,14 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
     flops = totals.flops_per_token / totals.dense_flops_per_token
     lines = [
         f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
-        "token. Experts that were never trained apart give nothing in return.",
-        f"What {name} gets wrong, and the biases of its training data, came along with its weights.",
-        "Nothing is known of its quality but what this card says was measured.",
-        "Its code lies beside it; programs that bring their own for every architecture do not know it.",
+        "token. It gains nothing from this until its experts are trained.",
+        f"It has the errors of {name}, and the biases of its training data.",
+        "Quality was not evaluated beyond the measurements in this card.",
+        "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
+        "cannot load it; see `mpoe-convert export`.",
     ]
     if report.plan.kept_dense:
-        lines.insert(1, f"{len(report.plan.kept_dense)} feed-forward networks stayed dense.")
+        lines.insert(1, f"{_networks(len(report.plan.kept_dense))} left dense.")
     return "\n".join(f"* {line}" for line in lines)
 
 
@@ -253,7 +260,7 @@ def main_auto_class(config: dict, model_type: str) -> str:
 
 
 def _preference(auto: str) -> tuple[int, str]:
-    """Where an Auto class stands among those that load one head: BART's, for example, is in three."""
+    """Sort key of the Auto classes that load one head: BART's, for example, is in three."""
     first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
     if auto in first:
         return first.index(auto), auto
@@ -286,15 +293,15 @@ def _errors(report: Report) -> str:
 
 
 def _compression(report: Report) -> str:
-    """What the FFNs store and how far that took the model from the dense one."""
+    """What the FFNs store, and the divergence from the dense model."""
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
     totals = report.plan.ffn_totals
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
     details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
     details += ["corrected"] if recipe.correct else []
-    details += [f"the nearest to the dense model of {len(report.trials)} ways"] if report.trials else []
+    details += [f"the closest to the dense model of {len(report.trials)} variants"] if report.trials else []
     text = (
-        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
+        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' parameters "
         f"({', '.join(details)})."
     )
     return text if found is None else f"{text} {report.divergence_in_words()}"
