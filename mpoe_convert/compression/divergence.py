@@ -28,10 +28,10 @@ class Divergence:
     """Means over held-out tokens.
 
     Attributes:
-        tokens: how many.
+        tokens: number of tokens.
         nats: Kullback-Leibler divergence of the artifact's distribution over tokens (or classes) from the
             dense model's; None for models without logits.
-        difference: relative difference of the last hidden states, for those.
+        difference: relative difference of the last hidden states, for models without logits.
         dense_perplexity / perplexity: of the dense model and of the artifact; None where the model predicts
             no text of its own.
     """
@@ -44,14 +44,14 @@ class Divergence:
 
     @property
     def distance(self) -> float:
-        """What is compared; infinite if the artifact's outputs are not finite."""
+        """The number that is compared; infinite if the artifact's outputs are not finite."""
         found = self.difference if self.nats is None else self.nats
         return found if math.isfinite(found) else math.inf
 
     def in_words(self) -> str:
         measured = f"Measured on {self.tokens:,} held-out tokens:"
         if self.nats is None:
-            return f"{measured} the last hidden states differ by {self.difference:.3f} of their size."
+            return f"{measured} the relative difference of the last hidden states is {self.difference:.3f}."
         line = f"{measured} {self.nats:.3g} nats of divergence from the dense model"
         if self.perplexity is None:
             return f"{line}."

@@ -11,9 +11,9 @@ from ..compression.divergence import Divergence
 from ..planning.plan import Plan
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
-# weights, 0.76 turns text into noise (see README, "How much error is too much").
+# weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
 BROKEN_ERROR = 0.4
-# Above this divergence from the dense model, in nats per token, a compressed one has lost a good part of it.
+# Above this divergence from the dense model, in nats per token, a compressed model has lost much of it.
 BROKEN_NATS = 0.5
 NOTICEABLE_ERROR = 0.02
 LOST_NATS = 10.0
@@ -26,13 +26,13 @@ class MatrixReport:
     Attributes:
         relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
         relative_error_before_cast: the same before the cores were rounded to the stored dtype.
-        rank: of the two thin matrices that stand for the dense one; None: nothing was compressed.
-        output_error: relative difference of what expert 0 as stored and the dense matrix make of calibration
-            inputs that were held out; None without calibration.
-        discarded_weight: per bond, the share of the squared norm that TT-SVD cut there; none of a matrix that
-            was fitted otherwise.
+        rank: of the two thin matrices that replace the dense one; None: it was not compressed.
+        output_error: relative difference between the outputs of expert 0 as stored and those of the dense
+            matrix, on held-out calibration inputs; None without calibration.
+        discarded_weight: per bond, the share of the squared norm that TT-SVD truncated there; empty for a
+            matrix that was fitted in another way.
         clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
-            first site's rows; all clones are drawn alike.
+            first site's rows; all clones are drawn from the same distribution.
     """
 
     name: str
@@ -55,13 +55,13 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class NeuronOrder:
-    """Whether another order of an FFN's hidden neurons paid.
+    """What reordering an FFN's hidden neurons gained.
 
     Attributes:
         ffn: path of its layer.
-        source_error / bisected_error: relative error of its matrices together, cut by TT-SVD, with the
-            neurons as in the source and in the order found.
-        applied: whether the artifact has the second one.
+        source_error / bisected_error: relative error of its matrices together, truncated by TT-SVD, with
+            the neurons in the source's order and in the order found.
+        applied: whether the artifact has the order found.
     """
 
     ffn: str
@@ -72,7 +72,7 @@ class NeuronOrder:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way that a search tried: the recipe's choices, and how far its artifact is from the dense model."""
+    """One variant of a search: the recipe's choices, and its artifact's divergence from the dense model."""
 
     metric: str
     allocation: str
@@ -101,9 +101,10 @@ class Report:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """The dense model's, grown by the divergence that the plan expected.
+        """The dense model's perplexity times the exponential of the divergence that the plan expected.
 
-        None where either is unknown, or where more is expected than any distribution over tokens would lose.
+        None where either is unknown, or where the expectation exceeds `LOST_NATS`, which no distribution over
+        tokens loses.
         """
         budget, found = self.plan.budget, self.divergence
         if not (budget and found and found.dense_perplexity) or budget.chosen.loss is None:
@@ -113,10 +114,10 @@ class Report:
         return found.dense_perplexity * math.exp(budget.chosen.loss)
 
     def divergence_in_words(self) -> str:
-        """What was measured and what the plan expected."""
+        """The measured divergence, and the one that the plan expected."""
         words = self.divergence.in_words()
         if self.trials:
-            words += " The search chose it by them."
+            words += " The search selected this variant on the same tokens, so the number is optimistic."
         if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:
             return words
         predicted = self.predicted_perplexity
@@ -135,8 +136,8 @@ class Report:
         if worst.relative_error > BROKEN_ERROR:
             warnings.append(
                 f"truncation lost most of the model: the relative error of {worst.name} is "
-                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained; "
-                "for a model that works at once use --layout one-sided or two-sided, or larger bonds."
+                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained. "
+                "For a model that works at once, use --layout one-sided or two-sided, or larger bonds."
             )
         elif worst.relative_error > NOTICEABLE_ERROR:
             warnings.append(
@@ -149,19 +150,19 @@ class Report:
         if self.max_drift <= BROKEN_ERROR:
             return []
         return [
-            f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
-            "work before it is retrained. Lower --noise."
+            f"the noise changed the clones by {self.max_drift:.2f} of their norm. The model may not work "
+            "before it is retrained. Lower --noise."
         ]
 
     def _compression_warnings(self) -> list[str]:
-        """Errors of weights say little where a metric was followed; what was measured does."""
+        """From the measured divergence: errors of the weights say little where a metric was followed."""
         found = self.divergence
         if self.plan.is_exact:
             return []
         if found is None:
             return [
-                "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "
-                "(--calibrate keeps what matters on a text)."
+                "matrices were truncated without calibration. Expect worse outputs until the model is "
+                "fine-tuned; --calibrate keeps what matters on your text."
             ]
         far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
         heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
@@ -194,12 +195,12 @@ class Report:
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """What can be said before any tensor is read."""
+    """The warnings that need no tensor."""
     warnings = []
     alone = [m.name for m in plan.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params]
     if alone:
         warnings.append(
-            f"an expert owns less than a thousandth of {alone[0]}"
+            f"an expert owns less than a thousandth of the parameters of {alone[0]}"
             f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
             "Raise --bond-dim."
         )
@@ -208,7 +209,7 @@ def plan_warnings(plan: Plan) -> list[str]:
     ]
     if grown:
         warnings.append(
-            f"{grown[0]} takes more numbers than {plan.recipe.experts} dense copies would: the auxiliary "
+            f"{grown[0]} stores more parameters than {plan.recipe.experts} dense copies would: the auxiliary "
             "tensors are too large for this matrix. Lower --bond-dim, or use --kind dense."
         )
     return warnings

@@ -17,7 +17,7 @@ def write_export(
     tags: Iterable[str],
     library: str,
 ) -> None:
-    """The card of an export. What the artifact's card (`front`) says of licence and base is carried over."""
+    """Write the card of an export, with licence and base from the front matter of the artifact's card."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(

@@ -24,7 +24,7 @@ def main_auto_class(config: dict, model_type: str) -> str:
 
 
 def _preference(auto: str) -> tuple[int, str]:
-    """Where an Auto class stands among those that load one head: BART's, for example, is in three."""
+    """Sort key of the Auto classes that load one head: BART's, for example, is in three."""
     first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
     if auto in first:
         return first.index(auto), auto
@@ -49,7 +49,7 @@ def heads(model_type: str) -> dict[str, str]:
         if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
             continue
         mapping = getattr(auto, "_model_mapping", None)
-        stock = mapping and mapping._model_mapping.get(model_type)
+        stock = None if mapping is None else mapping._model_mapping.get(model_type)  # bool() imports all
         if stock and auto.__name__ == name:
             stock = stock[0] if isinstance(stock, (tuple, list)) else stock
             # Some Auto classes map a type to a model that merely contains it.

@@ -9,9 +9,9 @@ from ..artifact.card_file import UNTRAINED, set_section
 
 
 def describe_training(path: Path, report: dict) -> None:
-    """Say in a card how its model was trained, from a training report."""
+    """Write into a card how its model was trained, from a training report."""
     run, log = report["run"], report["log"]
-    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # which are those since
+    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # else: of the last part only
     losses = [entry["loss"] for entry in log if "loss" in entry]
     lines = [
         f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
@@ -19,10 +19,11 @@ def describe_training(path: Path, report: dict) -> None:
         f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
     ]
     if run["teacher"]:
-        lines.append(f"It was taught by {Path(run['teacher']).name}, weight {run['teacher_weight']:g}.")
+        teacher, weight = Path(run["teacher"]).name, run["teacher_weight"]
+        lines.append(f"It was distilled from {teacher}, with weight {weight:g} of the loss.")
     if losses:
         lines.append(
-            f"The training loss, routers' losses included, went from {losses[0]:.3f} to {losses[-1]:.3f}."
+            f"The training loss, with the router losses, went from {losses[0]:.3f} to {losses[-1]:.3f}."
         )
     if report["evaluation"]:
         numbers = report["evaluation"]
@@ -30,5 +31,5 @@ def describe_training(path: Path, report: dict) -> None:
         lines.append("Evaluation: " + ", ".join(f"{name[5:]} {numbers[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
-    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "See Training for what became of it since.")
+    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "It was fine-tuned since: see Training.")
     path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")

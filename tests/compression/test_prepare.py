@@ -297,7 +297,7 @@ def test_card_and_tables_say_what_was_compressed(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert f"store {report.plan.budget.chosen.keep:.1%} of the dense" in card and ", corrected)" in card
     assert report.divergence.in_words() in card and "| of outputs |" in card
-    assert "Expert 0 is the dense FFN as far as it was kept" in card
+    assert "Expert 0 is an approximation of the dense FFN" in card
     out = Console(record=True, width=200, file=io.StringIO())
     print_plan(report.plan, out)
     print_report(report, "out", out, per_matrix=True)
@@ -351,7 +351,7 @@ def test_command_line_for_cut_chains(tmp_path):
     assert words in done.output and "nats of divergence" in done.output
     assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
     card = (tmp_path / "out/README.md").read_text()
-    assert "(metric outputs, calibrated)" in card and "as far as it was kept" in card
+    assert "(metric outputs, calibrated)" in card and "an approximation of the dense FFN" in card
     assert not any("truncation lost" in warning for warning in report["warnings"])
 
 

@@ -1,6 +1,6 @@
 """How long calibration and a fit in a metric take, beside what they cannot do without.
 
-    python tests/benchmarks/compression_speed.py
+    python examples/benchmarks/compression_speed.py
 
 * A 4096 x 11008 matrix at 60 %: whitened, factored and written, against one Cholesky decomposition of its
   moment and one randomized SVD (torch.svd_lowrank) of that rank.

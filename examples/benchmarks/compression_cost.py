@@ -1,6 +1,6 @@
 """What compression costs: ways of cutting the FFNs of trained checkpoints to the same size.
 
-    MPOE_TEST_DATA=... python tests/benchmarks/compression.py [--json FILE] [--plot FILE] [--heal 60]
+    MPOE_TEST_DATA=... python examples/benchmarks/compression_cost.py [--json FILE] [--plot FILE] [--heal 60]
 
 Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the
 smallest part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss

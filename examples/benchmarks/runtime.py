@@ -1,6 +1,7 @@
 """Time one mixture of MPO experts against what it replaces, side by side.
 
-    python tests/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train] [--json FILE]
+    python examples/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train]
+                                          [--json FILE]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
