@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from .loading import from_pretrained, load_tokenizer, positions
 from .moments import FFNMoments, observed_side
 from .planning import FFNPlan, Plan
 from .recipe import BUILTIN_TEXT
+from .text_options import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,16 +61,6 @@ NOTHING_COUNTS = (
 Batch = Mapping[str, Tensor]
 
 
-class CalibrationText(Protocol):
-    """Which text, and how much of it; fields as of `Recipe`."""
-
-    calibrate: tuple[str, ...]
-    calibration_tokens: int
-    calibration_split: str
-    text_column: str
-    target_column: str
-
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +68,7 @@ Progress = Callable[[str, int, int], None]
 # Text into batches
 
 
-def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
+def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
     """Batches of the model's inputs from calibration text.
 
     Data with a target column are read as pairs: by encoder-decoders text and target on a side each, by
@@ -148,7 +139,7 @@ def says_next(checkpoint: Checkpoint) -> bool:
     return causal == "AutoModelForCausalLM" or (cls is not None and cls.can_generate())
 
 
-def _read(recipe: CalibrationText, task: str, token: str | None):
+def _read(recipe: TextSource, task: str, token: str | None):
     """Rows with the columns of the task, or with texts alone where there are no targets."""
     from datasets import Dataset, concatenate_datasets
 
@@ -175,7 +166,7 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(rows, encode: Callable, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
+def _pair_batches(rows, encode: Callable, tokenizer, recipe: TextSource, length: int) -> list[Batch]:
     columns = corpus.Columns(text=recipe.text_column, target=recipe.target_column)
     encoded = encode(rows, tokenizer, columns, length)
     sizes = [len(ids) for ids in encoded["input_ids"]]

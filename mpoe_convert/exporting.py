@@ -10,6 +10,7 @@ from pathlib import Path
 from . import artifact, card, exports
 from .converted import Converted, open_converted
 from .exports import Export, ExportPlan, Made, Part
+from .libraries import need
 from .recipe import parse_size
 from .verification import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
 from .weight_files import num_bytes, save_shard, split_into_shards, write_index
@@ -82,16 +83,20 @@ def export(
     request, output = request or Export(), Path(output)
     artifact.check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
+    target = exports.load(request.to)
     source = open_converted(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
+        need("export --calibrate", "datasets", extra="calibrate")
         from .averaging import expert_shares
 
         shares = expert_shares(source, request)
-    plan = exports.load(request.to).plan(source, request, shares, output)
+    plan = target.plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     made = [tensor for part in plan.parts for tensor in part.tensors]
     artifact.check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    for extra, libraries in target.NEEDS.items():
+        need(f"export --to {request.to}", *libraries, extra=extra)
     with artifact.staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -31,6 +30,7 @@ from .artifact import (
 )
 from .errors import OutputError, TrainingError
 from .hub import CHAT_TEMPLATES, download_papers
+from .libraries import need
 from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from .routing import router_stats
 from .runs import Finetuning
@@ -224,6 +224,9 @@ def finetune(
         DataError: the data cannot be read or do not fit the task.
         OutputError: `output` holds something already.
     """
+    need("finetune", "accelerate", "datasets", extra="train")
+    from accelerate import PartialState
+
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
     strangers = file_names(output)
@@ -399,6 +402,8 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
 
 
 def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:
+    from accelerate import PartialState
+
     values = {
         "output_dir": str(output),
         "max_steps": run.steps or -1,

@@ -27,8 +27,7 @@ from tensorly.tt_matrix import TTMatrix
 from torch import Tensor
 
 from .errors import CheckpointError, SitesError
-from .recipe import SVDS
-from .sites import Sites
+from .sites import SVDS, Sites
 
 # Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
 # Above, the float64 eigendecomposition, cubic in the rows, costs more than it saves.

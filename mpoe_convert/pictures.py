@@ -10,6 +10,7 @@ from . import card
 from .artifact import CARD_FILE, TRAINING_REPORT_FILE, read_artifact, register_files
 from .checkpoint import read_json_object
 from .errors import OutputError
+from .libraries import need
 from .summary import inspect
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
         OutputError: it cannot be written to, or has something else called pictures.
     """
+    need("report", "matplotlib", extra="report")
     folder = Path(folder)
     _, report = read_artifact(folder)
     training = None

@@ -26,10 +26,10 @@ def options_table(name: str) -> str:
 
 def families_table() -> str:
     """The table of families, as `mpoe-convert families --json` has it."""
-    from mpoe_convert.render import families_rows
+    from mpoe_convert.families import families_json
 
     rows = ["| `model_type` | layers | tensors | gated |", "|---|---|---|---|"]
-    for row in families_rows():
+    for row in families_json():
         types = ", ".join(row["model_types"])
         layers = ", ".join(f"`{layer}`" for layer in row["layers"])
         tensors = ", ".join(f"`{name}`" for name in dict.fromkeys(row["projections"]))

@@ -14,9 +14,8 @@ from tensorly.tt_matrix import TTMatrix
 from mpoe_convert import mpo
 from mpoe_convert.errors import CheckpointError, SitesError
 from mpoe_convert.mpo import fit, relative_error
-from mpoe_convert.recipe import SVDS
 from mpoe_convert.runtime.modeling_mpoe import contract_chain
-from mpoe_convert.sites import LAYOUTS, Sites, choose, explicit
+from mpoe_convert.sites import LAYOUTS, SVDS, Sites, choose, explicit
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 DTYPES = (torch.float32, torch.float64)

@@ -126,7 +126,7 @@ STUB = {
 def test_what_is_allowed_to_differ_is_not_said_to_agree(difference, verdict):
     from rich.console import Console
 
-    from mpoe_convert.render import print_verification
+    from mpoe_convert.cli.tables import print_verification
     from mpoe_convert.verification import Verification
 
     out = Console(record=True, width=200, file=io.StringIO())

@@ -7,21 +7,32 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from .. import exports
 from ..architecture import heads
-from ..card import main_auto_class
-from ..converted import Converted, Mixture
 from ..errors import ExportError
 from ..moe_targets import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
-from . import Checked, Export, ExportPlan, Made, Part
+from . import Checked, ExportPlan, Made, Part
 from .dense import Shares, check_adapters, copied, usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ..converted import Converted, Mixture
+    from . import Export
+
+ABOUT = "all experts as a mixture that transformers has, such as Mixtral: the same outputs from stock code"
+NEEDS: dict[str, tuple[str, ...]] = {}
 
 # Width of a shared expert that does nothing: kernels like multiples of 256.
 IDLE_WIDTH = 256
+
+
+class Options(exports.Options):
+    """None."""
 
 
 def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
@@ -165,6 +176,8 @@ def _settings(config_class: type) -> set[str]:
 
 
 def _head(source: Converted, target: MoeTarget) -> str:
+    from ..card import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     known = heads(target.model_type)
     if auto not in known:
@@ -204,11 +217,15 @@ def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) 
 
 
 def _weight(source: Converted, mixture: Mixture, role: str, expert: int) -> Tensor:
+    import torch
+
     return source.matrix(mixture, role, {expert: 1.0}).T.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
     """(E, out, in) of one role or of several, one above the other."""
+    import torch
+
     experts = range(source.num_experts)
     return torch.cat(
         [torch.stack([_weight(source, mixture, role, e) for e in experts]) for role in roles], dim=1
@@ -216,6 +233,8 @@ def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
 
 
 def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> Iterator[Made]:
+    import torch
+
     hidden = mixture.size("up")[0]
     dtype = source.dtype(mixture, "up")
     shapes = {
