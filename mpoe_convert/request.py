@@ -100,7 +100,9 @@ def plugin_options(chooser: str, common: type[OptionGroup], plugins: Mapping[str
         declared = {plugin: by_name(cls)[name] for plugin, cls in plugins.items() if name in by_name(cls)}
         made.append(_merged(name, by_name(common).get(name), declared, len(plugins), chooser))
     namespace = {"CHOOSER": chooser, "PLUGINS": plugins}
-    return make_dataclass("PluginOptions", made, namespace=namespace, frozen=True, repr=False)
+    return make_dataclass(
+        "PluginOptions", made, namespace=namespace, frozen=True, init=False, repr=False, eq=False
+    )
 
 
 def _merged(

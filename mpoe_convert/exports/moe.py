@@ -10,9 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import exports
-from ..architecture import heads
 from ..errors import ExportError
-from ..moe_targets import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
 from . import Checked, ExportPlan, Made, Part
 from .dense import Shares, check_adapters, copied, usage
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..converted import Converted, Mixture
+    from ..moe_targets import MoeTarget
     from . import Export
 
 ABOUT = "all experts as a mixture that transformers has, such as Mixtral: the same outputs from stock code"
@@ -77,6 +76,8 @@ def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
 
 
 def _target(source: Converted) -> MoeTarget:
+    from ..moe_targets import MOE_TARGETS, NEAR_MISSES, TARGET_OF
+
     target = TARGET_OF.get(source.model_type)
     if source.architecture.is_own:
         raise ExportError(
@@ -176,6 +177,7 @@ def _settings(config_class: type) -> set[str]:
 
 
 def _head(source: Converted, target: MoeTarget) -> str:
+    from ..architecture import heads
     from ..card import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
