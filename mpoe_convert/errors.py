@@ -48,7 +48,7 @@ class TrainingError(MpoeError):
 
 
 class RunError(MpoeError):
-    """The request for a training run contradicts itself or names something that does not exist."""
+    """The request for training or scoring contradicts itself or names something that does not exist."""
 
 
 class DataError(MpoeError):

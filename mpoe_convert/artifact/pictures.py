@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
+from ..extras import need
 from ..source.json_files import read_json_object
 from .card_file import set_section
 from .inspect import inspect
@@ -45,6 +46,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
         OutputError: it cannot be written to, or has something else called pictures.
     """
+    need("report", "matplotlib", extra="report")
     folder = Path(folder)
     _, report = read_artifact(folder)
     training = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
+from ..source.text_options import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +33,7 @@ NOTHING_COUNTS = (
 Batch = Mapping[str, Tensor]
 
 
-class CalibrationText(Protocol):
-    """Which text, and how much of it; fields as of `Recipe`."""
-
-    calibrate: tuple[str, ...]
-    calibration_tokens: int
-    calibration_split: str
-    text_column: str
-    target_column: str
-
-
-def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
+def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
     """Batches of the model's inputs from calibration text.
 
     Data with a target column are read as pairs: by encoder-decoders text and target on a side each, by
@@ -113,7 +104,7 @@ def says_next(checkpoint: Checkpoint) -> bool:
     return causal == "AutoModelForCausalLM" or (cls is not None and cls.can_generate())
 
 
-def _read(recipe: CalibrationText, task: str, token: str | None):
+def _read(recipe: TextSource, task: str, token: str | None):
     """Rows with the columns of the task, or with texts alone where there are no targets."""
     from datasets import Dataset, concatenate_datasets
 
@@ -140,7 +131,7 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(rows, encode: Callable, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
+def _pair_batches(rows, encode: Callable, tokenizer, recipe: TextSource, length: int) -> list[Batch]:
     columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
     encoded = encode(rows, tokenizer, columns, length)
     sizes = [len(ids) for ids in encoded["input_ids"]]

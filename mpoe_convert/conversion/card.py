@@ -11,7 +11,7 @@ from ..artifact.snippets import PIPELINE_TAGS
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import files
-from .report import MatrixReport, Report
+from .report import Report
 
 CITATION = """\
 ## Citation
@@ -52,13 +52,13 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
             _introduction(report, checkpoint),
             *(f"> **Warning:** {text}" for text in report.warnings),
             *_usage(checkpoint, auto),
-            "## Parameters\n\n" + _totals(report),
+            "## Parameters\n\n" + report.plan.totals_table().markdown(),
             *(
                 ["## Compression\n\n" + _compression(report)]
                 if report.plan.budget or report.divergence
                 else []
             ),
-            "## Reconstruction error\n\n" + _errors(report),
+            "## Reconstruction error\n\n" + report.matrices_table().markdown(),
             "## Limits\n\n" + _limits(report, checkpoint),
             CITATION,
         ]
@@ -146,31 +146,6 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _totals(report: Report) -> str:
-    rows = ["| | dense base | plain MoE | this model |", "|---|---:|---:|---:|"]
-    for label, totals in (("FFNs", report.plan.ffn_totals), ("whole model", report.plan.totals)):
-        rows += [
-            f"| {label}: parameters stored | {totals.dense_params:,} | {totals.plain_moe_params:,} | "
-            f"{totals.stored_params:,} |",
-            f"| {label}: parameters used per token | {totals.dense_params:,} | "
-            f"{totals.plain_moe_active_params:,} | {totals.active_params:,} |",
-            f"| {label}: bytes | {totals.dense_bytes:,} | {totals.plain_moe_bytes:,} | "
-            f"{totals.stored_bytes:,} |",
-            f"| {label}: FLOPs per token | {totals.dense_flops_per_token:,} | "
-            f"{totals.plain_moe_flops_per_token:,} | {totals.flops_per_token:,} |",
-        ]
-    return "\n".join(rows)
-
-
-def _errors(report: Report) -> str:
-    names = ["matrix", "shape", "bonds", "relative error", "clone drift", "parameters"]
-    measured = any(matrix.output_error is not None for matrix in report.matrices)
-    if measured:
-        names[4:4] = ["of outputs"]
-    rows = [f"| {' | '.join(names)} |", f"|---|---|---|{'---:|' * (len(names) - 3)}"]
-    return "\n".join(rows + [_error_row(matrix) for matrix in report.matrices])
-
-
 def _compression(report: Report) -> str:
     """What the FFNs store, and the divergence from the dense model."""
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
@@ -184,12 +159,3 @@ def _compression(report: Report) -> str:
         f"({', '.join(details)})."
     )
     return text if found is None else f"{text} {report.divergence_in_words()}"
-
-
-def _error_row(matrix: MatrixReport) -> str:
-    bonds = ", ".join(map(str, matrix.bonds)) or "–"
-    of_outputs = "" if matrix.output_error is None else f"{matrix.output_error:.2e} | "
-    return (
-        f"| `{matrix.name}` | {matrix.shape[0]} x {matrix.shape[1]} | {bonds} | "
-        f"{matrix.relative_error:.2e} | {of_outputs}{matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
-    )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from .. import __version__
 from ..compression.divergence import Divergence
 from ..planning.plan import Plan
+from ..tables import Cell, Shown, Table, listed, warning
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
 # weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
@@ -52,6 +55,33 @@ class MatrixReport:
     stored_params: int
     dtype: str
 
+    def row(self) -> dict[str, Cell]:
+        """As a table shows it."""
+        return {
+            "matrix": self.name,
+            "size": f"{self.shape[0]} x {self.shape[1]}",
+            "bonds": listed(self.bonds),
+            "relative error": f"{self.relative_error:.2e}",
+            "of outputs": None if self.output_error is None else f"{self.output_error:.2e}",
+            "before the cast": f"{self.relative_error_before_cast:.2e}",
+            "clone drift": f"{self.clone_drift:.2e}",
+            "dense": self.dense_params,
+            "stored": self.stored_params,
+        }
+
+
+def _layer_row(ffn: str, matrices: Sequence[MatrixReport]) -> dict[str, Cell]:
+    """An FFN as a table shows it: its worst matrix counts."""
+    of_outputs = [m.output_error for m in matrices if m.output_error is not None]
+    return {
+        "FFN": ffn,
+        "largest error": f"{max(m.relative_error for m in matrices):.2e}",
+        "of outputs": f"{max(of_outputs):.2e}" if of_outputs else None,
+        "clone drift": f"{max(m.clone_drift for m in matrices):.2e}",
+        "dense": sum(m.dense_params for m in matrices),
+        "stored": sum(m.stored_params for m in matrices),
+    }
+
 
 @dataclass(frozen=True)
 class NeuronOrder:
@@ -80,9 +110,9 @@ class Trial:
     divergence: Divergence
 
 
-@dataclass(frozen=True)
-class Report:
-    """The whole conversion; `to_json` is what conversion_report.json holds."""
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """The whole conversion; `to_json` is what conversion_report.json holds. `print` shows it as tables."""
 
     plan: Plan
     matrices: tuple[MatrixReport, ...]
@@ -126,7 +156,7 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        return [*self._error_warnings(), *plan_warnings(self.plan)]
+        return [*self._error_warnings(), *self.plan.warnings]
 
     def _error_warnings(self) -> list[str]:
         warnings = []
@@ -168,6 +198,68 @@ class Report:
         heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 
+    def matrices_table(self) -> Table:
+        """One row per matrix."""
+        rows = tuple(matrix.row() for matrix in self.matrices)
+        return Table("Matrices", rows, left=("matrix", "size", "bonds"))
+
+    def layers_table(self) -> Table:
+        """One row per FFN."""
+        groups = groupby(self.matrices, key=lambda matrix: matrix.name.rpartition(".")[0])
+        rows = tuple(_layer_row(ffn, list(matrices)) for ffn, matrices in groups)
+        return Table("Layers", rows, left=("FFN",))
+
+    def trials_table(self) -> Table:
+        """The nearest first; it is the one that was kept."""
+        in_nats = self.trials[0].divergence.nats is not None
+        what = "nats of divergence" if in_nats else "difference of the last hidden states"
+        rows = tuple(
+            {
+                "metric": trial.metric,
+                "allocation": trial.allocation,
+                "corrected": "yes" if trial.correct else "no",
+                what: f"{trial.divergence.distance:.3g}",
+            }
+            for trial in sorted(self.trials, key=lambda trial: trial.divergence.distance)
+        )
+        left = ("metric", "allocation", "corrected")
+        return Table("Search: ways that were tried", rows, left, bold=0)
+
+    def neuron_orders_in_words(self) -> str:
+        """One line; errors are means over FFNs."""
+        applied = [order for order in self.neuron_orders if order.applied]
+        if not applied:
+            return (
+                "Neurons: no order was found in which truncating the bonds loses less than in the source's."
+            )
+        source = sum(order.source_error for order in applied) / len(applied)
+        found = sum(order.bisected_error for order in applied) / len(applied)
+        return (
+            f"Neurons: reordered in {len(applied)} of {len(self.neuron_orders)} FFNs, where truncating the "
+            f"bonds then loses {found:.3f} instead of {source:.3f} (relative error of the weights, before "
+            "any metric)."
+        )
+
+    def shown(self, limit: int | None = None, *, per_matrix: bool = False) -> Iterator[Table | str]:
+        """See `Shown`.
+
+        Args:
+            per_matrix: a row per matrix, not per layer.
+        """
+        plan = self.plan
+        yield (self.matrices_table() if per_matrix else self.layers_table()).head(limit)
+        yield plan.totals_table()
+        if plan.budget:
+            yield plan.budget.table()
+            yield plan.budget.in_words(plan.recipe.keep)
+        if self.trials:
+            yield self.trials_table().head(limit)
+        if self.neuron_orders:
+            yield self.neuron_orders_in_words()
+        if self.divergence:
+            yield self.divergence_in_words()
+        yield from map(warning, self.warnings)
+
     def to_json(self) -> dict[str, Any]:
         plan = self.plan
         return {
@@ -192,24 +284,3 @@ class Report:
             "kept_dense": list(plan.kept_dense),
             "matrices": [asdict(matrix) for matrix in self.matrices],
         }
-
-
-def plan_warnings(plan: Plan) -> list[str]:
-    """The warnings that need no tensor."""
-    warnings = []
-    alone = [m.name for m in plan.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params]
-    if alone:
-        warnings.append(
-            f"an expert owns less than a thousandth of the parameters of {alone[0]}"
-            f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
-            "Raise --bond-dim."
-        )
-    grown = [
-        m.name for m in plan.matrices if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
-    ]
-    if grown:
-        warnings.append(
-            f"{grown[0]} stores more parameters than {plan.recipe.experts} dense copies would: the auxiliary "
-            "tensors are too large for this matrix. Lower --bond-dim, or use --kind dense."
-        )
-    return warnings

@@ -222,6 +222,8 @@ def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int 
     return _build(tuple(in_dims), tuple(out_dims), _limits(bond_dim, len(in_dims)))
 
 
+# How `mpo` computes singular vectors.
+SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
     "one-sided": one_sided,
     "two-sided": two_sided,

@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
+from ..artifact import layout as artifact
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
-from ..artifact.folder import check_fit, check_output, staged
+from ..artifact.folder import check_output
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Converted, open_converted
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
+from ..extras import need
 from ..planning.recipe import parse_size
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
-from . import targets
+from . import targets as exports
 from .card import write_export
 from .targets import Export, ExportPlan, Made, Part
 
@@ -89,17 +91,21 @@ def export(
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
+    target = exports.load(request.to)
     source = open_converted(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
+        need("export --calibrate", "datasets", extra="calibrate")
         from .average import expert_shares
 
         shares = expert_shares(source, request)
-    plan = targets.load(request.to).plan(source, request, shares, output)
+    plan = target.plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     made = [tensor for part in plan.parts for tensor in part.tensors]
-    check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
-    with staged(output, overwrite) as folder:
+    artifact.check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    for extra, libraries in target.NEEDS.items():
+        need(f"export --to {request.to}", *libraries, extra=extra)
+    with artifact.staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:
                 progress(tensor.name, number, len(made))

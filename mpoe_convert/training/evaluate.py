@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,15 +14,20 @@ import torch
 from ..artifact.loading import from_pretrained, load_tokenizer, max_length, task_of
 from ..devices import pick_device
 from ..errors import DataError, TrainingError
+from ..extras import need
+from ..request import takes_options
 from ..source import texts
 from ..source.texts import Columns
 from .record import record_evaluation, recorded_evaluations
+from .request import Scoring
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 RESAMPLES = 1000
+# Libraries that score a task, beside datasets.
+_NEEDS = {"seq2seq": ("sacrebleu", "rouge_score"), "classification": ("sklearn",)}
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,25 +66,29 @@ class Evaluation:
         return asdict(self)
 
 
+@takes_options(Scoring)
 def evaluate(
     model: str,
     data: str | Sequence[str],
     *,
-    against: str | None = None,
-    task: str | None = None,
-    tokenizer: str | None = None,
-    split: str = "test",
     columns: Columns | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
     token: str | None = None,
-    trust_remote_code: bool = False,
-    record: bool = False,
     progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Score a model, and another one on the same examples: `score_models` of a `Scoring`.
+
+    Args:
+        model, data, options: the fields of `Scoring`, which describes them.
+        columns: names of the columns, in place of `text_column` and its like.
+        token, progress: as for `score_models`.
+    """
+    names = {} if columns is None else columns.as_options()
+    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+
+
+def score_models(
+    request: Scoring, *, token: str | None = None, progress: Progress | None = None
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
 
@@ -100,32 +109,34 @@ def evaluate(
         token: for models and data of the Hub; by default the stored login.
         trust_remote_code: run code that a model brings along, other than this release's `modeling_mpoe.py`.
         record: write what was found into the model, an artifact's folder; see `record_evaluation`.
+        token: for models and data of the Hub; by default the stored login.
         progress: called as progress(model, batches done, batches).
 
     Raises:
         CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
+        MachineError: a library that scores the task is not installed.
         RecipeError: there is no such device here.
     """
     import transformers
 
-    where = pick_device(device)
-    if record:
+    model, against, columns, trust = request.model, request.against, request.columns, request.trust
+    limit, batch_size, seed = request.limit, request.batch_size, request.seed
+    where = pick_device(request.device)
+    if request.record:
         recorded_evaluations(Path(model))
-    sources = [data] if isinstance(data, str) else list(data)
-    columns = columns or Columns()
-    trust = {"trust_remote_code": trust_remote_code}
-    task, auto_class = task_of(model, task, token, **trust)
-    loaded = load_tokenizer(tokenizer or model, token, **trust)
+    task, auto_class = task_of(model, request.task, token, **trust)
+    need(f"evaluate, task {task},", "datasets", *_NEEDS.get(task, ()), extra="train")
+    loaded = load_tokenizer(request.tokenizer or model, token, **trust)
     longest = max_length(model, token, **trust)
-    length = length or min(512, longest or 512)
-    stride = stride or max(length // 2, 1)
+    length = request.length or min(512, longest or 512)
+    stride = request.stride or max(length // 2, 1)
     if not 1 <= stride <= length or (longest and length > longest):
         raise TrainingError(
             f"length is {length} and stride {stride}; expected stride <= length <= {longest or 'any'}"
         )
-    rows = texts.read(sources, columns, task, split, token)
+    rows = texts.read(request.data, columns, task, request.split, token)
 
     @functools.cache  # models with the same classes are scored on the same batches
     def batches_of(labels: tuple[str, ...]) -> list[tuple[str | None, list]]:
@@ -166,15 +177,15 @@ def evaluate(
         task=task,
         model=model,
         other=against,
-        data=tuple(sources),
-        split=split,
+        data=request.data,
+        split=request.split,
         settings=_settings(task, length, stride, limit, seed),
         count=ours.count,
         metrics=_intervals(metrics),
         against=_intervals(others) if others else None,
         differences=_intervals(_differences(metrics, others)) if others else None,
     )
-    if record:
+    if request.record:
         record_evaluation(model, found.to_json())
     return found
 

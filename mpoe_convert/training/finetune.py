@@ -27,6 +27,7 @@ from ..artifact.layout import (
 )
 from ..artifact.loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from ..errors import OutputError, TrainingError
+from ..extras import need
 from ..source import texts
 from ..source.hub import CHAT_TEMPLATES, download_papers
 from ..source.json_files import write_json
@@ -65,6 +66,8 @@ def finetune(
         DataError: the data cannot be read or do not fit the task.
         OutputError: `output` holds something already.
     """
+    need("finetune", "accelerate", "datasets", extra="train")
+
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
     strangers = file_names(output)
@@ -240,6 +243,7 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
 
 
 def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:
+
     values = {
         "output_dir": str(output),
         "max_steps": run.steps or -1,

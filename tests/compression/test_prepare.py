@@ -291,7 +291,7 @@ def test_divergence_of_other_heads(model_type, tmp_path):
 def test_card_and_tables_say_what_was_compressed(tmp_path):
     from rich.console import Console
 
-    from mpoe_convert.render import plan_json, print_plan, print_report
+    from mpoe_convert.cli.tables import print_report
 
     _, _, report = pair("gpt2", tmp_path, keep=0.8, correct=True)
     card = (tmp_path / "out/README.md").read_text()
@@ -299,18 +299,18 @@ def test_card_and_tables_say_what_was_compressed(tmp_path):
     assert report.divergence.in_words() in card and "| of outputs |" in card
     assert "Expert 0 is an approximation of the dense FFN" in card
     out = Console(record=True, width=200, file=io.StringIO())
-    print_plan(report.plan, out)
+    out.print(report.plan)
     print_report(report, "out", out, per_matrix=True)
     text = out.export_text()
     ranks = [str(matrix.rank) for matrix in report.plan.matrices if matrix.rank]
     assert ranks and all(rank in text for rank in ranks)
     assert "of outputs" in text and report.divergence.in_words() in text.replace("\n", "")
-    assert f"Kept: {report.plan.budget.chosen.keep:.1%} of the dense FFNs' numbers, asked 80.0%" in text
+    assert f"Kept: {report.plan.budget.chosen.keep:.1%} of the dense FFNs' parameters, asked 80.0%" in text
     predicted = report.predicted_perplexity
     expected = math.log(predicted / report.divergence.dense_perplexity)
     assert abs(expected - report.plan.budget.chosen.loss) < 1e-9 < expected
     assert f"nats, perplexity {predicted:.4g}." in text.replace("\n", "") and f"{predicted:.4g}." in card
-    assert plan_json(report.plan)["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
+    assert report.plan.to_json()["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
 
 
 def test_warnings_follow_what_was_measured(tmp_path):

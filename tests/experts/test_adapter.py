@@ -106,7 +106,7 @@ def test_float16_of_a_model_that_overflows_in_it(converted, tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"bond_dim": (2, 2)}, "takes one number"), ({"bias": "per-expert"}, "shares the whole")],
+    [({"bond_dim": (2, 2)}, "the width of kind adapter"), ({"bias": "per-expert"}, "shares the whole")],
 )
 def test_options_that_do_not_fit(wrong, message, tiny_gpt2, tmp_path):
     with pytest.raises(RecipeError, match=message):

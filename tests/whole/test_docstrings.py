@@ -12,8 +12,11 @@ from helpers.documents import ROOT
 import mpoe_convert
 from mpoe_convert import Recipe, convert
 
+NEED_THE_HUB = {"push"}
 FUNCTIONS = [
-    name for name in mpoe_convert.__all__ if inspect.isfunction(getattr(mpoe_convert, name)) and name != "push"
+    name
+    for name in mpoe_convert.__all__
+    if inspect.isfunction(getattr(mpoe_convert, name)) and name not in NEED_THE_HUB
 ]
 
 

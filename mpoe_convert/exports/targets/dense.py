@@ -4,21 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ...artifact.reader import Converted, Mixture
 from ...errors import ExportError, RecipeError
-from ...source.architecture import main_auto_class
-from . import Checked, Export, ExportPlan, Made, Part
+from ...options import again, default_of, described, in_order, option
+from ...source.text_options import TextSource
+from .. import targets
+from . import Checked, ExportPlan, Made, Part
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...artifact.reader import Converted, Mixture
+    from . import Export
 
 Shares = Mapping[str, Mapping[int, float]]
 
+ABOUT = "one expert, or the average of all, in the architecture of the base model"
+NEEDS: dict[str, tuple[str, ...]] = {}
+
+
+@described
+class Options(targets.Options, TextSource):
+    """Which expert, or which average of them."""
+
+    expert: int | None = option(
+        None, "Number of the expert to write.", group="Target", at_least=0, default_text="0"
+    )
+    calibrate: tuple[str, ...] = again(
+        TextSource,
+        "calibrate",
+        "Write the average of the experts, weighted by the combine weights that the routers give them on "
+        "this text: files or Hub datasets, as for `finetune --data`, or builtin (the language reference of "
+        "Python). Repeatable.",
+    )
+
+    def check_together(self) -> None:
+        if self.expert is not None and self.calibrate:
+            raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
+        given = [each.name for each in in_order(TextSource) if getattr(self, each.name) != default_of(each)]
+        if given and not self.calibrate:
+            raise RecipeError(f"{given[0]} given without calibrate; expected the text that it is about")
+
 
 def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `targets`.
+    """See `exports`.
 
     Args:
         shares: by the paths of the layers, what every expert counts in the average; None: one expert.
@@ -51,12 +83,16 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 
 def usage(source: Converted, model: str = "path/to/this") -> str:
+    from ..card import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
 
 
 def loading(source: Converted, model: str) -> str:
     """The expression that loads it, in Python."""
+    from ..card import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     trust = ", trust_remote_code=True" if source.architecture.is_own else ""
     return f'{auto}.from_pretrained("{model}"{trust})'
@@ -107,9 +143,13 @@ def _ffn(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> It
 
 def weight(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
     """A weight as checkpoints of the family hold it; of several roles: fused, one above the other."""
+    import torch
+
     matrix = torch.cat([source.matrix(mixture, role, shares) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
 
 def _bias(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
+    import torch
+
     return torch.cat([source.bias(mixture, role, shares) for role in roles])

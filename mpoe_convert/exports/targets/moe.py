@@ -7,24 +7,35 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ...artifact.reader import Converted, Mixture
 from ...errors import ExportError
-from ...source.architecture import heads, main_auto_class
-from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
-from . import Checked, Export, ExportPlan, Made, Part
+from .. import targets
+from . import Checked, ExportPlan, Made, Part
 from .dense import Shares, check_adapters, copied, usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...artifact.reader import Converted, Mixture
+    from ..moe_architectures import MoeTarget
+    from . import Export
+
+ABOUT = "all experts as a mixture that transformers has, such as Mixtral: the same outputs from stock code"
+NEEDS: dict[str, tuple[str, ...]] = {}
 
 # Width of a shared expert that does nothing: kernels like multiples of 256.
 IDLE_WIDTH = 256
 
 
+class Options(targets.Options):
+    """None."""
+
+
 def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `targets`.
+    """See `exports`.
 
     Raises:
         ExportError: no mixture of transformers computes the same; the message says what stands against it.
@@ -65,6 +76,8 @@ def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
 
 
 def _target(source: Converted) -> MoeTarget:
+    from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF
+
     target = TARGET_OF.get(source.model_type)
     if source.architecture.is_own:
         raise ExportError(
@@ -164,6 +177,9 @@ def _settings(config_class: type) -> set[str]:
 
 
 def _head(source: Converted, target: MoeTarget) -> str:
+    from ...source.architecture import heads
+    from ..card import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     known = heads(target.model_type)
     if auto not in known:
@@ -203,11 +219,15 @@ def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) 
 
 
 def _weight(source: Converted, mixture: Mixture, role: str, expert: int) -> Tensor:
+    import torch
+
     return source.matrix(mixture, role, {expert: 1.0}).T.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
     """(E, out, in) of one role or of several, one above the other."""
+    import torch
+
     experts = range(source.num_experts)
     return torch.cat(
         [torch.stack([_weight(source, mixture, role, e) for e in experts]) for role in roles], dim=1
@@ -215,6 +235,8 @@ def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
 
 
 def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> Iterator[Made]:
+    import torch
+
     hidden = mixture.size("up")[0]
     dtype = source.dtype(mixture, "up")
     shapes = {

@@ -11,26 +11,26 @@ import logging
 import warnings
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ...artifact.loading import load_converted
-from ...artifact.reader import Converted
-from ...artifact.verify import ROUNDING, Comparison
-from ...artifact.verify_child import compare, make_inputs
-from ...compression.stream import keep_no_cache
 from ...errors import ExportError, VerifyError
-from ...runtime.modeling_mpoe import FeedForward
-from . import Export, ExportPlan, Part
+from .. import targets
+from . import ExportPlan, Part
 from .dense import Shares
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from ...artifact.reader import Converted
+    from ...artifact.verify import Comparison
+    from ...runtime.modeling_mpoe import FeedForward
+    from . import Export
+
+ABOUT = "the whole model as an ONNX graph"
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 
 FILE = "model.onnx"
 # A protobuf holds two gigabytes; what is larger lies beside the graph.
@@ -41,8 +41,12 @@ EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
 SCHEDULE = "apply"
 
 
+class Options(targets.Options):
+    """None."""
+
+
 def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `targets`.
+    """See `exports`.
 
     Raises:
         ExportError: the exporter does not carry experts like these.
@@ -66,6 +70,10 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 
 def _check(source: Converted) -> None:
+    import torch
+
+    from ...runtime.modeling_mpoe import FeedForward
+
     if source.options["router_tasks"] is not None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
@@ -87,45 +95,57 @@ class _Sorting(Exception):
     pass
 
 
-class _StopsAtSorting(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.sort.stable:
-            raise _Sorting
-        return func(*args, **(kwargs or {}))
-
-
 def _sorts(ffn: FeedForward, tokens: Tensor) -> bool:
     """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class StopsAtSorting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.sort.stable:
+                raise _Sorting
+            return func(*args, **(kwargs or {}))
+
     try:
-        with torch.no_grad(), _StopsAtSorting():
+        with torch.no_grad(), StopsAtSorting():
             ffn(tokens, tokens)
     except _Sorting:
         return True
     return False
 
 
-class _ByPosition(nn.Module):
-    """A model called with its inputs in order; a tuple of its floating-point outputs."""
+def _by_position(model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> nn.Module:
+    """The model as a module that is called with its inputs in order and returns a tuple of the outputs."""
+    from torch import nn
 
-    def __init__(self, model: PreTrainedModel, inputs: list[str], outputs: list[str]):
-        super().__init__()
-        self.model, self.inputs, self.outputs = model, inputs, outputs
+    class ByPosition(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
-        return tuple(found[name] for name in self.outputs)
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            found = self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)
+            return tuple(found[name] for name in outputs)
+
+    return ByPosition().eval()
 
 
 def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
     """Raises VerifyError if onnxruntime computes something else from the file than the model does."""
+    import torch
+
+    from ...artifact.loading import load_converted
+    from ...artifact.verify import ROUNDING, Comparison
+    from ...artifact.verify_child import compare, make_inputs
+    from ...compression.stream import keep_no_cache
+
     model = load_converted(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
     keep_no_cache(model)
     inputs, text = make_inputs(model)
     with torch.no_grad():
-        found = {k: v for k, v in model(**inputs, return_dict=True).items() if isinstance(v, Tensor)}
+        found = {k: v for k, v in model(**inputs, return_dict=True).items() if isinstance(v, torch.Tensor)}
     expected = {name: value for name, value in found.items() if value.is_floating_point()}
-    called = _ByPosition(model, list(inputs), list(expected)).eval()
-    program = _trace(called, inputs)
+    program = _trace(model, inputs, list(expected))
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     program.save(folder / FILE, external_data=num_bytes > MAX_BYTES_INSIDE)
     if not check:
@@ -144,7 +164,9 @@ def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
 
 
-def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
+def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]):
+    import torch
+
     any_size = torch.export.Dim.DYNAMIC
     example, shapes = [], []
     for value in inputs.values():
@@ -158,20 +180,18 @@ def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.onnx.export(
-                called,
+                _by_position(model, list(inputs), outputs),
                 tuple(example),
                 dynamo=True,
                 dynamic_shapes=(tuple(shapes),),
-                input_names=called.inputs,
-                output_names=called.outputs,
+                input_names=list(inputs),
+                output_names=outputs,
                 verbose=False,
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever torch's exporter thinks of the stock code
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(
-            f"torch.onnx does not carry this {type(called.model).__name__}: {reason}"
-        ) from error
+        raise ExportError(f"torch.onnx does not carry this {type(model).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)
