@@ -10,7 +10,7 @@ A kind offers:
 * `STARTS_EQUAL`: all experts compute the dense FFN at first, whatever the noise;
 * `AUXILIARY_LR`: the factor on the learning rate that suits what its experts own (examples/results);
 * `terms(rows, cols, options, swapped, rank)`: the shapes of the terms that a (rows, cols) matrix becomes, as
-  `modeling_mpoe.MPOEChain` reads them, and the first one's `Sites` (None if it has none). With a rank the
+  `modeling_mpoe.Chain` reads them, and the first one's `Sites` (None if it has none). With a rank the
   big core, the matrix itself or what is in the middle of its chain, becomes two thin ones. Raises SitesError;
 * `fit(matrix, sites, options, generator, factors)`: per term its cores (bond_left, in_dim, out_dim,
   bond_right), and the weight discarded per bond. The cores are expert 0's, to be cloned with noise, but for
@@ -20,7 +20,7 @@ A kind offers:
 A kind whose experts are adapters behind an FFN that they all share also offers:
 
 * `adapter_size(hidden_size, options)`: how wide an adapter is inside. Raises RecipeError;
-* `fit_adapter(hidden_size, options, generator)`: the tensors of `modeling_mpoe.MPOEAdapter` by name.
+* `fit_adapter(hidden_size, options, generator)`: the tensors of `modeling_mpoe.Adapter` by name.
 
 The modules import torch inside functions: `--help` reads their options.
 """

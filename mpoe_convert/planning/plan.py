@@ -26,7 +26,7 @@ from ..tables import Cell, Shown, Table, escape, listed, size, warning
 from .recipe import Recipe, parse_layers, parse_size
 
 if TYPE_CHECKING:
-    pass
+    from ..runtime.modeling_mpoe import FeedForward
 
 # Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
 _BUFFER = re.compile(
@@ -91,12 +91,6 @@ class MatrixPlan:
     def dense_params(self) -> int:
         return self.rows * self.cols + (self.cols if self.source.bias else 0)
 
-    @property
-    def _bias_params(self) -> tuple[int, int]:
-        """(shared, per expert)."""
-        kinds = {None: (0, 0), "shared": (self.cols, 0), "per-expert": (0, self.cols)}
-        return kinds[self.spec["bias"]]
-
     def row(self) -> dict[str, Cell]:
         """As a table shows it."""
         term = self.own_term
@@ -123,28 +117,16 @@ class MatrixPlan:
             "stored_params": self.stored_params,
         }
 
-    def _params(self) -> tuple[int, int]:
-        """Numbers (stored once, stored per expert)."""
-        from ..runtime.modeling_mpoe import chain_shapes
-
-        shared, own = self._bias_params
-        for term in self.spec["terms"]:
-            for shape, is_shared in zip(chain_shapes(term), term["shared"], strict=True):
-                if is_shared:
-                    shared += prod(shape)
-                else:
-                    own += prod(shape)
-        return shared, own
-
     @cached_property
     def stored_params(self) -> int:
-        shared, own = self._params()
-        return shared + self.num_experts * own
+        """Parameters of all experts, by the shipped module's own count."""
+        import torch
 
-    def active_params(self, top_k: int) -> int:
-        """Parameters that a token's k experts use; shared ones count once."""
-        shared, own = self._params()
-        return shared + top_k * own
+        from ..runtime.modeling_mpoe import Projection
+
+        with torch.device("meta"):
+            projection = Projection(self.spec, self.num_experts)
+        return projection.shared_params + self.num_experts * projection.own_params
 
 
 @dataclass(frozen=True)
@@ -161,15 +143,6 @@ class FFNPlan:
     form: dict
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
-
-    @property
-    def router_params(self) -> int:
-        return sum(prod(s) for n, (s, _) in self.tensors.items() if n.endswith(".router.weight"))
-
-    @property
-    def adapter_params(self) -> int:
-        """Of all experts."""
-        return sum(prod(s) for n, (s, _) in self.tensors.items() if ".adapter." in n)
 
 
 @dataclass(frozen=True)
@@ -535,20 +508,26 @@ def _plan_matrix(
     return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts, rank)
 
 
-def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
-    """Names and shapes as the shipped module itself declares them, built without memory."""
+def _module(form: dict, recipe: Recipe) -> FeedForward:
+    """The shipped module of a form, without memory: it knows names, shapes and costs."""
     import torch
 
     from ..runtime.modeling_mpoe import FeedForward
 
     with torch.device("meta"):
-        module = FeedForward(form, recipe.experts, recipe.top_k)
-    dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
-    dtypes["adapter"] = dtypes["down"]
-    return {
-        f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
-        for name, tensor in module.state_dict().items()
-    }
+        return FeedForward(form, recipe.experts, recipe.top_k)
+
+
+def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
+    """{name: (shape, dtype)}; a part that is no projection has the dtype of `down`, or float32."""
+    module = _module(form, recipe)
+    dtypes = {matrix.role: matrix.dtype for matrix in matrices}
+    found = {}
+    for name, tensor in module.state_dict().items():
+        key = name.partition(".")[0]
+        dtype = "float32" if getattr(module, key).in_float32 else dtypes.get(key, dtypes["down"])
+        found[f"{ffn.key}.{name}"] = (tuple(tensor.shape), dtype)
+    return found
 
 
 def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]) -> tuple[OutTensor, ...]:
@@ -605,45 +584,37 @@ def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
 # Totals
 
 
-def _ffn_flops(plan: Plan) -> tuple[int, int]:
-    """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
-    import torch
-
-    from ..runtime.modeling_mpoe import FeedForward
-
-    per_token = rebuild = 0
-    for ffn in plan.ffns:
-        with torch.device("meta"):
-            module = FeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
-        per_token += ffn.runs_per_token * module.flops_per_token
-        rebuild += ffn.runs_per_token * module.rebuild_flops
-    return per_token, rebuild
-
-
 def ffn_totals(plan: Plan) -> Totals:
-    """Totals of the converted FFNs."""
+    """Totals of the converted FFNs, by the shipped modules' own count."""
+    from ..runtime.modeling_mpoe import Work
+
     experts, top_k = plan.recipe.experts, plan.recipe.top_k
-    matrices = list(plan.matrices)
-    routers = sum(ffn.router_params for ffn in plan.ffns)
-    adapters = sum(ffn.adapter_params for ffn in plan.ffns)
-    dense = sum(m.dense_params for m in matrices)
-    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
-    products = sum(ffn.runs_per_token * m.rows * m.cols for ffn in plan.ffns for m in ffn.matrices)
-    router_products = sum(ffn.runs_per_token * ffn.router_params for ffn in plan.ffns)
-    flops, rebuild = _ffn_flops(plan)
+    modules = [_module(ffn.form, plan.recipe) for ffn in plan.ffns]
+    shared = sum(module.shared_params for module in modules)
+    own = sum(module.own_params for module in modules)
+    routers = sum(module.router.shared_params for module in modules)
+    dense = sum(m.dense_params for m in plan.matrices)
+    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
+    # A token has top_k rows; where cores cannot act, a pass contracts the matrices of all experts.
+    work = Work(tokens=1, rows=top_k, experts=experts)
+    costs = [module.cost(work) for module in modules]
+    routing = [module.router.cost(work, "apply") for module in modules]
+    products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
+    runs = [ffn.runs_per_token for ffn in plan.ffns]
+    per_token = list(zip(runs, products, costs, routing, strict=True))
     return Totals(
         dense_params=dense,
         plain_moe_params=experts * dense + routers,
-        stored_params=sum(m.stored_params for m in matrices) + routers + adapters,
+        stored_params=shared + experts * own,
         plain_moe_active_params=top_k * dense + routers,
-        active_params=sum(m.active_params(top_k) for m in matrices) + routers + adapters * top_k // experts,
+        active_params=shared + top_k * own,
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
-        dense_flops_per_token=2 * products,
-        plain_moe_flops_per_token=2 * (top_k * products + router_products),
-        flops_per_token=flops,
-        rebuild_flops_per_forward=rebuild,
+        dense_flops_per_token=sum(n * 2 * size for n, size, _, _ in per_token),
+        plain_moe_flops_per_token=sum(n * (2 * top_k * size + r.flops) for n, size, _, r in per_token),
+        flops_per_token=sum(n * cost.flops for n, _, cost, _ in per_token),
+        rebuild_flops_per_forward=sum(n * cost.rebuild_flops for n, _, cost, _ in per_token),
     )
 
 

@@ -1,6 +1,5 @@
 """The mixture: the FFN of several experts, its schedules and what they cost."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,24 +7,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .chains import Chain, MatrixCache, Picks
+from .chains import MatrixCache, Picks
 from .choices import DEFAULT_RULE, Choices, Routing
 from .config import read_option
-from .parts import Adapter, Projection
+from .costs import Cost, Work
+from .parts import PARTS, Part, hidden_size_of
 from .passes import Repeatable, RouterPass, in_backward
 from .routers import Router
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many numbers every row gets a copy of its own experts' cores.
-_FEW_NUMBERS = 1 << 23
-_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
+# Up to so many parameters in all, every row gets a copy of its own expert's cores.
+_FEW_COPIED_PARAMS = 1 << 23
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
-# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
+# ... and with gradients only if an expert owns no more parameters than this: the gradient of every
 # weight[expert] is as large as all experts together.
-_OWN_NUMBERS = 1 << 18
+_FEW_OWN_PARAMS = 1 << 18
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
@@ -47,30 +47,40 @@ class Inputs(NamedTuple):
 class FeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `Projection`), and "adapter": its size,
-    if the experts are adapters behind an FFN that is shared altogether.
+    `form`: {"up": spec, "down": spec, "gate": spec if gated}, and parts behind the FFN; `PARTS` says which
+    class reads which key. `rule`: the name of a selection rule in `RULES`.
 
     Schedules, the same function in different operations:
         apply     the cores act on the activations; matrices are built for chains that cannot act
         rebuild   the matrices of the experts that are hit are contracted, then used as dense experts
         cached    rebuild, with the matrices kept between calls; where no gradient is needed
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
+
+    Attributes:
+        parts: the router, and those of the form, in the order of `PARTS`.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        top_k: choices per token; for rules where it varies, what estimates go by.
     """
 
     def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
-        hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
-        self.num_experts = num_experts
-        self.router = Router(hidden_size, num_experts, top_k, rule)
-        self.gate = Projection(form["gate"], num_experts) if "gate" in form else None
-        self.up = Projection(form["up"], num_experts)
-        self.down = Projection(form["down"], num_experts)
-        size = form.get("adapter")
-        self.adapter = None if size is None else Adapter(hidden_size, size, num_experts)
-        self.top_k = top_k
-        self.act = nn.Identity()
-        self.inner_dropout = nn.Identity()
-        self.outer_dropout = nn.Identity()
+        if unknown := sorted(form.keys() - PARTS.keys()):
+            raise ValueError(f"a form in config.mpoe has the parts {unknown}: this file knows {list(PARTS)}")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router = Router(hidden_size_of(form), num_experts, top_k, rule)
+        for key, part in PARTS.items():
+            setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
+        self.shared_params = sum(part.shared_params for part in self.parts)
+        self.own_params = sum(part.own_params for part in self.parts)
+        self.acts = all(part.acts for part in self.parts)
+        self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
+        # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
+        self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        self.act: nn.Module = nn.Identity()
+        self.inner_dropout: nn.Module = nn.Identity()
+        self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
         self.schedule = "auto"
@@ -80,84 +90,49 @@ class FeedForward(nn.Module):
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
-        # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
-        self._adapters = () if self.adapter is None else (self.adapter,)
-        self._chains = tuple(module for module in self.modules() if isinstance(module, Chain))
-        first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
-        once = self._chains if self.adapter is not None else first
-        # Those that work on a token once, however many experts it has.
-        self._common = tuple(chain for chain in self._chains if chain in once and all(chain.shared))
 
     # ------------------------------------------------------------------------------------- cost
 
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations per token (2 per multiply-add) in products with weights."""
-        own = self.router.weight.numel() + self.top_k * self._adapter_numbers
-        return 2 * own + sum(self._rows(chain) * chain.flops_per_row for chain in self._chains)
+    def cost(self, work: Work, schedule: str = "apply") -> Cost:
+        """Of a forward pass: the sum over the parts."""
+        if not self._is_common:
+            return Cost.total([part.cost(work, schedule) for part in self.parts])
+        once = Work(work.tokens, work.tokens, 1)
+        return Cost.total(
+            [part.cost(work, schedule) if part.behind else part.cost(once, "apply") for part in self.parts]
+        )
 
-    def _rows(self, chain: Chain) -> int:
-        """How many copies of a token pass a chain."""
-        return 1 if chain in self._common else self.top_k
-
-    @property
-    def _adapter_numbers(self) -> int:
-        return sum(adapter.own_numbers for adapter in self._adapters)
-
-    @property
-    def own_numbers(self) -> int:
-        """Numbers that one expert has for itself, biases apart."""
-        return self._adapter_numbers + sum(chain.own_numbers for chain in self._chains)
-
-    @property
-    def rebuild_flops(self) -> int:
-        """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
-        return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
-
-    def experts_hit(self, num_tokens: int, num_choices: int | None = None) -> float:
-        """How many experts so many choices of so many tokens reach, if all are equally likely.
-
-        By default every token has `top_k` choices, as in the methods below.
-        """
-        if not num_tokens:
-            return 0.0
-        per_token = self.top_k if num_choices is None else num_choices / num_tokens
-        return self.num_experts * (1 - (1 - per_token / self.num_experts) ** num_tokens)
+    def work(self, num_tokens: int, num_choices: int | None = None) -> Work:
+        """A call with so many tokens and choices (by default `top_k` each), all experts equally likely."""
+        rows = num_tokens * self.top_k if num_choices is None else num_choices
+        share = rows / max(num_tokens, 1) / self.num_experts  # of the tokens, that an expert gets
+        return Work(num_tokens, rows, self.num_experts * (1 - (1 - share) ** num_tokens))
 
     def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Floating-point operations of a forward pass over that many tokens."""
-        hit = self.experts_hit(num_tokens, num_choices)
-        num_choices = num_tokens * self.top_k if num_choices is None else num_choices
-        flops = 2.0 * (num_tokens * self.router.weight.numel() + num_choices * self._adapter_numbers)
-        for chain in self._chains:
-            rows = num_tokens if chain in self._common else num_choices
-            acts = chain.acts and schedule == "apply"
-            flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
-            flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
-        return flops
+        """Floating-point operations of a forward pass (2 per multiply-add) in products with weights."""
+        cost = self.cost(self.work(num_tokens, num_choices), schedule)
+        return cost.flops + cost.rebuild_flops
 
     def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
-        hit = self.experts_hit(num_tokens, num_choices)
-        total = self.router.weight.nbytes
-        total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
-        for chain in self._chains:
-            stored = sum(
-                math.prod(shape) * (1 if shared else hit)
-                for shape, shared in zip(chain.shapes, chain.shared, strict=True)
-            )
-            matrices = hit * chain.in_features * chain.out_features
-            if chain.acts and schedule == "apply":
-                numbers = stored
-            else:  # built: written and read once
-                numbers = matrices if schedule == "cached" else stored + 2 * matrices
-            total += numbers * getattr(chain, chain.core_names[0]).itemsize
-        return total
+        """Bytes of weights that a forward pass moves, matrices it builds included."""
+        return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
 
     def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
         """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
-        flops = self.flops(num_tokens, schedule, num_choices)
-        return flops / _FLOPS + self.bytes_read(num_tokens, schedule, num_choices) / _BANDWIDTH
+        return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
+
+    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
+        """The schedule that will run."""
+        if self.schedule != "auto":
+            return self.schedule
+        if torch.compiler.is_compiling():
+            return "apply"
+        free = self.cache is not None and not torch.is_grad_enabled()
+        work = self.work(num_tokens, num_choices)
+        schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
+        return min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule)))
+
+    # ------------------------------------------------------------------------------------- options
 
     def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
         """Take over the config's router and schedule options, the latter overruled by the environment.
@@ -184,18 +159,6 @@ class FeedForward(nn.Module):
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
-
-    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
-        """The schedule that will run for so many tokens; see `flops`."""
-        if self.schedule != "auto":
-            return self.schedule
-        if torch.compiler.is_compiling():
-            return "apply"
-        free = self.cache is not None and not torch.is_grad_enabled()
-        return min(
-            ("apply", "rebuild", "cached")[: 3 if free else 2],
-            key=lambda schedule: self.seconds(num_tokens, schedule, num_choices),
-        )
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -250,8 +213,8 @@ class FeedForward(nn.Module):
         num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
-        applies = schedule == "apply" and all(chain.acts for chain in self._chains)
-        if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
+        applies = schedule == "apply" and self.acts
+        if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) choices by expert
@@ -283,25 +246,27 @@ class FeedForward(nn.Module):
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """One expert's whole FFN at a time: its activations stay in the processor's cache."""
-        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in self._chains):
-            return False  # an offloaded module would be read once per expert
+        modules = (module for part in self.parts for module in part.modules())
+        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
+            return False  # accelerate would load an offloaded module once per expert
         if schedule == "cached" and self.cache is not None:
             return True
-        if torch.is_grad_enabled() and self.own_numbers > _OWN_NUMBERS:
+        if torch.is_grad_enabled() and self.own_params > _FEW_OWN_PARAMS:
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
     def _prepare(self, tokens: Tensor) -> Inputs:
         """Do what is the same for all experts of a token, once: tokens (T, H)."""
-        if self.adapter is not None:
+        if self._is_common:
             return Inputs(self._ffn(Inputs(tokens), Picks(0)))
         return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
 
     def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
         """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        if self.adapter is not None:
-            return self.adapter(inputs.rows, picks)
-        return self._ffn(inputs, picks, schedule)
+        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
+        for key in self._behind:
+            rows = getattr(self, key)(rows, picks)
+        return rows
 
     def run_all_experts(self, tokens: Tensor) -> Tensor:
         """(E, T, H) what every expert makes of tokens (T, H), whatever the router decides."""
@@ -309,11 +274,16 @@ class FeedForward(nn.Module):
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+        """The FFN itself: N rows -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
-        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)
+        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
         if self.gate is None:
             inner = self.act(up)
         else:
             inner = self.act(self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)) * up
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
+
+
+def _seconds(cost: Cost) -> float:
+    return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH

@@ -19,9 +19,8 @@ from .header import (
     register_checkpoint_conversion_mapping,
 )
 from .mixture import FeedForward
-from .parts import Adapter, Projection
+from .parts import PARTS, Part
 from .passes import RouterPass, add_losses, show_routers
-from .routers import Router
 
 
 def _take(layer: nn.Module, path: str | None):
@@ -289,7 +288,7 @@ class MixtureMixin:
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
-            if isinstance(module, (Projection, Adapter, Router)):
+            if isinstance(module, Part):
                 module.reset_parameters(std)
             elif isinstance(module, FeedForward) and module.balance_bias is not None:
                 init.zeros_(module.balance_bias)
@@ -326,11 +325,13 @@ def _model_class(base: type, name: str, module: str) -> type:
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
-    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`.
+    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
+    # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()
         if "wo" in kept:
-            body[attribute] = type(kept)([*kept, "down", "adapter"])
+            behind = [key for key, part in PARTS.items() if part.behind]
+            body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)

@@ -48,14 +48,15 @@ per token, N rows (one per token and chosen expert).
 
 Contents:
     1. Config: options at its top level, and the version of its `mpoe` block
-    2. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
-    3. Parts of an expert: projections (sums of chains), and adapters behind the FFN
-    4. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
-    5. Rule top-k: every token goes to the k experts with the largest logits
-    6. Routers: which experts a token goes to, and the losses that routers learn from
-    7. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    8. The mixture: the FFN of several experts, its schedules and what they cost
-    9. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
+    3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+    4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+    5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+    6. Rule top-k: every token goes to the k experts with the largest logits
+    7. Routers: which experts a token goes to, and the losses that routers learn from
+    8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    9. The mixture: the FFN of several experts, its schedules and what they cost
+    10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import UnionType
 from typing import NamedTuple
@@ -207,7 +208,36 @@ def read_option(config: PretrainedConfig, name: str) -> object:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+# 2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
+
+
+class Work(NamedTuple):
+    """A call of a mixture, as far as its cost depends on it; all may be expected values."""
+
+    tokens: float  # T
+    rows: float  # N, one per choice
+    experts: float  # that some choice fell on
+
+
+class Cost(NamedTuple):
+    """What a part takes for a `Work`."""
+
+    flops: float  # of products of rows with weights, 2 per multiply-add
+    rebuild_flops: float  # of contracting the experts' matrices
+    nbytes: float  # of weights read; a matrix that is built is written and read once
+
+    @classmethod
+    def total(cls, costs: Iterable["Cost"]) -> "Cost":
+        """The sum."""
+        return cls(*map(sum, zip(*costs, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+#
+# A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
+# shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
+# (l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -216,14 +246,14 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     The leading "..." is an expert axis that some cores may have and others not.
     """
     merged = cores[0]
-    for core in cores[1:]:
-        merged = torch.einsum("...aIOb,...bior->...aIiOor", merged, core)
-        merged = merged.flatten(-5, -4).flatten(-3, -2)
+    for core in cores[1:]:  # over the bond b between them
+        merged = torch.einsum("...aIOb,...bior->...aIiOor", merged, core)  # (..., l, I, i, O, o, r)
+        merged = merged.flatten(-5, -4).flatten(-3, -2)  # (..., l, I * i, O * o, r)
     return merged
 
 
 def contract_chain(cores: Sequence[Tensor]) -> Tensor:
-    """Multiply a whole chain (outer bonds 1) out: (in, out), or (E, in, out) if any core has experts."""
+    """Contract a whole chain, whose outer bonds are 1: (in, out), or (E, in, out) if any core has experts."""
     return merge_cores(cores).squeeze(-1).squeeze(-3)
 
 
@@ -260,7 +290,7 @@ def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Picks(NamedTuple):
-    """Which expert's core each of N rows is multiplied by, in the way that suits their number.
+    """Which expert's core each of N rows is multiplied by, in the form that suits their number.
 
     One of four:
         one expert for all rows         experts is an int
@@ -271,12 +301,13 @@ class Picks(NamedTuple):
 
     experts: Tensor | int
     sizes: list[int] | None = None
-    ends: Tensor | None = None
+    ends: Tensor | None = None  # (E,) int32
 
     @classmethod
     def of_sorted(cls, experts: Tensor, num_experts: int, on_device: bool) -> "Picks":
+        """For rows that are sorted by their experts (N,)."""
         counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-        counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+        counts = counts.scatter_add(0, experts, torch.ones_like(experts))  # (E,)
         if on_device:
             return cls(experts, ends=counts.cumsum(0).to(torch.int32))
         return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
@@ -301,13 +332,15 @@ class Picks(NamedTuple):
             return multiply_left(weight[self.experts], x)
         return torch.bmm(weight.index_select(0, self.experts).mT, x)
 
-    def _by_segment(self, x: Tensor, weight: Tensor, product) -> Tensor:
+    def _by_segment(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One product per expert: its rows of x (N, ...) with its matrix of (E, l, q)."""
         # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
         segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
         products = [product(part, own) for part, own in segments if len(part)]
         return torch.cat(products) if products else product(x, weight[0])
 
     def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
+        """One kernel for all experts: rows (N * rows_each, l) with (E, l, q) -> (N * rows_each, q)."""
         device, dtype = rows.device.type, rows.dtype
         if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
             dtype = torch.get_autocast_dtype(device)
@@ -336,12 +369,13 @@ class MatrixCache:
     `.to()` are noticed; writing through `parameter.data` is not.
 
     Args:
-        keep: "hit": the experts that tokens went to; "all": every expert, from the first use on.
+        keep: "hit": of the experts that tokens went to; "all": of every expert, from the first use on.
         limit: bytes for all matrices of this FFN; what does not fit is built each time. None: no limit.
     """
 
     def __init__(self, keep: str, limit: float | None = None):
         self.keep, self.limit = keep, math.inf if limit is None else limit
+        # {(id of the chain, expert): (state of its cores, matrix (in, out))}
         self.entries: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
 
     def __reduce__(self):  # copies of a model start empty
@@ -358,7 +392,7 @@ class MatrixCache:
         autocast = torch.is_autocast_enabled(cores[0].device.type)
         state = (autocast, *((core.data_ptr(), core._version, core.dtype) for core in cores))
         wanted = [expert]
-        if self.keep == "all":
+        if self.keep == "all" and not chain.is_common:
             wanted += [e for e in range(chain.num_experts) if e != expert]
         for e in wanted:
             key = (id(chain), e)
@@ -376,13 +410,13 @@ class MatrixCache:
 class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
-    A core is stored as a matrix (bond_left * in_dim, out_dim * bond_right), or a stack of one per expert:
-    shapes that optimizers, LoRA and kernels know.
-
     Attributes:
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
-        own_numbers: how many numbers one expert has for itself.
+        is_common: all cores are shared, so that every expert has the same matrix.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        flops_per_row: operations per row (2 per multiply-add), the contraction of matrices not counted.
+        rebuild_flops: operations to contract one expert's matrix.
     """
 
     def __init__(self, term: dict, num_experts: int):
@@ -390,16 +424,20 @@ class Chain(nn.Module):
         self.num_experts = num_experts
         self.shapes = chain_shapes(term)
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
-        self.shared = tuple(term["shared"])
+        self.shared = tuple(bool(shared) for shared in term["shared"])
+        self.is_common = all(self.shared)
         self.core_names = name_cores(term)
         inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
         outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
         self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
-        pairs = zip(self.shapes, self.shared, strict=True)
-        self.own_numbers = sum(math.prod(shape) for shape, shared in pairs if not shared)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
+        self.own_params = sum(sizes) - self.shared_params
+        self.flops_per_row = self._count_flops_per_row()
+        self.rebuild_flops = self._count_rebuild_flops()
 
     def forward(
         self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
@@ -415,10 +453,8 @@ class Chain(nn.Module):
         rows = rows.to(cores[0].dtype)
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
-        if all(self.shared):
-            return rows @ self.matrix(cores, 0)
-        if isinstance(picks.experts, int):
-            expert = picks.experts
+        if self.is_common or isinstance(picks.experts, int):
+            expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
             return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
         hit = slice(None)
         if picks.sizes is not None:  # build the matrices that are needed
@@ -430,7 +466,7 @@ class Chain(nn.Module):
         """One expert's matrix, (in, out)."""
         return self._contract(cores, expert)
 
-    def _contract(self, cores: list[Tensor], experts) -> Tensor:
+    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
         """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
         chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
         return contract_chain(
@@ -438,43 +474,56 @@ class Chain(nn.Module):
         )
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core. The activations are (N, bond * input sites left) and then (N, outputs, bond)."""
-        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1
-        x = rows.unsqueeze(-1)
+        """Core after core: rows (N, in) -> (N, out).
+
+        First the cores that carry only input take one input site after the other: x (N, l, i, later inputs)
+        becomes (N, r, later inputs). Then the others give one output site after the other:
+        x (N, earlier outputs, l, i) becomes (N, earlier outputs, o, r).
+        """
+        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
+        x = rows.unsqueeze(-1)  # (N, in, 1)
         for core, (l, i, o, _), shared in zip(cores, self.shapes, self.shared, strict=True):  # noqa: E741
-            if inputs > 1 and o == 1:  # takes input site i to the bond; the later inputs stand behind
+            if inputs > 1 and o == 1:
                 inputs //= i
                 x = x.reshape(num_rows, l * i, inputs)
                 if shared and inputs == 1:
-                    x = multiply_right(x.mT, core).mT
+                    x = multiply_right(x.mT, core).mT  # (N, r, 1)
                 else:
-                    x = multiply_left(core, x) if shared else picks.left(x, core)
+                    x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
                 continue
             inputs //= i
             x = x.reshape(num_rows, outputs, l * i)
-            x = multiply_right(x, core) if shared else picks.right(x, core)
+            x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
             outputs *= o
         return x.reshape(num_rows, self.out_features)
 
     # ------------------------------------------------------------------------------------- cost
 
-    @property
-    def flops_per_row(self) -> int:
-        """Floating-point operations per row (2 per multiply-add), the contraction of matrices apart."""
+    def cost(self, rows: float, experts: float, schedule: str) -> Cost:
+        """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
+        itemsize = getattr(self, self.core_names[0]).itemsize
+        stored = self.shared_params + experts * self.own_params
+        if self.acts and (schedule == "apply" or len(self.shapes) == 1):
+            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+        flops = rows * 2 * self.in_features * self.out_features
+        matrices = experts * self.in_features * self.out_features
+        if schedule == "cached":
+            return Cost(flops, 0, matrices * itemsize)
+        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+
+    def _count_flops_per_row(self) -> int:
         if not self.acts:
             return 2 * self.in_features * self.out_features
         flops, inputs, outputs = 0, self.in_features, 1
-        for l, i, o, r in self.shapes:  # noqa: E741
+        for l, i, o, r in self.shapes:  # noqa: E741  (a matrix (l * i, o * r) for every input and output)
             inputs //= i
             flops += 2 * inputs * outputs * l * i * o * r
             outputs *= o
         return flops
 
-    @property
-    def rebuild_flops(self) -> int:
-        """Operations to contract one expert's matrix."""
+    def _count_rebuild_flops(self) -> int:
         flops, rows, cols = 0, 1, 1
-        for l, i, o, r in self.shapes:  # noqa: E741
+        for l, i, o, r in self.shapes:  # noqa: E741  (rows * cols: what is contracted so far)
             flops += 2 * rows * cols * l * i * o * r
             rows, cols = rows * i, cols * o
         return flops - 2 * math.prod(self.shapes[0])  # the first core costs nothing
@@ -485,40 +534,85 @@ class Chain(nn.Module):
         sizes = [math.prod(shape) for shape in self.shapes]
         centre = sizes.index(max(sizes))
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
-            l, i, o, r = shape  # noqa: E741  (bond names)
+            l, i, o, r = shape  # noqa: E741
             fan = l * i * o if k < centre else i * o * r
             init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Parts of an expert: projections (sums of chains), and adapters behind the FFN
+# 4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+#
+# A part says itself what it owns, what it costs and what it starts as. Another type of part is one more class
+# and one more row in `PARTS`.
 
 
-class Projection(nn.Module):
+class Part(nn.Module):
+    """What a mixture is made of: the router, and what the form of the experts lists.
+
+    Attributes:
+        acts: it works on the activations, without an expert's matrix being built.
+        behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
+        in_float32: its parameters are float32 in every model dtype.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+    """
+
+    acts = True
+    behind = False
+    in_float32 = False
+    shared_params: int
+    own_params: int
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Part":
+        """The part that stands under a key of a form, see `config.mpoe`."""
+        raise NotImplementedError
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        """Of a call of the mixture; for the schedules see `FeedForward`."""
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float) -> None:
+        """Start as a new model does, where entries of matrices have the standard deviation `std`."""
+        raise NotImplementedError
+
+
+class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
              "bias": "shared" | "per-expert" | None}
+    `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
+    experts it has.
     """
 
-    def __init__(self, spec: dict, num_experts: int):
+    def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
         self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
-        self.is_common = [all(term["shared"]) for term in spec["terms"]]
-        out_features = math.prod(spec["terms"][0]["out_dims"])
+        self.sees_tokens = sees_tokens
         self.bias_kind = spec["bias"]
         if self.bias_kind is None:
             self.bias = None
         else:
+            out_features = math.prod(spec["terms"][0]["out_dims"])
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self._chains = tuple(self.terms)
+        self.acts = all(chain.acts for chain in self._chains)
+        self._shared_bias = self.bias.shape[-1] if self.bias_kind == "shared" else 0
+        self._own_bias = self.bias.shape[-1] if self.bias_kind == "per-expert" else 0
+        self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
+        self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
+        return cls(form[key], num_experts, sees_tokens=key != "down")
 
     def common(self, tokens: Tensor) -> Tensor | None:
-        """What terms that all experts share make of tokens (T, in): (T, out); None if there are none."""
+        """What the common terms make of tokens (T, in): (T, out); None if there are none."""
         picks = Picks(0)
-        parts = [
-            term(tokens, picks) for term, shared in zip(self.terms, self.is_common, strict=True) if shared
-        ]
+        pairs = zip(self.terms, self._chains, strict=True)
+        parts = [term(tokens, picks) for term, chain in pairs if chain.is_common]
         return sum(parts) if parts else None
 
     def forward(
@@ -529,15 +623,27 @@ class Projection(nn.Module):
         cache: MatrixCache | None = None,
         common: Tensor | None = None,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `Chain`. `common`: what the shared terms make of the rows, if done."""
-        y = common
-        for term, shared in zip(self.terms, self.is_common, strict=True):
-            if not shared or common is None:
+        """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        y = common  # (N, out)
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            if common is None or not chain.is_common:
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
         if self.bias is None:
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        costs = [
+            chain.cost(work.tokens, 1, "apply")
+            if chain.is_common and self.sees_tokens
+            else chain.cost(work.rows, work.experts, schedule)
+            for chain in self._chains
+        ]
+        if self.bias is not None:
+            nbytes = (self._shared_bias + work.experts * self._own_bias) * self.bias.itemsize
+            costs.append(Cost(0, 0, nbytes))
+        return Cost.total(costs)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -547,27 +653,34 @@ class Projection(nn.Module):
             init.zeros_(self.bias)
 
 
-class Adapter(nn.Module):
+class Adapter(Part):
     """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
 
     PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
     """
+
+    behind = True
+    shared_params = 0
 
     def __init__(self, hidden_size: int, size: int, num_experts: int):
         super().__init__()
         self.hidden_size, self.size = hidden_size, size
         self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
         self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
+        self.own_params = 2 * hidden_size * size
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Adapter":
+        return cls(hidden_size_of(form), form[key], num_experts)
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
-        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))
+        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 
-    @property
-    def own_numbers(self) -> int:
-        """Numbers that one expert has for itself."""
-        return 2 * self.hidden_size * self.size
+    def cost(self, work: Work, schedule: str) -> Cost:
+        nbytes = work.experts * self.own_params * self.aux_0.itemsize
+        return Cost(2 * work.rows * self.own_params, 0, nbytes)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -575,8 +688,17 @@ class Adapter(nn.Module):
         init.zeros_(self.aux_1)
 
 
+# Which class reads which key of a form, in the order of the artifact's tensors.
+PARTS: dict[str, type[Part]] = {"gate": Projection, "up": Projection, "down": Projection, "adapter": Adapter}
+
+
+def hidden_size_of(form: dict) -> int:
+    """H: the input features of the up-projection."""
+    return math.prod(form["up"]["terms"][0]["in_dims"])
+
+
 # ---------------------------------------------------------------------------------------------------
-# 4. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+# 5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
 
 
 class Choices(NamedTuple):
@@ -668,7 +790,7 @@ def find_rule(name: str) -> Rule:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Rule top-k: every token goes to the k experts with the largest logits
+# 6. Rule top-k: every token goes to the k experts with the largest logits
 
 
 @rule
@@ -710,10 +832,10 @@ def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str) -> Tens
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Routers: which experts a token goes to, and the losses that routers learn from
+# 7. Routers: which experts a token goes to, and the losses that routers learn from
 
 
-class Router(nn.Module):
+class Router(Part):
     """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
@@ -730,11 +852,15 @@ class Router(nn.Module):
             choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
+    in_float32 = True
+    own_params = 0
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         self.top_k = top_k
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.shared_params = self.weight.numel()
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
@@ -747,6 +873,7 @@ class Router(nn.Module):
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
             self.tasks = nn.Parameter(empty)
+            self.shared_params = self.weight.numel() + self.tasks.numel()
 
     def forward(
         self,
@@ -802,6 +929,9 @@ class Router(nn.Module):
         place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
         return (place <= capacity)[order.argsort()]
 
+    def cost(self, work: Work, schedule: str) -> Cost:
+        return Cost(2 * work.tokens * self.weight.numel(), 0, self.weight.nbytes)
+
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
@@ -835,7 +965,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 
 
 _ROUTER_FIELDS = ("aux_loss", "router_logits")
@@ -1017,20 +1147,20 @@ def _first_output(outputs) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. The mixture: the FFN of several experts, its schedules and what they cost
+# 9. The mixture: the FFN of several experts, its schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many numbers every row gets a copy of its own experts' cores.
-_FEW_NUMBERS = 1 << 23
-_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
+# Up to so many parameters in all, every row gets a copy of its own expert's cores.
+_FEW_COPIED_PARAMS = 1 << 23
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
-# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
+# ... and with gradients only if an expert owns no more parameters than this: the gradient of every
 # weight[expert] is as large as all experts together.
-_OWN_NUMBERS = 1 << 18
+_FEW_OWN_PARAMS = 1 << 18
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
@@ -1052,30 +1182,40 @@ class Inputs(NamedTuple):
 class FeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `Projection`), and "adapter": its size,
-    if the experts are adapters behind an FFN that is shared altogether.
+    `form`: {"up": spec, "down": spec, "gate": spec if gated}, and parts behind the FFN; `PARTS` says which
+    class reads which key. `rule`: the name of a selection rule in `RULES`.
 
     Schedules, the same function in different operations:
         apply     the cores act on the activations; matrices are built for chains that cannot act
         rebuild   the matrices of the experts that are hit are contracted, then used as dense experts
         cached    rebuild, with the matrices kept between calls; where no gradient is needed
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
+
+    Attributes:
+        parts: the router, and those of the form, in the order of `PARTS`.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        top_k: choices per token; for rules where it varies, what estimates go by.
     """
 
     def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
-        hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
-        self.num_experts = num_experts
-        self.router = Router(hidden_size, num_experts, top_k, rule)
-        self.gate = Projection(form["gate"], num_experts) if "gate" in form else None
-        self.up = Projection(form["up"], num_experts)
-        self.down = Projection(form["down"], num_experts)
-        size = form.get("adapter")
-        self.adapter = None if size is None else Adapter(hidden_size, size, num_experts)
-        self.top_k = top_k
-        self.act = nn.Identity()
-        self.inner_dropout = nn.Identity()
-        self.outer_dropout = nn.Identity()
+        if unknown := sorted(form.keys() - PARTS.keys()):
+            raise ValueError(f"a form in config.mpoe has the parts {unknown}: this file knows {list(PARTS)}")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router = Router(hidden_size_of(form), num_experts, top_k, rule)
+        for key, part in PARTS.items():
+            setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
+        self.shared_params = sum(part.shared_params for part in self.parts)
+        self.own_params = sum(part.own_params for part in self.parts)
+        self.acts = all(part.acts for part in self.parts)
+        self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
+        # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
+        self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        self.act: nn.Module = nn.Identity()
+        self.inner_dropout: nn.Module = nn.Identity()
+        self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
         self.schedule = "auto"
@@ -1085,84 +1225,49 @@ class FeedForward(nn.Module):
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
-        # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
-        self._adapters = () if self.adapter is None else (self.adapter,)
-        self._chains = tuple(module for module in self.modules() if isinstance(module, Chain))
-        first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
-        once = self._chains if self.adapter is not None else first
-        # Those that work on a token once, however many experts it has.
-        self._common = tuple(chain for chain in self._chains if chain in once and all(chain.shared))
 
     # ------------------------------------------------------------------------------------- cost
 
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations per token (2 per multiply-add) in products with weights."""
-        own = self.router.weight.numel() + self.top_k * self._adapter_numbers
-        return 2 * own + sum(self._rows(chain) * chain.flops_per_row for chain in self._chains)
+    def cost(self, work: Work, schedule: str = "apply") -> Cost:
+        """Of a forward pass: the sum over the parts."""
+        if not self._is_common:
+            return Cost.total([part.cost(work, schedule) for part in self.parts])
+        once = Work(work.tokens, work.tokens, 1)
+        return Cost.total(
+            [part.cost(work, schedule) if part.behind else part.cost(once, "apply") for part in self.parts]
+        )
 
-    def _rows(self, chain: Chain) -> int:
-        """How many copies of a token pass a chain."""
-        return 1 if chain in self._common else self.top_k
-
-    @property
-    def _adapter_numbers(self) -> int:
-        return sum(adapter.own_numbers for adapter in self._adapters)
-
-    @property
-    def own_numbers(self) -> int:
-        """Numbers that one expert has for itself, biases apart."""
-        return self._adapter_numbers + sum(chain.own_numbers for chain in self._chains)
-
-    @property
-    def rebuild_flops(self) -> int:
-        """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
-        return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
-
-    def experts_hit(self, num_tokens: int, num_choices: int | None = None) -> float:
-        """How many experts so many choices of so many tokens reach, if all are equally likely.
-
-        By default every token has `top_k` choices, as in the methods below.
-        """
-        if not num_tokens:
-            return 0.0
-        per_token = self.top_k if num_choices is None else num_choices / num_tokens
-        return self.num_experts * (1 - (1 - per_token / self.num_experts) ** num_tokens)
+    def work(self, num_tokens: int, num_choices: int | None = None) -> Work:
+        """A call with so many tokens and choices (by default `top_k` each), all experts equally likely."""
+        rows = num_tokens * self.top_k if num_choices is None else num_choices
+        share = rows / max(num_tokens, 1) / self.num_experts  # of the tokens, that an expert gets
+        return Work(num_tokens, rows, self.num_experts * (1 - (1 - share) ** num_tokens))
 
     def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Floating-point operations of a forward pass over that many tokens."""
-        hit = self.experts_hit(num_tokens, num_choices)
-        num_choices = num_tokens * self.top_k if num_choices is None else num_choices
-        flops = 2.0 * (num_tokens * self.router.weight.numel() + num_choices * self._adapter_numbers)
-        for chain in self._chains:
-            rows = num_tokens if chain in self._common else num_choices
-            acts = chain.acts and schedule == "apply"
-            flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
-            flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
-        return flops
+        """Floating-point operations of a forward pass (2 per multiply-add) in products with weights."""
+        cost = self.cost(self.work(num_tokens, num_choices), schedule)
+        return cost.flops + cost.rebuild_flops
 
     def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
-        hit = self.experts_hit(num_tokens, num_choices)
-        total = self.router.weight.nbytes
-        total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
-        for chain in self._chains:
-            stored = sum(
-                math.prod(shape) * (1 if shared else hit)
-                for shape, shared in zip(chain.shapes, chain.shared, strict=True)
-            )
-            matrices = hit * chain.in_features * chain.out_features
-            if chain.acts and schedule == "apply":
-                numbers = stored
-            else:  # built: written and read once
-                numbers = matrices if schedule == "cached" else stored + 2 * matrices
-            total += numbers * getattr(chain, chain.core_names[0]).itemsize
-        return total
+        """Bytes of weights that a forward pass moves, matrices it builds included."""
+        return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
 
     def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
         """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
-        flops = self.flops(num_tokens, schedule, num_choices)
-        return flops / _FLOPS + self.bytes_read(num_tokens, schedule, num_choices) / _BANDWIDTH
+        return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
+
+    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
+        """The schedule that will run."""
+        if self.schedule != "auto":
+            return self.schedule
+        if torch.compiler.is_compiling():
+            return "apply"
+        free = self.cache is not None and not torch.is_grad_enabled()
+        work = self.work(num_tokens, num_choices)
+        schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
+        return min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule)))
+
+    # ------------------------------------------------------------------------------------- options
 
     def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
         """Take over the config's router and schedule options, the latter overruled by the environment.
@@ -1189,18 +1294,6 @@ class FeedForward(nn.Module):
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
-
-    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
-        """The schedule that will run for so many tokens; see `flops`."""
-        if self.schedule != "auto":
-            return self.schedule
-        if torch.compiler.is_compiling():
-            return "apply"
-        free = self.cache is not None and not torch.is_grad_enabled()
-        return min(
-            ("apply", "rebuild", "cached")[: 3 if free else 2],
-            key=lambda schedule: self.seconds(num_tokens, schedule, num_choices),
-        )
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -1255,8 +1348,8 @@ class FeedForward(nn.Module):
         num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
-        applies = schedule == "apply" and all(chain.acts for chain in self._chains)
-        if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
+        applies = schedule == "apply" and self.acts
+        if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) choices by expert
@@ -1288,25 +1381,27 @@ class FeedForward(nn.Module):
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """One expert's whole FFN at a time: its activations stay in the processor's cache."""
-        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in self._chains):
-            return False  # an offloaded module would be read once per expert
+        modules = (module for part in self.parts for module in part.modules())
+        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
+            return False  # accelerate would load an offloaded module once per expert
         if schedule == "cached" and self.cache is not None:
             return True
-        if torch.is_grad_enabled() and self.own_numbers > _OWN_NUMBERS:
+        if torch.is_grad_enabled() and self.own_params > _FEW_OWN_PARAMS:
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
     def _prepare(self, tokens: Tensor) -> Inputs:
         """Do what is the same for all experts of a token, once: tokens (T, H)."""
-        if self.adapter is not None:
+        if self._is_common:
             return Inputs(self._ffn(Inputs(tokens), Picks(0)))
         return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
 
     def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
         """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        if self.adapter is not None:
-            return self.adapter(inputs.rows, picks)
-        return self._ffn(inputs, picks, schedule)
+        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
+        for key in self._behind:
+            rows = getattr(self, key)(rows, picks)
+        return rows
 
     def run_all_experts(self, tokens: Tensor) -> Tensor:
         """(E, T, H) what every expert makes of tokens (T, H), whatever the router decides."""
@@ -1314,9 +1409,10 @@ class FeedForward(nn.Module):
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+        """The FFN itself: N rows -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
-        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)
+        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
         if self.gate is None:
             inner = self.act(up)
         else:
@@ -1324,8 +1420,12 @@ class FeedForward(nn.Module):
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
+def _seconds(cost: Cost) -> float:
+    return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH
+
+
 # ---------------------------------------------------------------------------------------------------
-# 9. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 def _take(layer: nn.Module, path: str | None):
@@ -1593,7 +1693,7 @@ class MixtureMixin:
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
-            if isinstance(module, (Projection, Adapter, Router)):
+            if isinstance(module, Part):
                 module.reset_parameters(std)
             elif isinstance(module, FeedForward) and module.balance_bias is not None:
                 init.zeros_(module.balance_bias)
@@ -1630,11 +1730,13 @@ def _model_class(base: type, name: str, module: str) -> type:
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
-    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`.
+    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
+    # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()
         if "wo" in kept:
-            body[attribute] = type(kept)([*kept, "down", "adapter"])
+            behind = [key for key, part in PARTS.items() if part.behind]
+            body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)

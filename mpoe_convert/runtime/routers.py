@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .choices import DEFAULT_RULE, Choices, Routing, find_rule
+from .costs import Cost, Work
 from .header import init
+from .parts import Part
 
 
-class Router(nn.Module):
+class Router(Part):
     """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
@@ -27,11 +29,15 @@ class Router(nn.Module):
             choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
+    in_float32 = True
+    own_params = 0
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         self.top_k = top_k
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.shared_params = self.weight.numel()
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
@@ -44,6 +50,7 @@ class Router(nn.Module):
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
             self.tasks = nn.Parameter(empty)
+            self.shared_params = self.weight.numel() + self.tasks.numel()
 
     def forward(
         self,
@@ -98,6 +105,9 @@ class Router(nn.Module):
         capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
         place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
         return (place <= capacity)[order.argsort()]
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        return Cost(2 * work.tokens * self.weight.numel(), 0, self.weight.nbytes)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

@@ -594,7 +594,7 @@ def test_a_damaged_artifact_is_told(here):
 
 
 def test_running_out_of_memory_is_told(here, monkeypatch):
-    from mpoe_convert.conversion.convert import convert as conversion
+    from mpoe_convert.conversion import convert as conversion
 
     def exhausted(*_):
         raise MemoryError

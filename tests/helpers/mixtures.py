@@ -125,9 +125,9 @@ def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
 
 # How many rows take which way, so that a handful of tokens takes any of them.
 WAYS = {
-    "each row its own cores": {"_FEW_NUMBERS": 1 << 60},
-    "sorted rows": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 1 << 60},
-    "expert by expert": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 0},
+    "each row its own cores": {"_FEW_COPIED_PARAMS": 1 << 60},
+    "sorted rows": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 1 << 60},
+    "expert by expert": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 0},
 }
 
 

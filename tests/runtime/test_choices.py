@@ -305,7 +305,7 @@ def test_costs_are_those_of_the_choices():
         ffn(x)
     assert counter.get_total_flops() == ffn.flops(37, "apply", num_choices)
     assert ffn.flops(37, "apply", 74) == ffn.flops(37, "apply")
-    assert ffn.experts_hit(37, 0) == 0 and ffn.experts_hit(1, 4) == 4
+    assert ffn.work(37, 0).experts == 0 and ffn.work(1, 4).experts == 4
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -58,6 +58,61 @@ def test_flops_are_those_that_torch_counts(layout, schedule):
     assert ffn.flops(64, schedule) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+FORMS = {
+    "low rank": {"up": (64, 256, 8), "down": (256, 64, 8)},
+    "low rank, compressed": {"gate": (64, 256, 8, 24), "up": (64, 256, 8, 24), "down": (256, 64, 8, 24)},
+    "adapter": {"up": (64, 256), "down": (256, 64), "adapter": 8},
+    "adapter, compressed": {
+        "gate": (64, 256, 0, 24),
+        "up": (64, 256),
+        "down": (256, 64, 0, 24),
+        "adapter": 8,
+    },
+}
+
+
+def form_of(name: str, bias: str | None = None) -> dict:
+    """Every matrix (rows, cols, rank of the experts' own term, rank of the shared one)."""
+
+    def spec(rows, cols, own=0, rank=0):
+        shared = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [True]}
+        thin = {"in_dims": [rows, 1], "out_dims": [1, cols]}
+        if rank:
+            shared = thin | {"bonds": [rank], "shared": [True, True]}
+        own_terms = [thin | {"bonds": [own], "shared": [False, False]}] if own else []
+        return {"terms": [shared, *own_terms], "bias": bias}
+
+    return {key: spec(*value) if isinstance(value, tuple) else value for key, value in FORMS[name].items()}
+
+
+@pytest.mark.parametrize("schedule", ["apply", "rebuild", "cached"])
+@pytest.mark.parametrize("name", FORMS)
+def test_flops_of_parts_that_run_once_per_token(name, schedule):
+    """What all experts share works on a token once, in whatever schedule; adapters on every choice."""
+    ffn, x = fill(FeedForward(form_of(name), 4, 2), scale=0.2), randn(64, 64, dtype=torch.float32)
+    ffn.schedule = schedule
+    ffn.cache = MatrixCache("all") if schedule == "cached" else None
+    run(ffn, x)
+    with FlopCounterMode(display=False) as counter:
+        run(ffn, x)
+    assert ffn.flops(64, schedule) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "per-expert"])
+@pytest.mark.parametrize("name", ["low rank", "low rank, compressed"])
+def test_parameters_and_bytes_are_those_of_the_tensors(name, bias):
+    ffn = FeedForward(form_of(name, bias), 4, 2)
+    own = sum(
+        p[0].numel()
+        for n, p in ffn.named_parameters()
+        if ".aux_" in n or (bias == "per-expert" and "bias" in n)
+    )
+    assert ffn.own_params == own == sum(part.own_params for part in ffn.parts)
+    assert ffn.shared_params + 4 * own == sum(p.numel() for p in ffn.parameters())
+    assert ffn.bytes_read(10**6) == pytest.approx(sum(p.nbytes for p in ffn.parameters()))
+    assert ffn.bytes_read(1) == pytest.approx(sum(p.nbytes for p in ffn.parameters()) - 2 * 4 * own)
+
+
 def test_bytes_are_those_of_the_weights():
     ffn = wide()
     stored = sum(p.nbytes for p in ffn.parameters())
@@ -72,8 +127,8 @@ def test_bytes_are_those_of_the_weights():
 
 def test_experts_hit_by_chance():
     ffn = make_ffn(top_k=2)
-    assert ffn.experts_hit(0) == 0 and ffn.experts_hit(1) == pytest.approx(2)
-    assert ffn.experts_hit(2) == pytest.approx(3) and ffn.experts_hit(1000) == pytest.approx(4)
+    hit = [ffn.work(num_tokens).experts for num_tokens in (0, 1, 2, 1000)]
+    assert hit == pytest.approx([0, 2, 3, 4])
 
 
 def test_the_cheapest_schedule_is_chosen():
@@ -182,8 +237,9 @@ def test_copies_start_with_an_empty_cache(copy_of):
     found = copy_of(ffn)
     assert not found.cache.entries and found.cache.keep == "all" and found.cache.limit == 1e6
     assert torch.equal(run(found, tokens()), run(ffn, tokens()))
-    assert all(a is not b for a, b in zip(found._chains, ffn._chains, strict=True))
-    assert found._chains == tuple(m for m in found.modules() if type(m).__name__ == "Chain")
+    assert all(a is not b for a, b in zip(found.parts, ffn.parts, strict=True))
+    assert found.parts == tuple(found.children())[:4]
+    assert all(part._chains == tuple(part.terms) for part in found.parts[1:])
 
 
 def test_autocast_has_matrices_of_its_own():
@@ -238,4 +294,4 @@ def test_thin_factors_are_never_expanded():
     ffn.act = nn.ReLU()
     with FlopCounterMode(display=False) as counter:
         run(ffn, tokens(1))
-    assert counter.get_total_flops() == ffn.flops(1, "apply") == ffn.flops_per_token
+    assert counter.get_total_flops() == ffn.flops(1, "apply")

@@ -83,7 +83,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 
 def usage(source: Converted, model: str = "path/to/this") -> str:
-    from ..card import main_auto_class
+    from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
@@ -91,7 +91,7 @@ def usage(source: Converted, model: str = "path/to/this") -> str:
 
 def loading(source: Converted, model: str) -> str:
     """The expression that loads it, in Python."""
-    from ..card import main_auto_class
+    from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
     trust = ", trust_remote_code=True" if source.architecture.is_own else ""

@@ -102,7 +102,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
 
 
 def _usage(source: Converted, base: str) -> str:
-    from ..card import main_auto_class
+    from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
     return (
@@ -168,7 +168,7 @@ def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
 
 def _adapter_config(source: Converted, modules: dict, base: str, revision: str | None) -> dict:
     """adapter_config.json. Alpha is the rank: the products are added as they are."""
-    from ..card import main_auto_class
+    from ...source.architecture import main_auto_class
 
     ranks, own_biases = {}, False
     for mixture in source.mixtures:

@@ -82,8 +82,7 @@ def _check(source: Converted) -> None:
             tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
         ffn.schedule = SCHEDULE
         if _sorts(ffn, tokens):
-            acts = all(module.acts for module in ffn.modules() if hasattr(module, "acts"))
-            what = "own too much each" if acts else "have cores that cannot act on the activations"
+            what = "own too much each" if ffn.acts else "have cores that cannot act on the activations"
             raise ExportError(
                 f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
                 "which torch.onnx does not carry (no ONNX function for aten.sort.stable); expected layout "
