@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
-from ..artifact import layout as artifact
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
-from ..artifact.folder import check_output
+from ..artifact.folder import check_fit, check_output, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Converted, open_converted
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
@@ -19,7 +18,7 @@ from ..extras import need
 from ..planning.recipe import parse_size
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
-from . import targets as exports
+from . import targets
 from .card import write_export
 from .targets import Export, ExportPlan, Made, Part
 
@@ -91,7 +90,7 @@ def export(
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
-    target = exports.load(request.to)
+    target = targets.load(request.to)
     source = open_converted(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
@@ -102,10 +101,10 @@ def export(
     plan = target.plan(source, request, shares, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     made = [tensor for part in plan.parts for tensor in part.tensors]
-    artifact.check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
     for extra, libraries in target.NEEDS.items():
         need(f"export --to {request.to}", *libraries, extra=extra)
-    with artifact.staged(output, overwrite) as folder:
+    with staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:
                 progress(tensor.name, number, len(made))

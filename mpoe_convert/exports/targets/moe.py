@@ -177,8 +177,7 @@ def _settings(config_class: type) -> set[str]:
 
 
 def _head(source: Converted, target: MoeTarget) -> str:
-    from ...source.architecture import heads
-    from ...source.architecture import main_auto_class
+    from ...source.architecture import heads, main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
     known = heads(target.model_type)
