@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TrainingError
 from ..runtime import MODELING_PATH
@@ -18,7 +18,7 @@ from .layout import MODELING_FILE, base_config
 from .reader import Converted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 AUTO_CLASSES = {
@@ -27,6 +27,20 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
 }
+
+MAX_BLOCK = 512  # tokens of a block of text, by default
+
+
+class HoldsMixtures(Protocol):
+    """What a converted model has beyond a `PreTrainedModel`, whichever release's code it was loaded by."""
+
+    def mixtures(self) -> list[tuple[str, Any]]:
+        """(path below the base model, mixture) of every mixture."""
+        ...
+
+    def route_by(self, task: str) -> None: ...
+
+    def update_router_bias(self) -> None: ...
 
 
 def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **options):
@@ -85,27 +99,34 @@ def load_converted(source: Converted, **options) -> PreTrainedModel:
     return from_pretrained(auto, name, revision=revision, token=source.token, **trust, **options).eval()
 
 
-def task_of(model: str, task: str | None, token: str | None = None, **trust: bool) -> tuple[str, str]:
-    """(task, Auto class): the task that was asked for, or what the model's head is for."""
+def load_config(name: str, token: str | None = None, **trust: bool) -> PretrainedConfig:
+    """The config of a model; raises TrainingError as `from_pretrained`."""
     from transformers import AutoConfig
 
-    if task:
-        return task, AUTO_CLASSES[task]
-    config = from_pretrained(AutoConfig, model, token=token, **trust).to_dict()
-    if config.get("mpoe"):
-        config = base_config(config)
+    return from_pretrained(AutoConfig, name, token=token, **trust)
+
+
+def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
+    """The task that a model's head is for.
+
+    Raises:
+        TrainingError: it is for none of them.
+    """
+    values = config.to_dict()
+    if values.get("mpoe"):
+        values = base_config(values)
     elif not trust.get("trust_remote_code"):
-        config.pop("auto_map", None)
-    auto_class = main_auto_class(config, config["model_type"])
-    for found, name in AUTO_CLASSES.items():
+        values.pop("auto_map", None)
+    auto_class = main_auto_class(values, values["model_type"])
+    for task, name in AUTO_CLASSES.items():
         if name == auto_class:
-            return found, auto_class
+            return task
     raise TrainingError(
-        f"the head of {model} ({config['architectures']}) is for none of {', '.join(TASKS)}; name a task"
+        f"the head of {model} ({values['architectures']}) is for none of {', '.join(TASKS)}; name a task"
     )
 
 
-def load_tokenizer(name: str, token: str | None = None, **trust: bool):
+def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTrainedTokenizerBase:
     """The tokenizer, padding by its end-of-text token where it has nothing else."""
     from transformers import AutoTokenizer
 
@@ -115,14 +136,12 @@ def load_tokenizer(name: str, token: str | None = None, **trust: bool):
     return tokenizer
 
 
-def max_length(model: str, token: str | None = None, **trust: bool) -> int | None:
+def positions(config: PretrainedConfig) -> int | None:
     """How many positions a model has, where its config says."""
-    from transformers import AutoConfig
-
-    return positions(from_pretrained(AutoConfig, model, token=token, **trust))
-
-
-def positions(config) -> int | None:
-    """The same, of a config."""
     names = ("max_position_embeddings", "n_positions", "max_source_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def block_length(limit: int | None) -> int:
+    """Tokens per block of text by default: as many as the model has positions, at most `MAX_BLOCK`."""
+    return min(MAX_BLOCK, limit or MAX_BLOCK)

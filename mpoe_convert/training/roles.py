@@ -40,6 +40,13 @@ def role_of(name: str) -> str:
     return "router" if _ROUTER.match(name) else "other"
 
 
+def _ffn_of(name: str) -> str:
+    """The module path of the FFN that a core belongs to."""
+    core = _CORE.match(name)
+    assert core is not None, name
+    return core["ffn"]
+
+
 def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     found = [(name, p) for name, p in model.named_parameters() if role_of(name) == "central"]
     if not found:
@@ -57,11 +64,11 @@ def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def mask_centre(
     model: nn.Module, step: int, probability: float, *, seed: int = 0, per: str = "step"
 ) -> list[str]:
-    """MPOE's gradient mask: with some probability the central cores sit this optimizer's step out.
+    """MPOE's gradient mask: with some probability the optimizer skips the central cores in this step.
 
     Call it between `backward` and `optimizer.step`, after clipping. The gradients become None, so that
-    neither an optimizer's moments nor its weight decay move the masked cores. Draws depend on `seed`, `step`
-    and the unit's place alone: every rank draws the same, and so does a run that is resumed.
+    neither an optimizer's moments nor its weight decay move the masked cores. Draws depend only on `seed`,
+    `step` and the unit's place: every rank draws the same, and so does a run that is resumed.
 
         for step, batch in enumerate(batches):
             model(**batch).loss.backward()
@@ -71,10 +78,12 @@ def mask_centre(
 
     Args:
         step: number of the optimizer's step.
-        probability: p_b of the paper (figure of the official repository), of skipping; 0 never, 1 always. The
-            paper's value is not known; at 1 - k/n the centre learns from as many tokens as an expert's own
-            cores do on average.
-        per: what is drawn for: all centres at once ("step"), those of an FFN ("layer"), or each ("matrix").
+        probability: of skipping, p_b of the paper (figure of the official repository); 0: never, 1: always.
+            The paper does not give its value. At 1 - k/n the central cores learn from as many tokens as an
+            expert's own cores do on average.
+        seed: of the draws.
+        per: how often is drawn: once for all central cores ("step"), once per FFN ("layer"), or once per
+            core ("matrix").
 
     Returns:
         Names of the parameters whose gradient was dropped.
@@ -89,7 +98,7 @@ def mask_centre(
     units: dict[str, int] = {}
     masked = []
     for name, parameter in _central(model):
-        unit = {"step": "", "layer": _CORE.match(name)["ffn"], "matrix": name}[per]
+        unit = {"step": "", "layer": _ffn_of(name), "matrix": name}[per]
         place = units.setdefault(unit, len(units))  # not the name: wrappers change it
         if random.Random(f"{seed}/{step}/{place}").random() < probability:
             parameter.grad = None
@@ -120,8 +129,8 @@ def param_groups(
 
     Args:
         lr: learning rate of everything else; `central`, `auxiliary` and `router` are factors on it.
-        weight_decay: of matrices. Vectors (biases, norms) and the names in `no_decay` have none, and routers
-            have none: decay would pull the choice towards a coin's.
+        weight_decay: of matrices. Vectors (biases, norms), the names in `no_decay` and routers have none:
+            weight decay would pull the router towards uniform choices.
 
     Returns:
         [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
@@ -148,7 +157,7 @@ def freeze(model: nn.Module, what: str) -> int:
     """Stop training the "centre", or "all-but-experts" (which leaves cores, FFN biases and routers).
 
     Returns:
-        How many numbers are still trained.
+        How many parameters are still trained.
 
     Raises:
         TrainingError: unknown `what`, or nothing would be left to train.
