@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .errors import RecipeError
+from .errors import RequestError
 
 if TYPE_CHECKING:
     import torch
 
 
 def check_device_name(name: str) -> None:
-    """Raises RecipeError for a text that names no device; does not import torch."""
+    """Check the spelling of a device; does not import torch. Raises RequestError if it names no device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda, cuda:N or mps")
+        raise RequestError(f"device is {name!r}; expected auto, cpu, cuda, cuda:N or mps")
 
 
 def pick_device(name: str) -> torch.device:
@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
     MPS has to be named: it lacks the float64 of the decomposition and of calibration.
 
     Raises:
-        RecipeError: there is no device of that name, or this machine does not have it.
+        RequestError: there is no device of that name, or this machine does not have it.
     """
     import torch
 
@@ -37,5 +37,5 @@ def pick_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available[device.type]:
-        raise RecipeError(f"device {name} is not available here; --device auto picks one that is")
+        raise RequestError(f"device {name} is not available here; --device auto picks one that is")
     return device

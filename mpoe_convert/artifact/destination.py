@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import CheckpointError, HubError, RecipeError, one_line
+from ..errors import CheckpointError, HubError, RequestError, one_line
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
 from ..source.json_files import read_json_object
@@ -37,7 +37,7 @@ class Destination:
         overwrite: commit also over a repository that holds something else.
 
     Raises:
-        RecipeError: that can be no repository's name, or a pull request is to go to a branch.
+        RequestError: that can be no repository's name, or a pull request is to go to a branch.
     """
 
     repo_id: str
@@ -53,11 +53,11 @@ class Destination:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise RecipeError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
+            raise RequestError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
         if "/" not in self.repo_id:
-            raise RecipeError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
+            raise RequestError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
         if self.create_pr and self.branch:
-            raise RecipeError(
+            raise RequestError(
                 "a pull request is opened against the main branch: leave out --branch or --create-pr"
             )
 

@@ -110,7 +110,7 @@ def _code_files(folder: Path) -> set[str]:
     block = read_json_object(folder / "config.json")["mpoe"]
     architecture = Architecture({"auto_map": block.get("base_auto_map")}, code_of_artifact(folder, block))
     own = {path.name for path in files(folder, architecture)}
-    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_own else set())
+    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_custom else set())
 
 
 def is_weights(name: str) -> bool:

@@ -15,7 +15,7 @@ from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
-from .reader import Converted
+from .reader import Artifact
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
             release and nothing else, it is run anyway.
 
     Raises:
-        TrainingError: `name` is no folder, does not load, or has code of its own that is not trusted.
+        TrainingError: `name` is no folder, does not load, or has custom code that is not trusted.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
@@ -61,7 +61,7 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
     except (OSError, ValueError, RuntimeError) as error:
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
-                f"{name} has code of its own: read it, and pass --trust-remote-code "
+                f"{name} has custom code: read it, and pass --trust-remote-code "
                 "(trust_remote_code=True) to run it"
             ) from error
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
@@ -87,7 +87,7 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
         return False
 
 
-def load_converted(source: Converted, **options) -> PreTrainedModel:
+def load_artifact(source: Artifact, **options) -> PreTrainedModel:
     """The whole model of an opened artifact, by the code that came with it, for inference."""
     import transformers
 

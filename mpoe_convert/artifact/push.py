@@ -59,7 +59,7 @@ def push(
         token: by default HF_TOKEN or the stored login.
 
     Raises:
-        RecipeError: as for `Destination`.
+        RequestError: as for `Destination`.
         CheckpointError: the folder is no artifact, or it is incomplete.
         HubError: the Hub refuses, cannot be reached, or holds something else there.
     """

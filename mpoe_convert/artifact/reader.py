@@ -75,7 +75,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
-class Converted:
+class Artifact:
     """See the module.
 
     Attributes:
@@ -156,7 +156,7 @@ class Converted:
         first, second = self._read_cores(mixture, role)[-1]
         return first[expert], second[expert]
 
-    def adapters_are_idle(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
+    def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
         """Whether these experts' adapters, if the kind has some, add nothing, as right after conversion."""
         if "adapter" not in mixture.form:
             return True
@@ -202,7 +202,7 @@ class Converted:
         return self._cores[key]
 
 
-def open_converted(model: str, *, revision: str | None = None, token: str | None = None) -> Converted:
+def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
     """Open an artifact, a folder or a Hub id; reads headers, and no tensor.
 
     Raises:
@@ -220,7 +220,7 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
     family = _family(checkpoint, architecture)
-    return Converted(
+    return Artifact(
         checkpoint=checkpoint,
         config=config,
         options={name: checkpoint.config.get(name, default) for name, default in OPTIONS.items()},
@@ -239,9 +239,9 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     model_type = architecture.model_type
     if by_hand:
         return family_by_hand(architecture, by_hand)
-    if architecture.is_own or model_type not in FAMILY_OF:
+    if architecture.is_custom or model_type not in FAMILY_OF:
         raise FamilyError(
-            f"{model_type} is not in the table of families or has code of its own, and {checkpoint.source} "
+            f"{model_type} is not in the table of families or has custom code, and {checkpoint.source} "
             f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
             "beside the weights"
         )

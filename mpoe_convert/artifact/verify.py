@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import VerifyError
-from ..source.architecture import main_auto_class, own_heads
+from ..source.architecture import custom_heads, main_auto_class
 from .layout import base_config, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
@@ -68,8 +68,8 @@ def verify(
         against: Hub id or folder of the dense model; by default the one it was converted from.
         tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
         token: Hub token for the dense model.
-        trust_remote_code: run code of its own that the dense model has, if the artifact has it too or
-            `against` names another; an artifact's is always run.
+        trust_remote_code: run the dense model's custom code, if the artifact has it too or `against` is
+            given. The artifact's code is always run.
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing.
@@ -89,10 +89,10 @@ def verify(
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
         )
     base = base_config(config)
-    has_own_code = bool(own_heads(base.get("auto_map") or {}))
+    has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
         raise VerifyError(
-            f"the dense model {against} has code of its own: read it, and pass --trust-remote-code "
+            f"the dense model {against} has custom code: read it, and pass --trust-remote-code "
             "(trust_remote_code=True) to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])

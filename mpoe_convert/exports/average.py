@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..artifact.loading import load_converted
-from ..artifact.reader import Converted
+from ..artifact.loading import load_artifact
+from ..artifact.reader import Artifact
 from ..compression.batches import Batch, make_batches, token_rows
 from ..compression.stream import keep_no_cache, run_batch
 from ..errors import ExportError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, float]]:
+def expert_shares(source: Artifact, request: Export) -> dict[str, Mapping[int, float]]:
     """{path of a layer: {expert: its part of the combine weights}}, with the whole model in memory.
 
     Raises:
@@ -34,7 +34,7 @@ def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, 
             "weight they give an expert; expected one --expert"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
-    model = load_converted(source, dtype="auto")
+    model = load_artifact(source, dtype="auto")
     keep_no_cache(model)
     end = f".{source.family.slot}"
     return {

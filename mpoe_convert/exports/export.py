@@ -11,7 +11,7 @@ from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
 from ..artifact.folder import check_fit, check_output, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
-from ..artifact.reader import Converted, open_converted
+from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..planning.recipe import parse_size
@@ -89,7 +89,7 @@ def export(
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
-    source = open_converted(str(model), revision=revision, token=token)
+    source = open_artifact(str(model), revision=revision, token=token)
     shares = None
     if request.calibrate:
         from .average import expert_shares
@@ -120,13 +120,13 @@ def export(
         return _finish(folder, report, plan, source_front_matter(source.checkpoint.folder))
 
 
-def _write_parts(folder: Path, plan: ExportPlan, source: Converted, shard_bytes: int) -> Iterator[Made]:
+def _write_parts(folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int) -> Iterator[Made]:
     """Yields every tensor when it has been made."""
     for part in plan.parts:
         yield from _write_part(folder / part.folder, part, source, shard_bytes)
 
 
-def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -> Iterator[Made]:
+def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) -> Iterator[Made]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         write_json(folder / name, values)
@@ -149,7 +149,7 @@ def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -
         write_index(folder, shards, sum(map(num_bytes, part.tensors)))
 
 
-def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
+def _compare(folder: Path, source: Artifact, plan: ExportPlan) -> Comparison:
     """Raises VerifyError if what was written computes something else."""
     checked, checkpoint = plan.checked, source.checkpoint
     rounded = any(info.dtype in HALVES for info in checkpoint.tensors.values())
@@ -166,7 +166,7 @@ def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
             "artifact": model,
             "artifact_revision": checked.base_revision,
             "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
-            "trust_remote_code": [True, source.architecture.is_own],
+            "trust_remote_code": [True, source.architecture.is_custom],
             "auto_class": main_auto_class(source.config, source.model_type),
             "token": source.token,
         },

@@ -86,7 +86,7 @@ def download(
     return folder, commit
 
 
-def download_papers(model_id: str, token: str | None = None) -> Path:
+def download_companions(model_id: str, token: str | None = None) -> Path:
     """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
     papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
     return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]

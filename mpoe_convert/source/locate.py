@@ -38,8 +38,8 @@ def resolve(
     names, model_type = set(names), architecture.model_type
     if ffn is not None:
         family = family_by_hand(architecture, ffn)
-    elif architecture.is_own:
-        family = _family_of_own_code(architecture, names)
+    elif architecture.is_custom:
+        family = _family_of_custom_code(architecture, names)
     elif model_type in FAMILY_OF:
         family = FAMILY_OF[model_type]
     else:
@@ -173,7 +173,7 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
     message = (
         f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
     )
-    if architecture.is_own:
+    if architecture.is_custom:
         message = f"no row of the table of families is this model's; its tensors look like {_examples(names)}"
     elif not knows(model_type):
         message += "; transformers does not have it either"
@@ -210,7 +210,7 @@ def _by_likeness(names: set[str]) -> list[tuple[Family, Spelling]]:
     return [(family, spelling) for score, family, spelling in scored if score[0]]
 
 
-def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
+def _family_of_custom_code(architecture: Architecture, names: set[str]) -> Family:
     """The row of a model whose code is its own: tensors named as in the table, and seen to compute an FFN.
 
     Only modules that are FFNs by themselves can be seen; of them, the first that is one is taken.
@@ -238,7 +238,7 @@ def check_alike(architecture: Architecture, family: Family, chosen: Iterable[Den
     Raises:
         FamilyError: a layer is built otherwise, or the head does not say where its base is.
     """
-    head = architecture.build(architecture.model_class) if architecture.is_own else None
+    head = architecture.build(architecture.model_class) if architecture.is_custom else None
     for ffn in chosen if family.by_hand is not None else ():
         if head is not None and not _has(head.base_model, ffn.path):
             raise FamilyError(

@@ -119,7 +119,7 @@ def evaluate(
         CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
-        RecipeError: there is no such device here.
+        RequestError: there is no such device here.
     """
     where = pick_device(device)
     if record:

@@ -13,7 +13,7 @@ from helpers.models import stored as weights
 from helpers.tiny import make_inputs, outputs, save_tiny
 
 from mpoe_convert import Export, Recipe, convert, export
-from mpoe_convert.artifact.reader import open_converted
+from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.errors import ExportError
 
 # PEFT asks transformers under an old name.
@@ -113,5 +113,5 @@ def test_an_export_is_replaced_as_a_whole(tmp_path):
     export(out, tmp_path / "lora", LORA)
     export(out, tmp_path / "lora", Export(check=False), overwrite=True)
     assert not (tmp_path / "lora" / "base").exists()
-    assert open_converted(str(out)).num_experts == 3
+    assert open_artifact(str(out)).num_experts == 3
     shutil.rmtree(tmp_path / "lora")

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ...errors import RecipeError
+from ...errors import RequestError
 from ...planning.recipe import check_calibration_tokens
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Export:
         check: load what was written, and compare it with the model that it was made from.
 
     Raises:
-        RecipeError: an option does not go with the target.
+        RequestError: an option does not go with the target.
     """
 
     to: str = "dense"
@@ -65,24 +65,24 @@ class Export:
 
     def __post_init__(self):
         if self.to not in TARGETS:
-            raise RecipeError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
+            raise RequestError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
         sources = (self.calibrate,) if isinstance(self.calibrate, str) else tuple(self.calibrate)
         object.__setattr__(self, "calibrate", sources)
         belongs = {"expert": "dense", "calibrate": "dense", "base": "lora", "base_revision": "lora"}
         for name, target in belongs.items():
             if getattr(self, name) not in (None, ()) and self.to != target:
-                raise RecipeError(f"{name} given with --to {self.to}; expected with --to {target} only")
+                raise RequestError(f"{name} given with --to {self.to}; expected with --to {target} only")
         if self.expert is not None and self.calibrate:
-            raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
+            raise RequestError("expert and calibrate given; expected one expert, or the average by a text")
         check_calibration_tokens(self.calibration_tokens)
         text = ("calibration_tokens", "calibration_split", "text_column", "target_column")
         given = [
             name for name in text if getattr(self, name) != type(self).__dataclass_fields__[name].default
         ]
         if given and not self.calibrate:
-            raise RecipeError(f"{given[0]} given without calibrate; expected the text that it is about")
+            raise RequestError(f"{given[0]} given without calibrate; expected the text that it is about")
         if self.base_revision is not None and self.base is None:
-            raise RecipeError("base_revision given without base; expected the revision of a base on the Hub")
+            raise RequestError("base_revision given without base; expected the revision of a base on the Hub")
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...artifact.reader import Converted, Mixture
-from ...errors import ExportError, RecipeError
+from ...artifact.reader import Artifact, Mixture
+from ...errors import ExportError, RequestError
 from ...source.architecture import main_auto_class
 from . import Checked, Export, ExportPlan, Made, Part
 
 Shares = Mapping[str, Mapping[int, float]]
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Args:
@@ -25,7 +25,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     """
     expert = request.expert or 0
     if not 0 <= expert < source.num_experts:
-        raise RecipeError(
+        raise RequestError(
             f"expert is {expert}; {source.checkpoint.source} has {source.num_experts}, expected 0 to "
             f"{source.num_experts - 1}"
         )
@@ -38,8 +38,8 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
             "Every mixture was replaced by the average of its experts, weighted by the combine weights that "
             f"its router gave them on {', '.join(request.calibrate)}"
         )
-    is_own = source.architecture.is_own
-    classes = "the code that lies beside it" if is_own else "the stock classes of transformers"
+    is_custom = source.architecture.is_custom
+    classes = "the code that lies beside it" if is_custom else "the stock classes of transformers"
     return ExportPlan(
         parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, shares))),),
         model_type=source.model_type,
@@ -50,19 +50,19 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def usage(source: Converted, model: str = "path/to/this") -> str:
+def usage(source: Artifact, model: str = "path/to/this") -> str:
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
 
 
-def loading(source: Converted, model: str) -> str:
+def loading(source: Artifact, model: str) -> str:
     """The expression that loads it, in Python."""
     auto = main_auto_class(source.config, source.model_type)
-    trust = ", trust_remote_code=True" if source.architecture.is_own else ""
+    trust = ", trust_remote_code=True" if source.architecture.is_custom else ""
     return f'{auto}.from_pretrained("{model}"{trust})'
 
 
-def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:
+def dense_tensors(source: Artifact, shares: Shares) -> Iterator[Made]:
     """The tensors of the dense model: those of an FFN stand where the first of its mixture's stood.
 
     Raises:
@@ -78,22 +78,22 @@ def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:
             yield from _ffn(source, mixture, shares[mixture.path])
 
 
-def copied(source: Converted, name: str, new_name: str | None = None) -> Made:
+def copied(source: Artifact, name: str, new_name: str | None = None) -> Made:
     """A tensor as it is."""
     info = source.checkpoint.tensors[name]
     return Made(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
 
 
-def check_adapters(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> None:
+def check_adapters(source: Artifact, mixture: Mixture, shares: Mapping[int, float]) -> None:
     """Adapters that add nothing, as right after conversion, are left out; raises ExportError for others."""
-    if not source.adapters_are_idle(mixture, shares):
+    if not source.adapters_add_nothing(mixture, shares):
         raise ExportError(
             f"the experts of {mixture.key} are adapters that have been trained: y + gelu(y A) B behind the "
             "FFN is no matrix, so no other architecture holds it; expected experts of another kind"
         )
 
 
-def _ffn(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> Iterator[Made]:
+def _ffn(source: Artifact, mixture: Mixture, shares: Mapping[int, float]) -> Iterator[Made]:
     check_adapters(source, mixture, shares)
     for name, roles in mixture.roles_by(mixture.dense_name).items():
         rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
@@ -105,11 +105,11 @@ def _ffn(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> It
             yield Made(f"{name}.bias", (cols,), dtype, partial(_bias, source, mixture, roles, shares))
 
 
-def weight(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
+def weight(source: Artifact, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
     """A weight as checkpoints of the family hold it; of several roles: fused, one above the other."""
     matrix = torch.cat([source.matrix(mixture, role, shares) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
 
-def _bias(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
+def _bias(source: Artifact, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
     return torch.cat([source.bias(mixture, role, shares) for role in roles])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...artifact.reader import SHARED, Converted, Mixture
+from ...artifact.reader import SHARED, Artifact, Mixture
 from ...errors import ExportError
 from ...planning.plan import is_buffer
 from ...source.architecture import main_auto_class
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:
@@ -38,7 +38,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     for mixture in source.mixtures:
         _check_low_rank(source, mixture)
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
-    if request.base is not None and source.architecture.is_own:
+    if request.base is not None and source.architecture.is_custom:
         raise ExportError(
             f"base is {request.base}, and a {source.model_type} has code of its own; only the artifact's is "
             "run here: leave --base away, the base is then written with that"
@@ -77,7 +77,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def _usage(source: Converted, base: str) -> str:
+def _usage(source: Artifact, base: str) -> str:
     auto = main_auto_class(source.config, source.model_type)
     return (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
@@ -88,7 +88,7 @@ def _usage(source: Converted, base: str) -> str:
     )
 
 
-def _check_low_rank(source: Converted, mixture: Mixture) -> None:
+def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
     for role in mixture.roles:
         terms = [term["shared"] for term in mixture.form[role]["terms"]]
         if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
@@ -99,7 +99,7 @@ def _check_low_rank(source: Converted, mixture: Mixture) -> None:
             )
 
 
-def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) -> None:
+def _check_base(source: Artifact, tensors: tuple[Made, ...], base: Checkpoint) -> None:
     """Raises ExportError if the base has other numbers than the experts share."""
     prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
@@ -116,12 +116,12 @@ def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) 
             )
 
 
-def _build(source: Converted) -> PreTrainedModel:
+def _build(source: Artifact) -> PreTrainedModel:
     """The dense model on the meta device."""
     return source.architecture.build(source.architecture.model_class)
 
 
-def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
+def _modules(source: Artifact) -> dict[str, dict[str, list[str]]]:
     """By the paths of the layers: {path of a linear layer in the stock model: the roles that it plays}."""
     model = _build(source)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -134,7 +134,7 @@ def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _adapter_config(source: Converted, modules: dict, base: str, revision: str | None) -> dict:
+def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | None) -> dict:
     """adapter_config.json. Alpha is the rank: the products are added as they are."""
     ranks, own_biases = {}, False
     for mixture in source.mixtures:
@@ -165,7 +165,7 @@ def _adapter_config(source: Converted, modules: dict, base: str, revision: str |
     }
 
 
-def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
+def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[Made]:
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
             rank = sum(source.rank(mixture, role) for role in roles)
@@ -181,17 +181,17 @@ def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
                 yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 
-def _way_in(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+def _way_in(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(rank, in); of a fused projection one role's above the other's."""
     return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
 
 
-def _way_out(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+def _way_out(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(out, rank); of a fused projection each role's in a block of its own."""
     return torch.block_diag(*(source.factors(mixture, role, expert)[1].T for role in roles)).contiguous()
 
 
-def _own_bias(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+def _own_bias(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """What the expert's bias has beyond the base's, which is expert 0's."""
     return torch.cat(
         [source.bias(mixture, role, {expert: 1.0}) - source.bias(mixture, role, SHARED) for role in roles]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...artifact.reader import Converted, Mixture
+from ...artifact.reader import Artifact, Mixture
 from ...errors import ExportError
 from ...source.architecture import heads, main_auto_class
 from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
@@ -23,7 +23,7 @@ from .dense import Shares, check_adapters, copied, usage
 IDLE_WIDTH = 256
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:
@@ -47,7 +47,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
+def _warnings(source: Artifact, target: MoeTarget) -> tuple[str, ...]:
     found = []
     dtypes = {source.dtype(mixture, "up") for mixture in source.mixtures}
     if target.model_type != "switch_transformers" and dtypes & {"bfloat16", "float16"}:
@@ -64,9 +64,9 @@ def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _target(source: Converted) -> MoeTarget:
+def _target(source: Artifact) -> MoeTarget:
     target = TARGET_OF.get(source.model_type)
-    if source.architecture.is_own:
+    if source.architecture.is_custom:
         raise ExportError(
             f"{source.checkpoint.source} is a {source.model_type} of code of its own, which no mixture of "
             "transformers is known to compute; --to dense writes one expert with that code"
@@ -85,7 +85,7 @@ def _target(source: Converted) -> MoeTarget:
     return target
 
 
-def _against(source: Converted, target: MoeTarget) -> Iterator[str]:
+def _against(source: Artifact, target: MoeTarget) -> Iterator[str]:
     """What of a model the target has not."""
     if source.options["router_tasks"] is not None:
         yield "routers that choose by task"
@@ -112,14 +112,14 @@ def _against(source: Converted, target: MoeTarget) -> Iterator[str]:
             yield f"{what} ({name} is {value})"
 
 
-def _resolved(source: Converted) -> dict:
+def _resolved(source: Artifact) -> dict:
     """The base's config with its class's defaults, which are not always the target's."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[source.model_type].from_dict(source.config).to_dict()
 
 
-def target_config(source: Converted, target: MoeTarget) -> dict:
+def target_config(source: Artifact, target: MoeTarget) -> dict:
     """config.json of the target.
 
     Raises:
@@ -163,7 +163,7 @@ def _settings(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
-def _head(source: Converted, target: MoeTarget) -> str:
+def _head(source: Artifact, target: MoeTarget) -> str:
     auto = main_auto_class(source.config, source.model_type)
     known = heads(target.model_type)
     if auto not in known:
@@ -172,7 +172,7 @@ def _head(source: Converted, target: MoeTarget) -> str:
     return known[auto]
 
 
-def _tensors(source: Converted, target: MoeTarget, config: dict) -> Iterator[Made]:
+def _tensors(source: Artifact, target: MoeTarget, config: dict) -> Iterator[Made]:
     done = set()
     for name in source.checkpoint.tensors:
         mixture = source.owner(name)
@@ -187,7 +187,7 @@ def _tensors(source: Converted, target: MoeTarget, config: dict) -> Iterator[Mad
             yield from _experts(source, mixture, target, slot)
 
 
-def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[Made]:
+def _experts(source: Artifact, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[Made]:
     """One role after the other, so that the cores of one projection are read once."""
     names = target.experts or target.stacked
     for name, roles in mixture.roles_by(names.__getitem__).items():
@@ -202,11 +202,11 @@ def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) 
             yield Made(f"{slot}.{name.format(expert)}", (outputs, inputs), dtype, make)
 
 
-def _weight(source: Converted, mixture: Mixture, role: str, expert: int) -> Tensor:
+def _weight(source: Artifact, mixture: Mixture, role: str, expert: int) -> Tensor:
     return source.matrix(mixture, role, {expert: 1.0}).T.clone(memory_format=torch.contiguous_format)
 
 
-def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
+def _stack(source: Artifact, mixture: Mixture, roles: list[str]) -> Tensor:
     """(E, out, in) of one role or of several, one above the other."""
     experts = range(source.num_experts)
     return torch.cat(
@@ -214,7 +214,7 @@ def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
     )
 
 
-def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> Iterator[Made]:
+def _idle_expert(source: Artifact, mixture: Mixture, slot: str, width: int) -> Iterator[Made]:
     hidden = mixture.size("up")[0]
     dtype = source.dtype(mixture, "up")
     shapes = {

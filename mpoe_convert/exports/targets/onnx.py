@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...artifact.loading import load_converted
-from ...artifact.reader import Converted
+from ...artifact.loading import load_artifact
+from ...artifact.reader import Artifact
 from ...artifact.verify import ROUNDING, Comparison
 from ...artifact.verify_child import compare, make_inputs
 from ...compression.stream import keep_no_cache
@@ -41,7 +41,7 @@ EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
 SCHEDULE = "apply"
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:
@@ -65,7 +65,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def _check(source: Converted) -> None:
+def _check(source: Artifact) -> None:
     if source.options["router_tasks"] is not None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
@@ -116,9 +116,9 @@ class _ByPosition(nn.Module):
         return tuple(found[name] for name in self.outputs)
 
 
-def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
+def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     """Raises VerifyError if onnxruntime computes something else from the file than the model does."""
-    model = load_converted(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
+    model = load_artifact(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
     keep_no_cache(model)
     inputs, text = make_inputs(model)
     with torch.no_grad():
