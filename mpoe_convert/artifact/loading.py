@@ -100,17 +100,21 @@ def load_artifact(source: Artifact, **options) -> PreTrainedModel:
 
 
 def load_config(name: str, token: str | None = None, **trust: bool) -> PretrainedConfig:
-    """The config of a model; raises TrainingError as `from_pretrained`."""
+    """Load the config of a model.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     from transformers import AutoConfig
 
     return from_pretrained(AutoConfig, name, token=token, **trust)
 
 
 def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
-    """The task that a model's head is for.
+    """The task that a model's head is made for.
 
     Raises:
-        TrainingError: it is for none of them.
+        TrainingError: it is made for none of `TASKS`.
     """
     values = config.to_dict()
     if values.get("mpoe"):
@@ -127,7 +131,11 @@ def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
 
 
 def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding by its end-of-text token where it has nothing else."""
+    """Load a tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, name, token=token, **trust)
@@ -137,7 +145,7 @@ def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTra
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """How many positions a model has, where its config says."""
+    """The number of positions that a config names; None if it does not."""
     names = ("max_position_embeddings", "n_positions", "max_source_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)
 

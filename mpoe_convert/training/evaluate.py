@@ -1,4 +1,4 @@
-"""Perplexity, accuracy and the like of a model on data, beside another model's on the same examples."""
+"""Scores of a model on data, compared with those of another model on the same examples."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
-        data, split: what was read; settings: length, and where they matter stride, limit and seed.
-        count: what was scored: tokens for language models, examples for the rest.
-        metrics / against: of the model, and of the one it is compared with (None: alone).
+        task: causal, masked, seq2seq or classification.
+        model / other: the model, and the one that it is compared with (None: alone).
+        data / split: files or Hub datasets, and the split of the latter.
+        settings: length, and where they matter stride, limit and seed.
+        count: tokens that were scored by language models, examples of other tasks.
+        metrics / against: scores of the model, and of the other.
         differences: model minus the other, on the same examples (paired); of perplexity, the ratio.
     """
 
@@ -71,6 +74,7 @@ class Evaluation:
     differences: dict[str, Metric] | None
 
     def to_json(self) -> dict:
+        """A dictionary of plain values."""
         return asdict(self)
 
 
@@ -120,6 +124,11 @@ def evaluate(
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
         RequestError: there is no such device here.
+
+    >>> from mpoe_convert import evaluate
+    >>> found = evaluate("out", "text.txt", against="out", length=16, limit=2)
+    >>> found.task, found.differences["perplexity ratio"].value
+    ('causal', 1.0)
     """
     where = pick_device(device)
     if record:

@@ -64,6 +64,12 @@ def finetune(
     Checkpoints lie in `output` while training goes on; `resume` continues from the last one, to the same
     model as a run that was not interrupted. `accelerate launch` or `torchrun` start it on several devices.
 
+    >>> from mpoe_convert import Finetuning, finetune
+    >>> run = Finetuning(model="out", data="text.txt", steps=1, batch_size=1, length=16, learning_rate=1e-4)
+    >>> report = finetune(run, "out-tuned")
+    >>> report["task"], report["steps"]
+    ('causal', 1)
+
     Args:
         token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.

@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 SECTION = "Evaluation"
-# What is read of a report again.
+# Keys of a recorded evaluation that are read again.
 _KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "other", "against", "differences"}
 
 
 def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
     """Write an evaluation into an artifact; an earlier one of the same task on the same data is replaced.
 
-    evaluation_report.json holds all of them, the card a section with tables, and its metadata a `model-index`
-    in the Hub's format. Results that somebody else has put there stay.
+    All evaluations are in evaluation_report.json, as tables in a section of the card, and as a `model-index`
+    in the Hub's format in the card's metadata. Results from elsewhere in that metadata are kept.
 
     Args:
-        evaluation: as `Evaluation.to_json` has it. Of files only the names and a hash are kept.
+        folder: the artifact.
+        evaluation: from `Evaluation.to_json`. Of data files only the names and a hash are kept.
 
     Raises:
         CheckpointError: the folder is no artifact, or its card or report of evaluations is damaged.
-        OutputError: it cannot be written to.
+        OutputError: a file cannot be written.
     """
     folder = Path(folder)
     path = folder / EVALUATION_REPORT_FILE
@@ -52,10 +53,10 @@ def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
 
 
 def recorded_evaluations(folder: Path) -> list[dict]:
-    """The evaluations that an artifact holds already.
+    """The evaluations that are recorded in an artifact.
 
     Raises:
-        CheckpointError: nothing can be recorded in that folder, as `record_evaluation` says.
+        CheckpointError: as `record_evaluation`.
     """
     read_artifact(folder)
     _open_card(folder / CARD_FILE)
@@ -71,7 +72,7 @@ def recorded_evaluations(folder: Path) -> list[dict]:
 
 
 def _open_card(path: Path) -> ModelCard:
-    """Raises CheckpointError: it is no card, or its front matter cannot be read."""
+    """Raises CheckpointError if it is no card, or its front matter cannot be read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -84,13 +85,13 @@ def _open_card(path: Path) -> ModelCard:
 
 
 def forget_evaluations(path: Path) -> None:
-    """Take all results out of a card: its model has changed."""
+    """Remove all results from a card, for a model that has been trained since."""
     if not path.is_file():
         return
     remove_section(path, SECTION)
     try:
         made = _open_card(path)
-    except CheckpointError:  # nobody reads results out of that
+    except CheckpointError:  # a damaged card has no results that could be read
         return
     data = cast("ModelCardData", made.data)
     if data.eval_results:
@@ -139,19 +140,19 @@ def _short(sha256: str | None) -> str | None:
 
 
 def _sha256(sources: Sequence[str]) -> str | None:
-    """Of files' contents, by which those of the same name are told apart; None of Hub datasets."""
+    """Hash of the contents of data files, which tells files of one name apart; None for Hub datasets."""
     digests = []
     for source in sources:
         if Path(source).is_file():
             with open(source, "rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256"))
-    if len(digests) < 2:  # a file's own, which `sha256sum` prints too
+    if len(digests) < 2:  # the file's own hash, as `sha256sum` prints it
         return digests[0].hexdigest() if digests else None
     return hashlib.sha256(b"".join(each.digest() for each in digests)).hexdigest()
 
 
 def _without_paths(evaluation: Mapping) -> dict:
-    """What the world may know: where files lay, and where models did, stays here."""
+    """The evaluation without the paths of files and models on this machine."""
     kept = {key: value for key, value in evaluation.items() if key != "model"}
     data = [Path(source).name if Path(source).is_file() else source for source in evaluation["data"]]
     other = evaluation["other"]
@@ -161,7 +162,7 @@ def _without_paths(evaluation: Mapping) -> dict:
 
 
 def _set_results(folder: Path, results: Sequence) -> None:
-    """Put results into the card's metadata; others than of these data and metrics stay."""
+    """Write results into the card's metadata; results of other data or metrics are kept."""
     made = _open_card(folder / CARD_FILE)
     ours = {_place(result) for result in results}
     data = cast("ModelCardData", made.data)

@@ -1,7 +1,7 @@
-"""What is special in training a converted model: its central cores belong to every expert.
+"""The roles of parameters in training: all experts share the central cores, each owns its auxiliary cores.
 
-MPOE's gradient mask, learning rates by role, freezing. All of it works on the model as it is wrapped (DDP,
-FSDP2, PEFT), goes by the names of the parameters, and serves any training loop.
+MPOE's gradient mask, learning rates by role, freezing. The functions go by the names of the parameters, so
+that they work on wrapped models too (DDP, FSDP2, PEFT) and in any training loop.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def role_of(name: str) -> str:
 
     "central": cores shared by the experts; "auxiliary": cores (and copies, for `--kind dense`) of one expert
     each; "router"; "other": everything else, such as attention, embeddings and the biases of the FFNs.
+
+    >>> role_of("transformer.h.0.mlp.up.terms.0.central_1")
+    'central'
     """
     core = _CORE.match(name)
     if core:
@@ -70,11 +73,19 @@ def mask_centre(
     neither an optimizer's moments nor its weight decay move the masked cores. Draws depend only on `seed`,
     `step` and the unit's place: every rank draws the same, and so does a run that is resumed.
 
-        for step, batch in enumerate(batches):
-            model(**batch).loss.backward()
-            mask_centre(model, step, probability=0.75)
-            optimizer.step()
-            optimizer.zero_grad()
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import mask_centre
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> batches = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])]
+    >>> for step, ids in enumerate(batches):
+    ...     model(ids, labels=ids).loss.backward()
+    ...     masked = mask_centre(model, step, probability=1.0)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> "central" in masked[0]
+    True
 
     Args:
         step: number of the optimizer's step.
@@ -125,15 +136,27 @@ def param_groups(
     weight_decay: float = 0.0,
     no_decay: Iterable[str] = (),
 ) -> list[dict]:
-    """Parameter groups for an optimizer, one per role and decay, without what is frozen.
+    """Parameter groups for an optimizer, one per role and weight decay; frozen parameters are left out.
+
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import param_groups
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> groups = param_groups(model, lr=1e-3, auxiliary=3.0, weight_decay=0.01)
+    >>> {group["lr"] for group in groups if group["role"] == "auxiliary"}
+    {0.003}
+    >>> optimizer = torch.optim.AdamW(groups)
 
     Args:
-        lr: learning rate of everything else; `central`, `auxiliary` and `router` are factors on it.
+        lr: learning rate of all other parameters; `central`, `auxiliary` and `router` are factors on it.
         weight_decay: of matrices. Vectors (biases, norms), the names in `no_decay` and routers have none:
             weight decay would pull the router towards uniform choices.
 
     Returns:
         [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
+
+    Raises:
+        TrainingError: a factor is negative.
     """
     factors = {"central": central, "auxiliary": auxiliary, "router": router, "other": 1.0}
     wrong = {name: factor for name, factor in factors.items() if not factor >= 0}
@@ -154,7 +177,17 @@ def param_groups(
 
 
 def freeze(model: nn.Module, what: str) -> int:
-    """Stop training the "centre", or "all-but-experts" (which leaves cores, FFN biases and routers).
+    """Stop training a part of a converted model.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import freeze
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> freeze(model, "centre") < sum(parameter.numel() for parameter in model.parameters())
+    True
+
+    Args:
+        what: "centre", the central cores; or "all-but-experts", everything but the cores, the FFNs' biases
+            and the routers.
 
     Returns:
         How many parameters are still trained.
@@ -167,7 +200,7 @@ def freeze(model: nn.Module, what: str) -> int:
     if what == "centre":
         frozen: Iterable = [p for _, p in _central(model)]
     else:
-        frozen = [p for name, p in model.named_parameters() if not _of_experts(name)]
+        frozen = [p for name, p in model.named_parameters() if not _is_of_experts(name)]
     for parameter in frozen:
         parameter.requires_grad_(False)
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -176,5 +209,5 @@ def freeze(model: nn.Module, what: str) -> int:
     return left
 
 
-def _of_experts(name: str) -> bool:
+def _is_of_experts(name: str) -> bool:
     return role_of(name) != "other" or _BIAS.match(name) is not None

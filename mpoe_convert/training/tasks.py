@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..source.texts import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a model did with one example; the task says what it holds.
 Outcome = tuple[Any, ...]
@@ -303,7 +303,7 @@ class Seq2Seq(Task):
             list(sources), return_tensors="pt", padding=True, truncation=True, max_length=self.length
         ).to(model.device)
         inputs.pop("token_type_ids", None)
-        generator = cast("GenerationMixin", model)
+        generator: Any = model  # not every `PreTrainedModel` can; those of this task can
         tokens = generator.generate(**inputs, max_new_tokens=self.length, do_sample=False, num_beams=1)
         found = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [(text.strip(), target) for text, target in zip(found, targets, strict=True)]

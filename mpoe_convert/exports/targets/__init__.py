@@ -1,7 +1,7 @@
 """Where a converted model can be taken: one module each, discovered; the name is the one on the command line.
 
-A target offers `plan(source, request, shares, output)`: everything that will be written, with no tensor made
-yet. It raises ExportError, in words, where the model has no exact form there.
+A target offers `plan(source, request, expert_weights, output)`: everything that will be written, with no
+tensor made yet. It raises ExportError, in words, where the model has no exact form there.
 """
 
 from __future__ import annotations

@@ -14,14 +14,19 @@ from ...errors import ExportError, RequestError
 from ...source.architecture import main_auto_class
 from . import Checked, Export, ExportPlan, Made, Part
 
-Shares = Mapping[str, Mapping[int, float]]
+# {path of a layer: {expert: its weight in the average}}; the weights of a layer sum to one.
+ExpertWeights = Mapping[str, Mapping[int, float]]
 
 
-def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Args:
-        shares: by the paths of the layers, what every expert counts in the average; None: one expert.
+        expert_weights: of the average; None: one expert.
+
+    Raises:
+        RequestError: there is no such expert.
+        ExportError: the experts have trained adapters.
     """
     expert = request.expert or 0
     if not 0 <= expert < source.num_experts:
@@ -29,8 +34,8 @@ def plan(source: Artifact, request: Export, shares: Shares | None, output: Path)
             f"expert is {expert}; {source.checkpoint.source} has {source.num_experts}, expected 0 to "
             f"{source.num_experts - 1}"
         )
-    if shares is None:
-        shares = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
+    if expert_weights is None:
+        expert_weights = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
         title, about = f"expert {expert}", f"Every mixture was replaced by its expert {expert}"
     else:
         title = "the average of the experts"
@@ -41,7 +46,7 @@ def plan(source: Artifact, request: Export, shares: Shares | None, output: Path)
     is_custom = source.architecture.is_custom
     classes = "the code that lies beside it" if is_custom else "the stock classes of transformers"
     return ExportPlan(
-        parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, shares))),),
+        parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, expert_weights))),),
         model_type=source.model_type,
         title=title,
         about=f"{about}: this is a dense {source.model_type} again, of {classes}.",
@@ -51,22 +56,23 @@ def plan(source: Artifact, request: Export, shares: Shares | None, output: Path)
 
 
 def usage(source: Artifact, model: str = "path/to/this") -> str:
+    """Python that loads the export by transformers."""
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
 
 
 def loading(source: Artifact, model: str) -> str:
-    """The expression that loads it, in Python."""
+    """The expression that loads `model`, in Python."""
     auto = main_auto_class(source.config, source.model_type)
     trust = ", trust_remote_code=True" if source.architecture.is_custom else ""
     return f'{auto}.from_pretrained("{model}"{trust})'
 
 
-def dense_tensors(source: Artifact, shares: Shares) -> Iterator[Made]:
-    """The tensors of the dense model: those of an FFN stand where the first of its mixture's stood.
+def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[Made]:
+    """The tensors of the dense model. Those of an FFN stand where the first of its mixture's stood.
 
     Raises:
-        ExportError: the experts are adapters that do something.
+        ExportError: the adapters are trained (their output is not zero).
     """
     done = set()
     for name in source.checkpoint.tensors:
@@ -75,41 +81,54 @@ def dense_tensors(source: Artifact, shares: Shares) -> Iterator[Made]:
             yield copied(source, name)
         elif mixture.key not in done:
             done.add(mixture.key)
-            yield from _ffn(source, mixture, shares[mixture.path])
+            yield from _ffn(source, mixture, expert_weights[mixture.path])
 
 
 def copied(source: Artifact, name: str, new_name: str | None = None) -> Made:
-    """A tensor as it is."""
+    """A tensor of the artifact, unchanged; under another name if one is given."""
     info = source.checkpoint.tensors[name]
     return Made(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
 
 
-def check_adapters(source: Artifact, mixture: Mixture, shares: Mapping[int, float]) -> None:
-    """Adapters that add nothing, as right after conversion, are left out; raises ExportError for others."""
-    if not source.adapters_add_nothing(mixture, shares):
+def check_adapters(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> None:
+    """Raises ExportError if the adapters are trained. Those that still add nothing can be left out."""
+    if not source.adapters_add_nothing(mixture, expert_weights):
         raise ExportError(
             f"the experts of {mixture.key} are adapters that have been trained: y + gelu(y A) B behind the "
             "FFN is no matrix, so no other architecture holds it; expected experts of another kind"
         )
 
 
-def _ffn(source: Artifact, mixture: Mixture, shares: Mapping[int, float]) -> Iterator[Made]:
-    check_adapters(source, mixture, shares)
+def _ffn(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> Iterator[Made]:
+    check_adapters(source, mixture, expert_weights)
     for name, roles in mixture.roles_by(mixture.dense_name).items():
         rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         shape = (rows, cols) if source.family.transposed else (cols, rows)
         dtype = source.dtype(mixture, roles[0])
-        yield Made(f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, shares))
+        yield Made(f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, expert_weights))
         if mixture.bias_kind(roles[0]) is not None:
             dtype = source.checkpoint.tensors[f"{mixture.key}.{roles[0]}.bias"].dtype
-            yield Made(f"{name}.bias", (cols,), dtype, partial(_bias, source, mixture, roles, shares))
+            yield Made(
+                f"{name}.bias", (cols,), dtype, partial(_fused_bias, source, mixture, roles, expert_weights)
+            )
 
 
-def weight(source: Artifact, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
-    """A weight as checkpoints of the family hold it; of several roles: fused, one above the other."""
-    matrix = torch.cat([source.matrix(mixture, role, shares) for role in roles], dim=1)
+def weight(
+    source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
+) -> Tensor:
+    """A weight as the family's checkpoints hold it; of several roles: fused, one above the other."""
+    matrix = torch.cat([source.matrix(mixture, role, expert_weights) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
 
-def _bias(source: Artifact, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
-    return torch.cat([source.bias(mixture, role, shares) for role in roles])
+def read_bias(source: Artifact, mixture: Mixture, role: str, expert_weights: Mapping[int, float]) -> Tensor:
+    """(out,) of a projection that has a bias."""
+    bias = source.bias(mixture, role, expert_weights)
+    assert bias is not None, f"{mixture.key}.{role}"
+    return bias
+
+
+def _fused_bias(
+    source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
+) -> Tensor:
+    return torch.cat([read_bias(source, mixture, role, expert_weights) for role in roles])

@@ -18,7 +18,7 @@ from ...source.architecture import main_auto_class
 from ...source.checkpoint import Checkpoint, open_checkpoint
 from ...source.locate import projection_names
 from . import Checked, Export, ExportPlan, Made, Part
-from .dense import Shares, dense_tensors, loading
+from .dense import ExpertWeights, dense_tensors, loading, read_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
 
 
-def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:
-        ExportError: the experts are no low-rank additions to a shared matrix, or the base that was named has
-            other weights than they share.
+        ExportError: the experts are not low-rank additions to a shared matrix, or the weights of the base
+            that was named are not those that they share.
     """
     for mixture in source.mixtures:
         _check_low_rank(source, mixture)
@@ -55,7 +55,7 @@ def plan(source: Artifact, request: Export, shares: Shares | None, output: Path)
     for expert, name in enumerate(names):
         tensors = tuple(_adapter(source, modules, expert))
         parts.append(Part(name, {"adapter_config.json": config}, tensors, adapter=True))
-    warnings = ["The routers are not among it: which adapter a text goes to is for the server to say."]
+    warnings = ["The routers are not exported: whoever serves the adapters chooses one for each text."]
     checked = None
     if find_spec("peft"):
         experts = tuple(range(source.num_experts))
@@ -94,13 +94,13 @@ def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
         if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
             kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
             raise ExportError(
-                f"the experts of {source.checkpoint.source} are of kind {kind}, no low-rank additions to a "
+                f"the experts of {source.checkpoint.source} are of kind {kind}, not low-rank additions to a "
                 "shared matrix (kind low-rank), so they are no LoRA adapters; --to dense writes one of them"
             )
 
 
 def _check_base(source: Artifact, tensors: tuple[Made, ...], base: Checkpoint) -> None:
-    """Raises ExportError if the base has other numbers than the experts share."""
+    """Raises ExportError if the weights of the base are not those that the experts share."""
     prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
         spellings = (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name)
@@ -142,9 +142,8 @@ def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | 
             ranks[module] = sum(source.rank(mixture, role) for role in roles)
             own_biases |= mixture.bias_kind(roles[0]) == "per-expert"
     rank = min(ranks.values())
-    others = {
-        module: found for module, found in ranks.items() if found != rank
-    }  # fused ones have twice as much
+    # A fused projection has twice the rank.
+    others = {module: found for module, found in ranks.items() if found != rank}
     return {
         "peft_type": "LORA",
         "task_type": TASKS.get(main_auto_class(source.config, source.model_type)),
@@ -173,26 +172,29 @@ def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[Made]:
             dtype = source.dtype(mixture, roles[0])
             key = f"base_model.model.{module}"
             arguments = (source, mixture, roles, expert)
-            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_way_in, *arguments))
-            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_way_out, *arguments))
+            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_lora_a, *arguments))
+            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_lora_b, *arguments))
             if mixture.bias_kind(roles[0]) == "per-expert":
-                dtype = source.bias(mixture, roles[0], SHARED).dtype
+                dtype = read_bias(source, mixture, roles[0], SHARED).dtype
                 dtype = str(dtype).removeprefix("torch.")
                 yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 
-def _way_in(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """(rank, in); of a fused projection one role's above the other's."""
+def _lora_a(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(rank, in), the down-projection; of a fused projection one role's rows above the other's."""
     return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
 
 
-def _way_out(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """(out, rank); of a fused projection each role's in a block of its own."""
+def _lora_b(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(out, rank), the up-projection; of a fused projection one diagonal block per role."""
     return torch.block_diag(*(source.factors(mixture, role, expert)[1].T for role in roles)).contiguous()
 
 
 def _own_bias(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """What the expert's bias has beyond the base's, which is expert 0's."""
+    """(out,), the expert's bias minus the base's, which is expert 0's."""
     return torch.cat(
-        [source.bias(mixture, role, {expert: 1.0}) - source.bias(mixture, role, SHARED) for role in roles]
+        [
+            read_bias(source, mixture, role, {expert: 1.0}) - read_bias(source, mixture, role, SHARED)
+            for role in roles
+        ]
     )

@@ -17,13 +17,13 @@ from ...errors import ExportError
 from ...source.architecture import heads, main_auto_class
 from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
 from . import Checked, Export, ExportPlan, Made, Part
-from .dense import Shares, check_adapters, copied, usage
+from .dense import ExpertWeights, check_adapters, copied, usage
 
 # Width of a shared expert that does nothing: kernels like multiples of 256.
 IDLE_WIDTH = 256
 
 
-def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:

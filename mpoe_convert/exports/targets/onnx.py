@@ -26,9 +26,10 @@ from ...compression.stream import keep_no_cache
 from ...errors import ExportError, VerifyError
 from ...runtime.modeling_mpoe import MPOEFeedForward
 from . import Export, ExportPlan, Part
-from .dense import Shares
+from .dense import ExpertWeights
 
 if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
     from transformers import PreTrainedModel
 
 
@@ -41,7 +42,7 @@ EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
 SCHEDULE = "apply"
 
 
-def plan(source: Artifact, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
     """See `targets`.
 
     Raises:
@@ -130,7 +131,7 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     program.save(folder / FILE, external_data=num_bytes > MAX_BYTES_INSIDE)
     if not check:
         return None
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]  # an extra's
 
     session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
     computed = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
@@ -144,7 +145,12 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
 
 
-def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
+def _trace(called: _ByPosition, inputs: dict[str, Tensor]) -> ONNXProgram:
+    """The graph of a model, for any sizes of the batch and the sequence.
+
+    Raises:
+        ExportError: torch's exporter cannot trace the model.
+    """
     any_size = torch.export.Dim.DYNAMIC
     example, shapes = [], []
     for value in inputs.values():
@@ -157,7 +163,7 @@ def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
         logger.setLevel(logging.ERROR)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 called,
                 tuple(example),
                 dynamo=True,
@@ -175,3 +181,5 @@ def _trace(called: _ByPosition, inputs: dict[str, Tensor]):
         ) from error
     finally:
         logger.setLevel(level)
+    assert program is not None  # dynamo always returns one
+    return program
