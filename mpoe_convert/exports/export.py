@@ -19,7 +19,7 @@ from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from . import targets
 from .card import write_export
-from .targets import Checked, Export, ExportPlan, Made, Part
+from .targets import Checked, Export, ExportPlan, Part, PlannedTensor
 
 HALVES = ("bfloat16", "float16")
 
@@ -128,13 +128,15 @@ def export(
         return _finish(folder, report, plan, source_front_matter(source.checkpoint.folder))
 
 
-def _write_parts(folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int) -> Iterator[Made]:
+def _write_parts(
+    folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int
+) -> Iterator[PlannedTensor]:
     """Write all parts; yields every tensor when it has been made."""
     for part in plan.parts:
         yield from _write_part(folder / part.folder, part, source, shard_bytes)
 
 
-def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) -> Iterator[Made]:
+def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) -> Iterator[PlannedTensor]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         write_json(folder / name, values)

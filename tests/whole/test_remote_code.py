@@ -573,10 +573,10 @@ def test_what_was_written_is_compared_in_another_process(own, tmp_path):
 
 
 def test_exports_that_do_not_apply_are_refused(own, tmp_path):
-    with pytest.raises(ExportError, match="is a llama of code of its own, which no mixture"):
+    with pytest.raises(ExportError, match="is a llama with custom code, and no mixture"):
         export(own("llama")[1], tmp_path / "moe", Export(to="moe"))
     folder, out = own("minstrel", kind="low-rank")
-    with pytest.raises(ExportError, match="only the artifact's is run here: leave --base away"):
+    with pytest.raises(ExportError, match="only the artifact's is run here: omit --base"):
         export(out, tmp_path / "lora", Export(to="lora", base=str(folder)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...artifact.reader import Artifact, Mixture
 from ...errors import ExportError, RequestError
 from ...source.architecture import main_auto_class
-from . import Checked, Export, ExportPlan, Made, Part
+from . import Checked, Export, ExportPlan, Part, PlannedTensor
 
 # {path of a layer: {expert: its weight in the average}}; the weights of a layer sum to one.
 ExpertWeights = Mapping[str, Mapping[int, float]]
@@ -68,7 +68,7 @@ def loading(source: Artifact, model: str) -> str:
     return f'{auto}.from_pretrained("{model}"{trust})'
 
 
-def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[Made]:
+def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[PlannedTensor]:
     """The tensors of the dense model. Those of an FFN stand where the first of its mixture's stood.
 
     Raises:
@@ -84,10 +84,10 @@ def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[M
             yield from _ffn(source, mixture, expert_weights[mixture.path])
 
 
-def copied(source: Artifact, name: str, new_name: str | None = None) -> Made:
+def copied(source: Artifact, name: str, new_name: str | None = None) -> PlannedTensor:
     """A tensor of the artifact, unchanged; under another name if one is given."""
     info = source.checkpoint.tensors[name]
-    return Made(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
+    return PlannedTensor(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
 
 
 def check_adapters(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> None:
@@ -99,18 +99,19 @@ def check_adapters(source: Artifact, mixture: Mixture, expert_weights: Mapping[i
         )
 
 
-def _ffn(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> Iterator[Made]:
+def _ffn(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> Iterator[PlannedTensor]:
     check_adapters(source, mixture, expert_weights)
     for name, roles in mixture.roles_by(mixture.dense_name).items():
         rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         shape = (rows, cols) if source.family.transposed else (cols, rows)
         dtype = source.dtype(mixture, roles[0])
-        yield Made(f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, expert_weights))
+        yield PlannedTensor(
+            f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, expert_weights)
+        )
         if mixture.bias_kind(roles[0]) is not None:
             dtype = source.checkpoint.tensors[f"{mixture.key}.{roles[0]}.bias"].dtype
-            yield Made(
-                f"{name}.bias", (cols,), dtype, partial(_fused_bias, source, mixture, roles, expert_weights)
-            )
+            make = partial(_fused_bias, source, mixture, roles, expert_weights)
+            yield PlannedTensor(f"{name}.bias", (cols,), dtype, make)
 
 
 def weight(

@@ -17,7 +17,7 @@ from ...planning.plan import is_buffer
 from ...source.architecture import main_auto_class
 from ...source.checkpoint import Checkpoint, open_checkpoint
 from ...source.locate import projection_names
-from . import Checked, Export, ExportPlan, Made, Part
+from . import Checked, Export, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, dense_tensors, loading, read_bias
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
     if request.base is not None and source.architecture.is_custom:
         raise ExportError(
-            f"base is {request.base}, and a {source.model_type} has code of its own; only the artifact's is "
-            "run here: leave --base away, the base is then written with that"
+            f"base is {request.base}, and this {source.model_type} has custom code; only the artifact's is "
+            "run here: omit --base, and the base is written with that code"
         )
     if request.base is not None:
         _check_base(
@@ -99,7 +99,7 @@ def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
             )
 
 
-def _check_base(source: Artifact, tensors: tuple[Made, ...], base: Checkpoint) -> None:
+def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Checkpoint) -> None:
     """Raises ExportError if the weights of the base are not those that the experts share."""
     prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
@@ -111,8 +111,8 @@ def _check_base(source: Artifact, tensors: tuple[Made, ...], base: Checkpoint) -
             what = "differs from that of" if name else "is not in"
             raise ExportError(
                 f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
-                "rounded since, so adapters on that base would compute something else; leave --base away: "
-                "the right one is then written"
+                "rounded since, so adapters on that base would compute other outputs; omit --base, and the "
+                "right base is written"
             )
 
 
@@ -164,7 +164,7 @@ def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | 
     }
 
 
-def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[Made]:
+def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTensor]:
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
             rank = sum(source.rank(mixture, role) for role in roles)
@@ -172,12 +172,12 @@ def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[Made]:
             dtype = source.dtype(mixture, roles[0])
             key = f"base_model.model.{module}"
             arguments = (source, mixture, roles, expert)
-            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_lora_a, *arguments))
-            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_lora_b, *arguments))
+            yield PlannedTensor(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_lora_a, *arguments))
+            yield PlannedTensor(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_lora_b, *arguments))
             if mixture.bias_kind(roles[0]) == "per-expert":
                 dtype = read_bias(source, mixture, roles[0], SHARED).dtype
                 dtype = str(dtype).removeprefix("torch.")
-                yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
+                yield PlannedTensor(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 
 def _lora_a(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
