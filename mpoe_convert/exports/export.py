@@ -57,6 +57,7 @@ class Exported:
     files: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
+        """A dictionary of plain values."""
         return asdict(self)
 
 
@@ -91,8 +92,8 @@ def export(
 
     Raises:
         ExportError: the model has no exact form in that target.
-        VerifyError: what was written does not compute what the model does; nothing is left behind.
-        MpoeError: anything else that is wrong with the model or the output.
+        VerifyError: the outputs of the export differ from the model's; nothing is left behind.
+        MpoeError: the model or the output is wrong in another way.
     """
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
@@ -105,12 +106,12 @@ def export(
         expert_weights = measure_expert_weights(source, request)
     plan = targets.load(request.to).plan(source, request, expert_weights, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
-    made = [tensor for part in plan.parts for tensor in part.tensors]
-    check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    tensors = [tensor for part in plan.parts for tensor in part.tensors]
+    check_fit(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
     with staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:
-                progress(tensor.name, number, len(made))
+                progress(tensor.name, number, len(tensors))
         comparison = plan.write(folder) if plan.write else None
         if plan.checked and request.check:
             comparison = _compare(folder, source, plan.checked)
@@ -121,7 +122,7 @@ def export(
             model_type=plan.model_type,
             about=plan.about,
             expert_shares=expert_weights,
-            params=sum(prod(tensor.shape) for tensor in made) or None,
+            params=sum(prod(tensor.shape) for tensor in tensors) or None,
             warnings=plan.warnings,
             comparison=comparison,
         )

@@ -1,4 +1,4 @@
-"""Fine-tune or heal a model by transformers' Trainer: from a checkpoint and texts to a checkpoint."""
+"""Fine-tune or heal a model with transformers' Trainer: from a checkpoint and texts to a checkpoint."""
 
 from __future__ import annotations
 
@@ -71,16 +71,19 @@ def finetune(
     ('causal', 1)
 
     Args:
+        run: the request.
+        output: folder to write.
+        resume: continue from the last checkpoint in `output`.
         token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.
 
     Returns:
-        What training_report.json holds: settings, the log, seconds, and the last evaluation.
+        The contents of training_report.json: settings, the log, seconds, and the last evaluation.
 
     Raises:
         TrainingError: model and options do not fit.
         DataError: the data cannot be read or do not fit the task.
-        OutputError: `output` holds something already.
+        OutputError: `output` is not empty, or has no checkpoint to resume from.
     """
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
@@ -90,10 +93,10 @@ def finetune(
     config = load_config(run.model, token, **run.trust)
     kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
-    with state.main_process_first():  # the others find what it has mapped in the cache
+    with state.main_process_first():  # the others find the mapped rows in the cache
         data = _read(run, kind, config, tokenizer, token)
         companions = _companions(run, config, token)
-    set_seed(run.seed)  # of what the checkpoint does not have: a new head, embeddings of tasks
+    set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
     model = _load_model(run, data, token)
     stored = _Stored(model)
     model = model.float()
@@ -112,7 +115,7 @@ def finetune(
         teacher=_load_teacher(run, data, token) if run.teacher else None,
     )
     report = _train(trainer, data, checkpoint, progress)
-    if not trainer.is_fsdp_enabled:  # whose shards keep the optimizer's float32
+    if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
         stored.restore(cast("PreTrainedModel", trainer.model))
     trainer.save_model(str(output))
     if state.is_main_process:
