@@ -108,7 +108,7 @@ def survey(to: Destination, api: HfApi) -> Found:
         try:
             info = api.model_info(to.repo_id, revision=to.branch) if to.branch else info
         except RevisionNotFoundError:
-            if to.branch.startswith("refs/"):
+            if to.branch and to.branch.startswith("refs/"):
                 raise
             lacks_branch = True
     files = frozenset(file.rfilename for file in info.siblings or ())

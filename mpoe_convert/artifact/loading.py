@@ -55,7 +55,7 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
 
 def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
     """Whether all code that a folder or Hub id would run is this release's `modeling_mpoe.py`. Runs none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     def read(file: str) -> bytes:
         path = cached_file(

@@ -88,17 +88,17 @@ def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tupl
         yield "load", "Load of the experts over the steps of training, per layer", _load(log)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """(figure, axes), apart from pyplot, whose state belongs to the caller."""
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure (inches), apart from pyplot, whose state belongs to the caller."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _errors(report: dict) -> Figure:
     matrices, paths = report["matrices"], report["ffns"]
-    figure, axes = _figure(min(4 + 0.35 * len(paths), 16), 4.5)
+    figure = _figure(min(4 + 0.35 * len(paths), 16), 4.5)
+    axes = figure.add_subplot()
     places = {path: place for place, path in enumerate(paths)}
     for role, marker in ROLE_MARKERS.items():
         own = [m for m in matrices if m["name"].endswith(f".{role}")]
@@ -133,7 +133,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
         ("plain MoE, stored", totals["plain_moe_params"], 0, 0),
         ("dense base", totals["dense_params"], 0, 0),
     ]
-    figure, axes = _figure(8, 3.6)
+    figure = _figure(8, 3.6)
+    axes = figure.add_subplot()
     for place, (name, shared, auxiliary, routing) in enumerate(bars):
         is_ours = name.startswith("this")
         axes.barh(place, shared, color=SHARED if is_ours else REFERENCE)
@@ -150,7 +151,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
 
 
 def _losses(log: list[dict]) -> Figure:
-    figure, axes = _figure(8, 4)
+    figure = _figure(8, 4)
+    axes = figure.add_subplot()
     shown = (("loss", "training, with the routers' losses", SHARED), ("eval_loss", "evaluation", OWN))
     for key, label, color in shown:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -170,9 +172,8 @@ def _load(log: list[dict]) -> Figure:
     paths = paths[:: -(-len(paths) // MANY)]
     columns = min(len(paths), 4)
     rows = -(-len(paths) // columns)
-    figure, grid = _figure(
-        3 * columns + 1, 2.2 * rows + 0.8, rows, columns, sharex=True, sharey=True, squeeze=False
-    )
+    figure = _figure(3 * columns + 1, 2.2 * rows + 0.8)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     steps = [step for step, _ in entries]
     for axes, path in zip(grid.flat, paths, strict=False):
         loads = list(zip(*(load[path] for _, load in entries), strict=True))  # expert by expert

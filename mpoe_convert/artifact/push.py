@@ -75,7 +75,7 @@ def push(
     with explained(repo_id):
         if found.is_new:
             api.create_repo(repo_id, private=private or None)
-        if found.lacks_branch:
+        if branch is not None and found.lacks_branch:
             api.create_branch(repo_id, branch=branch, revision=found.commit)
         commit = api.create_commit(
             repo_id,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEFeedForward, MPOEProjection, name_cores
+from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEChain, MPOEFeedForward, name_cores
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import FAMILY_OF, Family, Spelling
@@ -92,7 +92,7 @@ class Artifact:
     family: Family
     mixtures: tuple[Mixture, ...]
     token: str | None = field(default=None, repr=False)
-    _cores: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    _cores: dict[str, list[list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -118,11 +118,11 @@ class Artifact:
             CheckpointError: it holds NaN or Inf.
         """
         with torch.device("meta"):
-            chains = MPOEProjection(mixture.form[role], self.num_experts).terms
+            chains = [MPOEChain(term, self.num_experts) for term in mixture.form[role]["terms"]]
         stored = getattr(torch, self.dtype(mixture, role))
         work = torch.float64 if stored == torch.float64 else torch.float32
         cores = self._read_cores(mixture, role)
-        total = None
+        total: Tensor | None = None
         for number, chain in enumerate(chains):
             for expert, share in ({0: 1.0} if all(chain.shared) else shares).items():
                 pairs = zip(cores[number], chain.shared, strict=True)
@@ -130,6 +130,7 @@ class Artifact:
                 part = chain.matrix([core.to(work) for core in own], 0)
                 part = part if share == 1 else share * part
                 total = part if total is None else total + part
+        assert total is not None, "shares of no expert, for a projection without shared terms"
         name = f"{mixture.key}.{role}"
         check_finite(total, name)
         return cast(name, total, stored)
@@ -145,7 +146,8 @@ class Artifact:
         if len(shares) < 2:
             return bias[next(iter(shares), 0)].clone()
         work = bias if bias.dtype == torch.float64 else bias.float()
-        return sum(share * work[expert] for expert, share in shares.items()).to(bias.dtype)
+        parts = [share * work[expert] for expert, share in shares.items()]
+        return sum(parts[1:], parts[0]).to(bias.dtype)
 
     def rank(self, mixture: Mixture, role: str) -> int:
         """Of what a low-rank expert adds to the shared matrix."""
@@ -292,9 +294,9 @@ def _mixture(layer: str, block: dict, family: Family) -> Mixture | None:
     for spelling in family.spellings:
         for pattern, path in zip(spelling.layers, family.layers, strict=True):
             match = re.fullmatch(_numbered(pattern), layer)
-            number = block["ffns"].get(path.format(match[1])) if match else None
-            if number is None:
+            if match is None or path.format(match[1]) not in block["ffns"]:
                 continue
+            number = block["ffns"][path.format(match[1])]
             form = block["forms"][number]
             if ("gate" in form) == bool(spelling.gate or spelling.fused):
                 return Mixture(f"{layer}.{family.slot}", layer, path.format(match[1]), form, spelling)

@@ -70,7 +70,8 @@ def factor(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
         second = second @ wide
     else:
         first = wide @ first
-    return tuple(part.to(matrix.dtype).contiguous() for part in _share_evenly(first, second))
+    first, second = _share_evenly(first, second)
+    return first.to(matrix.dtype).contiguous(), second.to(matrix.dtype).contiguous()
 
 
 def _importance(matrix: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor]:
@@ -84,7 +85,9 @@ def _importance(matrix: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor]:
     if not inputs and moment is None:
         moment = wide.mT @ wide
     if moment is None or answer is None:
-        return None, (answer if moment is None else moment).to(wide.device, torch.float64)
+        only = answer if moment is None else moment
+        assert only is not None  # one of the two was given or computed above
+        return None, only.to(wide.device, torch.float64)
     moment, answer = (part.to(wide.device, torch.float64) for part in (moment, answer))
     root = _root(moment)
     return root, root.mT @ answer @ root

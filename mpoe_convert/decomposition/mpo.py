@@ -101,7 +101,11 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0, gauge
         matrix = matrix.cpu()  # Gram matrices are float64, which MPS does not have
     c = sites.centre
     left, right = _Block.left_of_centre(sites), _Block.right_of_centre(sites)
-    with torch.no_grad(), tensorly.backend_context("pytorch", local_threadsafe=True):
+    # TensorLy adds `backend_context` to its module while it is imported, so pyright cannot see it.
+    with (
+        torch.no_grad(),
+        tensorly.backend_context("pytorch", local_threadsafe=True),  # pyright: ignore[reportAttributeAccessIssue]
+    ):
         unfolding = _fold_in_three(matrix, sites)  # (left, centre * right)
         sweep = _identity if gauge == "identity" else partial(_sweep, method=svd, seed=seed)
         left_cores, left_lost, rest = sweep(unfolding, left)
@@ -235,15 +239,17 @@ def _sweep(
     if method == "randomized" or rows > min(columns, _MAX_GRAM):
         cores, lost, rest = _tensor_train(unfolding, block, _Split(method, seed))
         return _in_chain_order(cores, lost, block, unfolding.dtype) + (rest,)
+    found = None
     for products in dict.fromkeys((unfolding.dtype, torch.float64)):
         gram = _gram(unfolding, products)
         norm = gram.trace()  # of A, squared
         if products == torch.float32 and not _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
             continue
-        cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
+        found = cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
-    cores, lost = _in_chain_order(cores, lost, block, unfolding.dtype)
+    assert found is not None  # float64 is never skipped
+    cores, lost = _in_chain_order(*found[:2], block, unfolding.dtype)
     isometry = _block_isometry(cores, block)
     if unfolding.is_contiguous():
         return cores, lost, isometry @ unfolding
@@ -260,7 +266,9 @@ def _tensor_train(tensor: Tensor, block: _Block, split: _Split) -> tuple[list[Te
         in_dims, out_dims = in_dims[::-1], out_dims[::-1]
     # The columns are one more site without input: TensorLy leaves the rest there.
     tensor = tensor.reshape(*in_dims, 1, *out_dims, columns)
-    factors = tensor_train_matrix(tensor, [1, *block.bonds, 1], svd=split).factors
+    ranks = [1, *block.bonds, 1]
+    # TensorLy takes a function here as well; its annotation names only the strings.
+    factors = tensor_train_matrix(tensor, ranks, svd=split).factors  # pyright: ignore[reportArgumentType]
     return factors[:-1], split.discarded, factors[-1].reshape(-1, columns)
 
 

@@ -83,7 +83,11 @@ class Checkpoint:
                 "open it without headers_only to download the weights"
             )
         path = self.folder / info.file
-        tensor = self._bins.read(path, name) if path.suffix == ".bin" else read_tensor(path, name)
+        if path.suffix == ".bin":
+            assert self._bins is not None  # opening the folder made it
+            tensor = self._bins.read(path, name)
+        else:
+            tensor = read_tensor(path, name)
         found = (dtype_name(tensor), tuple(tensor.shape))
         if found != (info.dtype, info.shape):
             raise CheckpointError(

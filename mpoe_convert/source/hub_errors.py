@@ -6,8 +6,13 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 from ..errors import HubError, one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 
 RELATIVE = "a relative path counts from the current folder"  # where a folder may have been meant
 NOT_TWICE = "weight files that have arrived are not sent again"
@@ -67,7 +72,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     return HubError(f"downloading {repo}{at} failed: {type(exc).__name__}: {one_line(exc)}")
 
 
-def _http(exc, repo: str, revision: str | None) -> str:
+def _http(exc: HfHubHTTPError, repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     status = exc.response.status_code
@@ -84,7 +89,7 @@ def _http(exc, repo: str, revision: str | None) -> str:
             "commit hash of that repository"
         )
     if isinstance(exc, errors.EntryNotFoundError):
-        file = str(exc.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
+        file = str(exc.response.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
         return f"{repo} has no file '{file}': check the id and --revision"
     if status == 401 and "credentials" in str(exc):
         return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
@@ -128,7 +133,7 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
     return HubError(f"pushing to {repo} failed: {type(exc).__name__}: {one_line(exc)}")
 
 
-def _http_writing(exc, repo: str) -> str:
+def _http_writing(exc: HfHubHTTPError, repo: str) -> str:
     from huggingface_hub import errors
 
     status = exc.response.status_code

@@ -1,9 +1,7 @@
-"""Where the FFNs of every supported architecture are: one row per way of building a layer.
+"""Locate the FFNs of a checkpoint: find its row in the table of families, and match tensor names with it.
 
-A row says where the FFN sits in the *module* tree of the current transformers release, and how a
-*checkpoint* spells the names of its tensors (older checkpoints spell some differently). Rows are
-matched by model type and confirmed by tensor names; the part that the artifact needs at run time goes
-into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
+Where no row fits, a row is made from names that the user gives (`--ffn`) or, for custom code, from names
+that look like those of the table; `probe.py` then runs the module to learn what names do not say.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import FamilyError
 from .architecture import Architecture, knows
 from .families import FAMILIES, FAMILY_OF, Family, Spelling, _inside
-from .ffn import DenseFFN, Source
+from .ffn import FFN, Source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 def resolve(
     architecture: Architecture, names: Iterable[str], ffn: str | None = None
-) -> tuple[Family, list[DenseFFN]]:
+) -> tuple[Family, list[FFN]]:
     """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
 
     Args:
@@ -56,7 +54,7 @@ def resolve(
     )
 
 
-def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[DenseFFN]:
+def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[FFN]:
     """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
     found, prefixes = [], set()
     for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
@@ -77,7 +75,7 @@ def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> 
             indices = {index for each, index, *_ in found if each == stack}
             _check_complete(prefix + layer, spelling.up, indices, names, _num_layers(config, layer))
     return [
-        DenseFFN(path, index, f"{key}.{family.slot}", _sources(family, spelling, key, names))
+        FFN(path, index, f"{key}.{family.slot}", (_sources(family, spelling, key, names),))
         for _, index, path, key in sorted(found)
     ]
 
@@ -232,25 +230,29 @@ def _family_of_custom_code(architecture: Architecture, names: set[str]) -> Famil
     raise FamilyError(_unknown(architecture, names) + reason)
 
 
-def check_alike(architecture: Architecture, family: Family, chosen: Iterable[DenseFFN]) -> None:
-    """What was seen in the first layer has to hold for all that are converted, under the head.
+def check_alike(architecture: Architecture, family: Family, chosen: Iterable[FFN]) -> None:
+    """Check that the chosen layers are built like the first one, from which a row by hand was made.
+
+    A row of the table needs no check. With custom code, the model's head has to contain the layers too.
 
     Raises:
-        FamilyError: a layer is built otherwise, or the head does not say where its base is.
+        FamilyError: a layer is built differently, or the head's base_model_prefix is wrong.
     """
+    if family.by_hand is None:
+        return
     head = architecture.build(architecture.model_class) if architecture.is_custom else None
-    for ffn in chosen if family.by_hand is not None else ():
+    for ffn in chosen:
         if head is not None and not _has(head.base_model, ffn.path):
             raise FamilyError(
-                f"{type(head).__name__} has no {ffn.path} where it says that its base is (its "
-                f"base_model_prefix is {head.base_model_prefix!r}): correct that in its code"
+                f"{type(head).__name__} has no {ffn.path} in its base model (its base_model_prefix is "
+                f"{head.base_model_prefix!r}): correct that in its code"
             )
         first = family.layers[0].format(0)  # the family's row is read off it
         row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
         if row != expected:
             raise FamilyError(
-                f"the FFN of {ffn.path} is built otherwise than that of {first} ({row}, not {expected}); "
-                "convert the layers that are like that one: --layers"
+                f"the FFN of {ffn.path} is built differently from that of {first} ({row}, not {expected}); "
+                f"convert only layers that are built like {first}: --layers"
             )
 
 

@@ -32,6 +32,7 @@ def read_wide(checkpoint: Checkpoint, source: Source, device: torch.device) -> T
 
 def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
     """The bias (out,) of a projection that has one. Raises CheckpointError on NaN or Inf."""
+    assert source.bias is not None
     tensor = checkpoint.read(source.bias)
     check_finite(tensor, source.bias)
     return tensor if source.part is None else tensor.chunk(2)[source.part]

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 
@@ -121,7 +121,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _entry(path: Path, file: str, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(path: Path, file: str, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         name.encode()
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]

@@ -130,15 +130,15 @@ class Tasks:
     column: str
     names: tuple[str, ...]
 
-    def numbers(self, values: Sequence) -> list[int]:
-        """Raises DataError for a name that is not known."""
+    def indices(self, values: Sequence) -> list[int]:
+        """The index in `names` of each value. Raises DataError for a name that is not known."""
         if strange := sorted({str(value) for value in values} - set(self.names)):
             raise DataError(f"column {self.column} names {strange}; the routers know {list(self.names)}")
         return [self.names.index(str(value)) for value in values]
 
     def add_to(self, encoded: Mapping, batch: Mapping) -> dict:
-        """Encoded rows with their tasks' numbers as `task_ids`."""
-        return {**encoded, "task_ids": self.numbers(batch[self.column])}
+        """Encoded rows with the indices of their tasks as `task_ids`."""
+        return {**encoded, "task_ids": self.indices(batch[self.column])}
 
 
 def task_names(rows: Dataset, column: str) -> list[str]:
@@ -156,14 +156,14 @@ def language_blocks(
     Raises:
         DataError: the texts, or those of a task, are shorter than a block, or a task is not known.
     """
-    if tasks:  # else every task leaves something over of every batch
-        named = tasks.numbers(rows[tasks.column])
+    named = tasks.indices(rows[tasks.column]) if tasks else []
+    if tasks:  # sorted by task: otherwise every task would drop a remainder in every batch
         rows = rows.select(sorted(range(len(named)), key=named.__getitem__))
     end = _end(tokenizer)
 
     def blocks(batch: dict) -> dict:
         streams: dict[int, list[int]] = {}
-        numbers = tasks.numbers(batch[tasks.column]) if tasks else [0] * len(batch[column])
+        numbers = tasks.indices(batch[tasks.column]) if tasks else [0] * len(batch[column])
         for number, text in zip(numbers, batch[column], strict=True):
             streams.setdefault(number, []).extend(tokenizer(text, verbose=False)["input_ids"] + end)
         cut = [
