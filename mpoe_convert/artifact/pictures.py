@@ -1,4 +1,4 @@
-"""Pictures of an artifact: errors, parameters, and, of a fine-tuned one, losses and expert load."""
+"""Pictures of an artifact: errors and parameters, and losses and expert load if it was fine-tuned."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 FOLDER = "pictures"
 FORMATS = ("png", "svg")
-SMALLEST = 1e-9  # what an error of zero is drawn as
-# What all experts share, and what each has for itself, among the parts of a `Summary`.
+SMALLEST = 1e-9  # an error of zero is drawn as this
+# Which parts of a `Summary` all experts share, and which each expert owns.
 PARTS = (
     (("central tensors", "shared"), ("biases", "shared")),
     (("auxiliary tensors", "per expert"), ("biases", "per expert")),
@@ -27,13 +27,13 @@ PARTS = (
 ERRORS = (
     "Error and clone drift per matrix when converted, relative to the dense weight (zero is drawn as 1e-9)"
 )
-MANY = 16  # layers; of more, the load of every second (third, ...) is drawn
+MANY = 16  # layers; with more of them, only the load of every second (third, ...) is drawn
 ROLE_MARKERS = {"gate": "^", "up": "o", "down": "s"}
 SHARED, OWN, ROUTERS, REFERENCE = "#20639b", "#f6a01a", "#8f2d56", "#9aa5b1"
 
 
 def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
-    """Draw what an artifact's reports hold, as PNG and SVG, and show the pictures in its model card.
+    """Draw an artifact's reports as PNG and SVG files, and show them in its model card.
 
     Args:
         folder: an artifact; those that `finetune` wrote have losses and expert load as well.
@@ -43,7 +43,11 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
 
     Raises:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
-        OutputError: it cannot be written to, or has something else called pictures.
+        OutputError: the folder cannot be written to, or holds something else called pictures.
+
+    Example::
+
+        draw_pictures("out")  # {"error": ("pictures/error.png", "pictures/error.svg"), ...}
     """
     folder = Path(folder)
     _, report = read_artifact(folder)
@@ -74,7 +78,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tuple[str, str, Figure]]:
-    """(name, caption, figure) of every picture that there is something to show in."""
+    """(name, caption, figure) of every picture for which the reports hold data."""
     yield "error", ERRORS, _errors(report)
     yield (
         "parameters",

@@ -1,6 +1,6 @@
-"""A converted model opened for reading: its base's config, and its experts' matrices, one at a time.
+"""Read an artifact: the config of its base, and its experts' matrices, one at a time.
 
-It needs config.json and weights only, as `save_pretrained` of a loaded model leaves them.
+config.json and the weights are enough, as `save_pretrained` of a loaded model writes them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config
 
 ROLES = ("gate", "up", "down")
-# The shared parts alone: what low-rank experts are added to.
+# The empty share: selects the shared terms alone, to which low-rank experts are added.
 SHARED: Mapping[int, float] = {}
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One mixture, as the checkpoint spells it.
+    """One mixture of an artifact, by the names that the checkpoint uses.
 
     Attributes:
         key: prefix of its tensors: "transformer.h.0.mlp".
@@ -49,10 +49,11 @@ class Mixture:
 
     @property
     def roles(self) -> tuple[str, ...]:
+        """The projections that the FFN has: ("gate", "up", "down") or ("up", "down")."""
         return tuple(role for role in ROLES if role in self.form)
 
     def bias_kind(self, role: str) -> str | None:
-        """ "shared", "per-expert" or None."""
+        """How biases are kept: "shared", "per-expert", or None for a projection without."""
         return self.form[role]["bias"]
 
     def size(self, role: str) -> tuple[int, int]:
@@ -61,14 +62,18 @@ class Mixture:
         return prod(term["in_dims"]), prod(term["out_dims"])
 
     def roles_by(self, name_of: Callable[[str], str]) -> dict[str, list[str]]:
-        """{a tensor's name: the roles that it holds}: fused ones hold two."""
+        """Tensor name -> the roles whose matrices it holds; a fused tensor holds two.
+
+        Args:
+            name_of: role -> name of the tensor in the target.
+        """
         found: dict[str, list[str]] = {}
         for role in self.roles:
             found.setdefault(name_of(role), []).append(role)
         return found
 
     def dense_name(self, role: str) -> str:
-        """Where a dense checkpoint has the projection: "transformer.h.0.mlp.c_fc"; a fused one's for both."""
+        """The projection's module in a dense checkpoint: "transformer.h.0.mlp.c_fc"; a fused one for both."""
         name = self.spelling.gate if role == "gate" and not self.spelling.fused else None
         name = name or (self.spelling.down if role == "down" else self.spelling.up)
         return f"{self.layer}.{name}"
@@ -76,12 +81,17 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """See the module.
+    """An artifact opened for reading; `open_artifact` makes it. Tensors are read when they are asked for.
 
     Attributes:
-        config: the base's, as config.json was before the conversion.
+        checkpoint: its files and tensor headers.
+        config: config.json of the dense base, as it was before the conversion.
         options: of the routers and the runtime, see `modeling_mpoe.OPTIONS`.
-        token: of the Hub, that it was opened with.
+        num_experts: per mixture.
+        top_k: experts per token.
+        family: the row that describes the base.
+        mixtures: in layer order.
+        token: the Hub token that it was opened with.
     """
 
     checkpoint: Checkpoint
@@ -96,26 +106,28 @@ class Artifact:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the base."""
+        """The classes of the dense base."""
         return Architecture(self.config, self.checkpoint.code)
 
     @property
     def model_type(self) -> str:
-        """Of the base."""
+        """The model type of the dense base."""
         return self.config["model_type"]
 
     def dtype(self, mixture: Mixture, role: str) -> str:
-        """Of a projection's stored cores."""
+        """The dtype of a projection's stored cores, by torch's name."""
         return self.checkpoint.tensors[next(self._core_names(mixture, role))[1]].dtype
 
     def matrix(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor:
-        """The sum over experts of share times matrix, (in, out), in the stored dtype.
+        """The average of the experts' matrices, weighted by their shares: (in, out), in the stored dtype.
 
         Args:
-            shares: by the experts' numbers, one in all; `SHARED`: of what all experts share alone.
+            mixture: one of `mixtures`.
+            role: one of its roles.
+            shares: expert -> its share; the shares sum to one. `SHARED`: the shared terms alone.
 
         Raises:
-            CheckpointError: it holds NaN or Inf.
+            CheckpointError: the result holds NaN or Inf, or a tensor cannot be read.
         """
         with torch.device("meta"):
             chains = [MPOEChain(term, self.num_experts) for term in mixture.form[role]["terms"]]
@@ -136,7 +148,10 @@ class Artifact:
         return cast(name, total, stored)
 
     def bias(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor | None:
-        """The same of the biases, (out,); of `SHARED` expert 0's, if each has one."""
+        """The average of the experts' biases, (out,), as `matrix`; None for a projection without bias.
+
+        For `SHARED`, where every expert has a bias of its own, that of expert 0.
+        """
         kind = mixture.bias_kind(role)
         if kind is None:
             return None
@@ -150,7 +165,7 @@ class Artifact:
         return sum(parts[1:], parts[0]).to(bias.dtype)
 
     def rank(self, mixture: Mixture, role: str) -> int:
-        """Of what a low-rank expert adds to the shared matrix."""
+        """The rank of what a low-rank expert adds to the shared matrix."""
         return mixture.form[role]["terms"][-1]["bonds"][0]
 
     def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
@@ -159,25 +174,30 @@ class Artifact:
         return first[expert], second[expert]
 
     def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
-        """Whether these experts' adapters, if the kind has some, add nothing, as right after conversion."""
+        """Whether the adapters of these experts, if the kind has adapters, output zero, as after conversion.
+
+        Args:
+            mixture: one of `mixtures`.
+            experts: by number; empty: all experts.
+        """
         if "adapter" not in mixture.form:
             return True
-        way_out = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
-        return not any(way_out[expert].any() for expert in experts or range(self.num_experts))
+        up_projection = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
+        return not any(up_projection[expert].any() for expert in experts or range(self.num_experts))
 
     def balance_bias(self, mixture: Mixture) -> Tensor | None:
-        """(E,) what is added to the probabilities to choose experts, if anything is."""
+        """(E,) what the router adds to the probabilities before it chooses experts; None if that is zero."""
         name = f"{mixture.key}.balance_bias"
         bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
         return bias if bias is not None and bias.any() else None
 
     def owner(self, name: str) -> Mixture | None:
-        """The mixture that a tensor of the checkpoint belongs to; None: it is copied as it is."""
+        """The mixture that a tensor of the checkpoint belongs to; None for a tensor copied from the base."""
         return next((m for m in self.mixtures if name.startswith(f"{m.key}.")), None)
 
     @property
     def kept_dense(self) -> tuple[str, ...]:
-        """Layers with an FFN that was not converted, by their paths below the base model."""
+        """Paths below the base model of the layers whose FFN was not converted."""
         found = set()
         for spelling in self.family.spellings:
             for layer, path in zip(spelling.layers, self.family.layers, strict=True):
@@ -187,13 +207,13 @@ class Artifact:
         return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
 
     def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
-        """(number of the term, tensor name) of a projection's cores, from left to right."""
+        """(index of the term, tensor name) of a projection's cores, from left to right."""
         for number, term in enumerate(mixture.form[role]["terms"]):
             for core in name_cores(term):
                 yield number, f"{mixture.key}.{role}.terms.{number}.{core}"
 
     def _read_cores(self, mixture: Mixture, role: str) -> list[list[Tensor]]:
-        """Per term; kept until another projection is asked for: its experts come one after the other."""
+        """The cores of every term. Kept until another projection is read, since experts are read in turn."""
         key = f"{mixture.key}.{role}"
         if key not in self._cores:
             self._cores.clear()
@@ -205,11 +225,16 @@ class Artifact:
 
 
 def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
-    """Open an artifact, a folder or a Hub id; reads headers, and no tensor.
+    """Open an artifact for reading; reads headers, no tensors.
+
+    Args:
+        model: folder or Hub id.
+        revision: of a Hub id.
+        token: Hub token.
 
     Raises:
-        CheckpointError: it is no converted model, of another format, or incomplete.
-        FamilyError: its family is outside the table and it does not say where its FFNs were.
+        CheckpointError: it is no converted model, has another format version, or is incomplete.
+        FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
     checkpoint = open_checkpoint(model, revision=revision, token=token, converted=True)

@@ -41,9 +41,9 @@ _MAX_GRAM = 1024
 _SMALL_LOSS = 1e-3
 _SAFE_NORM = (1e-20, 1e30)
 _PRODUCT_COLUMNS = 16384
-# float64 copies are made of this many numbers at a time: 32 MiB.
+# float64 copies are made of this many entries at a time: 32 MiB.
 _CHUNK = 1 << 22
-# Differences are taken in pieces of this many numbers, which stay in a core's cache.
+# Differences are taken in pieces of this many entries, which fit into a core's cache.
 _CACHED = 1 << 17
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 3
@@ -66,6 +66,7 @@ class MPO:
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
+        """Core k: (bond_left, in_dim, out_dim, bond_right)."""
         return tuple(self.tt.factors)
 
 
@@ -198,7 +199,7 @@ def _fold_in_three(matrix: Tensor, sites: Sites) -> Tensor:
 
 
 def _identity(unfolding: Tensor, block: _Block) -> tuple[list[Tensor], list[float], Tensor]:
-    """A block in the identity gauge: like `_sweep`, with cores that only pass their indices on."""
+    """A block in the identity gauge: like `_sweep`, with cores that are reshaped identities."""
     step = -1 if block.from_right else 1
     cores, width = [], 1
     for in_dim, out_dim, bond in zip(block.in_dims[::step], block.out_dims[::step], block.bonds, strict=True):
@@ -293,7 +294,7 @@ def _block_isometry(cores: list[Tensor], block: _Block) -> Tensor:
 
 
 class _Split:
-    """The SVD that TensorLy calls at every bond; notes what was dropped.
+    """The SVD that TensorLy calls at every bond; records the weight that was dropped.
 
     TensorLy keeps U as the core and goes on with S[:, None] * V. So S = 1 and V = U^T A are
     returned: the product is U^T A to the last bit, where (U^T A) / S would blow up on singular
@@ -384,6 +385,6 @@ def _squared_norm(matrix: Tensor) -> float:
 
 
 def _is_ordinary(matrix: Tensor) -> bool:
-    """Whether the squares of the numbers, and of their rounding errors, are ordinary float32 numbers."""
+    """Whether the squares of the entries, and of their rounding errors, are ordinary float32 values."""
     low, high = matrix.aminmax()
     return matrix.dtype == torch.float32 and 1e-12 < max(-float(low), float(high)) < 1e12
