@@ -10,6 +10,7 @@ from ..source.architecture import Architecture
 from ..source.checkpoint import stays_inside, weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.json_files import read_json_object, write_json
+from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 
 MODELING_FILE = "modeling_mpoe.py"
@@ -104,7 +105,7 @@ def own_files(folder: Path) -> list[str]:
             f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
             "of files inside: convert again"
         )
-    weights, _, index = weight_files(str(folder), folder, None)
+    weights, _, index = weight_files(Folder(str(folder), folder))
     for name in weights:
         read_header(folder / name, name)
     needed = {*weights, *filter(None, [index]), *_code_files(folder), "config.json", REPORT_FILE}

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..errors import CheckpointError, FamilyError
 from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEChain, MPOEFeedForward, name_cores
 from ..source.architecture import Architecture
-from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
+from ..source.custom_code import code_of_artifact
 from ..source.families import FAMILY_OF, Family, Spelling
 from ..source.json_files import read_json_object
 from ..source.locate import family_by_hand
+from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config
 
@@ -237,7 +239,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
-    checkpoint = open_checkpoint(model, revision=revision, token=token, converted=True)
+    checkpoint = _open_checkpoint(model, revision, token)
     block = checkpoint.config["mpoe"]
     if block.get("format") != FORMAT_VERSION:
         raise CheckpointError(
@@ -257,6 +259,24 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         mixtures=_mixtures(checkpoint, block, family),
         token=token,
     )
+
+
+def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Checkpoint:
+    """The checkpoint of an artifact; its custom code is fetched and may run. Raises as `open_artifact`."""
+    with readable(model):
+        repository = find_repository(model, revision, token)
+        config = read_config(repository)
+        if not isinstance(config.get("mpoe"), dict):
+            raise CheckpointError(
+                f"{repository.folder / 'config.json'} describes no converted model (model type "
+                f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
+                "conversion or finetune writes it"
+            )
+        check_config(config, repository)
+        code = code_of_artifact(repository.folder, config["mpoe"])
+        if code is not None:
+            repository.fetch_code()
+        return open_weights(repository, config, code)
 
 
 def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
