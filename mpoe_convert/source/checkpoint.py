@@ -347,7 +347,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
 
 
 def stays_inside(file: str) -> bool:
-    """Whether a name is that of a file inside its folder. Links are not followed: the Hub's cache has them."""
+    """Whether a file's name stays inside the folder. Links are not followed: the Hub's cache uses them."""
     parts = PurePosixPath(file).parts
     plain = bool(parts) and ".." not in parts and "\\" not in file and file.isprintable()
     return plain and not PurePosixPath(file).is_absolute() and not PureWindowsPath(file).drive

@@ -88,7 +88,7 @@ def download(
     return folder, commit
 
 
-def download_companions(model_id: str, token: str | None = None) -> Path:
+def download_except_weights(model_id: str, token: str | None = None) -> Path:
     """Download all files of an artifact except its weights: reports, recipe, card, code, companions.
 
     Returns:

@@ -28,7 +28,7 @@ from ..artifact.layout import (
 from ..artifact.loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
 from ..errors import OutputError, TrainingError
 from ..source import texts
-from ..source.hub import CHAT_TEMPLATES, download_companions
+from ..source.hub import CHAT_TEMPLATES, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
 from .record import forget_evaluations
@@ -281,7 +281,7 @@ def _papers(run: Finetuning, token: str | None) -> Path | None:
     if not source.is_dir():
         if getattr(from_pretrained(AutoConfig, run.model, token=token, **run.trust), "mpoe", None) is None:
             return None
-        source = download_companions(run.model, token)
+        source = download_except_weights(run.model, token)
     return source if is_artifact(source) else None
 
 
