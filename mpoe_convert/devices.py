@@ -1,4 +1,4 @@
-"""The device that a command computes on: one spelling, one meaning of "auto", one set of errors."""
+"""The device that a command computes on; "auto" means the same for all commands."""
 
 from __future__ import annotations
 

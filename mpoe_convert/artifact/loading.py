@@ -1,6 +1,6 @@
-"""Models and tokenizers for training and evaluation, converted or dense, by transformers' Auto classes.
+"""Load models, configs and tokenizers, converted or dense, by transformers' Auto classes.
 
-`trust` is `trust_remote_code` of `from_pretrained`, if it is given.
+`trust` stands for the optional argument `trust_remote_code` of `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -43,18 +43,20 @@ class HoldsMixtures(Protocol):
     def update_router_bias(self) -> None: ...
 
 
-def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **options):
-    """`auto.from_pretrained` with its many errors told in one line.
+def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`auto.from_pretrained(name, **options)`, with any failure as a TrainingError of one line.
 
     Args:
-        trust_remote_code: run the code that lies beside the weights; where that is `modeling_mpoe.py` of this
-            release and nothing else, it is run anyway.
+        auto: an Auto class, or the class of a model.
+        name: folder or Hub id.
+        trust_remote_code: run the code beside the weights. `modeling_mpoe.py` of this release is run even
+            without it, if there is no other code.
 
     Raises:
-        TrainingError: `name` is no folder, does not load, or has custom code that is not trusted.
+        TrainingError: `name` is a missing folder, does not load, or has custom code that is not trusted.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
+        raise TrainingError(f"{name} is not a folder; expected the folder of a model, or a Hub id")
     trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
@@ -68,8 +70,8 @@ def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **optio
 
 
 def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
-    """Whether all code that a folder or Hub id would run is this release's `modeling_mpoe.py`. Runs none."""
-    from transformers.utils import cached_file
+    """Whether this release's `modeling_mpoe.py` is all the code that loading would run. Runs no code."""
+    from transformers.utils.hub import cached_file
 
     def read(file: str) -> bytes:
         path = cached_file(
@@ -83,19 +85,26 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
         if {*references(maps)} != {("", Path(MODELING_FILE).stem)} or read("custom_generate/generate.py"):
             return False
         return read(MODELING_FILE) == MODELING_PATH.read_bytes()
-    except (OSError, ValueError, AttributeError):  # loading says what is the matter
+    except (OSError, ValueError, AttributeError):  # loading will report the error
         return False
 
 
-def load_artifact(source: Artifact, **options) -> PreTrainedModel:
-    """The whole model of an opened artifact, by the code that came with it, for inference."""
+def load_artifact(source: Artifact, **options: Any) -> PreTrainedModel:
+    """Load the whole model of an opened artifact in evaluation mode, with the code that the artifact holds.
+
+    Args:
+        options: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     import transformers
 
     auto = getattr(transformers, main_auto_class(source.config, source.model_type))
     # The folder of a Hub id in the cache has the weights and no code.
     name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
     revision = source.checkpoint.revision or "main"
-    trust = {"trust_remote_code": True}  # an artifact is opened as one, with its code
+    trust = {"trust_remote_code": True}  # opening it as an artifact means to trust its code
     return from_pretrained(auto, name, revision=revision, token=source.token, **trust, **options).eval()
 
 

@@ -1,4 +1,4 @@
-"""Compare an artifact with its dense model, both loaded as a Hub user would, without this package."""
+"""Compare an artifact with its dense model. Both are loaded in a fresh process without this package."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ from .layout import base_config, read_artifact
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
 # a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
 ROUNDING = 1e-4
-# What rounding of the stored cores and the clones' noise do to a weight shows in the logits, somewhat
-# amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
+# Rounding of the stored cores and the clones' noise change the weights; the layers above amplify that in the
+# logits. Five times the weights' error is allowed, but never more than a tenth.
 AMPLIFICATION = 5.0
 MAX_TOLERANCE = 0.1
-MAX_COMPRESSED_TOLERANCE = 0.5  # what was cut under a budget is meant to differ
+MAX_COMPRESSED_TOLERANCE = 0.5  # a compressed model is meant to differ
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and how it came out.
+    """The result of `verify`.
 
     Attributes:
+        artifact: its folder.
+        against: the dense model, as it was loaded.
+        auto_class: the Auto class that loaded both.
+        model_class: the artifact's class.
+        inputs: what both were run on, in words.
         relative_difference: Frobenius norm of (converted - dense output) over that of the dense one; the
             largest of all floating-point outputs, so that none hides another.
         max_difference: largest absolute difference of two outputs.
-        tolerance: what relative_difference was allowed to be.
+        tolerance: largest relative_difference that was allowed.
         top1_agreement: share of positions with the same largest logit; None for a model without logits.
         greedy_agreement: share of greedily generated tokens that are equal; None without generation.
     """
@@ -50,6 +55,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the difference is within the tolerance."""
         return self.relative_difference <= self.tolerance
 
 
@@ -72,8 +78,15 @@ def verify(
             given. The artifact's code is always run.
 
     Raises:
-        VerifyError: one of the two cannot be loaded or run, or weights are missing.
+        VerifyError: one of the two cannot be loaded or run, or weights are missing. A difference above the
+            tolerance raises nothing: see `Verification.ok`.
         CheckpointError: the folder is no artifact.
+
+    Example::
+
+        found = verify("out")
+        print(found.relative_difference, found.ok)
+        verify("out", against="path/to/dense", tolerance=1e-3)
     """
     folder = Path(artifact)
     config, report = read_artifact(folder)
@@ -81,7 +94,7 @@ def verify(
     revision = None if is_named else report["revision"]
     was_local = not is_named and revision is None
     against = against or report["base_model"]
-    # What was downloaded is compared with the download, even if a folder of that name lies here.
+    # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
     is_local = revision is None and Path(against).is_dir()
     if not is_local and (was_local or _is_path(against)):
         raise VerifyError(
@@ -116,12 +129,13 @@ def verify(
 
 @dataclass(frozen=True)
 class Comparison:
-    """An export beside the artifact that it was made from, both computing in float32 on random inputs.
+    """The difference between an export and its artifact, both computing in float32 on random inputs.
 
     Attributes:
         relative_difference / max_difference / top1_agreement / greedy_agreement: as of `Verification`; of
             several experts, the worst.
-        tolerance: what relative_difference was allowed to be; None: they are not meant to be the same.
+        inputs: what both were run on, in words.
+        tolerance: largest relative_difference that was allowed; None: the export is meant to differ.
     """
 
     relative_difference: float
@@ -132,6 +146,7 @@ class Comparison:
     tolerance: float | None
 
     def in_words(self) -> str:
+        """The difference as a sentence for the export's card."""
         text = f"Relative difference of its outputs from the original's on {self.inputs}, in float32: "
         return f"{text}{self.relative_difference:.1e}."
 
@@ -140,18 +155,18 @@ def compare_export(request: dict, tolerance: float | None) -> Comparison:
     """Compare an export with its artifact in a fresh process.
 
     Args:
-        request: as verify_child.py reads it.
-        tolerance: allowed relative difference; None: any.
+        request: as `verify_child.main` reads it, without `is_export`.
+        tolerance: largest relative difference that is allowed; None: any.
 
     Raises:
-        VerifyError: one of the two cannot be loaded or run, or they differ by more.
+        VerifyError: one of the two cannot be loaded or run, or they differ by more than the tolerance.
     """
     result = _run_child(request | {"is_export": True})
     result.pop("model_class")
     found = Comparison(**result, tolerance=tolerance)
     if tolerance is not None and not found.relative_difference <= tolerance:
         raise VerifyError(
-            "what was written does not compute what the artifact does: the outputs differ by a relative "
+            "the export does not compute what the artifact does: the outputs differ by a relative "
             f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
             "keeps it all the same)"
         )
@@ -159,7 +174,7 @@ def compare_export(request: dict, tolerance: float | None) -> Comparison:
 
 
 def _is_path(model: str) -> bool:
-    """Whether the text can only mean a folder, not a Hub id."""
+    """Whether the text can be a path only, not a Hub id."""
     return model.startswith((".", "~", "/")) or model.count("/") > 1
 
 

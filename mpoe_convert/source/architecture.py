@@ -38,7 +38,11 @@ def _preference(auto: str) -> tuple[int, str]:
 
 def knows(model_type: str) -> bool:
     """Whether the installed transformers has this model type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    # Those of transformers alone: custom code may register more in CONFIG_MAPPING. The module declares no
+    # exports, so pyright takes the name for a private one.
+    from transformers.models.auto.configuration_auto import (
+        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     return model_type in CONFIG_MAPPING_NAMES
 
@@ -137,7 +141,11 @@ class Architecture:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The model without its head, on the meta device. Raises FamilyError, as `build`."""
-        return self.build().base_model
+        from transformers import PreTrainedModel
+
+        base = self.build().base_model
+        assert isinstance(base, PreTrainedModel)
+        return base
 
     def make_config(self) -> PretrainedConfig:
         """A new config object with the values of config.json. Raises FamilyError as `config_class`."""
@@ -160,8 +168,9 @@ class Architecture:
         config_class = self.config_class
         try:
             with torch.device("meta"):
-                if self.is_custom:  # custom files are loaded one by one, so `config_class` is another object
-                    return cls(cls.config_class.from_dict(dict(self.config)))
+                if cls is not None and self.is_custom:  # its own config class may be another object than ours
+                    own_config: type[PretrainedConfig] = cls.config_class or config_class
+                    return cls(own_config.from_dict(dict(self.config)))
                 config = config_class.from_dict(self.config)
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything

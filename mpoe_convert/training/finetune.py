@@ -36,7 +36,7 @@ from ..artifact.loading import (
 )
 from ..errors import OutputError, TrainingError
 from ..source import texts
-from ..source.hub import CHAT_TEMPLATES, download_companions
+from ..source.hub import CHAT_TEMPLATES, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
 from .record import forget_evaluations
@@ -336,7 +336,7 @@ def _companions(run: Finetuning, config: PretrainedConfig, token: str | None) ->
     if not source.is_dir():
         if getattr(config, "mpoe", None) is None:
             return None
-        source = download_companions(run.model, token)
+        source = download_except_weights(run.model, token)
     return source if is_artifact(source) else None
 
 

@@ -503,7 +503,7 @@ def test_the_first_layer_stands_for_all(tmp_path):
         ("import torch.nn", "import itertools\n\nimport torch.nn"),
     ]
     folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path, edits)
-    with pytest.raises(FamilyError, match=r"layers\.1 is built otherwise than that of layers\.0"):
+    with pytest.raises(FamilyError, match=r"layers\.1 is built differently from that of layers\.0"):
         plan(Recipe(folder, trust_remote_code=True, layers="1"))
 
 
