@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import VerifyError
@@ -57,6 +57,36 @@ class Verification:
     def ok(self) -> bool:
         """Whether the difference is within the tolerance."""
         return self.relative_difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class ChildRequest:
+    """What verify_child.py compares: two models, by the folders (absolute) or Hub ids that it loads.
+
+    Attributes:
+        against / revision: the reference: a dense model, or the artifact that was exported.
+        artifact / artifact_revision: the model to compare with it: an artifact, or an export.
+        auto_class: the Auto class that loads both.
+        trust_remote_code: whether the code of the reference is run, and that of the other.
+        token: of the Hub.
+        experts: the reference is run once per expert, with all tokens sent to it; None: once, as it routes.
+        adapters: folders of PEFT adapters, with each of which the other is run once; None: once, without.
+        is_export: the reference is an artifact; for messages.
+    """
+
+    against: str
+    revision: str | None
+    artifact: str
+    auto_class: str
+    trust_remote_code: tuple[bool, bool]
+    token: str | None = field(repr=False)
+    artifact_revision: str | None = None
+    experts: tuple[int, ...] | None = None
+    adapters: tuple[str, ...] | None = None
+    is_export: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def verify(
@@ -109,14 +139,14 @@ def verify(
             "(trust_remote_code=True) to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
-    request = {
-        "artifact": str(folder.resolve()),
-        "against": str(Path(against).resolve()) if is_local else against,
-        "revision": revision,
-        "auto_class": auto_class,
-        "trust_remote_code": [trust_remote_code and (has_own_code or is_named), True],
-        "token": token,
-    }
+    request = ChildRequest(
+        against=str(Path(against).resolve()) if is_local else against,
+        revision=revision,
+        artifact=str(folder.resolve()),
+        auto_class=auto_class,
+        trust_remote_code=(trust_remote_code and (has_own_code or is_named), True),
+        token=token,
+    )
     result = _run_child(request)
     return Verification(
         artifact=str(folder),
@@ -151,17 +181,17 @@ class Comparison:
         return f"{text}{self.relative_difference:.1e}."
 
 
-def compare_export(request: dict, tolerance: float | None) -> Comparison:
+def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison:
     """Compare an export with its artifact in a fresh process.
 
     Args:
-        request: as `verify_child.main` reads it, without `is_export`.
+        request: names both, with the artifact as the reference.
         tolerance: largest relative difference that is allowed; None: any.
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or they differ by more than the tolerance.
     """
-    result = _run_child(request | {"is_export": True})
+    result = _run_child(request)
     result.pop("model_class")
     found = Comparison(**result, tolerance=tolerance)
     if tolerance is not None and not found.relative_difference <= tolerance:
@@ -190,18 +220,18 @@ def _tolerance(report: dict) -> float:
     return min(ROUNDING + AMPLIFICATION * explained, largest)
 
 
-def _run_child(request: dict) -> dict:
+def _run_child(request: ChildRequest) -> dict:
     """Run verify_child.py by its path, with a fresh module cache; its last line of output is the result."""
     child = Path(__file__).with_name("verify_child.py")
     with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
         environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
             [sys.executable, "-P", str(child)],
-            input=json.dumps(request),
+            input=request.to_json(),
             capture_output=True,
             text=True,
             env=environment,
-            cwd=cache if _is_shadowed(request["against"]) else None,
+            cwd=cache if _is_shadowed(request.against) else None,
             check=False,
         )
     lines = done.stdout.strip().splitlines()

@@ -30,9 +30,7 @@ class _Absent:
 def main() -> dict:
     """Carry out the request that stdin holds.
 
-    Its keys: `against` and `artifact` (folder or Hub id), `revision` and `artifact_revision`, `auto_class`,
-    `token`, `trust_remote_code` (of each of the two, in that order), `is_export` (then `against` is the
-    artifact and `artifact` the export), `experts` (compare each of these alone), `adapters` (their folders).
+    It is a `verify.ChildRequest` as JSON.
 
     Returns:
         The fields of `verify.Verification` that are measured here, or {"error": message}.
@@ -47,7 +45,7 @@ def main() -> dict:
     auto = getattr(transformers, request["auto_class"])
     options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
     # Of an export, the artifact is what it is compared with.
-    is_export = request.get("is_export", False)
+    is_export = request["is_export"]
     trusted = request["trust_remote_code"]  # of either
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
@@ -56,12 +54,12 @@ def main() -> dict:
             request["against"], revision=revision, trust_remote_code=trusted[0], **options
         )
         inputs, text = make_inputs(model)
-        expected = [run(each.eval(), inputs) for each in by_expert(model, request.get("experts"))]
+        expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]
     except Exception as error:
         return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
     del model
     try:
-        revision = request.get("artifact_revision") or "main"
+        revision = request["artifact_revision"] or "main"
         model, info = auto.from_pretrained(
             request["artifact"], revision=revision, trust_remote_code=trusted[1], **options
         )
@@ -69,7 +67,7 @@ def main() -> dict:
             missing = sorted(info["missing_keys"])[:3] or sorted(info["mismatched_keys"])[:3]
             return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing}"}
         name = type(model).__name__
-        found = [run(each.eval(), inputs) for each in by_adapter(model, request.get("adapters"))]
+        found = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
         pairs = zip(found, expected, strict=True)
         differences = worst([compare(ours[0], theirs[0], ours[1], theirs[1]) for ours, theirs in pairs])
     except Exception as error:

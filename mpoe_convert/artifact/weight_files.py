@@ -20,9 +20,14 @@ INDEX_FILE = "model.safetensors.index.json"
 class TensorSpec(Protocol):
     """Name, shape and dtype (torch's name) of a tensor that is not made yet."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
 
 
 def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from ..artifact.companions import copy_companions
 from ..artifact.folder import check_fit, check_output, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
-from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
+from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..planning.recipe import parse_size
 from ..source.architecture import main_auto_class
@@ -168,21 +168,19 @@ def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
     if checked.same:  # in half precision products of cores are rounded once more; that may move a choice
         tolerance = MAX_TOLERANCE if rounded else ROUNDING
     model = checked.base or str(folder / checked.model)
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return compare_export(
-        {
-            "against": str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
-            "revision": checkpoint.revision,
-            "experts": checked.experts,
-            "artifact": model,
-            "artifact_revision": checked.base_revision,
-            "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
-            "trust_remote_code": [True, source.architecture.is_custom],
-            "auto_class": main_auto_class(source.config, source.model_type),
-            "token": source.token,
-        },
-        tolerance,
+    request = ChildRequest(
+        against=str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
+        revision=checkpoint.revision,
+        artifact=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        artifact_revision=checked.base_revision,
+        auto_class=main_auto_class(source.config, source.model_type),
+        trust_remote_code=(True, source.architecture.is_custom),
+        token=source.token,
+        experts=checked.experts,
+        adapters=checked.adapters and tuple(str((folder / name).resolve()) for name in checked.adapters),
+        is_export=True,
     )
+    return compare_export(request, tolerance)
 
 
 def _finish(folder: Path, report: Exported, plan: ExportPlan, front: dict) -> Exported:
