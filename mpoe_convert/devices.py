@@ -1,11 +1,11 @@
-"""The device that a command computes on: one spelling, one meaning of "auto", one set of errors."""
+"""The device that a command computes on; "auto" means the same for all commands."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-from .errors import RecipeError
+from .errors import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +25,12 @@ def pick_device(name: str) -> torch.device:
     MPS has to be named: it lacks the float64 of the decomposition and of calibration.
 
     Raises:
-        RecipeError: there is no device of that name, or this machine does not have it.
+        RequestError: there is no device of that name, or this machine does not have it.
     """
     import torch
 
     if not is_device(name):
-        raise RecipeError(f"device is {name!r}; expected {DEVICES}")
+        raise RequestError(f"device is {name!r}; expected {DEVICES}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -40,5 +40,5 @@ def pick_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available[device.type]:
-        raise RecipeError(f"device {name} is not available here; --device auto picks one that is")
+        raise RequestError(f"device {name} is not available here; --device auto picks one that is")
     return device

@@ -1,14 +1,26 @@
-"""The errors a user can cause. Every message says what was found, what was expected and what to do next."""
+"""The errors a user can cause. Every message says what was found, what was expected and what to do next.
+
+The classes name the cause. Bad requests (`RequestError`) end the command line with exit code 2, all others
+with 1.
+"""
 
 from __future__ import annotations
 
 
 class MpoeError(Exception):
-    """Anything that is wrong with the input, the request or the machine, told in one line."""
+    """The input, the request or the machine is wrong; the message is one line."""
 
 
-class RecipeError(MpoeError):
-    """The request contradicts itself or names something that does not exist."""
+class RequestError(MpoeError):
+    """An argument contradicts another one or names something that does not exist."""
+
+
+class RecipeError(RequestError):
+    """The recipe of a conversion contradicts itself or does not fit the model."""
+
+
+class RunError(RequestError):
+    """The request for a training run contradicts itself or names something that does not exist."""
 
 
 class SitesError(MpoeError):
@@ -35,6 +47,10 @@ class MachineError(MpoeError):
     """This machine has too little memory."""
 
 
+class LibraryError(MpoeError):
+    """An optional library is not installed."""
+
+
 class VerifyError(MpoeError):
     """An artifact could not be loaded or compared."""
 
@@ -47,14 +63,18 @@ class TrainingError(MpoeError):
     """A model, its teacher or its options do not fit a training run."""
 
 
-class RunError(MpoeError):
-    """The request for training or scoring contradicts itself or names something that does not exist."""
-
-
 class DataError(MpoeError):
     """Training or evaluation data are missing, unreadable, or not what the task needs."""
 
 
 def one_line(exc: BaseException | str, limit: int = 200) -> str:
+    """The message of an error as one line of at most `limit` characters.
+
+    Line breaks and repeated blanks become one blank; an error without a message gives its class name; a
+    longer text ends in "...".
+
+    >>> one_line("first line\\nsecond  line")
+    'first line second line'
+    """
     text = " ".join(str(exc).split()) or type(exc).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

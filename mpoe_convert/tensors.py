@@ -1,4 +1,4 @@
-"""What every room asks of tensors: that they are finite and fit a dtype."""
+"""Checks of tensors: they are finite and fit a dtype."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from .errors import CheckpointError
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A finite tensor in another dtype. Raises CheckpointError if a number is too large for it."""
+    """A finite tensor in another dtype.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape.
+        dtype: a floating-point one.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
     if dtype != tensor.dtype and tensor.numel():
         largest = max(abs(float(bound)) for bound in tensor.aminmax())
         if largest > torch.finfo(dtype).max:
             short = str(dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{name} holds numbers up to {largest:.3g}, too large for {short}; use another --dtype"
+                f"{name} holds values up to {largest:.3g}, too large for {short}; use another --dtype"
             )
     return tensor.to(dtype)
 
 
 def check_finite(tensor: Tensor, name: str = "the matrix") -> None:
     """Raises CheckpointError if the tensor holds NaN or Inf."""
-    # Both show in the extremes, which take one pass and no temporary.
+    # NaN and Inf both show in the extremes, which take one pass and no temporary.
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise CheckpointError(

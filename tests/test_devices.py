@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from mpoe_convert import Recipe, convert, evaluate
 from mpoe_convert.cli import main
 from mpoe_convert.devices import pick_device
-from mpoe_convert.errors import RecipeError
+from mpoe_convert.errors import RequestError
 
 MISSING = f"cuda:{torch.cuda.device_count()}"
 TOLD = {
@@ -18,7 +18,7 @@ TOLD = {
 
 @pytest.mark.parametrize("name", TOLD)
 def test_what_is_no_device_here(name):
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RequestError) as told:
         pick_device(name)
     assert str(told.value) == TOLD[name]
 
@@ -42,7 +42,7 @@ def test_every_command_tells_it_in_one_line(name, tmp_path, tiny_gpt2):
 
 
 def test_from_python_too(tmp_path, tiny_gpt2):
-    with pytest.raises(RecipeError, match="banana"):
+    with pytest.raises(RequestError, match="banana"):
         evaluate(str(tiny_gpt2), "text.txt", device="banana")
-    with pytest.raises(RecipeError, match="not available here"):
+    with pytest.raises(RequestError, match="not available here"):
         convert(Recipe(str(tiny_gpt2), device=MISSING), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The model card as a file: front matter, sections, and how it is adapted to a repository."""
+"""The model card as a file: its front matter, its sections, and its form for a repository."""
 
 from __future__ import annotations
 
@@ -35,19 +35,25 @@ def source_license(folder: Path) -> str | None:
 
 
 def for_repository(text: str, repo_id: str) -> str:
-    """The card for the Hub: its snippets load that repository, its results have that repository's name."""
+    """The card for the Hub: its snippets load `repo_id`, and its results carry the repository's name."""
     from huggingface_hub import ModelCard
 
     text = snippets.with_model_id(text, repo_id)
     if "\nmodel-index:" not in text:
         return text
     card = ModelCard(text)
-    card.data.model_name = repo_id.partition("/")[2]
+    setattr(card.data, "model_name", repo_id.partition("/")[2])  # noqa: B010  (its base class has no such field)
     return str(card)
 
 
 def set_section(path: Path, title: str, text: str) -> None:
-    """Put a section into a card, before the limits. A section with that title is replaced."""
+    """Write a section of a card, before its limits; an old section of that title is replaced.
+
+    Args:
+        path: the card; made if it does not exist.
+        title: of the section.
+        text: Markdown below the title.
+    """
     remove_section(path, title)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     place = next((i for i, line in enumerate(lines) if line in ("## Limits", "## Citation")), len(lines))

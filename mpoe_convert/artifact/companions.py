@@ -1,4 +1,4 @@
-"""Files that travel with the weights: tokenizer, licence, chat templates, custom code."""
+"""Companions: the files that travel with the weights (tokenizer, licence, chat templates, custom code)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from ..source.json_files import read_json_object, write_json
 
 
 def copy_companions(folder: Path, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Tokenizer, licence and what else lies beside the weights, as it is; with code that may run, or none."""
+    """Copy tokenizer, licence and the other companions unchanged, and the custom code if it may run.
+
+    Args:
+        folder: the artifact that is being written.
+        checkpoint: the source.
+        architecture: of the source; its `code` is None where custom code must not run.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        FamilyError: a file of the custom code has the name of one that this tool writes.
+    """
     for path in checkpoint.companion_files():
         copy = folder / path.relative_to(checkpoint.folder)
         copy.parent.mkdir(exist_ok=True)
@@ -24,7 +34,7 @@ def copy_companions(folder: Path, checkpoint: Checkpoint, architecture: Architec
 
 
 def _keep_auto_map(path: Path, keeps: bool) -> None:
-    """Name the source's own code where it was copied to, or forget it: an entry without its file fails."""
+    """Let the auto_map name the copied files, or remove it: an entry whose file is missing fails to load."""
     config = read_json_object(path)
     if "auto_map" not in config:
         return

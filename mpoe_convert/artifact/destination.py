@@ -1,4 +1,4 @@
-"""Where a push goes: who may write there, and what is there already."""
+"""The repository that a push goes to: whether the token may write there, and what it holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import CheckpointError, HubError, RecipeError, one_line
+from ..errors import CheckpointError, HubError, RequestError, one_line
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
 from ..source.json_files import read_json_object
@@ -27,7 +27,7 @@ WEIGHTS = SINGLE[".safetensors"]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a push goes and what it may do there.
+    """The repository that a push goes to, and what the push may do there.
 
     Attributes:
         repo_id: "owner/name".
@@ -37,7 +37,7 @@ class Destination:
         overwrite: commit also over a repository that holds something else.
 
     Raises:
-        RecipeError: that can be no repository's name, or a pull request is to go to a branch.
+        RequestError: `repo_id` is not a valid repository name, or a pull request is asked for with a branch.
     """
 
     repo_id: str
@@ -46,25 +46,25 @@ class Destination:
     branch: str | None = None
     overwrite: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise RecipeError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
+            raise RequestError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
         if "/" not in self.repo_id:
-            raise RecipeError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
+            raise RequestError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
         if self.create_pr and self.branch:
-            raise RecipeError(
+            raise RequestError(
                 "a pull request is opened against the main branch: leave out --branch or --create-pr"
             )
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is at the destination, or, where its branch is to be made, on the main one."""
+    """What the destination holds; where its branch does not exist yet, what the main branch holds."""
 
     is_new: bool
     lacks_branch: bool
@@ -74,10 +74,10 @@ class Found:
 
 
 def check_destination(to: Destination, token: str | None = None) -> None:
-    """Refuse, before any work, a destination that a push would refuse. Nothing is made there.
+    """Check before any work that a push could go to this destination. Changes nothing there.
 
     Raises:
-        HubError: nobody is logged in, the token may not write there, or something else is there.
+        HubError: nobody is logged in, the token may not write there, or the repository holds something else.
     """
     survey(to, make_api(token))
 
@@ -90,7 +90,7 @@ def make_api(token: str | None) -> HfApi:
 
 
 def survey(to: Destination, api: HfApi) -> Found:
-    """Look at the destination and at who is logged in. Raises HubError if a push would be refused."""
+    """Ask the Hub who is logged in and what the destination holds. Raises HubError if a push would fail."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     with explained(to.repo_id):
@@ -101,14 +101,14 @@ def survey(to: Destination, api: HfApi) -> Found:
         except RepositoryNotFoundError:
             _check_new(user, to)
             return Found(is_new=True, lacks_branch=to.branch is not None)
-        if not to.create_pr:  # whoever reads may propose
+        if not to.create_pr:  # a pull request needs read access only
             api.auth_check(to.repo_id, write=True)
         _check_visibility(info, to)
         lacks_branch = False
         try:
             info = api.model_info(to.repo_id, revision=to.branch) if to.branch else info
         except RevisionNotFoundError:
-            if to.branch.startswith("refs/"):
+            if to.branch and to.branch.startswith("refs/"):
                 raise
             lacks_branch = True
     files = frozenset(file.rfilename for file in info.siblings or ())
@@ -126,9 +126,9 @@ def survey(to: Destination, api: HfApi) -> Found:
 
 def _check_role(user: dict, to: Destination) -> None:
     token = (user.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":  # finer ones are judged by the Hub
+    if token.get("role") == "read":  # the Hub itself checks fine-grained tokens
         raise HubError(
-            f"the token of {user['name']} may only read, and '{to.repo_id}' is to be written: make one with "
+            f"the token of {user['name']} may only read, and a push writes to '{to.repo_id}': make one with "
             "write permission and use it by `hf auth login` or --token"
         )
 
@@ -156,7 +156,7 @@ def _check_new(user: dict, to: Destination) -> None:
 
 
 def check_nothing_hides(repo_id: str, files: Collection[str], found: Found) -> None:
-    """Refuse a repository where transformers would load something else than what is pushed."""
+    """Raise HubError for a repository where transformers would load something other than what is pushed."""
     hiding = {"adapter_config.json", *([] if WEIGHTS in files else [WEIGHTS])}
     if not found.is_artifact and (there := sorted(hiding & found.files)):
         raise HubError(
@@ -166,7 +166,11 @@ def check_nothing_hides(repo_id: str, files: Collection[str], found: Found) -> N
 
 
 def left_by_an_artifact(repo_id: str, found: Found, api: HfApi) -> frozenset[str]:
-    """The files there that belong to an artifact: those of its report, and its weights. Raises HubError."""
+    """The files of an artifact that the destination holds: those its report lists, and its weights.
+
+    Raises:
+        HubError: a file that says so cannot be read.
+    """
     if not found.is_artifact:
         return frozenset()
     names = {WEIGHTS, INDEX_FILE}
@@ -178,13 +182,13 @@ def left_by_an_artifact(repo_id: str, found: Found, api: HfApi) -> frozenset[str
 
 
 def _fetch(repo_id: str, name: str, found: Found, api: HfApi) -> Path:
-    """A small file that is there, into the usual cache. Raises HubError."""
+    """Download a small file of the destination into the usual cache. Raises HubError."""
     with explained(repo_id):
         return Path(api.hf_hub_download(repo_id, name, revision=found.commit))
 
 
 def _object(path: Path) -> dict:
-    """The JSON object that a file holds; nothing if it holds none."""
+    """The JSON object that a file holds; {} if it holds none."""
     try:
         return read_json_object(path)
     except CheckpointError:
@@ -193,7 +197,7 @@ def _object(path: Path) -> dict:
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Turns what `huggingface_hub` raises into a HubError of one line."""
+    """Turn whatever `huggingface_hub` raises inside the block into a HubError of one line."""
     try:
         yield
     except HubError:

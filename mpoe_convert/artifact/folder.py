@@ -1,4 +1,4 @@
-"""How an artifact's folder appears: whole or not at all, and never over something else."""
+"""Write an artifact's folder as a transaction: whole or not at all, and never over other files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from .layout import EXPORT_REPORT_FILE, is_artifact, read_artifact
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not or must not be written.
+    """Check before any work that the output can be written.
+
+    Args:
+        output: folder to write.
+        overwrite: an artifact or export of this tool there may be replaced.
 
     Raises:
-        OutputError: it would replace something that is not ours, or its parent is not writable.
+        OutputError: it would replace files that this tool did not write, or its parent is not writable.
     """
     try:
         target = output.resolve()
@@ -37,10 +41,15 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def check_fit(output: Path, source: Path | None, num_bytes: int) -> None:
-    """Refuse an output that touches the source folder, or a disk that is too full.
+    """Check that output and source folder do not overlap, and that the disk has room.
+
+    Args:
+        output: folder to write.
+        source: folder of the source; None if it is in the Hub's cache.
+        num_bytes: that the artifact needs.
 
     Raises:
-        OutputError: with both sizes, or both folders.
+        OutputError: they overlap, or the disk is too full; names both folders, or both sizes.
     """
     target = output.resolve()
     if source is not None:
@@ -90,7 +99,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `output` when the block ends well, and is removed if not.
+    """A temporary folder that becomes `output` if the block succeeds, and is removed if it raises.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -106,9 +115,9 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the output that is removed when the block ends.
+    """A temporary folder beside the output, removed when the block ends.
 
-    It is always called the same: transformers keeps a copy of an artifact's code by the name of its folder.
+    Its name is always the same, because transformers caches an artifact's code by the name of its folder.
 
     Raises:
         OutputError: as `staged`.
@@ -126,13 +135,13 @@ def scratch(output: Path) -> Iterator[Path]:
     finally:
         if outer is not None:
             shutil.rmtree(outer, ignore_errors=True)
-        for parent in made:  # those that hold the artifact now are not empty and stay
+        for parent in made:  # rmdir fails, as wanted, on those that now hold the artifact
             with suppress(OSError):
                 parent.rmdir()
 
 
 def _sibling(output: Path, suffix: str) -> Path:
-    """A new hidden folder beside the output; a long name is cut, since ours is longer."""
+    """A new hidden folder beside the output; a long name is truncated, since the new one is longer."""
     return Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=suffix, dir=output.parent))
 
 
@@ -143,7 +152,7 @@ def _umask() -> int:
 
 
 def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
-    """Replace `output` by `folder`; an old artifact is put aside first and comes back on failure."""
+    """Replace `output` by `folder`; an old artifact is moved aside first and restored on failure."""
     if not output.exists():
         os.replace(folder, output)
         return

@@ -1,4 +1,4 @@
-"""What an artifact is made of, read from its config and headers."""
+"""What an artifact consists of, read from its config, its report and its tensor headers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from .layout import MODELING_FILE, file_names, read_artifact
 
 @dataclass(frozen=True)
 class Summary:
-    """An artifact at a glance.
+    """What an artifact consists of.
 
-    `parts` maps a kind of tensor to (tensors, parameters, bytes), `files` a path inside to its bytes.
+    Attributes:
+        folder: where it is.
+        config: its config.json.
+        report: its conversion report.
+        parts: a kind of tensor, such as "routers" -> (number of tensors, parameters, bytes).
+        files: a path inside the folder -> bytes.
     """
 
     folder: str
@@ -32,8 +37,9 @@ class Summary:
         return tuple(auto for auto in ours if auto != "AutoConfig")
 
     def to_json(self) -> dict[str, Any]:
+        """The summary as `inspect --json` prints it."""
         names = ("tensors", "parameters", "bytes")
-        parts = {part: dict(zip(names, numbers, strict=True)) for part, numbers in self.parts.items()}
+        parts = {part: dict(zip(names, counts, strict=True)) for part, counts in self.parts.items()}
         block = {k: v for k, v in self.config["mpoe"].items() if k != "family"}
         return {
             "folder": self.folder,

@@ -1,4 +1,4 @@
-"""The files of an artifact: their names, which of them are its own, and its report."""
+"""The files of an artifact: their names, which of them belong to it (its own files), and its report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..source.architecture import Architecture
 from ..source.checkpoint import stays_inside, weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.json_files import read_json_object, write_json
+from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 
 MODELING_FILE = "modeling_mpoe.py"
@@ -26,7 +27,7 @@ _REPORT_KEYS = {
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether the folder was written by this tool: it says so in its config and holds the report."""
+    """Whether this tool wrote the folder: its config has an mpoe block, and it holds a conversion report."""
     try:
         config = read_json_object(folder / "config.json")
     except (OSError, CheckpointError):
@@ -57,14 +58,22 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The files in a folder and its subfolders, by their paths inside it, with "/" on every system."""
+    """Paths of all files in a folder and its subfolders, relative to it, with "/" on every system."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def register_files(folder: Path, names: Iterable[str]) -> None:
-    """Count files that were added to an artifact among its own, so that it can be replaced as a whole.
+    """Add files to those that the conversion report lists, so that the artifact can be replaced as a whole.
 
-    Files that are gone do not count any more.
+    Files that no longer exist are taken off the list.
+
+    Args:
+        folder: an artifact.
+        names: of files inside it.
+
+    Raises:
+        CheckpointError: the folder is no artifact, or its report is damaged.
+        OSError: the report cannot be written.
     """
     report = read_artifact(folder)[1]
     names = {*report.get("files", ()), *names}
@@ -73,20 +82,21 @@ def register_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def listed_files(report: dict) -> list[str]:
-    """The files that a conversion report lists, without what is no file inside the artifact."""
+    """The files that a conversion report lists, without entries that name no file inside the folder."""
     names = report.get("files")
     names = names if isinstance(names, list) else []
     return [name for name in names if isinstance(name, str) and stays_inside(name)]
 
 
 def own_files(folder: Path) -> list[str]:
-    """The files that make up an artifact: those that its report lists, and the weights that load.
+    """The artifact's own files: those that its report lists, and the weights that transformers would load.
 
-    A training loop may have written the weights anew, in other files. Whatever else lies in the folder, such
-    as checkpoints and notes, is not the artifact's.
+    A training loop may have rewritten the weights in other files. Other files in the folder, such as training
+    checkpoints and notes, do not belong to the artifact.
 
     Raises:
-        CheckpointError: it is no artifact, lists what lies outside, or lacks what it needs to load.
+        CheckpointError: the folder is no artifact, its report lists files outside of it, or a file is missing
+            without which it does not load.
     """
     report = read_artifact(folder)[1]
     listed = listed_files(report)
@@ -95,7 +105,7 @@ def own_files(folder: Path) -> list[str]:
             f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
             "of files inside: convert again"
         )
-    weights, _, index = weight_files(str(folder), folder, None)
+    weights, _, index = weight_files(Folder(str(folder), folder))
     for name in weights:
         read_header(folder / name, name)
     needed = {*weights, *filter(None, [index]), *_code_files(folder), "config.json", REPORT_FILE}
@@ -106,19 +116,20 @@ def own_files(folder: Path) -> list[str]:
 
 
 def _code_files(folder: Path) -> set[str]:
-    """The names of an artifact's code: the modelling file, and what it has from its source."""
+    """The names of an artifact's Python files: the modelling file, and the custom code of its source."""
     block = read_json_object(folder / "config.json")["mpoe"]
     architecture = Architecture({"auto_map": block.get("base_auto_map")}, code_of_artifact(folder, block))
     own = {path.name for path in files(folder, architecture)}
-    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_own else set())
+    return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_custom else set())
 
 
 def is_weights(name: str) -> bool:
+    """Whether a file of that name is weights or their index."""
     return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def base_config(config: dict) -> dict:
-    """config.json of the dense base, from that of an artifact."""
+    """config.json of the dense base, reconstructed from the config.json of an artifact."""
     from ..runtime.modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
 
     ours = {"auto_map", "mpoe", *OPTIONS}

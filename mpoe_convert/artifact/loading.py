@@ -1,13 +1,13 @@
-"""Models and tokenizers for training and evaluation, converted or dense, by transformers' Auto classes.
+"""Load models, configs and tokenizers, converted or dense, by transformers' Auto classes.
 
-`trust` is `trust_remote_code` of `from_pretrained`, if it is given.
+`trust` stands for the optional argument `trust_remote_code` of `from_pretrained`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TrainingError
 from ..runtime import MODELING_PATH
@@ -15,10 +15,10 @@ from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
-from .reader import Converted
+from .reader import Artifact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 AUTO_CLASSES = {
@@ -28,34 +28,50 @@ AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
 }
 
+MAX_BLOCK = 512  # tokens of a block of text, by default
 
-def from_pretrained(auto, name: str, *, trust_remote_code: bool = False, **options):
-    """`auto.from_pretrained` with its many errors told in one line.
+
+class HoldsMixtures(Protocol):
+    """What a converted model has beyond a `PreTrainedModel`, whichever release's code it was loaded by."""
+
+    def mixtures(self) -> list[tuple[str, Any]]:
+        """(path below the base model, mixture) of every mixture."""
+        ...
+
+    def route_by(self, task: str) -> None: ...
+
+    def update_router_bias(self) -> None: ...
+
+
+def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`auto.from_pretrained(name, **options)`, with any failure as a TrainingError of one line.
 
     Args:
-        trust_remote_code: run the code that lies beside the weights; where that is `modeling_mpoe.py` of this
-            release and nothing else, it is run anyway.
+        auto: an Auto class, or the class of a model.
+        name: folder or Hub id.
+        trust_remote_code: run the code beside the weights. `modeling_mpoe.py` of this release is run even
+            without it, if there is no other code.
 
     Raises:
-        TrainingError: `name` is no folder, does not load, or has code of its own that is not trusted.
+        TrainingError: `name` is a missing folder, does not load, or has custom code that is not trusted.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise TrainingError(f"{name} is not a folder; expected a model's, or a Hub id")
+        raise TrainingError(f"{name} is not a folder; expected the folder of a model, or a Hub id")
     trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
-                f"{name} has code of its own: read it, and pass --trust-remote-code "
+                f"{name} has custom code: read it, and pass --trust-remote-code "
                 "(trust_remote_code=True) to run it"
             ) from error
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
 
 
 def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
-    """Whether all code that a folder or Hub id would run is this release's `modeling_mpoe.py`. Runs none."""
-    from transformers.utils import cached_file
+    """Whether this release's `modeling_mpoe.py` is all the code that loading would run. Runs no code."""
+    from transformers.utils.hub import cached_file
 
     def read(file: str) -> bytes:
         path = cached_file(
@@ -69,44 +85,66 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
         if {*references(maps)} != {("", Path(MODELING_FILE).stem)} or read("custom_generate/generate.py"):
             return False
         return read(MODELING_FILE) == MODELING_PATH.read_bytes()
-    except (OSError, ValueError, AttributeError):  # loading says what is the matter
+    except (OSError, ValueError, AttributeError):  # loading will report the error
         return False
 
 
-def load_converted(source: Converted, **options) -> PreTrainedModel:
-    """The whole model of an opened artifact, by the code that came with it, for inference."""
+def load_artifact(source: Artifact, **options: Any) -> PreTrainedModel:
+    """Load the whole model of an opened artifact in evaluation mode, with the code that the artifact holds.
+
+    Args:
+        options: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     import transformers
 
     auto = getattr(transformers, main_auto_class(source.config, source.model_type))
     # The folder of a Hub id in the cache has the weights and no code.
     name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
     revision = source.checkpoint.revision or "main"
-    trust = {"trust_remote_code": True}  # an artifact is opened as one, with its code
+    trust = {"trust_remote_code": True}  # opening it as an artifact means to trust its code
     return from_pretrained(auto, name, revision=revision, token=source.token, **trust, **options).eval()
 
 
-def task_of(model: str, task: str | None, token: str | None = None, **trust: bool) -> tuple[str, str]:
-    """(task, Auto class): the task that was asked for, or what the model's head is for."""
+def load_config(name: str, token: str | None = None, **trust: bool) -> PretrainedConfig:
+    """Load the config of a model.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     from transformers import AutoConfig
 
-    if task:
-        return task, AUTO_CLASSES[task]
-    config = from_pretrained(AutoConfig, model, token=token, **trust).to_dict()
-    if config.get("mpoe"):
-        config = base_config(config)
+    return from_pretrained(AutoConfig, name, token=token, **trust)
+
+
+def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
+    """The task that a model's head is made for.
+
+    Raises:
+        TrainingError: it is made for none of `TASKS`.
+    """
+    values = config.to_dict()
+    if values.get("mpoe"):
+        values = base_config(values)
     elif not trust.get("trust_remote_code"):
-        config.pop("auto_map", None)
-    auto_class = main_auto_class(config, config["model_type"])
-    for found, name in AUTO_CLASSES.items():
+        values.pop("auto_map", None)
+    auto_class = main_auto_class(values, values["model_type"])
+    for task, name in AUTO_CLASSES.items():
         if name == auto_class:
-            return found, auto_class
+            return task
     raise TrainingError(
-        f"the head of {model} ({config['architectures']}) is for none of {', '.join(TASKS)}; name a task"
+        f"the head of {model} ({values['architectures']}) is for none of {', '.join(TASKS)}; name a task"
     )
 
 
-def load_tokenizer(name: str, token: str | None = None, **trust: bool):
-    """The tokenizer, padding by its end-of-text token where it has nothing else."""
+def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        TrainingError: it does not load.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, name, token=token, **trust)
@@ -115,14 +153,12 @@ def load_tokenizer(name: str, token: str | None = None, **trust: bool):
     return tokenizer
 
 
-def max_length(model: str, token: str | None = None, **trust: bool) -> int | None:
-    """How many positions a model has, where its config says."""
-    from transformers import AutoConfig
-
-    return positions(from_pretrained(AutoConfig, model, token=token, **trust))
-
-
-def positions(config) -> int | None:
-    """The same, of a config."""
+def positions(config: PretrainedConfig) -> int | None:
+    """The number of positions that a config names; None if it does not."""
     names = ("max_position_embeddings", "n_positions", "max_source_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def block_length(limit: int | None) -> int:
+    """Tokens per block of text by default: as many as the model has positions, at most `MAX_BLOCK`."""
+    return min(MAX_BLOCK, limit or MAX_BLOCK)

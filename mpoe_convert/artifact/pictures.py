@@ -1,4 +1,4 @@
-"""Pictures of an artifact: errors, parameters, and, of a fine-tuned one, losses and expert load."""
+"""Pictures of an artifact: errors and parameters, and losses and expert load if it was fine-tuned."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 FOLDER = "pictures"
 FORMATS = ("png", "svg")
-SMALLEST = 1e-9  # what an error of zero is drawn as
-# What all experts share, and what each has for itself, among the parts of a `Summary`.
+SMALLEST = 1e-9  # an error of zero is drawn as this
+# Which parts of a `Summary` all experts share, and which each expert owns.
 PARTS = (
     (("central tensors", "shared"), ("biases", "shared")),
     (("auxiliary tensors", "per expert"), ("biases", "per expert")),
@@ -28,13 +28,13 @@ PARTS = (
 ERRORS = (
     "Error and clone drift per matrix when converted, relative to the dense weight (zero is drawn as 1e-9)"
 )
-MANY = 16  # layers; of more, the load of every second (third, ...) is drawn
+MANY = 16  # layers; with more of them, only the load of every second (third, ...) is drawn
 ROLE_MARKERS = {"gate": "^", "up": "o", "down": "s"}
 SHARED, OWN, ROUTERS, REFERENCE = "#20639b", "#f6a01a", "#8f2d56", "#9aa5b1"
 
 
 def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
-    """Draw what an artifact's reports hold, as PNG and SVG, and show the pictures in its model card.
+    """Draw an artifact's reports as PNG and SVG files, and show them in its model card.
 
     Args:
         folder: an artifact; those that `finetune` wrote have losses and expert load as well.
@@ -44,7 +44,11 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
 
     Raises:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
-        OutputError: it cannot be written to, or has something else called pictures.
+        OutputError: the folder cannot be written to, or holds something else called pictures.
+
+    Example::
+
+        draw_pictures("out")  # {"error": ("pictures/error.png", "pictures/error.svg"), ...}
     """
     need("report", "matplotlib", extra="report")
     folder = Path(folder)
@@ -76,7 +80,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tuple[str, str, Figure]]:
-    """(name, caption, figure) of every picture that there is something to show in."""
+    """(name, caption, figure) of every picture for which the reports hold data."""
     yield "error", ERRORS, _errors(report)
     yield (
         "parameters",
@@ -90,17 +94,17 @@ def _figures(folder: Path, report: dict, training: dict | None) -> Iterator[tupl
         yield "load", "Load of the experts over the steps of training, per layer", _load(log)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """(figure, axes), apart from pyplot, whose state belongs to the caller."""
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure (inches), apart from pyplot, whose state belongs to the caller."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _errors(report: dict) -> Figure:
     matrices, paths = report["matrices"], report["ffns"]
-    figure, axes = _figure(min(4 + 0.35 * len(paths), 16), 4.5)
+    figure = _figure(min(4 + 0.35 * len(paths), 16), 4.5)
+    axes = figure.add_subplot()
     places = {path: place for place, path in enumerate(paths)}
     for role, marker in ROLE_MARKERS.items():
         own = [m for m in matrices if m["name"].endswith(f".{role}")]
@@ -135,7 +139,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
         ("plain MoE, stored", totals["plain_moe_params"], 0, 0),
         ("dense base", totals["dense_params"], 0, 0),
     ]
-    figure, axes = _figure(8, 3.6)
+    figure = _figure(8, 3.6)
+    axes = figure.add_subplot()
     for place, (name, shared, auxiliary, routing) in enumerate(bars):
         is_ours = name.startswith("this")
         axes.barh(place, shared, color=SHARED if is_ours else REFERENCE)
@@ -152,7 +157,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
 
 
 def _losses(log: list[dict]) -> Figure:
-    figure, axes = _figure(8, 4)
+    figure = _figure(8, 4)
+    axes = figure.add_subplot()
     shown = (("loss", "training, with the routers' losses", SHARED), ("eval_loss", "evaluation", OWN))
     for key, label, color in shown:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -172,9 +178,8 @@ def _load(log: list[dict]) -> Figure:
     paths = paths[:: -(-len(paths) // MANY)]
     columns = min(len(paths), 4)
     rows = -(-len(paths) // columns)
-    figure, grid = _figure(
-        3 * columns + 1, 2.2 * rows + 0.8, rows, columns, sharex=True, sharey=True, squeeze=False
-    )
+    figure = _figure(3 * columns + 1, 2.2 * rows + 0.8)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     steps = [step for step, _ in entries]
     for axes, path in zip(grid.flat, paths, strict=False):
         loads = list(zip(*(load[path] for _, load in entries), strict=True))  # expert by expert

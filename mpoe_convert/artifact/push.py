@@ -1,4 +1,4 @@
-"""Push an artifact to the Hub: its own files, in one commit, never over somebody else's."""
+"""Push an artifact to the Hub: its own files, in one commit, never over other files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from .layout import CARD_FILE, file_names, own_files, read_artifact
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """The result of `push`.
 
     Attributes:
-        url: of the commit; of the last one there, if nothing had `changed`.
+        repo_id: the repository.
+        url: of the commit; of the repository's last commit, if nothing had `changed`.
+        commit: its hash.
         pull_request: its URL, if one was opened.
-        files: what the artifact consists of; `deleted`: what an earlier artifact had left there;
-            `left_out`: files and folders beside it, which are not the artifact's.
-        num_bytes: of all files; what the Hub has already is not sent.
+        changed: whether the push made a commit.
+        files: the artifact's files.
+        deleted: files of an earlier artifact that the commit removed.
+        left_out: files and folders beside the artifact that do not belong to it.
+        num_bytes: of all `files`; those that the Hub has already are not sent.
     """
 
     repo_id: str
@@ -46,22 +50,28 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Push an artifact to a model repository of the Hub, which is made if it is not there.
+    """Push an artifact to a model repository of the Hub, which is created if it does not exist.
 
-    Only the artifact's own files go (`layout.own_files`), in one commit, which also deletes what an earlier
-    artifact there had and this one has not. Weight files that have arrived stay there, so that a push that
-    failed goes on when it is repeated. In the card that is sent, the snippets load `repo_id`; the local card
-    stays as it is. Arguments as for `Destination`.
+    Only the artifact's own files are sent (`layout.own_files`), in one commit, which also deletes the files
+    of an earlier artifact that this one does not have. Weight files that have arrived are not sent again when
+    a failed push is repeated. In the card on the Hub the snippets load `repo_id`; the local card is not
+    changed.
 
     Args:
         folder: an artifact.
+        repo_id, private, create_pr, branch, overwrite: as for `Destination`.
         commit_message: first line of the commit.
         token: by default HF_TOKEN or the stored login.
 
     Raises:
-        RecipeError: as for `Destination`.
-        CheckpointError: the folder is no artifact, or it is incomplete.
+        RequestError: as for `Destination`.
+        CheckpointError: the folder is no artifact, or is incomplete.
         HubError: the Hub refuses, cannot be reached, or holds something else there.
+
+    Example::
+
+        pushed = push("out", "me/gpt2-experts", private=True)
+        print(pushed.url)
     """
     from huggingface_hub import CommitOperationDelete
 
@@ -75,7 +85,7 @@ def push(
     with explained(repo_id):
         if found.is_new:
             api.create_repo(repo_id, private=private or None)
-        if found.lacks_branch:
+        if branch is not None and found.lacks_branch:
             api.create_branch(repo_id, branch=branch, revision=found.commit)
         commit = api.create_commit(
             repo_id,

@@ -1,6 +1,6 @@
-"""A converted model opened for reading: its base's config, and its experts' matrices, one at a time.
+"""Read an artifact: the config of its base, and its experts' matrices, one at a time.
 
-It needs config.json and weights only, as `save_pretrained` of a loaded model leaves them.
+config.json and the weights are enough, as `save_pretrained` of a loaded model writes them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, FeedForward, Projection, name_cores
+from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, Chain, FeedForward, name_cores
 from ..source.architecture import Architecture
-from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
+from ..source.custom_code import code_of_artifact
 from ..source.families import FAMILY_OF, Family, Spelling
 from ..source.json_files import read_json_object
 from ..source.locate import family_by_hand
+from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config
 
 ROLES = ("gate", "up", "down")
-# The shared parts alone: what low-rank experts are added to.
+# The empty share: selects the shared terms alone, to which low-rank experts are added.
 SHARED: Mapping[int, float] = {}
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One mixture, as the checkpoint spells it.
+    """One mixture of an artifact, by the names that the checkpoint uses.
 
     Attributes:
         key: prefix of its tensors: "transformer.h.0.mlp".
@@ -49,10 +51,11 @@ class Mixture:
 
     @property
     def roles(self) -> tuple[str, ...]:
+        """The projections that the FFN has: ("gate", "up", "down") or ("up", "down")."""
         return tuple(role for role in ROLES if role in self.form)
 
     def bias_kind(self, role: str) -> str | None:
-        """ "shared", "per-expert" or None."""
+        """How biases are kept: "shared", "per-expert", or None for a projection without."""
         return self.form[role]["bias"]
 
     def size(self, role: str) -> tuple[int, int]:
@@ -61,27 +64,36 @@ class Mixture:
         return prod(term["in_dims"]), prod(term["out_dims"])
 
     def roles_by(self, name_of: Callable[[str], str]) -> dict[str, list[str]]:
-        """{a tensor's name: the roles that it holds}: fused ones hold two."""
+        """Tensor name -> the roles whose matrices it holds; a fused tensor holds two.
+
+        Args:
+            name_of: role -> name of the tensor in the target.
+        """
         found: dict[str, list[str]] = {}
         for role in self.roles:
             found.setdefault(name_of(role), []).append(role)
         return found
 
     def dense_name(self, role: str) -> str:
-        """Where a dense checkpoint has the projection: "transformer.h.0.mlp.c_fc"; a fused one's for both."""
+        """The projection's module in a dense checkpoint: "transformer.h.0.mlp.c_fc"; a fused one for both."""
         name = self.spelling.gate if role == "gate" and not self.spelling.fused else None
         name = name or (self.spelling.down if role == "down" else self.spelling.up)
         return f"{self.layer}.{name}"
 
 
 @dataclass(frozen=True, eq=False)
-class Converted:
-    """See the module.
+class Artifact:
+    """An artifact opened for reading; `open_artifact` makes it. Tensors are read when they are asked for.
 
     Attributes:
-        config: the base's, as config.json was before the conversion.
+        checkpoint: its files and tensor headers.
+        config: config.json of the dense base, as it was before the conversion.
         options: of the routers and the runtime, see `modeling_mpoe.OPTIONS`.
-        token: of the Hub, that it was opened with.
+        num_experts: per mixture.
+        top_k: experts per token.
+        family: the row that describes the base.
+        mixtures: in layer order.
+        token: the Hub token that it was opened with.
     """
 
     checkpoint: Checkpoint
@@ -92,37 +104,39 @@ class Converted:
     family: Family
     mixtures: tuple[Mixture, ...]
     token: str | None = field(default=None, repr=False)
-    _cores: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    _cores: dict[str, list[list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the base."""
+        """The classes of the dense base."""
         return Architecture(self.config, self.checkpoint.code)
 
     @property
     def model_type(self) -> str:
-        """Of the base."""
+        """The model type of the dense base."""
         return self.config["model_type"]
 
     def dtype(self, mixture: Mixture, role: str) -> str:
-        """Of a projection's stored cores."""
+        """The dtype of a projection's stored cores, by torch's name."""
         return self.checkpoint.tensors[next(self._core_names(mixture, role))[1]].dtype
 
     def matrix(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor:
-        """The sum over experts of share times matrix, (in, out), in the stored dtype.
+        """The average of the experts' matrices, weighted by their shares: (in, out), in the stored dtype.
 
         Args:
-            shares: by the experts' numbers, one in all; `SHARED`: of what all experts share alone.
+            mixture: one of `mixtures`.
+            role: one of its roles.
+            shares: expert -> its share; the shares sum to one. `SHARED`: the shared terms alone.
 
         Raises:
-            CheckpointError: it holds NaN or Inf.
+            CheckpointError: the result holds NaN or Inf, or a tensor cannot be read.
         """
         with torch.device("meta"):
-            chains = Projection(mixture.form[role], self.num_experts).terms
+            chains = [Chain(term, self.num_experts) for term in mixture.form[role]["terms"]]
         stored = getattr(torch, self.dtype(mixture, role))
         work = torch.float64 if stored == torch.float64 else torch.float32
         cores = self._read_cores(mixture, role)
-        total = None
+        total: Tensor | None = None
         for number, chain in enumerate(chains):
             for expert, share in ({0: 1.0} if all(chain.shared) else shares).items():
                 pairs = zip(cores[number], chain.shared, strict=True)
@@ -130,12 +144,16 @@ class Converted:
                 part = chain.matrix([core.to(work) for core in own], 0)
                 part = part if share == 1 else share * part
                 total = part if total is None else total + part
+        assert total is not None, "shares of no expert, for a projection without shared terms"
         name = f"{mixture.key}.{role}"
         check_finite(total, name)
         return cast(name, total, stored)
 
     def bias(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor | None:
-        """The same of the biases, (out,); of `SHARED` expert 0's, if each has one."""
+        """The average of the experts' biases, (out,), as `matrix`; None for a projection without bias.
+
+        For `SHARED`, where every expert has a bias of its own, that of expert 0.
+        """
         kind = mixture.bias_kind(role)
         if kind is None:
             return None
@@ -145,10 +163,11 @@ class Converted:
         if len(shares) < 2:
             return bias[next(iter(shares), 0)].clone()
         work = bias if bias.dtype == torch.float64 else bias.float()
-        return sum(share * work[expert] for expert, share in shares.items()).to(bias.dtype)
+        parts = [share * work[expert] for expert, share in shares.items()]
+        return sum(parts[1:], parts[0]).to(bias.dtype)
 
     def rank(self, mixture: Mixture, role: str) -> int:
-        """Of what a low-rank expert adds to the shared matrix."""
+        """The rank of what a low-rank expert adds to the shared matrix."""
         return mixture.form[role]["terms"][-1]["bonds"][0]
 
     def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
@@ -156,26 +175,31 @@ class Converted:
         first, second = self._read_cores(mixture, role)[-1]
         return first[expert], second[expert]
 
-    def adapters_are_idle(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
-        """Whether these experts' adapters, if the kind has some, add nothing, as right after conversion."""
+    def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
+        """Whether the adapters of these experts, if the kind has adapters, output zero, as after conversion.
+
+        Args:
+            mixture: one of `mixtures`.
+            experts: by number; empty: all experts.
+        """
         if "adapter" not in mixture.form:
             return True
-        way_out = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
-        return not any(way_out[expert].any() for expert in experts or range(self.num_experts))
+        up_projection = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
+        return not any(up_projection[expert].any() for expert in experts or range(self.num_experts))
 
     def balance_bias(self, mixture: Mixture) -> Tensor | None:
-        """(E,) what is added to the probabilities to choose experts, if anything is."""
+        """(E,) what the router adds to the probabilities before it chooses experts; None if that is zero."""
         name = f"{mixture.key}.balance_bias"
         bias = self.checkpoint.read(name) if name in self.checkpoint.tensors else None
         return bias if bias is not None and bias.any() else None
 
     def owner(self, name: str) -> Mixture | None:
-        """The mixture that a tensor of the checkpoint belongs to; None: it is copied as it is."""
+        """The mixture that a tensor of the checkpoint belongs to; None for a tensor copied from the base."""
         return next((m for m in self.mixtures if name.startswith(f"{m.key}.")), None)
 
     @property
     def kept_dense(self) -> tuple[str, ...]:
-        """Layers with an FFN that was not converted, by their paths below the base model."""
+        """Paths below the base model of the layers whose FFN was not converted."""
         found = set()
         for spelling in self.family.spellings:
             for layer, path in zip(spelling.layers, self.family.layers, strict=True):
@@ -185,13 +209,13 @@ class Converted:
         return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
 
     def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
-        """(number of the term, tensor name) of a projection's cores, from left to right."""
+        """(index of the term, tensor name) of a projection's cores, from left to right."""
         for number, term in enumerate(mixture.form[role]["terms"]):
             for core in name_cores(term):
                 yield number, f"{mixture.key}.{role}.terms.{number}.{core}"
 
     def _read_cores(self, mixture: Mixture, role: str) -> list[list[Tensor]]:
-        """Per term; kept until another projection is asked for: its experts come one after the other."""
+        """The cores of every term. Kept until another projection is read, since experts are read in turn."""
         key = f"{mixture.key}.{role}"
         if key not in self._cores:
             self._cores.clear()
@@ -202,15 +226,20 @@ class Converted:
         return self._cores[key]
 
 
-def open_converted(model: str, *, revision: str | None = None, token: str | None = None) -> Converted:
-    """Open an artifact, a folder or a Hub id; reads headers, and no tensor.
+def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
+    """Open an artifact for reading; reads headers, no tensors.
+
+    Args:
+        model: folder or Hub id.
+        revision: of a Hub id.
+        token: Hub token.
 
     Raises:
-        CheckpointError: it is no converted model, of another format, or incomplete.
-        FamilyError: its family is outside the table and it does not say where its FFNs were.
+        CheckpointError: it is no converted model, has another format version, or is incomplete.
+        FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
-    checkpoint = open_checkpoint(model, revision=revision, token=token, converted=True)
+    checkpoint = _open_checkpoint(model, revision, token)
     block = checkpoint.config["mpoe"]
     if block.get("format") != FORMAT_VERSION:
         raise CheckpointError(
@@ -220,7 +249,7 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
     family = _family(checkpoint, architecture)
-    return Converted(
+    return Artifact(
         checkpoint=checkpoint,
         config=config,
         options={name: checkpoint.config.get(name, default) for name, default in OPTIONS.items()},
@@ -232,6 +261,24 @@ def open_converted(model: str, *, revision: str | None = None, token: str | None
     )
 
 
+def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Checkpoint:
+    """The checkpoint of an artifact; its custom code is fetched and may run. Raises as `open_artifact`."""
+    with readable(model):
+        repository = find_repository(model, revision, token)
+        config = read_config(repository)
+        if not isinstance(config.get("mpoe"), dict):
+            raise CheckpointError(
+                f"{repository.folder / 'config.json'} describes no converted model (model type "
+                f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
+                "conversion or finetune writes it"
+            )
+        check_config(config, repository)
+        code = code_of_artifact(repository.folder, config["mpoe"])
+        if code is not None:
+            repository.fetch_code()
+        return open_weights(repository, config, code)
+
+
 def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     path = checkpoint.folder / REPORT_FILE
     report = read_json_object(path) if path.is_file() else {}
@@ -239,9 +286,9 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     model_type = architecture.model_type
     if by_hand:
         return family_by_hand(architecture, by_hand)
-    if architecture.is_own or model_type not in FAMILY_OF:
+    if architecture.is_custom or model_type not in FAMILY_OF:
         raise FamilyError(
-            f"{model_type} is not in the table of families or has code of its own, and {checkpoint.source} "
+            f"{model_type} is not in the table of families or has custom code, and {checkpoint.source} "
             f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
             "beside the weights"
         )
@@ -292,9 +339,9 @@ def _mixture(layer: str, block: dict, family: Family) -> Mixture | None:
     for spelling in family.spellings:
         for pattern, path in zip(spelling.layers, family.layers, strict=True):
             match = re.fullmatch(_numbered(pattern), layer)
-            number = block["ffns"].get(path.format(match[1])) if match else None
-            if number is None:
+            if match is None or path.format(match[1]) not in block["ffns"]:
                 continue
+            number = block["ffns"][path.format(match[1])]
             form = block["forms"][number]
             if ("gate" in form) == bool(spelling.gate or spelling.fused):
                 return Mixture(f"{layer}.{family.slot}", layer, path.format(match[1]), form, spelling)

@@ -1,4 +1,4 @@
-"""Compare an artifact with its dense model, both loaded as a Hub user would, without this package."""
+"""Compare an artifact with its dense model. Both are loaded in a fresh process without this package."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import VerifyError
-from ..source.architecture import main_auto_class, own_heads
+from ..source.architecture import custom_heads, main_auto_class
 from .layout import base_config, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
 # a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
 ROUNDING = 1e-4
-# What rounding of the stored cores and the clones' noise do to a weight shows in the logits, somewhat
-# amplified by the layers above: five times the weights' error is allowed, but never more than a tenth.
+# Rounding of the stored cores and the clones' noise change the weights; the layers above amplify that in the
+# logits. Five times the weights' error is allowed, but never more than a tenth.
 AMPLIFICATION = 5.0
 MAX_TOLERANCE = 0.1
-MAX_COMPRESSED_TOLERANCE = 0.5  # what was cut under a budget is meant to differ
+MAX_COMPRESSED_TOLERANCE = 0.5  # a compressed model is meant to differ
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and how it came out.
+    """The result of `verify`.
 
     Attributes:
+        artifact: its folder.
+        against: the dense model, as it was loaded.
+        auto_class: the Auto class that loaded both.
+        model_class: the artifact's class.
+        inputs: what both were run on, in words.
         relative_difference: Frobenius norm of (converted - dense output) over that of the dense one; the
             largest of all floating-point outputs, so that none hides another.
         max_difference: largest absolute difference of two outputs.
-        tolerance: what relative_difference was allowed to be.
+        tolerance: largest relative_difference that was allowed.
         top1_agreement: share of positions with the same largest logit; None for a model without logits.
         greedy_agreement: share of greedily generated tokens that are equal; None without generation.
     """
@@ -50,7 +55,38 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the difference is within the tolerance."""
         return self.relative_difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class ChildRequest:
+    """What verify_child.py compares: two models, by the folders (absolute) or Hub ids that it loads.
+
+    Attributes:
+        against / revision: the reference: a dense model, or the artifact that was exported.
+        artifact / artifact_revision: the model to compare with it: an artifact, or an export.
+        auto_class: the Auto class that loads both.
+        trust_remote_code: whether the code of the reference is run, and that of the other.
+        token: of the Hub.
+        experts: the reference is run once per expert, with all tokens sent to it; None: once, as it routes.
+        adapters: folders of PEFT adapters, with each of which the other is run once; None: once, without.
+        is_export: the reference is an artifact; for messages.
+    """
+
+    against: str
+    revision: str | None
+    artifact: str
+    auto_class: str
+    trust_remote_code: tuple[bool, bool]
+    token: str | None = field(repr=False)
+    artifact_revision: str | None = None
+    experts: tuple[int, ...] | None = None
+    adapters: tuple[str, ...] | None = None
+    is_export: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def verify(
@@ -68,12 +104,19 @@ def verify(
         against: Hub id or folder of the dense model; by default the one it was converted from.
         tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
         token: Hub token for the dense model.
-        trust_remote_code: run code of its own that the dense model has, if the artifact has it too or
-            `against` names another; an artifact's is always run.
+        trust_remote_code: run the dense model's custom code, if the artifact has it too or `against` is
+            given. The artifact's code is always run.
 
     Raises:
-        VerifyError: one of the two cannot be loaded or run, or weights are missing.
+        VerifyError: one of the two cannot be loaded or run, or weights are missing. A difference above the
+            tolerance raises nothing: see `Verification.ok`.
         CheckpointError: the folder is no artifact.
+
+    Example::
+
+        found = verify("out")
+        print(found.relative_difference, found.ok)
+        verify("out", against="path/to/dense", tolerance=1e-3)
     """
     folder = Path(artifact)
     config, report = read_artifact(folder)
@@ -81,7 +124,7 @@ def verify(
     revision = None if is_named else report["revision"]
     was_local = not is_named and revision is None
     against = against or report["base_model"]
-    # What was downloaded is compared with the download, even if a folder of that name lies here.
+    # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
     is_local = revision is None and Path(against).is_dir()
     if not is_local and (was_local or _is_path(against)):
         raise VerifyError(
@@ -89,21 +132,21 @@ def verify(
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
         )
     base = base_config(config)
-    has_own_code = bool(own_heads(base.get("auto_map") or {}))
+    has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
         raise VerifyError(
-            f"the dense model {against} has code of its own: read it, and pass --trust-remote-code "
+            f"the dense model {against} has custom code: read it, and pass --trust-remote-code "
             "(trust_remote_code=True) to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
-    request = {
-        "artifact": str(folder.resolve()),
-        "against": str(Path(against).resolve()) if is_local else against,
-        "revision": revision,
-        "auto_class": auto_class,
-        "trust_remote_code": [trust_remote_code and (has_own_code or is_named), True],
-        "token": token,
-    }
+    request = ChildRequest(
+        against=str(Path(against).resolve()) if is_local else against,
+        revision=revision,
+        artifact=str(folder.resolve()),
+        auto_class=auto_class,
+        trust_remote_code=(trust_remote_code and (has_own_code or is_named), True),
+        token=token,
+    )
     result = _run_child(request)
     return Verification(
         artifact=str(folder),
@@ -116,12 +159,13 @@ def verify(
 
 @dataclass(frozen=True)
 class Comparison:
-    """An export beside the artifact that it was made from, both computing in float32 on random inputs.
+    """The difference between an export and its artifact, both computing in float32 on random inputs.
 
     Attributes:
         relative_difference / max_difference / top1_agreement / greedy_agreement: as of `Verification`; of
             several experts, the worst.
-        tolerance: what relative_difference was allowed to be; None: they are not meant to be the same.
+        inputs: what both were run on, in words.
+        tolerance: largest relative_difference that was allowed; None: the export is meant to differ.
     """
 
     relative_difference: float
@@ -132,26 +176,27 @@ class Comparison:
     tolerance: float | None
 
     def in_words(self) -> str:
+        """The difference as a sentence for the export's card."""
         text = f"Relative difference of its outputs from the original's on {self.inputs}, in float32: "
         return f"{text}{self.relative_difference:.1e}."
 
 
-def compare_export(request: dict, tolerance: float | None) -> Comparison:
+def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison:
     """Compare an export with its artifact in a fresh process.
 
     Args:
-        request: as verify_child.py reads it.
-        tolerance: allowed relative difference; None: any.
+        request: names both, with the artifact as the reference.
+        tolerance: largest relative difference that is allowed; None: any.
 
     Raises:
-        VerifyError: one of the two cannot be loaded or run, or they differ by more.
+        VerifyError: one of the two cannot be loaded or run, or they differ by more than the tolerance.
     """
-    result = _run_child(request | {"is_export": True})
+    result = _run_child(request)
     result.pop("model_class")
     found = Comparison(**result, tolerance=tolerance)
     if tolerance is not None and not found.relative_difference <= tolerance:
         raise VerifyError(
-            "what was written does not compute what the artifact does: the outputs differ by a relative "
+            "the export does not compute what the artifact does: the outputs differ by a relative "
             f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
             "keeps it all the same)"
         )
@@ -159,7 +204,7 @@ def compare_export(request: dict, tolerance: float | None) -> Comparison:
 
 
 def _is_path(model: str) -> bool:
-    """Whether the text can only mean a folder, not a Hub id."""
+    """Whether the text can be a path only, not a Hub id."""
     return model.startswith((".", "~", "/")) or model.count("/") > 1
 
 
@@ -175,18 +220,18 @@ def _tolerance(report: dict) -> float:
     return min(ROUNDING + AMPLIFICATION * explained, largest)
 
 
-def _run_child(request: dict) -> dict:
+def _run_child(request: ChildRequest) -> dict:
     """Run verify_child.py by its path, with a fresh module cache; its last line of output is the result."""
     child = Path(__file__).with_name("verify_child.py")
     with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
         environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
             [sys.executable, "-P", str(child)],
-            input=json.dumps(request),
+            input=request.to_json(),
             capture_output=True,
             text=True,
             env=environment,
-            cwd=cache if _is_shadowed(request["against"]) else None,
+            cwd=cache if _is_shadowed(request.against) else None,
             check=False,
         )
     lines = done.stdout.strip().splitlines()

@@ -1,25 +1,40 @@
-"""Runs alone, by path, in a fresh process: loads two models by transformers and compares their outputs.
+"""Load two models with transformers and compare their outputs; run by its path in a fresh process.
 
-Reads a JSON request on stdin, prints one JSON line. Must not import mpoe_convert, and makes sure that the
-artifact cannot either.
+Reads a JSON request on stdin and prints one line of JSON. This file must not import mpoe_convert, and it
+hides the package, so that the artifact cannot import it either.
 """
+
+from __future__ import annotations
 
 import inspect
 import json
 import math
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
 
 
 class _Absent:
-    """An import hook under which a package does not exist, as on a Hub user's machine."""
+    """An import hook that hides this package, which a Hub user does not have."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] in ("mpoe_convert", "tensorly"):
             raise ModuleNotFoundError(f"No module named {name!r} (hidden while verifying)", name=name)
         return None
 
 
 def main() -> dict:
+    """Carry out the request that stdin holds.
+
+    It is a `verify.ChildRequest` as JSON.
+
+    Returns:
+        The fields of `verify.Verification` that are measured here, or {"error": message}.
+    """
     request = json.load(sys.stdin)
     sys.meta_path.insert(0, _Absent())
     import torch
@@ -30,7 +45,7 @@ def main() -> dict:
     auto = getattr(transformers, request["auto_class"])
     options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
     # Of an export, the artifact is what it is compared with.
-    is_export = request.get("is_export", False)
+    is_export = request["is_export"]
     trusted = request["trust_remote_code"]  # of either
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
@@ -39,12 +54,12 @@ def main() -> dict:
             request["against"], revision=revision, trust_remote_code=trusted[0], **options
         )
         inputs, text = make_inputs(model)
-        expected = [run(each.eval(), inputs) for each in by_expert(model, request.get("experts"))]
+        expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]
     except Exception as error:
         return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
     del model
     try:
-        revision = request.get("artifact_revision") or "main"
+        revision = request["artifact_revision"] or "main"
         model, info = auto.from_pretrained(
             request["artifact"], revision=revision, trust_remote_code=trusted[1], **options
         )
@@ -52,7 +67,7 @@ def main() -> dict:
             missing = sorted(info["missing_keys"])[:3] or sorted(info["mismatched_keys"])[:3]
             return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing}"}
         name = type(model).__name__
-        found = [run(each.eval(), inputs) for each in by_adapter(model, request.get("adapters"))]
+        found = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
         pairs = zip(found, expected, strict=True)
         differences = worst([compare(ours[0], theirs[0], ours[1], theirs[1]) for ours, theirs in pairs])
     except Exception as error:
@@ -60,8 +75,8 @@ def main() -> dict:
     return {"model_class": name, "inputs": text} | differences
 
 
-def by_expert(model, experts):
-    """The model; if experts are given, once for each, with all tokens sent to that one."""
+def by_expert(model: Any, experts: list[int] | None) -> Iterator[Any]:
+    """Yield the model; if experts are given, once per expert, with all tokens routed to that expert."""
     if experts is None:
         yield model
         return
@@ -69,7 +84,7 @@ def by_expert(model, experts):
 
     for expert in experts:
 
-        def choose(router, args, routing, expert=expert):
+        def choose(router: Any, args: tuple, routing: Any, expert: int = expert) -> Any:
             tokens = torch.arange(len(routing.logits), device=routing.logits.device)
             weights, experts = torch.ones_like(routing.logits[:, 0]), torch.full_like(tokens, expert)
             choices = getattr(routing, "choices", None)
@@ -87,8 +102,8 @@ def by_expert(model, experts):
             handle.remove()
 
 
-def by_adapter(model, adapters):
-    """The model; if adapters are given, once with each of them."""
+def by_adapter(model: Any, adapters: list[str] | None) -> Iterator[Any]:
+    """Yield the model; if folders of PEFT adapters are given, once with each adapter active."""
     if adapters is None:
         yield model
         return
@@ -104,7 +119,7 @@ def by_adapter(model, adapters):
 
 
 def worst(comparisons: list) -> dict:
-    """The largest differences and the least agreement of several comparisons."""
+    """The largest differences and the smallest agreements of several comparisons."""
     pick = {"relative_difference": max, "max_difference": max, "top1_agreement": min, "greedy_agreement": min}
     values = {name: [c[name] for c in comparisons if c[name] is not None] for name in pick}
     return {name: pick[name](found) if found else None for name, found in values.items()}
@@ -114,8 +129,8 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def make_inputs(model) -> tuple[dict, str]:
-    """Seeded random inputs of the kind that the head takes, and what they are in words."""
+def make_inputs(model: Any) -> tuple[dict, str]:
+    """(seeded random inputs that the model's head takes, their description)."""
     import torch
 
     config, head = model.config, type(model).__name__
@@ -139,9 +154,9 @@ def make_inputs(model) -> tuple[dict, str]:
     return inputs, f"{' x '.join(map(str, size))} random tokens"
 
 
-def _end_rows(ids, config):
-    """The ids with one end-of-sequence token per row, at its end: BART and T5 classify the state there."""
-    eos = getattr(config, "eos_token_id", None)  # configs of models' own need not have one
+def _end_rows(ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """The ids (..., length), with the end-of-sequence token at the end alone: BART and T5 classify there."""
+    eos = getattr(config, "eos_token_id", None)  # a custom config need not have one
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
     if eos is not None and 0 <= eos < config.vocab_size:
         ids[ids == eos] = (eos + 1) % config.vocab_size
@@ -149,8 +164,8 @@ def _end_rows(ids, config):
     return ids
 
 
-def run(model, inputs):
-    """(floating-point outputs of the model by name, greedily generated tokens or None)."""
+def run(model: Any, inputs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """(floating-point outputs of the model by name, 8 greedily generated tokens per row or None)."""
     import torch
 
     with torch.no_grad():
@@ -164,8 +179,13 @@ def run(model, inputs):
     return tensors, tokens
 
 
-def compare(found, expected, found_tokens, expected_tokens) -> dict:
-    """The differences, in float64: the largest of any output. NaN counts as infinitely different."""
+def compare(
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    found_tokens: torch.Tensor | None,
+    expected_tokens: torch.Tensor | None,
+) -> dict:
+    """Differences of two results of `run`, in float64, the largest of any output. NaN counts as infinite."""
     import torch
 
     relative, absolute, same = [], [], []
@@ -179,6 +199,7 @@ def compare(found, expected, found_tokens, expected_tokens) -> dict:
             same.append((ours.argmax(-1) == theirs.argmax(-1)).flatten().double())
     greedy = None
     if expected_tokens is not None:
+        assert found_tokens is not None  # of the same class of models
         greedy = (found_tokens == expected_tokens).double().mean().item()
     return {
         "relative_difference": _largest(relative),
@@ -188,8 +209,8 @@ def compare(found, expected, found_tokens, expected_tokens) -> dict:
     }
 
 
-def _largest(numbers: list) -> float:
-    return max(number if math.isfinite(number) else sys.float_info.max for number in numbers)
+def _largest(values: list[float]) -> float:
+    return max(value if math.isfinite(value) else sys.float_info.max for value in values)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weight files: which tensors go into which, writing one, and the index of several."""
+"""Weight files: distribute tensors over shards, write a shard, write the index."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class Announced(Protocol):
-    """A tensor that is still to be made; `dtype` is torch's name for it."""
+class TensorSpec(Protocol):
+    """Name, shape and dtype (torch's name) of a tensor that is not made yet."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
 
 
-def split_into_shards(tensors: Iterable[Announced], shard_bytes: int) -> dict[str, tuple[str, ...]]:
-    """File name -> tensor names, as huggingface_hub would shard these tensors."""
+def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[str, tuple[str, ...]]:
+    """File name -> tensor names, as huggingface_hub would shard these tensors.
+
+    Args:
+        tensors: in the order in which they are written.
+        shard_bytes: largest size of a file; one larger tensor is alone in its file.
+    """
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -35,13 +45,13 @@ def split_into_shards(tensors: Iterable[Announced], shard_bytes: int) -> dict[st
     return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
 
 
-def num_bytes(tensor: Announced) -> int:
-    """Bytes of a tensor's numbers."""
+def num_bytes(tensor: TensorSpec) -> int:
+    """Size of the tensor's data in bytes."""
     return prod(tensor.shape) * DTYPE2BYTES[tensor.dtype]
 
 
 def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one file. Raises OSError, as for a full disk."""
+    """Write one safetensors file. Raises OSError if it cannot be written, for example on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -54,7 +64,13 @@ def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
-    """Say which file holds which tensor; for more than one file."""
+    """Write the index that names the file of every tensor; needed where there are several files.
+
+    Args:
+        folder: the artifact's.
+        shards: file name -> names of its tensors.
+        total_bytes: of all tensors.
+    """
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: file for file, names in shards.items() for name in names},

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .. import __version__
-from ..errors import MpoeError, RecipeError, RunError
+from ..errors import MpoeError, RequestError
 from .options import format_options_by_heading
 
 EXAMPLE = """\
@@ -72,7 +72,7 @@ def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
         if verbose > 1:
             traceback.print_exc()
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2 if isinstance(error, (RecipeError, RunError)) else 1)
+        sys.exit(2 if isinstance(error, RequestError) else 1)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..artifact.loading import load_tokenizer, positions
+from ..artifact.loading import block_length, load_tokenizer, positions
 from ..errors import DataError, RecipeError
 from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Tokens per forward pass: enough that reading a block's weights takes little of the time.
 TOKENS_PER_BATCH = 4096
-MAX_LENGTH = 512
 # One batch in so many is kept out of the moments; inputs of so many of its tokens measure the result.
 HELD_OUT = 16
 
@@ -46,7 +45,7 @@ def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None =
     """
     _check_reads_text(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
-    length = min(MAX_LENGTH, positions(checkpoint.architecture.make_config()) or MAX_LENGTH)
+    length = block_length(positions(checkpoint.architecture.make_config()))
     encode = _pairing(checkpoint) if recipe.target_column != recipe.text_column else None
     rows = _read(recipe, "seq2seq" if encode else "causal", token)
     if encode and recipe.target_column in rows.column_names:

@@ -68,7 +68,7 @@ def _auto_map(architecture: Architecture) -> dict:
     """Own classes are subclassed in a module of their own. Entries of tokenizers and processors stay."""
     from ..runtime.modeling_mpoe import CLASS_PREFIX
 
-    module = Path(GLUE_FILE if architecture.is_own else MODELING_FILE).stem
+    module = Path(GLUE_FILE if architecture.is_custom else MODELING_FILE).stem
     classes = {"AutoConfig": architecture.config_class.__name__, **architecture.heads}
     return architecture.auto_map | {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()}
 
@@ -82,7 +82,7 @@ def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
     write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
-    if architecture.is_own:
+    if architecture.is_custom:
         text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
         (folder / GLUE_FILE).write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Fit a chain whose bonds are cut to what a matrix computes: alternating least squares over its cores.
+"""Fit a chain with truncated bonds to the outputs of a matrix: alternating least squares over its cores.
 
 ::
 
@@ -8,12 +8,12 @@
          |       |       |
        out_l   out_k   out_r
 
-TT-SVD is nearest in the Frobenius norm. Nearest in the outputs is another chain: with S = E[x^T x] of the
-matrix's inputs, the expected squared error of x W_hat is tr((W - W_hat)^T S (W - W_hat)). Whitening does not
-commute with a chain whose sites mix inputs and outputs (undoing it raises the bonds again), so S stays in the
-error: one core after the other takes its minimum while the rest stands, up and down the chain, and the error
-never grows. As L and R are isometric, the equations of a core are no worse conditioned than S, and conjugate
-gradients solve them without forming their matrix.
+TT-SVD is nearest in the Frobenius norm. The chain nearest in the outputs is another one: with S = E[x^T x] of
+the matrix's inputs, the expected squared error of x W_hat is tr((W - W_hat)^T S (W - W_hat)). Whitening does
+not commute with a chain whose sites mix inputs and outputs (undoing it raises the bonds again), so S stays in
+the error. The sweeps go up and down the chain and minimise the error over one core at a time while the others
+are fixed, so it never grows. As L and R are isometric, the equations of a core are no worse conditioned than
+S, and conjugate gradients solve them without forming their matrix.
 
 Source: ALS for tensor trains: Holtz, Rohwedder, Schneider, SIAM J. Sci. Comput. 34(2), A683 (2012).
 """
@@ -30,26 +30,33 @@ from .low_rank import RIDGE
 from .mpo import fit
 from .sites import Sites
 
-# Up and down the chain so often at most, or until a sweep gains less than this part of the error.
+# The largest number of sweeps; earlier, they end when one lowers the error by less than this fraction.
 MAX_SWEEPS = 20
 _LITTLE = 0.005
-# Steps of conjugate gradients per core: the next sweep goes on where these end.
+# Steps of conjugate gradients per core; the next sweep continues from their result.
 _STEPS = 3
 
 
 def nearest_chain(
     matrix: Tensor, sites: Sites, moment: Tensor, *, svd: str = "auto", seed: int = 0
 ) -> Tensor:
-    """The matrix (in, out) that a chain over these sites can hold, nearest in the outputs.
+    """The matrix (in, out) of the chain over these sites that is nearest in the outputs.
 
-    From TT-SVD's chain on; the nearest that is found so. Arguments as for `mpo.fit`, and S, (in, in).
+    ALS starts from TT-SVD's chain and finds a local minimum.
+
+    Args:
+        matrix, sites, svd, seed: as for `mpo.fit`.
+        moment: S = E[x^T x] of the inputs, (in, in).
+
+    Raises:
+        SitesError, CheckpointError, ValueError: as `mpo.fit`.
     """
     start = fit(matrix, sites, svd=svd, seed=seed).cores
     return contract_chain(refine([core.to(matrix) for core in start], matrix, moment))
 
 
 def refine(cores: Sequence[Tensor], matrix: Tensor, moment: Tensor) -> list[Tensor]:
-    """Cores of the same shapes whose outputs are nearer to the matrix's.
+    """Cores of the same shapes whose outputs are closer to those of the matrix.
 
     Args:
         cores: (bond_left, in_dim, out_dim, bond_right) each, with the orthogonality centre on any of them.
@@ -75,7 +82,7 @@ def refine(cores: Sequence[Tensor], matrix: Tensor, moment: Tensor) -> list[Tens
 
 
 def _scaled(moment: Tensor) -> Tensor:
-    """The moment with a mean eigenvalue of 1 and a ridge; the identity for a zero one."""
+    """The moment scaled to a mean eigenvalue of 1, plus a ridge; the identity for a zero moment."""
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     level = float(moment.diagonal().mean())
     return moment / level + RIDGE * identity if level > 0 else identity
@@ -93,18 +100,20 @@ def _up_and_down(count: int) -> Iterator[tuple[int, int]]:
 
 
 class _Frame:
-    """What stands around core k: `expand` a core to the matrix, `project` a matrix onto the core's shape."""
+    """The cores left and right of core k, contracted."""
 
-    def __init__(self, chain: list[Tensor], k: int):
+    def __init__(self, chain: list[Tensor], k: int) -> None:
         end = torch.ones(1, 1, 1, 1, dtype=chain[k].dtype, device=chain[k].device)
         self.left = merge_cores([end, *chain[:k]])
         self.right = merge_cores([*chain[k + 1 :], end])
         self.core = chain[k].shape
 
     def expand(self, core: Tensor) -> Tensor:
+        """The matrix (in, out) of the chain with this core at place k."""
         return contract_chain([self.left, core, self.right])
 
     def project(self, matrix: Tensor) -> Tensor:
+        """The adjoint of `expand`: a matrix (in, out) contracted to the core's shape."""
         left, right, core = self.left[0], self.right[..., 0], self.core
         ins, outs = (left.shape[0], core[1], right.shape[1]), (left.shape[1], core[2], right.shape[2])
         return torch.einsum("ioa,ikrojs,brs->akjb", left, matrix.reshape(*ins, *outs), right)
@@ -132,7 +141,7 @@ def _isometric_from_the_right(chain: list[Tensor]) -> list[Tensor]:
 
 
 def _pass_on(chain: list[Tensor], k: int, neighbour: int) -> None:
-    """Make core k an isometry towards its neighbour, which takes what is left over."""
+    """Make core k an isometry towards its neighbour, which absorbs the remaining factor of the QR."""
     left, ins, outs, right = chain[k].shape
     if neighbour > k:
         isometry, rest = torch.linalg.qr(chain[k].reshape(-1, right))

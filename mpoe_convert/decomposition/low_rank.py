@@ -1,20 +1,20 @@
-"""Factor a weight matrix into two thin ones so that what it computes, not what it holds, changes least.
+"""Factor a weight matrix into two thin ones so that its outputs, not its entries, change least.
 
 Every matrix W (in, out) has a thin side of n = min(in, out) features z: its inputs, or its outputs x W. A
 product of rank r is the matrix with a projection P = D U of that side before or after it::
 
     inputs thin:  W_hat = P W = D (U W)          outputs thin:  W_hat = W P = (W D) U
 
-With S = E[z^T z] and G = E[g^T g], where g is what the loss answers to a change of z, the expected squared
-effect of leaving out (I - P) is tr((I - P)^T S (I - P) G) (features and answers taken as independent, as in
-K-FAC). For S = R R^T its minimum is P = R^-T V V^T R^T with V the leading eigenvectors of R^T G R, and
-what is lost is the sum of the other eigenvalues.
+With S = E[z^T z] and G = E[g^T g], where g = dL/dz, the expected squared effect of leaving out (I - P) is
+tr((I - P)^T S (I - P) G), with features and gradients taken as independent (as in K-FAC). For S = R R^T its
+minimum is P = R^-T V V^T R^T, where V holds the leading eigenvectors of R^T G R; the loss is the sum of the
+other eigenvalues.
 
-* G = W W^T (inputs) and I (outputs) weigh all outputs alike: the minimum is that of norm(X W - X W_hat), the
-  whitened SVD of SVD-LLM (arXiv 2403.07378), from n x n moments alone and, for thin outputs, without undoing
-  a whitening.
-* S = I and W^T W in addition: plain SVD.
-* G from the gradients of the model's loss: the output directions that matter to it weigh more.
+* G = W W^T (inputs) or I (outputs) weighs all outputs equally. The minimum is that of norm(X W - X W_hat),
+  the whitened SVD of SVD-LLM (arXiv 2403.07378). It needs n x n moments alone and, for thin outputs, no
+  whitening has to be undone.
+* If in addition S = I (inputs) or W^T W (outputs), it is the plain SVD.
+* G from the gradients of the model's loss weighs output directions by their effect on the loss.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Added to a moment, relative to its mean eigenvalue: directions that calibration never saw stay harmless.
+# Added to a moment, relative to its mean eigenvalue: keeps directions invertible that calibration never saw.
 RIDGE = 1e-6
-# Up to so many numbers products are taken in float64.
+# Matrices with up to this many entries are multiplied in float64.
 _SMALL = 1 << 22
 
 
@@ -35,8 +35,8 @@ class Metric:
     """How errors are weighed on the thin side of one matrix; the default is the Frobenius norm.
 
     Attributes:
-        moment: S, (n, n). None: of inputs that are all alike.
-        answer: G, (n, n). None: all outputs matter alike.
+        moment: S, (n, n), of the features. None: S = I for inputs, W^T W for outputs.
+        answer: G, (n, n), of the gradients. None: G = W W^T for inputs, I for outputs.
     """
 
     moment: Tensor | None = None
@@ -44,20 +44,30 @@ class Metric:
 
 
 def thin_side(rows: int, cols: int) -> str:
-    """ "in" or "out"."""
+    """ "in" or "out": the side with fewer features."""
     return "in" if rows <= cols else "out"
 
 
 def spectrum(matrix: Tensor, metric: Metric) -> Tensor:
-    """What each of the n ranks is worth, descending: leaving all from r on out costs the sum of the rest."""
+    """Eigenvalues (n,), descending, in float64: keeping the first r costs the sum of the others.
+
+    Args:
+        matrix: (in, out).
+        metric: how errors are weighed.
+    """
     _, importance = _importance(matrix, metric)
     return torch.linalg.eigvalsh(importance).flip(0).clamp(min=0)
 
 
 def factor(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """(in, rank) and (rank, out) whose product is nearest to the matrix, in its dtype.
+    """(in, rank) and (rank, out) whose product is nearest to the matrix in the metric, in the matrix's dtype.
 
-    Every column of the first is as long as its row of the second.
+    Every column of the first has the same norm as its row of the second.
+
+    Args:
+        matrix: (in, out).
+        rank: at most min(in, out).
+        metric: how errors are weighed.
     """
     root, importance = _importance(matrix, metric)
     vectors = torch.linalg.eigh(importance).eigenvectors.flip(1)[:, :rank]
@@ -70,7 +80,8 @@ def factor(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
         second = second @ wide
     else:
         first = wide @ first
-    return tuple(part.to(matrix.dtype).contiguous() for part in _share_evenly(first, second))
+    first, second = _share_evenly(first, second)
+    return first.to(matrix.dtype).contiguous(), second.to(matrix.dtype).contiguous()
 
 
 def _importance(matrix: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor]:
@@ -84,14 +95,16 @@ def _importance(matrix: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor]:
     if not inputs and moment is None:
         moment = wide.mT @ wide
     if moment is None or answer is None:
-        return None, (answer if moment is None else moment).to(wide.device, torch.float64)
+        only = answer if moment is None else moment
+        assert only is not None  # one of the two was given or computed above
+        return None, only.to(wide.device, torch.float64)
     moment, answer = (part.to(wide.device, torch.float64) for part in (moment, answer))
     root = _root(moment)
     return root, root.mT @ answer @ root
 
 
 def _root(moment: Tensor) -> Tensor:
-    """R with R R^T = the moment and a ridge on it; the identity for a zero one."""
+    """R with R R^T = the moment plus a ridge; the identity for a zero moment."""
     level = float(moment.diagonal().mean()) * RIDGE
     if level <= 0:
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -99,13 +112,13 @@ def _root(moment: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(moment + ridge)
     if not failed:
         return root
-    # Rounding left eigenvalues below -level: inputs of lower rank than features, some of them very large.
+    # Rounding left eigenvalues below -level: the inputs span fewer dimensions, and some are very large.
     values, vectors = torch.linalg.eigh(moment)
     return vectors * values.clamp(min=level).sqrt()
 
 
 def _share_evenly(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, every column of the first as long as its row of the second."""
+    """The same product, with every column of the first as long as its row of the second."""
     ratio = (second.norm(dim=1) / first.norm(dim=0).clamp(min=torch.finfo(first.dtype).tiny)).sqrt()
     ratio = torch.where(ratio > 0, ratio, 1.0)
     return first * ratio, second / ratio[:, None]

@@ -40,9 +40,9 @@ _MAX_GRAM = 1024
 _SMALL_LOSS = 1e-3
 _SAFE_NORM = (1e-20, 1e30)
 _PRODUCT_COLUMNS = 16384
-# float64 copies are made of this many numbers at a time: 32 MiB.
+# float64 copies are made of this many entries at a time: 32 MiB.
 _CHUNK = 1 << 22
-# Differences are taken in pieces of this many numbers, which stay in a core's cache.
+# Differences are taken in pieces of this many entries, which fit into a core's cache.
 _CACHED = 1 << 17
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 3
@@ -65,6 +65,7 @@ class MPO:
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
+        """Core k: (bond_left, in_dim, out_dim, bond_right)."""
         return tuple(self.tt.factors)
 
 
@@ -100,7 +101,11 @@ def fit(matrix: Tensor, sites: Sites, *, svd: str = "auto", seed: int = 0, gauge
         matrix = matrix.cpu()  # Gram matrices are float64, which MPS does not have
     c = sites.centre
     left, right = _Block.left_of_centre(sites), _Block.right_of_centre(sites)
-    with torch.no_grad(), tensorly.backend_context("pytorch", local_threadsafe=True):
+    # TensorLy adds `backend_context` to its module while it is imported, so pyright cannot see it.
+    with (
+        torch.no_grad(),
+        tensorly.backend_context("pytorch", local_threadsafe=True),  # pyright: ignore[reportAttributeAccessIssue]
+    ):
         unfolding = _fold_in_three(matrix, sites)  # (left, centre * right)
         sweep = _identity if gauge == "identity" else partial(_sweep, method=svd, seed=seed)
         left_cores, left_lost, rest = sweep(unfolding, left)
@@ -193,7 +198,7 @@ def _fold_in_three(matrix: Tensor, sites: Sites) -> Tensor:
 
 
 def _identity(unfolding: Tensor, block: _Block) -> tuple[list[Tensor], list[float], Tensor]:
-    """A block in the identity gauge: like `_sweep`, with cores that only pass their indices on."""
+    """A block in the identity gauge: like `_sweep`, with cores that are reshaped identities."""
     step = -1 if block.from_right else 1
     cores, width = [], 1
     for in_dim, out_dim, bond in zip(block.in_dims[::step], block.out_dims[::step], block.bonds, strict=True):
@@ -234,15 +239,17 @@ def _sweep(
     if method == "randomized" or rows > min(columns, _MAX_GRAM):
         cores, lost, rest = _tensor_train(unfolding, block, _Split(method, seed))
         return _in_chain_order(cores, lost, block, unfolding.dtype) + (rest,)
+    found = None
     for products in dict.fromkeys((unfolding.dtype, torch.float64)):
         gram = _gram(unfolding, products)
         norm = gram.trace()  # of A, squared
         if products == torch.float32 and not _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
             continue
-        cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
+        found = cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
-    cores, lost = _in_chain_order(cores, lost, block, unfolding.dtype)
+    assert found is not None  # float64 is never skipped
+    cores, lost = _in_chain_order(*found[:2], block, unfolding.dtype)
     isometry = _block_isometry(cores, block)
     if unfolding.is_contiguous():
         return cores, lost, isometry @ unfolding
@@ -259,7 +266,9 @@ def _tensor_train(tensor: Tensor, block: _Block, split: _Split) -> tuple[list[Te
         in_dims, out_dims = in_dims[::-1], out_dims[::-1]
     # The columns are one more site without input: TensorLy leaves the rest there.
     tensor = tensor.reshape(*in_dims, 1, *out_dims, columns)
-    factors = tensor_train_matrix(tensor, [1, *block.bonds, 1], svd=split).factors
+    ranks = [1, *block.bonds, 1]
+    # TensorLy takes a function here as well; its annotation names only the strings.
+    factors = tensor_train_matrix(tensor, ranks, svd=split).factors  # pyright: ignore[reportArgumentType]
     return factors[:-1], split.discarded, factors[-1].reshape(-1, columns)
 
 
@@ -284,7 +293,7 @@ def _block_isometry(cores: list[Tensor], block: _Block) -> Tensor:
 
 
 class _Split:
-    """The SVD that TensorLy calls at every bond; notes what was dropped.
+    """The SVD that TensorLy calls at every bond; records the weight that was dropped.
 
     TensorLy keeps U as the core and goes on with S[:, None] * V. So S = 1 and V = U^T A are
     returned: the product is U^T A to the last bit, where (U^T A) / S would blow up on singular
@@ -375,6 +384,6 @@ def _squared_norm(matrix: Tensor) -> float:
 
 
 def _is_ordinary(matrix: Tensor) -> bool:
-    """Whether the squares of the numbers, and of their rounding errors, are ordinary float32 numbers."""
+    """Whether the squares of the entries, and of their rounding errors, are ordinary float32 values."""
     low, high = matrix.aminmax()
     return matrix.dtype == torch.float32 and 1e-12 < max(-float(low), float(high)) < 1e12

@@ -1,8 +1,8 @@
 """The order of an FFN's hidden neurons, which changes nothing that the FFN computes.
 
-Columns of up and gate and rows of down move together. A chain whose bonds are cut, though, loses less of
-matrices in which neurons that look alike stand together: the first sites then tell groups of neurons apart,
-the later ones the neurons of a group.
+Columns of up and gate and rows of down move together. A chain with truncated bonds, however, loses less of
+matrices in which similar neurons are neighbours: the first sites then select a group of neurons, the later
+ones a neuron of the group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ _POWER_ITERATIONS = 20
 
 
 def reordered(matrix: Tensor, role: str, order: Tensor | None) -> Tensor:
-    """A matrix (in, out), or the bias (out,), of that role with its neurons in that order."""
+    """A projection's matrix (in, out) or bias (out,) with its neurons in another order.
+
+    Args:
+        matrix: the matrix, or the bias.
+        role: "gate", "up" or "down".
+        order: (inner,), new place -> old one; None: as it is.
+    """
     if order is None or (role == "down" and matrix.ndim == 1):
         return matrix
     order = order.to(matrix.device)
@@ -24,12 +30,16 @@ def reordered(matrix: Tensor, role: str, order: Tensor | None) -> Tensor:
 
 
 def neuron_features(matrices: Mapping[str, Tensor]) -> Tensor:
-    """What makes a neuron: its column of every first matrix and its row of the second, (inner, features)."""
+    """One row of features per neuron, (inner, features): its columns of gate and up and its row of down.
+
+    Args:
+        matrices: role -> (in, out).
+    """
     return torch.cat([matrix if role == "down" else matrix.mT for role, matrix in matrices.items()], 1)
 
 
 def bisection(features: Tensor) -> Tensor:
-    """Rows in an order in which neighbours are alike: halves along the first principal component, and so on.
+    """An order of the rows in which neighbours are similar: halve along the first principal component, recur.
 
     Args:
         features: (n, anything).
@@ -47,7 +57,7 @@ def bisection(features: Tensor) -> Tensor:
 
 
 def _first_component(features: Tensor) -> Tensor:
-    """Coordinates (n,) along the direction in which rows differ most; power iteration from a fixed start."""
+    """Coordinates (n,) along the first principal component; power iteration from a fixed start."""
     generator = torch.Generator().manual_seed(0)
     found = torch.randn(len(features), generator=generator).to(features)
     for _ in range(_POWER_ITERATIONS):

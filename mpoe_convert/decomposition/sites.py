@@ -1,4 +1,4 @@
-"""How a matrix is cut into sites and bonds: integers only, no tensor is touched.
+"""How a matrix is split into sites and bonds: integers only, no tensors.
 
 A matrix with ``rows`` input features and ``cols`` output features becomes a chain of cores. Site k
 carries ``in_dims[k]`` of the input and ``out_dims[k]`` of the output; neighbours share a bond::
@@ -57,6 +57,7 @@ class Sites:
 
     @property
     def num_sites(self) -> int:
+        """The number of cores."""
         return len(self.in_dims)
 
     @property
@@ -76,11 +77,12 @@ class Sites:
 
     @property
     def full_bonds(self) -> Dims:
+        """The bonds without truncation; see the function of that name."""
         return full_bonds(self.in_dims, self.out_dims)
 
     @property
     def is_exact(self) -> bool:
-        """True if no bond is cut, so that any matrix of this size is represented without loss."""
+        """True if no bond is truncated, so that any matrix of this size is represented without loss."""
         return all(bond >= full for bond, full in zip(self.bonds, self.full_bonds, strict=True))
 
     @property
@@ -91,14 +93,17 @@ class Sites:
 
     @property
     def core_params(self) -> Dims:
+        """Parameters of every core."""
         return tuple(prod(shape) for shape in self.core_shapes)
 
     @property
     def central_params(self) -> int:
+        """Parameters of the central core."""
         return self.core_params[self.centre]
 
     @property
     def auxiliary_params(self) -> int:
+        """Parameters of all other cores, for one expert."""
         return sum(self.core_params) - self.central_params
 
 
@@ -136,7 +141,7 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
 
           64     rows/64                  768 x 3072 at bond 64, three sites:
            |        |                     in_dims (64, 12, 1), out_dims (1, 48, 64), bonds (64, 64);
-          [L]--64--[C]--64--[R]           C has as many numbers as the matrix, L and R 64 * 64
+          [L]--64--[C]--64--[R]           C has as many parameters as the matrix, L and R 64 * 64
                     |        |
                  cols/64     64
 
@@ -201,7 +206,7 @@ def balanced(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Site
 
 
 def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int | Dims) -> Sites:
-    """The site dimensions as given; bonds are the full ones, cut to the limit.
+    """The site dimensions as given; bonds are the full ones, truncated to the limit.
 
     Raises:
         SitesError: a product is not the size it should be, the lists differ in length, or a limit
@@ -389,7 +394,7 @@ def _is_trivial(sites: Sites) -> bool:
 
 
 def _what_works(rows: int, cols: int, layout: str) -> str:
-    """The end of an error message: what to ask for instead."""
+    """The end of an error message: options that work for this size."""
     primes = [p for size in (rows, cols) for p in _prime_factors(size)[:1] if p * p <= rows * cols]
     options = []
     if primes:

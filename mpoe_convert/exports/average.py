@@ -1,17 +1,17 @@
-"""How much weight the routers of a converted model give each expert on a text: its part of an average."""
+"""Expert weights for an average: the combine weights that the routers give each expert on a text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from ..artifact.loading import load_converted
-from ..artifact.reader import Converted
+from ..artifact.loading import HoldsMixtures, load_artifact
+from ..artifact.reader import Artifact
 from ..compression.batches import Batch, make_batches, token_rows
 from ..compression.stream import keep_no_cache, run_batch
 from ..errors import ExportError
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, float]]:
-    """{path of a layer: {expert: its part of the combine weights}}, with the whole model in memory.
+def measure_expert_weights(source: Artifact, request: Export) -> dict[str, Mapping[int, float]]:
+    """{path of a layer: {expert: its fraction of the combine weights}}; loads the whole model.
 
     Raises:
         ExportError: the routers choose by task, not by what they read.
@@ -34,7 +34,7 @@ def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, 
             "weight they give an expert; expected one --expert"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
-    model = load_converted(source, dtype="auto")
+    model = load_artifact(source, dtype="auto")
     keep_no_cache(model)
     end = f".{source.family.slot}"
     return {
@@ -45,13 +45,14 @@ def expert_shares(source: Converted, request: Export) -> dict[str, Mapping[int, 
 
 @torch.no_grad()
 def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor]:
-    """{path of a mixture: (E,) sum over the tokens of what each expert's output is multiplied by}."""
-    totals = {path: torch.zeros(ffn.num_experts, dtype=torch.float64) for path, ffn in model.mixtures()}
+    """{path of a mixture: (E,) float64, each expert's combine weights summed over the tokens}."""
+    mixtures = cast(HoldsMixtures, model).mixtures()
+    totals = {path: torch.zeros(ffn.num_experts, dtype=torch.float64) for path, ffn in mixtures}
 
     def add(path: str, router, args, routing) -> None:
         totals[path] += token_rows(model, batch, path, _weights(routing)).sum(0).double().cpu()
 
-    handles = [ffn.router.register_forward_hook(partial(add, path)) for path, ffn in model.mixtures()]
+    handles = [ffn.router.register_forward_hook(partial(add, path)) for path, ffn in mixtures]
     try:
         for batch in batches:
             run_batch(model, batch)

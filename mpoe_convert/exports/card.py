@@ -17,7 +17,14 @@ def write_export(
     tags: Iterable[str],
     library: str,
 ) -> None:
-    """Write the card of an export, with licence and base from the front matter of the artifact's card."""
+    """Write the card of an export.
+
+    Args:
+        path: of the card.
+        code: Python that loads the export.
+        front: front matter of the artifact's card; its base, licence and language are carried over.
+        library: the Hub's name of the library that loads the export.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(

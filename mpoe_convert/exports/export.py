@@ -1,4 +1,4 @@
-"""Take a converted model elsewhere: read lazily, contract, write shard by shard, compare."""
+"""Export a converted model: read lazily, contract, write shard by shard, compare."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
 from ..artifact.folder import check_fit, check_output, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
-from ..artifact.reader import Converted, open_converted
-from ..artifact.verify import MAX_TOLERANCE, ROUNDING, Comparison, compare_export
+from ..artifact.reader import Artifact, open_artifact
+from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..extras import need
 from ..planning.recipe import parse_size
@@ -20,26 +20,28 @@ from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from . import targets
 from .card import write_export
-from .targets import Export, ExportPlan, Made, Part
+from .targets import Checked, Export, ExportPlan, Part, PlannedTensor
 
 HALVES = ("bfloat16", "float16")
 
+# Called as progress(tensor, tensors made, tensors in all).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An export that was written.
 
     Attributes:
-        artifact / revision: what it was made from.
-        base_model: what that was converted from, if it says so.
+        artifact / revision: the converted model.
+        base_model: the dense model that it was converted from, if its card says so.
         to / model_type: the target, and the architecture that was written.
         about: the same in words.
-        expert_shares: of an average, by layer what each expert counts in it.
-        params / bytes: numbers in the weight files (None: of a graph), bytes of all files.
-        comparison: with what it was made from; None: it was not asked for, or could not be made.
-        files: written, by their paths in the folder.
+        expert_shares: of an average: {path of a layer: {expert: its weight}}.
+        params: parameters in the weight files; None: a graph was written.
+        bytes: of all files.
+        comparison: of the outputs with the artifact's; None: not asked for, or not possible.
+        files: paths in the folder.
     """
 
     artifact: str
@@ -56,6 +58,7 @@ class Exported:
     files: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
+        """A dictionary of plain values."""
         return asdict(self)
 
 
@@ -69,7 +72,12 @@ def export(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a converted model in a form that needs no code of its own.
+    """Write a converted model in a form that needs no custom code.
+
+    >>> from mpoe_convert import Export, export
+    >>> exported = export("out", "out-dense", Export(to="dense", expert=1))
+    >>> exported.model_type, exported.comparison.relative_difference < 1e-4
+    ('gpt2', True)
 
     Args:
         model: artifact, a folder or a Hub id; before or after training.
@@ -77,61 +85,64 @@ def export(
         request: what to write; by default the first expert, dense.
         overwrite: replace an artifact or an export of this tool that is already there.
         revision: branch, tag or commit of a Hub id.
-        progress: called with (tensor, tensors made, tensors in all).
+        token: for models of the Hub; by default the stored login.
+        progress: called as progress(tensor, tensors made, tensors in all).
 
     Returns:
-        What is also written as export_report.json.
+        The contents of export_report.json.
 
     Raises:
         ExportError: the model has no exact form in that target.
-        VerifyError: what was written does not compute what the model does; nothing is left behind.
-        MpoeError: anything else that is wrong with the model or the output.
+        VerifyError: the outputs of the export differ from the model's; nothing is left behind.
+        MpoeError: the model or the output is wrong in another way.
     """
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
     target = targets.load(request.to)
-    source = open_converted(str(model), revision=revision, token=token)
-    shares = None
+    source = open_artifact(str(model), revision=revision, token=token)
+    expert_weights = None
     if request.calibrate:
         need("export --calibrate", "datasets", extra="calibrate")
-        from .average import expert_shares
+        from .average import measure_expert_weights
 
-        shares = expert_shares(source, request)
-    plan = target.plan(source, request, shares, output)
+        expert_weights = measure_expert_weights(source, request)
+    plan = target.plan(source, request, expert_weights, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
-    made = [tensor for part in plan.parts for tensor in part.tensors]
-    check_fit(output, local, sum(map(num_bytes, made)) + plan.num_bytes_written)
+    tensors = [tensor for part in plan.parts for tensor in part.tensors]
+    check_fit(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
     for extra, libraries in target.NEEDS.items():
         need(f"export --to {request.to}", *libraries, extra=extra)
     with staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:
-                progress(tensor.name, number, len(made))
+                progress(tensor.name, number, len(tensors))
         comparison = plan.write(folder) if plan.write else None
         if plan.checked and request.check:
-            comparison = _compare(folder, source, plan)
+            comparison = _compare(folder, source, plan.checked)
         report = Exported(
             artifact=source.checkpoint.source,
             revision=source.checkpoint.revision,
             to=request.to,
             model_type=plan.model_type,
             about=plan.about,
-            expert_shares=shares,
-            params=sum(prod(tensor.shape) for tensor in made) or None,
+            expert_shares=expert_weights,
+            params=sum(prod(tensor.shape) for tensor in tensors) or None,
             warnings=plan.warnings,
             comparison=comparison,
         )
         return _finish(folder, report, plan, source_front_matter(source.checkpoint.folder))
 
 
-def _write_parts(folder: Path, plan: ExportPlan, source: Converted, shard_bytes: int) -> Iterator[Made]:
-    """Yields every tensor when it has been made."""
+def _write_parts(
+    folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int
+) -> Iterator[PlannedTensor]:
+    """Write all parts; yields every tensor when it has been made."""
     for part in plan.parts:
         yield from _write_part(folder / part.folder, part, source, shard_bytes)
 
 
-def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -> Iterator[Made]:
+def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) -> Iterator[PlannedTensor]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         write_json(folder / name, values)
@@ -154,33 +165,31 @@ def _write_part(folder: Path, part: Part, source: Converted, shard_bytes: int) -
         write_index(folder, shards, sum(map(num_bytes, part.tensors)))
 
 
-def _compare(folder: Path, source: Converted, plan: ExportPlan) -> Comparison:
-    """Raises VerifyError if what was written computes something else."""
-    checked, checkpoint = plan.checked, source.checkpoint
+def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
+    """Raises VerifyError if the outputs have to agree and do not."""
+    checkpoint = source.checkpoint
     rounded = any(info.dtype in HALVES for info in checkpoint.tensors.values())
     tolerance = None
     if checked.same:  # in half precision products of cores are rounded once more; that may move a choice
         tolerance = MAX_TOLERANCE if rounded else ROUNDING
     model = checked.base or str(folder / checked.model)
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return compare_export(
-        {
-            "against": str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
-            "revision": checkpoint.revision,
-            "experts": checked.experts,
-            "artifact": model,
-            "artifact_revision": checked.base_revision,
-            "adapters": checked.adapters and [str((folder / name).resolve()) for name in checked.adapters],
-            "trust_remote_code": [True, source.architecture.is_own],
-            "auto_class": main_auto_class(source.config, source.model_type),
-            "token": source.token,
-        },
-        tolerance,
+    request = ChildRequest(
+        against=str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
+        revision=checkpoint.revision,
+        artifact=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        artifact_revision=checked.base_revision,
+        auto_class=main_auto_class(source.config, source.model_type),
+        trust_remote_code=(True, source.architecture.is_custom),
+        token=source.token,
+        experts=checked.experts,
+        adapters=checked.adapters and tuple(str((folder / name).resolve()) for name in checked.adapters),
+        is_export=True,
     )
+    return compare_export(request, tolerance)
 
 
 def _finish(folder: Path, report: Exported, plan: ExportPlan, front: dict) -> Exported:
-    """The card, and the report that lists every file."""
+    """Write the card, and the report that lists every file."""
     name = report.artifact if report.revision else Path(report.artifact).resolve().name
     paragraphs = [f"Written by `mpoe-convert export --to {report.to}` from {name}. {plan.about}"]
     paragraphs += [f"> **Note:** {text}" for text in plan.warnings]

@@ -1,8 +1,8 @@
-"""The mixtures of experts that transformers has and that hold a converted model exactly: one row each.
+"""Mixtures of experts in transformers that can hold a converted model exactly: one row each.
 
-Read off the modelling files of transformers 5.23. Names are those of the architectures' own checkpoints,
-which serving engines read; transformers fuses them when it loads them. What llama.cpp makes of them was tried
-with the copy in llama-cpp-python 0.3.36.
+From the modelling files of transformers 5.23. Names are those of the architectures' own checkpoints, which
+serving engines read; transformers fuses the experts' tensors when it loads them. How llama.cpp computes each
+was tested with the copy in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ class MoeTarget:
 
     Attributes:
         model_type: of the mixture.
-        sources: model types whose every other part it has, under the same names.
-        slot: its mixture's place in a layer.
+        sources: dense model types that are equal to it outside the FFNs, with the same tensor names.
+        slot: path of the mixture in a layer.
         router: name of the router's weight (E, H) below the slot.
         experts: role -> name of expert {}'s weight (out, in) below the slot.
         stacked: the same for weights that hold all experts (E, out, in); one for "gate" and "up" has both.
         num_experts / inner_size / top_k: how its config calls these; a top_k of None: one expert per token.
-        weighing: how its config says that combine weights are "renormalised" (softmax over the chosen) or
-            "raw" (the probability among all); one that is missing cannot be had.
-        dense_layers: its config's list of the layers that are no mixtures; None: every layer is one.
-        depths: counts of its config that say how many layers are mixtures, and which of its keys they repeat.
-        fixed: settings of the sources that it has not: values with which they do nothing, and what they are.
-        constants: what else its config says.
-        idle_shared_expert: it also has an expert for all tokens; zeros make that add nothing.
-        llama_cpp: the combine weights by which llama.cpp computes it, whatever its config says; None: it does
-            not know this architecture.
+        weighing: {router_combine: settings of its config}, for "renormalised" (softmax over the chosen
+            experts) and "raw" (their probabilities among all); it cannot compute one that is missing.
+        dense_layers: its config's key for the list of the layers without mixtures; None: all layers have one.
+        depths: {key of its config for a number of layers with mixtures: key that holds the number}.
+        fixed: {setting of the sources that it has not: (values without effect, what other values mean)}.
+        constants: further settings of its config.
+        idle_shared_expert: it also has an expert for all tokens, which is written as zeros.
+        llama_cpp: combine weights as llama.cpp computes them, whatever the config says; None: llama.cpp lacks
+            this architecture.
     """
 
     model_type: str
@@ -138,7 +138,7 @@ MOE_TARGETS: tuple[MoeTarget, ...] = (
 
 TARGET_OF: Mapping[str, MoeTarget] = {source: row for row in MOE_TARGETS for source in row.sources}
 
-# What stands between other families and the mixture that looks nearest.
+# Why other families have no exact mixture: how they differ from the nearest one.
 NEAR_MISSES: Mapping[str, str] = {
     "phi3": "phimoe has LayerNorms with biases where phi3 has RMSNorms, and weighs experts by SparseMixer",
     "olmo": "olmoe normalises queries and keys, and has RMSNorms where olmo has LayerNorms without weights",

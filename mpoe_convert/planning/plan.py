@@ -17,7 +17,7 @@ from ..errors import FamilyError, MpoeError, RecipeError
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
-from ..source.ffn import DenseFFN, Source
+from ..source.ffn import FFN, Source
 from ..source.locate import check_alike, resolve, runs_per_token
 from ..source.matrices import FLOAT_DTYPES, matrix_size
 from ..source.safetensors_file import DTYPE2BYTES
@@ -138,7 +138,7 @@ class FFNPlan:
         runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
     """
 
-    ffn: DenseFFN
+    ffn: FFN
     matrices: tuple[MatrixPlan, ...]
     form: dict
     tensors: dict[str, tuple[tuple[int, ...], str]]
@@ -440,7 +440,7 @@ def plan_checkpoint(
     )
 
 
-def _select(recipe: Recipe, found: list[DenseFFN]) -> list[DenseFFN]:
+def _select(recipe: Recipe, found: list[FFN]) -> list[FFN]:
     """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
     paths = [ffn.path for ffn in found]
     names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
@@ -469,9 +469,7 @@ def _resolved(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
     )
 
 
-def _plan_ffn(
-    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, ranks: Mapping[str, int | None]
-) -> FFNPlan:
+def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[str, int | None]) -> FFNPlan:
     matrices = tuple(
         _plan_matrix(recipe, checkpoint, ffn, role, source, ranks.get(f"{ffn.key}.{role}"))
         for role, source in ffn.projections.items()
@@ -492,7 +490,7 @@ def _plan_ffn(
 
 
 def _plan_matrix(
-    recipe: Recipe, checkpoint: Checkpoint, ffn: DenseFFN, role: str, source: Source, rank: int | None
+    recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, role: str, source: Source, rank: int | None
 ) -> MatrixPlan:
     info = checkpoint.tensors[source.weight]
     rows, cols = matrix_size(info, source)
@@ -518,7 +516,7 @@ def _module(form: dict, recipe: Recipe) -> FeedForward:
         return FeedForward(form, recipe.experts, recipe.top_k)
 
 
-def _ffn_tensors(recipe: Recipe, ffn: DenseFFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
+def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
     """{name: (shape, dtype)}; a part that is no projection has the dtype of `down`, or float32."""
     module = _module(form, recipe)
     dtypes = {matrix.role: matrix.dtype for matrix in matrices}

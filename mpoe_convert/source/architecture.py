@@ -1,4 +1,4 @@
-"""The classes of a model: those of transformers, or those of the code that came with its weights."""
+"""The classes of a model: those of transformers, or those of its custom code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
 
 def main_auto_class(config: dict, model_type: str) -> str:
-    """The Auto class that loads the head which the source was saved with; AutoModel if none does."""
-    own = own_heads(config.get("auto_map") or {})
+    """The Auto class that loads the head that config.json names; AutoModel if none does.
+
+    Args:
+        config: config.json of a dense model.
+        model_type: its model type in transformers.
+    """
+    own = custom_heads(config.get("auto_map") or {})
     known = {auto: name.rpartition(".")[2] for auto, name in own.items()} or heads(model_type)
     architecture = next(iter(config.get("architectures") or ()), None)
     matching = [auto for auto, stock in known.items() if stock == architecture]
@@ -24,7 +29,7 @@ def main_auto_class(config: dict, model_type: str) -> str:
 
 
 def _preference(auto: str) -> tuple[int, str]:
-    """Sort key of the Auto classes that load one head: BART's, for example, is in three."""
+    """Sort key of Auto classes that load the same head: BART's, for example, is in three of them."""
     first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
     if auto in first:
         return first.index(auto), auto
@@ -33,7 +38,11 @@ def _preference(auto: str) -> tuple[int, str]:
 
 def knows(model_type: str) -> bool:
     """Whether the installed transformers has this model type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    # Those of transformers alone: custom code may register more in CONFIG_MAPPING. The module declares no
+    # exports, so pyright takes the name for a private one.
+    from transformers.models.auto.configuration_auto import (
+        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     return model_type in CONFIG_MAPPING_NAMES
 
@@ -59,18 +68,18 @@ def heads(model_type: str) -> dict[str, str]:
     return found
 
 
-def own_heads(auto_map: Mapping) -> dict[str, str]:
-    """Auto class -> "module.Class", of the models among the entries of an auto_map."""
+def custom_heads(auto_map: Mapping) -> dict[str, str]:
+    """The entries of an auto_map that are models: Auto class -> "module.Class"."""
     return {auto: name for auto, name in auto_map.items() if auto.startswith("AutoModel")}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a dense model is built from.
+    """A dense model's classes and config.
 
     Attributes:
         config: its config.json; an auto_map in it names files in `code`.
-        code: folder of the code of its own, if that may run.
+        code: folder of the custom code, if there is some and it may run.
     """
 
     config: dict = field(repr=False)
@@ -82,28 +91,32 @@ class Architecture:
 
     @property
     def auto_map(self) -> dict:
-        """Auto class -> "module.Class" in `code`, of models, config, tokenizer and processors."""
+        """Auto class -> "module.Class" in `code`, of models, config and tokenizer; {} without custom code."""
         return self.config.get("auto_map") or {} if self.code else {}
 
     @property
-    def is_own(self) -> bool:
-        """Whether the model's classes are its own: those alone, no stock heads beside them."""
-        return bool(own_heads(self.auto_map))
+    def is_custom(self) -> bool:
+        """Whether the model's classes are custom code; then there are no stock heads beside them."""
+        return bool(custom_heads(self.auto_map))
 
     @property
     def heads(self) -> dict[str, str]:
-        """Auto class -> class name."""
-        if not self.is_own:
+        """Auto class -> class name, of the models."""
+        if not self.is_custom:
             return heads(self.model_type)
-        return {auto: name.rpartition(".")[2] for auto, name in own_heads(self.auto_map).items()}
+        return {auto: name.rpartition(".")[2] for auto, name in custom_heads(self.auto_map).items()}
 
     @cached_property
     def config_class(self) -> type[PretrainedConfig]:
-        """Raises FamilyError if there is none."""
+        """The class of the config.
+
+        Raises:
+            FamilyError: transformers does not know the model type, or the custom code has no such class.
+        """
         from transformers import CONFIG_MAPPING
 
-        if self.is_own and "AutoConfig" in self.auto_map:
-            return self._own_class("AutoConfig")
+        if self.is_custom and "AutoConfig" in self.auto_map:
+            return self._custom_class("AutoConfig")
         if not knows(self.model_type):
             raise FamilyError(
                 f"transformers has no model type {self.model_type!r}; its code cannot be subclassed"
@@ -112,13 +125,13 @@ class Architecture:
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel] | None:
-        """The class that the config names first, if it can be had."""
+        """The first class that config.json names and that exists; None if there is none."""
         import transformers
 
         for name in self.config.get("architectures") or ():
-            if self.is_own:
+            if self.is_custom:
                 auto = next((auto for auto, head in self.heads.items() if head == name), None)
-                cls = auto and self._own_class(auto)
+                cls = auto and self._custom_class(auto)
             else:
                 cls = getattr(transformers, name, None)
             if isinstance(cls, type):
@@ -128,13 +141,21 @@ class Architecture:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The model without its head, on the meta device. Raises FamilyError, as `build`."""
-        return self.build().base_model
+        from transformers import PreTrainedModel
+
+        base = self.build().base_model
+        assert isinstance(base, PreTrainedModel)
+        return base
 
     def make_config(self) -> PretrainedConfig:
+        """A new config object with the values of config.json. Raises FamilyError as `config_class`."""
         return self.config_class.from_dict(dict(self.config))
 
     def build(self, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-        """The model on the meta device, without memory; by default AutoModel's class.
+        """The model on the meta device, which takes no memory.
+
+        Args:
+            cls: by default the class that AutoModel gives, the model without a head.
 
         Raises:
             FamilyError: there is no such model, or it cannot be built from this config.
@@ -142,30 +163,31 @@ class Architecture:
         import torch
         from transformers import AutoModel
 
-        if cls is None and self.is_own:
-            cls = self._own_class("AutoModel" if "AutoModel" in self.heads else next(iter(self.heads)))
+        if cls is None and self.is_custom:
+            cls = self._custom_class("AutoModel" if "AutoModel" in self.heads else next(iter(self.heads)))
         config_class = self.config_class
         try:
             with torch.device("meta"):
-                if self.is_own:  # loaded file by file: its class of the config is another object than ours
-                    return cls(cls.config_class.from_dict(dict(self.config)))
+                if cls is not None and self.is_custom:  # its own config class may be another object than ours
+                    own_config: type[PretrainedConfig] = cls.config_class or config_class
+                    return cls(own_config.from_dict(dict(self.config)))
                 config = config_class.from_dict(self.config)
                 return cls(config) if cls else AutoModel.from_config(config)
-        except Exception as error:  # whatever the model's code thinks of this config
-            who = f"the code in {self.code}" if self.is_own else "transformers"
+        except Exception as error:  # the model's code may raise anything
+            who = f"the code in {self.code}" if self.is_custom else "transformers"
             raise FamilyError(
                 f"{who} cannot build a {self.model_type} from this config.json "
-                f"({type(error).__name__}: {error}), so what it computes cannot be told; repair the config"
+                f"({type(error).__name__}: {error}), so what it computes is unknown; repair the config"
             ) from error
 
-    def _own_class(self, auto: str) -> type:
-        """Runs the code."""
+    def _custom_class(self, auto: str) -> type:
+        """The custom class of that Auto class; runs the code. Raises FamilyError if it does not load."""
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         name = self.auto_map[auto]
         try:
             return get_class_from_dynamic_module(name, str(self.code))
-        except Exception as error:  # whatever goes wrong in there
+        except Exception as error:  # custom code may raise anything
             raise FamilyError(
                 f"the code in {self.code} does not give {auto}'s {name} ({type(error).__name__}: {error}); "
                 "install what it needs, or repair it"

@@ -1,14 +1,15 @@
-"""A dense source checkpoint: every header is checked first, every tensor read only when asked for.
+"""A checkpoint: all headers are checked when it is opened, a tensor is read when it is asked for.
 
-Opening reads no tensor data and instantiates no model. Whatever is wrong with the folder, its
-config, its index or its files is a CheckpointError of one line before any work starts.
+Opening reads no tensor data and instantiates no model. Any fault of the folder, its config, its index or its
+files is a CheckpointError of one line before other work starts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,7 +20,8 @@ from ..errors import CheckpointError
 from . import custom_code, hub
 from .architecture import Architecture
 from .json_files import read_json_object
-from .safetensors_file import TensorInfo, read_header, read_tensor, tensor_info
+from .repository import Repository, find_repository
+from .safetensors_file import TensorInfo, read_header, read_tensor
 from .torch_file import BinReader, dtype_name
 
 if TYPE_CHECKING:
@@ -42,13 +44,18 @@ FOREIGN = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened source: all headers in `tensors`, in natural order (h.2 before h.10); no data yet.
+    """An opened checkpoint; `open_checkpoint` makes it.
 
-    `source` is what the user typed, `revision` the resolved commit of a Hub source.
-    `shared_storage` maps a name to the earlier name whose storage, offset, shape and stride it
-    repeats (tied weights in a `.bin`; safetensors files cannot share). With `headers_only` nothing
-    but JSON and tokenizer files is local and `read` refuses. `code` is the folder of code of its own,
-    if there is some and it may run.
+    Attributes:
+        source: what the user typed.
+        folder: where its files are.
+        revision: the commit of a Hub source.
+        config: config.json; without its auto_map where custom code must not run.
+        tensors: name -> header, in natural order (h.2 before h.10).
+        shared_storage: name -> the earlier name whose storage, offset, shape and stride it repeats (tied
+            weights in a `.bin`; safetensors files cannot share).
+        headers_only: nothing but JSON and companions is local, and `read` refuses.
+        code: folder of the custom code, if there is some and it may run.
     """
 
     source: str
@@ -63,13 +70,15 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
+        """The classes and the config of the model."""
         return Architecture(self.config, self.code)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own, with the dtype and shape of `tensors[name]`.
 
-        Raises CheckpointError for an unknown name, for a checkpoint opened with `headers_only`, and
-        when the file has changed or cannot be read any more.
+        Raises:
+            CheckpointError: the name is unknown, the checkpoint was opened with `headers_only`, or the file
+                has changed or cannot be read any more.
         """
         info = self.tensors.get(name)
         if info is None:
@@ -83,7 +92,11 @@ class Checkpoint:
                 "open it without headers_only to download the weights"
             )
         path = self.folder / info.file
-        tensor = self._bins.read(path, name) if path.suffix == ".bin" else read_tensor(path, name)
+        if path.suffix == ".bin":
+            assert self._bins is not None  # opening the folder made it
+            tensor = self._bins.read(path, name)
+        else:
+            tensor = read_tensor(path, name)
         found = (dtype_name(tensor), tuple(tensor.shape))
         if found != (info.dtype, info.shape):
             raise CheckpointError(
@@ -93,7 +106,7 @@ class Checkpoint:
         return tensor
 
     def companion_files(self) -> list[Path]:
-        """The files to copy beside converted weights: tokenizer, processor, generation config, licences.
+        """The companions, to be copied beside converted weights: tokenizer, generation config, licence.
 
         Only files directly in the folder, and the named chat templates that transformers keeps in a
         subfolder; never weights, config.json, README, code, indexes or hidden files.
@@ -108,102 +121,93 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | None = None,
     headers_only: bool = False,
-    converted: bool = False,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Open a local folder or a Hub id: check the config and every tensor header, read no data.
+    """Open a dense model: check the config and every tensor header, read no data.
 
-    `model` is a folder if one of that name exists or if it is written like a path; anything else is
-    a Hub id. A Hub source is judged by its config before its weights are downloaded. With
-    `headers_only` the weights of a Hub source stay there, unless they are in the cache already or
-    are `.bin` files, which have no remote headers and are downloaded after all.
+    A Hub source is judged by its config before its weights are downloaded.
 
-    `converted` says what is expected: a model that this tool converted, or a dense one. Of a dense one,
-    code of its own may run with `trust_remote_code` only (no code is run here); an artifact's always may.
+    Args:
+        model: folder or Hub id, see `find_repository`.
+        revision: of a Hub id.
+        token: Hub token.
+        headers_only: leave the weights of a Hub source there, unless they are in the cache already or are
+            `.bin` files, which have no remote headers.
+        trust_remote_code: custom code may run later (none is run here).
 
-    Raises CheckpointError for anything that is not a readable checkpoint of that sort, HubError for Hub
-    and network trouble.
+    Raises:
+        CheckpointError: it is not a readable checkpoint of a dense model.
+        FamilyError: it needs custom code, which is not trusted.
+        HubError: the Hub refuses or cannot be reached.
     """
     model = str(model)
+    with readable(model):
+        repository = find_repository(model, revision, token)
+        config = read_config(repository)
+        _reject_artifact(config, repository)
+        check_config(config, repository)
+        if trust_remote_code:
+            repository.fetch_code()
+        config, code = custom_code.admit(model, repository.folder, config, trust_remote_code, token)
+        return open_weights(repository, config, code, headers_only=headers_only)
+
+
+def open_weights(
+    repository: Repository, config: dict, code: Path | None, *, headers_only: bool = False
+) -> Checkpoint:
+    """Fetch the weights of a repository and read their headers.
+
+    Args:
+        repository: where the files are.
+        config: its config.json, as it was admitted.
+        code: folder of the custom code that may run.
+        headers_only: as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, quantised or those of a mixture of experts.
+        HubError: the Hub refuses or cannot be reached.
+    """
+    source, folder, revision = repository.source, repository.folder, repository.revision
+    if headers_only and (tensors := repository.remote_headers()) is not None:
+        _reject_tensors(source, tensors)
+        return Checkpoint(source, folder, revision, config, _natural(tensors), headers_only=True, code=code)
+    repository.fetch_weights()
+    bins = BinReader()
+    tensors, shared = _read_headers(repository, bins)
+    _reject_tensors(source, tensors)
+    return Checkpoint(source, folder, revision, config, _natural(tensors), shared, code=code, _bins=bins)
+
+
+@contextmanager
+def readable(model: str) -> Iterator[None]:
+    """Turn an OSError inside the block into a CheckpointError of one line; Hub errors are HubErrors."""
     try:
-        folder = _local_folder(model)
-        if folder is None:
-            return _open_hub(model, revision, token, headers_only, converted, trust_remote_code)
-        if revision is not None:
-            raise CheckpointError(
-                f"--revision {revision!r} was given, but {model} is a local folder: "
-                "drop --revision, or pass a Hub id"
-            )
-        config = _read_config(folder, model, [path.name for path in folder.iterdir()], converted)
-        config, code = _admit(model, folder, config, converted, trust_remote_code, token)
-        return _open_folder(model, folder, None, config, code)
-    except OSError as exc:  # the Hub's OSErrors are HubErrors by now
+        yield
+    except OSError as exc:
         raise CheckpointError(
             f"{exc.filename or model} cannot be read ({exc.strerror or exc}): check the path and "
             "its permissions"
         ) from exc
 
 
-def _open_hub(
-    model: str, revision: str | None, token: str | None, headers_only: bool, converted: bool, trusted: bool
-) -> Checkpoint:
-    folder, commit = hub.download(model, revision=revision, token=token, weights=False)
-    names = hub.listing(model, commit) or [path.name for path in folder.iterdir()]
-    config = _read_config(folder, model, names, converted)
-    wants_code = custom_code.code_of_artifact(folder, config["mpoe"]) if converted else trusted
-    if wants_code and any(name.endswith(".py") for name in names):
-        hub.download_code(model, commit, token)
-    config, code = _admit(model, folder, config, converted, trusted, token)
-    if headers_only and not hub.weights_cached(folder, names):
-        headers = hub.remote_headers(model, commit, token)
-        if headers is not None:
-            tensors = {name: tensor_info(model, name, *header) for name, header in headers.items()}
-            _reject_tensors(model, tensors)
-            return Checkpoint(model, folder, commit, config, _natural(tensors), headers_only=True, code=code)
-    hub.download(model, revision=commit, token=token)
-    return _open_folder(model, folder, commit, config, code)
-
-
-def _admit(model: str, folder: Path, config: dict, converted: bool, trusted: bool, token: str | None):
-    """(config, folder of code that may run)."""
-    if converted:
-        return config, custom_code.code_of_artifact(folder, config["mpoe"])
-    return custom_code.admit(model, folder, config, trusted, token)
-
-
-def _local_folder(model: str) -> Path | None:
-    path = Path(model).expanduser() if model.startswith("~") else Path(model)
-    if path.is_dir() and model.strip():  # Path("") is the current folder, which nobody asked for
-        return path
-    if path.is_file():
-        raise CheckpointError(
-            f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
-            f"pass its folder, {path.parent}"
-        )
-    dots = model in (".", "..") or model.startswith(("./", "../", ".\\", "..\\", "~"))
-    if dots or path.is_absolute() or not model.strip():
-        raise CheckpointError(f"there is no folder {model!r}: check the path, or pass a Hub id")
-    return None
-
-
 # --------------------------------------------------------------------------------------- the config
 
 
-def _read_config(folder: Path, source: str, names: Iterable[str], converted: bool) -> dict:
-    names = list(names)
+def read_config(repository: Repository) -> dict:
+    """The config.json of a repository. Raises CheckpointError if it has none, or is a PEFT adapter."""
+    names = repository.names()
     if "adapter_config.json" in names:
         raise CheckpointError(
-            f"{source} is a PEFT adapter (it has adapter_config.json), not a whole model: "
+            f"{repository.source} is a PEFT adapter (it has adapter_config.json), not a whole model: "
             "merge it into its base model (merge_and_unload), save that, and convert the result"
         )
-    path = folder / "config.json"
+    path = repository.folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{source} has no config.json, expected a transformers checkpoint{_hint(folder, names)}"
+            f"{repository.source} has no config.json, expected a transformers checkpoint"
+            f"{_hint(repository.folder, names)}"
         )
-    config = read_json_object(path, "an object with 'model_type'")
-    _reject_config(config, path, converted)
-    return config
+    return read_json_object(path, "an object with 'model_type'")
 
 
 def _hint(folder: Path, names: list[str]) -> str:
@@ -218,16 +222,17 @@ def _hint(folder: Path, names: list[str]) -> str:
     return f"; found {found}: check the path or the id"
 
 
-def _reject_config(config: dict, path: Path, converted: bool) -> None:
-    model_type = config.get("model_type")
-    is_converted = "mpoe" in config or str(model_type).startswith("mpoe_")
-    if converted and not isinstance(config.get("mpoe"), dict):
+def _reject_artifact(config: dict, repository: Repository) -> None:
+    if "mpoe" in config or str(config.get("model_type")).startswith("mpoe_"):
         raise CheckpointError(
-            f"{path} describes no converted model (model type {model_type!r}, no mpoe block): expected an "
-            "artifact of mpoe-convert, as a conversion or finetune writes it"
+            f"{repository.folder / 'config.json'} describes an already converted model: convert its dense "
+            "base instead"
         )
-    if is_converted and not converted:
-        raise CheckpointError(f"{path} describes an already converted model: convert its dense base instead")
+
+
+def check_config(config: dict, repository: Repository) -> None:
+    """Raise CheckpointError for a config without model type, of quantised weights, or of a mixture."""
+    path, model_type = repository.folder / "config.json", config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"{path} has no 'model_type' (old checkpoints lack it): add the architecture's name, "
@@ -250,7 +255,7 @@ def _reject_config(config: dict, path: Path, converted: bool) -> None:
 
 
 def _most(count: object) -> int:
-    """The largest integer in a config value that is a number or, per layer, a list of numbers."""
+    """The largest integer in a config value that is an integer or a list of one per layer."""
     counts = count if isinstance(count, list) else [count]
     return max((item for item in counts if isinstance(item, int)), default=0)
 
@@ -258,11 +263,10 @@ def _most(count: object) -> int:
 # -------------------------------------------------------------------------------------- the weights
 
 
-def _open_folder(
-    source: str, folder: Path, revision: str | None, config: dict, code: Path | None
-) -> Checkpoint:
-    files, weight_map, index = weight_files(source, folder, revision)
-    bins = BinReader()
+def _read_headers(repository: Repository, bins: BinReader) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(name -> header, name -> earlier name of the same storage) of all weight files."""
+    folder = repository.folder
+    files, weight_map, index = weight_files(repository)
     tensors: dict[str, TensorInfo] = {}
     shared: dict[str, str] = {}
     for file in files:
@@ -280,15 +284,19 @@ def _open_folder(
                 )
             tensors[name] = info
     _check_index(folder, weight_map, index, tensors)
-    _reject_tensors(source, tensors)
-    return Checkpoint(source, folder, revision, config, _natural(tensors), shared, code=code, _bins=bins)
+    return tensors, shared
 
 
-def weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[str], dict[str, str], str]:
-    """The weight files by transformers' order of preference; what their index says, and its name, if any.
+def weight_files(repository: Repository) -> tuple[list[str], dict[str, str], str]:
+    """The weight files in a folder, by transformers' order of preference.
 
-    Raises CheckpointError: there are none, or not all that the index names.
+    Returns:
+        (names of the files, {tensor: file} of their index, name of the index); {} and "" without an index.
+
+    Raises:
+        CheckpointError: there are none, or a file that the index names is missing.
     """
+    folder = repository.folder
     for single in hub.SINGLE.values():
         if (folder / single).is_file():
             return [single], {}, ""
@@ -296,11 +304,9 @@ def weight_files(source: str, folder: Path, revision: str | None) -> tuple[list[
         if (folder / index).is_file():
             weight_map = _read_index(folder, index, Path(single).suffix)
             return sorted(set(weight_map.values())), weight_map, index
-    names = [path.name for path in folder.iterdir() if path.name != "config.json"]
-    if revision is not None:
-        names = hub.listing(source, revision) or names
+    names = [name for name in repository.names() if name != "config.json"]
     raise CheckpointError(
-        f"{source} has no weights that can be read, expected model.safetensors, pytorch_model.bin "
+        f"{repository.source} has no weights that can be read, expected model.safetensors, pytorch_model.bin "
         f"or an index of shards{_foreign(names) or _hint(folder, names)}"
     )
 
@@ -341,7 +347,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
 
 
 def stays_inside(file: str) -> bool:
-    """Judge the name, not where it leads: in the Hub's cache files are links to blobs elsewhere."""
+    """Whether a file's name stays inside the folder. Links are not followed: the Hub's cache uses them."""
     parts = PurePosixPath(file).parts
     plain = bool(parts) and ".." not in parts and "\\" not in file and file.isprintable()
     return plain and not PurePosixPath(file).is_absolute() and not PureWindowsPath(file).drive

@@ -1,4 +1,4 @@
-"""Code of its own that a model has beside its weights: which files, whence, and whether it may run."""
+"""Custom code, the Python files beside a model's weights: which they are, and whether they may run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, FamilyError
 from . import hub
-from .architecture import Architecture, knows, own_heads
+from .architecture import Architecture, custom_heads, knows
 
 GLUE_FILE = "modeling_mpoe_source.py"
 # Beside config.json, what may name code: tokenizers and processors.
@@ -19,14 +20,21 @@ NAMING_FILES = ("tokenizer_config.json", "*processor_config.json")
 def admit(
     source: str, folder: Path, config: dict, trusted: bool, token: str | None
 ) -> tuple[dict, Path | None]:
-    """(config.json, folder of the code that may run) of a dense source.
+    """(config.json, folder of the custom code that may run, or None) of a dense source.
 
-    Code of other repositories is fetched, and entries that named it name its files. Nothing is run. A source
-    without code is the same with and without trust.
+    Custom code in other repositories is fetched, and the auto_map then names the fetched files. Nothing is
+    run. Without custom code, `trusted` makes no difference.
+
+    Args:
+        source: what the user typed, for messages.
+        folder: the source's folder.
+        config: its config.json.
+        trusted: the user allows custom code to run.
+        token: Hub token for code in other repositories.
 
     Raises:
-        FamilyError: the model needs code of its own, which is not trusted, or has no model in it.
-        CheckpointError: a file of it is missing.
+        FamilyError: the model needs custom code and it is not trusted, or the custom code has no model class.
+        CheckpointError: a file of the custom code is missing.
     """
     auto_map = config.get("auto_map") or {}
     _check_entries(source, auto_map)
@@ -35,18 +43,18 @@ def admit(
         if names and not knows(config["model_type"]):
             files = ", ".join(sorted({f"{module}.py" for _, module in names}))
             raise FamilyError(
-                f"transformers has no model type {config['model_type']!r}, and {source} has code of its own "
-                f"({files}): read that, and pass --trust-remote-code (trust_remote_code=True) to run it"
+                f"transformers has no model type {config['model_type']!r}, and {source} has custom code "
+                f"({files}): read it, and pass --trust-remote-code (trust_remote_code=True) to run it"
             )
         _check_has_stock_head(source, config, names)
         return {key: value for key, value in config.items() if key != "auto_map"}, None
     names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     if not names:
         return config, None
-    if "AutoConfig" in auto_map and not own_heads(auto_map):
+    if "AutoConfig" in auto_map and not custom_heads(auto_map):
         raise FamilyError(
-            f"{source} has a config of its own ({auto_map['AutoConfig']}) and no model that goes with it; "
-            "leave --trust-remote-code away for the classes of transformers"
+            f"{source} has a custom config ({auto_map['AutoConfig']}) and no custom model that uses it; "
+            "leave out --trust-remote-code to use the classes of transformers"
         )
     return config | {"auto_map": localised(auto_map)}, _gather(folder, names, token)
 
@@ -72,26 +80,32 @@ def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]
     if not any(hasattr(transformers, str(head)) for head in heads):
         files = ", ".join(sorted({f"{module}.py" for _, module in names}))
         raise FamilyError(
-            f"{source} is a {heads[0]} of code of its own ({files}); transformers' {config['model_type']} "
+            f"{source} is a {heads[0]} of custom code ({files}); transformers' {config['model_type']} "
             "may compute something else: read it, and pass --trust-remote-code (trust_remote_code=True)"
         )
 
 
 def code_of_artifact(folder: Path, block: dict) -> Path | None:
-    """The folder of the code that an artifact has from its source."""
+    """The folder of the custom code that an artifact has from its source; None if it has none.
+
+    Args:
+        folder: the artifact's folder.
+        block: the `mpoe` block of its config.json.
+    """
     named = [*references(block.get("base_auto_map"))]
     named += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     return folder if named else None
 
 
 def naming_files(folder: Path) -> list[Path]:
+    """The files beside config.json that may name custom code: of tokenizers and processors."""
     return sorted(path for pattern in NAMING_FILES for path in folder.glob(pattern))
 
 
 def _auto_map(path: Path) -> object:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever reads it for what it is says so
+    except (OSError, ValueError):  # the code that uses this file reports the error
         return None
     return values.get("auto_map") if isinstance(values, dict) else None
 
@@ -108,8 +122,8 @@ def references(auto_map: object) -> Iterator[tuple[str, str]]:
         yield from references(list(auto_map.values()))
 
 
-def localised(auto_map: object):
-    """The same classes, in files beside the weights."""
+def localised(auto_map: Any) -> Any:
+    """The auto_map without names of other repositories: all classes in files beside the weights."""
     if isinstance(auto_map, str):
         return auto_map.rpartition("--")[2]
     if isinstance(auto_map, (list, tuple)):
@@ -128,8 +142,8 @@ def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -
             content = path.read_bytes()
             if contents.setdefault(path.name, content) != content:
                 raise CheckpointError(
-                    f"two different files {path.name} are among the code that {folder} names: put all of it "
-                    "beside the weights, under names of its own"
+                    f"the custom code that {folder} names has two different files {path.name}: put all of it "
+                    "beside the weights, and rename one"
                 )
     if not any(homes):
         return folder
@@ -143,10 +157,10 @@ def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -
 
 
 def with_imports(code: Path, modules: Iterable[str]) -> list[Path]:
-    """The files of modules, and of what they import relatively.
+    """The files of modules in a folder, and of all modules that they import relatively.
 
     Raises:
-        CheckpointError: one is missing.
+        CheckpointError: a file is missing.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -165,10 +179,10 @@ def with_imports(code: Path, modules: Iterable[str]) -> list[Path]:
 
 
 def files(folder: Path, architecture: Architecture) -> list[Path]:
-    """The files of a model's code, those of its tokenizer and processors included.
+    """The files of a model's custom code, including those of its tokenizer and processors.
 
     Raises:
-        FamilyError: one has the name of a file of ours.
+        FamilyError: a file has the name of one that this tool writes.
     """
     if architecture.code is None:
         return []
@@ -176,17 +190,24 @@ def files(folder: Path, architecture: Architecture) -> list[Path]:
     names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
     found = with_imports(architecture.code, {module for _, module in names})
     if clash := [path.name for path in found if path.name in (GLUE_FILE, "modeling_mpoe.py")]:
-        raise FamilyError(f"{clash[0]} of the source's code is named as a file of every artifact: rename it")
+        raise FamilyError(
+            f"the source's custom code has a file {clash[0]}, and so has every artifact: rename the source's"
+        )
     return found
 
 
 def glue(architecture: Architecture, subclasses: str, prefix: str) -> str:
-    """A module with the mixtures' classes, made of the source's own by `subclass` of the module `subclasses`.
+    """Source text of a module that subclasses the custom classes, with mixtures in place of their FFNs.
 
-    It imports relatively, by which transformers finds all files that belong to a model.
+    Its imports are relative: that is how transformers finds all files that belong to a model.
+
+    Args:
+        architecture: of a model with custom code.
+        subclasses: name of the module whose `subclass` function makes the classes.
+        prefix: of the names of the new classes.
 
     Raises:
-        FamilyError: two of the source's classes have one name.
+        FamilyError: two of the custom classes have the same name.
     """
     config = architecture.config_class.__name__
     named = [architecture.auto_map.get("AutoConfig", f"transformers.{config}")]
@@ -194,15 +215,15 @@ def glue(architecture: Architecture, subclasses: str, prefix: str) -> str:
     home: dict[str, str] = {}
     for module, _, cls in (name.rpartition(".") for name in named):
         if home.setdefault(cls, module) != module:
-            raise FamilyError(f"two classes of the source's code are named {cls}: rename one")
+            raise FamilyError(f"two classes of the source's custom code are named {cls}: rename one")
     backbone = architecture.heads.get("AutoModel")
     imports = {"transformers": ["AutoModel"]} if backbone else {}
     for cls, module in home.items():
         imports.setdefault(module if module == "transformers" else f".{module}", []).append(cls)
     imports[f".{subclasses}"] = ["subclass"]
     lines = [
-        "# Written by mpoe-convert. The classes of this checkpoint: those of the code that its source has,",
-        "# which lies beside this file as it was, with mixtures as their feed-forward networks.",
+        "# Written by mpoe-convert. The classes of this checkpoint: those of its source's custom code, which",
+        "# lies beside this file unchanged, with mixtures as their feed-forward networks.",
         "",
         *(f"from {module} import {', '.join(classes)}" for module, classes in imports.items()),
         "",

@@ -1,19 +1,16 @@
-"""Where the FFNs of every supported architecture are: one row per way of building a layer.
+"""The table of families: where the FFNs of every supported architecture are, one row per layer structure.
 
 A row says where the FFN sits in the *module* tree of the current transformers release, and how a
 *checkpoint* spells the names of its tensors (older checkpoints spell some differently). Rows are
-matched by model type and confirmed by tensor names; the part that the artifact needs at run time goes
-into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
+matched by model type and confirmed by tensor names (`locate.py`); the part that the artifact needs at run
+time goes into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,17 +61,26 @@ class Family:
         }
 
 
-def _inside(slot: str, up: str, down: str, layers: str | tuple, *, gate=None, fused=False, **row):
+def _inside(
+    slot: str,
+    up: str,
+    down: str,
+    layers: str | tuple[str, ...],
+    *,
+    gate: str | None = None,
+    fused: bool = False,
+    **row: Any,
+) -> Family:
     """A self-contained FFN module: all names below the slot."""
     layers = (layers,) if isinstance(layers, str) else layers
-    below = {
+    below: dict[str, Any] = {
         key: f"{slot}.{row[key]}" for key in ("activation", "inner_dropout", "outer_dropout") if key in row
     }
     spelling = Spelling(layers, f"{slot}.{up}", f"{slot}.{down}", gate and f"{slot}.{gate}", fused)
     return Family(**(row | below), layers=layers, slot=slot, spellings=(spelling,))
 
 
-def _inline(up: str, down: str, activation: str, layers: tuple[str, ...], **row):
+def _inline(up: str, down: str, activation: str, layers: tuple[str, ...], **row: Any) -> Family:
     """Two linear layers and an activation that the layer itself calls one after the other."""
     spelling = Spelling(layers, up, down)
     return Family(

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch a checkpoint or only its headers.
+"""The Hugging Face Hub: download a checkpoint, or only its headers.
 
 `huggingface_hub` is imported inside the functions: the command's `--help` must not wait for it. The
 cache, the endpoint, the stored token and offline mode are whatever `huggingface_hub` makes of its
@@ -8,6 +8,7 @@ environment variables.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..errors import HubError, one_line
 from .hub_errors import damaged, explain
 
-# Files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
+# Companions: files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
 # spellings.
 COMPANION_PATTERNS = (
     "tokenizer*",
@@ -44,8 +45,8 @@ COMPANION_PATTERNS = (
 )
 # Named chat templates, in the folder where transformers looks for them.
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
-# What `download` and no copy may ever take: code, pickles and the weights of other frameworks. Code that is
-# trusted has ways of its own: `download_code`, and `custom_code.files`.
+# Neither downloaded by `download` nor copied: code, pickles and the weights of other frameworks. For trusted
+# custom code see `download_code` and `custom_code.files`.
 NEVER_PATTERNS = (
     *("*.py", "*.pyc", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy"),
     *(
@@ -66,7 +67,7 @@ SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 def download(
     model_id: str, *, revision: str | None, token: str | None, weights: bool = True
 ) -> tuple[Path, str]:
-    """Fetch a repository's top-level files into the usual cache; return (folder, commit).
+    """Download a repository's top-level files into the usual cache; return (folder, commit).
 
     Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
     subfolder), licences, and one set of weights:
@@ -74,7 +75,8 @@ def download(
     of that. Never code, other frameworks' weights, or weight variants. `weights=False` stops before
     the weights, so that a repository that is going to be refused is refused after a few kilobytes.
 
-    Raises HubError, in one line, for whatever the Hub or the connection does.
+    Raises:
+        HubError: the Hub or the connection fails; the message is one line.
     """
     small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
@@ -86,14 +88,24 @@ def download(
     return folder, commit
 
 
-def download_papers(model_id: str, token: str | None = None) -> Path:
-    """Fetch what lies beside an artifact's weights: reports, recipe, card, code. Raises HubError."""
-    papers = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
-    return _snapshot(model_id, None, token, papers, ["*/*", "*.safetensors.index.json"])[0]
+def download_except_weights(model_id: str, token: str | None = None) -> Path:
+    """Download all files of an artifact except its weights: reports, recipe, card, code, companions.
+
+    Returns:
+        Their folder in the usual cache.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached.
+    """
+    patterns = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
+    return _snapshot(model_id, None, token, patterns, ["*/*", "*.safetensors.index.json"])[0]
 
 
 def download_code(model_id: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Fetch the Python files of a repository, which nothing else here does. Raises HubError."""
+    """Download the Python files of a repository; return their folder. Raises HubError.
+
+    No other function here downloads code.
+    """
     return _snapshot(model_id, revision, token, ["*.py"], ["*/*"])[0]
 
 
@@ -124,7 +136,7 @@ def weights_cached(folder: Path, names: list[str]) -> bool:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files an index names; [] if it is absent or damaged (opening the checkpoint says how)."""
+    """The files an index names; [] if it is absent or damaged (opening the checkpoint reports that)."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({name for name in names if isinstance(name, str)})
@@ -132,7 +144,14 @@ def shard_names(index: Path) -> list[str]:
         return []
 
 
-def _snapshot(model_id, revision, token, allow, ignore) -> tuple[Path, str]:
+def _snapshot(
+    model_id: str,
+    revision: str | None,
+    token: str | None,
+    allow: Iterable[str],
+    ignore: Iterable[str] | None,
+) -> tuple[Path, str]:
+    """(folder, commit) of a snapshot with the files that match. Raises HubError."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -156,7 +175,7 @@ def listing(model_id: str, commit: str) -> list[str]:
 
     try:
         return sorted(file.path for file in get_cached_repo_tree(model_id, revision=commit))
-    except Exception:  # only used to word messages: an older cache without a listing is no error
+    except Exception:  # used for messages only: an older cache without a listing is no error
         return []
 
 

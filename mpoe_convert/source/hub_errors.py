@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub, or the way to it, may answer: every failure in one line with the next step.
+"""Failures of the Hugging Face Hub and the connection to it: each as one line that names the next step.
 
 `huggingface_hub` is imported inside the functions: the command's `--help` must not wait for it.
 """
@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 from ..errors import HubError, one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 
 RELATIVE = "a relative path counts from the current folder"  # where a folder may have been meant
 NOT_TWICE = "weight files that have arrived are not sent again"
 
 
 def damaged(repo: str, what: str) -> str:
+    """The message for a repository with an invalid safetensors header."""
     return (
         f"{repo} holds a safetensors file whose header is not valid ({what}): the upload is "
         "damaged, tell its owner"
@@ -23,9 +29,14 @@ def damaged(repo: str, what: str) -> str:
 def explain(exc: BaseException, model_id: str | None = None, revision: str | None = None) -> HubError:
     """Turn anything that `huggingface_hub` raises while reading into one HubError of one line.
 
-    Here and in `explain_writing` is all that knows these classes. Their order matters: gated is a kind of
-    "not found", all HTTP errors are OSErrors, and what cannot be fetched or found in the cache hides the
-    reason in `__cause__`.
+    No code outside this module knows the library's exception classes. The order of the checks matters: gated
+    is a subclass of "not found", all HTTP errors are OSErrors, and LocalEntryNotFoundError keeps the reason
+    in `__cause__`.
+
+    Args:
+        exc: what was raised.
+        model_id: the repository that was asked for.
+        revision: of it.
     """
     from huggingface_hub import errors
 
@@ -67,7 +78,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     return HubError(f"downloading {repo}{at} failed: {type(exc).__name__}: {one_line(exc)}")
 
 
-def _http(exc, repo: str, revision: str | None) -> str:
+def _http(exc: HfHubHTTPError, repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     status = exc.response.status_code
@@ -84,7 +95,7 @@ def _http(exc, repo: str, revision: str | None) -> str:
             "commit hash of that repository"
         )
     if isinstance(exc, errors.EntryNotFoundError):
-        file = str(exc.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
+        file = str(exc.response.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
         return f"{repo} has no file '{file}': check the id and --revision"
     if status == 401 and "credentials" in str(exc):
         return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
@@ -106,7 +117,7 @@ def _http(exc, repo: str, revision: str | None) -> str:
 
 
 def explain_writing(exc: BaseException, repo_id: str) -> HubError:
-    """The same for whatever `huggingface_hub` raises while it looks at, makes or fills a repository."""
+    """Turn anything that `huggingface_hub` raises while writing into one HubError of one line."""
     from huggingface_hub import errors
 
     while isinstance(exc, RuntimeError) and exc.__cause__ is not None:  # the file that was being sent
@@ -128,7 +139,7 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
     return HubError(f"pushing to {repo} failed: {type(exc).__name__}: {one_line(exc)}")
 
 
-def _http_writing(exc, repo: str) -> str:
+def _http_writing(exc: HfHubHTTPError, repo: str) -> str:
     from huggingface_hub import errors
 
     status = exc.response.status_code
@@ -165,7 +176,7 @@ def _http_writing(exc, repo: str) -> str:
 
 
 def _reason(exc: BaseException) -> BaseException:
-    """What went wrong before the cache was tried: the first cause that is not about the cache."""
+    """The failure that made the library look into the cache: the first cause that is not about the cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(exc, LocalEntryNotFoundError) and exc.__cause__ is not None:

@@ -1,18 +1,15 @@
-"""JSON files, read and written."""
+"""Read and write JSON files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 
-if TYPE_CHECKING:
-    pass
-
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON in UTF-8. Raises OSError."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -21,8 +18,13 @@ def read_json_object(
 ) -> dict:
     """The JSON object that a file holds.
 
+    Args:
+        path: the file.
+        expected: what it should hold, for the message.
+        remedy: the end of the message.
+
     Raises:
-        CheckpointError: it holds something else; the message ends with the remedy.
+        CheckpointError: it holds something else.
         OSError: it cannot be read.
     """
     try:

@@ -1,9 +1,7 @@
-"""Where the FFNs of every supported architecture are: one row per way of building a layer.
+"""Locate the FFNs of a checkpoint: find its row in the table of families, and match tensor names with it.
 
-A row says where the FFN sits in the *module* tree of the current transformers release, and how a
-*checkpoint* spells the names of its tensors (older checkpoints spell some differently). Rows are
-matched by model type and confirmed by tensor names; the part that the artifact needs at run time goes
-into its config (see `modeling_mpoe.py`), so the shipped file knows no family.
+Where no row fits, a row is made from names that the user gives (`--ffn`) or, for custom code, from names
+that look like those of the table; `probe.py` then runs the module to learn what names do not say.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import FamilyError
 from .architecture import Architecture, knows
 from .families import FAMILIES, FAMILY_OF, Family, Spelling, _inside
-from .ffn import DenseFFN, Source
+from .ffn import FFN, Source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,13 +22,13 @@ if TYPE_CHECKING:
 
 def resolve(
     architecture: Architecture, names: Iterable[str], ffn: str | None = None
-) -> tuple[Family, list[DenseFFN]]:
+) -> tuple[Family, list[FFN]]:
     """The family row of a checkpoint and all FFNs that its tensor names show, in layer order.
 
     Args:
         architecture: its config says how many layers there have to be.
         names: tensor names of the checkpoint.
-        ffn: names given by hand, for architectures outside the table.
+        ffn: the text of --ffn, which names the FFNs of an architecture outside the table.
 
     Raises:
         FamilyError: the type is unknown, the names do not fit its row, or a layer has no FFN.
@@ -38,8 +36,8 @@ def resolve(
     names, model_type = set(names), architecture.model_type
     if ffn is not None:
         family = family_by_hand(architecture, ffn)
-    elif architecture.is_own:
-        family = _family_of_own_code(architecture, names)
+    elif architecture.is_custom:
+        family = _family_of_custom_code(architecture, names)
     elif model_type in FAMILY_OF:
         family = FAMILY_OF[model_type]
     else:
@@ -56,7 +54,7 @@ def resolve(
     )
 
 
-def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[DenseFFN]:
+def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[FFN]:
     """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
     found, prefixes = [], set()
     for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
@@ -77,12 +75,12 @@ def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> 
             indices = {index for each, index, *_ in found if each == stack}
             _check_complete(prefix + layer, spelling.up, indices, names, _num_layers(config, layer))
     return [
-        DenseFFN(path, index, f"{key}.{family.slot}", _sources(family, spelling, key, names))
+        FFN(path, index, f"{key}.{family.slot}", (_sources(family, spelling, key, names),))
         for _, index, path, key in sorted(found)
     ]
 
 
-# How configs call the number of layers of a stack, by where its layers are; the first that is given.
+# Config keys with the number of layers of a stack, by the path of its layers; the first key that is present.
 _COUNTS = {
     "encoder.albert_layer_groups.": ("num_hidden_groups",),
     "encoder.": ("encoder_layers", "num_layers", "num_hidden_layers"),
@@ -99,10 +97,10 @@ def _num_layers(config: dict, layer: str) -> int | None:
 
 
 def _check_complete(layer: str, up: str, indices: set[int], names: set[str], count: int | None) -> None:
-    """Every layer of a stack needs an FFN; a stack without any tensor belongs to a head without it.
+    """Check that every layer of a stack has an FFN; a stack without tensors belongs to a head that lacks it.
 
     Raises:
-        FamilyError: an FFN is missing, and would be random after loading, or there are too many.
+        FamilyError: an FFN is missing (it would be random after loading), or there are too many.
     """
     pattern = re.compile(re.escape(layer).replace(r"\{\}", r"(\d+)") + r"\.")
     present = indices | {int(match[1]) for name in names if (match := pattern.match(name))}
@@ -141,7 +139,12 @@ def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> d
 def projection_names(
     layer: nn.Module, spellings: Iterable[Spelling], roles: Collection[str]
 ) -> dict[str, str]:
-    """{role: path of the linear layer in a stock layer}; a fused one stands for both of its parts.
+    """Role -> path of the linear layer in a stock layer; a fused layer appears for gate and for up.
+
+    Args:
+        layer: a layer of the stock model.
+        spellings: of its family, in order of preference.
+        roles: of the FFN.
 
     Raises:
         FamilyError: the layer has none of the modules that the spellings name.
@@ -167,13 +170,13 @@ def _examples(names: set[str], count: int = 3) -> str:
 
 
 def _unknown(architecture: Architecture, names: set[str]) -> str:
-    """Names what was found, the row that fits the names best, and the way out."""
+    """The message for an unknown model type: what was found, the row that fits best, and what to do."""
     model_type = architecture.model_type
     nearest = next(iter(_by_likeness(names)), None)
     message = (
         f"model type {model_type!r} is not in the table of families; its tensors look like {_examples(names)}"
     )
-    if architecture.is_own:
+    if architecture.is_custom:
         message = f"no row of the table of families is this model's; its tensors look like {_examples(names)}"
     elif not knows(model_type):
         message += "; transformers does not have it either"
@@ -204,21 +207,22 @@ def _by_hand(spelling: Spelling, parts: Iterable[str]) -> str:
 
 
 def _by_likeness(names: set[str]) -> list[tuple[Family, Spelling]]:
-    """The rows and spellings whose projections are there by their own names, the most alike first."""
+    """The rows and spellings whose projections the checkpoint has, the best match first."""
     scored = [(_likeness(each, names), family, each) for family in FAMILIES for each in family.spellings]
     scored.sort(key=lambda found: found[0], reverse=True)
     return [(family, spelling) for score, family, spelling in scored if score[0]]
 
 
-def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
-    """The row of a model whose code is its own: tensors named as in the table, and seen to compute an FFN.
+def _family_of_custom_code(architecture: Architecture, names: set[str]) -> Family:
+    """The row of a model with custom code: its tensors are named as in a row of the table, and probing its
+    module shows that it computes an FFN.
 
-    Only modules that are FFNs by themselves can be seen; of them, the first that is one is taken.
+    Only FFNs that are modules of their own can be probed; the first match is taken.
 
     Raises:
-        FamilyError: there is none; names what is nearest, and what it does instead.
+        FamilyError: there is none; names the nearest row, and why it does not fit.
     """
-    architecture.base  # noqa: B018  (whatever is wrong with the code is no matter of names)
+    architecture.base  # noqa: B018  (raises first if the code does not build a model)
     reason = ""
     for _, spelling in _by_likeness(names):
         parts = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
@@ -232,30 +236,34 @@ def _family_of_own_code(architecture: Architecture, names: set[str]) -> Family:
     raise FamilyError(_unknown(architecture, names) + reason)
 
 
-def check_alike(architecture: Architecture, family: Family, chosen: Iterable[DenseFFN]) -> None:
-    """What was seen in the first layer has to hold for all that are converted, under the head.
+def check_alike(architecture: Architecture, family: Family, chosen: Iterable[FFN]) -> None:
+    """Check that the chosen layers are built like the first one, from which a row by hand was made.
+
+    A row of the table needs no check. With custom code, the model's head has to contain the layers too.
 
     Raises:
-        FamilyError: a layer is built otherwise, or the head does not say where its base is.
+        FamilyError: a layer is built differently, or the head's base_model_prefix is wrong.
     """
-    head = architecture.build(architecture.model_class) if architecture.is_own else None
-    for ffn in chosen if family.by_hand is not None else ():
+    if family.by_hand is None:
+        return
+    head = architecture.build(architecture.model_class) if architecture.is_custom else None
+    for ffn in chosen:
         if head is not None and not _has(head.base_model, ffn.path):
             raise FamilyError(
-                f"{type(head).__name__} has no {ffn.path} where it says that its base is (its "
-                f"base_model_prefix is {head.base_model_prefix!r}): correct that in its code"
+                f"{type(head).__name__} has no {ffn.path} in its base model (its base_model_prefix is "
+                f"{head.base_model_prefix!r}): correct that in its code"
             )
         first = family.layers[0].format(0)  # the family's row is read off it
         row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
         if row != expected:
             raise FamilyError(
-                f"the FFN of {ffn.path} is built otherwise than that of {first} ({row}, not {expected}); "
-                "convert the layers that are like that one: --layers"
+                f"the FFN of {ffn.path} is built differently from that of {first} ({row}, not {expected}); "
+                f"convert only layers that are built like {first}: --layers"
             )
 
 
 def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
-    """The shares of a row's projections that are there: by their own names, and below its layers too."""
+    """The fraction of a row's projections that exist: anywhere by their names, and below the row's layers."""
     parts = [part for part in (spelling.up, spelling.down, spelling.gate) if part]
     layers = "|".join(re.escape(layer).replace(r"\{\}", r"\d+") for layer in spelling.layers)
 
@@ -267,14 +275,13 @@ def _likeness(spelling: Spelling, names: set[str]) -> tuple[float, float]:
 
 
 def family_by_hand(architecture: Architecture, ffn: str) -> Family:
-    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by looking at the module.
+    """A row from "layers.{}.mlp:gate_proj,up_proj,down_proj", completed by probing the module.
 
-    The model is built on the meta device (no memory) to see what the names cannot tell: the orientation of
-    the weights, the activation, dropouts, whether `up` holds the gate too, and whether the FFN adds the
-    residual.
+    The model is built on the meta device (no memory) for what names do not say: the orientation of the
+    weights, the activation, dropouts, whether `up` holds the gate too, and whether the FFN adds the residual.
 
     Raises:
-        FamilyError: the text is malformed, or the module does not look as described.
+        FamilyError: the text is malformed, or the module does not match it.
     """
     layer, slot, projections = _parse_by_hand(ffn)
     *gate, up, down = projections
@@ -310,7 +317,12 @@ def _parse_by_hand(ffn: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def runs_per_token(config: dict, path: str) -> int:
-    """How often a token passes a module: once, but ALBERT walks through all layers with a few groups."""
+    """How often a token passes a module: once, but ALBERT uses a few groups of weights for all its layers.
+
+    Args:
+        config: config.json of the dense model.
+        path: the module's path.
+    """
     match = re.search(r"(?:^|\.)albert_layer_groups\.(\d+)\.", path)
     if not match:
         return 1

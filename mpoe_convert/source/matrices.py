@@ -15,23 +15,24 @@ FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
-    """The dense matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
+    """One matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
     tensor = checkpoint.read(source.weight).to(device)
     check_finite(tensor, source.weight)
     if source.part is not None:
         tensor = tensor.chunk(2, dim=1 if source.transposed else 0)[source.part]
-    # Contiguous: the strided copies that the decomposition would make of a transposed view are slow.
+    # Contiguous, because the decomposition would make slow strided copies of a transposed view.
     return (tensor if source.transposed else tensor.T).contiguous()
 
 
 def read_wide(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
-    """`read_matrix` in a dtype that can be decomposed: float64 as it is, all others in float32."""
+    """`read_matrix` in a dtype that can be decomposed: float64 stays, all others become float32."""
     matrix = read_matrix(checkpoint, source, device)
     return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
 def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
     """The bias (out,) of a projection that has one. Raises CheckpointError on NaN or Inf."""
+    assert source.bias is not None
     tensor = checkpoint.read(source.bias)
     check_finite(tensor, source.bias)
     return tensor if source.part is None else tensor.chunk(2)[source.part]
@@ -41,7 +42,7 @@ def matrix_size(info: TensorInfo, source: Source) -> tuple[int, int]:
     """(input, output) features of the matrix in a weight tensor.
 
     Raises:
-        CheckpointError: the tensor is no matrix of floating-point numbers, or a fused one is odd.
+        CheckpointError: the tensor is no floating-point matrix, or a fused one has an odd number of rows.
     """
     if len(info.shape) != 2 or min(info.shape) < 1:
         raise CheckpointError(f"{info.name} has shape {list(info.shape)}; expected a matrix")

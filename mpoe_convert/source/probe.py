@@ -1,10 +1,10 @@
-"""Looking at a module of the dense model, built on the meta device, for what names cannot tell."""
+"""Probe an FFN module of the dense model: run it on random inputs to learn what tensor names do not say."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import FamilyError
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    Linear = nn.Linear | Conv1D
 
 
 # Sizes of a trial: different, so that a wrong order fails; even, so that halving works.
@@ -53,7 +56,7 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
     if len(activations) != 1 or len(dropouts) > 1:
         raise FamilyError(
             f"{layer}.{slot} holds {sorted(rest)} beside the projections; expected one activation and "
-            "at most one dropout, so what it computes cannot be told from its parts"
+            "at most one dropout"
         )
     own = [*module.named_parameters(), *module.named_buffers()]
     if own := [name for name, _ in own if name.partition(".")[0] not in projections]:
@@ -66,7 +69,7 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
         raise FamilyError(
             f"{layer}.{slot} takes {', '.join(takes)} beside the hidden states; a mixture takes nothing else"
         )
-    row = {"activation": activations[0], "transposed": isinstance(linears[0], Conv1D)}
+    row: dict[str, Any] = {"activation": activations[0], "transposed": isinstance(linears[0], Conv1D)}
     row["adds_residual"] = bool(takes)
     rates = [name for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1]
     places = [{}] if not dropouts else []
@@ -91,13 +94,13 @@ def _name(model: PreTrainedModel) -> str:
 def _computes_an_ffn(module: nn.Module, projections: tuple[str, ...], row: dict) -> bool:
     """Run the slot's own code and the formula on the CPU, with small random weights of small sizes.
 
-    Both in evaluation and in training. Where a dropout is shows in what something else in its place does: one
-    is added by a module, and with a rate of one nothing is left.
+    Both in evaluation and in training. To find where the dropout acts, put something visible in its place (a
+    module that adds 1, or a rate of 1, which leaves zeros) and see which formula still matches.
     """
     import torch
 
     slot = copy.deepcopy(module)
-    *gate, up, down = (slot.get_submodule(name) for name in projections)
+    *gate, up, down = cast("list[Linear]", [slot.get_submodule(name) for name in projections])
     act = slot.get_submodule(row["activation"])
     place, dropout = next(((k, v) for k, v in row.items() if k.endswith("_dropout")), (None, None))
     is_rate = dropout is not None and not isinstance(getattr(slot, dropout), torch.nn.Module)
@@ -108,8 +111,8 @@ def _computes_an_ffn(module: nn.Module, projections: tuple[str, ...], row: dict)
         setattr(slot, dropout, 1.0 if is_rate else _add_one())
     x, residual = torch.randn(2, 1, 3, HIDDEN, generator=generator)
 
-    def apply(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """By its numbers alone: a layer of the source's own class may do more."""
+    def apply(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by the layer's weight, whatever a custom class of linear layers does beside that."""
         y = x @ (layer.weight if row["transposed"] else layer.weight.T)
         return y if layer.bias is None else y + layer.bias
 
@@ -132,13 +135,14 @@ def _computes_an_ffn(module: nn.Module, projections: tuple[str, ...], row: dict)
         with torch.no_grad():
             pairs = [(slot.train(mode)(*inputs), expect()) for mode in (False, True)]
         return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
-    except Exception:  # whatever the model's code wants beside the hidden states, or other shapes
+    except Exception:  # the model's code may need other inputs or shapes, and may raise anything
         return False
 
 
-def _shrink(linear: nn.Module, leads_back: bool, row: dict, generator: torch.Generator, with_bias: bool):
-    """Give a layer a small random matrix, and a bias if it has one or is to have one."""
+def _shrink(linear: Linear, leads_back: bool, row: dict, generator: torch.Generator, with_bias: bool) -> None:
+    """Give a layer a small random matrix, and a bias if it has one or `with_bias` asks for one."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     in_features, out_features = (INNER, HIDDEN) if leads_back else (HIDDEN, INNER)
     if row.get("fused") and not leads_back:
@@ -147,7 +151,7 @@ def _shrink(linear: nn.Module, leads_back: bool, row: dict, generator: torch.Gen
     linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
     if linear.bias is not None or with_bias:
         linear.bias = torch.nn.Parameter(torch.randn(out_features, generator=generator))
-    if row["transposed"]:
+    if isinstance(linear, Conv1D):
         linear.nf, linear.nx = out_features, in_features
 
 
@@ -155,7 +159,7 @@ def _add_one() -> nn.Module:
     import torch
 
     class AddOne(torch.nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
     return AddOne()

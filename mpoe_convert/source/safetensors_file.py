@@ -1,4 +1,4 @@
-"""What the header of a safetensors file announces, checked; and reading one tensor of it."""
+"""Safetensors files: read and check the header, read one tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# safetensors code -> (torch dtype name, bytes per number)
+# safetensors code -> (torch dtype name, bytes per element)
 CODE2DTYPE = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -43,9 +43,13 @@ MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors format sets
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file's header announces it.
+    """One tensor as its file's header describes it.
 
-    `dtype` is torch's name ("bfloat16"); `file` is relative to the checkpoint's folder.
+    Attributes:
+        name: in the checkpoint.
+        dtype: torch's name: "bfloat16".
+        shape: of the tensor.
+        file: path relative to the checkpoint's folder.
     """
 
     name: str
@@ -55,17 +59,30 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's numbers, contiguous."""
+        """Size of the tensor's data in bytes, contiguous."""
         return prod(self.shape) * DTYPE2BYTES[self.dtype]
 
 
-def tensor_info(where: object, name: str, code: object, shape: tuple, file: str) -> TensorInfo:
+def tensor_info(where: object, name: str, code: object, shape: tuple[int, ...], file: str) -> TensorInfo:
+    """The TensorInfo of a safetensors entry.
+
+    Args:
+        where: the file or the model, for the message.
+        name: of the tensor.
+        code: its dtype in safetensors' spelling: "BF16".
+        shape: of the tensor.
+        file: path relative to the checkpoint's folder.
+
+    Raises:
+        CheckpointError: torch has no dtype for the code.
+    """
     if not isinstance(code, str) or code not in CODE2DTYPE:
         raise CheckpointError(unknown_dtype(where, name, code))
     return TensorInfo(name, CODE2DTYPE[code][0], shape, file)
 
 
 def unknown_dtype(where: object, name: str, code: object) -> str:
+    """The message for a tensor whose dtype cannot be converted."""
     return (
         f"{where}: tensor {name!r} has the dtype {code!r}, expected one that torch can compute "
         "with: dequantise first, or convert the original checkpoint"
@@ -121,7 +138,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _entry(path: Path, file: str, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(path: Path, file: str, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         name.encode()
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -173,6 +190,7 @@ def _check_with_library(path: Path, infos: dict[str, TensorInfo], again: str) ->
 
 
 def lfs_pointer(path: Path) -> str:
+    """The message for a file that Git LFS has not downloaded."""
     return (
         f"{path} is a Git LFS pointer, expected the file itself: run `git lfs pull` in the folder, "
         "or pass the Hub id"
@@ -180,6 +198,7 @@ def lfs_pointer(path: Path) -> str:
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor into memory. Raises CheckpointError if the file cannot be read or lost the tensor."""
     from safetensors import SafetensorError, safe_open
 
     # Open per tensor with pread. The pages of one memory map kept open would stay resident for its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import CRITICAL
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
@@ -28,7 +29,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         if hasattr(torch, info.dtype)
     }
     with _without_progress():
-        _, found = type(skeleton).from_pretrained(
+        # With `output_loading_info` it returns a pair, which its annotation leaves out.
+        _, found = type(skeleton).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             None,
             config=skeleton.config,
             state_dict=tensors,
@@ -62,7 +64,7 @@ def _without_progress() -> Iterator[None]:
 
     was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Data for training and evaluation: local files and Hub datasets, read and mapped by `datasets`."""
+"""Texts for calibration, training and evaluation: local files and Hub datasets, made into token examples."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 TASKS = ("causal", "masked", "seq2seq", "classification")
 TEXT = ("string", "large_string", "string_view")
-# By file extension: the builder of `datasets` and its options. "null" and "NA" are words, nothing is missing.
+# By file extension: the builder of `datasets` and its options. "null" and "NA" are text, not missing values.
 BUILDERS = {
     ".txt": ("text", {"sample_by": "document"}),
     ".json": ("json", {}),
@@ -42,6 +43,7 @@ class Columns:
         return names | {"routed_by": self.routed_by}
 
     def needed(self, task: str) -> tuple[str, ...]:
+        """The columns that a task (one of `TASKS`) reads, without repetitions."""
         more = {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())
         names = (self.text, *more, *([self.routed_by] if self.routed_by else ()))
         return tuple(dict.fromkeys(names))
@@ -59,12 +61,12 @@ def read(
     """The rows of files and Hub datasets, one after the other, with the columns that the task needs.
 
     Args:
-        sources: paths of `.txt` (each a text of its own), `.jsonl`/`.json`, `.csv`, `.tsv` and `.parquet`
+        sources: paths of `.txt` (each file is one text), `.jsonl`/`.json`, `.csv`, `.tsv` and `.parquet`
             files, or Hub ids, as `owner/name` or `owner/name:subset`.
         split: of Hub datasets.
         token: for Hub datasets that are private or gated; by default the stored login.
-        targets_needed: else, where no source has a text column of the targets' default name, texts alone are
-            read.
+        targets_needed: False reads texts alone where no source has a text column named "target" (the
+            default of `columns.target`).
 
     Raises:
         DataError: a source is missing, cannot be read, or lacks a column.
@@ -130,54 +132,59 @@ def _read_one(source: str, split: str, token: str | None) -> Dataset:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks that routers know, and the column that names a row's."""
+    """The tasks by which routers choose, and the column that names the task of each row."""
 
     column: str
     names: tuple[str, ...]
 
-    def numbers(self, values: Sequence) -> list[int]:
-        """Raises DataError for a name that is not known."""
+    def indices(self, values: Sequence) -> list[int]:
+        """The index in `names` of each value. Raises DataError for a name that is not known."""
         if strange := sorted({str(value) for value in values} - set(self.names)):
             raise DataError(f"column {self.column} names {strange}; the routers know {list(self.names)}")
         return [self.names.index(str(value)) for value in values]
 
     def add_to(self, encoded: Mapping, batch: Mapping) -> dict:
-        """Encoded rows with their tasks' numbers as `task_ids`."""
-        return {**encoded, "task_ids": self.numbers(batch[self.column])}
+        """Encoded rows with the indices of their tasks as `task_ids`."""
+        return {**encoded, "task_ids": self.indices(batch[self.column])}
 
 
 def task_names(rows: Dataset, column: str) -> list[str]:
-    """The tasks that rows name, sorted."""
+    """The distinct values of a column, sorted: the names of tasks."""
     return sorted({str(name) for name in rows[column]})
 
 
 def language_blocks(
-    rows: Dataset, tokenizer, column: str, length: int, tasks: Tasks | None = None
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    length: int,
+    tasks: Tasks | None = None,
 ) -> Dataset:
-    """Texts as blocks of `length` tokens, one after the other; what is left of a thousand texts is left out.
+    """Concatenate texts and split them into blocks of `length` tokens, as `input_ids`.
 
-    Where the tokenizer has an end-of-text token, it stands between texts. A block holds texts of one task.
+    The tokenizer's end-of-text token, if it has one, follows every text. The remainder of every batch of
+    1,000 texts is dropped. With tasks, a block holds texts of one task, named by `task_ids`.
 
     Raises:
-        DataError: the texts, or those of a task, are shorter than a block, or a task is not known.
+        DataError: the texts, or those of one task, are shorter than a block, or a task is unknown.
     """
-    if tasks:  # else every task leaves something over of every batch
-        named = tasks.numbers(rows[tasks.column])
+    named = tasks.indices(rows[tasks.column]) if tasks else []
+    if tasks:  # sorted by task: otherwise every task would drop a remainder in every batch
         rows = rows.select(sorted(range(len(named)), key=named.__getitem__))
     end = _end(tokenizer)
 
     def blocks(batch: dict) -> dict:
         streams: dict[int, list[int]] = {}
-        numbers = tasks.numbers(batch[tasks.column]) if tasks else [0] * len(batch[column])
+        numbers = tasks.indices(batch[tasks.column]) if tasks else [0] * len(batch[column])
         for number, text in zip(numbers, batch[column], strict=True):
             streams.setdefault(number, []).extend(tokenizer(text, verbose=False)["input_ids"] + end)
-        cut = [
+        pieces = [
             (stream[i : i + length], number)
             for number, stream in streams.items()
             for i in range(0, len(stream) // length * length, length)
         ]
-        found = {"input_ids": [ids for ids, _ in cut]}
-        return found | {"task_ids": [number for _, number in cut]} if tasks else found
+        found = {"input_ids": [ids for ids, _ in pieces]}
+        return found | {"task_ids": [number for _, number in pieces]} if tasks else found
 
     found = rows.map(blocks, batched=True, remove_columns=rows.column_names)
     if not len(found):
@@ -192,10 +199,20 @@ def language_blocks(
     return found
 
 
-def pairs(rows: Dataset, tokenizer, columns: Columns, length: int, tasks: Tasks | None = None) -> Dataset:
-    """Source and target texts as `input_ids`, `attention_mask` and `labels`, cut to `length` tokens."""
+def pairs(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Columns,
+    length: int,
+    tasks: Tasks | None = None,
+) -> Dataset:
+    """Source and target texts as `input_ids`, `attention_mask` and `labels`, truncated to `length` tokens.
 
-    def encode(batch: dict) -> dict:
+    Raises:
+        DataError: a task is unknown.
+    """
+
+    def encode(batch: dict) -> Mapping:
         found = tokenizer(
             batch[columns.text], text_target=batch[columns.target], truncation=True, max_length=length
         )
@@ -204,11 +221,11 @@ def pairs(rows: Dataset, tokenizer, columns: Columns, length: int, tasks: Tasks 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
 
-def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
-    """Texts with their targets right behind them, cut to `length` tokens; only the target's have labels.
+def answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Columns, length: int) -> Dataset:
+    """Texts followed by their targets, truncated to `length` tokens; only the target's tokens have labels.
 
-    An end-of-text token, where the tokenizer has one, belongs to the target; so does a token that holds the
-    end of the text and the beginning of the target. Rows whose text alone fills `length` are left out.
+    The tokenizer's end-of-text token, if it has one, belongs to the target; so does a token that spans the
+    end of the text and the beginning of the target. Rows whose text alone fills `length` are dropped.
 
     Raises:
         DataError: no row is left.
@@ -216,7 +233,7 @@ def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
     end = _end(tokenizer)
 
     def encode(batch: dict) -> dict:
-        found = {"input_ids": [], "labels": []}
+        found: dict[str, list] = {"input_ids": [], "labels": []}
         for text, target in zip(batch[columns.text], batch[columns.target], strict=True):
             given = _without_end(tokenizer(text, verbose=False)["input_ids"], end)
             ids = _without_end(tokenizer(text + target, verbose=False)["input_ids"], end) + end
@@ -232,9 +249,10 @@ def answers(rows: Dataset, tokenizer, columns: Columns, length: int) -> Dataset:
     return found
 
 
-def _end(tokenizer) -> list[int]:
-    """The token that ends a text, if the tokenizer has one."""
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[end-of-text token], or [] if the tokenizer has none."""
+    end = tokenizer.eos_token_id
+    return [] if end is None else [cast(int, end)]
 
 
 def _without_end(ids: list[int], end: list[int]) -> list[int]:
@@ -242,7 +260,7 @@ def _without_end(ids: list[int], end: list[int]) -> list[int]:
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:
-    """The classes, in the order of their numbers."""
+    """The names of the classes, in the order of their indices."""
     feature = rows.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
@@ -251,16 +269,16 @@ def label_names(rows: Dataset, column: str) -> list[str]:
 
 def labelled(
     rows: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     columns: Columns,
     length: int,
     names: Sequence[str],
     tasks: Tasks | None = None,
 ) -> Dataset:
-    """Texts with the numbers of their classes, cut to `length` tokens.
+    """Texts truncated to `length` tokens, with the index of their class as `labels`.
 
     Raises:
-        DataError: a class that is not among `names`.
+        DataError: a class is not among `names`, or a task is unknown.
     """
     number = {name: i for i, name in enumerate(names)}
     feature = rows.features[columns.label]

@@ -32,7 +32,15 @@ class BinReader:
         self._touched = 0
 
     def headers(self, path: Path, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        """Names, dtypes and shapes, and which names repeat an earlier tensor's storage."""
+        """(name -> header, name -> the earlier name whose storage it repeats) of a file.
+
+        Args:
+            path: the file.
+            file: its name as `TensorInfo.file` records it.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds anything but plain tensors.
+        """
         self._load(path)
         infos, first, ties = {}, {}, {}
         for name, tensor in self._state.items():
@@ -47,6 +55,7 @@ class BinReader:
         return infos, ties
 
     def read(self, path: Path, name: str) -> torch.Tensor:
+        """A contiguous copy of one tensor. Raises CheckpointError if the file lost it or cannot be read."""
         import torch
 
         if path != self._path or (self._touched > REMAP_BYTES and _is_zip(path)):
@@ -81,7 +90,7 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(lfs_pointer(path))
     try:
         with warnings.catch_warnings():
-            # An unusual pickle protocol either loads or fails below; the warning helps nobody.
+            # An unusual pickle protocol either loads or fails below.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as exc:
@@ -128,4 +137,5 @@ def _check_state(path: Path, state: object) -> None:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
+    """Torch's name of the dtype: "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")

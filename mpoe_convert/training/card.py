@@ -1,4 +1,4 @@
-"""What a model card says of the training."""
+"""The section on training in a model card."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from ..artifact.card_file import UNTRAINED, set_section
 
 
 def describe_training(path: Path, report: dict) -> None:
-    """Write into a card how its model was trained, from a training report."""
+    """Write how a model was trained into its card.
+
+    Args:
+        path: the card.
+        report: of the training, as `finetune` returns it.
+    """
     run, log = report["run"], report["log"]
-    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # else: of the last part only
+    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # a resumed run knows its own only
     losses = [entry["loss"] for entry in log if "loss" in entry]
     lines = [
         f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
@@ -26,9 +31,9 @@ def describe_training(path: Path, report: dict) -> None:
             f"The training loss, with the router losses, went from {losses[0]:.3f} to {losses[-1]:.3f}."
         )
     if report["evaluation"]:
-        numbers = report["evaluation"]
-        shown = [name for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in numbers]
-        lines.append("Evaluation: " + ", ".join(f"{name[5:]} {numbers[name]:.4f}" for name in shown) + ".")
+        scores = report["evaluation"]
+        shown = [name for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in scores]
+        lines.append("Evaluation: " + ", ".join(f"{name[5:]} {scores[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
     text = path.read_text(encoding="utf-8").replace(UNTRAINED, "It was fine-tuned since: see Training.")

@@ -1,14 +1,14 @@
-"""Fine-tune or heal a model by transformers' Trainer: from a checkpoint and texts to a checkpoint."""
+"""Fine-tune or heal a model with transformers' Trainer: from a checkpoint and texts to a checkpoint."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -25,20 +25,31 @@ from ..artifact.layout import (
     is_weights,
     register_files,
 )
-from ..artifact.loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, task_of
+from ..artifact.loading import (
+    AUTO_CLASSES,
+    block_length,
+    from_pretrained,
+    load_config,
+    load_tokenizer,
+    positions,
+    task_of,
+)
 from ..errors import OutputError, TrainingError
 from ..extras import need
 from ..source import texts
-from ..source.hub import CHAT_TEMPLATES, download_papers
+from ..source.hub import CHAT_TEMPLATES, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
 from .record import forget_evaluations
 from .request import Finetuning
 from .roles import freeze, has_centre
-from .trainer import CentreMask, FollowStep, MpoeTrainer, Progress, RouterLog, _Progress
+from .tasks import TASKS, Task, class_names
+from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, TellLogs
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def finetune(
@@ -47,82 +58,115 @@ def finetune(
     *,
     resume: bool = False,
     token: str | None = None,
-    progress: Progress | None = None,
+    progress: OnLog | None = None,
 ) -> dict:
     """Train a model and write it to `output`, with `training_report.json` beside it.
 
     Checkpoints lie in `output` while training goes on; `resume` continues from the last one, to the same
     model as a run that was not interrupted. `accelerate launch` or `torchrun` start it on several devices.
 
+    >>> from mpoe_convert import Finetuning, finetune
+    >>> run = Finetuning(model="out", data="text.txt", steps=1, batch_size=1, length=16, learning_rate=1e-4)
+    >>> report = finetune(run, "out-tuned")
+    >>> report["task"], report["steps"]
+    ('causal', 1)
+
     Args:
+        run: the request.
+        output: folder to write.
+        resume: continue from the last checkpoint in `output`.
         token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.
 
     Returns:
-        What training_report.json holds: settings, the log, seconds, and the last evaluation.
+        The contents of training_report.json: settings, the log, seconds, and the last evaluation.
 
     Raises:
         TrainingError: model and options do not fit.
         DataError: the data cannot be read or do not fit the task.
-        OutputError: `output` holds something already.
+        OutputError: `output` is not empty, or has no checkpoint to resume from.
     """
     need("finetune", "accelerate", "datasets", extra="train")
 
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
-    strangers = file_names(output)
+    preexisting = file_names(output)
     state = PartialState()
-    if run.precision == "float16" and state.device.type == "cpu":
-        raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
-    task, auto_class = task_of(run.model, run.task, token, **run.trust)
+    _check_precision(run, state)
+    config = load_config(run.model, token, **run.trust)
+    kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
-    with state.main_process_first():  # the others find what it has mapped in the cache
-        train, evaluation, labels, tasks = _examples(run, task, tokenizer, token)
-        papers = _papers(run, token)
-    set_seed(run.seed)  # of what the checkpoint does not have: a new head, embeddings of tasks
-    model = _load(run, task, auto_class, token, labels, tasks)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    config_dtype = model.config.dtype
+    with state.main_process_first():  # the others find the mapped rows in the cache
+        data = _read(run, kind, config, tokenizer, token)
+        companions = _companions(run, config, token)
+    set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
+    model = _load_model(run, data, token)
+    stored = _Stored(model)
     model = model.float()
     for what in run.freeze:
         freeze(model, what)
     trainer = MpoeTrainer(
         model=model,
-        args=_arguments(run, output, has_eval=evaluation is not None),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=_collator(task, tokenizer, model),
+        args=_arguments(run, output, has_eval=data.evaluation is not None),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.task.collator(model),
         processing_class=tokenizer,
-        compute_metrics=_accuracy if task == "classification" else None,
+        compute_metrics=data.task.training_metrics(),
         callbacks=_callbacks(run, model),
         run=run,
-        teacher=_load_teacher(run, task, token, labels),
+        teacher=_load_teacher(run, data, token) if run.teacher else None,
     )
+    report = _train(trainer, data, checkpoint, progress)
+    if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
+        stored.restore(cast("PreTrainedModel", trainer.model))
+    trainer.save_model(str(output))
+    if state.is_main_process:
+        _finish(companions, output, report, preexisting)
+    state.wait_for_everyone()
+    return report
+
+
+def _check_precision(run: Finetuning, state: PartialState) -> None:
+    if run.precision == "float16" and _is_on_cpu(state):
+        raise TrainingError("precision float16 needs an accelerator; expected bfloat16 or float32 on a CPU")
+
+
+def _is_on_cpu(state: PartialState) -> bool:
+    return state.device is not None and state.device.type == "cpu"
+
+
+class _Stored:
+    """The dtypes that a model is stored in; weights are float32 while they are trained."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self.of_config = model.config.dtype
+
+    def restore(self, model: PreTrainedModel) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+        model.config.dtype = self.of_config
+
+
+def _train(trainer: MpoeTrainer, data: _Data, checkpoint: str | None, progress: OnLog | None) -> dict:
+    """Train, evaluate if there are data for it, and report."""
     trainer.remove_callback(PrinterCallback)
-    shown = _Progress(progress)
+    shown = TellLogs(progress)
     trainer.add_callback(shown)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.remove_callback(shown)
-    log = list(trainer.state.log_history)
-    report = {
-        "run": asdict(run),
-        "task": task,
+    log = list(trainer.state.log_history)  # before the last evaluation, which adds to it
+    return {
+        "run": asdict(trainer.run),
+        "task": data.task.name,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - start, 1),
         "resumed": checkpoint is not None,
-        "evaluation": trainer.evaluate() if evaluation is not None else None,
+        "evaluation": trainer.evaluate() if data.evaluation is not None else None,
         "log": log,
     }
-    if not trainer.is_fsdp_enabled:  # whose shards keep the optimizer's float32
-        for name, parameter in trainer.model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-        trainer.model.config.dtype = config_dtype
-    trainer.save_model(str(output))
-    if state.is_main_process:
-        _finish(papers, output, report, strangers)
-    state.wait_for_everyone()
-    return report
 
 
 def _last_checkpoint(output: Path, resume: bool) -> str | None:
@@ -139,63 +183,60 @@ def _last_checkpoint(output: Path, resume: bool) -> str | None:
     return found
 
 
-def _load(run: Finetuning, task: str, auto_class: str, token, labels, tasks=None, name: str | None = None):
-    """The model of a run, or another one with the same head."""
-    import transformers
-
-    options = run.trust | (dict(run.options) if name is None else {})
-    if tasks is not None:
-        options["router_tasks"] = list(tasks.names)
-    if task == "classification":
-        numbers = {label: i for i, label in enumerate(labels)}
-        options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
-    return from_pretrained(getattr(transformers, auto_class), name or run.model, token=token, **options)
+# ---------------------------------------------------------------------------------------------------
+# Data and models
 
 
-def _load_teacher(run: Finetuning, task: str, token: str | None, labels: list[str] | None):
-    return _load(run, task, AUTO_CLASSES[task], token, labels, name=run.teacher) if run.teacher else None
+@dataclass(frozen=True)
+class _Data:
+    """What a run trains on.
+
+    Attributes:
+        labels: names of the classes; empty for models without.
+        routes: the tasks that routers choose by; None: they choose by token.
+    """
+
+    task: Task
+    train: Dataset
+    evaluation: Dataset | None
+    labels: tuple[str, ...]
+    routes: texts.Tasks | None
 
 
-def _examples(run: Finetuning, task: str, tokenizer, token: str | None) -> tuple:
-    """(training examples, evaluation examples or None, names of the classes or None, tasks or None)."""
-    train = texts.read(run.data, run.columns, task, run.split, token)
+def _read(
+    run: Finetuning,
+    kind: type[Task],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    token: str | None,
+) -> _Data:
+    """Raises DataError or TrainingError if data, model and options do not fit each other."""
+    train = texts.read(run.data, run.columns, kind.name, run.split, token)
     evaluation = None
     if run.eval_data:
-        evaluation = texts.read(run.eval_data, run.columns, task, run.eval_split, token)
-    labels = _labels(run, train, token) if task == "classification" else None
-    tasks = _tasks(run, train, token)
-    limit = max_length(run.model, token, **run.trust)
-    length = run.length or min(512, limit or 512)
+        evaluation = texts.read(run.eval_data, run.columns, kind.name, run.eval_split, token)
+    labels = _labels(run, train, config) if kind.has_labels else ()
+    routes = _routes(run, train, config)
+    limit = positions(config)
+    length = run.length or block_length(limit)
     if limit and length > limit:
         raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
-
-    def encode(rows):
-        if rows is None:
-            return None
-        if task == "seq2seq":
-            return texts.pairs(rows, tokenizer, run.columns, length, tasks)
-        if task == "classification":
-            return texts.labelled(rows, tokenizer, run.columns, length, labels, tasks)
-        return texts.language_blocks(rows, tokenizer, run.text_column, length, tasks)
-
-    return encode(train), encode(evaluation), labels, tasks
+    task = kind(tokenizer, run.columns, length)
+    train = task.training_examples(train, labels, routes)
+    if evaluation is not None:
+        evaluation = task.training_examples(evaluation, labels, routes)
+    return _Data(task, train, evaluation, labels, routes)
 
 
-def _labels(run: Finetuning, rows, token: str | None) -> list[str]:
+def _labels(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> tuple[str, ...]:
     """The classes: the model's own if it knows all that the rows have, else those of the rows."""
-    from transformers import AutoConfig
-
     found = texts.label_names(rows, run.label_column)
-    known = from_pretrained(AutoConfig, run.model, token=token, **run.trust).id2label
-    names = [str(known[number]) for number in sorted(known)]
-    return names if set(found) <= set(names) else found
+    names = class_names(config)
+    return names if set(found) <= set(names) else tuple(found)
 
 
-def _tasks(run: Finetuning, rows, token: str | None) -> texts.Tasks | None:
+def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.Tasks | None:
     """The tasks that routers choose by: the model's own if it has some, else those that the rows name."""
-    from transformers import AutoConfig
-
-    config = from_pretrained(AutoConfig, run.model, token=token, **run.trust)
     known = getattr(config, "router_tasks", None)
     if run.routed_by is None:
         if known is not None:
@@ -211,23 +252,35 @@ def _tasks(run: Finetuning, rows, token: str | None) -> texts.Tasks | None:
     return texts.Tasks(run.routed_by, tuple(known or found))
 
 
-def _collator(task: str, tokenizer, model):
+def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
+    options = dict(run.options)
+    if data.routes is not None:
+        options["router_tasks"] = list(data.routes.names)
+    return _load(run.model, data, token, run.trust | options)
+
+
+def _load_teacher(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
+    """The model to distil from, with the same head."""
+    assert run.teacher is not None
+    return _load(run.teacher, data, token, run.trust)
+
+
+def _load(name: str, data: _Data, token: str | None, options: dict[str, Any]) -> PreTrainedModel:
     import transformers
 
-    if task == "seq2seq":
-        return transformers.DataCollatorForSeq2Seq(tokenizer, model=model)
-    if task == "classification":
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return transformers.DataCollatorWithPadding(tokenizer)
-    if task == "masked" and tokenizer.mask_token is None:
-        raise TrainingError("the tokenizer has no mask token; expected one that was made for task masked")
-    return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=task == "masked")
+    if data.task.has_labels:
+        numbers = {label: i for i, label in enumerate(data.labels)}
+        options = options | {
+            "num_labels": len(numbers),
+            "id2label": dict(enumerate(data.labels)),
+            "label2id": numbers,
+        }
+    auto_class = getattr(transformers, AUTO_CLASSES[data.task.name])
+    return from_pretrained(auto_class, name, token=token, **options)
 
 
-def _accuracy(prediction) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+# ---------------------------------------------------------------------------------------------------
+# The trainer's arguments
 
 
 def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
@@ -265,7 +318,7 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         "report_to": list(run.report_to) or "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": PartialState().device.type == "cpu",
+        "use_cpu": _is_on_cpu(PartialState()),
     }
     if has_eval:
         every = run.eval_every or run.save_every
@@ -277,37 +330,43 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
 
 
-def _papers(run: Finetuning, token: str | None) -> Path | None:
-    """The folder with what belongs to an artifact beside its weights; None: the model is no artifact."""
-    from transformers import AutoConfig
+# ---------------------------------------------------------------------------------------------------
+# Completing the artifact
 
+
+def _companions(run: Finetuning, config: PretrainedConfig, token: str | None) -> Path | None:
+    """The folder with what lies beside an artifact's weights; None: the model is no artifact."""
     source = Path(run.model)
     if not source.is_dir():
-        if getattr(from_pretrained(AutoConfig, run.model, token=token, **run.trust), "mpoe", None) is None:
+        if getattr(config, "mpoe", None) is None:
             return None
-        source = download_papers(run.model, token)
+        source = download_except_weights(run.model, token)
     return source if is_artifact(source) else None
 
 
-def _finish(papers: Path | None, output: Path, report: dict, strangers: Iterable[str]) -> None:
-    """The report, what else belongs to an artifact, and no more checkpoints; `strangers` lay there before."""
+def _finish(companions: Path | None, output: Path, report: dict, preexisting: Iterable[str]) -> None:
+    """Write the report, complete an artifact, and remove the checkpoints.
+
+    Args:
+        preexisting: files that were in the folder before.
+    """
     write_json(output / TRAINING_REPORT_FILE, report)
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
-    if papers is not None:
-        _complete_artifact(papers, output, report, strangers)
+    if companions is not None:
+        _complete_artifact(companions, output, report, preexisting)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
 
 
-def _complete_artifact(papers: Path, output: Path, report: dict, strangers: Iterable[str]) -> None:
-    """Beside the weights: what belongs to an artifact, and in its card and report what has changed."""
+def _complete_artifact(companions: Path, output: Path, report: dict, preexisting: Iterable[str]) -> None:
+    """Copy what an artifact has beside its weights, and say in its card and report what has changed."""
     written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
-    for path in papers.iterdir():
+    for path in companions.iterdir():
         if path.is_file() and path.name not in written and not is_weights(path.name):
             shutil.copyfile(path, output / path.name)
-    shutil.copyfile(papers / MODELING_FILE, output / MODELING_FILE)
-    remove_section(output / CARD_FILE, "Pictures")  # of the model that was trained, as are the results
+    shutil.copyfile(companions / MODELING_FILE, output / MODELING_FILE)
+    remove_section(output / CARD_FILE, "Pictures")  # they show the model that was trained, as do the results
     forget_evaluations(output / CARD_FILE)
     describe_training(output / CARD_FILE, report)
     made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
-    register_files(output, made - set(strangers) | {TRAINING_REPORT_FILE})
+    register_files(output, made - set(preexisting) | {TRAINING_REPORT_FILE})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from ..artifact.card_file import remove_section, set_section
 from ..artifact.layout import CARD_FILE, EVALUATION_REPORT_FILE, read_artifact, register_files
@@ -13,55 +14,49 @@ from ..artifact.snippets import PIPELINE_TAGS
 from ..errors import CheckpointError, OutputError, one_line
 from ..source.json_files import read_json_object, write_json
 from ..source.texts import BUILDERS
+from .tasks import TASKS, Score
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 SECTION = "Evaluation"
-# What is read of a report again.
+# Keys of a recorded evaluation that are read again.
 _KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "other", "against", "differences"}
-# By our names: the Hub's (https://huggingface.co/metrics), and a name for people.
-METRICS = {
-    "perplexity": ("perplexity", "Perplexity"),
-    "accuracy": ("accuracy", "Accuracy"),
-    "f1": ("f1", "F1, macro average"),
-    "exact_match": ("exact_match", "Exact match"),
-    "bleu": ("sacrebleu", "BLEU"),
-    "chrf": ("chrf", "chrF"),
-    "rouge_l": ("rouge", "ROUGE-L"),
-}
 
 
 def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
     """Write an evaluation into an artifact; an earlier one of the same task on the same data is replaced.
 
-    evaluation_report.json holds all of them, the card a section with tables, and its metadata a `model-index`
-    in the Hub's format. Results that somebody else has put there stay.
+    All evaluations are in evaluation_report.json, as tables in a section of the card, and as a `model-index`
+    in the Hub's format in the card's metadata. Results from elsewhere in that metadata are kept.
 
     Args:
-        evaluation: as `Evaluation.to_json` has it. Of files only the names and a hash are kept.
+        folder: the artifact.
+        evaluation: from `Evaluation.to_json`. Of data files only the names and a hash are kept.
 
     Raises:
         CheckpointError: the folder is no artifact, or its card or report of evaluations is damaged.
-        OutputError: it cannot be written to.
+        OutputError: a file cannot be written.
     """
     folder = Path(folder)
     path = folder / EVALUATION_REPORT_FILE
     found = _without_paths(evaluation)
     try:
-        all_of_them = [each for each in recorded_evaluations(folder) if not _same_subject(each, found)] + [
-            found
-        ]
-        write_json(path, {"evaluations": all_of_them})
-        set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, all_of_them)))
-        _set_results(folder, [result for each in all_of_them for result in eval_results(each)])
+        kept = [each for each in recorded_evaluations(folder) if not _same_subject(each, found)]
+        evaluations = [*kept, found]
+        write_json(path, {"evaluations": evaluations})
+        set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, evaluations)))
+        _set_results(folder, [result for each in evaluations for result in eval_results(each)])
         register_files(folder, [EVALUATION_REPORT_FILE])
     except OSError as error:
         raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
 
 
 def recorded_evaluations(folder: Path) -> list[dict]:
-    """The evaluations that an artifact holds already.
+    """The evaluations that are recorded in an artifact.
 
     Raises:
-        CheckpointError: nothing can be recorded in that folder, as `record_evaluation` says.
+        CheckpointError: as `record_evaluation`.
     """
     read_artifact(folder)
     _open_card(folder / CARD_FILE)
@@ -76,8 +71,8 @@ def recorded_evaluations(folder: Path) -> list[dict]:
     return found
 
 
-def _open_card(path: Path):
-    """Raises CheckpointError: it is no card, or its front matter cannot be read."""
+def _open_card(path: Path) -> ModelCard:
+    """Raises CheckpointError if it is no card, or its front matter cannot be read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -90,20 +85,21 @@ def _open_card(path: Path):
 
 
 def forget_evaluations(path: Path) -> None:
-    """Take all results out of a card: its model has changed."""
+    """Remove all results from a card, for a model that has been trained since."""
     if not path.is_file():
         return
     remove_section(path, SECTION)
     try:
         made = _open_card(path)
-    except CheckpointError:  # nobody reads results out of that
+    except CheckpointError:  # a damaged card has no results that could be read
         return
-    if made.data.eval_results:
-        made.data.eval_results = made.data.model_name = None
+    data = cast("ModelCardData", made.data)
+    if data.eval_results:
+        data.eval_results = data.model_name = None
         made.save(path)
 
 
-def eval_results(evaluation: Mapping) -> list:
+def eval_results(evaluation: Mapping) -> list[EvalResult]:
     """The `EvalResult`s of one evaluation, by which `huggingface_hub` writes a model-index."""
     from huggingface_hub import EvalResult
 
@@ -121,13 +117,18 @@ def eval_results(evaluation: Mapping) -> list:
             dataset_config=name if builder else subset or None,  # what tells files apart
             dataset_split=None if builder else evaluation["split"],
             dataset_revision=_short(evaluation["sha256"]),
-            metric_type=METRICS[metric][0],
-            metric_name=METRICS[metric][1],
-            metric_value=found["value"],
+            metric_type=score.hub,
+            metric_name=score.label,
+            metric_value=evaluation["metrics"][score.name]["value"],
             metric_args=evaluation["settings"],
         )
-        for metric, found in evaluation["metrics"].items()
+        for score in _scores_of(evaluation)
     ]
+
+
+def _scores_of(evaluation: Mapping) -> list[Score]:
+    """The scores that an evaluation has; it may have been recorded by a release with others."""
+    return [score for score in TASKS[evaluation["task"]].scores if score.name in evaluation["metrics"]]
 
 
 def _same_subject(one: Mapping, other: Mapping) -> bool:
@@ -139,19 +140,19 @@ def _short(sha256: str | None) -> str | None:
 
 
 def _sha256(sources: Sequence[str]) -> str | None:
-    """Of files' contents, by which those of the same name are told apart; None of Hub datasets."""
+    """Hash of the contents of data files, which tells files of one name apart; None for Hub datasets."""
     digests = []
     for source in sources:
         if Path(source).is_file():
             with open(source, "rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256"))
-    if len(digests) < 2:  # a file's own, which `sha256sum` prints too
+    if len(digests) < 2:  # the file's own hash, as `sha256sum` prints it
         return digests[0].hexdigest() if digests else None
     return hashlib.sha256(b"".join(each.digest() for each in digests)).hexdigest()
 
 
 def _without_paths(evaluation: Mapping) -> dict:
-    """What the world may know: where files lay, and where models did, stays here."""
+    """The evaluation without the paths of files and models on this machine."""
     kept = {key: value for key, value in evaluation.items() if key != "model"}
     data = [Path(source).name if Path(source).is_file() else source for source in evaluation["data"]]
     other = evaluation["other"]
@@ -161,39 +162,40 @@ def _without_paths(evaluation: Mapping) -> dict:
 
 
 def _set_results(folder: Path, results: Sequence) -> None:
-    """Put results into the card's metadata; others than of these data and metrics stay."""
+    """Write results into the card's metadata; results of other data or metrics are kept."""
     made = _open_card(folder / CARD_FILE)
     ours = {_place(result) for result in results}
-    others = [result for result in made.data.eval_results or () if _place(result) not in ours]
-    made.data.eval_results = [*others, *results]
-    made.data.model_name = made.data.model_name or folder.resolve().name
+    data = cast("ModelCardData", made.data)
+    others = [result for result in data.eval_results or () if _place(result) not in ours]
+    data.eval_results = [*others, *results]
+    data.model_name = data.model_name or folder.resolve().name
     made.save(folder / CARD_FILE)
 
 
-def _place(result) -> tuple:
+def _place(result: EvalResult) -> tuple:
+    """What tells the results in a card apart."""
     return *result.unique_identifier, result.metric_type
 
 
 def _in_words(evaluation: Mapping) -> str:
-    unit = "tokens" if evaluation["task"] in ("causal", "masked") else "examples"
     is_file = Path(evaluation["data"][0]).suffix.lower() in BUILDERS
     split = f" (SHA-256 {_short(evaluation['sha256'])}…)" if is_file else f" (split {evaluation['split']})"
     settings = ", ".join(f"{key} {value}" for key, value in evaluation["settings"].items())
     other, differences = evaluation["other"], evaluation["differences"] or {}
     names = ["metric", "this model", *([other, "difference"] if other else [])]
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for metric, found in evaluation["metrics"].items():
-        shown = [found]
+    for score in _scores_of(evaluation):
+        shown = [evaluation["metrics"][score.name]]
         if other:
-            ratio = differences.get(f"{metric} ratio")
-            shown += [evaluation["against"][metric], ratio or differences[metric]]
-        numbers = (f"{n['value']:.4g} ({n['low']:.4g} to {n['high']:.4g})" for n in shown)
-        rows.append(f"| {METRICS[metric][1]} | {' | '.join(numbers)} |")
+            difference = f"{score.name} ratio" if score.is_ratio else score.name
+            shown += [evaluation["against"][score.name], differences[difference]]
+        cells = (f"{n['value']:.4g} ({n['low']:.4g} to {n['high']:.4g})" for n in shown)
+        rows.append(f"| {score.label} | {' | '.join(cells)} |")
     note = ["The difference of perplexities is their ratio."] if "perplexity ratio" in differences else []
     return "\n\n".join(
         [
             f"By `mpoe-convert evaluate` on {', '.join(evaluation['data'])}{split}: {evaluation['count']:,} "
-            f"{unit}, {settings}; 95 % bootstrap intervals.",
+            f"{TASKS[evaluation['task']].unit}, {settings}; 95 % bootstrap intervals.",
             "\n".join(rows),
             *note,
         ]

@@ -1,7 +1,7 @@
-"""What is special in training a converted model: its central cores belong to every expert.
+"""The roles of parameters in training: all experts share the central cores, each owns its auxiliary cores.
 
-MPOE's gradient mask, learning rates by role, freezing. All of it works on the model as it is wrapped (DDP,
-FSDP2, PEFT), goes by the names of the parameters, and serves any training loop.
+MPOE's gradient mask, learning rates by role, freezing. The functions go by the names of the parameters, so
+that they work on wrapped models too (DDP, FSDP2, PEFT) and in any training loop.
 """
 
 from __future__ import annotations
@@ -33,11 +33,21 @@ def role_of(name: str) -> str:
 
     "central": cores shared by the experts; "auxiliary": cores (and copies, for `--kind dense`) of one expert
     each; "router"; "other": everything else, such as attention, embeddings and the biases of the FFNs.
+
+    >>> role_of("transformer.h.0.mlp.up.terms.0.central_1")
+    'central'
     """
     core = _CORE.match(name)
     if core:
         return "central" if core["kind"] == "central" else "auxiliary"
     return "router" if _ROUTER.match(name) else "other"
+
+
+def _ffn_of(name: str) -> str:
+    """The module path of the FFN that a core belongs to."""
+    core = _CORE.match(name)
+    assert core is not None, name
+    return core["ffn"]
 
 
 def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -57,24 +67,34 @@ def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def mask_centre(
     model: nn.Module, step: int, probability: float, *, seed: int = 0, per: str = "step"
 ) -> list[str]:
-    """MPOE's gradient mask: with some probability the central cores sit this optimizer's step out.
+    """MPOE's gradient mask: with some probability the optimizer skips the central cores in this step.
 
     Call it between `backward` and `optimizer.step`, after clipping. The gradients become None, so that
-    neither an optimizer's moments nor its weight decay move the masked cores. Draws depend on `seed`, `step`
-    and the unit's place alone: every rank draws the same, and so does a run that is resumed.
+    neither an optimizer's moments nor its weight decay move the masked cores. Draws depend only on `seed`,
+    `step` and the unit's place: every rank draws the same, and so does a run that is resumed.
 
-        for step, batch in enumerate(batches):
-            model(**batch).loss.backward()
-            mask_centre(model, step, probability=0.75)
-            optimizer.step()
-            optimizer.zero_grad()
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import mask_centre
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> batches = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])]
+    >>> for step, ids in enumerate(batches):
+    ...     model(ids, labels=ids).loss.backward()
+    ...     masked = mask_centre(model, step, probability=1.0)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> "central" in masked[0]
+    True
 
     Args:
         step: number of the optimizer's step.
-        probability: p_b of the paper (figure of the official repository), of skipping; 0 never, 1 always. The
-            paper's value is not known; at 1 - k/n the centre learns from as many tokens as an expert's own
-            cores do on average.
-        per: what is drawn for: all centres at once ("step"), those of an FFN ("layer"), or each ("matrix").
+        probability: of skipping, p_b of the paper (figure of the official repository); 0: never, 1: always.
+            The paper does not give its value. At 1 - k/n the central cores learn from as many tokens as an
+            expert's own cores do on average.
+        seed: of the draws.
+        per: how often is drawn: once for all central cores ("step"), once per FFN ("layer"), or once per
+            core ("matrix").
 
     Returns:
         Names of the parameters whose gradient was dropped.
@@ -89,7 +109,7 @@ def mask_centre(
     units: dict[str, int] = {}
     masked = []
     for name, parameter in _central(model):
-        unit = {"step": "", "layer": _CORE.match(name)["ffn"], "matrix": name}[per]
+        unit = {"step": "", "layer": _ffn_of(name), "matrix": name}[per]
         place = units.setdefault(unit, len(units))  # not the name: wrappers change it
         if random.Random(f"{seed}/{step}/{place}").random() < probability:
             parameter.grad = None
@@ -116,15 +136,27 @@ def param_groups(
     weight_decay: float = 0.0,
     no_decay: Iterable[str] = (),
 ) -> list[dict]:
-    """Parameter groups for an optimizer, one per role and decay, without what is frozen.
+    """Parameter groups for an optimizer, one per role and weight decay; frozen parameters are left out.
+
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import param_groups
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> groups = param_groups(model, lr=1e-3, auxiliary=3.0, weight_decay=0.01)
+    >>> {group["lr"] for group in groups if group["role"] == "auxiliary"}
+    {0.003}
+    >>> optimizer = torch.optim.AdamW(groups)
 
     Args:
-        lr: learning rate of everything else; `central`, `auxiliary` and `router` are factors on it.
-        weight_decay: of matrices. Vectors (biases, norms) and the names in `no_decay` have none, and routers
-            have none: decay would pull the choice towards a coin's.
+        lr: learning rate of all other parameters; `central`, `auxiliary` and `router` are factors on it.
+        weight_decay: of matrices. Vectors (biases, norms), the names in `no_decay` and routers have none:
+            weight decay would pull the router towards uniform choices.
 
     Returns:
         [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
+
+    Raises:
+        TrainingError: a factor is negative.
     """
     factors = {"central": central, "auxiliary": auxiliary, "router": router, "other": 1.0}
     wrong = {name: factor for name, factor in factors.items() if not factor >= 0}
@@ -145,10 +177,20 @@ def param_groups(
 
 
 def freeze(model: nn.Module, what: str) -> int:
-    """Stop training the "centre", or "all-but-experts" (which leaves cores, FFN biases and routers).
+    """Stop training a part of a converted model.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import freeze
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> freeze(model, "centre") < sum(parameter.numel() for parameter in model.parameters())
+    True
+
+    Args:
+        what: "centre", the central cores; or "all-but-experts", everything but the cores, the FFNs' biases
+            and the routers.
 
     Returns:
-        How many numbers are still trained.
+        How many parameters are still trained.
 
     Raises:
         TrainingError: unknown `what`, or nothing would be left to train.
@@ -158,7 +200,7 @@ def freeze(model: nn.Module, what: str) -> int:
     if what == "centre":
         frozen: Iterable = [p for _, p in _central(model)]
     else:
-        frozen = [p for name, p in model.named_parameters() if not _of_experts(name)]
+        frozen = [p for name, p in model.named_parameters() if not _is_of_experts(name)]
     for parameter in frozen:
         parameter.requires_grad_(False)
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -167,5 +209,5 @@ def freeze(model: nn.Module, what: str) -> int:
     return left
 
 
-def _of_experts(name: str) -> bool:
+def _is_of_experts(name: str) -> bool:
     return role_of(name) != "other" or _BIAS.match(name) is not None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from .. import experts
+from ..artifact.loading import HoldsMixtures
 from ..errors import TrainingError
 from .request import Finetuning
 from .roles import mask_centre, param_groups
@@ -19,9 +21,11 @@ from .router_stats import router_stats
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
-Progress = Callable[[int, int, Mapping[str, float]], None]
+# Called as progress(step, steps, logged values).
+OnLog = Callable[[int, int, Mapping[str, float]], None]
 
 
 class CentreMask(TrainerCallback):
@@ -30,14 +34,17 @@ class CentreMask(TrainerCallback):
     def __init__(self, probability: float, *, seed: int = 0, per: str = "step"):
         self.probability, self.seed, self.per = probability, seed, per
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        mask_centre(model, state.global_step, self.probability, seed=self.seed, per=self.per)
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        mask_centre(kwargs["model"], state.global_step, self.probability, seed=self.seed, per=self.per)
 
 
 class RouterLog(TrainerCallback):
     """Watches the routers in the steps that are logged.
 
-    `latest` holds numbers for the log, `loads` the experts' shares of the choices by mixture.
+    Attributes:
+        latest: values for the log: `load_entropy/PATH` (1: all experts are chosen equally often) and
+            `load_max/PATH`.
+        loads: {path of a mixture: fraction of the choices that each expert got}.
     """
 
     def __init__(self):
@@ -46,9 +53,9 @@ class RouterLog(TrainerCallback):
         self._watching = ExitStack()
         self._stats: dict = {}
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         if (state.global_step + 1) % args.logging_steps == 0:
-            self._stats = self._watching.enter_context(router_stats(model))
+            self._stats = self._watching.enter_context(router_stats(kwargs["model"]))
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._stats:
@@ -57,7 +64,7 @@ class RouterLog(TrainerCallback):
         self.latest, self.loads = {}, {}
         for path, stats in self._stats.items():
             load = stats.load
-            self.loads[path] = [round(share, 4) for share in load.tolist()]
+            self.loads[path] = [round(fraction, 4) for fraction in load.tolist()]
             entropy = torch.special.entr(load).sum() / math.log(len(load))
             self.latest[f"load_entropy/{path}"] = round(float(entropy), 4)
             self.latest[f"load_max/{path}"] = round(float(load.max()), 4)
@@ -71,15 +78,17 @@ class FollowStep(TrainerCallback):
         self.model = model
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.model.update_router_bias()
+        cast(HoldsMixtures, self.model).update_router_bias()
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, progress: Progress | None):
+class TellLogs(TrainerCallback):
+    """Tells whoever asked for it what is logged, on the main process."""
+
+    def __init__(self, progress: OnLog | None):
         self.progress = progress
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.progress is not None and state.is_world_process_zero:
+        if self.progress is not None and logs is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, logs)
 
 
@@ -93,14 +102,14 @@ class MpoeTrainer(Trainer):
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = cast("PreTrainedModel", self.model if model is None else model)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decays = set(self.get_decay_parameter_names(model))
             auxiliary = self.run.auxiliary_lr
             if auxiliary is None:
-                block = getattr(self.model.config, "mpoe", None)
+                block = getattr(cast("PreTrainedModel", self.model).config, "mpoe", None)
                 auxiliary = experts.load(block["kind"]).AUXILIARY_LR if block else 1.0
             groups = param_groups(
                 model,
@@ -159,10 +168,12 @@ class MpoeTrainer(Trainer):
             logs |= self.router_log.latest
         super().log(logs, start_time)
         if self.router_log is not None and "loss" in logs and self.router_log.loads:  # no tracker takes lists
-            self.state.log_history[-1]["expert_load"] = self.router_log.loads
+            entry: dict[str, Any] = self.state.log_history[-1]
+            entry["expert_load"] = self.router_log.loads
 
 
 def _hidden_difference(outputs, taught) -> torch.Tensor:
+    """Mean over the hidden states of their squared difference, relative to the teacher's mean square."""
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
     pairs = [
         pair
@@ -170,4 +181,5 @@ def _hidden_difference(outputs, taught) -> torch.Tensor:
         if getattr(taught, name, None)
         for pair in zip(getattr(outputs, name), getattr(taught, name), strict=True)
     ]
-    return sum(F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs) / len(pairs)
+    differences = [F.mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in pairs]
+    return reduce(torch.add, differences) / len(differences)

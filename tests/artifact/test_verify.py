@@ -103,7 +103,7 @@ def test_against_takes_the_folder(artifact, monkeypatch):
     monkeypatch.setattr(verification, "_run_child", lambda request: asked.append(request) or STUB)
     verify(artifact, against="dense")
     verify(artifact)
-    assert [(r["against"], r["revision"]) for r in asked] == [
+    assert [(r.against, r.revision) for r in asked] == [
         (str(Path("dense").resolve()), None),
         ("dense", "0" * 40),
     ]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mpoe_convert import Export, Finetuning, Recipe, evaluate, experts
 from mpoe_convert.cli import main
-from mpoe_convert.errors import MachineError, RecipeError, RunError
+from mpoe_convert.errors import LibraryError, RecipeError, RunError
 from mpoe_convert.exports import targets as exports
 from mpoe_convert.options import (
     OptionGroup,
@@ -305,9 +305,9 @@ def test_only_what_a_task_needs_is_asked_for(artifact, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "w3 w4", "target": "w5"}))
     needs = r"task seq2seq, needs sacrebleu and rouge_score: .*mpoe-convert\[train\]"
-    with pytest.raises(MachineError, match=needs):
+    with pytest.raises(LibraryError, match=needs):
         evaluate(str(artifact("t5")[1]), str(rows))
     from mpoe_convert import draw_pictures
 
-    with pytest.raises(MachineError, match="report needs matplotlib"):
+    with pytest.raises(LibraryError, match="report needs matplotlib"):
         draw_pictures(artifact("gpt2")[1])

@@ -16,10 +16,10 @@ from helpers.tiny import make_inputs, outputs, save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Export, Recipe, convert, export
-from mpoe_convert.artifact.reader import open_converted
+from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.compression.batches import make_batches
-from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError, RecipeError
+from mpoe_convert.errors import CheckpointError, ExportError, FamilyError, OutputError, RequestError
 from mpoe_convert.runtime.modeling_mpoe import FORMAT_VERSION
 from mpoe_convert.source.families import FAMILY_OF
 
@@ -161,7 +161,7 @@ def test_experts_count_as_much_in_the_average_as_routers_let_them(model_type, wa
     shares = export(out, tmp_path / "average", request).expert_shares
 
     model = getattr(transformers, generative(model_type)).from_pretrained(out, trust_remote_code=True).eval()
-    opened = open_converted(str(out))
+    opened = open_artifact(str(out))
     totals = dict.fromkeys(shares, 0.0)
     paths = [path.removesuffix(f".{opened.family.slot}") for path, _ in model.mixtures()]
     batches = make_batches(request, replace(opened.checkpoint, config=opened.config))
@@ -187,7 +187,7 @@ def test_experts_count_as_much_in_the_average_as_routers_let_them(model_type, wa
 def test_a_partly_converted_model_keeps_the_rest(tmp_path):
     dense = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
     convert(Recipe(str(dense), **EXACT, layers="1"), tmp_path / "out")
-    assert open_converted(str(tmp_path / "out")).kept_dense == ("h.0",)
+    assert open_artifact(str(tmp_path / "out")).kept_dense == ("h.0",)
     export(tmp_path / "out", tmp_path / "back", UNCHECKED)
     before, after = weights(dense), weights(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
@@ -286,7 +286,7 @@ def test_what_is_there_is_replaced_only_if_it_is_ours_and_only_when_asked(tmp_pa
 )
 def test_requests_that_contradict_themselves(wrong, message, artifact, tmp_path):
     _, out = artifact("gpt2")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RequestError, match=message):
         export(out, tmp_path / "back", Export(**wrong, check=False))
 
 

@@ -209,8 +209,8 @@ def test_what_llama_cpp_computes_otherwise_is_said(model_type, way, tmp_path):
     out = converted(model_type, tmp_path, way)
     said = " ".join(export(out, tmp_path / "back", MOE).warnings)
     differs = (model_type, way) in [("qwen2", "renormalised"), ("qwen3", "raw")]
-    assert ("llama.cpp computes something else from it" in said) == differs
-    assert (f"combine weights are {way} here" in said) == differs
+    assert ("llama.cpp computes other outputs from it" in said) == differs
+    assert (f"combine weights of this model are {way}" in said) == differs
 
 
 def test_half_precision_says_that_routers_are_computed_in_it(tmp_path):

@@ -11,7 +11,7 @@ from helpers.artifacts import perturb
 from safetensors.torch import load_file
 
 from mpoe_convert import Export, export
-from mpoe_convert.artifact.reader import open_converted
+from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.errors import ExportError
 from mpoe_convert.exports.targets import onnx
 
@@ -52,7 +52,7 @@ def test_room_is_asked_for_float32_whatever_the_artifact_is(artifact, tmp_path, 
 def test_experts_that_own_too_much_each(artifact, tmp_path):
     """A mixture copies cores for every token while they are small, and sorts the tokens else."""
     _, out = artifact("gpt2", kind="dense")
-    source = open_converted(str(out))
+    source = open_artifact(str(out))
     assert onnx.plan(source, Export(to="onnx"), None, tmp_path).library == "onnx"
     form = json.loads(json.dumps(source.mixtures[0].form))
     for term in (*form["up"]["terms"], *form["down"]["terms"]):

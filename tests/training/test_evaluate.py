@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 from mpoe_convert import evaluate
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, TrainingError
-from mpoe_convert.training.evaluate import windows
+from mpoe_convert.training.tasks import windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 

@@ -1,4 +1,4 @@
-"""Sources with code of their own: run only if it is trusted, and then kept beside the converted model."""
+"""Sources with custom code: run only if it is trusted, and then kept beside the converted model."""
 
 import copy
 import json
@@ -108,7 +108,7 @@ def edit(path: Path, edits: list[tuple[str, str]]) -> None:
 
 
 def save_own(name: str, auto_class: str, root: Path, edits: list[tuple[str, str]] = ()) -> Path:
-    """A random model of a type with code of its own, in whose second file texts were replaced.
+    """A random model of a type with custom code, in whose second file texts were replaced.
 
     Every folder has a name of its own: by that transformers tells configs of the same code apart.
     """
@@ -323,7 +323,7 @@ def test_code_does_not_run_without_trust(tmp_path):
         with pytest.raises(FamilyError, match=told) as error:
             ask()
         assert "\n" not in str(error.value)
-    told = r"has code of its own: read it, and pass --trust-remote-code"
+    told = r"has custom code: read it, and pass --trust-remote-code"
     with pytest.raises(TrainingError, match=told):
         evaluate(source, str(text), length=8)
     with pytest.raises(TrainingError, match=told):
@@ -360,12 +360,12 @@ def test_an_artifact_with_other_code_than_ours_is_not_run_unasked(artifact, tmp_
     evaluate(str(out), str(tmp_path / "text.txt"), **ask)
     (out / "custom_generate").mkdir()
     (out / "custom_generate/generate.py").write_text("raise SystemExit")
-    with pytest.raises(TrainingError, match="has code of its own"):
+    with pytest.raises(TrainingError, match="has custom code"):
         evaluate(str(out), str(tmp_path / "text.txt"), **ask)
     shutil.rmtree(out / "custom_generate")
     with (out / "modeling_mpoe.py").open("a") as file:
         file.write(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
-    with pytest.raises(TrainingError, match="has code of its own"):
+    with pytest.raises(TrainingError, match="has custom code"):
         evaluate(str(out), str(tmp_path / "text.txt"), **ask)
     assert not (tmp_path / "mark").exists()
     evaluate(str(out), str(tmp_path / "text.txt"), **ask, trust_remote_code=True)
@@ -377,7 +377,7 @@ def test_code_of_a_known_type_does_not_run_without_trust(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     untrusting = Recipe(folder, **SMALL | {"trust_remote_code": False})
     with pytest.raises(
-        FamilyError, match=r"Loud\w+ of code of its own \(modeling_loud.py\); transformers' llama"
+        FamilyError, match=r"Loud\w+ of custom code \(modeling_loud.py\); transformers' llama"
     ):
         plan(untrusting)
     change(folder / "config.json", architectures=["LlamaForCausalLM"])
@@ -397,7 +397,7 @@ def test_code_of_a_known_type_does_not_run_without_trust(tmp_path):
         ({"AutoModel": "/etc/elsewhere.Model"}, "an auto_map names '/etc/elsewhere'; expected a module"),
         (
             {"AutoConfig": "modeling_scribe.ScribeConfig"},
-            "a config of its own .* and no model",
+            "a custom config .* and no custom model",
         ),
         ({"AutoModel": None}, "maps AutoModel to None; expected .module.Class"),
         ({"AutoModel": ["m.C"]}, "maps AutoModel to "),
@@ -503,7 +503,7 @@ def test_the_first_layer_stands_for_all(tmp_path):
         ("import torch.nn", "import itertools\n\nimport torch.nn"),
     ]
     folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path, edits)
-    with pytest.raises(FamilyError, match=r"layers\.1 is built otherwise than that of layers\.0"):
+    with pytest.raises(FamilyError, match=r"layers\.1 is built differently from that of layers\.0"):
         plan(Recipe(folder, trust_remote_code=True, layers="1"))
 
 
@@ -573,10 +573,10 @@ def test_what_was_written_is_compared_in_another_process(own, tmp_path):
 
 
 def test_exports_that_do_not_apply_are_refused(own, tmp_path):
-    with pytest.raises(ExportError, match="is a llama of code of its own, which no mixture"):
+    with pytest.raises(ExportError, match="is a llama with custom code, and no mixture"):
         export(own("llama")[1], tmp_path / "moe", Export(to="moe"))
     folder, out = own("minstrel", kind="low-rank")
-    with pytest.raises(ExportError, match="only the artifact's is run here: leave --base away"):
+    with pytest.raises(ExportError, match="only the artifact's is run here: omit --base"):
         export(out, tmp_path / "lora", Export(to="lora", base=str(folder)))
 
 
@@ -596,7 +596,7 @@ def test_it_is_trained_and_stays_an_artifact(own, tmp_path):
     folder, out = own("minstrel")
     (tmp_path / "text.txt").write_text(TEXT)
     run = {"data": str(tmp_path / "text.txt"), "length": 8, "steps": 2, "batch_size": 2}
-    with pytest.raises(TrainingError, match="has code of its own: read it, and pass --trust-remote-code"):
+    with pytest.raises(TrainingError, match="has custom code: read it, and pass --trust-remote-code"):
         finetune(Finetuning(str(out), teacher=str(folder), **run), tmp_path / "refused")
     finetune(Finetuning(str(out), teacher=str(folder), trust_remote_code=True, **run), tmp_path / "tuned")
     assert code_in(tmp_path / "tuned") == code_in(out)
@@ -687,7 +687,7 @@ def test_models_of_the_hub_with_their_code_there_or_elsewhere(own, tmp_path):
             fetched = hub.fetched(".py")
             _, err = client.communicate("\n")
         assert (client.returncode, "No files matched" in err) == (0, False), err[-3000:]
-        assert "o/song has code of its own (configuration_minstrel.py" in said and not fetched
+        assert "o/song has custom code (configuration_minstrel.py" in said and not fetched
         of_code = {get.path.rpartition("/")[2] for get in hub.fetched() if "/o/code/" in get.path}
         assert of_code == set(code)
         for target in ("me/out", "me/other"):

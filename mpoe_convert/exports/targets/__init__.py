@@ -1,9 +1,9 @@
-"""Where a converted model can be taken: one module each, discovered; the name is the one on the command line.
+"""Export targets: one module each, discovered; its name is the one on the command line.
 
 A target offers:
 
-* `plan(source, request, shares, output)`: everything that will be written, with no tensor made yet. It raises
-  ExportError, in words, where the model has no exact form there;
+* `plan(source, request, expert_weights, output)`: everything that will be written, with no tensor made yet.
+  It raises ExportError, in words, where the model has no exact form there;
 * `Options`: a subclass of `targets.Options` with the options that it reads. They become fields of `Export`
   and options of the command line, and are refused with other targets;
 * `ABOUT`: what it writes, for people;
@@ -46,8 +46,8 @@ class Options(OptionGroup):
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor that will be written: `make` reads what it needs and builds it."""
+class PlannedTensor:
+    """A tensor that will be written; `make` reads its sources and computes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,31 +57,31 @@ class Made:
 
 @dataclass(frozen=True)
 class Part:
-    """A model or an adapter: what lies in one folder of an export.
+    """One folder of an export, with a model or an adapter.
 
     Attributes:
-        folder: its path in the export; "" is the export itself.
-        configs: JSON files by name.
+        folder: path in the export; "" is the export itself.
+        configs: {name of a JSON file: its contents}.
         tensors: in the order of the files.
-        adapter: weights are `adapter_model.safetensors`, in one file, and nothing else comes with them.
+        adapter: a PEFT adapter: one weight file, `adapter_model.safetensors`, and no companion files.
     """
 
     folder: str
     configs: Mapping[str, dict]
-    tensors: tuple[Made, ...] = field(repr=False)
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
     adapter: bool = False
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How an export is compared with the model that it was made from.
+    """How an export is compared with its artifact.
 
     Attributes:
-        experts: one after the other all tokens of the original go to these; None: where routers send them.
-        adapters: folders in the export that are put on its model one after the other, each for its expert.
-        model: the folder in the export with the model.
-        base / base_revision: a folder or Hub id of a model that is no part of the export, in its place.
-        same: they have to compute the same.
+        experts: the artifact is run once per expert, with all tokens sent to it; None: once, as it routes.
+        adapters: folders in the export: its model is run once with each of them, in the order of `experts`.
+        model: folder in the export that holds the model.
+        base / base_revision: folder or Hub id of a model outside the export, to be run in place of `model`.
+        same: the outputs have to agree.
     """
 
     experts: tuple[int, ...] | None = None
@@ -94,18 +94,19 @@ class Checked:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What a target makes of a model.
+    """All that a target will write.
 
     Attributes:
-        model_type: of what is written.
-        title: what it is in a few words: "expert 0".
-        about: the same in a sentence or two.
-        usage: Python that loads it.
-        checked: how it is compared with the original; None: it cannot be here.
-        warnings: what it does not carry over.
-        library: that loads it.
-        write: what else is written into the folder, and how it compares with the original.
-        num_bytes_written: by that, about.
+        parts: folders with weights.
+        model_type: architecture of the export.
+        title: a few words, such as "expert 0".
+        about: one or two sentences for the card.
+        usage: Python that loads the export.
+        checked: how the export is compared with the artifact; None: not at all, or by `write`.
+        warnings: what the export loses.
+        library: the Hub's name of the library that loads the export.
+        write: writes further files into the folder and returns their comparison with the artifact.
+        num_bytes_written: by `write`, roughly.
     """
 
     parts: tuple[Part, ...]

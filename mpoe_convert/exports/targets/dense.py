@@ -6,21 +6,22 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ...errors import ExportError, RecipeError
+from ...errors import ExportError, RequestError
 from ...options import again, default_of, described, in_order, option
 from ...source.text_options import TextSource
 from .. import targets
-from . import Checked, ExportPlan, Made, Part
+from . import Checked, ExportPlan, Part, PlannedTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from ...artifact.reader import Converted, Mixture
+    from ...artifact.reader import Artifact, Mixture
     from . import Export
 
-Shares = Mapping[str, Mapping[int, float]]
+# {path of a layer: {expert: its weight in the average}}; the weights of a layer sum to one.
+ExpertWeights = Mapping[str, Mapping[int, float]]
 
 ABOUT = "one expert, or the average of all, in the architecture of the base model"
 NEEDS: dict[str, tuple[str, ...]] = {}
@@ -43,26 +44,30 @@ class Options(targets.Options, TextSource):
 
     def check_together(self) -> None:
         if self.expert is not None and self.calibrate:
-            raise RecipeError("expert and calibrate given; expected one expert, or the average by a text")
+            raise RequestError("expert and calibrate given; expected one expert, or the average by a text")
         given = [each.name for each in in_order(TextSource) if getattr(self, each.name) != default_of(each)]
         if given and not self.calibrate:
-            raise RecipeError(f"{given[0]} given without calibrate; expected the text that it is about")
+            raise RequestError(f"{given[0]} given without calibrate; expected the text that it is about")
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `exports`.
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
+    """See `targets`.
 
     Args:
-        shares: by the paths of the layers, what every expert counts in the average; None: one expert.
+        expert_weights: of the average; None: one expert.
+
+    Raises:
+        RequestError: there is no such expert.
+        ExportError: the experts have trained adapters.
     """
     expert = request.expert or 0
     if not 0 <= expert < source.num_experts:
-        raise RecipeError(
+        raise RequestError(
             f"expert is {expert}; {source.checkpoint.source} has {source.num_experts}, expected 0 to "
             f"{source.num_experts - 1}"
         )
-    if shares is None:
-        shares = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
+    if expert_weights is None:
+        expert_weights = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
         title, about = f"expert {expert}", f"Every mixture was replaced by its expert {expert}"
     else:
         title = "the average of the experts"
@@ -70,10 +75,10 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
             "Every mixture was replaced by the average of its experts, weighted by the combine weights that "
             f"its router gave them on {', '.join(request.calibrate)}"
         )
-    is_own = source.architecture.is_own
-    classes = "the code that lies beside it" if is_own else "the stock classes of transformers"
+    is_custom = source.architecture.is_custom
+    classes = "the code that lies beside it" if is_custom else "the stock classes of transformers"
     return ExportPlan(
-        parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, shares))),),
+        parts=(Part("", {"config.json": source.config}, tuple(dense_tensors(source, expert_weights))),),
         model_type=source.model_type,
         title=title,
         about=f"{about}: this is a dense {source.model_type} again, of {classes}.",
@@ -82,27 +87,28 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def usage(source: Converted, model: str = "path/to/this") -> str:
+def usage(source: Artifact, model: str = "path/to/this") -> str:
+    """Python that loads the export by transformers."""
     from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
 
 
-def loading(source: Converted, model: str) -> str:
-    """The expression that loads it, in Python."""
+def loading(source: Artifact, model: str) -> str:
+    """The expression that loads `model`, in Python."""
     from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
-    trust = ", trust_remote_code=True" if source.architecture.is_own else ""
+    trust = ", trust_remote_code=True" if source.architecture.is_custom else ""
     return f'{auto}.from_pretrained("{model}"{trust})'
 
 
-def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:
-    """The tensors of the dense model: those of an FFN stand where the first of its mixture's stood.
+def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[PlannedTensor]:
+    """The tensors of the dense model. Those of an FFN stand where the first of its mixture's stood.
 
     Raises:
-        ExportError: the experts are adapters that do something.
+        ExportError: the adapters are trained (their output is not zero).
     """
     done = set()
     for name in source.checkpoint.tensors:
@@ -111,45 +117,59 @@ def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:
             yield copied(source, name)
         elif mixture.key not in done:
             done.add(mixture.key)
-            yield from _ffn(source, mixture, shares[mixture.path])
+            yield from _ffn(source, mixture, expert_weights[mixture.path])
 
 
-def copied(source: Converted, name: str, new_name: str | None = None) -> Made:
-    """A tensor as it is."""
+def copied(source: Artifact, name: str, new_name: str | None = None) -> PlannedTensor:
+    """A tensor of the artifact, unchanged; under another name if one is given."""
     info = source.checkpoint.tensors[name]
-    return Made(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
+    return PlannedTensor(new_name or name, info.shape, info.dtype, partial(source.checkpoint.read, name))
 
 
-def check_adapters(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> None:
-    """Adapters that add nothing, as right after conversion, are left out; raises ExportError for others."""
-    if not source.adapters_are_idle(mixture, shares):
+def check_adapters(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> None:
+    """Raises ExportError if the adapters are trained. Those that still add nothing can be left out."""
+    if not source.adapters_add_nothing(mixture, expert_weights):
         raise ExportError(
             f"the experts of {mixture.key} are adapters that have been trained: y + gelu(y A) B behind the "
             "FFN is no matrix, so no other architecture holds it; expected experts of another kind"
         )
 
 
-def _ffn(source: Converted, mixture: Mixture, shares: Mapping[int, float]) -> Iterator[Made]:
-    check_adapters(source, mixture, shares)
+def _ffn(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> Iterator[PlannedTensor]:
+    check_adapters(source, mixture, expert_weights)
     for name, roles in mixture.roles_by(mixture.dense_name).items():
         rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         shape = (rows, cols) if source.family.transposed else (cols, rows)
         dtype = source.dtype(mixture, roles[0])
-        yield Made(f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, shares))
+        yield PlannedTensor(
+            f"{name}.weight", shape, dtype, partial(weight, source, mixture, roles, expert_weights)
+        )
         if mixture.bias_kind(roles[0]) is not None:
             dtype = source.checkpoint.tensors[f"{mixture.key}.{roles[0]}.bias"].dtype
-            yield Made(f"{name}.bias", (cols,), dtype, partial(_bias, source, mixture, roles, shares))
+            make = partial(_fused_bias, source, mixture, roles, expert_weights)
+            yield PlannedTensor(f"{name}.bias", (cols,), dtype, make)
 
 
-def weight(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
-    """A weight as checkpoints of the family hold it; of several roles: fused, one above the other."""
+def weight(
+    source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
+) -> Tensor:
+    """A weight as the family's checkpoints hold it; of several roles: fused, one above the other."""
     import torch
 
-    matrix = torch.cat([source.matrix(mixture, role, shares) for role in roles], dim=1)
+    matrix = torch.cat([source.matrix(mixture, role, expert_weights) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
 
-def _bias(source: Converted, mixture: Mixture, roles: list[str], shares: Mapping[int, float]) -> Tensor:
+def read_bias(source: Artifact, mixture: Mixture, role: str, expert_weights: Mapping[int, float]) -> Tensor:
+    """(out,) of a projection that has a bias."""
+    bias = source.bias(mixture, role, expert_weights)
+    assert bias is not None, f"{mixture.key}.{role}"
+    return bias
+
+
+def _fused_bias(
+    source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
+) -> Tensor:
     import torch
 
-    return torch.cat([source.bias(mixture, role, shares) for role in roles])
+    return torch.cat([read_bias(source, mixture, role, expert_weights) for role in roles])

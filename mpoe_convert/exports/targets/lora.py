@@ -7,11 +7,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ...errors import ExportError, RecipeError
+from ...errors import ExportError, RequestError
 from ...options import described, option
 from .. import targets
-from . import Checked, ExportPlan, Made, Part
-from .dense import Shares, dense_tensors, loading
+from . import Checked, ExportPlan, Part, PlannedTensor
+from .dense import ExpertWeights, dense_tensors, loading, read_bias
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ...artifact.reader import Converted, Mixture
+    from ...artifact.reader import Artifact, Mixture
     from ...source.checkpoint import Checkpoint
     from . import Export
 
@@ -46,15 +46,15 @@ class Options(targets.Options):
 
     def check_together(self) -> None:
         if self.base_revision is not None and self.base is None:
-            raise RecipeError("base_revision given without base; expected the revision of a base on the Hub")
+            raise RequestError("base_revision given without base; expected the revision of a base on the Hub")
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `exports`.
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
+    """See `targets`.
 
     Raises:
-        ExportError: the experts are no low-rank additions to a shared matrix, or the base that was named has
-            other weights than they share.
+        ExportError: the experts are not low-rank additions to a shared matrix, or the weights of the base
+            that was named are not those that they share.
     """
     from ...artifact.reader import SHARED
     from ...source.checkpoint import open_checkpoint
@@ -62,10 +62,10 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     for mixture in source.mixtures:
         _check_low_rank(source, mixture)
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
-    if request.base is not None and source.architecture.is_own:
+    if request.base is not None and source.architecture.is_custom:
         raise ExportError(
-            f"base is {request.base}, and a {source.model_type} has code of its own; only the artifact's is "
-            "run here: leave --base away, the base is then written with that"
+            f"base is {request.base}, and this {source.model_type} has custom code; only the artifact's is "
+            "run here: omit --base, and the base is written with that code"
         )
     if request.base is not None:
         _check_base(
@@ -79,7 +79,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     for expert, name in enumerate(names):
         tensors = tuple(_adapter(source, modules, expert))
         parts.append(Part(name, {"adapter_config.json": config}, tensors, adapter=True))
-    warnings = ["The routers are not among it: which adapter a text goes to is for the server to say."]
+    warnings = ["The routers are not exported: whoever serves the adapters chooses one for each text."]
     checked = None
     if find_spec("peft"):
         experts = tuple(range(source.num_experts))
@@ -101,7 +101,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def _usage(source: Converted, base: str) -> str:
+def _usage(source: Artifact, base: str) -> str:
     from ...source.architecture import main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
@@ -114,19 +114,19 @@ def _usage(source: Converted, base: str) -> str:
     )
 
 
-def _check_low_rank(source: Converted, mixture: Mixture) -> None:
+def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
     for role in mixture.roles:
         terms = [term["shared"] for term in mixture.form[role]["terms"]]
         if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
             kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
             raise ExportError(
-                f"the experts of {source.checkpoint.source} are of kind {kind}, no low-rank additions to a "
+                f"the experts of {source.checkpoint.source} are of kind {kind}, not low-rank additions to a "
                 "shared matrix (kind low-rank), so they are no LoRA adapters; --to dense writes one of them"
             )
 
 
-def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) -> None:
-    """Raises ExportError if the base has other numbers than the experts share."""
+def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Checkpoint) -> None:
+    """Raises ExportError if the weights of the base are not those that the experts share."""
     import torch
 
     from ...planning.plan import is_buffer
@@ -141,17 +141,17 @@ def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) 
             what = "differs from that of" if name else "is not in"
             raise ExportError(
                 f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
-                "rounded since, so adapters on that base would compute something else; leave --base away: "
-                "the right one is then written"
+                "rounded since, so adapters on that base would compute other outputs; omit --base, and the "
+                "right base is written"
             )
 
 
-def _build(source: Converted) -> PreTrainedModel:
+def _build(source: Artifact) -> PreTrainedModel:
     """The dense model on the meta device."""
     return source.architecture.build(source.architecture.model_class)
 
 
-def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
+def _modules(source: Artifact) -> dict[str, dict[str, list[str]]]:
     """By the paths of the layers: {path of a linear layer in the stock model: the roles that it plays}."""
     from ...source.locate import projection_names
 
@@ -166,7 +166,7 @@ def _modules(source: Converted) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _adapter_config(source: Converted, modules: dict, base: str, revision: str | None) -> dict:
+def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | None) -> dict:
     """adapter_config.json. Alpha is the rank: the products are added as they are."""
     from ...source.architecture import main_auto_class
 
@@ -176,9 +176,8 @@ def _adapter_config(source: Converted, modules: dict, base: str, revision: str |
             ranks[module] = sum(source.rank(mixture, role) for role in roles)
             own_biases |= mixture.bias_kind(roles[0]) == "per-expert"
     rank = min(ranks.values())
-    others = {
-        module: found for module, found in ranks.items() if found != rank
-    }  # fused ones have twice as much
+    # A fused projection has twice the rank.
+    others = {module: found for module, found in ranks.items() if found != rank}
     return {
         "peft_type": "LORA",
         "task_type": TASKS.get(main_auto_class(source.config, source.model_type)),
@@ -199,7 +198,7 @@ def _adapter_config(source: Converted, modules: dict, base: str, revision: str |
     }
 
 
-def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
+def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTensor]:
     from ...artifact.reader import SHARED
 
     for mixture in source.mixtures:
@@ -209,34 +208,37 @@ def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
             dtype = source.dtype(mixture, roles[0])
             key = f"base_model.model.{module}"
             arguments = (source, mixture, roles, expert)
-            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_way_in, *arguments))
-            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_way_out, *arguments))
+            yield PlannedTensor(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_lora_a, *arguments))
+            yield PlannedTensor(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_lora_b, *arguments))
             if mixture.bias_kind(roles[0]) == "per-expert":
-                dtype = source.bias(mixture, roles[0], SHARED).dtype
+                dtype = read_bias(source, mixture, roles[0], SHARED).dtype
                 dtype = str(dtype).removeprefix("torch.")
-                yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
+                yield PlannedTensor(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 
-def _way_in(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """(rank, in); of a fused projection one role's above the other's."""
+def _lora_a(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(rank, in), the down-projection; of a fused projection one role's rows above the other's."""
     import torch
 
     return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
 
 
-def _way_out(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """(out, rank); of a fused projection each role's in a block of its own."""
+def _lora_b(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(out, rank), the up-projection; of a fused projection one diagonal block per role."""
     import torch
 
     return torch.block_diag(*(source.factors(mixture, role, expert)[1].T for role in roles)).contiguous()
 
 
-def _own_bias(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
-    """What the expert's bias has beyond the base's, which is expert 0's."""
+def _own_bias(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+    """(out,), the expert's bias minus the base's, which is expert 0's."""
     import torch
 
     from ...artifact.reader import SHARED
 
     return torch.cat(
-        [source.bias(mixture, role, {expert: 1.0}) - source.bias(mixture, role, SHARED) for role in roles]
+        [
+            read_bias(source, mixture, role, {expert: 1.0}) - read_bias(source, mixture, role, SHARED)
+            for role in roles
+        ]
     )

@@ -1,4 +1,4 @@
-"""All experts, as whole matrices in a mixture that transformers has: the same logits from stock code."""
+"""All experts as whole matrices in a mixture that transformers has: the same logits from stock code."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 
 from ...errors import ExportError
 from .. import targets
-from . import Checked, ExportPlan, Made, Part
-from .dense import Shares, check_adapters, copied, usage
+from . import Checked, ExportPlan, Part, PlannedTensor
+from .dense import ExpertWeights, check_adapters, copied, usage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from ...artifact.reader import Converted, Mixture
+    from ...artifact.reader import Artifact, Mixture
     from ..moe_architectures import MoeTarget
     from . import Export
 
 ABOUT = "all experts as a mixture that transformers has, such as Mixtral: the same outputs from stock code"
 NEEDS: dict[str, tuple[str, ...]] = {}
 
-# Width of a shared expert that does nothing: kernels like multiples of 256.
+# Width of a shared expert that adds nothing; kernels are fast for multiples of 256.
 IDLE_WIDTH = 256
 
 
@@ -34,11 +34,11 @@ class Options(targets.Options):
     """None."""
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `exports`.
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
+    """See `targets`.
 
     Raises:
-        ExportError: no mixture of transformers computes the same; the message says what stands against it.
+        ExportError: no mixture of transformers computes the same function; the message says why.
     """
     target = _target(source)
     config = target_config(source, target)
@@ -58,7 +58,7 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
     )
 
 
-def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
+def _warnings(source: Artifact, target: MoeTarget) -> tuple[str, ...]:
     found = []
     dtypes = {source.dtype(mixture, "up") for mixture in source.mixtures}
     if target.model_type != "switch_transformers" and dtypes & {"bfloat16", "float16"}:
@@ -69,37 +69,37 @@ def _warnings(source: Converted, target: MoeTarget) -> tuple[str, ...]:
     combine = source.options["router_combine"]
     if target.llama_cpp not in (None, combine):
         found.append(
-            f"llama.cpp computes something else from it: combine weights are {combine} here, and it takes "
-            f"those of every {target.model_type} as {target.llama_cpp}."
+            f"llama.cpp computes other outputs from it: the combine weights of this model are {combine}, and "
+            f"llama.cpp takes those of every {target.model_type} as {target.llama_cpp}."
         )
     return tuple(found)
 
 
-def _target(source: Converted) -> MoeTarget:
+def _target(source: Artifact) -> MoeTarget:
     from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF
 
     target = TARGET_OF.get(source.model_type)
-    if source.architecture.is_own:
+    if source.architecture.is_custom:
         raise ExportError(
-            f"{source.checkpoint.source} is a {source.model_type} of code of its own, which no mixture of "
-            "transformers is known to compute; --to dense writes one expert with that code"
+            f"{source.checkpoint.source} is a {source.model_type} with custom code, and no mixture of "
+            "transformers is known to compute the same; --to dense writes one expert with that code"
         )
     if target is None:
         exact = "; ".join(f"{', '.join(row.sources)} -> {row.model_type}" for row in MOE_TARGETS)
         miss = NEAR_MISSES.get(source.model_type, "transformers has no mixture of that family")
         raise ExportError(f"no exact mixture of experts for {source.model_type}: {miss}; exact ones: {exact}")
-    against = list(_against(source, target))
-    if against:
+    if obstacles := list(_obstacles(source, target)):
         raise ExportError(
-            f"{source.checkpoint.source} is no {target.model_type}, which has no {'; and no '.join(against)}"
+            f"{source.checkpoint.source} is no {target.model_type}, which has no "
+            f"{'; and no '.join(obstacles)}"
         )
     for mixture in source.mixtures:
         check_adapters(source, mixture, dict.fromkeys(range(source.num_experts), 1.0))
     return target
 
 
-def _against(source: Converted, target: MoeTarget) -> Iterator[str]:
-    """What of a model the target has not."""
+def _obstacles(source: Artifact, target: MoeTarget) -> Iterator[str]:
+    """What the model has and the target has not."""
     if source.options["router_tasks"] is not None:
         yield "routers that choose by task"
     if any(source.balance_bias(mixture) is not None for mixture in source.mixtures):
@@ -125,18 +125,18 @@ def _against(source: Converted, target: MoeTarget) -> Iterator[str]:
             yield f"{what} ({name} is {value})"
 
 
-def _resolved(source: Converted) -> dict:
+def _resolved(source: Artifact) -> dict:
     """The base's config with its class's defaults, which are not always the target's."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[source.model_type].from_dict(source.config).to_dict()
 
 
-def target_config(source: Converted, target: MoeTarget) -> dict:
+def target_config(source: Artifact, target: MoeTarget) -> dict:
     """config.json of the target.
 
     Raises:
-        ExportError: the base has a setting that the target has not, or a head.
+        ExportError: the base has a setting or a head that the target has not.
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -176,7 +176,8 @@ def _settings(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
-def _head(source: Converted, target: MoeTarget) -> str:
+def _head(source: Artifact, target: MoeTarget) -> str:
+    """The target's class with the model's head."""
     from ...source.architecture import heads, main_auto_class
 
     auto = main_auto_class(source.config, source.model_type)
@@ -187,7 +188,7 @@ def _head(source: Converted, target: MoeTarget) -> str:
     return known[auto]
 
 
-def _tensors(source: Converted, target: MoeTarget, config: dict) -> Iterator[Made]:
+def _tensors(source: Artifact, target: MoeTarget, config: dict) -> Iterator[PlannedTensor]:
     done = set()
     for name in source.checkpoint.tensors:
         mixture = source.owner(name)
@@ -202,29 +203,30 @@ def _tensors(source: Converted, target: MoeTarget, config: dict) -> Iterator[Mad
             yield from _experts(source, mixture, target, slot)
 
 
-def _experts(source: Converted, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[Made]:
-    """One role after the other, so that the cores of one projection are read once."""
+def _experts(source: Artifact, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[PlannedTensor]:
+    """The experts' weights, role by role, so that the cores of one projection are read once."""
     names = target.experts or target.stacked
     for name, roles in mixture.roles_by(names.__getitem__).items():
         inputs, outputs = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
         dtype = source.dtype(mixture, roles[0])
         if target.stacked:
             make = partial(_stack, source, mixture, roles)
-            yield Made(f"{slot}.{name}", (source.num_experts, outputs, inputs), dtype, make)
+            yield PlannedTensor(f"{slot}.{name}", (source.num_experts, outputs, inputs), dtype, make)
             continue
         for expert in range(source.num_experts):
             make = partial(_weight, source, mixture, roles[0], expert)
-            yield Made(f"{slot}.{name.format(expert)}", (outputs, inputs), dtype, make)
+            yield PlannedTensor(f"{slot}.{name.format(expert)}", (outputs, inputs), dtype, make)
 
 
-def _weight(source: Converted, mixture: Mixture, role: str, expert: int) -> Tensor:
+def _weight(source: Artifact, mixture: Mixture, role: str, expert: int) -> Tensor:
+    """(out, in) of one expert."""
     import torch
 
     return source.matrix(mixture, role, {expert: 1.0}).T.clone(memory_format=torch.contiguous_format)
 
 
-def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
-    """(E, out, in) of one role or of several, one above the other."""
+def _stack(source: Artifact, mixture: Mixture, roles: list[str]) -> Tensor:
+    """(E, out, in) of one role; of several roles, one above the other."""
     import torch
 
     experts = range(source.num_experts)
@@ -233,7 +235,8 @@ def _stack(source: Converted, mixture: Mixture, roles: list[str]) -> Tensor:
     )
 
 
-def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> Iterator[Made]:
+def _idle_expert(source: Artifact, mixture: Mixture, slot: str, width: int) -> Iterator[PlannedTensor]:
+    """A shared expert of zeros, for targets that must have one."""
     import torch
 
     hidden = mixture.size("up")[0]
@@ -245,6 +248,6 @@ def _idle_expert(source: Converted, mixture: Mixture, slot: str, width: int) -> 
         "shared_expert_gate.weight": (1, hidden),
     }
     for name, shape in shapes.items():
-        # The gate opens as it likes on nothing; llama.cpp divides by its logit, which must not be zero then.
+        # The expert's output is zero for any gate. The gate is not: llama.cpp divides by its logit.
         fill = torch.ones if name == "shared_expert_gate.weight" else torch.zeros
-        yield Made(f"{slot}.{name}", shape, dtype, partial(fill, shape, dtype=getattr(torch, dtype)))
+        yield PlannedTensor(f"{slot}.{name}", shape, dtype, partial(fill, shape, dtype=getattr(torch, dtype)))

@@ -1,8 +1,8 @@
-"""The model as an ONNX graph, experts and routers included, for any batch and length; no cache of keys.
+"""The model as an ONNX graph, experts and routers included, for any batch and length; no key-value cache.
 
 torch.onnx traces the schedule that applies the cores to a few tokens: every row takes the cores of its own
-experts. Where the experts' matrices have to be built, or an expert owns a great deal, the model sorts tokens
-by expert, and that the exporter does not carry (torch 2.13: no ONNX function for aten.sort.stable).
+experts. The model sorts tokens by expert instead where the experts' matrices have to be built, or where an
+expert owns a great deal. The exporter cannot trace that (torch 2.13: no ONNX function for aten.sort.stable).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ...errors import ExportError, VerifyError
 from .. import targets
 from . import ExportPlan, Part
-from .dense import Shares
+from .dense import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from ...artifact.reader import Converted
+    from ...artifact.reader import Artifact
     from ...artifact.verify import Comparison
     from ...runtime.modeling_mpoe import FeedForward
     from . import Export
@@ -33,9 +33,9 @@ ABOUT = "the whole model as an ONNX graph"
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 
 FILE = "model.onnx"
-# A protobuf holds two gigabytes; what is larger lies beside the graph.
+# A protobuf holds two gigabytes; the weights of larger models are written beside the graph.
 MAX_BYTES_INSIDE = 1_500_000_000
-# The example is as short as it can be, with sizes that no other dimension has.
+# The example is short, and its sizes differ from those of all other dimensions.
 EXAMPLE_LENGTH = 3
 EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
 SCHEDULE = "apply"
@@ -45,11 +45,11 @@ class Options(targets.Options):
     """None."""
 
 
-def plan(source: Converted, request: Export, shares: Shares | None, output: Path) -> ExportPlan:
-    """See `exports`.
+def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
+    """See `targets`.
 
     Raises:
-        ExportError: the exporter does not carry experts like these.
+        ExportError: torch.onnx cannot trace the experts.
     """
     _check(source)
     return ExportPlan(
@@ -62,14 +62,14 @@ def plan(source: Converted, request: Export, shares: Shares | None, output: Path
         ),
         usage=f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("path/to/this/{FILE}")',
         checked=None,
-        warnings=("The graph has no cache of keys: generation reads the whole text for every token.",),
+        warnings=("The graph has no key-value cache: generation reads the whole text for every token.",),
         library="onnx",
         write=partial(_write, source, request.check),
         num_bytes_written=4 * sum(prod(info.shape) for info in source.checkpoint.tensors.values()),
     )
 
 
-def _check(source: Converted) -> None:
+def _check(source: Artifact) -> None:
     import torch
 
     from ...runtime.modeling_mpoe import FeedForward
@@ -85,7 +85,7 @@ def _check(source: Converted) -> None:
             what = "own too much each" if ffn.acts else "have cores that cannot act on the activations"
             raise ExportError(
                 f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
-                "which torch.onnx does not carry (no ONNX function for aten.sort.stable); expected layout "
+                "which torch.onnx cannot trace (no ONNX function for aten.sort.stable); expected layout "
                 "one-sided, or kind low-rank or adapter (--to dense and --to moe write stock models)"
             )
 
@@ -129,16 +129,21 @@ def _by_position(model: PreTrainedModel, inputs: list[str], outputs: list[str]) 
     return ByPosition().eval()
 
 
-def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
-    """Raises VerifyError if onnxruntime computes something else from the file than the model does."""
+def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
+    """Write the graph, and compare onnxruntime's outputs with the model's.
+
+    Raises:
+        ExportError: torch's exporter cannot trace the model.
+        VerifyError: the outputs differ.
+    """
     import torch
 
-    from ...artifact.loading import load_converted
+    from ...artifact.loading import load_artifact
     from ...artifact.verify import ROUNDING, Comparison
     from ...artifact.verify_child import compare, make_inputs
     from ...compression.stream import keep_no_cache
 
-    model = load_converted(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
+    model = load_artifact(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
     keep_no_cache(model)
     inputs, text = make_inputs(model)
     with torch.no_grad():
@@ -149,7 +154,7 @@ def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
     program.save(folder / FILE, external_data=num_bytes > MAX_BYTES_INSIDE)
     if not check:
         return None
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]  # an extra's
 
     session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
     computed = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
@@ -157,7 +162,7 @@ def _write(source: Converted, check: bool, folder: Path) -> Comparison | None:
     result = compare(computed, expected, None, None)
     if not result["relative_difference"] <= ROUNDING:
         raise VerifyError(
-            f"onnxruntime computes something else from what was written: a relative difference of "
+            "onnxruntime's outputs differ from the model's by a relative "
             f"{result['relative_difference']:.2g}, expected at most {ROUNDING:g}; nothing was kept"
         )
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
@@ -172,7 +177,7 @@ def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]
         is_tokens = value.dtype == torch.int64
         example.append(value[..., :EXAMPLE_LENGTH].contiguous() if is_tokens else value)
         shapes.append({0: any_size} | ({value.ndim - 1: any_size} if is_tokens else {}))
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # misses torchvision
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # it misses torchvision
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
@@ -189,8 +194,8 @@ def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever torch's exporter thinks of the stock code
+    except Exception as error:  # torch's exporter raises errors of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(f"torch.onnx does not carry this {type(model).__name__}: {reason}") from error
+        raise ExportError(f"torch.onnx cannot trace this {type(model).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)

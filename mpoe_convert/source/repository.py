@@ -1,0 +1,129 @@
+"""Where the files of a model are: in a local folder, or in a snapshot of a Hub repository.
+
+Both forms answer the same questions, so that opening a checkpoint does not ask which of the two it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import CheckpointError
+from . import hub
+from .safetensors_file import TensorInfo, tensor_info
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder, which has all its files already.
+
+    Attributes:
+        source: what the user typed.
+        folder: where the files are.
+        revision: None, since a folder has no commits.
+    """
+
+    source: str
+    folder: Path
+    revision: ClassVar[None] = None
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it."""
+        return [path.name for path in self.folder.iterdir()]
+
+    def fetch_code(self) -> None:
+        """Nothing to fetch."""
+
+    def fetch_weights(self) -> None:
+        """Nothing to fetch."""
+
+    def remote_headers(self) -> dict[str, TensorInfo] | None:
+        """None: headers are read from the local files."""
+        return None
+
+
+@dataclass(frozen=True)
+class HubSnapshot:
+    """A commit of a Hub repository, of which small files are in the cache and others can be fetched.
+
+    The methods raise HubError where the Hub refuses or cannot be reached.
+
+    Attributes:
+        source: the Hub id.
+        folder: the snapshot's folder in the cache.
+        revision: the commit.
+        token: Hub token.
+    """
+
+    source: str
+    folder: Path
+    revision: str
+    token: str | None = field(default=None, repr=False)
+
+    def names(self) -> list[str]:
+        """Paths of all files of the repository, or of those in the cache where there is no listing."""
+        return hub.listing(self.source, self.revision) or [path.name for path in self.folder.iterdir()]
+
+    def fetch_code(self) -> None:
+        """Download the repository's Python files, if it has any, into the folder."""
+        if any(name.endswith(".py") for name in self.names()):
+            hub.download_code(self.source, self.revision, self.token)
+
+    def fetch_weights(self) -> None:
+        """Download the weights into the folder."""
+        hub.download(self.source, revision=self.revision, token=self.token)
+
+    def remote_headers(self) -> dict[str, TensorInfo] | None:
+        """Name -> header of every tensor, read from the Hub without downloading weights.
+
+        None where the weights are in the cache already, or are `.bin` files, which have no remote headers.
+        """
+        if hub.weights_cached(self.folder, self.names()):
+            return None
+        headers = hub.remote_headers(self.source, self.revision, self.token)
+        if headers is None:
+            return None
+        return {name: tensor_info(self.source, name, *header) for name, header in headers.items()}
+
+
+Repository = Folder | HubSnapshot
+
+
+def find_repository(model: str, revision: str | None = None, token: str | None = None) -> Repository:
+    """The folder of that name, or a snapshot of the Hub repository with its small files downloaded.
+
+    Args:
+        model: a folder if one of that name exists or if it is written like a path; otherwise a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+
+    Raises:
+        CheckpointError: there is no such folder, or a revision is given with a folder.
+        HubError: the Hub refuses or cannot be reached.
+    """
+    folder = _local_folder(model)
+    if folder is None:
+        folder, commit = hub.download(model, revision=revision, token=token, weights=False)
+        return HubSnapshot(model, folder, commit, token)
+    if revision is not None:
+        raise CheckpointError(
+            f"--revision {revision!r} was given, but {model} is a local folder: "
+            "drop --revision, or pass a Hub id"
+        )
+    return Folder(model, folder)
+
+
+def _local_folder(model: str) -> Path | None:
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    if path.is_dir() and model.strip():  # Path("") is the current folder, which nobody asked for
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
+            f"pass its folder, {path.parent}"
+        )
+    dots = model in (".", "..") or model.startswith(("./", "../", ".\\", "..\\", "~"))
+    if dots or path.is_absolute() or not model.strip():
+        raise CheckpointError(f"there is no folder {model!r}: check the path, or pass a Hub id")
+    return None

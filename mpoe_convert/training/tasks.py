@@ -1,0 +1,383 @@
+"""What each task is: how its examples are made, for training and for scoring, and which scores it has.
+
+A task is a class of `TASKS`, a score is a row of its task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..errors import TrainingError
+from ..source import texts
+from ..source.texts import Columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a model did with one example; the task says what it holds.
+Outcome = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of a task.
+
+    Attributes:
+        name: in results and reports.
+        function: the score of n examples, from their statistics (n, ...). It is called for all examples and
+            for every bootstrap sample of them.
+        statistics: what the score needs of each example: (N, ...) from the outcomes of N examples.
+        hub: the Hub's name of the metric (https://huggingface.co/metrics).
+        label: the name in tables.
+        is_ratio: two models are compared by the ratio of their scores, not by the difference.
+    """
+
+    name: str
+    function: Callable[[np.ndarray], float]
+    statistics: Callable[[Sequence[Outcome]], np.ndarray]
+    hub: str
+    label: str
+    is_ratio: bool = False
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A task with what its examples are made by.
+
+    Attributes:
+        length: tokens per window or example.
+        stride: tokens from window to window; of scoring causal models alone.
+        seed: draws the tokens that are masked, in scoring.
+        name: on the command line.
+        unit: what `count` counts.
+        libraries: what the scores need beyond this package's requirements.
+        has_labels: the model has classes, by names.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    columns: Columns
+    length: int
+    stride: int = 1
+    seed: int = 0
+
+    name: ClassVar[str]
+    unit: ClassVar[str] = "examples"
+    libraries: ClassVar[tuple[str, ...]] = ()
+    has_labels: ClassVar[bool] = False
+    scores: ClassVar[tuple[Score, ...]]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What has to be known to repeat the scores."""
+        return {"length": self.length}
+
+    @abstractmethod
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
+        """The examples to score, in order; `labels` are the model's classes.
+
+        Raises:
+            DataError: the rows do not fit the task.
+        """
+
+    @abstractmethod
+    def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
+        """What a model does with each example of a batch."""
+
+    def count(self, outcomes: Sequence[Outcome]) -> int:
+        """How many of `unit` were scored."""
+        return len(outcomes)
+
+    @abstractmethod
+    def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        """The examples to train on.
+
+        Args:
+            labels: the model's classes.
+            tasks: what routers choose by; None: they choose by token.
+
+        Raises:
+            DataError: the rows do not fit the task.
+        """
+
+    @abstractmethod
+    def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
+        """Makes batches of training examples."""
+
+    def training_metrics(self) -> Callable[[Any], dict[str, float]] | None:
+        """Computes metrics for `transformers.Trainer` beside the loss; None: there are none."""
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Language models
+
+
+def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first scored place) of a text's windows; all tokens but the first are scored once."""
+    scored = 1
+    for start in range(0, max(num_tokens - 1, 0), stride):
+        end = min(start + length, num_tokens)
+        yield start, end, scored
+        scored = end
+        if end == num_tokens:
+            return
+
+
+def _losses_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """(N, 2) from outcomes that begin with (summed loss, tokens)."""
+    return np.array([outcome[:2] for outcome in outcomes])
+
+
+def _perplexity(losses_and_counts: np.ndarray) -> float:
+    """exp of the mean negative log-likelihood per token, in nats."""
+    loss, count = losses_and_counts.sum(0)
+    return float(np.exp(loss / count))
+
+
+def _hits_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.array([(hits, count) for _, count, hits in outcomes])
+
+
+def _share(hits_and_counts: np.ndarray) -> float:
+    hits, count = hits_and_counts.sum(0)
+    return float(hits / count)
+
+
+PERPLEXITY = Score(
+    "perplexity", _perplexity, _losses_and_counts, hub="perplexity", label="Perplexity", is_ratio=True
+)
+
+
+class _LanguageTask(Task):
+    """Scores tokens; outcomes begin with (summed negative log-likelihood in nats, tokens)."""
+
+    unit = "tokens"
+    masks: ClassVar[bool]
+
+    def count(self, outcomes: Sequence[Outcome]) -> int:
+        return int(sum(outcome[1] for outcome in outcomes))
+
+    def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        return texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length, tasks)
+
+    def collator(self, model: PreTrainedModel | None = None, **options) -> Callable[[list], Mapping]:
+        from transformers import DataCollatorForLanguageModeling
+
+        if self.masks and self.tokenizer.mask_token is None:
+            raise TrainingError("the tokenizer has no mask token; expected one that was made for task masked")
+        return DataCollatorForLanguageModeling(self.tokenizer, mlm=self.masks, **options)
+
+
+class Causal(_LanguageTask):
+    """The next token. An example is (token ids of a window, place of the first token that is scored)."""
+
+    name = "causal"
+    masks = False
+    scores = (PERPLEXITY,)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return super().settings | {"stride": self.stride}
+
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
+        found = []
+        for text in rows[self.columns.text]:
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
+            for start, end, scored in windows(len(ids), self.length, self.stride):
+                found.append((ids[start:end], scored - start))
+        return found
+
+    def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
+        width = max(len(ids) for ids, _ in batch)
+        pad = self.tokenizer.pad_token_id
+        tokens = torch.full((len(batch), width), pad if isinstance(pad, int) else 0)
+        mask = torch.zeros_like(tokens)
+        for row, (ids, _) in enumerate(batch):
+            tokens[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()  # (B, T - 1, V)
+        losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+        return [
+            (losses[row, first - 1 : len(ids) - 1].double().sum().item(), len(ids) - first)
+            for row, (ids, first) in enumerate(batch)
+        ]
+
+
+class Masked(_LanguageTask):
+    """Masked tokens. An outcome is (summed loss, masked tokens, right ones) of a window."""
+
+    name = "masked"
+    masks = True
+    scores = (PERPLEXITY, Score("accuracy", _share, _hits_and_counts, hub="accuracy", label="Accuracy"))
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return super().settings | {"seed": self.seed}
+
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
+        collator = self.collator(seed=self.seed)
+        blocks = texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length)
+        return [collator([row]) for row in blocks]
+
+    def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
+        inputs = {name: torch.cat([b[name] for b in batch]).to(model.device) for name in batch[0]}
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float()  # (B, T, V)
+        losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        hits = (logits.argmax(-1) == labels).sum(-1)
+        counts = (labels != -100).sum(-1)
+        return [
+            (loss.double().sum().item(), int(count), int(hit))
+            for loss, count, hit in zip(losses, counts, hits, strict=True)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Encoder-decoders
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _exact(outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.array([float(text == target.strip()) for text, target in outcomes])
+
+
+def _corpus_statistics(metric: str, outcomes: Sequence[Outcome]) -> np.ndarray:
+    """Counts per example from which sacrebleu computes a corpus score."""
+    from sacrebleu import metrics
+
+    options = {"force": True} if metric == "BLEU" else {}  # no warning of texts that look tokenized
+    found, targets = zip(*outcomes, strict=True)
+    return np.array(getattr(metrics, metric)(**options)._extract_corpus_statistics(found, [list(targets)]))
+
+
+def _corpus_score(metric: str, statistics: np.ndarray) -> float:
+    from sacrebleu import metrics
+
+    totals = statistics.sum(0).tolist()
+    return float(getattr(metrics, metric)()._compute_score_from_stats(totals).score)
+
+
+def _rouge_l(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """F-measure of the longest common subsequence, in per cent."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return np.array([100 * scorer.score(target, text)["rougeL"].fmeasure for text, target in outcomes])
+
+
+def _of_corpus(name: str, metric: str, *, hub: str, label: str) -> Score:
+    """A corpus score of sacrebleu; `metric` is its class."""
+    function, statistics = partial(_corpus_score, metric), partial(_corpus_statistics, metric)
+    return Score(name, function, statistics, hub=hub, label=label)
+
+
+class Seq2Seq(Task):
+    """Text from text. An example is (source, target), an outcome (generated text, target)."""
+
+    name = "seq2seq"
+    libraries = ("sacrebleu", "rouge_score")
+    scores = (
+        Score("exact_match", _mean, _exact, hub="exact_match", label="Exact match"),
+        _of_corpus("bleu", "BLEU", hub="sacrebleu", label="BLEU"),
+        _of_corpus("chrf", "CHRF", hub="chrf", label="chrF"),
+        Score("rouge_l", _mean, _rouge_l, hub="rouge", label="ROUGE-L"),
+    )
+
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
+        return list(zip(rows[self.columns.text], rows[self.columns.target], strict=True))
+
+    def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
+        sources, targets = zip(*batch, strict=True)
+        inputs = self.tokenizer(
+            list(sources), return_tensors="pt", padding=True, truncation=True, max_length=self.length
+        ).to(model.device)
+        inputs.pop("token_type_ids", None)
+        generator: Any = model  # not every `PreTrainedModel` can; those of this task can
+        tokens = generator.generate(**inputs, max_new_tokens=self.length, do_sample=False, num_beams=1)
+        found = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [(text.strip(), target) for text, target in zip(found, targets, strict=True)]
+
+    def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        return texts.pairs(rows, self.tokenizer, self.columns, self.length, tasks)
+
+    def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(self.tokenizer, model=model)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Classification
+
+
+def _accuracy(found_and_expected: np.ndarray) -> float:
+    found, expected = found_and_expected.T
+    return float((found == expected).mean())
+
+
+def _macro_f1(found_and_expected: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    found, expected = found_and_expected.T
+    options: dict[str, Any] = {"zero_division": 0.0}  # the default is a text
+    return float(f1_score(expected, found, average="macro", **options))
+
+
+def _prediction_accuracy(prediction) -> dict[str, float]:
+    """Of a `transformers.EvalPrediction`."""
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def class_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """The classes that a model knows, in the order of their numbers."""
+    known: dict[Any, str] = config.id2label or {}
+    return tuple(str(known[number]) for number in sorted(known))
+
+
+class Classification(Task):
+    """A class for a text. An outcome is (number of the class found, of the one expected)."""
+
+    name = "classification"
+    libraries = ("sklearn",)
+    has_labels = True
+    scores = (
+        Score("accuracy", _accuracy, np.array, hub="accuracy", label="Accuracy"),
+        Score("f1", _macro_f1, np.array, hub="f1", label="F1, macro average"),
+    )
+
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
+        return list(texts.labelled(rows, self.tokenizer, self.columns, self.length, labels))
+
+    def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
+        expected = [row["labels"] for row in batch]
+        rows = [{name: value for name, value in row.items() if name != "labels"} for row in batch]
+        inputs = self.tokenizer.pad(rows, return_tensors="pt").to(model.device)
+        return list(zip(model(**inputs).logits.argmax(-1).tolist(), expected, strict=True))
+
+    def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        return texts.labelled(rows, self.tokenizer, self.columns, self.length, labels, tasks)
+
+    def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
+        from transformers import DataCollatorWithPadding
+
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def training_metrics(self) -> Callable[[Any], dict[str, float]]:
+        return _prediction_accuracy
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Causal, Masked, Seq2Seq, Classification)}
