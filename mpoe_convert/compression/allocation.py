@@ -2,8 +2,8 @@
 
 A matrix of n = min(in, out) possible ranks costs (in + out) parameters per rank, or in * out as a whole. Its
 spectrum says what keeping r ranks loses. The losses are convex in r, so taking the step with the largest gain
-per parameter first is optimal up to the last step. Only the jump from a factored matrix to the whole one is not
-convex; it is taken as one step from where it pays (the lower convex hull of all choices).
+per parameter first is optimal up to the last step. Only the jump from a factored matrix to the whole one is
+not convex; it is taken as one step from where it pays (the lower convex hull of all choices).
 """
 
 from __future__ import annotations

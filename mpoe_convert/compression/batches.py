@@ -28,7 +28,10 @@ HELD_OUT = 16
 # An example that is not made of tokens, such as an image, counts as so many.
 TOKENS_PER_IMAGE = 256
 
-NOTHING_COUNTS = "all labels in the calibration batches {} are -100, so nothing can be scored; pass at least one other label"
+NOTHING_COUNTS = (
+    "all labels in the calibration batches {} are -100, so nothing can be scored; pass at least one other "
+    "label"
+)
 
 Batch = Mapping[str, Tensor]
 
@@ -174,8 +177,9 @@ def _pair_batches(
         evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i)
     )  # similar lengths: little padding
     per_batch = _per_batch(wanted, max(sizes[i] for i in chosen))
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     order = [chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)]
-    return [_pad(encoded.select(part), tokenizer.pad_token_id or 0) for part in order]
+    return [_pad(encoded.select(part), pad) for part in order]
 
 
 def _pad(rows: Dataset, pad: int) -> Batch:

@@ -146,8 +146,8 @@ def _too_small(recipe: Recipe, least: float, fixed: float, *, limited: bool) -> 
     other = "--max-error" if limited else "--keep"
     return (
         f"keep is {recipe.keep:g}, and the smallest that can be met{limit} is {_round_up(least):g}: the "
-        f"experts' own tensors, biases and routers alone take {fixed:.3f} of the dense FFNs; raise {other}, or "
-        "lower --bond-dim or --experts"
+        f"experts' own tensors, biases and routers alone take {fixed:.3f} of the dense FFNs; raise {other}, "
+        "or lower --bond-dim or --experts"
     )
 
 

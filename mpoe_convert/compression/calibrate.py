@@ -1,9 +1,9 @@
 """Collect the second moments at every FFN of the dense model on calibration text.
 
 The stock model runs as it is, with the weights of one block after the other read from the checkpoint's files
-(accelerate's disk offload). All batches wait for each other in front of every FFN, so that the moments of only
-one FFN are in memory at a time. Those of finished FFNs are on disk: an interrupted run continues where it was,
-and a second run reads what the first one found.
+(accelerate's disk offload). All batches wait for each other in front of every FFN, so that the moments of one
+FFN alone are in memory. Those of finished FFNs are on disk: an interrupted run continues where it was, and a
+second run reads what the first one found.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ class MomentsWalk(LockstepWalk):
             self._finish(self.inside.ffn.path)
         self.inside = ffn
 
-    def go_on(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
         path = ffn.ffn.path
+        if place == "inputs":
+            self.wait_at(ffn, place)
         if path not in self.wanted:
             return
         rows = self._rows(path, x)

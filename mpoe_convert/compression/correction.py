@@ -1,7 +1,7 @@
 """Fit every matrix to the dense model's outputs, given the inputs that reach it behind compressed matrices.
 
-The dense model and the compressed one run in lockstep over the calibration text. In front of every matrix both
-wait; X are the dense model's inputs, X' those of the model whose earlier matrices are compressed already. The
+The dense model and the compressed one run in lockstep over the calibration text. In front of every matrix
+both wait. X are the dense model's inputs, X' those of the model whose earlier matrices are compressed. The
 matrix is then fitted to X W, not to itself: the least-squares solution
 
     W' = (X'^T X' + ridge)^-1 (X'^T X W + ridge W)
@@ -131,8 +131,6 @@ class _LeastSquares:
 class CorrectionWalk(LockstepWalk):
     """Two passes per batch: the even ones are the dense model's, the odd ones the compressed model's."""
 
-    WAITS_AT = ("inputs", "inner")
-
     def __init__(
         self,
         run: DenseRun,
@@ -153,7 +151,13 @@ class CorrectionWalk(LockstepWalk):
     def walk_batches(self) -> None:
         self.walk([partial(run_batch, self.model, batch) for batch in self.batches for _ in range(2)])
 
-    def arrive(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+        self._add(ffn, place, x)
+        self.wait_at(ffn, place)
+        if place == "inner" and ffn is self.run.plan.ffns[-1]:
+            self.stop()  # the last matrix is fitted
+
+    def _add(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
         rows = token_rows(self.model, self.batches[self.current // 2], ffn.ffn.path, x)
         check_activations(rows, f"{ffn.ffn.path} ({place})")
         if not self._is_compressed:
@@ -162,10 +166,6 @@ class CorrectionWalk(LockstepWalk):
         if self.equations is None:
             self.equations = _LeastSquares({m.name: self._read(m) for m in _readers(ffn, place)})
         self.equations.add(self.dense_rows, rows)
-
-    def go_on(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
-        if place == "inner" and ffn is self.run.plan.ffns[-1]:
-            self.stop()  # the last matrix is fitted
 
     def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> Tensor | None:
         """The output of the compressed matrices, in passes of the compressed model."""

@@ -59,6 +59,4 @@ class DenseRun:
 
     def in_memory(self, dtype: str | torch.dtype) -> PreTrainedModel:
         """The whole model."""
-        model = load_dense(self.checkpoint, dtype=dtype)
-        model.to(device=self.device)
-        return model
+        return load_dense(self.checkpoint, self.device, dtype=dtype)

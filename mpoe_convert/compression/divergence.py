@@ -19,7 +19,7 @@ from .stream import keep_no_cache, run_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 # Logits of so many tokens are compared; they are kept in memory.
 MAX_TOKENS = 4096

@@ -71,47 +71,51 @@ class Lockstep:
 
 
 class LockstepWalk(ABC):
-    """Passes of the dense model that wait for each other in front of every FFN.
+    """Passes of the dense model that wait for each other in front of FFNs.
 
-    A subclass says what happens on the way. It may have the passes wait inside of FFNs, too, in front of the
-    down-projection. All passes meet the FFNs in the same order.
+    A subclass says where they wait and what happens on the way. All passes meet the FFNs in the same order.
+    An FFN has two places: "inputs", in front of gate and up, and "inner", in front of down.
 
     Attributes:
         model: the streamed dense model of `run`.
-        WAITS_AT: the places where passes wait: "inputs" (in front of gate and up), "inner" (of down).
     """
-
-    WAITS_AT: tuple[str, ...] = ("inputs",)
 
     def __init__(self, run: DenseRun, model: PreTrainedModel) -> None:
         self.run, self.model = run, model
         self._lockstep = Lockstep()
         self._waiting_at: tuple[FFNPlan, str] | None = None
 
-    def arrive(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
-        """A pass reaches a place with inputs x, and has not waited yet."""
+    @abstractmethod
+    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+        """A pass reaches a place with inputs x; here it may call `wait_at`, or `stop`."""
 
     @abstractmethod
     def release(self, ffn: FFNPlan | None, place: str) -> None:
         """All passes wait at a place and are about to go on; None: all passes are over."""
 
-    def go_on(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
-        """A pass goes on from a place with inputs x."""
-
+    @abstractmethod
     def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> Tensor | None:
-        """A pass has computed y from x with these matrices (two for a fused module); returns another y."""
+        """A pass has computed y from x with these matrices (two of a fused module).
+
+        Returns another y to go on with, or None.
+        """
 
     @property
     def current(self) -> int:
         """Index of the pass that runs."""
         return self._lockstep.current
 
+    def wait_at(self, ffn: FFNPlan, place: str) -> None:
+        """Let the pass that runs wait for all others."""
+        self._waiting_at = (ffn, place)
+        self._lockstep.wait()
+
     def stop(self) -> NoReturn:
         """End the pass that runs."""
         self._lockstep.stop()
 
     def walk(self, passes: Sequence[Callable[[], object]]) -> None:
-        """Run the passes, functions that call `model`. Raises whatever the model raises; removes all hooks."""
+        """Run the passes, functions that call `model`. Raises whatever they raise; no hook is left."""
         handles = [handle for ffn in self.run.plan.ffns for handle in self._watch(ffn)]
         try:
             with torch.no_grad():
@@ -129,11 +133,7 @@ class LockstepWalk(ABC):
         modules = projection_modules(self.model, self.run.plan.family, ffn)
 
         def before(place: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.arrive(ffn, place, args[0])
-            if place in self.WAITS_AT:
-                self._waiting_at = (ffn, place)
-                self._lockstep.wait()
-            self.go_on(ffn, place, args[0])
+            self.meet(ffn, place, args[0])
 
         def behind(
             matrices: list[MatrixPlan], module: nn.Module, args: tuple[Tensor, ...], output: Tensor

@@ -126,7 +126,7 @@ def prepare_each(
     *,
     token: str | None = None,
 ) -> Iterator[Prepared]:
-    """The variants that a search compares, one after the other; calibrated once. Arguments as for `prepare`."""
+    """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
     if not recipe.calibrate and batches is None:
         raise RecipeError("search given without --calibrate; variants are compared on calibration text")
     variants = alternatives(recipe)
@@ -265,7 +265,7 @@ def _prepare_chains(
             "calibration given, and nothing is truncated; expected --keep, --max-error or, with "
             "--layout balanced, a lower --bond-dim"
         )
-    recipe = recipe.replace(metric=recipe.metric or metrics.DEFAULT_FOR_CHAINS)
+    recipe = plan.recipe.replace(metric=recipe.metric or metrics.DEFAULT_FOR_CHAINS)
     if not _metric(recipe).takes_chains:
         raise RecipeError(
             f"metric {recipe.metric} given without --keep or --max-error; chains do not take it"

@@ -1,7 +1,7 @@
 """Measure how much truncating one matrix, and nothing else, changes the model.
 
-The dense model runs over a few batches once as it is and once per matrix, with that matrix replaced by its two
-factors. All these passes run in lockstep, so that every block is read once.
+The dense model runs over a few batches once as it is and once per matrix, with that matrix replaced by its
+two factors. All these passes run in lockstep, so that every block is read once.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class SensitivityWalk(LockstepWalk):
             self.divergences[name].add(self.model, batch, expected[0], found)
 
         self.walk([dense, *(partial(truncated, name) for name in self.names)])
+
+    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+        if place == "inputs":
+            self.wait_at(ffn, place)
 
     def release(self, ffn: FFNPlan | None, place: str) -> None:
         """Factor the matrices of the FFN that the passes wait in front of."""

@@ -21,7 +21,7 @@ from .batches import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 
 def run_batch(model: PreTrainedModel, batch: Batch) -> ModelOutput:
@@ -53,10 +53,13 @@ def keep_no_cache(model: PreTrainedModel) -> None:
             config.use_cache = False
 
 
-def load_dense(checkpoint: Checkpoint, **options: object) -> PreTrainedModel:
+def load_dense(
+    checkpoint: Checkpoint, device: torch.device | None = None, **options: object
+) -> PreTrainedModel:
     """The dense model in eval mode, without a cache. Custom code runs only if the checkpoint is trusted.
 
     Args:
+        device: where to; None: where `options` say.
         options: for `from_pretrained`.
     """
     from transformers import AutoModel
@@ -66,6 +69,8 @@ def load_dense(checkpoint: Checkpoint, **options: object) -> PreTrainedModel:
     keep_no_cache(model)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # classifiers need one to find the last token of padded text
+    if device is not None:
+        nn.Module.to(model, device)  # in place; transformers wraps `to` without types of its arguments
     return model
 
 
@@ -96,7 +101,7 @@ def _block_of(path: str) -> str:
 def _placement(
     module: nn.Module, blocks: set[str], device: str, prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """accelerate's device map: (name of a module or tensor, "disk" for blocks and the device for the rest)."""
+    """accelerate's device map as (name of a module or tensor, "disk" for blocks, else the device)."""
     own = [name for name, _ in module.named_parameters(recurse=False)]
     own += [name for name, _ in module.named_buffers(recurse=False)]
     yield from ((prefix + name, device) for name in own if name not in module._non_persistent_buffers_set)

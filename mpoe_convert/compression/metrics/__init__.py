@@ -31,11 +31,11 @@ class FitMetric:
     Attributes:
         about: what it is, for people.
         takes_gradients: needs moments of gradients from calibration.
-        moment: (moments, matrix, W) -> S, (n, n), of the thin side (see `low_rank.Metric`); None: the identity
-            of the inputs. Calibration is needed if this or `gradient` is given.
+        moment: (moments, matrix, W) -> S, (n, n), of the thin side (see `low_rank.Metric`); None: that of
+            inputs that are all alike. Calibration is needed if this or `gradient` is given.
         gradient: (moments, matrix, W) -> G, (n, n), of the thin side; None: all outputs matter alike.
-        input_moment: (moments, matrix) -> (in, in) moment that chains with truncated bonds are fitted in; None:
-            they are truncated as they are.
+        input_moment: (moments, matrix) -> (in, in) moment that chains with truncated bonds are fitted in;
+            None: they are truncated by TT-SVD.
         takes_chains: chains with truncated bonds take this metric.
         allocation: the allocation of ranks that minimises this metric's own loss.
         nats: loss in nats per token for every unit of a spectrum; None: only ratios have a meaning.

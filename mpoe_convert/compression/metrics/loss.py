@@ -1,4 +1,4 @@
-"""Errors of outputs are weighed by the gradient of the model's loss: the change of the loss to second order."""
+"""Errors of outputs are weighed by the gradient of the loss: the second-order change of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of all outputs on the calibration text count alike: the whitened SVD of SVD-LLM (arXiv 2403.07378)."""
+"""Errors of all outputs on the calibration text count alike: SVD-LLM's whitening (arXiv 2403.07378)."""
 
 from __future__ import annotations
 
