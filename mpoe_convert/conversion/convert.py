@@ -16,7 +16,6 @@ from ..artifact.folder import check_fit, check_output, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
-from ..compression.divergence import measure
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
@@ -125,10 +124,7 @@ def _write(
         del tensors
     if len(plan.shards) > 1:
         write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
-    divergence = None
-    if prepared.calibration:
-        device = pick_device(plan.recipe.device)
-        divergence = measure(plan, checkpoint, folder, prepared.batches, device)
+    divergence = prepared.divergence(folder)
     license = source_license(checkpoint.folder)
     report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
     card.write(folder / CARD_FILE, report, checkpoint)

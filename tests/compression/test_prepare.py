@@ -125,7 +125,7 @@ WRONG = [
     (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without --keep or --max-error"),
     (
         CUT | {"bond_dim": 10**6, "calibrate": "builtin"},
-        "calibration given, and nothing is cut; expected --keep, --max-error or, with --layout balanced, a",
+        "calibration given, and nothing is truncated; expected --keep, --max-error or, with",
     ),
     ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
     ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
@@ -272,8 +272,8 @@ def test_divergence_is_measured_on_held_out_batches(given, tmp_path):
     if given:
         kept = torch.zeros_like(kept)
         kept[:, :-1] = labels[:, 1:] != -100
-    odds, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
-    expected = torch.nn.functional.kl_div(ours, odds, log_target=True, reduction="batchmean")
+    theirs, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
+    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
     assert found.tokens == int(kept.sum()) and abs(found.nats - expected) < 1e-4 * expected
     for model, told in ((dense, found.dense_perplexity), (made, found.perplexity)):
         with torch.no_grad():
