@@ -296,7 +296,7 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
 
 
 def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:
-    """In the checkpoint's order. Raises CheckpointError if one of a stack or a tensor is missing."""
+    """All mixtures in the checkpoint's order. Raises CheckpointError if a mixture or a tensor is missing."""
     end = f".{family.slot}.router.weight"
     layers = [name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)]
     found = [mixture for layer in layers if (mixture := _mixture(layer, block, family))]
@@ -321,7 +321,7 @@ def _numbered(layer: str) -> str:
 
 
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
-    """Every tensor is there, and as large as the form says. Raises CheckpointError."""
+    """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
     with torch.device("meta"):
         module = FeedForward(mixture.form, block["num_experts"], block["top_k"])
     for tail, tensor in module.state_dict().items():

@@ -44,9 +44,9 @@ def main() -> dict:
     transformers.logging.disable_progress_bar()
     auto = getattr(transformers, request["auto_class"])
     options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
-    # Of an export, the artifact is what it is compared with.
+    # An export is compared with its artifact, an artifact with the dense model.
     is_export = request["is_export"]
-    trusted = request["trust_remote_code"]  # of either
+    trusted = request["trust_remote_code"]  # of each of the two
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
         revision = request["revision"] or "main"
@@ -169,7 +169,7 @@ def run(model: Any, inputs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor
     import torch
 
     with torch.no_grad():
-        outputs = model(**inputs, return_dict=True).items()  # caches and the like are not tensors
+        outputs = model(**inputs, return_dict=True).items()  # some, such as caches, are not tensors
         tensors = {k: v for k, v in outputs if isinstance(v, torch.Tensor) and v.is_floating_point()}
         tokens = None
         if model.can_generate() and "input_ids" in inputs:

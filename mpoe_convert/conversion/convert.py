@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import experts
 from ..artifact.card_file import source_license
-from ..artifact.folder import check_fit, check_output, scratch, staged
+from ..artifact.folder import check_output, check_space, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
@@ -72,14 +72,14 @@ def convert(
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
     else:
         prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
-    _check_fit(prepared, checkpoint, output)
+    _check_space(prepared, checkpoint, output)
     with staged(output, overwrite) as folder:
         return _write(folder, prepared, checkpoint, progress, trials)
 
 
-def _check_fit(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
+def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
     source = checkpoint.folder if checkpoint.revision is None else None
-    check_fit(output, source, prepared.plan.totals.stored_bytes)
+    check_space(output, source, prepared.plan.totals.stored_bytes)
 
 
 def _search(
@@ -98,7 +98,7 @@ def _search(
             progress(f"way {len(trials) + 1} of at most {count}: {what}", done, total, None)
 
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
-        _check_fit(prepared, checkpoint, output)
+        _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
             divergence = _write(folder, prepared, checkpoint, report).divergence
         way = prepared.plan.recipe

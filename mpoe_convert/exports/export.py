@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
-from ..artifact.folder import check_fit, check_output, staged
+from ..artifact.folder import check_output, check_space, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
@@ -110,7 +110,7 @@ def export(
     plan = target.plan(source, request, expert_weights, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     tensors = [tensor for part in plan.parts for tensor in part.tensors]
-    check_fit(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
+    check_space(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
     for extra, libraries in target.NEEDS.items():
         need(f"export --to {request.to}", *libraries, extra=extra)
     with staged(output, overwrite) as folder:

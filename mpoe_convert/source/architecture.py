@@ -87,6 +87,7 @@ class Architecture:
 
     @property
     def model_type(self) -> str:
+        """The model type that config.json names."""
         return self.config["model_type"]
 
     @property

@@ -41,7 +41,7 @@ def test_room_is_asked_for_float32_whatever_the_artifact_is(artifact, tmp_path, 
     _, out = artifact("gpt2", dtype="bfloat16")
     asked = []
     monkeypatch.setattr(
-        "mpoe_convert.exports.export.check_fit", lambda output, source, size: asked.append(size)
+        "mpoe_convert.exports.export.check_space", lambda output, source, size: asked.append(size)
     )
     monkeypatch.setattr(onnx, "_write", lambda source, check, folder: None)
     monkeypatch.setattr(onnx, "NEEDS", {})
