@@ -269,11 +269,10 @@ def _load(name: str, data: _Data, token: str | None, options: dict[str, Any]) ->
     import transformers
 
     if data.task.has_labels:
-        numbers = {label: i for i, label in enumerate(data.labels)}
         options = options | {
-            "num_labels": len(numbers),
+            "num_labels": len(data.labels),
             "id2label": dict(enumerate(data.labels)),
-            "label2id": numbers,
+            "label2id": {label: i for i, label in enumerate(data.labels)},
         }
     auto_class = getattr(transformers, AUTO_CLASSES[data.task.name])
     return from_pretrained(auto_class, name, token=token, **options)
@@ -335,7 +334,7 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
 
 
 def _companions(run: Finetuning, config: PretrainedConfig, token: str | None) -> Path | None:
-    """The folder with what lies beside an artifact's weights; None: the model is no artifact."""
+    """The folder with the files beside an artifact's weights; None: the model is no artifact."""
     source = Path(run.model)
     if not source.is_dir():
         if getattr(config, "mpoe", None) is None:
@@ -359,7 +358,7 @@ def _finish(companions: Path | None, output: Path, report: dict, preexisting: It
 
 
 def _complete_artifact(companions: Path, output: Path, report: dict, preexisting: Iterable[str]) -> None:
-    """Copy what an artifact has beside its weights, and say in its card and report what has changed."""
+    """Copy the files beside an artifact's weights, and write the training into its card and report."""
     written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
     for path in companions.iterdir():
         if path.is_file() and path.name not in written and not is_weights(path.name):

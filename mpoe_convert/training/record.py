@@ -114,7 +114,7 @@ def eval_results(evaluation: Mapping) -> list[EvalResult]:
             task_name=tag.replace("-", " ").capitalize(),
             dataset_type=builder[0] if builder else dataset,
             dataset_name=name,
-            dataset_config=name if builder else subset or None,  # what tells files apart
+            dataset_config=name if builder else subset or None,  # tells files apart
             dataset_split=None if builder else evaluation["split"],
             dataset_revision=_short(evaluation["sha256"]),
             metric_type=score.hub,

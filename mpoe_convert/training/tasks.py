@@ -1,6 +1,6 @@
-"""What each task is: how its examples are made, for training and for scoring, and which scores it has.
+"""The tasks: how each makes examples, for training and for scoring, and its scores.
 
-A task is a class of `TASKS`, a score is a row of its task.
+A task is a class in `TASKS`, a score is a row of its task's `scores`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# What a model did with one example; the task says what it holds.
+# What a model did with one example; each task documents the fields.
 Outcome = tuple[Any, ...]
 
 
@@ -34,7 +34,7 @@ class Score:
         name: in results and reports.
         function: the score of n examples, from their statistics (n, ...). It is called for all examples and
             for every bootstrap sample of them.
-        statistics: what the score needs of each example: (N, ...) from the outcomes of N examples.
+        statistics: (N, ...), the numbers that the score needs of each example, from N outcomes.
         hub: the Hub's name of the metric (https://huggingface.co/metrics).
         label: the name in tables.
         is_ratio: two models are compared by the ratio of their scores, not by the difference.
@@ -50,15 +50,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task with what its examples are made by.
+    """A task, bound to a tokenizer and to the columns of the data.
 
     Attributes:
         length: tokens per window or example.
         stride: tokens from window to window; of scoring causal models alone.
         seed: draws the tokens that are masked, in scoring.
         name: on the command line.
-        unit: what `count` counts.
-        libraries: what the scores need beyond this package's requirements.
+        unit: "tokens" or "examples", which `count` counts.
+        libraries: optional libraries that the scores need.
         has_labels: the model has classes, by names.
     """
 
@@ -101,7 +101,7 @@ class Task(ABC):
 
         Args:
             labels: the model's classes.
-            tasks: what routers choose by; None: they choose by token.
+            tasks: the tasks that routers choose by; None: they choose by token.
 
         Raises:
             DataError: the rows do not fit the task.
@@ -143,10 +143,11 @@ def _perplexity(losses_and_counts: np.ndarray) -> float:
 
 
 def _hits_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """(N, 2) from outcomes (summed loss, tokens, right ones)."""
     return np.array([(hits, count) for _, count, hits in outcomes])
 
 
-def _share(hits_and_counts: np.ndarray) -> float:
+def _hit_rate(hits_and_counts: np.ndarray) -> float:
     hits, count = hits_and_counts.sum(0)
     return float(hits / count)
 
@@ -216,7 +217,7 @@ class Masked(_LanguageTask):
 
     name = "masked"
     masks = True
-    scores = (PERPLEXITY, Score("accuracy", _share, _hits_and_counts, hub="accuracy", label="Accuracy"))
+    scores = (PERPLEXITY, Score("accuracy", _hit_rate, _hits_and_counts, hub="accuracy", label="Accuracy"))
 
     @property
     def settings(self) -> dict[str, int]:
@@ -342,13 +343,13 @@ def _prediction_accuracy(prediction) -> dict[str, float]:
 
 
 def class_names(config: PretrainedConfig) -> tuple[str, ...]:
-    """The classes that a model knows, in the order of their numbers."""
+    """The names of a model's classes, in the order of their indices."""
     known: dict[Any, str] = config.id2label or {}
     return tuple(str(known[number]) for number in sorted(known))
 
 
 class Classification(Task):
-    """A class for a text. An outcome is (number of the class found, of the one expected)."""
+    """A class for a text. An outcome is (index of the class found, index of the one expected)."""
 
     name = "classification"
     libraries = ("sklearn",)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what shared cores need: the mask, rates by role, distillation, router logs."""
+"""transformers' Trainer for shared cores: gradient mask, rates by role, distillation, router logs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class FollowStep(TrainerCallback):
 
 
 class TellLogs(TrainerCallback):
-    """Tells whoever asked for it what is logged, on the main process."""
+    """Passes all logs of the main process on to a callback."""
 
     def __init__(self, progress: OnLog | None):
         self.progress = progress
@@ -131,7 +131,9 @@ class MpoeTrainer(Trainer):
         with torch.no_grad():
             taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
         extra = self.distillation(outputs, taught, inputs["labels"])
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # a part of the step's mean
+        if (
+            num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        ):  # weighted as this batch's part of the step's mean
             labels = inputs["labels"][..., int(self._loss_shifts_labels) :]
             extra = extra * (labels != -100).sum() / num_items_in_batch * self.accelerator.num_processes
         loss = (1 - self.run.teacher_weight) * loss + extra
@@ -162,7 +164,7 @@ class MpoeTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs:  # the training loss holds the routers' as well
+        if "eval_loss" in logs:  # not of the training loss, which includes the routers' losses
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 80.0))
         if self.router_log is not None and "loss" in logs:
             logs |= self.router_log.latest

@@ -1,4 +1,4 @@
-"""Low-rank experts as PEFT adapters: one per expert, on the dense model of what all experts share."""
+"""Low-rank experts as PEFT adapters: one per expert, on the dense model that all experts share."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
         title="experts as adapters",
         about=(
             f"Each of the {source.num_experts} experts is a PEFT adapter (LoRA) on "
-            f"{request.base or 'base/, the dense model of what they share'}."
+            f"{request.base or 'base/, the dense model that they share'}."
         ),
         usage=_usage(source, request.base or "path/to/this/base"),
         checked=checked,
