@@ -59,7 +59,7 @@ def calibration(folder: Path) -> dict:
     config = GPT2Config(n_layer=4, vocab_size=1000, n_positions=512)
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
     checkpoint = open_checkpoint(str(folder / "model"))
-    planned = plan_checkpoint(Recipe(str(folder / "model"), bond_dim=8), checkpoint)
+    planned = plan_checkpoint(resolve_recipe(Recipe(str(folder / "model"), bond_dim=8), checkpoint)
     generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     model = AutoModel.from_pretrained(folder / "model").eval()
 

@@ -15,7 +15,8 @@ from ..devices import pick_device
 from ..errors import MpoeError, RecipeError
 from ..extras import need
 from ..planning.plan import Plan, plan_checkpoint
-from ..planning.recipe import Recipe
+from ..planning.recipe import METRICS, Recipe
+from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.matrices import read_wide
 from . import dense_run, metrics
@@ -31,6 +32,8 @@ from .moment_cache import Calibration
 from .moments import FFNMoments
 from .sensitivity import measure_sensitivities
 
+# The options that a search varies where the recipe leaves them open.
+SEARCHED = ("metric", "allocation", "correct")
 # Called with (what is worked on, FFNs done, FFNs in all, None or a report).
 Progress = Callable[[str, int, int, object], None]
 
@@ -108,14 +111,15 @@ def prepare(
         token: Hub token for calibration data.
     """
     report = progress or (lambda *_: None)
-    if not recipe.compresses:
-        return _prepare_chains(recipe, checkpoint, batches, report, only_plan, token)
     calibrated = bool(recipe.calibrate) or batches is not None
-    recipe = _resolved(recipe, calibrated)
-    compressor = _Compressor(recipe, checkpoint, report)
+    resolved = resolve_recipe(recipe, checkpoint, calibrated=calibrated)
+    _check_metric(resolved.recipe, calibrated)
+    if not recipe.compresses:
+        return _prepare_chains(resolved, checkpoint, batches, report, only_plan, token)
+    compressor = _Compressor(resolved, checkpoint, report)
     if calibrated:
-        compressor.calibrate([recipe], batches, token)
-    return compressor.prepare(recipe, only_plan)
+        compressor.calibrate([resolved.recipe], batches, token)
+    return compressor.prepare(resolved.recipe, only_plan)
 
 
 def prepare_each(
@@ -129,8 +133,12 @@ def prepare_each(
     """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
     if not recipe.calibrate and batches is None:
         raise RecipeError("search given without --calibrate; variants are compared on calibration text")
-    variants = alternatives(recipe)
-    compressor = _Compressor(variants[0], checkpoint, progress or (lambda *_: None))
+    resolved = resolve_recipe(recipe, checkpoint, calibrated=True)
+    variants = [
+        resolved.recipe.replace(search=False, **{name: getattr(variant, name) for name in SEARCHED})
+        for variant in alternatives(recipe)
+    ]
+    compressor = _Compressor(resolved, checkpoint, progress or (lambda *_: None))
     compressor.calibrate(variants, batches, token)
     for variant in variants:
         if not variant.correct or compressor.can_correct:
@@ -146,10 +154,12 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
         allocations = [recipe.allocation] if recipe.allocation else [metric.allocation, "measured", "uniform"]
         corrections = [True, False] if metric.is_correctable and not recipe.correct else [recipe.correct]
         found += [
-            _resolved(recipe.replace(search=False, metric=name, allocation=allocation, correct=correct), True)
+            recipe.replace(search=False, metric=name, allocation=allocation, correct=correct)
             for allocation, correct in product(allocations, corrections)
             if allocation != "loss" or metric.nats is not None
         ]
+    for variant in found:
+        _check_metric(variant, calibrated=True)
     return found
 
 
@@ -161,11 +171,11 @@ class _Compressor:
         spectra / sensitivities: by metric.
     """
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, report: Progress) -> None:
-        self.checkpoint, self.report = checkpoint, report
-        self.uncompressed = plan_checkpoint(recipe, checkpoint)
-        self.device = _device(recipe)
-        check_smallest(recipe, self.uncompressed)
+    def __init__(self, resolved: Resolved, checkpoint: Checkpoint, report: Progress) -> None:
+        self.resolved, self.checkpoint, self.report = resolved, checkpoint, report
+        self.uncompressed = plan_checkpoint(resolved, checkpoint)
+        self.device = _device(resolved.recipe)
+        check_smallest(resolved.recipe, self.uncompressed)
         self.run: DenseRun | None = None
         self.calibration: Calibration | None = None
         self.spectra: dict[str, list[np.ndarray]] = {}
@@ -192,7 +202,8 @@ class _Compressor:
         candidates = self._candidates(recipe)
         tokens = self.calibration.tokens if self.calibration else 0
         ranks, budget = ranks_in_budget(recipe, self.uncompressed, candidates, tokens)
-        plan = replace(plan_checkpoint(recipe, self.checkpoint, ranks), budget=budget)
+        resolved = replace(self.resolved, recipe=recipe)
+        plan = replace(plan_checkpoint(resolved, self.checkpoint, ranks), budget=budget)
         run = None if self.run is None else replace(self.run, plan=plan)
         corrections = None
         if recipe.correct and not only_plan:
@@ -242,12 +253,12 @@ class _Compressor:
 
     @property
     def _calibrated_run(self) -> tuple[DenseRun, Calibration]:
-        assert self.run is not None and self.calibration is not None  # `_resolved` refuses recipes without
+        assert self.run is not None and self.calibration is not None  # recipes that need them were refused
         return self.run, self.calibration
 
 
 def _prepare_chains(
-    recipe: Recipe,
+    resolved: Resolved,
     checkpoint: Checkpoint,
     batches: Sequence[Batch] | None,
     report: Progress,
@@ -255,22 +266,18 @@ def _prepare_chains(
     token: str | None,
 ) -> Prepared:
     """Without a budget: moments for the chains that --bond-dim truncates, if the recipe asks for some."""
-    plan = plan_checkpoint(recipe, checkpoint)
+    plan, recipe = plan_checkpoint(resolved, checkpoint), resolved.recipe
     if not recipe.calibrate and batches is None:
-        if recipe.metric is not None and _metric(recipe).takes_calibration:
-            raise RecipeError(f"metric is {recipe.metric!r}; expected --calibrate with it")
         return Prepared(plan)
     if not any(matrix.is_cut for matrix in plan.matrices):
         raise RecipeError(
             "calibration given, and nothing is truncated; expected --keep, --max-error or, with "
             "--layout balanced, a lower --bond-dim"
         )
-    recipe = plan.recipe.replace(metric=recipe.metric or metrics.DEFAULT_FOR_CHAINS)
     if not _metric(recipe).takes_chains:
         raise RecipeError(
             f"metric {recipe.metric} given without --keep or --max-error; chains do not take it"
         )
-    plan = replace(plan, recipe=recipe)
     if only_plan:
         return Prepared(plan)
     run = _open_run(plan, recipe, checkpoint, batches, token)
@@ -304,7 +311,7 @@ def _labelled(report: Progress, label: str) -> dense_run.Progress:
 
 
 def _metric_name(recipe: Recipe) -> str:
-    assert recipe.metric is not None  # filled in by `_resolved`
+    assert recipe.metric is not None  # filled in by `resolve_recipe`
     return recipe.metric
 
 
@@ -312,18 +319,15 @@ def _metric(recipe: Recipe) -> FitMetric:
     return metrics.load(_metric_name(recipe))
 
 
-def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:
-    """The recipe with its defaults filled in. Raises RecipeError if it wants calibration and has none."""
-    metric = recipe.metric or ("loss" if calibrated else "weights")
-    allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
-    for name, value in (("metric", metric), ("allocation", allocation)):
-        if value not in ("weights", "energy", "uniform") and not calibrated:
-            raise RecipeError(
-                f"{name} is {value!r}; expected --calibrate with it (from Python: calibration, if batches "
-                "were given the first time)"
-            )
-    if recipe.correct and metric not in ("loss", "outputs"):
+def _check_metric(recipe: Recipe, calibrated: bool) -> None:
+    """Raises RecipeError: the metric needs calibration data, or cannot be corrected in."""
+    if recipe.metric is None:
+        return
+    metric = _metric(recipe)
+    if metric.takes_calibration and not calibrated:
+        raise RecipeError(needs_calibration("metric", recipe.metric))
+    if recipe.correct and not metric.is_correctable:
+        correctable = " or ".join(name for name in METRICS if metrics.load(name).is_correctable)
         raise RecipeError(
-            f"correct given with metric {metric}; expected --calibrate and metric loss or outputs"
+            f"correct given with metric {recipe.metric}; expected --calibrate and metric {correctable}"
         )
-    return recipe.replace(metric=metric, allocation=allocation)

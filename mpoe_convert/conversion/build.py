@@ -1,22 +1,22 @@
-"""One matrix: read, decompose, clone, cast, measure."""
+"""One FFN: its matrices as a kind fits them, and what becomes of the cores: cloned, cast, measured."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import experts
 from ..compression import metrics
 from ..compression.moments import FFNMoments
 from ..decomposition.als import nearest_chain
 from ..decomposition.low_rank import factor
 from ..decomposition.mpo import fit, relative_error
 from ..decomposition.neuron_order import bisection, neuron_features, reordered
+from ..experts.ffn import FFNShape, Fitted, Target
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..runtime.modeling_mpoe import contract_chain, matrix_shape, name_cores
@@ -26,41 +26,97 @@ from ..tensors import cast
 from .report import MatrixReport, NeuronOrder
 
 
-def build_matrix(
-    plan: MatrixPlan,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    moments: FFNMoments | None = None,
-    corrected: tuple[Tensor, ...] = (),
-    order: Tensor | None = None,
-) -> tuple[dict[str, Tensor], MatrixReport]:
-    """One projection's tensors, named below the projection and on the CPU, and their report.
+class FFNTargets:
+    """The matrices of one dense FFN, read and prepared when the kind asks (`experts.ffn.Targets`).
 
     Args:
-        moments: the metric of a plan that compresses or cuts chains, and inputs to measure with.
-        corrected: what takes the matrix's place: two factors, or one matrix.
-        order: of the hidden neurons, new place -> old one; None: as in the source. The moments are in it.
+        moments: what matrices are fitted and measured with, for neurons in the order `order`.
+        corrected: (name of a matrix) -> what takes its place: two factors, one matrix, or nothing.
+        order: of the hidden neurons, new place -> old one; None: as in the source.
+        asked: called with the plan of a matrix before it is read.
     """
-    stored = getattr(torch, plan.dtype)
-    kind = experts.load(recipe.kind)
-    matrix = reordered(read_wide(checkpoint, plan.source, device), plan.role, order)
-    generator = seeded(recipe.seed, plan.name)
-    fitted_to, factors = matrix, None
-    if len(corrected) == 1:
-        fitted_to = corrected[0].to(matrix)
-    elif corrected:
-        factors = tuple(part.to(matrix) for part in corrected)
-    elif plan.rank is not None:
-        factors = factor(matrix, plan.rank, metrics.load(recipe.metric).weigh(plan, matrix, moments))
-    elif plan.is_cut and moments is not None and (chosen := metrics.load(recipe.metric)).input_moment:
-        moment = chosen.input_moment(moments, plan)
-        fitted_to = nearest_chain(matrix, plan.sites, moment, svd=recipe.svd, seed=recipe.seed)
-    fitted, discarded = kind.fit(fitted_to, plan.sites, recipe, generator, factors)
-    tensors, exact, clone, unrounded = {}, [], [], []
-    for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted, strict=True)):
-        whole = [core if core.ndim == 4 else core[0] for core in cores]
-        unrounded.append([core.to(device) for core in whole])
+
+    def __init__(
+        self,
+        plan: FFNPlan,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        moments: FFNMoments | None = None,
+        corrected: Callable[[str], tuple[Tensor, ...]] = lambda name: (),
+        order: Tensor | None = None,
+        asked: Callable[[MatrixPlan], None] = lambda matrix: None,
+    ) -> None:
+        self.plan, self.recipe, self.checkpoint, self.device = plan, recipe, checkpoint, device
+        self.moments, self.corrected, self.order, self.asked = moments, corrected, order, asked
+        self.matrices = {matrix.role: matrix for matrix in plan.matrices}
+        self.last: tuple[str, Tensor, bool] | None = (
+            None  # role, dense matrix, whether it is the target itself
+        )
+
+    @property
+    def shape(self) -> FFNShape:
+        return self.plan.shape
+
+    def generator(self, part: str) -> torch.Generator:
+        return seeded(self.recipe.seed, f"{self.plan.ffn.key}.{part}")
+
+    def target(self, role: str, expert: int = 0) -> Target:
+        """Raises CheckpointError: the source's matrix holds NaN or Inf."""
+        assert expert == 0, "a dense FFN has one expert"
+        plan = self.matrices[role]
+        self.asked(plan)
+        dense = self.dense(role)
+        target = self._target(plan, dense)
+        self.last = role, dense, target.matrix is dense
+        return target
+
+    def dense(self, role: str) -> Tensor:
+        """(in, out) of the source, neurons in order."""
+        if self.last is not None and self.last[0] == role:
+            return self.last[1]
+        return reordered(
+            read_wide(self.checkpoint, self.matrices[role].source, self.device), role, self.order
+        )
+
+    def bias(self, role: str) -> Tensor:
+        """(out,) of the source, neurons in order."""
+        return reordered(read_bias(self.checkpoint, self.matrices[role].source), role, self.order)
+
+    def fits_the_source(self, role: str) -> bool:
+        """Whether the last target was the source's matrix itself, so that what was truncated is its error."""
+        return self.last is not None and self.last[0] == role and self.last[2]
+
+    def _target(self, plan: MatrixPlan, dense: Tensor) -> Target:
+        corrected = tuple(part.to(dense) for part in self.corrected(plan.name))
+        if len(corrected) == 1:
+            return Target(corrected[0])
+        if corrected:
+            return Target(dense, (corrected[0], corrected[1]))
+        if self.recipe.metric is None:
+            return Target(dense)
+        metric = metrics.load(self.recipe.metric)
+        if plan.rank is not None:
+            return Target(dense, factor(dense, plan.rank, metric.weigh(plan, dense, self.moments)))
+        if plan.sites is None or not plan.is_cut or self.moments is None or metric.input_moment is None:
+            return Target(dense)
+        moment = metric.input_moment(self.moments, plan)
+        options = self.recipe.own_options
+        return Target(nearest_chain(dense, plan.sites, moment, svd=options.svd, seed=options.seed))
+
+
+def finish_projection(
+    targets: FFNTargets, role: str, fitted: Fitted
+) -> tuple[dict[str, Tensor], MatrixReport]:
+    """A projection's tensors, named below the projection and on the CPU, and their report."""
+    plan, recipe, device = targets.matrices[role], targets.recipe, targets.device
+    stored, generator = getattr(torch, plan.dtype), targets.generator(role)
+    tensors: dict[str, Tensor] = {}
+    exact: list[list[Tensor]] = []
+    clone: list[list[Tensor]] = []
+    unrounded: list[list[Tensor]] = []
+    for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted.terms, strict=True)):
+        unrounded.append([(core if core.ndim == 4 else core[0]).to(device) for core in cores])
         exact.append([])
         clone.append([])
         for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
@@ -70,22 +126,23 @@ def build_matrix(
             core = cast(f"{plan.name} (core {name})", core, stored)
             exact[-1].append(core if shared else core[0])
             clone[-1].append(core if shared else core[1])
-            matrices = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:]))
+            l, i, o, r = core.shape[-4:]  # noqa: E741  (bond names)
+            matrices = core.reshape(*core.shape[:-4], *matrix_shape((l, i, o, r)))
             tensors[f"terms.{number}.{name}"] = matrices.cpu()
-    made = _matrix_of(exact, matrix.dtype)
-    error = before = relative_error(matrix, made)
-    if stored != fitted[0][0].dtype:
-        before = relative_error(matrix, _matrix_of(unrounded, matrix.dtype))
-    drift = _drift(exact, clone, matrix.dtype) if recipe.noise else 0.0
     if plan.spec["bias"] is not None:
-        bias = reordered(read_bias(checkpoint, plan.source), plan.role, order)
-        bias = cast(plan.source.bias, bias, stored)
-        per_expert = plan.spec["bias"] == "per-expert"
-        tensors["bias"] = bias.repeat(recipe.experts, 1) if per_expert else bias.clone()
-    if fitted_to is not matrix:
-        discarded = ()  # it says nothing of the distance to the matrix
-    norm = float(matrix.norm()) ** 2 if any(discarded) else 1.0
-    output_error = None if moments is None else moments.output_error(plan, matrix, made)
+        bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
+        tensors["bias"] = (
+            bias.repeat(recipe.experts, 1) if plan.spec["bias"] == "per-expert" else bias.clone()
+        )
+    dense = targets.dense(role)
+    made = _matrix_of(exact, dense.dtype)
+    error = before = relative_error(dense, made)
+    if stored != fitted.terms[0][0].dtype:
+        before = relative_error(dense, _matrix_of(unrounded, dense.dtype))
+    drift = _drift(exact, clone, dense.dtype) if recipe.noise else 0.0
+    discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
+    norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
+    output_error = None if targets.moments is None else targets.moments.output_error(plan, dense, made)
     measured = _Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
     return tensors, _matrix_report(plan, recipe, measured)
 
@@ -135,7 +192,8 @@ def _drift(exact: list[list[Tensor]], clone: list[list[Tensor]], dtype: torch.dt
 
 
 def _matrix_of(terms: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
-    return sum(contract_chain([core.to(dtype) for core in cores]) for cores in terms)
+    first, *others = (contract_chain([core.to(dtype) for core in cores]) for cores in terms)
+    return sum(others, first)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

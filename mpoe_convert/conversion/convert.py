@@ -19,14 +19,15 @@ from ..compression.batches import Batch
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
-from ..planning.plan import FFNPlan, is_buffer
+from ..experts.ffn import Fitted
+from ..planning.plan import FFNPlan, MatrixPlan, is_buffer
 from ..planning.recipe import Recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
 from ..tensors import cast, check_finite
 from . import card
-from .build import build_matrix, choose_order, seeded
+from .build import FFNTargets, choose_order, finish_projection, seeded
 from .report import MatrixReport, NeuronOrder, Report, Trial
 from .write import _write_recipe, write_companions
 
@@ -145,6 +146,7 @@ class _Builder:
         self.out = {tensor.name: tensor for tensor in plan.tensors}
         self.ffns = {ffn.ffn.key: ffn for ffn in plan.ffns}
         self.ffns_done = 0
+        self.at = ""  # what is in work, for messages
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
         self.orders: list[NeuronOrder] = []
@@ -167,34 +169,42 @@ class _Builder:
         return tensor.to(dtype).contiguous()
 
     def _build(self, plan: FFNPlan) -> dict[str, Tensor]:
-        tensors = {}
-        router = f"{plan.ffn.key}.router.weight"
-        recipe = self.plan.recipe
-        order = self._neuron_order(plan)
+        recipe, order, corrections = self.plan.recipe, self._neuron_order(plan), self.prepared.corrections
         moments = self.prepared.moments(plan.ffn.path)
-        if moments is not None:
-            moments = moments.reordered(order)
-        tensors[router] = _router(self.out[router].shape, recipe.seed, router)
-        for number, matrix in enumerate(plan.matrices, start=1):
-            self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
-            corrected = self.prepared.corrections.load(matrix.name) if self.prepared.corrections else ()
-            with _naming(matrix.name):
-                built, report = build_matrix(
-                    matrix, recipe, self.checkpoint, self.device, moments, corrected, order
-                )
-            self.reports.append(report)
-            self.ffns_done += number == len(plan.matrices)
-            self.progress(matrix.name, self.ffns_done, len(self.ffns), report)
-            tensors |= {f"{matrix.name}.{tail}": tensor for tail, tensor in built.items()}
-        if "adapter" in plan.form:
-            adapter = f"{plan.ffn.key}.adapter"
-            dtype = getattr(torch, self.out[f"{adapter}.aux_0"].dtype)
-            made = experts.load(recipe.kind).fit_adapter(
-                plan.matrices[0].rows, recipe, seeded(recipe.seed, adapter)
-            )
-            tensors |= {f"{adapter}.{tail}": tensor.to(dtype) for tail, tensor in made.items()}
+        targets = FFNTargets(
+            plan,
+            recipe,
+            self.checkpoint,
+            self.device,
+            moments=None if moments is None else moments.reordered(order),
+            corrected=corrections.load if corrections else lambda name: (),
+            order=order,
+            asked=self._begin,
+        )
+        kind = experts.load(recipe.kind)
+        router = f"{plan.ffn.key}.router.weight"
+        tensors = {router: _router(self.out[router].shape, recipe.seed, router)}
+        self.at = plan.ffn.path
+        with _naming(lambda: self.at):
+            for part, built in kind.build(targets, plan.form, recipe.own_options):
+                if isinstance(built, Fitted):
+                    built = self._finish(targets, part, built)
+                for tail, tensor in built.items():
+                    name = f"{plan.ffn.key}.{part}.{tail}"
+                    tensors[name] = tensor.to(getattr(torch, self.out[name].dtype))
         for name, (shape, dtype) in plan.tensors.items():
             assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
+        return tensors
+
+    def _begin(self, matrix: MatrixPlan) -> None:
+        self.at = matrix.name
+        self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
+
+    def _finish(self, targets: FFNTargets, role: str, fitted: Fitted) -> dict[str, Tensor]:
+        tensors, report = finish_projection(targets, role, fitted)
+        self.reports.append(report)
+        self.ffns_done += role == targets.plan.matrices[-1].role
+        self.progress(report.name, self.ffns_done, len(self.ffns), report)
         return tensors
 
     def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
@@ -202,7 +212,7 @@ class _Builder:
         if not self.plan.seeks_order(plan):
             return None
         self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
-        with _naming(plan.ffn.path):
+        with _naming(lambda: plan.ffn.path):
             matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
             order, report = choose_order(plan, matrices, self.plan.recipe)
         self.orders.append(report)
@@ -210,19 +220,19 @@ class _Builder:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Adds the matrix name to errors from the parts that do not know it."""
+def _naming(name: Callable[[], str]) -> Iterator[None]:
+    """Adds the name of what is in work to errors from the parts that do not know it."""
     try:
         yield
     except MpoeError as error:
-        if name in str(error):
+        if name() in str(error):
             raise
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{name()}: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         raise MachineError(
-            f"out of memory while working on {name}; `mpoe-convert plan` estimates what a conversion needs"
+            f"out of memory while working on {name()}; `mpoe-convert plan` estimates what a conversion needs"
         ) from error
 
 

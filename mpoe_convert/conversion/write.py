@@ -35,9 +35,10 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
     forms: list[dict] = []
     ffns = {}
     for ffn in plan.ffns:
-        if ffn.form not in forms:
-            forms.append(ffn.form)
-        ffns[ffn.ffn.path] = forms.index(ffn.form)
+        parts = ffn.form.parts
+        if parts not in forms:
+            forms.append(parts)
+        ffns[ffn.ffn.path] = forms.index(parts)
     names = architecture.heads
     auto_map = _auto_map(architecture)
     architectures = config.get("architectures") or [names.get("AutoModel") or next(iter(names.values()))]

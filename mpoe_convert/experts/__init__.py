@@ -1,6 +1,6 @@
-"""Expert kinds: one module each, discovered; the module's name is the name on the command line.
+"""Expert kinds: one module of `experts.kinds` each, discovered.
 
-A kind offers:
+A kind decides about a whole FFN (see `experts.ffn` for the values). It offers:
 
 * `Options`: a subclass of `experts.Options` with the options that it reads, or that class itself. They become
   fields of `Recipe`, options of the command line and keys of recipe files; those of one kind only are refused
@@ -9,20 +9,11 @@ A kind offers:
 * `ABOUT`: what its experts are, for people;
 * `STARTS_EQUAL`: all experts compute the dense FFN at first, whatever the noise;
 * `AUXILIARY_LR`: the factor on the learning rate that suits what its experts own (examples/results);
-* `terms(rows, cols, options, swapped, rank)`: the shapes of the terms that a (rows, cols) matrix becomes, as
-  `modeling_mpoe.Chain` reads them, and the first one's `Sites` (None if it has none). With a rank the
-  big core, the matrix itself or what is in the middle of its chain, becomes two thin ones. Raises SitesError;
-* `fit(matrix, sites, options, generator, factors)`: per term its cores (bond_left, in_dim, out_dim,
-  bond_right), and the weight discarded per bond. The cores are expert 0's, to be cloned with noise, but for
-  those that have an expert axis in front already. `factors`, (rows, rank) and (rank, cols), take the place of
-  the matrix.
+* `describe(ffn, options)`: the `Form` that an FFN of these sizes becomes. Raises MpoeError;
+* `build(ffn, form, options)`: the parts of that form, one after the other; the router is not among them.
 
-A kind whose experts are adapters behind an FFN that they all share also offers:
-
-* `adapter_size(hidden_size, options)`: how wide an adapter is inside. Raises RecipeError;
-* `fit_adapter(hidden_size, options, generator)`: the tensors of `modeling_mpoe.Adapter` by name.
-
-The modules import torch inside functions: `--help` reads their options.
+Kinds whose experts are chains have both from `matrixwise`. The modules import torch inside functions, because
+`--help` reads their options.
 """
 
 from __future__ import annotations
@@ -30,23 +21,20 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..options import OptionGroup, described, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from . import kinds
 
 KINDS: tuple[str, ...] = tuple(
-    sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(kinds.__path__))
 )
 BIASES = ("shared", "per-expert")
 
 
 def load(kind: str) -> ModuleType:
     """The module of a kind."""
-    return import_module(f"{__name__}.{kind.replace('-', '_')}")
+    return import_module(f"{kinds.__name__}.{kind.replace('-', '_')}")
 
 
 def about_kinds() -> str:
@@ -126,26 +114,3 @@ class Options(OptionGroup):
 
     def check_budget(self) -> None:
         """Raises RecipeError: such experts cannot be compressed under `keep` or `max_error`."""
-
-
-def whole_term(rows: int, cols: int, rank: int | None, *, shared: bool) -> dict:
-    """The term of a matrix as it is, or as two thin ones."""
-    term = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [shared]}
-    return term if rank is None else factored(term, 0, rank)
-
-
-def factored(term: dict, k: int, rank: int) -> dict:
-    """A term whose core k is two, with the inputs in the first, the outputs in the second, and that bond."""
-    ins, outs, bonds, shared = (list(term[key]) for key in ("in_dims", "out_dims", "bonds", "shared"))
-    ins[k : k + 1], outs[k : k + 1] = [ins[k], 1], [1, outs[k]]
-    bonds.insert(k, rank)
-    shared.insert(k, shared[k])
-    return {"in_dims": ins, "out_dims": outs, "bonds": bonds, "shared": shared}
-
-
-def whole_cores(matrix: Tensor, factors: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """The cores of `whole_term`."""
-    if factors is None:
-        return [matrix[None, :, :, None]]
-    first, second = factors
-    return [first[None, :, None, :], second[:, None, :, None]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 from .. import experts
 from ..artifact.weight_files import num_bytes, split_into_shards
 from ..decomposition.sites import Sites, full_bonds
-from ..errors import FamilyError, MpoeError, RecipeError
+from ..errors import FamilyError
+from ..experts.ffn import FFNShape, Form, MatrixShape
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN, Source
-from ..source.locate import check_alike, resolve, runs_per_token
+from ..source.locate import runs_per_token
 from ..source.matrices import FLOAT_DTYPES, matrix_size
 from ..source.safetensors_file import DTYPE2BYTES
-from ..source.shapes import check_shapes
 from ..tables import Cell, Shown, Table, escape, listed, size, warning
-from .recipe import Recipe, parse_layers, parse_size
+from .recipe import Recipe, parse_size
+from .resolve import Resolved
 
 if TYPE_CHECKING:
     from ..runtime.modeling_mpoe import FeedForward
@@ -134,13 +134,14 @@ class FFNPlan:
     """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
 
     Attributes:
-        form: as `modeling_mpoe.FeedForward` reads it.
+        form: what it becomes.
         runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
     """
 
     ffn: FFN
+    shape: FFNShape
     matrices: tuple[MatrixPlan, ...]
-    form: dict
+    form: Form
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
 
@@ -411,99 +412,65 @@ class Plan(Shown):
 
 
 def plan_checkpoint(
-    recipe: Recipe, checkpoint: Checkpoint, ranks: Mapping[str, int | None] | None = None
+    resolved: Resolved, checkpoint: Checkpoint, ranks: Mapping[str, int | None] | None = None
 ) -> Plan:
-    """The plan for an opened checkpoint, from its headers. Raises MpoeError.
+    """The plan of a resolved recipe, from the checkpoint's headers. Raises MpoeError.
 
     Args:
-        ranks: by the names of the matrices; None: all stay whole, and shapes are checked first.
+        ranks: by the names of the matrices; None: all stay whole.
     """
-    model_type = checkpoint.config["model_type"]
-    family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
-    chosen = _select(recipe, found)
-    check_alike(checkpoint.architecture, family, chosen)
-    if ranks is None:  # else that plan came first
-        check_shapes(checkpoint)
-    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in chosen)
+    recipe = resolved.recipe
+    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in resolved.ffns)
     tensors = _out_tensors(recipe, checkpoint, ffns)
     return Plan(
-        recipe=_resolved(recipe, checkpoint, family),
+        recipe=recipe,
         source=checkpoint.source,
         revision=checkpoint.revision,
-        model_type=model_type,
-        family=family,
+        model_type=checkpoint.config["model_type"],
+        family=resolved.family,
         ffns=ffns,
-        kept_dense=tuple(ffn.path for ffn in found if ffn not in chosen),
+        kept_dense=resolved.kept_dense,
         tensors=tensors,
         shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
         dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
     )
 
 
-def _select(recipe: Recipe, found: list[FFN]) -> list[FFN]:
-    """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
-    paths = [ffn.path for ffn in found]
-    names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
-    has = f"this model has {len(found)}: {names}"
-    for part in parse_layers(recipe.layers) if recipe.layers is not None else ():
-        if not any(ffn.index in part for ffn in found):
-            number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
-            raise RecipeError(f"layers is {recipe.layers!r}, and {number} matches no FFN; {has}")
-    for option in ("include", "exclude"):
-        for pattern in getattr(recipe, option):
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise RecipeError(f"{option} {pattern!r} matches no FFN; {has}")
-    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
-    if not chosen:
-        raise RecipeError(f"layers/include/exclude leave no FFN to convert; {has}")
-    return chosen
-
-
-def _resolved(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
-    """The recipe with its defaults filled in, which repeats the run even if the defaults change."""
-    return recipe.replace(
-        revision=checkpoint.revision,
-        ffn=family.by_hand,
-        bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
-        **recipe.own_options.resolved(),
-    )
-
-
 def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[str, int | None]) -> FFNPlan:
+    shape = _ffn_shape(checkpoint, ffn, ranks)
+    form = experts.load(recipe.kind).describe(shape, recipe.own_options)
     matrices = tuple(
-        _plan_matrix(recipe, checkpoint, ffn, role, source, ranks.get(f"{ffn.key}.{role}"))
+        MatrixPlan(
+            name=f"{ffn.key}.{role}",
+            role=role,
+            source=source,
+            rows=shape.matrices[role].rows,
+            cols=shape.matrices[role].cols,
+            sites=form.sites.get(role),
+            spec=form.parts[role],
+            dtype=recipe.dtype or checkpoint.tensors[source.weight].dtype,
+            num_experts=recipe.experts,
+            rank=shape.matrices[role].rank,
+        )
         for role, source in ffn.projections.items()
     )
-    by_role = {matrix.role: matrix for matrix in matrices}
-    up, down = by_role["up"], by_role["down"]
+    tensors = _ffn_tensors(recipe, ffn, matrices, form.parts)
+    return FFNPlan(ffn, shape, matrices, form, tensors, runs_per_token(checkpoint.config, ffn.path))
+
+
+def _ffn_shape(checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[str, int | None]) -> FFNShape:
+    """Sizes from the headers. Raises FamilyError if `down` does not lead back to the hidden size."""
+    matrices = {}
+    for role, source in ffn.projections.items():
+        rows, cols = matrix_size(checkpoint.tensors[source.weight], source)
+        matrices[role] = MatrixShape(rows, cols, source.bias is not None, ranks.get(f"{ffn.key}.{role}"))
+    up, down = matrices["up"], matrices["down"]
     if (up.rows, up.cols) != (down.cols, down.rows):
         raise FamilyError(
             f"{ffn.key}: up is {up.rows} x {up.cols} and down {down.rows} x {down.cols}; expected "
             "down to lead back"
         )
-    form = {matrix.role: matrix.spec for matrix in matrices}
-    kind = experts.load(recipe.kind)
-    if hasattr(kind, "adapter_size"):
-        form["adapter"] = kind.adapter_size(down.cols, recipe)
-    runs = runs_per_token(checkpoint.config, ffn.path)
-    return FFNPlan(ffn, matrices, form, _ffn_tensors(recipe, ffn, matrices, form), runs)
-
-
-def _plan_matrix(
-    recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, role: str, source: Source, rank: int | None
-) -> MatrixPlan:
-    info = checkpoint.tensors[source.weight]
-    rows, cols = matrix_size(info, source)
-    name = f"{ffn.key}.{role}"
-    kind = experts.load(recipe.kind)
-    try:
-        terms, sites = kind.terms(rows, cols, recipe, role == "down", rank)
-    except MpoeError as error:
-        raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
-    bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
-    spec = {"terms": terms, "bias": bias}
-    dtype = recipe.dtype or info.dtype
-    return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts, rank)
+    return FFNShape(ffn.key, matrices, ffn.num_experts)
 
 
 def _module(form: dict, recipe: Recipe) -> FeedForward:
@@ -587,7 +554,7 @@ def ffn_totals(plan: Plan) -> Totals:
     from ..runtime.modeling_mpoe import Work
 
     experts, top_k = plan.recipe.experts, plan.recipe.top_k
-    modules = [_module(ffn.form, plan.recipe) for ffn in plan.ffns]
+    modules = [_module(ffn.form.parts, plan.recipe) for ffn in plan.ffns]
     shared = sum(module.shared_params for module in modules)
     own = sum(module.own_params for module in modules)
     routers = sum(module.router.shared_params for module in modules)

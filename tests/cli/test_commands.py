@@ -599,7 +599,7 @@ def test_running_out_of_memory_is_told(here, monkeypatch):
     def exhausted(*_):
         raise MemoryError
 
-    monkeypatch.setattr(conversion, "build_matrix", exhausted)
+    monkeypatch.setattr(conversion, "finish_projection", exhausted)
     assert "out of memory while working on transformer.h.0.mlp.up; `mpoe-convert plan`" in refused(
         "dense", "-o", "out", *SMALL
     )

@@ -2,11 +2,10 @@
 
 import pytest
 import transformers
-from helpers.calibration import batches_for
+from helpers.calibration import batches_for, plan_whole
 from helpers.tiny import save_tiny, save_tokenizer
 
 from mpoe_convert import Recipe
-from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
 
 
@@ -17,5 +16,5 @@ def llama(tmp_path):
     save_tokenizer(folder)
     checkpoint = open_checkpoint(str(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    planned = plan_whole(Recipe(str(folder), bond_dim=4), checkpoint)
     return folder, checkpoint, planned, batches_for(model, "AutoModelForCausalLM")

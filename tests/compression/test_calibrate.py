@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from helpers.calibration import ONE_OF_EACH, batches_for, calibrated
+from helpers.calibration import ONE_OF_EACH, batches_for, calibrated, plan_whole
 from helpers.models import generative
 from helpers.tiny import HIDDEN, save_tiny
 from torch import nn
@@ -16,14 +16,13 @@ from mpoe_convert import Recipe, plan
 from mpoe_convert.compression.calibrate import MomentsWalk
 from mpoe_convert.compression.fisher import sampled_loss
 from mpoe_convert.errors import CheckpointError, DataError
-from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
 
 
 def expected_moments(folder, auto_class, checkpoint, batches):
     """(the plan, (inputs, outputs without bias) of every projection on the batches, by the weight's name)."""
     model = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
-    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    planned = plan_whole(Recipe(str(folder), bond_dim=4), checkpoint)
     seen, batch = {}, {}
     with_weight = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
 
@@ -92,7 +91,7 @@ def test_chains_with_cut_bonds_take_moments_of_wide_inputs_too(tmp_path):
     checkpoint = open_checkpoint(str(folder))
     batches = batches_for(transformers.AutoModelForCausalLM.from_pretrained(folder), "AutoModelForCausalLM")
     _, expected = expected_moments(folder, "AutoModelForCausalLM", checkpoint, batches[:-1])
-    planned = plan_checkpoint(Recipe(str(folder), layout="balanced", bond_dim=2), checkpoint)
+    planned = plan_whole(Recipe(str(folder), layout="balanced", bond_dim=2), checkpoint)
     found = calibrated(planned, checkpoint, batches)
     for ffn in planned.ffns:
         for matrix in ffn.matrices:

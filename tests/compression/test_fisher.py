@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from helpers.calibration import batches_for, calibrated
+from helpers.calibration import batches_for, calibrated, plan_whole
 from helpers.models import generative
 from helpers.tiny import save_tiny
 
@@ -16,7 +16,6 @@ from mpoe_convert.compression.batches import is_causal, split
 from mpoe_convert.compression.fisher import graph_sized, sampled_loss
 from mpoe_convert.compression.stream import projection_modules
 from mpoe_convert.errors import CheckpointError
-from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
 
 
@@ -28,7 +27,7 @@ def test_moments_are_those_of_gradients_on_the_thin_side(model_type, tmp_path):
     checkpoint = open_checkpoint(str(folder))
     model = getattr(transformers, auto_class).from_pretrained(folder).eval()
     batches = batches_for(model, auto_class)
-    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4), checkpoint)
+    planned = plan_whole(Recipe(str(folder), bond_dim=4), checkpoint)
     found = calibrated(planned, checkpoint, batches, gradients=True)
     gradients, kept = {}, []
     for ffn in planned.ffns:
@@ -80,7 +79,7 @@ def test_only_scored_labels_have_gradients(model_type, tmp_path):
     batch["labels"] = torch.full_like(batch["input_ids"], 7)
     batch["labels"][1:, 5:] = -100
     seen = []
-    plan_of = plan_checkpoint(Recipe(str(folder), bond_dim=4), open_checkpoint(str(folder)))
+    plan_of = plan_whole(Recipe(str(folder), bond_dim=4), open_checkpoint(str(folder)))
     last = model.base_model.get_submodule(plan_of.ffns[-1].ffn.path)
     last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model.base_model.register_forward_hook(lambda m, a, out: seen[0].retain_grad())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from helpers.calibration import batches_for
+from helpers.calibration import batches_for, plan_whole
 from helpers.models import generative
 from helpers.tiny import save_tiny
 
@@ -13,7 +13,6 @@ from mpoe_convert.compression.dense_run import DenseRun
 from mpoe_convert.compression.metrics import load
 from mpoe_convert.compression.sensitivity import measure_sensitivities
 from mpoe_convert.decomposition.low_rank import factor
-from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
 from mpoe_convert.source.matrices import read_wide
 
@@ -46,7 +45,7 @@ def test_one_matrix_at_a_time(model_type, tmp_path):
     model = getattr(transformers, auto_class).from_pretrained(folder).eval()
     batches = batches_for(model, auto_class, 3)
     checkpoint = open_checkpoint(str(folder))
-    planned = plan_checkpoint(Recipe(str(folder), bond_dim=4, keep=0.5, metric="outputs"), checkpoint)
+    planned = plan_whole(Recipe(str(folder), bond_dim=4, keep=0.5, metric="outputs"), checkpoint)
     run = DenseRun(planned, checkpoint, tuple(batches), CPU)
     calibration = calibrate(run)
     matrices = list(planned.matrices)

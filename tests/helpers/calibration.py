@@ -8,6 +8,9 @@ from helpers.tiny import VOCAB, make_inputs, save_tiny
 from mpoe_convert import Recipe, convert
 from mpoe_convert.compression.calibrate import calibrate
 from mpoe_convert.compression.dense_run import DenseRun
+from mpoe_convert.planning.plan import Plan, plan_checkpoint
+from mpoe_convert.planning.resolve import resolve_recipe
+from mpoe_convert.source.checkpoint import Checkpoint
 from mpoe_convert.source.families import FAMILIES
 
 # One type per way of building a layer.
@@ -50,3 +53,8 @@ def pair(model_type, tmp_path, **recipe):
     options = {"trust_remote_code": True}
     made = getattr(transformers, auto_class).from_pretrained(tmp_path / "out", **options).eval()
     return dense, made, report
+
+
+def plan_whole(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """The plan of a recipe with all matrices whole."""
+    return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)

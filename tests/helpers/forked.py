@@ -16,7 +16,7 @@ from pathlib import Path
 SERVER = """
 import json, os, resource, signal, sys, time
 import mpoe_convert.cli.progress, mpoe_convert.conversion.convert, mpoe_convert.decomposition.mpo
-import mpoe_convert.runtime.modeling_mpoe, mpoe_convert.experts.mpo
+import mpoe_convert.runtime.modeling_mpoe, mpoe_convert.experts.kinds.mpo
 from mpoe_convert.source.architecture import heads
 heads("gpt2")
 
@@ -38,11 +38,11 @@ def child(request):
         os.setuid(request["uid"])
     if request["matrix_seconds"]:
         from mpoe_convert.conversion import convert as conversion
-        build = conversion.build_matrix
+        finish = conversion.finish_projection
         def slow(*args):
             time.sleep(request["matrix_seconds"])
-            return build(*args)
-        conversion.build_matrix = slow
+            return finish(*args)
+        conversion.finish_projection = slow
     mpoe_convert.cli.main(request["args"], prog_name="mpoe-convert")
 
 for line in sys.stdin:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..moments import FFNMoments
 
 METRICS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-# Of chains that --bond-dim truncates, when calibration is given and no metric.
-DEFAULT_FOR_CHAINS = "outputs"
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .. import experts
-from ..decomposition import sites as site_layouts
-from ..decomposition.sites import LAYOUTS, SVDS
-from ..errors import RecipeError
-from ..options import again, described, option
-from . import factored
+from ... import experts
+from ...decomposition import sites as site_layouts
+from ...decomposition.sites import LAYOUTS, SVDS
+from ...errors import RecipeError
+from ...options import again, described, option
+from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
+from ..matrixwise import build_matrices, describe_matrices, factored
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from ..decomposition.sites import Sites
+    from ...decomposition.sites import Sites
 
 
 GAUGES = ("canonical", "identity")
@@ -117,7 +118,7 @@ def num_sites(options: Options) -> int:
 def terms(
     rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], Sites]:
-    """See `experts`. `swapped` says that explicit factors are to be read columns first."""
+    """See `matrixwise`. If `swapped`, explicit factors are read columns first."""
     factors = site_layouts.parse_factors(options.factors) if options.factors else None
     if factors and swapped:
         factors = factors[1], factors[0]
@@ -143,28 +144,22 @@ def terms(
     return [shape if rank is None else factored(shape, sites.centre, rank)], sites
 
 
-def fit(
-    matrix: Tensor,
-    sites: Sites,
-    options: Options,
-    generator: Generator,
-    factors: tuple[Tensor, Tensor] | None = None,
-) -> tuple[list[list[Tensor]], tuple[float, ...]]:
-    """See `experts`. In the canonical gauge the orthogonality centre is the core in the middle.
+def fit(target: Target, sites: Sites, options: Options, generator: Generator) -> Fitted:
+    """See `matrixwise`. In the canonical gauge the orthogonality centre is the core in the middle.
 
     Factors go where their side's outer cores leave them: for the one-sided layout, whose outer cores are
     orthogonal and carry one side only.
     """
-    from ..decomposition.mpo import fit as fit_mpo
+    from ...decomposition.mpo import fit as fit_mpo
 
     decompose = partial(fit_mpo, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge)
-    if factors is None:
-        mpo = decompose(matrix)
-        return [list(mpo.cores)], mpo.discarded
-    first, second = factors
+    if target.factors is None:
+        mpo = decompose(target.matrix)
+        return Fitted([list(mpo.cores)], mpo.discarded)
+    first, second = target.factors
     mpo = decompose(first @ second)
     left, right = mpo.cores[: sites.centre], mpo.cores[sites.centre + 1 :]
-    return [[*left, *_between(left, first, second, right), *right]], ()
+    return Fitted([[*left, *_between(left, first, second, right), *right]])
 
 
 def _between(
@@ -173,10 +168,20 @@ def _between(
     """The cores between orthogonal outer ones that make the chain the product of two thin matrices."""
     import torch
 
-    from ..runtime.modeling_mpoe import merge_cores
+    from ...runtime.modeling_mpoe import merge_cores
 
     inputs, outputs = merge_cores(left)[0, :, 0, :], merge_cores(right)[:, 0, :, 0]
     rank = first.shape[1]
     first = torch.einsum("ab,air->bir", inputs, first.reshape(inputs.shape[0], -1, rank))
     second = torch.einsum("roc,bc->rob", second.reshape(rank, -1, outputs.shape[1]), outputs)
     return first[:, :, None, :].contiguous(), second[:, None, :, :].contiguous()
+
+
+def describe(ffn: FFNShape, options: Options) -> Form:
+    """See `experts`."""
+    return describe_matrices(ffn, options, terms)
+
+
+def build(ffn: Targets, form: Form, options: Options) -> Parts:
+    """See `experts`."""
+    return build_matrices(ffn, form, options, fit)

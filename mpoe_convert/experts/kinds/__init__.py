@@ -1,0 +1,1 @@
+"""The kinds of experts: one module each; its name is the name on the command line. See `experts`."""

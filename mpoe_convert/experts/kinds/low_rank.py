@@ -1,0 +1,72 @@
+"""Low-rank experts (LoRA, arXiv 2106.09685): the dense matrix, shared, plus a product of two thin ones each.
+
+The control for MPO experts of equal size. `--bond-dim` is the rank r: an expert owns r (in + out) parameters
+per matrix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ... import experts
+from ...errors import SitesError
+from ...options import again, described
+from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
+from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+
+DEFAULT_BIAS = "shared"
+AUXILIARY_LR = 3.0
+STARTS_EQUAL = True
+ABOUT = "the dense FFN, which they share, plus a low-rank matrix each (LoRA)"
+
+
+@described
+class Options(experts.Options):
+    """Low-rank experts know no bonds; they start equal, whatever the noise."""
+
+    bond_dim: int = again(
+        experts.Options,
+        "bond_dim",
+        "Rank of an expert's two thin matrices.",
+        expected="a whole number of at least 1, the rank of kind low-rank",
+    )
+    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
+
+
+def terms(
+    rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
+) -> tuple[list[dict], None]:
+    """See `matrixwise`: the whole matrix, and (in, r) times (r, out) per expert."""
+    own = options.bond_dim
+    if own > min(rows, cols):
+        raise SitesError(f"the rank (--bond-dim) is {own}; expected at most {min(rows, cols)}")
+    thin = whole_term(rows, cols, own, shared=False)
+    return [whole_term(rows, cols, rank, shared=True), thin], None
+
+
+def fit(target: Target, sites: None, options: Options, generator: Generator) -> Fitted:
+    """See `matrixwise`: the matrix; a random left factor of variance 1 / in per expert, and zeros.
+
+    All experts compute the dense matrix at first; their different left factors break the symmetry.
+    """
+    import torch
+
+    rows, cols = target.matrix.shape
+    shape = (options.experts, 1, rows, 1, options.bond_dim)
+    left = torch.randn(shape, generator=generator).to(target.matrix) / rows**0.5
+    right = target.matrix.new_zeros(options.bond_dim, 1, cols, 1)
+    return Fitted([whole_cores(target), [left, right]])
+
+
+def describe(ffn: FFNShape, options: Options) -> Form:
+    """See `experts`."""
+    return describe_matrices(ffn, options, terms)
+
+
+def build(ffn: Targets, form: Form, options: Options) -> Parts:
+    """See `experts`."""
+    return build_matrices(ffn, form, options, fit)

@@ -1,0 +1,107 @@
+"""The one place where a recipe's holes are filled: what the user left open, by checkpoint, kind and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .. import experts
+from ..errors import RecipeError
+from ..source.checkpoint import Checkpoint
+from ..source.families import Family
+from ..source.ffn import FFN
+from ..source.locate import check_alike, resolve
+from ..source.shapes import check_shapes
+from .recipe import Recipe, parse_layers
+
+# What is fitted to when the recipe names no metric: with calibration data, and without.
+METRIC, METRIC_WITHOUT_DATA = "loss", "weights"
+# The same of chains that --bond-dim truncates, which take no gradients.
+METRIC_OF_CHAINS = "outputs"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe without holes, and what it converts.
+
+    Attributes:
+        recipe: repeats the run even if defaults change. `metric` and `allocation` are None where nothing is
+            fitted or shared out.
+        family: how the FFNs are wired into their layers.
+        ffns: those to convert, in layer order.
+        kept_dense: paths of the others.
+    """
+
+    recipe: Recipe
+    family: Family
+    ffns: tuple[FFN, ...]
+    kept_dense: tuple[str, ...]
+
+
+def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool = False) -> Resolved:
+    """Resolve a recipe for an opened checkpoint, from its headers.
+
+    Args:
+        calibrated: there are calibration data, from the recipe or beside it.
+
+    Raises:
+        MpoeError: the checkpoint's FFNs cannot be located or converted, or the recipe does not fit them.
+    """
+    family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
+    chosen = _select(recipe, found)
+    check_alike(checkpoint.architecture, family, chosen)
+    check_shapes(checkpoint)
+    changes = with_fit(recipe, calibrated)
+    full = recipe.replace(
+        revision=checkpoint.revision,
+        ffn=family.by_hand,
+        bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
+        metric=changes.metric,
+        allocation=changes.allocation,
+        **recipe.own_options.resolved(),
+    )
+    kept = tuple(ffn.path for ffn in found if ffn not in chosen)
+    return Resolved(full, family, tuple(chosen), kept)
+
+
+def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
+    """The recipe with its metric and, under a budget, its allocation; for a search, which varies them.
+
+    Raises:
+        RecipeError: it needs calibration data, and there are none.
+    """
+    if not recipe.compresses:
+        return recipe.replace(metric=recipe.metric or (METRIC_OF_CHAINS if calibrated else None))
+    metric = recipe.metric or (METRIC if calibrated else METRIC_WITHOUT_DATA)
+    allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
+    if allocation in ("loss", "measured") and not calibrated:
+        raise RecipeError(needs_calibration("allocation", allocation))
+    return recipe.replace(metric=metric, allocation=allocation)
+
+
+def needs_calibration(name: str, value: str) -> str:
+    """The message for an option that needs calibration data where there are none."""
+    return (
+        f"{name} is {value!r}; expected --calibrate with it (from Python: calibration, if batches were given "
+        "the first time)"
+    )
+
+
+def _select(recipe: Recipe, found: Sequence[FFN]) -> list[FFN]:
+    """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
+    paths = [ffn.path for ffn in found]
+    names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
+    has = f"this model has {len(found)}: {names}"
+    for part in parse_layers(recipe.layers) if recipe.layers is not None else ():
+        if not any(ffn.index in part for ffn in found):
+            number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
+            raise RecipeError(f"layers is {recipe.layers!r}, and {number} matches no FFN; {has}")
+    for option in ("include", "exclude"):
+        for pattern in getattr(recipe, option):
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise RecipeError(f"{option} {pattern!r} matches no FFN; {has}")
+    chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
+    if not chosen:
+        raise RecipeError(f"layers/include/exclude leave no FFN to convert; {has}")
+    return chosen
