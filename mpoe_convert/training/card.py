@@ -35,5 +35,7 @@ def describe_training(path: Path, report: dict) -> None:
         lines.append("Evaluation: " + ", ".join(f"{name[5:]} {scores[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
-    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "See Training for what became of it since.")
+    text = path.read_text(encoding="utf-8").replace(
+        UNTRAINED, "The model was trained after the conversion; see Training."
+    )
     path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -227,7 +227,7 @@ def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Datas
     ]
 
 
-def _load(name: str, auto_class: str, device: torch.device, **options) -> PreTrainedModel:
+def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> PreTrainedModel:
     import transformers
 
     return from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()

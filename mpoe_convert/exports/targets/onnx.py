@@ -12,7 +12,7 @@ import warnings
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class _Sorting(Exception):
 
 
 class _StopsAtSorting(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.sort.stable:
             raise _Sorting
         return func(*args, **(kwargs or {}))
