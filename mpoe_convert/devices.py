@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_device_name(name: str) -> None:
-    """Check the spelling of a device; does not import torch. Raises RequestError if it names no device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise RequestError(f"device is {name!r}; expected auto, cpu, cuda, cuda:N or mps")
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+
+
+def is_device(name: str) -> bool:
+    """Whether a text can be a device's name; this machine may still lack it. Does not import torch."""
+    return re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is not None
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,7 +29,8 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
-    check_device_name(name)
+    if not is_device(name):
+        raise RequestError(f"device is {name!r}; expected {DEVICES}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

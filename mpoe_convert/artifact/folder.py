@@ -40,7 +40,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise _output_error(error, output) from error
 
 
-def check_fit(output: Path, source: Path | None, num_bytes: int) -> None:
+def check_space(output: Path, source: Path | None, num_bytes: int) -> None:
     """Check that output and source folder do not overlap, and that the disk has room.
 
     Args:
@@ -163,7 +163,7 @@ def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
         os.replace(output, aside)
         os.replace(folder, output)
     finally:
-        if not output.exists():  # stopped between the two
+        if not output.exists():  # the second replacement failed
             os.replace(aside, output)
         shutil.rmtree(aside, ignore_errors=True)
 

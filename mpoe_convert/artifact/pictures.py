@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
+from ..extras import need
 from ..source.json_files import read_json_object
 from .card_file import set_section
 from .inspect import inspect
@@ -49,6 +50,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
 
         draw_pictures("out")  # {"error": ("pictures/error.png", "pictures/error.svg"), ...}
     """
+    need("report", "matplotlib", extra="report")
     folder = Path(folder)
     _, report = read_artifact(folder)
     training = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, MPOEChain, MPOEFeedForward, name_cores
+from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, Chain, FeedForward, name_cores
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
 from ..source.custom_code import code_of_artifact
@@ -39,7 +39,7 @@ class Mixture:
         key: prefix of its tensors: "transformer.h.0.mlp".
         layer: the same of its layer: "transformer.h.0".
         path: the layer's module path below the base model: "h.0".
-        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        form: as `modeling_mpoe.FeedForward` reads it.
         spelling: how a dense checkpoint of the family names the FFN's tensors in this layer.
     """
 
@@ -132,7 +132,7 @@ class Artifact:
             CheckpointError: the result holds NaN or Inf, or a tensor cannot be read.
         """
         with torch.device("meta"):
-            chains = [MPOEChain(term, self.num_experts) for term in mixture.form[role]["terms"]]
+            chains = [Chain(term, self.num_experts) for term in mixture.form[role]["terms"]]
         stored = getattr(torch, self.dtype(mixture, role))
         work = torch.float64 if stored == torch.float64 else torch.float32
         cores = self._read_cores(mixture, role)
@@ -296,7 +296,7 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
 
 
 def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:
-    """In the checkpoint's order. Raises CheckpointError if one of a stack or a tensor is missing."""
+    """All mixtures in the checkpoint's order. Raises CheckpointError if a mixture or a tensor is missing."""
     end = f".{family.slot}.router.weight"
     layers = [name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)]
     found = [mixture for layer in layers if (mixture := _mixture(layer, block, family))]
@@ -321,9 +321,9 @@ def _numbered(layer: str) -> str:
 
 
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
-    """Every tensor is there, and as large as the form says. Raises CheckpointError."""
+    """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
     with torch.device("meta"):
-        module = MPOEFeedForward(mixture.form, block["num_experts"], block["top_k"])
+        module = FeedForward(mixture.form, block["num_experts"], block["top_k"])
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)

@@ -1,11 +1,11 @@
-"""Code for the model card: load a converted model, use it, train it, with torch and transformers alone."""
+"""Code for the model card: load, use and train a converted model with torch and transformers alone."""
 
 from __future__ import annotations
 
 import re
 
-PLACEHOLDER = "path/to/this"  # stands for the model until its place is known
-# By Auto class: what the Hub calls the task.
+PLACEHOLDER = "path/to/this"  # in place of the model, until its address is known
+# The Hub's name of the task, by Auto class.
 PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
@@ -18,7 +18,7 @@ tokens = model.generate(**inputs, max_new_tokens=40)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
 _USE = {
     "AutoModelForCausalLM": _GENERATE.format(prompt="Once upon a time"),
-    "AutoModelForSeq2SeqLM": _GENERATE.format(prompt="A text in the form that the base model takes"),
+    "AutoModelForSeq2SeqLM": _GENERATE.format(prompt="A text in the format that the base model expects"),
     "AutoModelForMaskedLM": """\
 inputs = tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")
 with torch.no_grad():
@@ -49,7 +49,7 @@ _TRAIN = """\
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
 model.train()
 for step in range(3):
-    model(**batch).loss.backward()  # the routers' losses are a part of it
+    model(**batch).loss.backward()  # includes the router losses
     optimizer.step()
     optimizer.zero_grad()
 model.save_pretrained("tuned")
@@ -57,7 +57,7 @@ tokenizer.save_pretrained("tuned")"""
 
 
 def loading(auto: str, has_tokenizer: bool) -> str:
-    """Python that makes `model` and, where there is one, `tokenizer`, and uses them if it is known how."""
+    """Python that loads `model` and the tokenizer, if any, and uses them if the head is one of `_USE`."""
     lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else ""), ""]
     if has_tokenizer and auto in _USE:
         lines.insert(0, "import torch")
@@ -71,18 +71,18 @@ def loading(auto: str, has_tokenizer: bool) -> str:
 
 
 def training(auto: str) -> str | None:
-    """Python that trains `model`, where `loading` has made it; None: not known for that head."""
+    """Python that trains the `model` of `loading`; None for heads other than those of `_BATCH`."""
     return _TRAIN.format(batch=_BATCH[auto]) if auto in _BATCH else None
 
 
 def command(auto: str, *, has_own_code: bool) -> str:
-    """A command line that trains it; code of its own has to be trusted."""
+    """A command line that trains it, with consent to custom code if there is any."""
     data = "pairs.jsonl" if auto == "AutoModelForSeq2SeqLM" else "texts.jsonl"
     trust = " --trust-remote-code" if has_own_code else ""
     return f"mpoe-convert finetune {PLACEHOLDER} --data {data} -o tuned/{trust}"
 
 
 def with_model_id(text: str, model_id: str) -> str:
-    """A text whose snippets load `model_id`, whatever they loaded before."""
+    """The text with snippets that load `model_id`, whatever they loaded before."""
     text = re.sub(r'^model_id = ".*"$', f'model_id = "{model_id}"', text, flags=re.MULTILINE)
     return re.sub(r"^(mpoe-convert finetune) \S+", rf"\1 {model_id}", text, flags=re.MULTILINE)

@@ -209,7 +209,7 @@ def _is_path(model: str) -> bool:
 
 
 def _is_shadowed(model: str) -> bool:
-    """Whether transformers would take a Hub id for a folder here; folders are absolute by now."""
+    """Whether a folder here has the name of this Hub id, so that transformers would load it instead."""
     return not Path(model).is_absolute() and Path(model).exists()
 
 

@@ -44,9 +44,9 @@ def main() -> dict:
     transformers.logging.disable_progress_bar()
     auto = getattr(transformers, request["auto_class"])
     options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
-    # Of an export, the artifact is what it is compared with.
+    # An export is compared with its artifact, an artifact with the dense model.
     is_export = request["is_export"]
-    trusted = request["trust_remote_code"]  # of either
+    trusted = request["trust_remote_code"]  # of each of the two
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
         revision = request["revision"] or "main"
@@ -85,8 +85,13 @@ def by_expert(model: Any, experts: list[int] | None) -> Iterator[Any]:
     for expert in experts:
 
         def choose(router: Any, args: tuple, routing: Any, expert: int = expert) -> Any:
-            weights = torch.ones_like(routing.weights[:, :1])
-            return routing._replace(weights=weights, experts=torch.full_like(routing.experts[:, :1], expert))
+            tokens = torch.arange(len(routing.logits), device=routing.logits.device)
+            weights, experts = torch.ones_like(routing.logits[:, 0]), torch.full_like(tokens, expert)
+            choices = getattr(routing, "choices", None)
+            if choices is None:  # from the code of an earlier release: weights and experts (T, k)
+                return routing._replace(weights=weights[:, None], experts=experts[:, None])
+            alone = choices._replace(tokens=tokens, experts=experts, weights=weights, per_token=1)
+            return routing._replace(choices=alone, room=None)
 
         routers = [ffn.router for _, ffn in model.mixtures()]
         handles = [router.register_forward_hook(choose) for router in routers]
@@ -164,7 +169,7 @@ def run(model: Any, inputs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor
     import torch
 
     with torch.no_grad():
-        outputs = model(**inputs, return_dict=True).items()  # caches and the like are not tensors
+        outputs = model(**inputs, return_dict=True).items()  # some, such as caches, are not tensors
         tensors = {k: v for k, v in outputs if isinstance(v, torch.Tensor) and v.is_floating_point()}
         tokens = None
         if model.can_generate() and "input_ids" in inputs:

@@ -1,1 +1,1 @@
-"""Which ranks, in which metric: calibration, budgets, corrections."""
+"""Decide which ranks the matrices keep: calibrate, choose ranks under a budget, correct what is left."""

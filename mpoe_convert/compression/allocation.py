@@ -1,9 +1,9 @@
-"""How many ranks every matrix keeps under one budget.
+"""Divide one budget of parameters among matrices: the rank that every matrix keeps.
 
-A matrix of n = min(in, out) possible ranks costs (in + out) numbers per rank, or in * out as a whole. What
-keeping r of them loses is known from its spectrum. The losses are convex in r, so taking the step with the
-largest gain per number first is optimal up to the last step; only the jump from a factored matrix to the
-whole one is not convex, and is taken as one step from where it pays (the lower convex hull of all choices).
+A matrix of n = min(in, out) possible ranks costs (in + out) parameters per rank, or in * out as a whole. Its
+spectrum says what keeping r ranks loses. The losses are convex in r, so taking the step with the largest gain
+per parameter first is optimal up to the last step. Only the jump from a factored matrix to the whole one is
+not convex; it is taken as one step from where it pays (the lower convex hull of all choices).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One matrix to be given ranks.
+    """One matrix whose rank is chosen. In this module a rank of None is the whole matrix.
 
     Attributes:
-        rank_cost: numbers per rank, all experts included.
-        whole_cost: numbers of the matrix as it is.
-        losses: (n + 1,) what keeping 0, 1 ... n ranks loses; descending to about 0.
+        rank_cost: parameters per rank, all experts included.
+        whole_cost: parameters of the whole matrix.
+        losses: (n + 1,) loss with 0, 1 ... n ranks kept; descending to about 0.
     """
 
     name: str
@@ -33,21 +33,22 @@ class Candidate:
 
     @property
     def largest_rank(self) -> int:
-        """The largest that is cheaper than the whole matrix; at least 1."""
+        """The largest rank that costs less than the whole matrix; at least 1."""
         return max(min((self.whole_cost - 1) // self.rank_cost, len(self.losses) - 1), 1)
 
     def cost(self, rank: int | None) -> int:
+        """Parameters."""
         return self.whole_cost if rank is None else rank * self.rank_cost
 
     def loss(self, rank: int | None) -> float:
         return 0.0 if rank is None else float(self.losses[rank])
 
     def error(self, rank: int | None) -> float:
-        """Square root of the part of everything that is lost; 0 for a matrix that computes nothing."""
+        """Relative error: the square root of the lost fraction; 0 for a matrix that computes nothing."""
         return float((self.loss(rank) / self.losses[0]) ** 0.5) if self.losses[0] > 0 else 0.0
 
     def smallest_within(self, error: float) -> int | None:
-        """The smallest rank with no larger error; None: only the whole matrix has none."""
+        """The smallest rank whose error is at most `error`; None if only the whole matrix meets it."""
         fits = np.flatnonzero(self.losses[1 : self.largest_rank + 1] <= error**2 * self.losses[0])
         return int(fits[0]) + 1 if len(fits) else None
 
@@ -56,27 +57,28 @@ Ranks = dict[str, int | None]
 
 
 def cost(candidates: Sequence[Candidate], ranks: Ranks) -> int:
+    """Parameters of all matrices at these ranks."""
     return sum(each.cost(ranks[each.name]) for each in candidates)
 
 
 def smallest(candidates: Sequence[Candidate], max_error: float | None = None) -> Ranks:
-    """The fewest ranks; with a limit, the fewest that keep every matrix's error within it."""
+    """Rank 1 of every matrix; with `max_error`, the smallest rank whose error is at most that."""
     if max_error is None:
         return {each.name: 1 for each in candidates}
     return {each.name: each.smallest_within(max_error) for each in candidates}
 
 
 def uniform(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks:
-    """The same share of every matrix's numbers, beginning with what `start` gives; None: all of them."""
+    """The same fraction of every matrix's parameters, at least the rank in `start`."""
 
-    def ranks_at(share: float) -> Ranks:
-        found = {}
-        for each in candidates:
-            rank = int(share * each.whole_cost / each.rank_cost)
-            least = start[each.name]
-            enough = least is None or share >= 1
-            found[each.name] = None if enough else min(max(rank, least), each.largest_rank)
-        return found
+    def rank_at(fraction: float, each: Candidate) -> int | None:
+        least = start[each.name]
+        if least is None or fraction >= 1:
+            return None
+        return min(max(int(fraction * each.whole_cost / each.rank_cost), least), each.largest_rank)
+
+    def ranks_at(fraction: float) -> Ranks:
+        return {each.name: rank_at(fraction, each) for each in candidates}
 
     if cost(candidates, ranks_at(1.0)) <= budget:
         return ranks_at(1.0)
@@ -88,10 +90,10 @@ def uniform(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks
 
 
 def greedy(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks:
-    """The ranks that lose least in sum, beginning with what `start` gives.
+    """The ranks with the smallest sum of losses, at least those in `start`.
 
-    Steps along every matrix's lower convex hull are taken in the order of their gain per number. A matrix
-    whose next step does not fit goes on rank by rank.
+    Steps along every matrix's lower convex hull are taken in the order of their gain per parameter. A matrix
+    whose jump to the whole one does not fit goes on rank by rank.
     """
     ranks, left = dict(start), budget - cost(candidates, start)
     steps = {each.name: _hull(each, start[each.name]) for each in candidates}
@@ -106,13 +108,13 @@ def greedy(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks:
         push(name)
     while heap:
         name = heapq.heappop(heap)[1]
-        each, after = by_name[name], steps[name][0]
-        price = each.cost(after) - each.cost(ranks[name])
+        each, before, after = by_name[name], ranks[name], steps[name][0]
+        price = each.cost(after) - each.cost(before)
         if price <= left:
             ranks[name], left = after, left - price
             steps[name].popleft()
-        elif after is None and ranks[name] < each.largest_rank:
-            steps[name] = deque(range(ranks[name] + 1, each.largest_rank + 1))
+        elif after is None and before is not None and before < each.largest_rank:
+            steps[name] = deque(range(before + 1, each.largest_rank + 1))
         else:
             continue
         push(name)
@@ -120,7 +122,7 @@ def greedy(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks:
 
 
 def _hull(each: Candidate, start: int | None) -> deque[int | None]:
-    """The choices behind `start` on the lower convex hull of what can be lost at which cost."""
+    """The ranks above `start` on the lower convex hull of (cost, loss)."""
     hull: list[int | None] = [start]
     for choice in [] if start is None else [*range(start + 1, each.largest_rank + 1), None]:
         while len(hull) > 1 and _slope(each, hull[-2], hull[-1]) < _slope(each, hull[-2], choice):
@@ -130,6 +132,6 @@ def _hull(each: Candidate, start: int | None) -> deque[int | None]:
 
 
 def _slope(each: Candidate, before: int | None, after: int | None) -> float:
-    """Gain per number."""
+    """Gain per parameter."""
     price = each.cost(after) - each.cost(before)
     return (each.loss(before) - each.loss(after)) / price if price else float("inf")

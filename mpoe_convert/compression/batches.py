@@ -1,10 +1,10 @@
-"""Calibration data: text into batches of the model's inputs, and which of their tokens count."""
+"""Turn calibration text into batches of model inputs, and say which of their tokens count."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,41 +15,39 @@ from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
+from ..source.text_options import TextSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens per forward pass: enough that reading a block's weights takes little of the time.
+# Tokens per forward pass: enough that reading a block's weights takes a small part of the time.
 TOKENS_PER_BATCH = 4096
-# One batch in so many is kept out of the moments; inputs of so many of its tokens measure the result.
+# One batch in `HELD_OUT` is left out of the moments; it measures the result.
 HELD_OUT = 16
+# An example that is not made of tokens, such as an image, counts as so many.
+TOKENS_PER_IMAGE = 256
 
 NOTHING_COUNTS = (
-    "the labels of the calibration batches {} leave out every place (-100); expected some that count"
+    "all labels in the calibration batches {} are -100, so nothing can be scored; pass at least one other "
+    "label"
 )
 
 Batch = Mapping[str, Tensor]
 
 
-class CalibrationText(Protocol):
-    """Which text, and how much of it; fields as of `Recipe`."""
+def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
+    """Batches of model inputs from calibration text; all tensors are (examples, tokens) in int64.
 
-    calibrate: tuple[str, ...]
-    calibration_tokens: int
-    calibration_split: str
-    text_column: str
-    target_column: str
+    Data with a target column become pairs. Encoder-decoders read text and target on separate sides; causal
+    models read them concatenated, and only the target's tokens are scored. All other texts become blocks of
+    tokens, which encoder-decoders read on both sides.
 
-
-def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | None = None) -> list[Batch]:
-    """Batches of the model's inputs from calibration text.
-
-    Data with a target column are read as pairs: by encoder-decoders text and target on a side each, by
-    models that say the next token one after the other, and then only what is said of the target counts.
-    Else texts are read as blocks of tokens, by encoder-decoders on both sides.
+    Args:
+        token: Hub token for private data.
 
     Raises:
-        DataError: the data cannot be read, or are shorter than what was asked for.
+        DataError: the data cannot be read, or have fewer tokens than `calibration_tokens`.
         RecipeError: the model does not read text.
     """
     _check_reads_text(checkpoint)
@@ -66,7 +64,7 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
             f"the calibration text has {len(blocks) * length:,} tokens in blocks of {length}; expected the "
             f"{wanted * length:,} of --calibration-tokens: give more text or ask for fewer"
         )
-    chosen = blocks.select(_spread(len(blocks), wanted))
+    chosen = blocks.select(evenly_spread(len(blocks), wanted))
     ids = torch.tensor(chosen["input_ids"])
     second = ()
     if checkpoint.config.get("is_encoder_decoder"):
@@ -79,7 +77,7 @@ def make_batches(recipe: CalibrationText, checkpoint: Checkpoint, token: str | N
 def _check_reads_text(checkpoint: Checkpoint) -> None:
     cls = checkpoint.architecture.model_class
     main = getattr(cls, "main_input_name", "input_ids")
-    if main != "input_ids":
+    if cls and main != "input_ids":
         raise RecipeError(
             f"calibration data are text, and {cls.__name__} reads {main}; expected batches of your own, as "
             "convert(..., calibration=batches)"
@@ -96,15 +94,15 @@ def _writes_text(checkpoint: Checkpoint) -> bool:
     return cls is not None and cls.__name__.endswith("ForConditionalGeneration")
 
 
-def _pairing(checkpoint: Checkpoint) -> Callable | None:
-    """What makes examples of rows with text and target, if the model can answer."""
+def _pairing(checkpoint: Checkpoint) -> Callable[..., Dataset] | None:
+    """The function that encodes rows of text and target; None for models that generate no text."""
     if _writes_text(checkpoint) and checkpoint.config.get("is_encoder_decoder"):
         return texts.pairs
-    return texts.answers if says_next(checkpoint) else None
+    return texts.answers if is_causal(checkpoint) else None
 
 
-def says_next(checkpoint: Checkpoint) -> bool:
-    """Whether what stands at a place of the model's outputs is about the next token."""
+def is_causal(checkpoint: Checkpoint) -> bool:
+    """True if the logits at position t predict token t + 1."""
     if checkpoint.config.get("is_encoder_decoder"):
         return False
     cls = checkpoint.architecture.model_class
@@ -112,8 +110,8 @@ def says_next(checkpoint: Checkpoint) -> bool:
     return causal == "AutoModelForCausalLM" or (cls is not None and cls.can_generate())
 
 
-def _read(recipe: CalibrationText, task: str, token: str | None):
-    """Rows with the columns of the task, or with texts alone where there are no targets."""
+def _read(recipe: TextSource, task: str, token: str | None) -> Dataset:
+    """Rows with the task's columns; with the text column alone if the data have no targets."""
     from datasets import Dataset, concatenate_datasets
 
     columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
@@ -129,8 +127,8 @@ def _read(recipe: CalibrationText, task: str, token: str | None):
     return concatenate_datasets(parts)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """So many numbers below `count`, evenly spread."""
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices below `count` at even distances."""
     return [k * count // wanted for k in range(wanted)]
 
 
@@ -139,7 +137,14 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(rows, encode: Callable, tokenizer, recipe: CalibrationText, length: int) -> list[Batch]:
+def _pair_batches(
+    rows: Dataset,
+    encode: Callable[..., Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: TextSource,
+    length: int,
+) -> list[Batch]:
+    """Batches of pairs that are about equally long."""
     columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
     encoded = encode(rows, tokenizer, columns, length)
     sizes = [len(ids) for ids in encoded["input_ids"]]
@@ -149,13 +154,18 @@ def _pair_batches(rows, encode: Callable, tokenizer, recipe: CalibrationText, le
             f"the calibration pairs have {sum(sizes):,} tokens that the model reads; expected the "
             f"{recipe.calibration_tokens:,} of --calibration-tokens: give more text or ask for fewer"
         )
-    chosen = sorted(_spread(len(sizes), wanted), key=lambda i: (sizes[i], i))  # little padding
+    chosen = sorted(
+        evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i)
+    )  # similar lengths: little padding
     per_batch = _per_batch(wanted, max(sizes[i] for i in chosen))
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     order = [chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)]
-    return [_pad(encoded.select(part), tokenizer.pad_token_id or 0) for part in order]
+    return [_pad(encoded.select(part), pad) for part in order]
 
 
-def _pad(rows, pad: int) -> Batch:
+def _pad(rows: Dataset, pad: int) -> Batch:
+    """The rows as one batch, padded on the right to the longest."""
+
     def padded(values: list[list[int]], fill: int) -> Tensor:
         return nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, fill)
 
@@ -169,53 +179,60 @@ def _pad(rows, pad: int) -> Batch:
 
 
 def is_held_out(number: int, batches: Sequence[Batch]) -> bool:
-    """Whether a batch is kept out of what matrices are fitted to."""
+    """True if no matrix is fitted to batch `number`."""
     return number % HELD_OUT == HELD_OUT - 1 or number == len(batches) - 1
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(what matrices are fitted to, what is held out)."""
+    """(the batches that matrices are fitted to, the held-out batches)."""
     parts: tuple[list[Batch], list[Batch]] = [], []
     for number, batch in enumerate(batches):
         parts[is_held_out(number, batches)].append(batch)
     return parts
 
 
+def num_examples(batch: Batch) -> int:
+    """Rows of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def num_tokens(batches: Sequence[Batch]) -> int | None:
+    """Tokens in the batches, padding included; None if some batch holds no tokens (images)."""
+    if any("input_ids" not in batch for batch in batches):
+        return None
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
 def token_mask(model: PreTrainedModel, batch: Batch, *, decoder: bool) -> Tensor | None:
-    """Which tokens of the decoder's (or only), or of the encoder's sequences are no padding; None: all."""
+    """(examples, tokens) mask of the tokens that are no padding; None: no token is padding.
+
+    Args:
+        decoder: of the decoder's (or the only) sequence; else of the encoder's.
+    """
     if model.config.is_encoder_decoder and decoder:
         return batch["labels"] != -100 if "labels" in batch else None
     return batch.get("attention_mask")
 
 
-def prediction_mask(model: PreTrainedModel, batch: Batch, says_next: bool) -> Tensor | None:
-    """Which places of the (decoder's or only) outputs count; None: all.
+def prediction_mask(model: PreTrainedModel, batch: Batch, is_causal: bool) -> Tensor | None:
+    """(examples, tokens) mask of the positions whose outputs are scored; None: all of them.
 
-    Neither padding nor what `labels` leave out with -100: of a model that says the next token, those places
-    whose next label is left out.
+    Padding is not scored, nor is a position whose label is -100 (of a causal model: whose next label is).
     """
     mask, labels, ids = token_mask(model, batch, decoder=True), batch.get("labels"), batch.get("input_ids")
     if model.config.is_encoder_decoder or labels is None or ids is None or labels.shape != ids.shape:
         return mask
     kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-    counted = (labels != -100) & kept
-    if says_next:
-        counted = nn.functional.pad(counted[:, 1:], (0, 1))
-    return counted & kept
+    scored = (labels != -100) & kept
+    if is_causal:
+        scored = nn.functional.pad(scored[:, 1:], (0, 1))
+    return scored & kept
 
 
 def token_rows(model: PreTrainedModel, batch: Batch, path: str, x: Tensor) -> Tensor:
-    """What an FFN at that path reads or writes, (tokens, features) in float32, without padding."""
+    """Activations of the FFN at `path` as (tokens, features) in float32, without padding."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     mask = token_mask(model, batch, decoder=path.startswith("decoder"))
     if mask is None or mask.numel() != len(rows):
         return rows
     return rows[mask.reshape(-1).bool().to(rows.device)]
-
-
-def used_tokens(batches: Sequence[Batch]) -> int | None:
-    """Tokens that are not held out; None for inputs that are no tokens."""
-    used = split(batches)[0]
-    if any("input_ids" not in batch for batch in used):
-        return None
-    return sum(batch["input_ids"].shape.numel() for batch in used)

@@ -1,13 +1,13 @@
-"""Fit every matrix to what it should compute from what really reaches it.
+"""Fit every matrix to the dense model's outputs, given the inputs that reach it behind compressed matrices.
 
-The dense model and the one that is being made walk side by side over the calibration text. In front of every
-matrix both stop; X are the dense model's inputs, X' those of the model whose matrices before this one are
-compressed already. The matrix is then fitted to X W, not to itself: the least-squares solution
+The dense model and the compressed one run in lockstep over the calibration text. In front of every matrix
+both wait. X are the dense model's inputs, X' those of the model whose earlier matrices are compressed. The
+matrix is then fitted to X W, not to itself: the least-squares solution
 
     W' = (X'^T X' + ridge)^-1 (X'^T X W + ridge W)
 
-is what takes W's place, factored in the metric of X'. (SVD-LLM's closed-form update, arXiv 2403.07378, with
-the dense model's own activations as the target.)
+takes the place of W, factored in the metric of X'. (SVD-LLM's closed-form update, arXiv 2403.07378, with the
+dense model's own activations as the target.)
 """
 
 from __future__ import annotations
@@ -18,28 +18,34 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..decomposition.low_rank import Metric, factor, thin_side
+from ..decomposition.low_rank import factor, thin_side
 from ..errors import DataError, RecipeError
-from ..planning.plan import FFNPlan, MatrixPlan, Plan
-from ..source.checkpoint import Checkpoint
-from ..source.matrices import read_bias, read_matrix
-from .batches import Batch, split, token_rows, used_tokens
-from .calibrate import Calibration, Progress
-from .moments import place_of
-from .stream import InStep, check_activations, projection_modules, run_batch, streamed_model
+from ..planning.plan import FFNPlan, MatrixPlan
+from ..source.matrices import read_matrix
+from .batches import num_tokens, token_rows
+from .dense_run import DenseRun, Progress
+from .lockstep import LockstepWalk, project
+from .metrics import FitMetric
+from .moment_cache import Calibration
+from .moments import FFNMoments, place_of
+from .stream import check_activations, run_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Of the mean eigenvalue of X'^T X': how strongly W' is held to W.
 RIDGE = 1e-3
 
 
 class Corrections:
-    """What takes the place of the matrices, on disk as long as this object lives."""
+    """The corrected matrices, on disk as long as this object lives."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.folder = Path(mkdtemp(prefix="mpoe-corrections-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
@@ -47,28 +53,29 @@ class Corrections:
         return self.folder / f"{name}.safetensors"
 
     def save(self, name: str, parts: Sequence[Tensor]) -> None:
+        """Keep what takes the place of the matrix called `name`."""
         from safetensors.torch import save_file
 
         save_file({str(k): part.cpu().contiguous() for k, part in enumerate(parts)}, self._file(name))
 
     def load(self, name: str) -> tuple[Tensor, ...]:
-        """The two factors, or the one matrix (in, out)."""
+        """The two factors (in, rank) and (rank, out), or the one matrix (in, out)."""
         from safetensors.torch import load_file
 
         return tuple(part for _, part in sorted(load_file(self._file(name)).items()))
 
 
-def check_correctable(plan: Plan, batches: Sequence[Batch]) -> None:
-    """Whether a plan's matrices can be corrected.
+def check_correctable(run: DenseRun) -> None:
+    """Check that the matrices of a run can be corrected.
 
     Raises:
         RecipeError: layers share an FFN, which then has more than one place in the order of matrices.
         DataError: fewer tokens than a matrix has inputs.
     """
-    shared = next((ffn.ffn.path for ffn in plan.ffns if ffn.runs_per_token != 1), None)
+    shared = next((ffn.ffn.path for ffn in run.plan.ffns if ffn.runs_per_token != 1), None)
     if shared:
         raise RecipeError(f"correct was asked for, and layers share the FFN {shared}; expected one each")
-    needed, tokens = max(matrix.rows for matrix in plan.matrices), used_tokens(batches)
+    needed, tokens = max(matrix.rows for matrix in run.plan.matrices), num_tokens(run.fitted_to)
     if tokens is not None and tokens < needed:
         raise DataError(
             f"correct was asked for with {tokens:,} calibration tokens beside those held out; expected "
@@ -76,138 +83,133 @@ def check_correctable(plan: Plan, batches: Sequence[Batch]) -> None:
         )
 
 
-def correct(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    batches: Sequence[Batch],
-    device: torch.device,
-    progress: Progress,
-) -> Corrections:
-    """Fit all matrices of a plan, in the order in which tokens meet them.
+def correct(run: DenseRun, calibration: Calibration, metric: FitMetric, progress: Progress) -> Corrections:
+    """Fit all matrices of the run's plan, in the order in which tokens meet them.
 
     Raises:
         CheckpointError: activations hold NaN or Inf.
     """
-    with streamed_model(plan, checkpoint, device) as model:
-        walk = _Walk(model, plan, checkpoint, calibration, split(batches)[0], device, progress)
-        walk.run()
+    with run.streamed() as model:
+        walk = CorrectionWalk(run, model, calibration, metric, progress)
+        walk.walk_batches()
     return walk.corrections
 
 
-class _Walk:
-    """Two passes per batch, the dense one's number even, the other's odd."""
+class _LeastSquares:
+    """The normal equations of the matrices that read one place: X'^T X', and X'^T X W of each.
 
-    def __init__(self, model, plan, checkpoint, calibration, batches, device, progress):
-        self.model, self.plan, self.checkpoint, self.calibration = model, plan, checkpoint, calibration
-        self.batches, self.device, self.progress = batches, device, progress
-        self.corrections = Corrections()
-        self.steps = InStep()
-        self.made: dict[str, tuple[Tensor, ...]] = {}  # by matrix name: factors, of the FFN in work
-        self.weights: dict[str, Tensor] = {}
-        self.rows: Tensor | None = None  # of the dense pass of the batch in work
-        self.at: tuple[FFNPlan, str] | None = None
-        self.gram: Tensor | None = None
-        self.targets: dict[str, Tensor] = {}
-        self.fitted = 0
-        self.handles = []
-        for ffn in plan.ffns:
-            self._watch(ffn)
+    Sums are in float64 over batches; products in float32.
 
-    def run(self) -> None:
-        passes = [partial(run_batch, self.model, batch) for batch in self.batches for _ in range(2)]
-        try:
-            with torch.no_grad():
-                self.steps.run(passes, self._fit)
-        finally:
-            for handle in self.handles:
-                handle.remove()
+    Attributes:
+        weights: by name, W (in, out) in float32.
+    """
 
-    @property
-    def _is_made(self) -> bool:
-        return self.steps.current % 2 == 1
-
-    def _watch(self, ffn: FFNPlan) -> None:
-        modules = projection_modules(self.model, self.plan.family, ffn)
-        by_module: dict[nn.Module, list[MatrixPlan]] = {}
-        for matrix in ffn.matrices:
-            by_module.setdefault(modules[matrix.role], []).append(matrix)
-
-        def arrive(place: str, module, args):
-            self._arrive(ffn, place, args[0])
-            self.steps.wait()
-            if place == "inner" and ffn is self.plan.ffns[-1]:
-                self.steps.stop()  # the last one is fitted
-
-        def replace(matrices: list[MatrixPlan], module, args, output):
-            if self._is_made:
-                parts = sorted(matrices, key=lambda matrix: matrix.source.part or 0)
-                return torch.cat([self._apply(part, args[0]) for part in parts], -1).to(output)
-            return None
-
-        first = modules.get("gate", modules["up"])
-        self.handles.append(first.register_forward_pre_hook(partial(arrive, "inputs")))
-        self.handles.append(modules["down"].register_forward_pre_hook(partial(arrive, "inner")))
-        for module, matrices in by_module.items():
-            self.handles.append(module.register_forward_hook(partial(replace, matrices)))
-
-    def _apply(self, matrix: MatrixPlan, x: Tensor) -> Tensor:
-        y = x.float()
-        for part in self.made[matrix.name]:
-            y = y @ part
-        if matrix.source.bias:
-            y = y + read_bias(self.checkpoint, matrix.source).to(y)
-        return y
-
-    def _arrive(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
-        batch = self.batches[self.steps.current // 2]
-        rows = token_rows(self.model, batch, ffn.ffn.path, x)
-        check_activations(rows, f"{ffn.ffn.path} ({place})")
-        if not self._is_made:
-            self.rows = rows
-            return
-        if self.at is None:
-            self._begin(ffn, place)
-        self.gram += (rows.mT @ rows).double()
-        for name, weight in self.weights.items():
-            self.targets[name] += (rows.mT @ (self.rows @ weight)).double()
-
-    def _begin(self, ffn: FFNPlan, place: str) -> None:
-        self.at = (ffn, place)
-        self.weights = {
-            matrix.name: read_matrix(self.checkpoint, matrix.source, self.device).float()
-            for matrix in ffn.matrices
-            if place_of(matrix.role) == place
-        }
-        options = {"dtype": torch.float64, "device": self.device}
-        rows = next(iter(self.weights.values())).shape[0]
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        rows = next(iter(weights.values())).shape[0]
+        options = {"dtype": torch.float64, "device": next(iter(weights.values())).device}
         self.gram = torch.zeros(rows, rows, **options)
-        self.targets = {name: torch.zeros(*w.shape, **options) for name, w in self.weights.items()}
+        self.targets = {name: torch.zeros(*weight.shape, **options) for name, weight in weights.items()}
 
-    def _fit(self) -> None:
-        """All passes wait in front of the same matrices."""
-        if self.at is None:
-            return
-        ffn, place = self.at
-        if place == "inputs":  # all are past the FFN before
-            self.made.clear()
-        moments = self.calibration.load(ffn.ffn.path)
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        """Add inputs (tokens, in): X of the dense model, X' of the compressed one."""
+        self.gram += (compressed.mT @ compressed).double()
+        for name, weight in self.weights.items():
+            self.targets[name] += (compressed.mT @ (dense @ weight)).double()
+
+    def solve(self) -> dict[str, Tensor]:
+        """W' of each, in float64. The ridge is added to the moment for good."""
         level = RIDGE * float(self.gram.diagonal().mean())
         self.gram.diagonal().add_(level if level > 0 else 1.0)
         root = torch.linalg.cholesky(self.gram)
-        for matrix in ffn.matrices:
-            if matrix.name not in self.weights:
-                continue
-            weight = self.weights[matrix.name]
-            wanted = torch.cholesky_solve(self.targets[matrix.name] + level * weight.double(), root)
-            parts = (wanted.float(),)
-            if matrix.rank is not None:
-                inputs = thin_side(matrix.rows, matrix.cols) == "in"
-                moment = self.gram if inputs else wanted.mT @ self.gram @ wanted
-                answer = moments.answer(matrix, weight) if self.plan.recipe.metric == "loss" else None
-                parts = factor(wanted.float(), matrix.rank, Metric(moment, answer))
-            self.made[matrix.name] = parts
+        return {
+            name: torch.cholesky_solve(self.targets[name] + level * weight.double(), root)
+            for name, weight in self.weights.items()
+        }
+
+
+class CorrectionWalk(LockstepWalk):
+    """Two passes per batch: the even ones are the dense model's, the odd ones the compressed model's."""
+
+    def __init__(
+        self,
+        run: DenseRun,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        metric: FitMetric,
+        progress: Progress,
+    ) -> None:
+        super().__init__(run, model)
+        self.calibration, self.metric, self.progress = calibration, metric, progress
+        self.batches = run.fitted_to
+        self.corrections = Corrections()
+        self.compressed: dict[str, tuple[Tensor, ...]] = {}  # by matrix name, of the FFN that passes are in
+        self.dense_rows = torch.empty(0)  # of the dense pass over the batch that runs
+        self.equations: _LeastSquares | None = None
+        self.num_fitted = 0
+
+    def walk_batches(self) -> None:
+        self.walk([partial(run_batch, self.model, batch) for batch in self.batches for _ in range(2)])
+
+    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+        self._add(ffn, place, x)
+        self.wait_at(ffn, place)
+        if place == "inner" and ffn is self.run.plan.ffns[-1]:
+            self.stop()  # the last matrix is fitted
+
+    def _add(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+        rows = token_rows(self.model, self.batches[self.current // 2], ffn.ffn.path, x)
+        check_activations(rows, f"{ffn.ffn.path} ({place})")
+        if not self._is_compressed:
+            self.dense_rows = rows
+            return
+        if self.equations is None:
+            self.equations = _LeastSquares({m.name: self._read(m) for m in _readers(ffn, place)})
+        self.equations.add(self.dense_rows, rows)
+
+    def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> Tensor | None:
+        """The output of the compressed matrices, in passes of the compressed model."""
+        if not self._is_compressed:
+            return None
+        parts = sorted(matrices, key=lambda matrix: matrix.source.part or 0)
+        checkpoint = self.run.checkpoint
+        outputs = [project(checkpoint, part.source, x, self.compressed[part.name]) for part in parts]
+        return torch.cat(outputs, -1).to(y)
+
+    def release(self, ffn: FFNPlan | None, place: str) -> None:
+        """Fit the matrices that the passes wait in front of."""
+        if ffn is None or self.equations is None:
+            return
+        if place == "inputs":  # all passes are behind the FFN before
+            self.compressed.clear()
+        moments = self.calibration.load(ffn.ffn.path)
+        solved = self.equations.solve()
+        for matrix in _readers(ffn, place):
+            parts = self._fit(matrix, solved[matrix.name], self.equations, moments)
+            self.compressed[matrix.name] = parts
             self.corrections.save(matrix.name, parts)
-        self.fitted += place == "inner"
-        self.progress(f"{ffn.ffn.path} ({place})", self.fitted, len(self.plan.ffns))
-        self.at, self.rows = None, None
+        self.num_fitted += place == "inner"
+        self.progress(f"{ffn.ffn.path} ({place})", self.num_fitted, len(self.run.plan.ffns))
+        self.equations = None
+
+    def _fit(
+        self, matrix: MatrixPlan, wanted: Tensor, equations: _LeastSquares, moments: FFNMoments
+    ) -> tuple[Tensor, ...]:
+        """W' in float32: whole, or factored."""
+        if matrix.rank is None:
+            return (wanted.float(),)
+        gram, weight = equations.gram, equations.weights[matrix.name]
+        moment = gram if thin_side(matrix.rows, matrix.cols) == "in" else wanted.mT @ gram @ wanted
+        return factor(wanted.float(), matrix.rank, self.metric.weigh(matrix, weight, moments, moment=moment))
+
+    def _read(self, matrix: MatrixPlan) -> Tensor:
+        return read_matrix(self.run.checkpoint, matrix.source, self.run.device).float()
+
+    @property
+    def _is_compressed(self) -> bool:
+        return self.current % 2 == 1
+
+
+def _readers(ffn: FFNPlan, place: str) -> list[MatrixPlan]:
+    """The matrices of an FFN that multiply what is at a place."""
+    return [matrix for matrix in ffn.matrices if place_of(matrix.role) == place]

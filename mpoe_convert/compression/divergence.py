@@ -1,26 +1,30 @@
-"""How far an artifact is from its dense model on calibration text that it was not fitted to."""
+"""Measure how far an artifact is from its dense model on held-out calibration text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..artifact.loading import from_pretrained
 from ..errors import DataError
-from ..planning.plan import Plan
 from ..source.architecture import main_auto_class
-from ..source.checkpoint import Checkpoint
-from .batches import NOTHING_COUNTS, Batch, prediction_mask, says_next, split
-from .stream import keep_no_cache, run_batch, streamed_model
+from .batches import NOTHING_COUNTS, TOKENS_PER_IMAGE, Batch, num_examples, prediction_mask
+from .dense_run import DenseRun
+from .stream import keep_no_cache, run_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils.generic import ModelOutput
 
 # Logits of so many tokens are compared; they are kept in memory.
 MAX_TOKENS = 4096
-IMAGE_TOKENS = 256  # for as many counts an example that is not made of tokens
+# Perplexities end at e**700: no number of tokens is as large.
+MAX_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class Divergence:
     """Means over held-out tokens.
 
     Attributes:
-        tokens: how many.
+        tokens: number of tokens.
         nats: Kullback-Leibler divergence of the artifact's distribution over tokens (or classes) from the
-            dense model's; None for models without logits.
+            dense model's, in nats per token; None for models without logits.
         difference: relative difference of the last hidden states, for those.
-        dense_perplexity / perplexity: of the dense model and of the artifact; None where the model predicts
-            no text of its own.
+        dense_perplexity / perplexity: of the dense model and of the artifact; None for models that do not
+            generate text.
     """
 
     tokens: int
@@ -44,126 +48,144 @@ class Divergence:
 
     @property
     def distance(self) -> float:
-        """What is compared; infinite if the artifact's outputs are not finite."""
+        """`nats` or `difference`, whichever there is; infinite if it is not finite."""
         found = self.difference if self.nats is None else self.nats
-        return found if math.isfinite(found) else math.inf
+        return found if found is not None and math.isfinite(found) else math.inf
 
     def in_words(self) -> str:
         measured = f"Measured on {self.tokens:,} held-out tokens:"
         if self.nats is None:
-            return f"{measured} the last hidden states differ by {self.difference:.3f} of their size."
+            return f"{measured} the relative difference of the last hidden states is {self.difference:.3f}."
         line = f"{measured} {self.nats:.3g} nats of divergence from the dense model"
         if self.perplexity is None:
             return f"{line}."
         return f"{line}, perplexity {self.perplexity:.4g} instead of {self.dense_perplexity:.4g}."
 
 
-def measure(
-    plan: Plan, checkpoint: Checkpoint, folder: Path, batches: Sequence[Batch], device: torch.device
-) -> Divergence:
-    """Compare the artifact in a folder with its dense model on the batches that are held out."""
+def measure_divergence(run: DenseRun, folder: Path) -> Divergence:
+    """Compare the artifact in a folder with its dense model on the batches that are held out.
+
+    Raises:
+        DataError: no token is scored.
+    """
     import transformers
 
-    held_out = limited(split(batches)[1], MAX_TOKENS)
-    auto_class = main_auto_class(checkpoint.config, plan.model_type)
-    comparison = Comparison(auto_class, says_next(checkpoint))
+    held_out = limited(run.held_out, MAX_TOKENS)
+    auto_class = main_auto_class(run.checkpoint.config, run.plan.model_type)
+    sums = DivergenceSums(auto_class, run.is_causal)
     with torch.no_grad():
-        with streamed_model(plan, checkpoint, device) as model:
+        with run.streamed() as model:
             expected = [compared_output(run_batch(model, batch)) for batch in held_out]
-        model = (
-            from_pretrained(
-                getattr(transformers, auto_class), str(folder), dtype="auto", trust_remote_code=True
-            )
-            .to(device)
-            .eval()
-        )
+        cls = getattr(transformers, auto_class)
+        model = from_pretrained(cls, str(folder), dtype="auto", trust_remote_code=True).to(run.device).eval()
         keep_no_cache(model)
         for batch in held_out:
-            comparison.add(model, batch, expected.pop(0), compared_output(run_batch(model, batch)))
-    return comparison.result()
+            sums.add(model, batch, expected.pop(0), compared_output(run_batch(model, batch)))
+    return sums.result()
 
 
-class Comparison:
-    """Sums over batches of how far one model's outputs are from another's.
+@dataclass(frozen=True, eq=False)
+class ComparedOutput:
+    """Outputs that two models are compared by, in float32 on the CPU.
 
-    Args:
-        auto_class: whose heads both are; says whether the text itself can be scored.
-        says_next: see `batches.says_next`.
+    Attributes:
+        values: (…, classes) logits, or (…, features) last hidden states.
     """
 
-    def __init__(self, auto_class: str, says_next: bool):
-        self.auto_class, self.says_next = auto_class, says_next
+    values: Tensor
+    has_logits: bool
+
+
+def compared_output(output: ModelOutput) -> ComparedOutput:
+    """The logits; of a model without logits its first output, the last hidden states."""
+    logits = output.get("logits")
+    return ComparedOutput((output[0] if logits is None else logits).float().cpu(), logits is not None)
+
+
+class DivergenceSums:
+    """Sums over batches of how far one model's outputs are from a dense model's.
+
+    Args:
+        auto_class: the Auto class of both; it says whether the text itself can be scored.
+        is_causal: see `batches.is_causal`.
+    """
+
+    def __init__(self, auto_class: str, is_causal: bool) -> None:
+        self.auto_class, self.is_causal = auto_class, is_causal
         self.tokens = self.labels = 0
         self.nats = self.squares = self.norm = 0.0
         self.losses = [0.0, 0.0]  # dense model, artifact
         self.has_logits = False
 
-    def add(self, model, batch: Batch, theirs: tuple[Tensor, bool], ours: tuple[Tensor, bool]) -> None:
-        """Outputs of both models for a batch, as `compared_output` gives them; see `prediction_mask`."""
-        (theirs, has_logits), ours = theirs, ours[0]
-        mask = self._mask(model, batch, ours)
-        if has_logits:
-            self._add_odds(theirs[mask], ours[mask], _next(batch, self.auto_class), mask)
+    def add(self, model: PreTrainedModel, batch: Batch, dense: ComparedOutput, ours: ComparedOutput) -> None:
+        """Add the outputs of both models for a batch, where they are scored (see `prediction_mask`)."""
+        mask = self._mask(model, batch, ours.values)
+        if dense.has_logits:
+            labels = text_labels(batch, self.auto_class)
+            labels = None if labels is None else labels[mask]
+            self._add_logits(dense.values[mask], ours.values[mask], labels)
         else:
-            self._add_states(theirs[mask], ours[mask])
+            self._add_states(dense.values[mask], ours.values[mask])
 
     @property
     def loss(self) -> float:
         """Divergence in nats per token; without logits half the squared difference of the hidden states.
 
-        Raises DataError if no place counted.
+        Raises DataError if no token is scored.
         """
         self._check_counted()
         return (self.nats if self.has_logits else self.squares / 2) / self.tokens
+
+    def result(self) -> Divergence:
+        """The means. Raises DataError if no token is scored."""
+        self._check_counted()
+        if not self.has_logits:
+            difference = (self.squares / self.norm) ** 0.5 if self.norm else 0.0
+            return Divergence(self.tokens, None, difference, None, None)
+        dense, ours = (self._perplexity(loss) for loss in self.losses)
+        return Divergence(self.tokens, self.nats / self.tokens, None, dense, ours)
+
+    def _perplexity(self, loss: float) -> float | None:
+        return math.exp(min(loss / self.labels, MAX_LOSS)) if self.labels else None
 
     def _check_counted(self) -> None:
         if not self.tokens:
             raise DataError(NOTHING_COUNTS.format("on which models are compared"))
 
-    def _mask(self, model, batch: Batch, output: Tensor) -> Tensor:
-        """Which places of an output count."""
-        mask = prediction_mask(model, batch, self.says_next)
+    def _mask(self, model: PreTrainedModel, batch: Batch, output: Tensor) -> Tensor:
+        """Boolean mask of the scored positions of an output, without its last axis."""
+        mask = prediction_mask(model, batch, self.is_causal)
         if mask is None or mask.shape != output.shape[:-1]:
             return torch.ones(output.shape[:-1], dtype=torch.bool)
         return mask.bool().cpu()
 
-    def _add_states(self, theirs: Tensor, ours: Tensor) -> None:
+    def _add_states(self, dense: Tensor, ours: Tensor) -> None:
+        """Hidden states (tokens, features)."""
         self.tokens += len(ours)
-        self.squares += float((ours - theirs).square().sum())
-        self.norm += float(theirs.square().sum())
+        self.squares += float((ours - dense).square().sum())
+        self.norm += float(dense.square().sum())
 
-    def _add_odds(self, theirs: Tensor, ours: Tensor, labels: Tensor | None, mask: Tensor) -> None:
-        """Logits (tokens, classes) and what the text says there, before the mask."""
+    def _add_logits(self, dense: Tensor, ours: Tensor, labels: Tensor | None) -> None:
+        """Logits (tokens, classes) and the text's own labels (tokens,)."""
         self.has_logits = True
         self.tokens += len(ours)
-        theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
-        kl = nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+        dense, ours = dense.log_softmax(-1), ours.log_softmax(-1)
+        kl = nn.functional.kl_div(ours, dense, log_target=True, reduction="sum")
         self.nats += float(kl)
         if labels is not None:
-            labels = labels[mask]
             self.labels += int((labels != -100).sum())
-            for k, odds in enumerate((theirs, ours)):
-                loss = nn.functional.nll_loss(odds, labels, ignore_index=-100, reduction="sum")
+            for k, log_probabilities in enumerate((dense, ours)):
+                loss = nn.functional.nll_loss(log_probabilities, labels, ignore_index=-100, reduction="sum")
                 self.losses[k] += float(loss)
-
-    def result(self) -> Divergence:
-        """Raises DataError if no place counted."""
-        self._check_counted()
-        if not self.has_logits:
-            difference = (self.squares / self.norm) ** 0.5 if self.norm else 0.0
-            return Divergence(self.tokens, None, difference, None, None)
-        # No number of tokens is as large as e**700.
-        losses = [min(loss / self.labels, 700.0) if self.labels else None for loss in self.losses]
-        perplexities = [None if loss is None else math.exp(loss) for loss in losses]
-        return Divergence(self.tokens, self.nats / self.tokens, None, *perplexities)
 
 
 def limited(batches: list[Batch], tokens: int) -> list[Batch]:
-    """The first batches with at most so many tokens; at least a part of one."""
-    found, left = [], tokens
+    """The first batches with at most so many tokens in all; at least one example."""
+    found: list[Batch] = []
+    left = tokens
     for batch in batches:
-        count = len(next(iter(batch.values())))
-        each = batch["input_ids"].shape[1:].numel() if "input_ids" in batch else IMAGE_TOKENS
+        count = num_examples(batch)
+        each = batch["input_ids"].shape[1:].numel() if "input_ids" in batch else TOKENS_PER_IMAGE
         rows = min(max(left // each, 0 if found else 1), count)
         if rows:
             found.append({name: tensor[:rows] for name, tensor in batch.items()})
@@ -171,14 +193,8 @@ def limited(batches: list[Batch], tokens: int) -> list[Batch]:
     return found
 
 
-def compared_output(output) -> tuple[Tensor, bool]:
-    """(logits, True), or (the first of what there is, the last hidden states, False)."""
-    value = output.get("logits")
-    return (output[0] if value is None else value).float().cpu(), value is not None
-
-
-def _next(batch: Batch, auto_class: str) -> Tensor | None:
-    """What the text says at every place, -100 where it says nothing."""
+def text_labels(batch: Batch, auto_class: str) -> Tensor | None:
+    """The labels that the text itself gives at every position, -100 for none; None: the model has no text."""
     if auto_class == "AutoModelForCausalLM" and "input_ids" in batch:
         ids = batch["input_ids"]
         labels = torch.full_like(ids, -100)

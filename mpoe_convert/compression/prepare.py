@@ -1,10 +1,11 @@
-"""What is cut, in which metric and behind which corrections: all that is known before anything is written."""
+"""Decide the ranks: calibrate, measure spectra, divide the budget, fit the corrections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,29 +18,47 @@ from ..planning.plan import Plan, plan_checkpoint
 from ..planning.recipe import Recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.matrices import read_wide
-from . import sensitivity
-from .allocation import Ranks
+from . import dense_run, metrics
+from .allocation import Candidate, Ranks
 from .batches import Batch, make_batches
-from .budget import as_measured, candidates, check_smallest, choose, measured_ranks
-from .calibrate import Calibration, calibrate
+from .budget import blend_measured, check_smallest, make_candidates, measured_ranks, ranks_in_budget
+from .calibrate import calibrate
 from .correction import Corrections, check_correctable, correct
-from .moments import FFNMoments, metric_for
+from .dense_run import DenseRun
+from .divergence import Divergence, measure_divergence
+from .metrics import FitMetric
+from .moment_cache import Calibration
+from .moments import FFNMoments
+from .sensitivity import measure_sensitivities
 
+# Called with (what is worked on, FFNs done, FFNs in all, None or a report).
 Progress = Callable[[str, int, int, object], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan and what its compressed matrices are to be near in."""
+    """A plan, and the data that its matrices are fitted to.
+
+    Attributes:
+        run: the calibration session; None without calibration.
+        calibration: its moments; None without calibration, and of plans alone.
+        corrections: the corrected matrices, if the recipe asks for them.
+    """
 
     plan: Plan
+    run: DenseRun | None = None
     calibration: Calibration | None = None
     corrections: Corrections | None = None
-    batches: Sequence[Batch] = ()
 
     def moments(self, path: str) -> FFNMoments | None:
-        """Of the FFN in the layer at that path."""
+        """At the FFN in the layer at that path."""
         return None if self.calibration is None else self.calibration.load(path)
+
+    def divergence(self, folder: Path) -> Divergence | None:
+        """Distance of the artifact in a folder from the dense model; None without calibration."""
+        if self.run is None or self.calibration is None:
+            return None
+        return measure_divergence(self.run, folder)
 
 
 def plan(
@@ -51,15 +70,15 @@ def plan(
 ) -> Plan:
     """Plan a conversion; nothing is written.
 
-    From headers alone, a Hub id downloads no weights; but with `keep` or `max_error` the weights are read,
-    and calibrated if the recipe says so. Arguments as for `convert`.
+    Without `keep` and `max_error` only headers are read: of a Hub id no weights are downloaded. With one of
+    them the weights are read, and calibrated if the recipe asks for it. Arguments as for `convert`.
 
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
     """
     if recipe.search:
         raise RecipeError(
-            "search given to a plan; it compares what is written, and a plan writes nothing: leave it out"
+            "search given to a plan; it compares artifacts, and a plan writes none: leave it out"
         )
     headers_only = not recipe.compresses
     checkpoint = open_checkpoint(
@@ -84,18 +103,18 @@ def prepare(
     """The plan for an opened checkpoint, with ranks if the recipe compresses. Raises MpoeError.
 
     Args:
-        only_plan: leave out corrections, which change no plan.
-        token: for calibration data on the Hub.
+        batches: model inputs to calibrate on, instead of the recipe's text.
+        only_plan: leave out corrections and moments of chains, which change no plan.
+        token: Hub token for calibration data.
     """
     report = progress or (lambda *_: None)
     if not recipe.compresses:
-        whole = plan_checkpoint(recipe, checkpoint)
-        return _prepare_chains(whole, checkpoint, batches, report, only_plan, token)
+        return _prepare_chains(recipe, checkpoint, batches, report, only_plan, token)
     calibrated = bool(recipe.calibrate) or batches is not None
     recipe = _resolved(recipe, calibrated)
     compressor = _Compressor(recipe, checkpoint, report)
     if calibrated:
-        compressor.calibrate(recipe, batches, token)
+        compressor.calibrate([recipe], batches, token)
     return compressor.prepare(recipe, only_plan)
 
 
@@ -107,137 +126,155 @@ def prepare_each(
     *,
     token: str | None = None,
 ) -> Iterator[Prepared]:
-    """What a search compares, one after the other; calibrated once. Arguments as for `prepare`."""
+    """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
     if not recipe.calibrate and batches is None:
-        raise RecipeError("search given without --calibrate; what comes out is compared on calibration text")
-    ways = alternatives(recipe)
-    compressor = _Compressor(ways[0], checkpoint, progress or (lambda *_: None))
-    compressor.calibrate(ways[0].replace(correct=recipe.correct), batches, token)
-    for way in ways:
-        if not way.correct or compressor.can_correct:
-            yield compressor.prepare(way)
+        raise RecipeError("search given without --calibrate; variants are compared on calibration text")
+    variants = alternatives(recipe)
+    compressor = _Compressor(variants[0], checkpoint, progress or (lambda *_: None))
+    compressor.calibrate(variants, batches, token)
+    for variant in variants:
+        if not variant.correct or compressor.can_correct:
+            yield compressor.prepare(variant)
 
 
 def alternatives(recipe: Recipe) -> list[Recipe]:
     """The combinations of metric, allocation and correction that a search tries; see `Recipe.search`."""
+    searched = [name for name in metrics.METRICS if metrics.load(name).is_searched]
     found = []
-    for metric in (recipe.metric,) if recipe.metric else ("loss", "outputs"):
-        own = "loss" if metric == "loss" else "energy"
-        allocations = (recipe.allocation,) if recipe.allocation else (own, "measured", "uniform")
-        corrections = (True,) if recipe.correct else (True, False)
-        if metric not in ("loss", "outputs"):
-            corrections = (recipe.correct,)
+    for name in [recipe.metric] if recipe.metric else searched:
+        metric = metrics.load(name)
+        allocations = [recipe.allocation] if recipe.allocation else [metric.allocation, "measured", "uniform"]
+        corrections = [True, False] if metric.is_correctable and not recipe.correct else [recipe.correct]
         found += [
-            _resolved(
-                recipe.replace(search=False, metric=metric, allocation=allocation, correct=correct), True
-            )
+            _resolved(recipe.replace(search=False, metric=name, allocation=allocation, correct=correct), True)
             for allocation, correct in product(allocations, corrections)
-            if allocation != "loss" or metric == "loss"
+            if allocation != "loss" or metric.nats is not None
         ]
     return found
 
 
 class _Compressor:
-    """What all ways to compress one source share: the plan without ranks, moments, spectra, sensitivities."""
+    """The data that all ways to compress one source have in common.
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, report: Progress):
+    Attributes:
+        uncompressed: the plan without ranks.
+        spectra / sensitivities: by metric.
+    """
+
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, report: Progress) -> None:
         self.checkpoint, self.report = checkpoint, report
-        self.whole = plan_checkpoint(recipe, checkpoint)
+        self.uncompressed = plan_checkpoint(recipe, checkpoint)
         self.device = _device(recipe)
-        check_smallest(recipe, self.whole)
+        check_smallest(recipe, self.uncompressed)
+        self.run: DenseRun | None = None
         self.calibration: Calibration | None = None
-        self.batches: Sequence[Batch] = ()
-        # By metric: spectra, and what cutting one matrix alone was seen to do.
         self.spectra: dict[str, list[np.ndarray]] = {}
-        self.losses: dict[str, dict[str, float]] = {}
+        self.sensitivities: dict[str, dict[str, float]] = {}
 
-    def calibrate(self, recipe: Recipe, batches: Sequence[Batch] | None, token: str | None) -> None:
-        whole = replace(self.whole, recipe=recipe)
-        self.calibration, self.batches = _calibrated(whole, self.checkpoint, batches, self.report, token)
+    def calibrate(self, recipes: list[Recipe], batches: Sequence[Batch] | None, token: str | None) -> None:
+        """Collect the moments that any of the recipes needs."""
+        self.run = _open_run(self.uncompressed, recipes[0], self.checkpoint, batches, token)
+        if all(recipe.correct for recipe in recipes):
+            check_correctable(self.run)
+        gradients = any(_metric(recipe).takes_gradients for recipe in recipes)
+        self.calibration = _calibrated(self.run, gradients, self.report)
 
     @property
     def can_correct(self) -> bool:
         try:
-            check_correctable(self.whole, self.batches)
+            check_correctable(self._calibrated_run[0])
         except MpoeError:
             return False
         return True
 
     def prepare(self, recipe: Recipe, only_plan: bool = False) -> Prepared:
-        """By a recipe that leaves nothing open."""
-        matrices = candidates(self.whole, self._spectra(recipe.metric), recipe)
-        if recipe.allocation == "measured":
-            ranks = measured_ranks(recipe.keep, self.whole, matrices)
-            matrices = as_measured(matrices, ranks, self._losses(recipe, ranks))
-        ranks, budget = choose(
-            recipe, self.whole, matrices, self.calibration.tokens if self.calibration else 0
-        )
+        """The plan of a recipe whose metric and allocation are given."""
+        candidates = self._candidates(recipe)
+        tokens = self.calibration.tokens if self.calibration else 0
+        ranks, budget = ranks_in_budget(recipe, self.uncompressed, candidates, tokens)
         plan = replace(plan_checkpoint(recipe, self.checkpoint, ranks), budget=budget)
-        corrections = self._correct(plan) if recipe.correct and not only_plan else None
-        return Prepared(plan, self.calibration, corrections, self.batches)
+        run = None if self.run is None else replace(self.run, plan=plan)
+        corrections = None
+        if recipe.correct and not only_plan:
+            corrections = self._correct(plan, recipe)
+        return Prepared(plan, run, self.calibration, corrections)
 
-    def _spectra(self, metric: str) -> list[np.ndarray]:
-        if metric not in self.spectra:
-            self.spectra[metric] = list(self._measure_spectra(metric))
-        return self.spectra[metric]
+    def _candidates(self, recipe: Recipe) -> list[Candidate]:
+        in_nats = recipe.allocation == "loss"
+        candidates = make_candidates(
+            self.uncompressed, self._spectra(recipe), _metric(recipe), in_nats=in_nats
+        )
+        if recipe.allocation != "measured":
+            return candidates
+        assert recipe.keep is not None  # the recipe refuses the allocation without
+        ranks = measured_ranks(recipe.keep, self.uncompressed, candidates)
+        return blend_measured(candidates, ranks, self._sensitivities(recipe, ranks))
 
-    def _measure_spectra(self, metric: str) -> Iterator[np.ndarray]:
-        ffns = self.whole.ffns
+    def _spectra(self, recipe: Recipe) -> list[np.ndarray]:
+        """Per matrix, the squared singular values in the recipe's metric."""
+        name = _metric_name(recipe)
+        if name not in self.spectra:
+            self.spectra[name] = list(self._measure_spectra(metrics.load(name)))
+        return self.spectra[name]
+
+    def _measure_spectra(self, metric: FitMetric) -> Iterator[np.ndarray]:
+        ffns = self.uncompressed.ffns
         for done, ffn in enumerate(ffns):
             moments = self.calibration.load(ffn.ffn.path) if self.calibration else None
             for matrix in ffn.matrices:
                 self.report(f"spectrum of {matrix.name}", done, len(ffns), None)
                 weight = read_wide(self.checkpoint, matrix.source, self.device)
-                yield spectrum(weight, metric_for(metric, matrix, weight, moments)).cpu().numpy()
+                yield spectrum(weight, metric.weigh(matrix, weight, moments)).cpu().numpy()
 
-    def _losses(self, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
-        if recipe.metric not in self.losses:
-            self.losses[recipe.metric] = sensitivity.measure(
-                replace(self.whole, recipe=recipe),
-                self.checkpoint,
-                self.calibration,
-                self.batches,
-                ranks,
-                self.device,
-                lambda what, *steps: self.report(f"measuring: {what}", *steps, None),
+    def _sensitivities(self, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+        name = _metric_name(recipe)
+        if name not in self.sensitivities:
+            report = _labelled(self.report, "measuring")
+            self.sensitivities[name] = measure_sensitivities(
+                *self._calibrated_run, _metric(recipe), ranks, report
             )
-        return self.losses[recipe.metric]
+        return self.sensitivities[name]
 
-    def _correct(self, plan: Plan) -> Corrections:
-        return correct(
-            plan,
-            self.checkpoint,
-            self.calibration,
-            self.batches,
-            self.device,
-            lambda what, *steps: self.report(f"correcting: {what}", *steps, None),
-        )
+    def _correct(self, plan: Plan, recipe: Recipe) -> Corrections:
+        run, calibration = self._calibrated_run
+        report = _labelled(self.report, "correcting")
+        return correct(replace(run, plan=plan), calibration, _metric(recipe), report)
+
+    @property
+    def _calibrated_run(self) -> tuple[DenseRun, Calibration]:
+        assert self.run is not None and self.calibration is not None  # `_resolved` refuses recipes without
+        return self.run, self.calibration
 
 
 def _prepare_chains(
-    whole: Plan,
+    recipe: Recipe,
     checkpoint: Checkpoint,
     batches: Sequence[Batch] | None,
     report: Progress,
     only_plan: bool,
     token: str | None,
 ) -> Prepared:
-    """Without a budget: metrics for the chains that --bond-dim cuts, if the recipe asks for some."""
-    recipe = whole.recipe
+    """Without a budget: moments for the chains that --bond-dim truncates, if the recipe asks for some."""
+    plan = plan_checkpoint(recipe, checkpoint)
     if not recipe.calibrate and batches is None:
-        if recipe.metric not in (None, "weights"):
+        if recipe.metric is not None and _metric(recipe).takes_calibration:
             raise RecipeError(f"metric is {recipe.metric!r}; expected --calibrate with it")
-        return Prepared(whole)
-    if not any(matrix.is_cut for matrix in whole.matrices):
+        return Prepared(plan)
+    if not any(matrix.is_cut for matrix in plan.matrices):
         raise RecipeError(
-            "calibration given, and nothing is cut; expected --keep, --max-error or, with "
+            "calibration given, and nothing is truncated; expected --keep, --max-error or, with "
             "--layout balanced, a lower --bond-dim"
         )
-    whole = replace(whole, recipe=recipe.replace(metric=recipe.metric or "outputs"))
+    recipe = plan.recipe.replace(metric=recipe.metric or metrics.DEFAULT_FOR_CHAINS)
+    if not _metric(recipe).takes_chains:
+        raise RecipeError(
+            f"metric {recipe.metric} given without --keep or --max-error; chains do not take it"
+        )
+    plan = replace(plan, recipe=recipe)
     if only_plan:
-        return Prepared(whole)
-    calibration, batches = _calibrated(whole, checkpoint, batches, report, token)
-    return Prepared(whole, calibration, batches=batches)
+        return Prepared(plan)
+    run = _open_run(plan, recipe, checkpoint, batches, token)
+    return Prepared(plan, run, _calibrated(run, _metric(recipe).takes_gradients, report))
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -247,29 +284,32 @@ def _device(recipe: Recipe) -> torch.device:
     return device
 
 
-def _calibrated(
-    whole: Plan,
-    checkpoint: Checkpoint,
-    batches: Sequence[Batch] | None,
-    report: Progress,
-    token: str | None,
-) -> tuple[Calibration, list[Batch]]:
-    """The moments that the plan's metric takes, on the batches given or those of the recipe's text."""
-    recipe = whole.recipe
+def _open_run(
+    plan: Plan, recipe: Recipe, checkpoint: Checkpoint, batches: Sequence[Batch] | None, token: str | None
+) -> DenseRun:
+    """The dense model on the batches given, or on those of the recipe's text."""
     readers = ("datasets",) if recipe.calibrate else ()
     need("calibration", "accelerate", "greenlet", *readers, extra="calibrate")
-    batches = make_batches(recipe, checkpoint, token) if batches is None else list(batches)
-    if recipe.correct:
-        check_correctable(whole, batches)
-    calibration = calibrate(
-        whole,
-        checkpoint,
-        _device(recipe),
-        batches,
-        gradients=recipe.metric == "loss",
-        progress=lambda what, *steps: report(f"calibrating: {what}", *steps, None),
-    )
-    return calibration, batches
+    batches = make_batches(recipe, checkpoint, token) if batches is None else batches
+    return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
+
+
+def _calibrated(run: DenseRun, gradients: bool, report: Progress) -> Calibration:
+    return calibrate(run, gradients=gradients, progress=_labelled(report, "calibrating"))
+
+
+def _labelled(report: Progress, label: str) -> dense_run.Progress:
+    """`report` for one stage of the work."""
+    return lambda what, done, total: report(f"{label}: {what}", done, total, None)
+
+
+def _metric_name(recipe: Recipe) -> str:
+    assert recipe.metric is not None  # filled in by `_resolved`
+    return recipe.metric
+
+
+def _metric(recipe: Recipe) -> FitMetric:
+    return metrics.load(_metric_name(recipe))
 
 
 def _resolved(recipe: Recipe, calibrated: bool) -> Recipe:

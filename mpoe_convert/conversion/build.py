@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import experts
-from ..compression.moments import FFNMoments, metric_for
+from ..compression import metrics
+from ..compression.moments import FFNMoments
 from ..decomposition.als import nearest_chain
 from ..decomposition.low_rank import factor
 from ..decomposition.mpo import fit, relative_error
@@ -51,9 +52,9 @@ def build_matrix(
     elif corrected:
         factors = tuple(part.to(matrix) for part in corrected)
     elif plan.rank is not None:
-        factors = factor(matrix, plan.rank, metric_for(recipe.metric, plan, matrix, moments))
-    elif plan.is_cut and moments is not None and recipe.metric != "weights":
-        moment = moments.of_inputs(plan, recipe.metric)
+        factors = factor(matrix, plan.rank, metrics.load(recipe.metric).weigh(plan, matrix, moments))
+    elif plan.is_cut and moments is not None and (chosen := metrics.load(recipe.metric)).input_moment:
+        moment = chosen.input_moment(moments, plan)
         fitted_to = nearest_chain(matrix, plan.sites, moment, svd=recipe.svd, seed=recipe.seed)
     fitted, discarded = kind.fit(fitted_to, plan.sites, recipe, generator, factors)
     tensors, exact, clone, unrounded = {}, [], [], []

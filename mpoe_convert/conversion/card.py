@@ -11,7 +11,7 @@ from ..artifact.snippets import PIPELINE_TAGS
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import files
-from .report import MatrixReport, Report
+from .report import Report
 
 CITATION = """\
 ## Citation
@@ -52,13 +52,13 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
             _introduction(report, checkpoint),
             *(f"> **Warning:** {text}" for text in report.warnings),
             *_usage(checkpoint, auto),
-            "## Parameters\n\n" + _totals(report),
+            "## Parameters\n\n" + report.plan.totals_table().markdown(),
             *(
                 ["## Compression\n\n" + _compression(report)]
                 if report.plan.budget or report.divergence
                 else []
             ),
-            "## Reconstruction error\n\n" + _errors(report),
+            "## Reconstruction error\n\n" + report.matrices_table().markdown(),
             "## Limits\n\n" + _limits(report, checkpoint),
             CITATION,
         ]
@@ -69,27 +69,31 @@ def _name(report: Report, checkpoint: Checkpoint) -> str:
     return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
 
 
+def _networks(number: int) -> str:
+    return "1 feed-forward network was" if number == 1 else f"{number} feed-forward networks were"
+
+
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
-    dense = "the dense FFN" if plan.is_exact else "the dense FFN as far as it was kept"
+    dense = "the dense FFN" if plan.is_exact else "an approximation of the dense FFN"
     if kind.STARTS_EQUAL:
         start = f"Every expert starts as {dense}."
     elif recipe.noise:
-        start = f"Expert 0 is {dense}, the others are perturbed by a relative {recipe.noise:g}."
+        start = f"Expert 0 is {dense}; the others are perturbed by relative noise of {recipe.noise:g}."
     else:
-        start = f"Expert 0 is {dense}, the others are exact copies."
+        start = f"Expert 0 is {dense}; the others are exact copies of it."
     named = source_front_matter(checkpoint.folder).get("license_name") or report.license
     base, licence = name, f"The licence is that of its base: {named}."
     if checkpoint.revision:
         base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
     if named is None:
-        licence = "The card of its base names no licence; whatever terms hold for that hold for this."
+        licence = "The card of its base names no licence; the terms of the base apply."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
-        f"{len(plan.ffns)} feed-forward networks of {base} were converted by mpoe-convert into mixtures of "
-        f"{recipe.experts} experts, {recipe.top_k} per token. The experts are {kind.ABOUT}. {start} "
+        f"{_networks(len(plan.ffns))} of {base} converted by mpoe-convert into mixtures of {recipe.experts} "
+        f"experts, of which {recipe.top_k} are chosen per token. The experts are {kind.ABOUT}. {start} "
         f"{UNTRAINED}\n\n{licence}"
     )
 
@@ -105,10 +109,11 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
     command = snippets.command(auto, has_own_code=checkpoint.code is not None)
     if code:
         parts += [
-            "## How to fine-tune it\n\nAs any model of transformers, in a loop like this, by `Trainer` or "
-            f"with PEFT:\n\n```python\n{code}\n```",
-            "Or by mpoe-convert, with a learning rate for every role, on texts, pairs or classes in files or "
-            f"from the Hub:\n\n```\n{command}\n```",
+            "## How to fine-tune it\n\nLike any transformers model: in a loop such as this one, with "
+            f"`Trainer`, or with PEFT:\n\n```python\n{code}\n```",
+            "Or with mpoe-convert, which has learning rates for central tensors, auxiliary tensors and "
+            "routers, and reads texts, pairs and labels from files or from the Hub:\n\n"
+            f"```\n{command}\n```",
         ]
     return parts
 
@@ -119,8 +124,8 @@ def _own_code(checkpoint: Checkpoint) -> str:
         return ""
     listed = ", ".join(f"`{name}`" for name in names)
     return (
-        f" It also runs {listed}: code of the base, copied as it was. Read it before you run it; it may need "
-        "more."
+        f" It also runs {listed}: custom code of the base, copied unchanged. Read it before you run it; it "
+        "may need other packages."
     )
 
 
@@ -130,60 +135,27 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
     flops = totals.flops_per_token / totals.dense_flops_per_token
     lines = [
         f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
-        "token. Experts that were never trained apart give nothing in return.",
-        f"What {name} gets wrong, and the biases of its training data, came along with its weights.",
-        "Nothing is known of its quality but what this card says was measured.",
-        "Its code lies beside it; programs that bring their own for every architecture do not know it.",
+        "token. It gains nothing from this until its experts are trained.",
+        f"It has the errors of {name}, and the biases of its training data.",
+        "Quality was not evaluated beyond the measurements in this card.",
+        "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
+        "cannot load it; see `mpoe-convert export`.",
     ]
     if report.plan.kept_dense:
-        lines.insert(1, f"{len(report.plan.kept_dense)} feed-forward networks stayed dense.")
+        lines.insert(1, f"{_networks(len(report.plan.kept_dense))} left dense.")
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _totals(report: Report) -> str:
-    rows = ["| | dense base | plain MoE | this model |", "|---|---:|---:|---:|"]
-    for label, totals in (("FFNs", report.plan.ffn_totals), ("whole model", report.plan.totals)):
-        rows += [
-            f"| {label}: parameters stored | {totals.dense_params:,} | {totals.plain_moe_params:,} | "
-            f"{totals.stored_params:,} |",
-            f"| {label}: parameters used per token | {totals.dense_params:,} | "
-            f"{totals.plain_moe_active_params:,} | {totals.active_params:,} |",
-            f"| {label}: bytes | {totals.dense_bytes:,} | {totals.plain_moe_bytes:,} | "
-            f"{totals.stored_bytes:,} |",
-            f"| {label}: FLOPs per token | {totals.dense_flops_per_token:,} | "
-            f"{totals.plain_moe_flops_per_token:,} | {totals.flops_per_token:,} |",
-        ]
-    return "\n".join(rows)
-
-
-def _errors(report: Report) -> str:
-    names = ["matrix", "shape", "bonds", "relative error", "clone drift", "parameters"]
-    measured = any(matrix.output_error is not None for matrix in report.matrices)
-    if measured:
-        names[4:4] = ["of outputs"]
-    rows = [f"| {' | '.join(names)} |", f"|---|---|---|{'---:|' * (len(names) - 3)}"]
-    return "\n".join(rows + [_error_row(matrix) for matrix in report.matrices])
-
-
 def _compression(report: Report) -> str:
-    """What the FFNs store and how far that took the model from the dense one."""
+    """What the FFNs store, and the divergence from the dense model."""
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
     totals = report.plan.ffn_totals
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"
     details = [f"metric {recipe.metric}", calibrated if found else "without calibration"]
     details += ["corrected"] if recipe.correct else []
-    details += [f"the nearest to the dense model of {len(report.trials)} ways"] if report.trials else []
+    details += [f"the closest to the dense model of {len(report.trials)} variants"] if report.trials else []
     text = (
-        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' numbers "
+        f"The FFNs store {totals.stored_params / totals.dense_params:.1%} of the dense FFNs' parameters "
         f"({', '.join(details)})."
     )
     return text if found is None else f"{text} {report.divergence_in_words()}"
-
-
-def _error_row(matrix: MatrixReport) -> str:
-    bonds = ", ".join(map(str, matrix.bonds)) or "–"
-    of_outputs = "" if matrix.output_error is None else f"{matrix.output_error:.2e} | "
-    return (
-        f"| `{matrix.name}` | {matrix.shape[0]} x {matrix.shape[1]} | {bonds} | "
-        f"{matrix.relative_error:.2e} | {of_outputs}{matrix.clone_drift:.2e} | {matrix.stored_params:,} |"
-    )

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .. import experts
 from ..artifact.card_file import source_license
-from ..artifact.folder import check_fit, check_output, scratch, staged
+from ..artifact.folder import check_output, check_space, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
-from ..compression.divergence import measure
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
@@ -73,14 +72,14 @@ def convert(
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
     else:
         prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
-    _check_fit(prepared, checkpoint, output)
+    _check_space(prepared, checkpoint, output)
     with staged(output, overwrite) as folder:
         return _write(folder, prepared, checkpoint, progress, trials)
 
 
-def _check_fit(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
+def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
     source = checkpoint.folder if checkpoint.revision is None else None
-    check_fit(output, source, prepared.plan.totals.stored_bytes)
+    check_space(output, source, prepared.plan.totals.stored_bytes)
 
 
 def _search(
@@ -99,7 +98,7 @@ def _search(
             progress(f"way {len(trials) + 1} of at most {count}: {what}", done, total, None)
 
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
-        _check_fit(prepared, checkpoint, output)
+        _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
             divergence = _write(folder, prepared, checkpoint, report).divergence
         way = prepared.plan.recipe
@@ -125,10 +124,7 @@ def _write(
         del tensors
     if len(plan.shards) > 1:
         write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
-    divergence = None
-    if prepared.calibration:
-        device = pick_device(plan.recipe.device)
-        divergence = measure(plan, checkpoint, folder, prepared.batches, device)
+    divergence = prepared.divergence(folder)
     license = source_license(checkpoint.folder)
     report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
     card.write(folder / CARD_FILE, report, checkpoint)

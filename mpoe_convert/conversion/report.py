@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from .. import __version__
 from ..compression.divergence import Divergence
 from ..planning.plan import Plan
+from ..tables import Cell, Shown, Table, listed, warning
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
-# weights, 0.76 turns text into noise (see README, "How much error is too much").
+# weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
 BROKEN_ERROR = 0.4
-# Above this divergence from the dense model, in nats per token, a compressed one has lost a good part of it.
+# Above this divergence from the dense model, in nats per token, a compressed model has lost much of it.
 BROKEN_NATS = 0.5
 NOTICEABLE_ERROR = 0.02
 LOST_NATS = 10.0
@@ -26,13 +29,13 @@ class MatrixReport:
     Attributes:
         relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
         relative_error_before_cast: the same before the cores were rounded to the stored dtype.
-        rank: of the two thin matrices that stand for the dense one; None: nothing was compressed.
-        output_error: relative difference of what expert 0 as stored and the dense matrix make of calibration
-            inputs that were held out; None without calibration.
-        discarded_weight: per bond, the share of the squared norm that TT-SVD cut there; none of a matrix that
-            was fitted otherwise.
+        rank: of the two thin matrices that replace the dense one; None: it was not compressed.
+        output_error: relative difference between the outputs of expert 0 as stored and those of the dense
+            matrix, on held-out calibration inputs; None without calibration.
+        discarded_weight: per bond, the share of the squared norm that TT-SVD truncated there; empty for a
+            matrix that was fitted in another way.
         clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
-            first site's rows; all clones are drawn alike.
+            first site's rows; all clones are drawn from the same distribution.
     """
 
     name: str
@@ -52,16 +55,43 @@ class MatrixReport:
     stored_params: int
     dtype: str
 
+    def row(self) -> dict[str, Cell]:
+        """As a table shows it."""
+        return {
+            "matrix": self.name,
+            "size": f"{self.shape[0]} x {self.shape[1]}",
+            "bonds": listed(self.bonds),
+            "relative error": f"{self.relative_error:.2e}",
+            "of outputs": None if self.output_error is None else f"{self.output_error:.2e}",
+            "before the cast": f"{self.relative_error_before_cast:.2e}",
+            "clone drift": f"{self.clone_drift:.2e}",
+            "dense": self.dense_params,
+            "stored": self.stored_params,
+        }
+
+
+def _layer_row(ffn: str, matrices: Sequence[MatrixReport]) -> dict[str, Cell]:
+    """An FFN as a table shows it: its worst matrix counts."""
+    of_outputs = [m.output_error for m in matrices if m.output_error is not None]
+    return {
+        "FFN": ffn,
+        "largest error": f"{max(m.relative_error for m in matrices):.2e}",
+        "of outputs": f"{max(of_outputs):.2e}" if of_outputs else None,
+        "clone drift": f"{max(m.clone_drift for m in matrices):.2e}",
+        "dense": sum(m.dense_params for m in matrices),
+        "stored": sum(m.stored_params for m in matrices),
+    }
+
 
 @dataclass(frozen=True)
 class NeuronOrder:
-    """Whether another order of an FFN's hidden neurons paid.
+    """What reordering an FFN's hidden neurons gained.
 
     Attributes:
         ffn: path of its layer.
-        source_error / bisected_error: relative error of its matrices together, cut by TT-SVD, with the
-            neurons as in the source and in the order found.
-        applied: whether the artifact has the second one.
+        source_error / bisected_error: relative error of its matrices together, truncated by TT-SVD, with
+            the neurons in the source's order and in the order found.
+        applied: whether the artifact has the order found.
     """
 
     ffn: str
@@ -72,7 +102,7 @@ class NeuronOrder:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way that a search tried: the recipe's choices, and how far its artifact is from the dense model."""
+    """One variant of a search: the recipe's choices, and its artifact's divergence from the dense model."""
 
     metric: str
     allocation: str
@@ -80,9 +110,9 @@ class Trial:
     divergence: Divergence
 
 
-@dataclass(frozen=True)
-class Report:
-    """The whole conversion; `to_json` is what conversion_report.json holds."""
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """The whole conversion; `to_json` is what conversion_report.json holds. `print` shows it as tables."""
 
     plan: Plan
     matrices: tuple[MatrixReport, ...]
@@ -101,9 +131,10 @@ class Report:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """The dense model's, grown by the divergence that the plan expected.
+        """The dense model's perplexity times the exponential of the divergence that the plan expected.
 
-        None where either is unknown, or where more is expected than any distribution over tokens would lose.
+        None where either is unknown, or where the expectation exceeds `LOST_NATS`, which no distribution over
+        tokens loses.
         """
         budget, found = self.plan.budget, self.divergence
         if not (budget and found and found.dense_perplexity) or budget.chosen.loss is None:
@@ -113,10 +144,10 @@ class Report:
         return found.dense_perplexity * math.exp(budget.chosen.loss)
 
     def divergence_in_words(self) -> str:
-        """What was measured and what the plan expected."""
+        """The measured divergence, and the one that the plan expected."""
         words = self.divergence.in_words()
         if self.trials:
-            words += " The search chose it by them."
+            words += " The search selected this variant on the same tokens, so the number is optimistic."
         if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:
             return words
         predicted = self.predicted_perplexity
@@ -125,7 +156,7 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        return [*self._error_warnings(), *plan_warnings(self.plan)]
+        return [*self._error_warnings(), *self.plan.warnings]
 
     def _error_warnings(self) -> list[str]:
         warnings = []
@@ -135,8 +166,8 @@ class Report:
         if worst.relative_error > BROKEN_ERROR:
             warnings.append(
                 f"truncation lost most of the model: the relative error of {worst.name} is "
-                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained; "
-                "for a model that works at once use --layout one-sided or two-sided, or larger bonds."
+                f"{worst.relative_error:.2f}. The converted model will not work before it is retrained. "
+                "For a model that works at once, use --layout one-sided or two-sided, or larger bonds."
             )
         elif worst.relative_error > NOTICEABLE_ERROR:
             warnings.append(
@@ -149,23 +180,85 @@ class Report:
         if self.max_drift <= BROKEN_ERROR:
             return []
         return [
-            f"the noise moved the clones by {self.max_drift:.2f} of their norm; the model may not "
-            "work before it is retrained. Lower --noise."
+            f"the noise changed the clones by {self.max_drift:.2f} of their norm. The model may not work "
+            "before it is retrained. Lower --noise."
         ]
 
     def _compression_warnings(self) -> list[str]:
-        """Errors of weights say little where a metric was followed; what was measured does."""
+        """From the measured divergence: errors of the weights say little where a metric was followed."""
         found = self.divergence
         if self.plan.is_exact:
             return []
         if found is None:
             return [
-                "matrices were cut without calibration; expect worse outputs until the model is fine-tuned "
-                "(--calibrate keeps what matters on a text)."
+                "matrices were truncated without calibration. Expect worse outputs until the model is "
+                "fine-tuned; --calibrate keeps what matters on your text."
             ]
         far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
         heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
+
+    def matrices_table(self) -> Table:
+        """One row per matrix."""
+        rows = tuple(matrix.row() for matrix in self.matrices)
+        return Table("Matrices", rows, left=("matrix", "size", "bonds"))
+
+    def layers_table(self) -> Table:
+        """One row per FFN."""
+        groups = groupby(self.matrices, key=lambda matrix: matrix.name.rpartition(".")[0])
+        rows = tuple(_layer_row(ffn, list(matrices)) for ffn, matrices in groups)
+        return Table("Layers", rows, left=("FFN",))
+
+    def trials_table(self) -> Table:
+        """The nearest first; it is the one that was kept."""
+        in_nats = self.trials[0].divergence.nats is not None
+        what = "nats of divergence" if in_nats else "difference of the last hidden states"
+        rows = tuple(
+            {
+                "metric": trial.metric,
+                "allocation": trial.allocation,
+                "corrected": "yes" if trial.correct else "no",
+                what: f"{trial.divergence.distance:.3g}",
+            }
+            for trial in sorted(self.trials, key=lambda trial: trial.divergence.distance)
+        )
+        left = ("metric", "allocation", "corrected")
+        return Table("Search: ways that were tried", rows, left, bold=0)
+
+    def neuron_orders_in_words(self) -> str:
+        """One line; errors are means over FFNs."""
+        applied = [order for order in self.neuron_orders if order.applied]
+        if not applied:
+            return (
+                "Neurons: no order was found in which truncating the bonds loses less than in the source's."
+            )
+        source = sum(order.source_error for order in applied) / len(applied)
+        found = sum(order.bisected_error for order in applied) / len(applied)
+        return (
+            f"Neurons: reordered in {len(applied)} of {len(self.neuron_orders)} FFNs, where truncating the "
+            f"bonds then loses {found:.3f} instead of {source:.3f} (relative error of the weights, before "
+            "any metric)."
+        )
+
+    def shown(self, limit: int | None = None, *, per_matrix: bool = False) -> Iterator[Table | str]:
+        """See `Shown`.
+
+        Args:
+            per_matrix: a row per matrix, not per layer.
+        """
+        plan = self.plan
+        yield (self.matrices_table() if per_matrix else self.layers_table()).head(limit)
+        yield plan.totals_table()
+        if plan.budget:
+            yield plan.budget.table()
+            yield plan.budget.in_words(plan.recipe.keep)
+        if self.trials:
+            yield self.trials_table().head(limit)
+        if self.neuron_orders:
+            yield self.neuron_orders_in_words()
+        if self.divergence:
+            yield self.divergence_in_words()
+        yield from map(warning, self.warnings)
 
     def to_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -191,24 +284,3 @@ class Report:
             "kept_dense": list(plan.kept_dense),
             "matrices": [asdict(matrix) for matrix in self.matrices],
         }
-
-
-def plan_warnings(plan: Plan) -> list[str]:
-    """What can be said before any tensor is read."""
-    warnings = []
-    alone = [m.name for m in plan.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params]
-    if alone:
-        warnings.append(
-            f"an expert owns less than a thousandth of {alone[0]}"
-            f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
-            "Raise --bond-dim."
-        )
-    grown = [
-        m.name for m in plan.matrices if m.sites and m.stored_params > plan.recipe.experts * m.dense_params
-    ]
-    if grown:
-        warnings.append(
-            f"{grown[0]} takes more numbers than {plan.recipe.experts} dense copies would: the auxiliary "
-            "tensors are too large for this matrix. Lower --bond-dim, or use --kind dense."
-        )
-    return warnings

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ..errors import SitesError
 from ..tensors import check_finite
-from . import SVDS
-from .sites import Sites
+from .sites import SVDS, Sites
 
 # Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
 # Above, the float64 eigendecomposition, cubic in the rows, costs more than it saves.

@@ -200,7 +200,7 @@ def balanced(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Site
         raise SitesError(
             f"the balanced layout cannot split {rows} x {cols}: each size is prime or 1, so every "
             "auxiliary tensor would be a single number and all experts the same; "
-            f"{_what_works(rows, cols, 'balanced')}"
+            f"{_suggestion(rows, cols, 'balanced')}"
         )
     return sites
 
@@ -227,6 +227,8 @@ def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int 
     return _build(tuple(in_dims), tuple(out_dims), _limits(bond_dim, len(in_dims)))
 
 
+# How `mpo` computes singular vectors.
+SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
     "one-sided": one_sided,
     "two-sided": two_sided,
@@ -343,8 +345,8 @@ def _wide(
 ) -> Sites:
     """Sites with the given (input, output) dimensions in the outer blocks, the rest between."""
     half = len(limits) // 2
-    left_sites = _spread(left, limits[:half])
-    right_sites = _spread(right, limits[: half - 1 : -1])[::-1]
+    left_sites = _split_block(left, limits[:half])
+    right_sites = _split_block(right, limits[: half - 1 : -1])[::-1]
     middle = (rows // (left[0] * right[0]), cols // (left[1] * right[1]))
     in_dims, out_dims = zip(*left_sites, middle, *right_sites, strict=True)
     sites = _build(in_dims, out_dims, limits)
@@ -354,19 +356,19 @@ def _wide(
             f"the {layout} layout cannot split {rows} x {cols}: neither size has a divisor "
             f"between 2 and the bond limit {limit} that would leave the centre the larger part, so "
             "every auxiliary tensor would be a single number and all experts the same; "
-            f"{_what_works(rows, cols, layout)}"
+            f"{_suggestion(rows, cols, layout)}"
         )
     return sites
 
 
-def _spread(block: tuple[int, int], limits: Dims) -> list[tuple[int, int]]:
+def _split_block(block: tuple[int, int], limits: Dims) -> list[tuple[int, int]]:
     """Split an outer block over sites, from the chain's end inwards, near-equal, within limits."""
     if len(limits) == 1:
         return [block]
     size, count = prod(block), len(limits)
     # Near-equal: the part without the innermost site is at most the (count - 1)/count-th power.
     outer = _largest_block(*block, limits[-2], accept=lambda part: part**count <= size ** (count - 1))
-    return [*_spread(outer, limits[:-1]), (block[0] // outer[0], block[1] // outer[1])]
+    return [*_split_block(outer, limits[:-1]), (block[0] // outer[0], block[1] // outer[1])]
 
 
 def _largest_block(
@@ -391,7 +393,7 @@ def _is_trivial(sites: Sites) -> bool:
     return sites.auxiliary_params == sites.num_sites - 1
 
 
-def _what_works(rows: int, cols: int, layout: str) -> str:
+def _suggestion(rows: int, cols: int, layout: str) -> str:
     """The end of an error message: options that work for this size."""
     primes = [p for size in (rows, cols) for p in _prime_factors(size)[:1] if p * p <= rows * cols]
     options = []

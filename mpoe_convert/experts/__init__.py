@@ -2,22 +2,27 @@
 
 A kind offers:
 
+* `Options`: a subclass of `experts.Options` with the options that it reads, or that class itself. They become
+  fields of `Recipe`, options of the command line and keys of recipe files; those of one kind only are refused
+  with another;
 * `DEFAULT_BIAS`: "shared" or "per-expert";
 * `ABOUT`: what its experts are, for people;
 * `STARTS_EQUAL`: all experts compute the dense FFN at first, whatever the noise;
 * `AUXILIARY_LR`: the factor on the learning rate that suits what its experts own (examples/results);
-* `terms(rows, cols, recipe, swapped, rank)`: the shapes of the terms that a (rows, cols) matrix becomes, as
-  `modeling_mpoe.MPOEChain` reads them, and the first one's `Sites` (None if it has none). With a rank the
+* `terms(rows, cols, options, swapped, rank)`: the shapes of the terms that a (rows, cols) matrix becomes, as
+  `modeling_mpoe.Chain` reads them, and the first one's `Sites` (None if it has none). With a rank the
   big core, the matrix itself or what is in the middle of its chain, becomes two thin ones. Raises SitesError;
-* `fit(matrix, sites, recipe, generator, factors)`: per term its cores (bond_left, in_dim, out_dim,
+* `fit(matrix, sites, options, generator, factors)`: per term its cores (bond_left, in_dim, out_dim,
   bond_right), and the weight discarded per bond. The cores are expert 0's, to be cloned with noise, but for
   those that have an expert axis in front already. `factors`, (rows, rank) and (rank, cols), take the place of
   the matrix.
 
 A kind whose experts are adapters behind an FFN that they all share also offers:
 
-* `adapter_size(hidden_size, recipe)`: how wide an adapter is inside. Raises RecipeError;
-* `fit_adapter(hidden_size, recipe, generator)`: the tensors of `modeling_mpoe.MPOEAdapter` by name.
+* `adapter_size(hidden_size, options)`: how wide an adapter is inside. Raises RecipeError;
+* `fit_adapter(hidden_size, options, generator)`: the tensors of `modeling_mpoe.Adapter` by name.
+
+The modules import torch inside functions: `--help` reads their options.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..options import OptionGroup, described, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +41,91 @@ if TYPE_CHECKING:
 KINDS: tuple[str, ...] = tuple(
     sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 )
+BIASES = ("shared", "per-expert")
 
 
 def load(kind: str) -> ModuleType:
     """The module of a kind."""
     return import_module(f"{__name__}.{kind.replace('-', '_')}")
+
+
+def about_kinds() -> str:
+    """What the experts of every kind are."""
+    return "; ".join(f"{kind}: {load(kind).ABOUT}" for kind in KINDS)
+
+
+def by_kind(attribute: str) -> str:
+    """What the kinds say of something, the most frequent first: "shared; per-expert for dense"."""
+    values: dict[str, list[str]] = {}
+    for kind in KINDS:
+        value = getattr(load(kind), attribute)
+        values.setdefault(f"{value:g}" if isinstance(value, float) else str(value), []).append(kind)
+    usual, *others = sorted(values, key=lambda value: (-len(values[value]), value))
+    return "; ".join([usual, *(f"{other} for {' and '.join(values[other])}" for other in others)])
+
+
+def _read_bonds(value: Any) -> Any:
+    """ "64" -> 64; "12,64,64,16" -> (12, 64, 64, 16); what is neither stays and is refused."""
+    if not isinstance(value, str):
+        return None if value in ((), []) else value
+    try:
+        bonds = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        return value
+    return bonds if len(bonds) > 1 else bonds[0]
+
+
+@described
+class Options(OptionGroup):
+    """What every kind is told. A kind that reads an option in a way of its own declares it again.
+
+    The hooks below are about a recipe as a whole; `recipe.own_options` has those of its kind.
+    """
+
+    experts: int = option(8, "Experts per FFN.", group="Experts", at_least=2)
+    bond_dim: int | tuple[int, ...] = option(
+        64,
+        "Size of what an expert owns.",
+        group="Experts",
+        metavar="INT|LIST",
+        read=_read_bonds,
+        at_least=1,
+        expected="a whole number of at least 1, or one for every bond, such as 12,64,64,16",
+    )
+    noise: float = option(
+        0.01,
+        "Standard deviation of the noise in the cores of all experts but expert 0, relative to the root mean "
+        "square of the core; 0 makes exact copies.",
+        group="Experts",
+        at_least=0,
+        such_as=0.01,
+    )
+    bias: str | None = option(
+        None,
+        "Whether the experts of an FFN share its biases or each have their own.",
+        group="Experts",
+        choices=BIASES,
+        default_text=lambda: by_kind("DEFAULT_BIAS"),
+    )
+    seed: int = option(
+        0,
+        "Seed of the noise and of the routers' first weights.",
+        group="Experts",
+        at_least=0,
+        below=2**63,
+        expected="a whole number from 0 to 2**63 - 1, as the generators of torch take it",
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        """Values for options that were left to the kind, so that a recipe repeats a run."""
+        return {}
+
+    def may_truncate(self) -> bool:
+        """Whether chains may lose something to their bond limit, as far as can be told without a matrix."""
+        return False
+
+    def check_budget(self) -> None:
+        """Raises RecipeError: such experts cannot be compressed under `keep` or `max_error`."""
 
 
 def whole_term(rows: int, cols: int, rank: int | None, *, shared: bool) -> dict:

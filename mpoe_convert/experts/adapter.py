@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import experts
 from ..errors import RecipeError
-from ..planning.recipe import Recipe
+from ..options import again, described
 from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
@@ -19,22 +20,37 @@ if TYPE_CHECKING:
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 3.0
 STARTS_EQUAL = True
-ABOUT = "the dense FFN, shared, with an adapter each behind it (PESC)"
+ABOUT = "the dense FFN, which they share, and behind it a small adapter each (PESC)"
+
+
+@described
+class Options(experts.Options):
+    """Adapters know no bonds; they start equal, whatever the noise."""
+
+    bond_dim: int = again(
+        experts.Options,
+        "bond_dim",
+        "Hidden width of an expert's adapter.",
+        expected="a whole number of at least 1, the width of kind adapter",
+    )
+    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
+
+    def check_together(self) -> None:
+        if self.bias == "per-expert":
+            raise RecipeError("bias is 'per-expert'; kind adapter shares the whole FFN: expected shared")
 
 
 def terms(
-    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+    rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], None]:
     """See `experts`: the whole matrix."""
-    if recipe.bias == "per-expert":
-        raise RecipeError("kind adapter shares the whole FFN, biases too; expected bias shared")
     return [whole_term(rows, cols, rank, shared=True)], None
 
 
 def fit(
     matrix: Tensor,
     sites: None,
-    recipe: Recipe,
+    options: Options,
     generator: Generator,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
@@ -42,20 +58,18 @@ def fit(
     return [whole_cores(matrix, factors)], ()
 
 
-def adapter_size(hidden_size: int, recipe: Recipe) -> int:
+def adapter_size(hidden_size: int, options: Options) -> int:
     """See `experts`."""
-    if not isinstance(recipe.bond_dim, int):
-        raise RecipeError(f"bond_dim is {recipe.bond_dim}; kind adapter takes one number, its width")
-    return recipe.bond_dim
+    return options.bond_dim
 
 
-def fit_adapter(hidden_size: int, recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
+def fit_adapter(hidden_size: int, options: Options, generator: Generator) -> dict[str, Tensor]:
     """See `experts`: a random way in of variance 1 / H per expert, and zeros.
 
     Every expert computes the dense FFN at first; what separates them is that the ways in differ.
     """
     import torch
 
-    shape = (recipe.experts, hidden_size, recipe.bond_dim)
+    shape = (options.experts, hidden_size, options.bond_dim)
     way_in = torch.randn(shape, generator=generator) / hidden_size**0.5
-    return {"aux_0": way_in, "aux_1": torch.zeros(recipe.experts, recipe.bond_dim, hidden_size)}
+    return {"aux_0": way_in, "aux_1": torch.zeros(options.experts, options.bond_dim, hidden_size)}

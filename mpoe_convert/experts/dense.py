@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..planning.recipe import Recipe
-from . import whole_cores, whole_term
+from . import Options, whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -18,7 +17,7 @@ ABOUT = "whole copies of the dense FFN (sparse upcycling)"
 
 
 def terms(
-    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+    rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], None]:
     """See `experts`: a chain of one per-expert core."""
     return [whole_term(rows, cols, rank, shared=False)], None
@@ -27,7 +26,7 @@ def terms(
 def fit(
     matrix: Tensor,
     sites: None,
-    recipe: Recipe,
+    options: Options,
     generator: Generator,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import experts
 from ..errors import SitesError
-from ..planning.recipe import Recipe
+from ..options import again, described
 from . import whole_cores, whole_term
 
 if TYPE_CHECKING:
@@ -18,16 +19,29 @@ if TYPE_CHECKING:
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 3.0
 STARTS_EQUAL = True
-ABOUT = "the dense FFN, shared, plus a low-rank matrix each"
+ABOUT = "the dense FFN, which they share, plus a low-rank matrix each (LoRA)"
+
+
+@described
+class Options(experts.Options):
+    """Low-rank experts know no bonds; they start equal, whatever the noise."""
+
+    bond_dim: int = again(
+        experts.Options,
+        "bond_dim",
+        "Rank of an expert's two thin matrices.",
+        expected="a whole number of at least 1, the rank of kind low-rank",
+    )
+    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
 
 
 def terms(
-    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+    rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], None]:
     """See `experts`: the whole matrix, and (in, r) times (r, out) per expert."""
-    own = recipe.bond_dim
-    if not isinstance(own, int) or own > min(rows, cols):
-        raise SitesError(f"the rank (--bond-dim) is {own}; expected one number of at most {min(rows, cols)}")
+    own = options.bond_dim
+    if own > min(rows, cols):
+        raise SitesError(f"the rank (--bond-dim) is {own}; expected at most {min(rows, cols)}")
     thin = whole_term(rows, cols, own, shared=False)
     return [whole_term(rows, cols, rank, shared=True), thin], None
 
@@ -35,7 +49,7 @@ def terms(
 def fit(
     matrix: Tensor,
     sites: None,
-    recipe: Recipe,
+    options: Options,
     generator: Generator,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
@@ -46,7 +60,7 @@ def fit(
     import torch
 
     rows, cols = matrix.shape
-    shape = (recipe.experts, 1, rows, 1, recipe.bond_dim)
+    shape = (options.experts, 1, rows, 1, options.bond_dim)
     left = torch.randn(shape, generator=generator).to(matrix) / rows**0.5
-    right = matrix.new_zeros(recipe.bond_dim, 1, cols, 1)
+    right = matrix.new_zeros(options.bond_dim, 1, cols, 1)
     return [whole_cores(matrix, factors), [left, right]], ()

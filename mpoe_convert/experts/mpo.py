@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from .. import experts
 from ..decomposition import sites as site_layouts
-from ..planning.recipe import Recipe
+from ..decomposition.sites import LAYOUTS, SVDS
+from ..errors import RecipeError
+from ..options import again, described, option
 from . import factored
 
 if TYPE_CHECKING:
@@ -14,29 +19,121 @@ if TYPE_CHECKING:
     from ..decomposition.sites import Sites
 
 
+GAUGES = ("canonical", "identity")
+NEURON_ORDERS = ("auto", "source")
+# MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
+DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
+
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 1.0
 STARTS_EQUAL = False
-ABOUT = (
-    "matrix product operators that share their central tensor; each expert has auxiliary tensors of its own"
-)
+ABOUT = "matrix product operators with a shared central tensor and auxiliary tensors of their own"
+
+
+@described
+class Options(experts.Options):
+    """How a matrix becomes a chain of cores."""
+
+    bond_dim: int | tuple[int, ...] = again(
+        experts.Options,
+        "bond_dim",
+        "Largest bond dimension, the size that neighbouring cores share: one number, or one per bond, such "
+        "as 12,64,64,16.",
+    )
+    layout: str = option(
+        "one-sided",
+        "How the inputs and outputs of a matrix are split among the cores. one-sided and two-sided chains "
+        "are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it.",
+        group="Decomposition",
+        choices=LAYOUTS,
+    )
+    sites: int | None = option(
+        None,
+        "Cores per chain, an odd number.",
+        group="Decomposition",
+        valid=lambda sites: sites >= 3 and sites % 2 == 1,
+        expected="an odd number of at least 3",
+        default_text="3; 5 for --layout balanced",
+    )
+    factors: str | None = option(
+        None,
+        "Sizes that the cores carry, in place of --layout: factors of the hidden size, an x, factors of the "
+        "inner size. 768 x 3072 is 3,4,4,4,4x4,4,8,6,4.",
+        group="Decomposition",
+        metavar="LISTxLIST",
+    )
+    svd: str = option(
+        "auto",
+        "How singular vectors are computed: exact; randomized, faster at truncated bonds and nearly as good; "
+        "or auto, randomized for large matrices with small bonds.",
+        group="Decomposition",
+        choices=SVDS,
+    )
+    gauge: str = option(
+        "canonical",
+        "Which of the equivalent chains is stored. canonical: that of TT-SVD, whose orthogonality centre is "
+        "the central core; identity: the central core is the matrix itself, the outer cores are identities "
+        "(where no bond is truncated).",
+        group="Decomposition",
+        choices=GAUGES,
+    )
+    neuron_order: str = option(
+        "auto",
+        "Order of an FFN's hidden neurons in truncated chains: auto puts similar neurons next to each other "
+        "where that lowers the error, source leaves them in place.",
+        group="Decomposition",
+        choices=NEURON_ORDERS,
+    )
+
+    def check_together(self) -> None:
+        given = self.sites is not None and self.factors is not None
+        if given and self.sites != num_sites(self):
+            raise RecipeError(
+                f"sites is {self.sites} but factors {self.factors!r} has {num_sites(self)}; give one of them"
+            )
+
+    def resolved(self) -> dict[str, Any]:
+        return {"sites": num_sites(self)}
+
+    def may_truncate(self) -> bool:
+        return self.layout == "balanced" or self.factors is not None
+
+    def check_budget(self) -> None:
+        if self.layout != "one-sided" or self.factors is not None:
+            what = f"layout {self.layout}" if self.factors is None else "explicit factors"
+            raise RecipeError(
+                f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
+                "--kind (chains of other layouts are truncated by --bond-dim)"
+            )
+
+
+def num_sites(options: Options) -> int:
+    """Cores per chain."""
+    if options.factors is not None:
+        return options.factors.split("x")[0].count(",") + 1
+    return options.sites or DEFAULT_SITES[options.layout]
 
 
 def terms(
-    rows: int, cols: int, recipe: Recipe, swapped: bool, rank: int | None = None
+    rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], Sites]:
     """See `experts`. `swapped` says that explicit factors are to be read columns first."""
-    factors = recipe.factors and site_layouts.parse_factors(recipe.factors)
+    factors = site_layouts.parse_factors(options.factors) if options.factors else None
     if factors and swapped:
-        factors = factors[::-1]
+        factors = factors[1], factors[0]
     sites = site_layouts.choose(
         rows,
         cols,
-        layout=recipe.layout,
-        num_sites=recipe.num_sites,
-        bond_dim=recipe.bond_dim,
+        layout=options.layout,
+        num_sites=num_sites(options),
+        bond_dim=options.bond_dim,
         factors=factors,
     )
+    if options.gauge == "identity" and not sites.is_exact:
+        raise RecipeError(
+            f"the identity gauge needs full bonds {sites.full_bonds}, found {sites.bonds}; expected a larger "
+            "--bond-dim or --gauge canonical"
+        )
     shape = {
         "in_dims": list(sites.in_dims),
         "out_dims": list(sites.out_dims),
@@ -49,7 +146,7 @@ def terms(
 def fit(
     matrix: Tensor,
     sites: Sites,
-    recipe: Recipe,
+    options: Options,
     generator: Generator,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
@@ -60,12 +157,12 @@ def fit(
     """
     from ..decomposition.mpo import fit as fit_mpo
 
-    if factors is not None:
-        first, second = factors
-        matrix = first @ second
-    mpo = fit_mpo(matrix, sites, svd=recipe.svd, seed=recipe.seed, gauge=recipe.gauge)
+    decompose = partial(fit_mpo, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge)
     if factors is None:
+        mpo = decompose(matrix)
         return [list(mpo.cores)], mpo.discarded
+    first, second = factors
+    mpo = decompose(first @ second)
     left, right = mpo.cores[: sites.centre], mpo.cores[sites.centre + 1 :]
     return [[*left, *_between(left, first, second, right), *right]], ()
 

@@ -50,8 +50,7 @@ def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, T
     totals = {path: torch.zeros(ffn.num_experts, dtype=torch.float64) for path, ffn in mixtures}
 
     def add(path: str, router, args, routing) -> None:
-        weights = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.weights)
-        totals[path] += token_rows(model, batch, path, weights).sum(0).double().cpu()
+        totals[path] += token_rows(model, batch, path, _weights(routing)).sum(0).double().cpu()
 
     handles = [ffn.router.register_forward_hook(partial(add, path)) for path, ffn in mixtures]
     try:
@@ -61,3 +60,12 @@ def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, T
         for handle in handles:
             handle.remove()
     return totals
+
+
+def _weights(routing) -> Tensor:
+    """(T, E) combine weights; zero for experts that were not chosen."""
+    table = torch.zeros_like(routing.logits)
+    choices = getattr(routing, "choices", None)
+    if choices is None:  # from the code of an earlier release: experts and weights (T, k)
+        return table.scatter(1, routing.experts, routing.weights)
+    return table.index_put((choices.tokens, choices.experts), choices.weights, accumulate=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
-from ..artifact.folder import check_fit, check_output, staged
+from ..artifact.folder import check_output, check_space, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
+from ..extras import need
 from ..planning.recipe import parse_size
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
@@ -98,16 +99,20 @@ def export(
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
     shard_bytes = parse_size(request.max_shard_size)
+    target = targets.load(request.to)
     source = open_artifact(str(model), revision=revision, token=token)
     expert_weights = None
     if request.calibrate:
+        need("export --calibrate", "datasets", extra="calibrate")
         from .average import measure_expert_weights
 
         expert_weights = measure_expert_weights(source, request)
-    plan = targets.load(request.to).plan(source, request, expert_weights, output)
+    plan = target.plan(source, request, expert_weights, output)
     local = source.checkpoint.folder if source.checkpoint.revision is None else None
     tensors = [tensor for part in plan.parts for tensor in part.tensors]
-    check_fit(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
+    check_space(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
+    for extra, libraries in target.NEEDS.items():
+        need(f"export --to {request.to}", *libraries, extra=extra)
     with staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import experts
 from ..artifact.weight_files import num_bytes, split_into_shards
@@ -22,10 +22,11 @@ from ..source.locate import check_alike, resolve, runs_per_token
 from ..source.matrices import FLOAT_DTYPES, matrix_size
 from ..source.safetensors_file import DTYPE2BYTES
 from ..source.shapes import check_shapes
+from ..tables import Cell, Shown, Table, escape, listed, size, warning
 from .recipe import Recipe, parse_layers, parse_size
 
 if TYPE_CHECKING:
-    pass
+    from ..runtime.modeling_mpoe import FeedForward
 
 # Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
 _BUFFER = re.compile(
@@ -43,7 +44,7 @@ class MatrixPlan:
         role: "gate", "up" or "down".
         rows, cols: input and output features.
         sites: None for kinds without sites.
-        spec: the projection as `modeling_mpoe.MPOEProjection` reads it.
+        spec: the projection as `modeling_mpoe.Projection` reads it.
         dtype: of the stored cores.
         rank: of the two thin matrices that stand for the big core; None: it is whole.
     """
@@ -90,34 +91,42 @@ class MatrixPlan:
     def dense_params(self) -> int:
         return self.rows * self.cols + (self.cols if self.source.bias else 0)
 
-    @property
-    def _bias_params(self) -> tuple[int, int]:
-        """(shared, per expert)."""
-        kinds = {None: (0, 0), "shared": (self.cols, 0), "per-expert": (0, self.cols)}
-        return kinds[self.spec["bias"]]
+    def row(self) -> dict[str, Cell]:
+        """As a table shows it."""
+        term = self.own_term
+        return {
+            "matrix": self.name,
+            "size": f"{self.rows} x {self.cols}",
+            "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
+            "bonds": listed(term["bonds"]),
+            "full bonds": listed(self.full_bonds),
+            "rank": self.rank,
+            "dense": self.dense_params,
+            "stored": self.stored_params,
+        }
 
-    def _params(self) -> tuple[int, int]:
-        """Numbers (stored once, stored per expert)."""
-        from ..runtime.modeling_mpoe import chain_shapes
-
-        shared, own = self._bias_params
-        for term in self.spec["terms"]:
-            for shape, is_shared in zip(chain_shapes(term), term["shared"], strict=True):
-                if is_shared:
-                    shared += prod(shape)
-                else:
-                    own += prod(shape)
-        return shared, own
+    def to_json(self) -> dict[str, Any]:
+        term = self.own_term
+        return {
+            "name": self.name,
+            "shape": [self.rows, self.cols],
+            **{key: term[key] for key in ("in_dims", "out_dims", "bonds")},
+            "full_bonds": list(self.full_bonds),
+            "rank": self.rank,
+            "dense_params": self.dense_params,
+            "stored_params": self.stored_params,
+        }
 
     @cached_property
     def stored_params(self) -> int:
-        shared, own = self._params()
-        return shared + self.num_experts * own
+        """Parameters of all experts, by the shipped module's own count."""
+        import torch
 
-    def active_params(self, top_k: int) -> int:
-        """Parameters that a token's k experts use; shared ones count once."""
-        shared, own = self._params()
-        return shared + top_k * own
+        from ..runtime.modeling_mpoe import Projection
+
+        with torch.device("meta"):
+            projection = Projection(self.spec, self.num_experts)
+        return projection.shared_params + self.num_experts * projection.own_params
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class FFNPlan:
     """One FFN: its matrices, and name -> (shape, dtype) of all its tensors in the artifact.
 
     Attributes:
-        form: as `modeling_mpoe.MPOEFeedForward` reads it.
+        form: as `modeling_mpoe.FeedForward` reads it.
         runs_per_token: how often a token passes it: once, but in ALBERT layers share their FFN.
     """
 
@@ -134,15 +143,6 @@ class FFNPlan:
     form: dict
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
-
-    @property
-    def router_params(self) -> int:
-        return sum(prod(s) for n, (s, _) in self.tensors.items() if n.endswith(".router.weight"))
-
-    @property
-    def adapter_params(self) -> int:
-        """Of all experts."""
-        return sum(prod(s) for n, (s, _) in self.tensors.items() if ".adapter." in n)
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,33 @@ class Totals:
     flops_per_token: int
     rebuild_flops_per_forward: int
 
+    def rows(self, label: str) -> Iterator[dict[str, Cell]]:
+        """As a table shows them: the artifact beside both references."""
+        for what, dense, moe, ours in (
+            ("parameters stored", self.dense_params, self.plain_moe_params, self.stored_params),
+            (
+                "parameters used per token",
+                self.dense_params,
+                self.plain_moe_active_params,
+                self.active_params,
+            ),
+            ("bytes", self.dense_bytes, self.plain_moe_bytes, self.stored_bytes),
+            (
+                "FLOPs per token",
+                self.dense_flops_per_token,
+                self.plain_moe_flops_per_token,
+                self.flops_per_token,
+            ),
+        ):
+            in_text = size if what == "bytes" else "{:,}".format
+            yield {
+                "": f"{label}: {what}",
+                "dense base": in_text(dense),
+                "plain MoE": in_text(moe),
+                "this model": in_text(ours),
+                "of plain MoE": f"{ours / moe:.1%}",
+            }
+
 
 @dataclass(frozen=True)
 class BudgetPoint:
@@ -223,10 +250,33 @@ class Budget:
     chosen: BudgetPoint
     curve: tuple[BudgetPoint, ...]
 
+    def table(self) -> Table:
+        """What was chosen, and what else there is."""
+        others = [point for point in self.curve if abs(point.keep - self.chosen.keep) > 0.01]
+        points = sorted([*others, self.chosen], key=lambda point: point.keep)
+        rows = tuple(
+            {
+                "FFN parameters kept": f"{point.keep:.1%}",
+                "root mean square error": f"{point.error:.3f}",
+                "expected loss": None if self.chosen.loss is None else f"+{point.loss:.3g}",
+            }
+            for point in points
+        )
+        title = "Budget: what other shares are predicted to cost"
+        return Table(title, rows, left=(), bold=points.index(self.chosen))
 
-@dataclass(frozen=True)
-class Plan:
-    """The resolved work. Holds no tensors."""
+    def in_words(self, asked: float | None) -> str:
+        text = "" if asked is None else f", asked {asked:.1%}"
+        text += f" (calibrated on {self.tokens:,} tokens)" if self.tokens else ""
+        return (
+            f"Kept: {self.chosen.keep:.1%} of the dense FFNs' parameters{text}; the least that can be met: "
+            f"{self.smallest_keep:.1%}, of which {self.fixed:.1%} are what experts own, biases and routers."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """The resolved work. Holds no tensors. `print`, the REPL and notebooks show it as tables."""
 
     recipe: Recipe
     source: str
@@ -278,6 +328,86 @@ class Plan:
     def seeks_order(self, ffn: FFNPlan) -> bool:
         """Whether another order of an FFN's neurons is tried."""
         return self.recipe.neuron_order == "auto" and any(matrix.is_cut for matrix in ffn.matrices)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What can be said before any tensor is read."""
+        warnings = []
+        alone = [
+            m.name for m in self.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
+        ]
+        if alone:
+            warnings.append(
+                f"an expert owns less than a thousandth of the parameters of {alone[0]}"
+                f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
+                "Raise --bond-dim."
+            )
+        experts = self.recipe.experts
+        grown = [m.name for m in self.matrices if m.sites and m.stored_params > experts * m.dense_params]
+        if grown:
+            warnings.append(
+                f"{grown[0]} stores more parameters than {experts} dense copies would: the auxiliary tensors "
+                "are too large for this matrix. Lower --bond-dim, or use --kind dense."
+            )
+        return warnings
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpoe-convert plan --json` prints."""
+        return {
+            "base_model": self.source,
+            "revision": self.revision,
+            "model_type": self.model_type,
+            "recipe": self.recipe.to_mapping(),
+            "totals": asdict(self.totals) | {"ffn": asdict(self.ffn_totals)},
+            "exact": self.is_exact,
+            "peak_bytes": self.peak_bytes,
+            "kept_dense": list(self.kept_dense),
+            "warnings": self.warnings,
+            "budget": asdict(self.budget) if self.budget else None,
+            "matrices": [matrix.to_json() for matrix in self.matrices],
+            "tensors": {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in self.tensors},
+            "shards": {file: list(names) for file, names in self.shards.items()},
+        }
+
+    def totals_table(self) -> Table:
+        """Both references beside the artifact, for the FFNs and for the whole model."""
+        rows = [*self.ffn_totals.rows("FFNs"), *self.totals.rows("whole model")]
+        if self.ffn_totals.rebuild_flops_per_forward:
+            flops = f"{self.ffn_totals.rebuild_flops_per_forward:,}"
+            what = "FFNs: FLOPs per forward pass to rebuild all experts"
+            rows.append(dict.fromkeys(rows[0], "") | {"": what, "this model": flops})
+        return Table("Totals", tuple(rows))
+
+    def shards_table(self) -> Table:
+        sizes = {tensor.name: tensor.num_bytes for tensor in self.tensors}
+        rows = (
+            {"file": file, "tensors": len(names), "bytes": size(sum(sizes[name] for name in names))}
+            for file, names in self.shards.items()
+        )
+        return Table("Weight files", tuple(rows), left=("file",))
+
+    def shown(self, limit: int | None = None) -> Iterator[Table | str]:
+        """See `Shown`."""
+        recipe, dense = self.recipe, self.kept_dense
+        yield (
+            f"[bold]{escape(self.source)}[/] ({self.model_type}): {len(self.ffns)} FFNs -> {recipe.experts} "
+            f"experts of kind {recipe.kind}, top {recipe.top_k}"
+        )
+        if dense:
+            names = dense if limit is None else (*dense[:limit], *(["…"] if len(dense) > limit else []))
+            yield f"{len(dense)} FFNs stay dense: {', '.join(names)}"
+        left = ("matrix", "size", "sites (in x out)", "bonds", "full bonds")
+        yield Table("Matrices", tuple(matrix.row() for matrix in self.matrices), left).head(limit)
+        yield self.totals_table()
+        yield self.shards_table().head(limit)
+        yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
+        if self.budget:
+            yield self.budget.table()
+            yield self.budget.in_words(recipe.keep)
+        else:
+            exact = "nothing is truncated" if self.is_exact else "truncated: bonds are below the full ones"
+            yield f"Bonds: {exact}."
+        yield from map(warning, self.warnings)
 
 
 def plan_checkpoint(
@@ -334,8 +464,8 @@ def _resolved(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
     return recipe.replace(
         revision=checkpoint.revision,
         ffn=family.by_hand,
-        sites=recipe.num_sites if recipe.kind == "mpo" else None,
         bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
+        **recipe.own_options.resolved(),
     )
 
 
@@ -370,31 +500,32 @@ def _plan_matrix(
         terms, sites = kind.terms(rows, cols, recipe, role == "down", rank)
     except MpoeError as error:
         raise type(error)(f"{name} ({rows} x {cols}): {error}") from None
-    if recipe.gauge == "identity" and sites and not sites.is_exact:
-        raise RecipeError(
-            f"{name} ({rows} x {cols}): the identity gauge needs full bonds {sites.full_bonds}, found "
-            f"{sites.bonds}; expected a larger --bond-dim or --gauge canonical"
-        )
     bias = (recipe.bias or kind.DEFAULT_BIAS) if source.bias else None
     spec = {"terms": terms, "bias": bias}
     dtype = recipe.dtype or info.dtype
     return MatrixPlan(name, role, source, rows, cols, sites, spec, dtype, recipe.experts, rank)
 
 
-def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
-    """Names and shapes as the shipped module itself declares them, built without memory."""
+def _module(form: dict, recipe: Recipe) -> FeedForward:
+    """The shipped module of a form, without memory: it knows names, shapes and costs."""
     import torch
 
-    from ..runtime.modeling_mpoe import MPOEFeedForward
+    from ..runtime.modeling_mpoe import FeedForward
 
     with torch.device("meta"):
-        module = MPOEFeedForward(form, recipe.experts, recipe.top_k)
-    dtypes = {matrix.role: matrix.dtype for matrix in matrices} | {"router": "float32"}
-    dtypes["adapter"] = dtypes["down"]
-    return {
-        f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
-        for name, tensor in module.state_dict().items()
-    }
+        return FeedForward(form, recipe.experts, recipe.top_k)
+
+
+def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
+    """{name: (shape, dtype)}; a part that is no projection has the dtype of `down`, or float32."""
+    module = _module(form, recipe)
+    dtypes = {matrix.role: matrix.dtype for matrix in matrices}
+    found = {}
+    for name, tensor in module.state_dict().items():
+        key = name.partition(".")[0]
+        dtype = "float32" if getattr(module, key).in_float32 else dtypes.get(key, dtypes["down"])
+        found[f"{ffn.key}.{name}"] = (tuple(tensor.shape), dtype)
+    return found
 
 
 def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]) -> tuple[OutTensor, ...]:
@@ -451,45 +582,37 @@ def tied_duplicates(checkpoint: Checkpoint) -> set[str]:
 # Totals
 
 
-def _ffn_flops(plan: Plan) -> tuple[int, int]:
-    """(per token, to rebuild the experts' matrices once per forward pass), by the module's own count."""
-    import torch
-
-    from ..runtime.modeling_mpoe import MPOEFeedForward
-
-    per_token = rebuild = 0
-    for ffn in plan.ffns:
-        with torch.device("meta"):
-            module = MPOEFeedForward(ffn.form, plan.recipe.experts, plan.recipe.top_k)
-        per_token += ffn.runs_per_token * module.flops_per_token
-        rebuild += ffn.runs_per_token * module.rebuild_flops
-    return per_token, rebuild
-
-
 def ffn_totals(plan: Plan) -> Totals:
-    """Totals of the converted FFNs."""
+    """Totals of the converted FFNs, by the shipped modules' own count."""
+    from ..runtime.modeling_mpoe import Work
+
     experts, top_k = plan.recipe.experts, plan.recipe.top_k
-    matrices = list(plan.matrices)
-    routers = sum(ffn.router_params for ffn in plan.ffns)
-    adapters = sum(ffn.adapter_params for ffn in plan.ffns)
-    dense = sum(m.dense_params for m in matrices)
-    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in matrices)
-    products = sum(ffn.runs_per_token * m.rows * m.cols for ffn in plan.ffns for m in ffn.matrices)
-    router_products = sum(ffn.runs_per_token * ffn.router_params for ffn in plan.ffns)
-    flops, rebuild = _ffn_flops(plan)
+    modules = [_module(ffn.form, plan.recipe) for ffn in plan.ffns]
+    shared = sum(module.shared_params for module in modules)
+    own = sum(module.own_params for module in modules)
+    routers = sum(module.router.shared_params for module in modules)
+    dense = sum(m.dense_params for m in plan.matrices)
+    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
+    # A token has top_k rows; where cores cannot act, a pass contracts the matrices of all experts.
+    work = Work(tokens=1, rows=top_k, experts=experts)
+    costs = [module.cost(work) for module in modules]
+    routing = [module.router.cost(work, "apply") for module in modules]
+    products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
+    runs = [ffn.runs_per_token for ffn in plan.ffns]
+    per_token = list(zip(runs, products, costs, routing, strict=True))
     return Totals(
         dense_params=dense,
         plain_moe_params=experts * dense + routers,
-        stored_params=sum(m.stored_params for m in matrices) + routers + adapters,
+        stored_params=shared + experts * own,
         plain_moe_active_params=top_k * dense + routers,
-        active_params=sum(m.active_params(top_k) for m in matrices) + routers + adapters * top_k // experts,
+        active_params=shared + top_k * own,
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
-        dense_flops_per_token=2 * products,
-        plain_moe_flops_per_token=2 * (top_k * products + router_products),
-        flops_per_token=flops,
-        rebuild_flops_per_forward=rebuild,
+        dense_flops_per_token=sum(n * 2 * size for n, size, _, _ in per_token),
+        plain_moe_flops_per_token=sum(n * (2 * top_k * size + r.flops) for n, size, _, r in per_token),
+        flops_per_token=sum(n * cost.flops for n, _, cost, _ in per_token),
+        rebuild_flops_per_forward=sum(n * cost.rebuild_flops for n, _, cost, _ in per_token),
     )
 
 

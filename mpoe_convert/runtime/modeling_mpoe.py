@@ -2,28 +2,28 @@
 """Transformers whose feed-forward networks (FFNs) are mixtures of experts with shared parameters.
 
 This file ships with every converted checkpoint and needs torch and transformers only (written for and
-tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
+tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
-* One weight form. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
-  operator); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
+* One form of weights. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
+  operator, MPO); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
 
       y = x W_e        W_e =  aux_0[e] --D1-- central_1 --D2-- aux_2[e]
                                 |                |                |
                             (i_0, j_0)       (i_1, j_1)       (i_2, j_2)
 
-  Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis when it is
-  per expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse
-  upcycling) are one chain of one per-expert core.
-* Schedules. When the cores left of the centre carry input only and those right of it output only
-  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations and no expert matrix is ever
-  built: all experts go through one matrix product with C. Otherwise, or where that is cheaper, the
-  matrices of the experts that are hit are contracted first, and can be kept in inference.
+  Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis if there is one per
+  expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
+  arXiv 2212.05055) are one chain of one per-expert core.
+* Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
+  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
+  all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the
+  experts that tokens go to are contracted first; in inference they can be kept.
 * The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
-  `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. Which submodules,
-  and how they are wired, stands in `config.mpoe`, so this file knows no model family. Classes of code that
-  the source brought along are subclassed in `modeling_mpoe_source.py` beside this file, by `subclass`.
-* Combine weights are the softmax over the chosen k logits and sum to one: identical experts compute
-  exactly what the dense FFN computed, whatever the router says.
+  `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
+  submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's
+  custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
+* Combine weights are the softmax over the k chosen logits and sum to one: identical experts compute exactly
+  what the dense FFN computed, whatever the router decides.
 
 `config.mpoe` holds:
 
@@ -31,16 +31,32 @@ tested with torch 2.13 and transformers 5.18 and 5.23). What is notable:
     num_experts, top_k
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
-                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...], "bias"};
+                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
+                       "bias": "shared", "per-expert" or null};
                        "adapter": size, if the experts are adapters behind a shared FFN
-    family             how the FFN is wired into its layer; all paths relative to the layer:
+    family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces
-      absorbed         submodules whose work moved into it; they become Identity
-      activation       where the stock activation module is found; it is taken over as it is
-      inner_dropout    between activation and down projection: a module, or a rate that is set to zero
-      outer_dropout    after the down projection, where the stock FFN applies it itself
-      adds_residual    the stock FFN is called with the residual and adds it
+      absorbed         submodules whose work moved into the mixture; they become Identity
+      activation       where the stock activation module is found; it is used as it is
+      inner_dropout    between activation and down-projection: a module, or a rate that is set to zero
+      outer_dropout    after the down-projection, where the stock FFN applies it itself
+      adds_residual    true if the stock FFN is called with the residual and adds it
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
+
+Shapes in the comments: B batch, T tokens (all of a batch, in one axis), H hidden size, E experts, k experts
+per token, N rows (one per token and chosen expert).
+
+Contents:
+    1. Config: options at its top level, and the version of its `mpoe` block
+    2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
+    3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+    4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+    5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+    6. Rule top-k: every token goes to the k experts with the largest logits
+    7. Routers: which experts a token goes to, and the losses that routers learn from
+    8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    9. The mixture: the FFN of several experts, its schedules and what they cost
+    10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import dataclasses
@@ -50,8 +66,9 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from types import UnionType
 from typing import NamedTuple
 
 import torch
@@ -72,56 +89,155 @@ except ImportError as error:
     found = transformers.__version__
     raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error
 
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Config: options at its top level, and the version of its `mpoe` block
+
+
 FORMAT_VERSION = 1
 CLASS_PREFIX = "MPOE"
 MODEL_TYPE_PREFIX = "mpoe_"
 
-# Options at the top level of the config, each with its default; `from_pretrained(..., name=value)` sets them.
-OPTIONS = {
-    "router_aux_loss_coef": 0.01,  # of the load-balancing loss, added in training; 0: off
-    "router_z_loss_coef": 0.0,  # of the router z-loss, added in training
-    "output_router_logits": False,  # outputs carry `router_logits` and `aux_loss`
-    "router_combine": "renormalised",  # see MPOERouter
-    "router_jitter_noise": 0.0,
-    "router_capacity_factor": None,
-    "router_bias_update_rate": 0.0,  # of DeepSeek-V3's balancing without a loss; 0: the bias stays
-    "router_balance_bias": False,  # there is such a bias; set by the rate
-    "router_tasks": None,  # names of tasks: routers choose by task, see `MPOEMixin.route_by`; None: by token
-    "mpoe_schedule": "auto",  # see MPOEFeedForward; MPOE_SCHEDULE in the environment comes first
-    "mpoe_cache": "off",  # see MatrixCache: off, hit, all; MPOE_CACHE comes first
-    "mpoe_cache_bytes": None,  # limit for the whole model; MPOE_CACHE_BYTES comes first
-}
-OPTION_TYPES = {
-    "router_aux_loss_coef": float,
-    "router_z_loss_coef": float,
-    "output_router_logits": bool,
-    "router_combine": str,
-    "router_jitter_noise": float,
-    "router_capacity_factor": float | None,
-    "router_bias_update_rate": float,
-    "router_balance_bias": bool,
-    "router_tasks": list[str] | None,
-    "mpoe_schedule": str,
-    "mpoe_cache": str,
-    "mpoe_cache_bytes": int | None,
-}
 
-# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
-_FLOPS = 1e11  # per second
-_BANDWIDTH = 1e10  # bytes per second
-# Up to so many numbers every row gets a copy of its own experts' cores.
-_FEW_NUMBERS = 1 << 23
-_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
-_ROUTER_FIELDS = ("aux_loss", "router_logits")
-# From so many rows per expert on, a processor computes expert by expert ...
-_MANY_ROWS = 384
-# ... and with gradients only if an expert has no more numbers than this for itself: the gradient of every
-# weight[expert] is as large as all experts together.
-_OWN_NUMBERS = 1 << 18
+class Option(NamedTuple):
+    """An option at the top level of the config; `from_pretrained(..., name=value)` sets it."""
+
+    name: str
+    type: type | UnionType
+    default: object
+    meaning: str
+    values: tuple[str, ...] | None = None  # all that it may be; None: anything of its type
+
+
+# In the order in which config.json lists them.
+CONFIG_OPTIONS = (
+    Option(
+        "router_aux_loss_coef",
+        float,
+        0.01,
+        "coefficient of the load-balancing loss, which is added in training; 0: off",
+    ),
+    Option(
+        "router_z_loss_coef",
+        float,
+        0.0,
+        "coefficient of the router z-loss, which is added in training; 0: off",
+    ),
+    Option(
+        "output_router_logits",
+        bool,
+        False,
+        "outputs carry `router_logits` and `aux_loss`",
+    ),
+    Option(
+        "router_combine",
+        str,
+        "renormalised",
+        "combine weights: `renormalised`, which sum to one per token, or `raw`, the probabilities (Switch)",
+        ("renormalised", "raw"),
+    ),
+    Option(
+        "router_jitter_noise",
+        float,
+        0.0,
+        "in training the router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+    ),
+    Option(
+        "router_capacity_factor",
+        float | None,
+        None,
+        "in training an expert takes at most this times its equal share of the choices; null: no limit",
+    ),
+    Option(
+        "router_bias_update_rate",
+        float,
+        0.0,
+        "step of DeepSeek-V3's balancing bias, which balances without a loss; 0: the bias stays as it is",
+    ),
+    Option(
+        "router_balance_bias",
+        bool,
+        False,
+        "the checkpoint has balancing biases; a rate above 0 sets it",
+    ),
+    Option(
+        "router_tasks",
+        list[str] | None,
+        None,
+        "names of tasks: routers choose by the task of a sequence (see `route_by`); null: by token",
+    ),
+    Option(
+        "mpoe_schedule",
+        str,
+        "auto",
+        "how experts are computed: `apply`, `rebuild`, `cached`, or `auto`, the cheapest; "
+        "the environment variable MPOE_SCHEDULE overrules it",
+        ("auto", "apply", "rebuild", "cached"),
+    ),
+    Option(
+        "mpoe_cache",
+        str,
+        "off",
+        "which experts' matrices are kept in inference: `off`, `hit` (of experts that were chosen) or `all`; "
+        "MPOE_CACHE overrules it",
+        ("off", "hit", "all"),
+    ),
+    Option(
+        "mpoe_cache_bytes",
+        int | None,
+        None,
+        "limit of all kept matrices of the model, in bytes; null: none; MPOE_CACHE_BYTES overrules it",
+    ),
+)
+OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
+
+
+def read_option(config: PretrainedConfig, name: str) -> object:
+    """The value of an option; for `mpoe_...` the environment variable of that name comes first.
+
+    Raises:
+        ValueError: it is none of the values that the option may have.
+    """
+    value = getattr(config, name)
+    if name.startswith("mpoe_"):
+        value = os.environ.get(name.upper(), value)
+    values = next(option.values for option in CONFIG_OPTIONS if option.name == name)
+    if values is not None and value not in values:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------
-# Chains of cores
+# 2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
+
+
+class Work(NamedTuple):
+    """A call of a mixture, as far as its cost depends on it; all may be expected values."""
+
+    tokens: float  # T
+    rows: float  # N, one per choice
+    experts: float  # that some choice fell on
+
+
+class Cost(NamedTuple):
+    """What a part takes for a `Work`."""
+
+    flops: float  # of products of rows with weights, 2 per multiply-add
+    rebuild_flops: float  # of contracting the experts' matrices
+    nbytes: float  # of weights read; a matrix that is built is written and read once
+
+    @classmethod
+    def total(cls, costs: Iterable["Cost"]) -> "Cost":
+        """The sum."""
+        return cls(*map(sum, zip(*costs, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+#
+# A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
+# shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
+# (l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -130,14 +246,14 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     The leading "..." is an expert axis that some cores may have and others not.
     """
     merged = cores[0]
-    for core in cores[1:]:
-        merged = torch.einsum("...aIOb,...bior->...aIiOor", merged, core)
-        merged = merged.flatten(-5, -4).flatten(-3, -2)
+    for core in cores[1:]:  # over the bond b between them
+        merged = torch.einsum("...aIOb,...bior->...aIiOor", merged, core)  # (..., l, I, i, O, o, r)
+        merged = merged.flatten(-5, -4).flatten(-3, -2)  # (..., l, I * i, O * o, r)
     return merged
 
 
 def contract_chain(cores: Sequence[Tensor]) -> Tensor:
-    """Multiply a whole chain (outer bonds 1) out: (in, out), or (E, in, out) if any core has experts."""
+    """Contract a whole chain, whose outer bonds are 1: (in, out), or (E, in, out) if any core has experts."""
     return merge_cores(cores).squeeze(-1).squeeze(-3)
 
 
@@ -174,7 +290,7 @@ def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Picks(NamedTuple):
-    """Which expert's core each of N rows is multiplied by, in the way that suits their number.
+    """Which expert's core each of N rows is multiplied by, in the form that suits their number.
 
     One of four:
         one expert for all rows         experts is an int
@@ -185,12 +301,13 @@ class Picks(NamedTuple):
 
     experts: Tensor | int
     sizes: list[int] | None = None
-    ends: Tensor | None = None
+    ends: Tensor | None = None  # (E,) int32
 
     @classmethod
     def of_sorted(cls, experts: Tensor, num_experts: int, on_device: bool) -> "Picks":
+        """For rows that are sorted by their experts (N,)."""
         counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-        counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+        counts = counts.scatter_add(0, experts, torch.ones_like(experts))  # (E,)
         if on_device:
             return cls(experts, ends=counts.cumsum(0).to(torch.int32))
         return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
@@ -215,13 +332,15 @@ class Picks(NamedTuple):
             return multiply_left(weight[self.experts], x)
         return torch.bmm(weight.index_select(0, self.experts).mT, x)
 
-    def _by_segment(self, x: Tensor, weight: Tensor, product) -> Tensor:
+    def _by_segment(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One product per expert: its rows of x (N, ...) with its matrix of (E, l, q)."""
         # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
         segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
         products = [product(part, own) for part, own in segments if len(part)]
         return torch.cat(products) if products else product(x, weight[0])
 
     def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
+        """One kernel for all experts: rows (N * rows_each, l) with (E, l, q) -> (N * rows_each, q)."""
         device, dtype = rows.device.type, rows.dtype
         if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
             dtype = torch.get_autocast_dtype(device)
@@ -250,12 +369,13 @@ class MatrixCache:
     `.to()` are noticed; writing through `parameter.data` is not.
 
     Args:
-        keep: "hit": the experts that tokens went to; "all": every expert, from the first use on.
+        keep: "hit": of the experts that tokens went to; "all": of every expert, from the first use on.
         limit: bytes for all matrices of this FFN; what does not fit is built each time. None: no limit.
     """
 
     def __init__(self, keep: str, limit: float | None = None):
         self.keep, self.limit = keep, math.inf if limit is None else limit
+        # {(id of the chain, expert): (state of its cores, matrix (in, out))}
         self.entries: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
 
     def __reduce__(self):  # copies of a model start empty
@@ -265,14 +385,14 @@ class MatrixCache:
     def nbytes(self) -> int:
         return sum(matrix.nbytes for _, matrix in self.entries.values())
 
-    def matrix(self, chain: "MPOEChain", cores: list[Tensor], expert: int) -> Tensor:
+    def matrix(self, chain: "Chain", cores: list[Tensor], expert: int) -> Tensor:
         """One expert's matrix (in, out), from the cache if it is there and still right."""
         if not all(isinstance(core, nn.Parameter) for core in cores):
             return chain.matrix(cores, expert)  # parametrised (PEFT): a new tensor each time
         autocast = torch.is_autocast_enabled(cores[0].device.type)
         state = (autocast, *((core.data_ptr(), core._version, core.dtype) for core in cores))
         wanted = [expert]
-        if self.keep == "all":
+        if self.keep == "all" and not chain.is_common:
             wanted += [e for e in range(chain.num_experts) if e != expert]
         for e in wanted:
             key = (id(chain), e)
@@ -287,16 +407,16 @@ class MatrixCache:
         return chain.matrix(cores, expert) if kept is None else kept[1]
 
 
-class MPOEChain(nn.Module):
+class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
-
-    A core is stored as a matrix (bond_left * in_dim, out_dim * bond_right), or a stack of one per expert:
-    shapes that optimizers, LoRA and kernels know.
 
     Attributes:
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
-        own_numbers: how many numbers one expert has for itself.
+        is_common: all cores are shared, so that every expert has the same matrix.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        flops_per_row: operations per row (2 per multiply-add), the contraction of matrices not counted.
+        rebuild_flops: operations to contract one expert's matrix.
     """
 
     def __init__(self, term: dict, num_experts: int):
@@ -304,16 +424,20 @@ class MPOEChain(nn.Module):
         self.num_experts = num_experts
         self.shapes = chain_shapes(term)
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
-        self.shared = tuple(term["shared"])
+        self.shared = tuple(bool(shared) for shared in term["shared"])
+        self.is_common = all(self.shared)
         self.core_names = name_cores(term)
         inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
         outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
         self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
-        pairs = zip(self.shapes, self.shared, strict=True)
-        self.own_numbers = sum(math.prod(shape) for shape, shared in pairs if not shared)
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
+        self.own_params = sum(sizes) - self.shared_params
+        self.flops_per_row = self._count_flops_per_row()
+        self.rebuild_flops = self._count_rebuild_flops()
 
     def forward(
         self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
@@ -329,10 +453,8 @@ class MPOEChain(nn.Module):
         rows = rows.to(cores[0].dtype)
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
-        if all(self.shared):
-            return rows @ self.matrix(cores, 0)
-        if isinstance(picks.experts, int):
-            expert = picks.experts
+        if self.is_common or isinstance(picks.experts, int):
+            expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
             return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
         hit = slice(None)
         if picks.sizes is not None:  # build the matrices that are needed
@@ -344,7 +466,7 @@ class MPOEChain(nn.Module):
         """One expert's matrix, (in, out)."""
         return self._contract(cores, expert)
 
-    def _contract(self, cores: list[Tensor], experts) -> Tensor:
+    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
         """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
         chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
         return contract_chain(
@@ -352,43 +474,56 @@ class MPOEChain(nn.Module):
         )
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core. The activations are (N, bond * input sites left) and then (N, outputs, bond)."""
-        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1
-        x = rows.unsqueeze(-1)
+        """Core after core: rows (N, in) -> (N, out).
+
+        First the cores that carry only input take one input site after the other: x (N, l, i, later inputs)
+        becomes (N, r, later inputs). Then the others give one output site after the other:
+        x (N, earlier outputs, l, i) becomes (N, earlier outputs, o, r).
+        """
+        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
+        x = rows.unsqueeze(-1)  # (N, in, 1)
         for core, (l, i, o, _), shared in zip(cores, self.shapes, self.shared, strict=True):  # noqa: E741
-            if inputs > 1 and o == 1:  # takes input site i to the bond; the later inputs stand behind
+            if inputs > 1 and o == 1:
                 inputs //= i
                 x = x.reshape(num_rows, l * i, inputs)
                 if shared and inputs == 1:
-                    x = multiply_right(x.mT, core).mT
+                    x = multiply_right(x.mT, core).mT  # (N, r, 1)
                 else:
-                    x = multiply_left(core, x) if shared else picks.left(x, core)
+                    x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
                 continue
             inputs //= i
             x = x.reshape(num_rows, outputs, l * i)
-            x = multiply_right(x, core) if shared else picks.right(x, core)
+            x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
             outputs *= o
         return x.reshape(num_rows, self.out_features)
 
     # ------------------------------------------------------------------------------------- cost
 
-    @property
-    def flops_per_row(self) -> int:
-        """Floating-point operations per row (2 per multiply-add), the contraction of matrices apart."""
+    def cost(self, rows: float, experts: float, schedule: str) -> Cost:
+        """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
+        itemsize = getattr(self, self.core_names[0]).itemsize
+        stored = self.shared_params + experts * self.own_params
+        if self.acts and (schedule == "apply" or len(self.shapes) == 1):
+            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+        flops = rows * 2 * self.in_features * self.out_features
+        matrices = experts * self.in_features * self.out_features
+        if schedule == "cached":
+            return Cost(flops, 0, matrices * itemsize)
+        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+
+    def _count_flops_per_row(self) -> int:
         if not self.acts:
             return 2 * self.in_features * self.out_features
         flops, inputs, outputs = 0, self.in_features, 1
-        for l, i, o, r in self.shapes:  # noqa: E741
+        for l, i, o, r in self.shapes:  # noqa: E741  (a matrix (l * i, o * r) for every input and output)
             inputs //= i
             flops += 2 * inputs * outputs * l * i * o * r
             outputs *= o
         return flops
 
-    @property
-    def rebuild_flops(self) -> int:
-        """Operations to contract one expert's matrix."""
+    def _count_rebuild_flops(self) -> int:
         flops, rows, cols = 0, 1, 1
-        for l, i, o, r in self.shapes:  # noqa: E741
+        for l, i, o, r in self.shapes:  # noqa: E741  (rows * cols: what is contracted so far)
             flops += 2 * rows * cols * l * i * o * r
             rows, cols = rows * i, cols * o
         return flops - 2 * math.prod(self.shapes[0])  # the first core costs nothing
@@ -399,36 +534,85 @@ class MPOEChain(nn.Module):
         sizes = [math.prod(shape) for shape in self.shapes]
         centre = sizes.index(max(sizes))
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
-            l, i, o, r = shape  # noqa: E741  (bond names)
+            l, i, o, r = shape  # noqa: E741
             fan = l * i * o if k < centre else i * o * r
             init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
 
 
-class MPOEProjection(nn.Module):
+# ---------------------------------------------------------------------------------------------------
+# 4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+#
+# A part says itself what it owns, what it costs and what it starts as. Another type of part is one more class
+# and one more row in `PARTS`.
+
+
+class Part(nn.Module):
+    """What a mixture is made of: the router, and what the form of the experts lists.
+
+    Attributes:
+        acts: it works on the activations, without an expert's matrix being built.
+        behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
+        in_float32: its parameters are float32 in every model dtype.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+    """
+
+    acts = True
+    behind = False
+    in_float32 = False
+    shared_params: int
+    own_params: int
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Part":
+        """The part that stands under a key of a form, see `config.mpoe`."""
+        raise NotImplementedError
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        """Of a call of the mixture; for the schedules see `FeedForward`."""
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float) -> None:
+        """Start as a new model does, where entries of matrices have the standard deviation `std`."""
+        raise NotImplementedError
+
+
+class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
              "bias": "shared" | "per-expert" | None}
+    `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
+    experts it has.
     """
 
-    def __init__(self, spec: dict, num_experts: int):
+    def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
-        self.terms = nn.ModuleList(MPOEChain(term, num_experts) for term in spec["terms"])
-        self.is_common = [all(term["shared"]) for term in spec["terms"]]
-        out_features = math.prod(spec["terms"][0]["out_dims"])
+        self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
+        self.sees_tokens = sees_tokens
         self.bias_kind = spec["bias"]
         if self.bias_kind is None:
             self.bias = None
         else:
+            out_features = math.prod(spec["terms"][0]["out_dims"])
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self._chains = tuple(self.terms)
+        self.acts = all(chain.acts for chain in self._chains)
+        self._shared_bias = self.bias.shape[-1] if self.bias_kind == "shared" else 0
+        self._own_bias = self.bias.shape[-1] if self.bias_kind == "per-expert" else 0
+        self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
+        self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
+        return cls(form[key], num_experts, sees_tokens=key != "down")
 
     def common(self, tokens: Tensor) -> Tensor | None:
-        """What terms that all experts share make of tokens (T, in): (T, out); None if there are none."""
+        """What the common terms make of tokens (T, in): (T, out); None if there are none."""
         picks = Picks(0)
-        parts = [
-            term(tokens, picks) for term, shared in zip(self.terms, self.is_common, strict=True) if shared
-        ]
+        pairs = zip(self.terms, self._chains, strict=True)
+        parts = [term(tokens, picks) for term, chain in pairs if chain.is_common]
         return sum(parts) if parts else None
 
     def forward(
@@ -439,15 +623,27 @@ class MPOEProjection(nn.Module):
         cache: MatrixCache | None = None,
         common: Tensor | None = None,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `MPOEChain`. `common`: what the shared terms make of the rows, if done."""
-        y = common
-        for term, shared in zip(self.terms, self.is_common, strict=True):
-            if not shared or common is None:
+        """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        y = common  # (N, out)
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            if common is None or not chain.is_common:
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
         if self.bias is None:
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        costs = [
+            chain.cost(work.tokens, 1, "apply")
+            if chain.is_common and self.sees_tokens
+            else chain.cost(work.rows, work.experts, schedule)
+            for chain in self._chains
+        ]
+        if self.bias is not None:
+            nbytes = (self._shared_bias + work.experts * self._own_bias) * self.bias.itemsize
+            costs.append(Cost(0, 0, nbytes))
+        return Cost.total(costs)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -457,27 +653,34 @@ class MPOEProjection(nn.Module):
             init.zeros_(self.bias)
 
 
-class MPOEAdapter(nn.Module):
+class Adapter(Part):
     """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
 
     PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
     """
+
+    behind = True
+    shared_params = 0
 
     def __init__(self, hidden_size: int, size: int, num_experts: int):
         super().__init__()
         self.hidden_size, self.size = hidden_size, size
         self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
         self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
+        self.own_params = 2 * hidden_size * size
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Adapter":
+        return cls(hidden_size_of(form), form[key], num_experts)
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
-        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))
+        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 
-    @property
-    def own_numbers(self) -> int:
-        """Numbers that one expert has for itself."""
-        return 2 * self.hidden_size * self.size
+    def cost(self, work: Work, schedule: str) -> Cost:
+        nbytes = work.experts * self.own_params * self.aux_0.itemsize
+        return Cost(2 * work.rows * self.own_params, 0, nbytes)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -485,35 +688,179 @@ class MPOEAdapter(nn.Module):
         init.zeros_(self.aux_1)
 
 
+# Which class reads which key of a form, in the order of the artifact's tensors.
+PARTS: dict[str, type[Part]] = {"gate": Projection, "up": Projection, "down": Projection, "adapter": Adapter}
+
+
+def hidden_size_of(form: dict) -> int:
+    """H: the input features of the up-projection."""
+    return math.prod(form["up"]["terms"][0]["in_dims"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+
+
+class Choices(NamedTuple):
+    """N choices: token `tokens[n]` goes to expert `experts[n]`, whose output is multiplied by `weights[n]`.
+
+    A token may have no choice, one or many. A rule lists them token by token, each token's from the first
+    choice to the last.
+    """
+
+    tokens: Tensor  # (N,) int64
+    experts: Tensor  # (N,) int64
+    weights: Tensor  # (N,) float32, the combine weights
+    per_token: int | None = None  # k, if every token has k choices, side by side; None: their number varies
+
+    def take(self, index: Tensor) -> "Choices":
+        """Those at `index` (M,), in its order."""
+        return Choices(self.tokens[index], self.experts[index], self.weights[index])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
+        if self.per_token is None:
+            return values.index_select(0, self.tokens)
+        return values.repeat_interleave(self.per_token, dim=0)
+
+    def combine(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """One output per choice (N, H) -> (T, H), each token's weighted sum; zero for a token without."""
+        weights = self.weights.to(torch.promote_types(rows.dtype, torch.float32))
+        weighted = rows * weights.unsqueeze(-1)  # (N, H), in float32 at least
+        if self.per_token is not None:  # reshape and sum: faster than by index, and in a fixed order on CUDA
+            return weighted.unflatten(0, (num_tokens, self.per_token)).sum(1).to(rows.dtype)
+        output = weighted.new_zeros(num_tokens, rows.shape[-1])
+        return output.index_add(0, self.tokens, weighted).to(rows.dtype)
+
+    def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
+        """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
+        counted = (
+            torch.ones_like(self.weights) if mask is None else mask.to(self.weights)[self.tokens]
+        )  # (N,)
+        return counted.new_zeros(num_experts).scatter_add(0, self.experts, counted)
+
+    def ranks(self) -> Tensor:
+        """(N,) a choice's place among those of its token, as a rule lists them: 0 for the first."""
+        start = torch.searchsorted(self.tokens, self.tokens)  # (N,) where the token's choices begin
+        return torch.arange(len(start), device=start.device) - start
+
+
 class Routing(NamedTuple):
-    """What a router decided for T tokens; all floats are float32."""
+    """What a router made of T tokens."""
 
-    logits: Tensor  # (T, E), before any balancing bias
-    weights: Tensor  # (T, k) combine weights; zero where the expert had no room
-    experts: Tensor  # (T, k)
-    dropped: Tensor | None  # (T, k) weights that were lost to the capacity; None without a capacity
+    logits: Tensor  # (T, E) float32, before any balancing bias
+    choices: Choices  # all that the rule chose
+    room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
+
+    def weighted(self, weights: Tensor) -> "Routing":
+        """The same with other combine weights (N,)."""
+        return self._replace(choices=self.choices._replace(weights=weights))
+
+    def served(self) -> Choices:
+        """The choices that are computed: those for which there was room.
+
+        Compiled code, whose shapes must not depend on values, computes all, the others with weight zero.
+        """
+        if self.room is None:
+            return self.choices
+        if torch.compiler.is_compiling() or self.room.is_meta:
+            return self.choices._replace(weights=self.choices.weights * self.room)
+        return self.choices.take(self.room.nonzero().squeeze(-1))
 
 
-class MPOERouter(nn.Module):
-    """Chooses k experts per token. The weight and the arithmetic are float32 in every model dtype.
+Rule = Callable[["Router", Tensor, Tensor | None], Choices]
+DEFAULT_RULE = "top-k"
+RULES: dict[str, Rule] = {}
+
+
+def rule(function: Rule) -> Rule:
+    """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
+
+    A rule takes the router, logits (T, E) in float32, and the balancing bias (E,) or None.
+    """
+    RULES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def find_rule(name: str) -> Rule:
+    """Raises ValueError if there is no such rule."""
+    if name not in RULES:
+        raise ValueError(f"config.mpoe has the rule {name!r}: this file knows {', '.join(RULES)}")
+    return RULES[name]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Rule top-k: every token goes to the k experts with the largest logits
+
+
+@rule
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+    """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
+
+    Args:
+        logits: (T, E).
+        bias: (E,) added to the probabilities to choose experts, never to weigh them (DeepSeek-V3, arXiv
+            2412.19437, section 2.1.2).
+    """
+    k = router.top_k
+    if bias is None:
+        chosen, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
+    else:
+        experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
+        chosen = logits.gather(-1, experts)  # (T, k)
+    weights = weigh(logits, chosen, experts, router.combine)  # (T, k)
+    tokens = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(k)  # (T * k,)
+    return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
+
+
+def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str) -> Tensor:
+    """Combine weights (T, k) of k experts per token.
+
+    Args:
+        logits: (T, E) of all experts.
+        chosen: (T, k) of the chosen experts.
+        experts: (T, k) their numbers.
+        combine: see `Router`.
+    """
+    if combine == "renormalised" and experts.shape[-1] > 1:
+        return chosen.softmax(-1)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
+    if combine == "raw":
+        return log_probability.exp()
+    # One expert per token: p / p.detach() by logarithms, so that p = 0 in float32 gives one as well.
+    return (log_probability - log_probability.detach()).exp()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Routers: which experts a token goes to, and the losses that routers learn from
+
+
+class Router(Part):
+    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
     of `tasks` (number of tasks, H), or one that is given.
 
     Attributes:
+        top_k: k, for the rules that choose so many experts per token.
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
             p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
             probability over all experts (Switch), which scales the FFN's output down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
-        capacity_factor: in training an expert takes at most this times T k / E of the T k choices, first
-            choices before second, early tokens before late ones; others add nothing. None: no limit.
+        capacity_factor: in training an expert takes at most this times N / E of the N choices, first
+            choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int):
+    in_float32 = True
+    own_params = 0
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
         self.top_k = top_k
+        self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.shared_params = self.weight.numel()
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
@@ -526,6 +873,7 @@ class MPOERouter(nn.Module):
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
             self.tasks = nn.Parameter(empty)
+            self.shared_params = self.weight.numel() + self.tasks.numel()
 
     def forward(
         self,
@@ -547,16 +895,10 @@ class MPOERouter(nn.Module):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
-            if bias is None:
-                chosen, experts = logits.topk(self.top_k, dim=-1)
-            else:
-                experts = (logits.softmax(-1) + bias.float()).topk(self.top_k, dim=-1).indices
-                chosen = logits.gather(-1, experts)
-            weights = self._weigh(logits, chosen, experts)
+            choices = self.select(self, logits, bias)
             if not self.training or self.capacity_factor is None:
-                return Routing(logits, weights, experts, None)
-            dropped = weights * ~self._has_room(experts, mask)
-            return Routing(logits, weights - dropped, experts, dropped)
+                return Routing(logits, choices)
+            return Routing(logits, choices, self._has_room(choices, mask))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -573,22 +915,22 @@ class MPOERouter(nn.Module):
             )
         return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
-    def _weigh(self, logits: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
-        if self.combine == "renormalised" and self.top_k > 1:
-            return chosen.softmax(-1)
-        log_probability = logits.log_softmax(-1).gather(-1, experts)
-        if self.combine == "raw":
-            return log_probability.exp()
-        return (log_probability - log_probability.detach()).exp()
-
-    def _has_room(self, experts: Tensor, mask: Tensor | None) -> Tensor:
+    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+        """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
-        choices = F.one_hot(experts.T.reshape(-1), num_experts)  # (k * T, E), first choices first
+        order = choices.ranks().argsort(
+            stable=True
+        )  # (N,) first choices of all tokens, then second ones, ...
+        ranked = choices.take(order)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
         if mask is not None:
-            choices = choices * mask.to(choices).repeat(experts.shape[1]).unsqueeze(-1)
-        capacity = (self.capacity_factor * choices.sum() / num_experts).ceil().clamp(min=1)
-        place = (choices.cumsum(0) * choices).sum(-1)  # 1 for the first in its expert's queue
-        return (place <= capacity).reshape(experts.T.shape).T
+            queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
+        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
+        return (place <= capacity)[order.argsort()]
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        return Cost(2 * work.tokens * self.weight.numel(), 0, self.weight.nbytes)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -598,14 +940,15 @@ class MPOERouter(nn.Module):
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """E * sum over e of f_e P_e: f_e tokens' choices per token, P_e mean probability; k if balanced.
+    """E * sum over e of f_e P_e: f_e choices of expert e per token, P_e its mean probability; k if balanced.
 
     Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
     `mask` (T,) is zero for tokens that do not count.
     """
     num_experts = routing.logits.shape[-1]
-    choices = F.one_hot(routing.experts, num_experts).sum(1).float()
-    return num_experts * (_mean(choices, mask) * _mean(routing.logits.softmax(-1), mask)).sum()
+    load = routing.choices.load(num_experts, mask)  # (E,)
+    per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
 
 
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -614,11 +957,18 @@ def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Over tokens, the first axis, that the mask counts."""
+    """Over tokens, the first axis, that the mask (T,) counts."""
     if mask is None:
         return values.mean(0)
-    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))  # (T, 1, ...)
     return (values * mask).sum(0) / mask.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+
+
+_ROUTER_FIELDS = ("aux_loss", "router_logits")
 
 
 class _AddGradient(torch.autograd.Function):
@@ -655,20 +1005,20 @@ class _NoteScale(torch.autograd.Function):
 class Call(NamedTuple):
     """One call of one mixture in a pass."""
 
-    ffn: "MPOEFeedForward"
+    ffn: "FeedForward"
     routing: Routing
     mask: Tensor | None  # (T,) zero for padding
     loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
-class _Repeatable(deque):
+class Repeatable(deque):
     """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
 
     def __reduce__(self):  # copies of a model start empty
-        return functools.partial(_Repeatable, maxlen=self.maxlen), ()
+        return functools.partial(Repeatable, maxlen=self.maxlen), ()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
@@ -682,7 +1032,7 @@ class RouterPass:
         calls: of the mixtures so far; dropped when the pass is over.
         num_calls: how many; the loss is the mean over them.
         share: how much of an optimizer's step this pass is.
-        task: that was given to this pass, see `MPOERouter`.
+        task: that was given to this pass, see `Router`.
         scale: what the model's own loss is multiplied by; known once the backward pass has begun.
         went_back: whether a backward pass has reached a mixture.
     """
@@ -703,31 +1053,31 @@ class RouterPass:
             share = share.to(self.scale.device)
         return self.scale * share / max(self.num_calls, 1)
 
-    def mask(self, ffn: "MPOEFeedForward", num_tokens: int) -> Tensor | None:
+    def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """Which of the tokens of a mixture's next call count."""
         return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
 
     def add(
-        self, ffn: "MPOEFeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
-    ) -> Tensor:
-        """Take part in a call of a mixture; its combine weights."""
+        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+    ) -> Routing:
+        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # nobody will tell
             self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
-            return routing.weights
-        weights, loss = self.join(routing, mask)
+            return routing
+        joined, loss = self.join(routing, mask)
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             ffn.repeatable.append((self, mask, task))
-        return weights
+        return joined
 
-    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(combine weights that carry the losses' gradient, the losses)."""
-        loss = self.loss(routing, mask)
-        if not (self.learns and torch.is_grad_enabled() and routing.weights.requires_grad):
-            return routing.weights, loss
-        return _AddGradient.apply(routing.weights, loss, self), loss
+    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """(the routing, whose weights carry the losses' gradient; the losses)."""
+        loss, weights = self.loss(routing, mask), routing.choices.weights
+        if not (self.learns and torch.is_grad_enabled() and weights.requires_grad):
+            return routing, loss
+        return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
         loss = routing.logits.new_zeros(())
@@ -738,20 +1088,79 @@ class RouterPass:
         return loss
 
 
-def _one_of(config: PretrainedConfig, name: str, values: tuple[str, ...]) -> str:
-    """A config option; MPOE_SCHEDULE and MPOE_CACHE in the environment come first."""
-    value = getattr(config, name)
-    if name.startswith("mpoe_"):
-        value = os.environ.get(name.upper(), value)
-    if value not in values:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
-    return value
+def add_losses(outputs, running: RouterPass, arguments: dict):
+    """The model's outputs with the routers' losses in their loss."""
+    losses = [call.loss for call in running.calls]
+    if not losses:
+        return outputs
+    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    total = total * torch.as_tensor(running.share, device=total.device)
+    key, tensor = _loss_of(outputs, arguments)
+    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+        if not torch.compiler.is_compiling():
+            tensor = _NoteScale.apply(tensor, running)
+        tensor = tensor + total.to(tensor.device)
+    elif total.requires_grad:
+        key, tensor = _first_output(outputs)
+        tensor = _AddGradient.apply(tensor, total, None)
+    else:
+        return outputs
+    if isinstance(outputs, tuple):
+        return (*outputs[:key], tensor, *outputs[key + 1 :])
+    outputs[key] = tensor
+    return outputs
 
 
-def _combine(copies: Tensor, weights: Tensor) -> Tensor:
-    """What a token's experts made of it (T, k, H), times the combine weights (T, k) -> (T, H)."""
-    weights = weights.to(torch.promote_types(copies.dtype, torch.float32))
-    return (copies * weights.unsqueeze(-1)).sum(1).to(copies.dtype)
+@functools.cache
+def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class with `aux_loss` and `router_logits`."""
+    known = {field.name for field in dataclasses.fields(base)}
+    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
+    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
+
+
+def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    calls = running.calls
+    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
+    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
+    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
+        return _with_router_fields(type(outputs))(**outputs, **shown)
+    for name, value in shown.items():
+        outputs[name] = value
+    return outputs
+
+
+def _loss_of(outputs, arguments: dict) -> tuple:
+    """Key and value of the loss among a model's outputs, or (None, None)."""
+    if isinstance(outputs, tuple):
+        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
+        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
+    loss = outputs.get("loss")
+    return (None, None) if loss is None else ("loss", loss)
+
+
+def _first_output(outputs) -> tuple:
+    """Key and value of the first tensor that was computed from the hidden states."""
+    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
+    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. The mixture: the FFN of several experts, its schedules and what they cost
+
+
+# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
+_FLOPS = 1e11  # per second
+_BANDWIDTH = 1e10  # bytes per second
+# Up to so many parameters in all, every row gets a copy of its own expert's cores.
+_FEW_COPIED_PARAMS = 1 << 23
+# From so many rows per expert on, a processor computes expert by expert ...
+_MANY_ROWS = 384
+# ... and with gradients only if an expert owns no more parameters than this: the gradient of every
+# weight[expert] is as large as all experts together.
+_FEW_OWN_PARAMS = 1 << 18
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
@@ -762,119 +1171,103 @@ class Inputs(NamedTuple):
     gate: Tensor | None = None
 
     def take(self, index: Tensor) -> "Inputs":
+        """Those at `index` (M,), in its order."""
         return Inputs(*(None if part is None else part[index] for part in self))
 
-    def repeat(self, times: int) -> "Inputs":
-        """Every one that often, copies side by side."""
-        return Inputs(*(None if part is None else part.repeat_interleave(times, dim=0) for part in self))
+    def spread(self, choices: Choices) -> "Inputs":
+        """Of the tokens -> of their choices."""
+        return Inputs(*(None if part is None else choices.spread(part) for part in self))
 
 
-class MPOEFeedForward(nn.Module):
+class FeedForward(nn.Module):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated} (see `MPOEProjection`), and "adapter": its size,
-    if the experts are adapters behind an FFN that is shared altogether.
+    `form`: {"up": spec, "down": spec, "gate": spec if gated}, and parts behind the FFN; `PARTS` says which
+    class reads which key. `rule`: the name of a selection rule in `RULES`.
 
     Schedules, the same function in different operations:
         apply     the cores act on the activations; matrices are built for chains that cannot act
         rebuild   the matrices of the experts that are hit are contracted, then used as dense experts
         cached    rebuild, with the matrices kept between calls; where no gradient is needed
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
+
+    Attributes:
+        parts: the router, and those of the form, in the order of `PARTS`.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        top_k: choices per token; for rules where it varies, what estimates go by.
     """
 
-    def __init__(self, form: dict, num_experts: int, top_k: int):
+    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
-        hidden_size = math.prod(form["up"]["terms"][0]["in_dims"])
-        self.num_experts = num_experts
-        self.router = MPOERouter(hidden_size, num_experts, top_k)
-        self.gate = MPOEProjection(form["gate"], num_experts) if "gate" in form else None
-        self.up = MPOEProjection(form["up"], num_experts)
-        self.down = MPOEProjection(form["down"], num_experts)
-        size = form.get("adapter")
-        self.adapter = None if size is None else MPOEAdapter(hidden_size, size, num_experts)
-        self.top_k = top_k
-        self.act = nn.Identity()
-        self.inner_dropout = nn.Identity()
-        self.outer_dropout = nn.Identity()
+        if unknown := sorted(form.keys() - PARTS.keys()):
+            raise ValueError(f"a form in config.mpoe has the parts {unknown}: this file knows {list(PARTS)}")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router = Router(hidden_size_of(form), num_experts, top_k, rule)
+        for key, part in PARTS.items():
+            setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
+        self.shared_params = sum(part.shared_params for part in self.parts)
+        self.own_params = sum(part.own_params for part in self.parts)
+        self.acts = all(part.acts for part in self.parts)
+        self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
+        # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
+        self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        self.act: nn.Module = nn.Identity()
+        self.inner_dropout: nn.Module = nn.Identity()
+        self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
-        self.register_buffer("balance_bias", None)  # (E,) see MPOERouter; None: not used
-        self.task: Tensor | None = None  # see MPOERouter; a pass may bring its own
+        self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
+        self.task: Tensor | None = None  # see Router; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
-        self.repeatable = _Repeatable(maxlen=_REPEATABLE)
-        # Tuples, so not registered a second time. PEFT puts wrappers in the place of the modules.
-        self._adapters = () if self.adapter is None else (self.adapter,)
-        self._chains = tuple(module for module in self.modules() if isinstance(module, MPOEChain))
-        first = [*self.up.modules(), *(self.gate.modules() if self.gate is not None else ())]
-        once = self._chains if self.adapter is not None else first
-        # Those that work on a token once, however many experts it has.
-        self._common = tuple(chain for chain in self._chains if chain in once and all(chain.shared))
+        self.repeatable = Repeatable(maxlen=_REPEATABLE)
 
     # ------------------------------------------------------------------------------------- cost
 
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations per token (2 per multiply-add) in products with weights."""
-        own = self.router.weight.numel() + self.top_k * self._adapter_numbers
-        return 2 * own + sum(self._rows(chain) * chain.flops_per_row for chain in self._chains)
+    def cost(self, work: Work, schedule: str = "apply") -> Cost:
+        """Of a forward pass: the sum over the parts."""
+        if not self._is_common:
+            return Cost.total([part.cost(work, schedule) for part in self.parts])
+        once = Work(work.tokens, work.tokens, 1)
+        return Cost.total(
+            [part.cost(work, schedule) if part.behind else part.cost(once, "apply") for part in self.parts]
+        )
 
-    def _rows(self, chain: MPOEChain) -> int:
-        """How many copies of a token pass a chain."""
-        return 1 if chain in self._common else self.top_k
+    def work(self, num_tokens: int, num_choices: int | None = None) -> Work:
+        """A call with so many tokens and choices (by default `top_k` each), all experts equally likely."""
+        rows = num_tokens * self.top_k if num_choices is None else num_choices
+        share = rows / max(num_tokens, 1) / self.num_experts  # of the tokens, that an expert gets
+        return Work(num_tokens, rows, self.num_experts * (1 - (1 - share) ** num_tokens))
 
-    @property
-    def _adapter_numbers(self) -> int:
-        return sum(adapter.own_numbers for adapter in self._adapters)
+    def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
+        """Floating-point operations of a forward pass (2 per multiply-add) in products with weights."""
+        cost = self.cost(self.work(num_tokens, num_choices), schedule)
+        return cost.flops + cost.rebuild_flops
 
-    @property
-    def own_numbers(self) -> int:
-        """Numbers that one expert has for itself, biases apart."""
-        return self._adapter_numbers + sum(chain.own_numbers for chain in self._chains)
+    def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
+        """Bytes of weights that a forward pass moves, matrices it builds included."""
+        return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
 
-    @property
-    def rebuild_flops(self) -> int:
-        """Operations per forward pass to contract the matrices of all experts, where cores cannot act."""
-        return self.num_experts * sum(chain.rebuild_flops for chain in self._chains if not chain.acts)
-
-    def experts_hit(self, num_tokens: int) -> float:
-        """How many experts that many tokens reach, if all are equally likely."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
-
-    def flops(self, num_tokens: int, schedule: str = "apply") -> float:
-        """Floating-point operations of a forward pass over that many tokens."""
-        hit = self.experts_hit(num_tokens)
-        flops = num_tokens * 2.0 * (self.router.weight.numel() + self.top_k * self._adapter_numbers)
-        for chain in self._chains:
-            rows = num_tokens * self._rows(chain)
-            acts = chain.acts and schedule == "apply"
-            flops += rows * (chain.flops_per_row if acts else 2 * chain.in_features * chain.out_features)
-            flops += 0 if acts or schedule == "cached" else hit * chain.rebuild_flops
-        return flops
-
-    def bytes_read(self, num_tokens: int, schedule: str = "apply") -> float:
-        """Bytes of weights that a forward pass over that many tokens moves, matrices it builds included."""
-        hit = self.experts_hit(num_tokens)
-        total = self.router.weight.nbytes
-        total += sum(hit * adapter.own_numbers * adapter.aux_0.itemsize for adapter in self._adapters)
-        for chain in self._chains:
-            stored = sum(
-                math.prod(shape) * (1 if shared else hit)
-                for shape, shared in zip(chain.shapes, chain.shared, strict=True)
-            )
-            matrices = hit * chain.in_features * chain.out_features
-            if chain.acts and schedule == "apply":
-                numbers = stored
-            else:  # built: written and read once
-                numbers = matrices if schedule == "cached" else stored + 2 * matrices
-            total += numbers * getattr(chain, chain.core_names[0]).itemsize
-        return total
-
-    def seconds(self, num_tokens: int, schedule: str) -> float:
+    def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
         """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
-        return self.flops(num_tokens, schedule) / _FLOPS + self.bytes_read(num_tokens, schedule) / _BANDWIDTH
+        return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
+
+    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
+        """The schedule that will run."""
+        if self.schedule != "auto":
+            return self.schedule
+        if torch.compiler.is_compiling():
+            return "apply"
+        free = self.cache is not None and not torch.is_grad_enabled()
+        work = self.work(num_tokens, num_choices)
+        schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
+        return min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule)))
+
+    # ------------------------------------------------------------------------------------- options
 
     def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
         """Take over the config's router and schedule options, the latter overruled by the environment.
@@ -882,7 +1275,7 @@ class MPOEFeedForward(nn.Module):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = _one_of(config, "router_combine", ("renormalised", "raw"))
+        self.router.combine = read_option(config, "router_combine")
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -890,9 +1283,8 @@ class MPOEFeedForward(nn.Module):
         if config.router_bias_update_rate or config.router_balance_bias:
             config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
             self.add_balance_bias()
-        self.schedule = _one_of(config, "mpoe_schedule", ("auto", "apply", "rebuild", "cached"))
-        keep = _one_of(config, "mpoe_cache", ("off", "hit", "all"))
-        limit = os.environ.get("MPOE_CACHE_BYTES", config.mpoe_cache_bytes)
+        self.schedule = read_option(config, "mpoe_schedule")
+        keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
         if keep == "off":
             keep = "hit" if self.schedule == "cached" else None
         limit = None if limit is None else float(limit) / num_mixtures
@@ -902,18 +1294,6 @@ class MPOEFeedForward(nn.Module):
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
-
-    def choose_schedule(self, num_tokens: int) -> str:
-        """The schedule that will run."""
-        if self.schedule != "auto":
-            return self.schedule
-        if torch.compiler.is_compiling():
-            return "apply"
-        free = self.cache is not None and not torch.is_grad_enabled()
-        return min(
-            ("apply", "rebuild", "cached")[: 3 if free else 2],
-            key=functools.partial(self.seconds, num_tokens),
-        )
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -926,33 +1306,31 @@ class MPOEFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        weights, experts = self._route(tokens)
-        output = self._mix(tokens, weights, experts).reshape(hidden_states.shape)
+        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine weights and experts (T, k) of tokens (T, H)."""
+    def _route(self, tokens: Tensor) -> Choices:
+        """The choices for tokens (T, H) that are to be computed."""
         running = self.router_pass
         if running is not None:
-            mask = running.mask(self, len(tokens))
+            mask = running.mask(self, len(tokens))  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task)
-            return running.add(self, routing, mask, task), routing.experts
+            return running.add(self, routing, mask, task).served()
         if self.training and not torch.compiler.is_compiling():
-            if not _in_backward():
+            if not in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
                 repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
                 routing = self.router(tokens, self.balance_bias, mask, task)
-                return repeated.join(routing, mask)[0], routing.experts
-        routing = self.router(tokens, self.balance_bias, task=self.task)
-        return routing.weights, routing.experts
+                return repeated.join(routing, mask)[0].served()
+        return self.router(tokens, self.balance_bias, task=self.task).served()
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
-        choices = F.one_hot(routing.experts, self.num_experts).sum(1).float()
-        load = choices.sum(0) if mask is None else mask.to(choices) @ choices
+        """Count the choices of a call, without padding, until the balancing bias moves."""
+        load = routing.choices.load(self.num_experts, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()
@@ -965,60 +1343,76 @@ class MPOEFeedForward(nn.Module):
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
 
-    def _mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """tokens (T, H), combine weights and experts (T, k) -> (T, H)."""
-        chosen = experts.reshape(-1)
-        num_rows, top_k = chosen.shape[0], experts.shape[1]
-        schedule = self.choose_schedule(tokens.shape[0])
+    def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
+        """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
+        num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
+        schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
-        applies = schedule == "apply" and all(chain.acts for chain in self._chains)
-        if applies and num_rows * self.own_numbers <= _FEW_NUMBERS:
-            rows = self._experts(inputs.repeat(top_k), Picks(chosen))
-            return _combine(rows.unflatten(0, experts.shape), weights)
-        order = chosen.argsort(stable=True)  # sorts the copies by expert
+        applies = schedule == "apply" and self.acts
+        if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
+            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
+            return choices.combine(rows, num_tokens)
+        order = choices.experts.argsort(stable=True)  # (N,) choices by expert
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
-        picks = Picks.of_sorted(chosen[order], self.num_experts, on_device)
-        if on_device or not self._goes_expert_by_expert(schedule, applies, num_rows):
-            rows = self._experts(inputs.take(order // top_k), picks, schedule)
-            return _combine(rows[order.argsort()].unflatten(0, experts.shape), weights)
-        output = None
-        for expert, part in enumerate(order.split(picks.sizes)):
+        picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
+        if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
+            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
+        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), by expert
+        if choices.per_token is None:
+            return choices.take(order).combine(rows, num_tokens)
+        return choices.combine(rows[order.argsort()], num_tokens)
+
+    def _mix_by_expert(
+        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
+    ) -> Tensor:
+        """The same, one expert after the other; `parts`: for every expert the indices of its choices."""
+        output, dtype = None, inputs.rows.dtype
+        for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
-            rows = self._experts(inputs.take(part // top_k), Picks(expert), schedule)
-            rows, dtype = rows * weights.reshape(-1)[part, None], rows.dtype
+            own = choices.take(part)
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (choices of it, H)
+            rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
-                output = rows.new_zeros(tokens.shape)
-            output.index_add_(0, part // top_k, rows)
+                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
+            output.index_add_(0, own.tokens, rows)
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """One expert's whole FFN at a time: its activations stay in the processor's cache."""
-        if num_rows == 0 or any(hasattr(chain, "_hf_hook") for chain in self._chains):
-            return False  # an offloaded module would be read once per expert
+        modules = (module for part in self.parts for module in part.modules())
+        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
+            return False  # accelerate would load an offloaded module once per expert
         if schedule == "cached" and self.cache is not None:
             return True
-        if torch.is_grad_enabled() and self.own_numbers > _OWN_NUMBERS:
+        if torch.is_grad_enabled() and self.own_params > _FEW_OWN_PARAMS:
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
     def _prepare(self, tokens: Tensor) -> Inputs:
         """Do what is the same for all experts of a token, once: tokens (T, H)."""
-        if self.adapter is not None:
+        if self._is_common:
             return Inputs(self._ffn(Inputs(tokens), Picks(0)))
         return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
 
     def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
         """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        if self.adapter is not None:
-            return self.adapter(inputs.rows, picks)
-        return self._ffn(inputs, picks, schedule)
+        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
+        for key in self._behind:
+            rows = getattr(self, key)(rows, picks)
+        return rows
+
+    def run_all_experts(self, tokens: Tensor) -> Tensor:
+        """(E, T, H) what every expert makes of tokens (T, H), whatever the router decides."""
+        inputs = self._prepare(tokens)
+        return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+        """The FFN itself: N rows -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
-        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)
+        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
         if self.gate is None:
             inner = self.act(up)
         else:
@@ -1026,8 +1420,12 @@ class MPOEFeedForward(nn.Module):
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
+def _seconds(cost: Cost) -> float:
+    return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH
+
+
 # ---------------------------------------------------------------------------------------------------
-# Into the stock model
+# 10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 def _take(layer: nn.Module, path: str | None):
@@ -1059,9 +1457,9 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
     """Replace the dense FFN of a stock layer by a mixture of the given form; done twice, does nothing."""
     family = block["family"]
-    if isinstance(_take(layer, family["slot"]), MPOEFeedForward):
+    if isinstance(_take(layer, family["slot"]), FeedForward):
         return
-    ffn = MPOEFeedForward(form, block["num_experts"], block["top_k"])
+    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])
@@ -1077,132 +1475,6 @@ def _has_submodule(model: nn.Module, path: str) -> bool:
         if model is None:
             return False
     return True
-
-
-class RouterStats:
-    """What one router did, over all tokens that were watched and were no padding.
-
-    Attributes:
-        num_tokens: how many.
-        load: (E,) each expert's part of the choices; sums to one.
-        probability: (E,) mean router probability.
-        entropy: of the router's softmax, mean over tokens, in nats; log(E) is indifferent.
-        dropped: part of the combine weights lost to the capacity.
-        similarity: (E, E) mean cosine between experts' outputs on the same tokens; None if not asked for.
-    """
-
-    def __init__(self, num_experts: int):
-        self.num_tokens = 0.0
-        self._choices = torch.zeros(num_experts, dtype=torch.float64)
-        self._probability = torch.zeros(num_experts, dtype=torch.float64)
-        self._entropy = self._dropped = self._weight = 0.0
-        self._cosines = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-        self._compared = 0
-
-    @torch.no_grad()
-    def add(self, routing: Routing, mask: Tensor | None) -> None:
-        num_experts = len(self._choices)
-        counted = torch.ones_like(routing.logits[:, 0]) if mask is None else mask.to(routing.logits)
-        probabilities = routing.logits.softmax(-1)
-        choices = F.one_hot(routing.experts, num_experts).sum(1)
-        entropy = torch.special.entr(probabilities).sum(-1)
-        self.num_tokens += float(counted.sum())
-        self._choices += (counted @ choices.to(counted)).cpu().double()
-        self._probability += (counted @ probabilities).cpu().double()
-        self._entropy += float(counted @ entropy)
-        dropped = torch.zeros_like(routing.weights) if routing.dropped is None else routing.dropped
-        self._dropped += float(counted @ dropped.sum(-1))
-        self._weight += float(counted @ (routing.weights + dropped).sum(-1))
-
-    @torch.no_grad()
-    def compare(self, ffn: "MPOEFeedForward", tokens: Tensor) -> None:
-        inputs = ffn._prepare(tokens)
-        outputs = torch.stack([ffn._experts(inputs, Picks(e)) for e in range(ffn.num_experts)])
-        directions = F.normalize(outputs.cpu().double(), dim=-1)  # (E, T, H)
-        self._cosines += torch.einsum("eth,fth->ef", directions, directions)
-        self._compared += len(tokens)
-
-    @property
-    def load(self) -> Tensor:
-        return self._choices / self._choices.sum().clamp(min=1)
-
-    @property
-    def probability(self) -> Tensor:
-        return self._probability / max(self.num_tokens, 1)
-
-    @property
-    def entropy(self) -> float:
-        return self._entropy / max(self.num_tokens, 1)
-
-    @property
-    def dropped(self) -> float:
-        return self._dropped / self._weight if self._weight else 0.0
-
-    @property
-    def similarity(self) -> Tensor | None:
-        return self._cosines / self._compared if self._compared else None
-
-    def __repr__(self) -> str:
-        load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
-        return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
-
-
-def _add_losses(outputs, running: RouterPass, arguments: dict):
-    """The model's outputs with the routers' losses in their loss."""
-    losses = [call.loss for call in running.calls]
-    if not losses:
-        return outputs
-    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-    total = total * torch.as_tensor(running.share, device=total.device)
-    key, tensor = _loss_of(outputs, arguments)
-    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
-        if not torch.compiler.is_compiling():
-            tensor = _NoteScale.apply(tensor, running)
-        tensor = tensor + total.to(tensor.device)
-    elif total.requires_grad:
-        key, tensor = _first_output(outputs)
-        tensor = _AddGradient.apply(tensor, total, None)
-    else:
-        return outputs
-    if isinstance(outputs, tuple):
-        return (*outputs[:key], tensor, *outputs[key + 1 :])
-    outputs[key] = tensor
-    return outputs
-
-
-@functools.cache
-def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with `aux_loss` and `router_logits`."""
-    known = {field.name for field in dataclasses.fields(base)}
-    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
-    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
-
-
-def _show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
-    calls = running.calls
-    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
-    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
-    shown["router_logits"] = tuple(call.routing.logits for call in calls)
-    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
-        return _with_router_fields(type(outputs))(**outputs, **shown)
-    for name, value in shown.items():
-        outputs[name] = value
-    return outputs
-
-
-def _loss_of(outputs, arguments: dict) -> tuple:
-    """Key and value of the loss among a model's outputs, or (None, None)."""
-    if isinstance(outputs, tuple):
-        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
-        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
-    loss = outputs.get("loss")
-    return (None, None) if loss is None else ("loss", loss)
-
-
-def _first_output(outputs) -> tuple:
-    """Key and value of the first tensor that was computed from the hidden states."""
-    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
-    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
 
 
 def _check_tasks(task: Tensor | None, arguments: dict) -> None:
@@ -1254,7 +1526,7 @@ def _generating(generate):
     return generating
 
 
-class MPOEMixin:
+class MixtureMixin:
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     def __init__(self, config, *args, **kwargs):
@@ -1283,17 +1555,14 @@ class MPOEMixin:
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         self.post_init()
 
-    def mixtures(self) -> list[tuple[str, MPOEFeedForward]]:
+    def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
 
         Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
         """
         found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
         return [
-            (path, ffn)
-            for path, module in found
-            for ffn in module.modules()
-            if isinstance(ffn, MPOEFeedForward)
+            (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
         ]
 
     def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
@@ -1345,7 +1614,7 @@ class MPOEMixin:
             return forward(self, *args, **kwargs)
         if rate:
             self._follow_step()
-        running = RouterPass(learns, *coefs, functools.partial(self._token_mask, arguments=arguments))
+        running = RouterPass(learns, *coefs, functools.partial(self.token_mask, arguments=arguments))
         running.share = self._share_of_step(arguments)
         running.task = task
         try:
@@ -1360,9 +1629,9 @@ class MPOEMixin:
                 call.ffn.note_load(call.routing, call.mask)
             self._balancing = running
         if any(coefs):
-            outputs = _add_losses(outputs, running, arguments)
+            outputs = add_losses(outputs, running, arguments)
         if show and isinstance(outputs, ModelOutput):
-            outputs = _show_routers(outputs, running)
+            outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
 
@@ -1397,9 +1666,7 @@ class MPOEMixin:
         shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
-    def _token_mask(
-        self, ffn: MPOEFeedForward, num_tokens: int, index: int, *, arguments: dict
-    ) -> Tensor | None:
+    def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
         """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
 
         `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
@@ -1421,55 +1688,14 @@ class MPOEMixin:
         # With a cache the mask covers the past as well.
         return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
 
-    @contextmanager
-    def router_stats(self, similarity_tokens: int = 0) -> Iterator[dict[str, "RouterStats"]]:
-        """Watch the routers: inside the block every forward pass adds to the statistics of each mixture.
-
-        Args:
-            similarity_tokens: compare the experts' outputs on so many tokens per mixture and pass. This runs
-                all experts on them.
-
-        Yields:
-            {path of the mixture below the base model: `RouterStats`}, filled as passes go by.
-        """
-        stats = {path: RouterStats(ffn.num_experts) for path, ffn in self.mixtures()}
-        arguments: dict = {}
-        calls = {ffn: 0 for _, ffn in self.mixtures()}
-        signature = inspect.signature(self.forward)
-
-        def take_arguments(module, args, kwargs):
-            calls.update(dict.fromkeys(calls, 0))
-            arguments.clear()
-            arguments.update(dict(zip(signature.parameters, args, strict=False)) | kwargs)
-
-        def watch(path: str, ffn: MPOEFeedForward, router, args, routing: Routing):
-            if _in_backward():
-                return  # a checkpoint repeats what was counted
-            mask = self._token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)
-            calls[ffn] += 1
-            stats[path].add(routing, mask)
-            if similarity_tokens:
-                stats[path].compare(ffn, args[0][:similarity_tokens])
-
-        handles = [self.register_forward_pre_hook(take_arguments, with_kwargs=True)]
-        for path, ffn in self.mixtures():
-            hook = functools.partial(watch, path, ffn)
-            handles.append(ffn.router.register_forward_hook(hook))
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
-                yield stats
-        finally:
-            for handle in handles:
-                handle.remove()
-
     @torch.no_grad()
     def initialize_weights(self):
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
-            if isinstance(module, (MPOEProjection, MPOEAdapter, MPOERouter)):
+            if isinstance(module, Part):
                 module.reset_parameters(std)
-            elif isinstance(module, MPOEFeedForward) and module.balance_bias is not None:
+            elif isinstance(module, FeedForward) and module.balance_bias is not None:
                 init.zeros_(module.balance_bias)
 
 
@@ -1478,7 +1704,7 @@ def _config_class(base: type, name: str, module: str) -> type:
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         **options,
-        "__annotations__": {"mpoe": dict | None, **OPTION_TYPES},
+        "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
     if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
@@ -1496,7 +1722,7 @@ def _config_class(base: type, name: str, module: str) -> type:
 def _model_class(base: type, name: str, module: str) -> type:
     config_class = subclass(base.config_class, module)
     body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
-    bases = (MPOEMixin, base)
+    bases = (MixtureMixin, base)
     if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
         bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
     if GenerationMixin in bases or base.can_generate():
@@ -1504,11 +1730,13 @@ def _model_class(base: type, name: str, module: str) -> type:
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
-    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`.
+    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
+    # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept = getattr(base, attribute, None) or ()
         if "wo" in kept:
-            body[attribute] = type(kept)([*kept, "down", "adapter"])
+            behind = [key for key, part in PARTS.items() if part.behind]
+            body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)

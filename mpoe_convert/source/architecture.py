@@ -58,7 +58,7 @@ def heads(model_type: str) -> dict[str, str]:
         if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
             continue
         mapping = getattr(auto, "_model_mapping", None)
-        stock = mapping and mapping._model_mapping.get(model_type)
+        stock = None if mapping is None else mapping._model_mapping.get(model_type)  # bool() imports all
         if stock and auto.__name__ == name:
             stock = stock[0] if isinstance(stock, (tuple, list)) else stock
             # Some Auto classes map a type to a model that merely contains it.
@@ -87,6 +87,7 @@ class Architecture:
 
     @property
     def model_type(self) -> str:
+        """The model type that config.json names."""
         return self.config["model_type"]
 
     @property

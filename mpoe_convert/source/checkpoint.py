@@ -355,8 +355,8 @@ def stays_inside(file: str) -> bool:
 
 def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, TensorInfo]) -> None:
     # Tensors that a shard holds and the index does not name are kept: transformers reads whole
-    # shards, too, and uses the index only to find them. The other way round a tensor would be
-    # missing, and the user should know now.
+    # shards, too, and uses the index only to find them. A tensor that the index names and no shard holds
+    # is missing, and the user should know now.
     for file in sorted(set(weight_map.values())):
         lost = [
             name
@@ -392,7 +392,7 @@ def _reject_tensors(source: str, tensors: dict[str, TensorInfo]) -> None:
 
 def _natural(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     def key(name: str) -> list[str | int]:
-        parts = re.split(r"([0-9]+)", name)  # text and digits take turns, so that keys compare
+        parts = re.split(r"([0-9]+)", name)  # text and digits alternate, so that keys compare
         return [int(part) if at % 2 else part for at, part in enumerate(parts)]
 
     return {name: tensors[name] for name in sorted(tensors, key=key)}

@@ -13,7 +13,7 @@ from . import hub
 from .architecture import Architecture, custom_heads, knows
 
 GLUE_FILE = "modeling_mpoe_source.py"
-# Beside config.json, what may name code: tokenizers and processors.
+# Files that may name custom code, beside config.json: those of tokenizers and processors.
 NAMING_FILES = ("tokenizer_config.json", "*processor_config.json")
 
 
@@ -71,7 +71,7 @@ def _check_entries(source: str, auto_map: object) -> None:
 
 
 def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]]) -> None:
-    """Raises FamilyError if the classes that a config of a known type names are not those of transformers."""
+    """Raise FamilyError if a config of a known type names classes that transformers does not have."""
     heads = config.get("architectures") or ()
     if not (names and heads):
         return
@@ -134,7 +134,7 @@ def localised(auto_map: Any) -> Any:
 
 
 def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -> Path:
-    """A folder with all the code: the model's, or, if some is in other repositories, one of copies."""
+    """A folder with all the custom code: the model's, or one with copies if some is in other repositories."""
     homes = {repo: hub.download_code(repo, token=token) if repo else folder for repo, _ in names}
     contents: dict[str, bytes] = {}
     for repo, module in names:

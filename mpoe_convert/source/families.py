@@ -270,3 +270,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 FAMILY_OF: Mapping[str, Family] = {name: row for row in FAMILIES for name in row.model_types}
+
+
+def families_json() -> list[dict]:
+    """The table as plain values."""
+    return [
+        {
+            "model_types": list(row.model_types),
+            "layers": list(row.spellings[0].layers),
+            "projections": [p for s in row.spellings for p in (s.gate, s.up, s.down) if p],
+            "gated": any(s.gate or s.fused for s in row.spellings),
+        }
+        for row in FAMILIES
+    ]

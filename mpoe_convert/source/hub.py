@@ -114,7 +114,7 @@ def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) 
     # its own, and the branch cannot move between the files.
     names = listing(model_id, commit)
     for single in SINGLE.values():
-        if single in names or not names:  # a snapshot that matches nothing says so on stderr
+        if single in names or not names:  # a snapshot that matches nothing would warn on stderr
             _snapshot(model_id, commit, token, [single], None)
         if (folder / single).is_file():
             return
@@ -184,11 +184,14 @@ def remote_headers(
 ) -> dict[str, tuple[str, tuple[int, ...], str]] | None:
     """Read tensor name -> (safetensors dtype code, shape, file) without downloading weights.
 
-    Two ranged requests per file at most. None for a repository without `model.safetensors` or its
-    index: the headers of `.bin` files are inside the pickle, so the caller has to download those
-    (they go to the usual cache, where the conversion finds them).
+    Makes at most two ranged requests per file.
 
-    Raises HubError.
+    Returns:
+        None for a repository without `model.safetensors` or its index. The headers of `.bin` files are inside
+        the pickle, so the caller has to download those.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached, or a header is damaged.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError

@@ -194,7 +194,7 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
     roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
     present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
     if {spelling.up, spelling.down} <= set(present):
-        roles = present  # such as a plain FFN with the names of a gated one
+        roles = present  # for example a plain FFN with the names of a gated one
     hint = _by_hand(spelling, roles)
     return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
 
@@ -253,7 +253,7 @@ def check_alike(architecture: Architecture, family: Family, chosen: Iterable[FFN
                 f"{type(head).__name__} has no {ffn.path} in its base model (its base_model_prefix is "
                 f"{head.base_model_prefix!r}): correct that in its code"
             )
-        first = family.layers[0].format(0)  # the family's row is read off it
+        first = family.layers[0].format(0)  # the row was made from it
         row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
         if row != expected:
             raise FamilyError(

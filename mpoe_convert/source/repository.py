@@ -116,7 +116,7 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
 
 def _local_folder(model: str) -> Path | None:
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
-    if path.is_dir() and model.strip():  # Path("") is the current folder, which nobody asked for
+    if path.is_dir() and model.strip():  # Path("") would be the current folder
         return path
     if path.is_file():
         raise CheckpointError(

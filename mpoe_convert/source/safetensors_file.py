@@ -90,7 +90,7 @@ def unknown_dtype(where: object, name: str, code: object) -> str:
 
 
 def read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    """Parse and check one safetensors header; the library's errors do not say which number is off.
+    """Parse and check one safetensors header; the library's errors do not say which entry is wrong.
 
     The format: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape,
     data_offsets}}, then the data, which the offsets must tile without gap or overlap.
@@ -180,7 +180,7 @@ def _check_with_library(path: Path, infos: dict[str, TensorInfo], again: str) ->
     from safetensors import SafetensorError, safe_open
 
     try:
-        # "numpy" because looking at names should not wait for torch to be imported
+        # "numpy", because names can be listed without importing torch
         with safe_open(path, framework="numpy", backend="pread") as file:
             names = set(file.keys())
     except SafetensorError as exc:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors have the shapes that its config.json asks for."""
+"""Check that a checkpoint's tensors have the shapes that its config.json asks for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
 
 
 def _keys_of(config: dict, shape: Sequence[int], expected: Sequence[int]) -> Iterator[str]:
-    """ "hidden_size = 64": the config's keys with the size that was expected where the shapes differ."""
+    """Config entries, as "hidden_size = 64", whose value is the expected size where the shapes differ."""
     pairs = zip(shape, expected, strict=False)
     sizes = {size for found, size in pairs if found != size}
     for key, value in config.items():
@@ -59,7 +59,7 @@ def _keys_of(config: dict, shape: Sequence[int], expected: Sequence[int]) -> Ite
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    """transformers draws no bar and warns of nothing: what differs is told by the error."""
+    """Silence transformers inside the block: `check_shapes` itself reports what differs."""
     from transformers.utils import logging
 
     was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -37,6 +37,11 @@ class Columns:
     label: str = "label"
     routed_by: str | None = None  # names the task by which routers choose
 
+    def as_options(self) -> dict[str, str | None]:
+        """Under the names that the options of a request have."""
+        names = {"text_column": self.text, "target_column": self.target, "label_column": self.label}
+        return names | {"routed_by": self.routed_by}
+
     def needed(self, task: str) -> tuple[str, ...]:
         """The columns that a task (one of `TASKS`) reads, without repetitions."""
         more = {"seq2seq": (self.target,), "classification": (self.label,)}.get(task, ())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-REMAP_BYTES = 64 * 2**20  # how much of a mapped .bin may become resident before a new map
+REMAP_BYTES = 64 * 2**20  # a mapped .bin is mapped anew after this many bytes became resident
 
 
 class BinReader:

@@ -24,10 +24,11 @@ def describe_training(path: Path, report: dict) -> None:
         f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
     ]
     if run["teacher"]:
-        lines.append(f"It was distilled from {Path(run['teacher']).name}, weight {run['teacher_weight']:g}.")
+        teacher, weight = Path(run["teacher"]).name, run["teacher_weight"]
+        lines.append(f"It was distilled from {teacher}, with weight {weight:g} of the loss.")
     if losses:
         lines.append(
-            f"The training loss, routers' losses included, went from {losses[0]:.3f} to {losses[-1]:.3f}."
+            f"The training loss, with the router losses, went from {losses[0]:.3f} to {losses[-1]:.3f}."
         )
     if report["evaluation"]:
         scores = report["evaluation"]
@@ -35,7 +36,5 @@ def describe_training(path: Path, report: dict) -> None:
         lines.append("Evaluation: " + ", ".join(f"{name[5:]} {scores[name]:.4f}" for name in shown) + ".")
     lines.append("All settings and the log are in `training_report.json`.")
     set_section(path, "Training", "\n".join(lines))
-    text = path.read_text(encoding="utf-8").replace(
-        UNTRAINED, "The model was trained after the conversion; see Training."
-    )
+    text = path.read_text(encoding="utf-8").replace(UNTRAINED, "It was fine-tuned since: see Training.")
     path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")

@@ -24,9 +24,11 @@ from ..artifact.loading import (
 from ..devices import pick_device
 from ..errors import DataError, TrainingError
 from ..extras import need
+from ..request import takes_options
 from ..source import texts
 from ..source.texts import Columns
 from .record import record_evaluation, recorded_evaluations
+from .request import Scoring
 from .tasks import TASKS, Outcome, Score, Task, class_names
 
 if TYPE_CHECKING:
@@ -78,25 +80,34 @@ class Evaluation:
         return asdict(self)
 
 
+@takes_options(Scoring)
 def evaluate(
     model: str,
     data: str | Sequence[str],
     *,
-    against: str | None = None,
-    task: str | None = None,
-    tokenizer: str | None = None,
-    split: str = "test",
     columns: Columns | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
     token: str | None = None,
-    trust_remote_code: bool = False,
-    record: bool = False,
     progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Score a model, and another one on the same examples: `score_models` of a `Scoring`.
+
+    Args:
+        model, data, options: the fields of `Scoring`, which describes them.
+        columns: names of the columns, in place of `text_column` and its like.
+        token, progress: as for `score_models`.
+
+    >>> from mpoe_convert import evaluate
+    >>> found = evaluate("out", "text.txt", against="out", length=16, limit=2)
+    >>> found.task, found.differences["perplexity ratio"].value
+    ('causal', 1.0)
+    """
+    names = {} if columns is None else columns.as_options()
+    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+
+
+def score_models(
+    request: Scoring, *, token: str | None = None, progress: Progress | None = None
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
 
@@ -107,60 +118,49 @@ def evaluate(
     (rouge-score). classification: accuracy and macro F1 (scikit-learn).
 
     Args:
-        model / against: artifact, model folder or Hub id.
-        data: files or Hub datasets, see `texts.read`.
-        length: tokens per window or example; by default the model's limit, at most 512.
-        stride: by default half of `length`.
-        columns: names of the columns; `routed_by` names the task that routers choose by.
-        limit: evaluate on so many windows or examples (of every task by which routers choose), from the
-            first on.
+        request: what is scored on what; `limit` counts windows or examples, of every task by which routers
+            choose.
         token: for models and data of the Hub; by default the stored login.
-        trust_remote_code: run code that a model brings along, other than this release's `modeling_mpoe.py`.
-        record: write what was found into the model, an artifact's folder; see `record_evaluation`.
         progress: called as progress(model, batches done, batches).
 
     Raises:
         CheckpointError: the model, in which to record, is no artifact's folder.
         TrainingError: a model cannot be loaded or used, or options contradict each other.
         DataError: the data cannot be read or do not fit the task.
+        LibraryError: a library that scores the task is not installed.
         RequestError: there is no such device here.
-
-    >>> from mpoe_convert import evaluate
-    >>> found = evaluate("out", "text.txt", against="out", length=16, limit=2)
-    >>> found.task, found.differences["perplexity ratio"].value
-    ('causal', 1.0)
     """
-    where = pick_device(device)
-    if record:
+    where = pick_device(request.device)
+    model, against, columns, trust = request.model, request.against, request.columns, request.trust
+    if request.record:
         recorded_evaluations(Path(model))
-    sources, columns = (data,) if isinstance(data, str) else tuple(data), columns or Columns()
-    trust = {"trust_remote_code": trust_remote_code}
     config = load_config(model, token, **trust)
-    kind = TASKS[task or task_of(config, model, **trust)]
+    kind = TASKS[request.task or task_of(config, model, **trust)]
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")
-    length, stride = _sizes(length, stride, positions(config))
-    scored = kind(load_tokenizer(tokenizer or model, token, **trust), columns, length, stride, seed)
-    rows = texts.read(sources, columns, kind.name, split, token)
-    examples = _Examples(scored, rows, batch_size, limit)
+    length, stride = _sizes(request.length, request.stride, positions(config))
+    loaded = load_tokenizer(request.tokenizer or model, token, **trust)
+    scored = kind(loaded, columns, length, stride, request.seed)
+    rows = texts.read(request.data, columns, kind.name, request.split, token)
+    examples = _Examples(scored, rows, request.batch_size, request.limit)
     load = partial(_load, auto_class=AUTO_CLASSES[kind.name], device=where, token=token, **trust)
     ours = _outcomes(load(model), model, examples, progress)
     theirs = _outcomes(load(against), against, examples, progress) if against else None
-    draws = np.random.default_rng(seed).integers(len(ours), size=(RESAMPLES, len(ours)))
+    draws = np.random.default_rng(request.seed).integers(len(ours), size=(RESAMPLES, len(ours)))
     scores = _scores(scored, ours, draws)
     others = None if theirs is None else _scores(scored, theirs, draws)
     found = Evaluation(
         task=kind.name,
         model=model,
         other=against,
-        data=sources,
-        split=split,
-        settings=scored.settings | ({"limit": limit} if limit else {}),
+        data=request.data,
+        split=request.split,
+        settings=scored.settings | ({"limit": request.limit} if request.limit else {}),
         count=scored.count(ours),
         metrics=_intervals(scores),
         against=_intervals(others) if others else None,
         differences=_intervals(_differences(scored, scores, others)) if others else None,
     )
-    if record:
+    if request.record:
         record_evaluation(model, found.to_json())
     return found
 

@@ -35,6 +35,7 @@ from ..artifact.loading import (
     task_of,
 )
 from ..errors import OutputError, TrainingError
+from ..extras import need
 from ..source import texts
 from ..source.hub import CHAT_TEMPLATES, download_except_weights
 from ..source.json_files import write_json
@@ -85,6 +86,8 @@ def finetune(
         DataError: the data cannot be read or do not fit the task.
         OutputError: `output` is not empty, or has no checkpoint to resume from.
     """
+    need("finetune", "accelerate", "datasets", extra="train")
+
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
     preexisting = file_names(output)
@@ -292,6 +295,7 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
 
 
 def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:
+
     values = {
         "output_dir": str(output),
         "max_steps": run.steps or -1,

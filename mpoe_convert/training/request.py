@@ -1,142 +1,253 @@
-"""The user's choices for a fine-tuning run: one frozen value that says everything it depends on."""
+"""Requests for training and scoring: frozen values that say everything such a run depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .. import experts
+from ..devices import DEVICES, is_device
 from ..errors import RunError
-from ..source.texts import TASKS, Columns
+from ..options import described, option
+from ..request import Request
+from ..source.text_options import TaskData
 from .roles import FROZEN, UNITS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+SOURCES = (
+    "text (.txt), rows (.jsonl, .csv, .tsv, .parquet), or a Hub dataset as owner/name[:subset]. Repeatable."
+)
 
 
-@dataclass(frozen=True)
-class Finetuning:
+@described
+class Finetuning(TaskData, Request):
     """What a fine-tuning run depends on.
-
-    Attributes:
-        model: artifact, or any model folder or Hub id (the dense model, for comparison).
-        data / eval_data: files or Hub datasets, see `texts.read`; losses on `eval_data` choose the best
-            checkpoint, if there are any.
-        split / eval_split: of Hub datasets.
-        text_column, target_column, label_column: where rows hold text, target text (seq2seq) and class.
-        routed_by: column that names a row's task: routers choose by task, not by token.
-        task: causal, masked, seq2seq or classification; by default what the model's head is for.
-        tokenizer: folder or Hub id; by default the model's own.
-        length: tokens per example; by default what the model can take, at most 512.
-        steps: optimizer's steps; by default `epochs` over the data.
-        batch_size, accumulate: examples per device and pass, passes per step.
-        learning_rate: peak, of everything that has no factor of its own: `central_lr`, `auxiliary_lr` and
-            `router_lr` are factors on it, by default 1, and 3 for what low-rank experts and adapters own.
-        schedule, warmup: transformers' scheduler type, and its share of the steps (below 1) or their number.
-        max_grad_norm: clips the norm over all gradients, those included that the mask drops later.
-        skip_centre: probability that the central cores sit a step out (MPOE's gradient mask); 0: never.
-        skip_unit: what is drawn for, step, layer or matrix.
-        freeze: "centre" and/or "all-but-experts".
-        teacher: dense model to distil from; `teacher_weight` (below 1) of its Kullback-Leibler divergence at
-            `temperature`, the rest of the model's own loss, routers' included; `hidden_weight` of the mean
-            squared difference of all hidden states, relative to the teacher's mean square.
-        precision: of the computation; weights and optimizer are float32.
-        eval_every, save_every, log_every: in steps.
-        report_to: trackers, as "tensorboard" or "wandb".
-        options: of the model's config, as {"router_aux_loss_coef": 0.02}.
-        arguments: any other field of transformers.TrainingArguments.
-        trust_remote_code: run code that model, tokenizer or teacher bring along, other than this release's
-            `modeling_mpoe.py`.
 
     Raises:
         RunError: a value is out of range.
     """
 
-    model: str
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...] = ()
-    split: str = "train"
-    eval_split: str = "validation"
-    text_column: str = "text"
-    target_column: str = "target"
-    label_column: str = "label"
-    routed_by: str | None = None
-    task: str | None = None
-    tokenizer: str | None = None
-    length: int | None = None
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 5e-4
-    central_lr: float = 1.0
-    auxiliary_lr: float | None = None
-    router_lr: float = 1.0
-    weight_decay: float = 0.01
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    max_grad_norm: float = 1.0
-    skip_centre: float = 0.0
-    skip_unit: str = "step"
-    freeze: tuple[str, ...] = ()
-    teacher: str | None = None
-    teacher_weight: float = 0.5
-    temperature: float = 2.0
-    hidden_weight: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-    eval_every: int | None = None
-    save_every: int = 500
-    log_every: int = 10
-    report_to: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
+    ERROR = RunError
+    NOUN = "fine-tuning request"
 
-    def __post_init__(self):
-        for name in ("data", "eval_data", "freeze", "report_to"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        choices = {"task": (None, *TASKS), "skip_unit": UNITS, "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            _check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}", allowed)
-        _check(set(self.freeze) <= set(FROZEN), f"freeze is {list(self.freeze)}", FROZEN)
-        if not isinstance(self.trust_remote_code, bool):
-            raise RunError(f"trust_remote_code is {self.trust_remote_code!r}; expected true or false")
-        for name in ("steps", "length", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RunError(f"{name} is {value!r}; expected a whole number of at least 1")
-        for name in ("skip_centre", "teacher_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise RunError(f"{name} is {value!r}; expected 0 to 1")
-        if self.teacher_weight == 1:
-            raise RunError("teacher_weight is 1, which leaves no loss to the routers; expected less")
-        for name in ("temperature", "learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
+    model: str = option(
+        help="Artifact, or any model folder or Hub id (the dense model, for comparison).", kw_only=False
+    )
+    data: tuple[str, ...] = option(
+        help=f"Data to train on: {SOURCES}",
+        group="Data",
+        metavar="FILE|ID",
+        item="source",
+        kw_only=False,
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "Held-out data of the same form. The checkpoint with the lowest loss on them is kept. Repeatable.",
+        group="Data",
+        metavar="FILE|ID",
+        item="source",
+        kw_only=False,
+    )
+    split: str = option("train", "Split of Hub datasets to train on.", group="Data")
+    eval_split: str = option("validation", "Split of Hub datasets to evaluate on.", group="Data")
+    length: int | None = option(
+        None,
+        "Tokens per example.",
+        group="Data",
+        at_least=1,
+        default_text="the model's limit, at most 512",
+    )
+    steps: int | None = option(
+        None,
+        "Optimizer steps.",
+        group="Training",
+        at_least=1,
+        default_text="as many as --epochs take",
+    )
+    epochs: float = option(1.0, "Passes over the data.", group="Training", above=0)
+    batch_size: int = option(8, "Examples per device and forward pass.", group="Training", at_least=1)
+    accumulate: int = option(1, "Forward passes per optimizer step.", group="Training", at_least=1)
+    learning_rate: float = option(5e-4, "Peak learning rate.", group="Training", above=0)
+    central_lr: float = option(
+        1.0, "Factor on the learning rate of central tensors.", group="Training", at_least=0
+    )
+    auxiliary_lr: float | None = option(
+        None,
+        "Factor on the learning rate of what each expert owns.",
+        group="Training",
+        at_least=0,
+        default_text=experts.by_kind("AUXILIARY_LR"),
+    )
+    router_lr: float = option(1.0, "Factor on the learning rate of routers.", group="Training", at_least=0)
+    weight_decay: float = option(
+        0.01, "Weight decay of all matrices except routers.", group="Training", at_least=0
+    )
+    schedule: str = option(
+        "cosine", "Learning rate over the steps: a scheduler type of transformers.", group="Training"
+    )
+    warmup: float = option(
+        0.05,
+        "Steps until the learning rate is at its peak; below 1, as a share of all steps.",
+        group="Training",
+        at_least=0,
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "The norm of all gradients together is clipped to this; it is taken before --skip-centre drops any.",
+        group="Training",
+        at_least=0,
+    )
+    skip_centre: float = option(
+        0.0,
+        "Gradient mask of MPOE: probability that central tensors are not updated in a step.",
+        group="Training",
+        at_least=0,
+        at_most=1,
+    )
+    skip_unit: str = option(
+        "step",
+        "What the mask is drawn for: all central tensors at once (step), those of a layer, or each matrix.",
+        group="Training",
+        choices=UNITS,
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "What is not trained: the central tensors (centre), or everything outside the experts. Repeatable.",
+        group="Training",
+        choices=FROZEN,
+    )
+    precision: str = option(
+        "float32",
+        "Precision of the forward and backward pass; weights and optimizer stay float32.",
+        group="Training",
+        choices=PRECISIONS,
+    )
+    seed: int = option(
+        0,
+        "Random seed.",
+        group="Training",
+        at_least=0,
+        below=2**32,
+        expected="a whole number from 0 to 2**32 - 1",
+    )
+    options: Mapping[str, Any] = option(
+        dict,
+        "Set an option of the model's config, such as router_aux_loss_coef=0.02. Repeatable.",
+        group="Training",
+        flag="--option",
+    )
+    arguments: Mapping[str, Any] = option(
+        dict,
+        "Set a field of transformers.TrainingArguments that has no option here. Repeatable.",
+        group="Training",
+        flag="--set",
+    )
+    teacher: str | None = option(
+        None,
+        "Dense model to distil from, which heals what compression lost.",
+        group="Distillation",
+        metavar="MODEL",
+    )
+    teacher_weight: float = option(
+        0.5,
+        "Weight of the teacher's part of the loss, its Kullback-Leibler divergence. Below 1: the rest is the "
+        "model's own loss, with what its routers learn from.",
+        group="Distillation",
+        at_least=0,
+        below=1,
+    )
+    temperature: float = option(
+        2.0, "Softmax temperature of teacher and student.", group="Distillation", above=0
+    )
+    hidden_weight: float = option(
+        0.0,
+        "Weight of another part: the mean squared difference of all hidden states from the teacher's, "
+        "relative to the mean square of those.",
+        group="Distillation",
+        at_least=0,
+    )
+    eval_every: int | None = option(
+        None,
+        "Steps between evaluations.",
+        group="Progress",
+        at_least=1,
+        default_text="as --save-every",
+    )
+    save_every: int = option(500, "Steps between checkpoints.", group="Progress", at_least=1)
+    log_every: int = option(10, "Steps between lines of the log.", group="Progress", at_least=1)
+    report_to: tuple[str, ...] = option(
+        (),
+        "Experiment tracker, such as tensorboard or wandb. Repeatable.",
+        group="Progress",
+        metavar="NAME",
+        item="tracker",
+    )
 
-    @classmethod
-    def from_mapping(cls, values: Mapping) -> Finetuning:
-        """From the contents of a recipe file; unknown names are errors."""
-        known = {each.name for each in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise RunError(f"unknown fine-tuning keys {unknown}; known are {sorted(known)}")
-        for name in ("model", "data"):
-            if not values.get(name):
-                raise RunError(f"no {name} is given")
-        return cls(**{key: value for key, value in values.items() if value is not None})
 
-    @property
-    def trust(self) -> dict[str, bool]:
-        """For `loading`."""
-        return {"trust_remote_code": self.trust_remote_code}
+@described
+class Scoring(TaskData, Request):
+    """What an evaluation depends on.
 
-    @property
-    def columns(self) -> Columns:
-        return Columns(self.text_column, self.target_column, self.label_column, self.routed_by)
+    Raises:
+        RunError: a value is out of range.
+    """
 
+    ERROR = RunError
+    NOUN = "evaluation"
 
-def _check(holds: bool, found: str, allowed) -> None:
-    if not holds:
-        raise RunError(f"{found}; expected one of {', '.join(str(a) for a in allowed if a)}")
+    model: str = option(help="Artifact, model folder or Hub id.", kw_only=False)
+    data: tuple[str, ...] = option(
+        help=f"Data to score on: {SOURCES}",
+        group="Data",
+        metavar="FILE|ID",
+        item="source",
+        kw_only=False,
+    )
+    against: str | None = option(
+        None,
+        "Another model to score on the same examples, such as the dense one.",
+        group="Data",
+        metavar="MODEL",
+    )
+    split: str = option("test", "Split of Hub datasets.", group="Data")
+    length: int | None = option(
+        None,
+        "Tokens per window or example.",
+        group="Scoring",
+        at_least=1,
+        default_text="the model's limit, at most 512",
+    )
+    stride: int | None = option(
+        None,
+        "Tokens from the start of a window to that of the next, for perplexity.",
+        group="Scoring",
+        at_least=1,
+        default_text="half of --length",
+    )
+    batch_size: int = option(8, "Windows or examples per forward pass.", group="Scoring", at_least=1)
+    limit: int | None = option(
+        None,
+        "Score the first so many windows or examples only; with --routed-by, so many of every task.",
+        group="Scoring",
+        at_least=1,
+        default_text="all",
+    )
+    device: str = option(
+        "auto",
+        f"Where the model runs: {DEVICES}.",
+        group="Scoring",
+        valid=is_device,
+        expected=DEVICES,
+    )
+    seed: int = option(
+        0,
+        "Seed of the bootstrap and of which tokens are masked.",
+        group="Scoring",
+        at_least=0,
+    )
+    record: bool = option(
+        False,
+        "Write the results into MODEL, an artifact's folder: into evaluation_report.json, its card and the "
+        "card's metadata.",
+        group="General",
+    )

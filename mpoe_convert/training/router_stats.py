@@ -1,14 +1,88 @@
-"""Look at the routers of a loaded model."""
+"""Statistics of the routers of a loaded model."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-    from ..runtime.modeling_mpoe import RouterStats
+from ..runtime.modeling_mpoe import in_backward
+
+if TYPE_CHECKING:
+    from ..runtime.modeling_mpoe import FeedForward, Routing
+
+
+class RouterStats:
+    """What one router decided, over all tokens that were watched; padding does not count.
+
+    Attributes:
+        num_tokens: how many.
+        load: (E,) each expert's share of the choices; sums to one.
+        probability: (E,) mean router probability.
+        entropy: of the router's softmax, mean over tokens, in nats; log(E) if the router is indifferent.
+        dropped: share of the combine weights that was lost to the capacity.
+        similarity: (E, E) mean cosine between experts' outputs on the same tokens; None if not asked for.
+    """
+
+    def __init__(self, num_experts: int):
+        self.num_tokens = 0.0
+        self._choices = torch.zeros(num_experts, dtype=torch.float64)
+        self._probability = torch.zeros(num_experts, dtype=torch.float64)
+        self._entropy = self._dropped = self._weight = 0.0
+        self._cosines = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+        self._compared = 0
+
+    @torch.no_grad()
+    def add(self, routing: Routing, mask: Tensor | None) -> None:
+        """Count a call. `mask` (T,) is zero for padding."""
+        logits, choices, room = routing
+        counted = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits)  # (T,)
+        probabilities = logits.softmax(-1)  # (T, E)
+        entropy = torch.special.entr(probabilities).sum(-1)  # (T,)
+        weights = counted[choices.tokens] * choices.weights  # (N,)
+        self.num_tokens += float(counted.sum())
+        self._choices += choices.load(len(self._choices), counted).cpu().double()
+        self._probability += (counted @ probabilities).cpu().double()
+        self._entropy += float(counted @ entropy)
+        self._weight += float(weights.sum())
+        self._dropped += 0.0 if room is None else float(weights[~room].sum())
+
+    @torch.no_grad()
+    def compare(self, ffn: FeedForward, tokens: Tensor) -> None:
+        """Compare the outputs of a mixture's experts for tokens (T, H)."""
+        directions = F.normalize(ffn.run_all_experts(tokens).cpu().double(), dim=-1)  # (E, T, H)
+        self._cosines += torch.einsum("eth,fth->ef", directions, directions)
+        self._compared += len(tokens)
+
+    @property
+    def load(self) -> Tensor:
+        return self._choices / self._choices.sum().clamp(min=1)
+
+    @property
+    def probability(self) -> Tensor:
+        return self._probability / max(self.num_tokens, 1)
+
+    @property
+    def entropy(self) -> float:
+        return self._entropy / max(self.num_tokens, 1)
+
+    @property
+    def dropped(self) -> float:
+        return self._dropped / self._weight if self._weight else 0.0
+
+    @property
+    def similarity(self) -> Tensor | None:
+        return self._cosines / self._compared if self._compared else None
+
+    def __repr__(self) -> str:
+        load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
+        return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
 
 
 def router_stats(
@@ -22,15 +96,51 @@ def router_stats(
 
     Args:
         model: holds a converted model somewhere.
-        similarity_tokens: compare the experts' outputs on so many tokens per mixture and pass.
+        similarity_tokens: compare the experts' outputs on so many tokens per mixture and pass. This runs all
+            experts on them.
 
     Returns:
-        Context manager that yields {path of the mixture: `RouterStats`}, filled as passes go by.
+        Context manager that yields {path of the mixture below the base model: `RouterStats`}; inside the
+        block every forward pass adds to them.
 
     Raises:
         TypeError: there is no converted model in it.
     """
     for module in model.modules():
-        if hasattr(type(module), "router_stats"):
+        if hasattr(type(module), "router_stats"):  # the code of an earlier release brings its own
             return module.router_stats(similarity_tokens)
+        if hasattr(type(module), "mixtures"):
+            return _watch(module, similarity_tokens)
     raise TypeError(f"{type(model).__name__} holds no mixture made by mpoe-convert: load a converted model")
+
+
+@contextmanager
+def _watch(model: nn.Module, similarity_tokens: int) -> Iterator[dict[str, RouterStats]]:
+    stats = {path: RouterStats(ffn.num_experts) for path, ffn in model.mixtures()}
+    calls = {ffn: 0 for _, ffn in model.mixtures()}  # in the pass that is running
+    arguments: dict = {}  # of that pass
+    names = list(inspect.signature(model.forward).parameters)
+
+    def start_pass(module, args, kwargs):
+        calls.update(dict.fromkeys(calls, 0))
+        arguments.clear()
+        arguments.update(dict(zip(names, args, strict=False)) | kwargs)
+
+    def add(path: str, ffn: FeedForward, router, args, routing: Routing):
+        if in_backward():
+            return  # a checkpointed call, repeated: it has been counted
+        mask = model.token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)
+        calls[ffn] += 1
+        stats[path].add(routing, mask)
+        if similarity_tokens:
+            stats[path].compare(ffn, args[0][:similarity_tokens])
+
+    handles = [model.register_forward_pre_hook(start_pass, with_kwargs=True)]
+    for path, ffn in model.mixtures():
+        handles.append(ffn.router.register_forward_hook(functools.partial(add, path, ffn)))
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
+            yield stats
+    finally:
+        for handle in handles:
+            handle.remove()

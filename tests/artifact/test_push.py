@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from mpoe_convert import Export, evaluate, export
 from mpoe_convert.artifact.layout import file_names, is_artifact, own_files
-from mpoe_convert.cli import naming_what_is_left
+from mpoe_convert.cli.push import resumable_push
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.source.hub_errors import explain_writing
 
@@ -509,7 +509,7 @@ def test_a_push_that_is_stopped_says_how_to_go_on():
         pytest.raises(
             KeyboardInterrupt, match="the artifact is in o u t, go on with: mpoe-convert push 'o u t' me/m"
         ),
-        naming_what_is_left("o u t", "me/m", {"private": False}, overwrite=False),
+        resumable_push("o u t", "me/m", {"private": False}, overwrite=False),
     ):
         raise KeyboardInterrupt
 

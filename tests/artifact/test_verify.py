@@ -127,7 +127,7 @@ def test_what_is_allowed_to_differ_is_not_said_to_agree(difference, verdict):
     from rich.console import Console
 
     from mpoe_convert.artifact.verify import Verification
-    from mpoe_convert.render import print_verification
+    from mpoe_convert.cli.tables import print_verification
 
     out = Console(record=True, width=200, file=io.StringIO())
     print_verification(Verification("out", "dense", "A", "B", "ids", difference, 1.0, 0.5, 0.8, None), out)

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.cli import main
-from mpoe_convert.planning.recipe import DTYPES, LAYOUTS, read_recipe
+from mpoe_convert.decomposition.sites import LAYOUTS
+from mpoe_convert.planning.recipe import DTYPES
+from mpoe_convert.request import read_recipe
 from mpoe_convert.source import checkpoint
 
 SMALL = ["--experts", "2", "--bond-dim", "4"]
@@ -244,14 +246,14 @@ def test_a_bar_with_the_matrix_and_its_error_on_a_terminal_and_only_on_stderr(he
 def test_a_terminal_gets_no_bar_when_quiet(here, monkeypatch):
     from rich.console import Console
 
-    from mpoe_convert.render import progress_bar
+    from mpoe_convert.cli.progress import conversion_progress
 
     terminal = Console(force_terminal=True, stderr=True)
-    with progress_bar(terminal, enabled=False) as progress:
+    with conversion_progress(False, terminal) as progress:
         assert progress is None
-    with progress_bar(terminal, enabled=True) as progress:
+    with conversion_progress(True, terminal) as progress:
         assert progress is not None
-    with progress_bar(Console(force_terminal=False, stderr=True), enabled=True) as progress:
+    with conversion_progress(True, Console(force_terminal=False, stderr=True)) as progress:
         assert progress is None
 
 
@@ -351,19 +353,22 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
         ("- experts", "the recipe r.yaml holds list; expected `name: value`"),
         ("", "the recipe r.yaml holds NoneType; expected `name: value`"),
         ("experts: [", "cannot read the recipe r.yaml: "),
-        ("experts: 1", "experts is 1; a mixture needs at least 2"),
+        ("experts: 1", "experts is 1; expected a whole number of at least 2"),
         ("experts: four", "experts is 'four'; expected a whole number"),
         ("experts: true", "experts is True; expected a whole number"),
         ("noise: 1e-3", "noise is '1e-3'; expected a number of at least 0, such as 0.01"),
         ("noise: .nan", "noise is nan; expected a number"),
         ("sites: four", "sites is 'four'; expected an odd number of at least 3"),
         ("sites: 4", "sites is 4; expected an odd number of at least 3"),
-        ("device: 0", "device is 0; expected text (quote it in a recipe file)"),
+        ("device: 0", "device is 0; expected auto, cpu, cuda, cuda:N or mps"),
         ("device: tpu", "device is 'tpu'; expected auto, cpu, cuda, cuda:N or mps"),
-        ("revision: 1.0", "revision is 1.0; expected text (quote it in a recipe file)"),
+        ("revision: 1.0", "revision is 1.0; expected text (quote it in a YAML file)"),
         ("factors: [4, 4]", "factors is [4, 4]; expected text"),
         ("include: 3", "include is 3; expected a pattern or a list of patterns"),
-        ("bond_dim: wide", "bond_dim is 'wide'; expected a whole number, or one for every bond"),
+        (
+            "bond_dim: wide",
+            "bond_dim is 'wide'; expected a whole number of at least 1, or one for every bond",
+        ),
         ("bond_dim: 2.5", "bond_dim is 2.5; expected a whole number"),
         ("layers: 3-1", "layers is '3-1'; the range 3-1 runs backwards"),
         ("layout: flat", "layout is 'flat'; expected one of one-sided, two-sided, balanced"),
@@ -385,12 +390,16 @@ def test_a_recipe_that_is_not_there_is_told(here):
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--bond-dim", "0"], 2, "bond_dim is 0; a bond needs at least 1"),
-        (["--bond-dim", "4,x"], 2, "bond_dim is '4,x'; expected a whole number, or one for every bond"),
+        (["--bond-dim", "0"], 2, "bond_dim is '0'; expected a whole number of at least 1"),
+        (
+            ["--bond-dim", "4,x"],
+            2,
+            "bond_dim is '4,x'; expected a whole number of at least 1, or one for every bond",
+        ),
         (["--bond-dim", "4,4,4"], 1, "transformer.h.0.mlp.up (16 x 24): "),
-        (["--experts", "1"], 2, "experts is 1; a mixture needs at least 2"),
+        (["--experts", "1"], 2, "experts is 1; expected a whole number of at least 2"),
         (["--top-k", "9"], 2, "top_k is 9 with 8 experts; expected 1 to 8"),
-        (["--top-k", "0"], 2, "top_k is 0 with 8 experts; expected 1 to 8"),
+        (["--top-k", "0"], 2, "top_k is 0; expected a whole number of at least 1"),
         (["--noise", "-1"], 2, "noise is -1.0; expected a number of at least 0"),
         (["--sites", "4"], 2, "sites is 4; expected an odd number of at least 3"),
         (["--factors", "3,4,4x4,3,2"], 1, "multiply to 48 (3 * 4 * 4), but the matrix is 16 x 24"),

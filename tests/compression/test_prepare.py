@@ -125,7 +125,7 @@ WRONG = [
     (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without --keep or --max-error"),
     (
         CUT | {"bond_dim": 10**6, "calibrate": "builtin"},
-        "calibration given, and nothing is cut; expected --keep, --max-error or, with --layout balanced, a",
+        "calibration given, and nothing is truncated; expected --keep, --max-error or, with",
     ),
     ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
     ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
@@ -272,8 +272,8 @@ def test_divergence_is_measured_on_held_out_batches(given, tmp_path):
     if given:
         kept = torch.zeros_like(kept)
         kept[:, :-1] = labels[:, 1:] != -100
-    odds, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
-    expected = torch.nn.functional.kl_div(ours, odds, log_target=True, reduction="batchmean")
+    theirs, ours = (torch.log_softmax(outputs(m, batch)["logits"], -1)[kept] for m in (dense, made))
+    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
     assert found.tokens == int(kept.sum()) and abs(found.nats - expected) < 1e-4 * expected
     for model, told in ((dense, found.dense_perplexity), (made, found.perplexity)):
         with torch.no_grad():
@@ -291,26 +291,26 @@ def test_divergence_of_other_heads(model_type, tmp_path):
 def test_card_and_tables_say_what_was_compressed(tmp_path):
     from rich.console import Console
 
-    from mpoe_convert.render import plan_json, print_plan, print_report
+    from mpoe_convert.cli.tables import print_report
 
     _, _, report = pair("gpt2", tmp_path, keep=0.8, correct=True)
     card = (tmp_path / "out/README.md").read_text()
     assert f"store {report.plan.budget.chosen.keep:.1%} of the dense" in card and ", corrected)" in card
     assert report.divergence.in_words() in card and "| of outputs |" in card
-    assert "Expert 0 is the dense FFN as far as it was kept" in card
+    assert "Expert 0 is an approximation of the dense FFN" in card
     out = Console(record=True, width=200, file=io.StringIO())
-    print_plan(report.plan, out)
+    out.print(report.plan)
     print_report(report, "out", out, per_matrix=True)
     text = out.export_text()
     ranks = [str(matrix.rank) for matrix in report.plan.matrices if matrix.rank]
     assert ranks and all(rank in text for rank in ranks)
     assert "of outputs" in text and report.divergence.in_words() in text.replace("\n", "")
-    assert f"Kept: {report.plan.budget.chosen.keep:.1%} of the dense FFNs' numbers, asked 80.0%" in text
+    assert f"Kept: {report.plan.budget.chosen.keep:.1%} of the dense FFNs' parameters, asked 80.0%" in text
     predicted = report.predicted_perplexity
     expected = math.log(predicted / report.divergence.dense_perplexity)
     assert abs(expected - report.plan.budget.chosen.loss) < 1e-9 < expected
     assert f"nats, perplexity {predicted:.4g}." in text.replace("\n", "") and f"{predicted:.4g}." in card
-    assert plan_json(report.plan)["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
+    assert report.plan.to_json()["budget"]["chosen"]["keep"] == report.plan.budget.chosen.keep
 
 
 def test_warnings_follow_what_was_measured(tmp_path):
@@ -351,7 +351,7 @@ def test_command_line_for_cut_chains(tmp_path):
     assert words in done.output and "nats of divergence" in done.output
     assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
     card = (tmp_path / "out/README.md").read_text()
-    assert "(metric outputs, calibrated)" in card and "as far as it was kept" in card
+    assert "(metric outputs, calibrated)" in card and "an approximation of the dense FFN" in card
     assert not any("truncation lost" in warning for warning in report["warnings"])
 
 

@@ -57,7 +57,7 @@ def test_the_nearest_stays_and_is_what_its_own_recipe_gives(tmp_path):
     written = json.loads((tmp_path / "out/conversion_report.json").read_text())
     assert [trial["divergence"]["nats"] for trial in written["trials"]] == distances
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
-    assert "nearest to the dense model of 12 ways" in (tmp_path / "out/README.md").read_text()
+    assert "closest to the dense model of 12 variants" in (tmp_path / "out/README.md").read_text()
     again = straight(tmp_path / "again", chosen)
     assert again.divergence == report.divergence and again.trials == ()
     first, second = (tmp_path / name / "out/model.safetensors" for name in ("", "again"))

@@ -1,4 +1,4 @@
-"""What cutting one matrix changes, against a stock model in which that matrix alone is another."""
+"""How much truncating one matrix changes, against a stock model in which that matrix alone is another."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from helpers.models import generative
 from helpers.tiny import save_tiny
 
 from mpoe_convert import Recipe, plan
-from mpoe_convert.compression import sensitivity
 from mpoe_convert.compression.calibrate import calibrate
-from mpoe_convert.compression.moments import metric_for
+from mpoe_convert.compression.dense_run import DenseRun
+from mpoe_convert.compression.metrics import load
+from mpoe_convert.compression.sensitivity import measure_sensitivities
 from mpoe_convert.decomposition.low_rank import factor
 from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def compared(model, batch):
-    """(log odds or last hidden states, which places count)."""
+    """(log-probabilities or last hidden states, mask of scored positions)."""
     output = model(**batch)
     values = output.logits.log_softmax(-1) if "logits" in output else output[0]
     mask = batch.get("attention_mask")
@@ -32,8 +33,8 @@ def compared(model, batch):
 def change(theirs, ours):
     """Mean over tokens of all batches: Kullback-Leibler divergence, or half the squared difference."""
     theirs, ours = (torch.cat([values[mask] for values, mask in found]) for found in (theirs, ours))
-    is_odds = torch.allclose(theirs.exp().sum(-1), torch.ones(len(theirs)), atol=1e-4)
-    each = theirs.exp() * (theirs - ours) if is_odds else (theirs - ours).square() / 2
+    has_logits = torch.allclose(theirs.exp().sum(-1), torch.ones(len(theirs)), atol=1e-4)
+    each = theirs.exp() * (theirs - ours) if has_logits else (theirs - ours).square() / 2
     return float(each.sum()) / len(theirs)
 
 
@@ -46,10 +47,11 @@ def test_one_matrix_at_a_time(model_type, tmp_path):
     batches = batches_for(model, auto_class, 3)
     checkpoint = open_checkpoint(str(folder))
     planned = plan_checkpoint(Recipe(str(folder), bond_dim=4, keep=0.5, metric="outputs"), checkpoint)
-    calibration = calibrate(planned, checkpoint, CPU, batches)
+    run = DenseRun(planned, checkpoint, tuple(batches), CPU)
+    calibration = calibrate(run)
     matrices = list(planned.matrices)
     ranks = {matrix.name: 3 for matrix in matrices} | {matrices[1].name: None}
-    found = sensitivity.measure(planned, checkpoint, calibration, batches, ranks, CPU, lambda *_: None)
+    found = measure_sensitivities(run, calibration, load("outputs"), ranks, lambda *_: None)
     assert list(found) == [name for name, rank in ranks.items() if rank]
     dense = [compared(model, batch) for batch in batches[:-1]]
     for ffn in (planned.ffns[0], planned.ffns[-1]):
@@ -57,7 +59,7 @@ def test_one_matrix_at_a_time(model_type, tmp_path):
             if ranks[matrix.name] is None:
                 continue
             weight = read_wide(checkpoint, matrix.source, CPU)
-            metric = metric_for("outputs", matrix, weight, calibration.load(ffn.ffn.path))
+            metric = load("outputs").weigh(matrix, weight, calibration.load(ffn.ffn.path))
             product = torch.linalg.multi_dot(factor(weight, 3, metric))
             stored = checkpoint.read(matrix.source.weight)
             parameter = next(p for p in model.parameters() if torch.equal(p, stored))
@@ -70,7 +72,7 @@ def test_one_matrix_at_a_time(model_type, tmp_path):
 
 
 def test_what_matters_more_gets_more_ranks(tmp_path):
-    """A layer whose output is scaled up is cut less; its weights' spectra say nothing of that."""
+    """A layer whose output is scaled up keeps more ranks; the spectra of its weights do not show that."""
     folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ranks = {}

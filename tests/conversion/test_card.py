@@ -80,7 +80,7 @@ def test_what_a_person_wants_to_know(tmp_path, tiny_gpt2):
         "The card of its base names no licence",
         f"It stores {totals.stored_params / totals.dense_params:.2f} times the parameters of tiny-gpt2",
         f"takes {totals.flops_per_token / totals.dense_flops_per_token:.2f} times its FLOPs",
-        "1 feed-forward networks stayed dense",
+        "1 feed-forward network was left dense",
         "@inproceedings{gao2022mpoe,",
     ):
         assert said in card

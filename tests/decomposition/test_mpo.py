@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 
-from mpoe_convert.decomposition import SVDS, mpo
+from mpoe_convert.decomposition import mpo
 from mpoe_convert.decomposition.mpo import fit, relative_error
-from mpoe_convert.decomposition.sites import LAYOUTS, Sites, choose, explicit
+from mpoe_convert.decomposition.sites import LAYOUTS, SVDS, Sites, choose, explicit
 from mpoe_convert.errors import CheckpointError, SitesError
 from mpoe_convert.runtime.modeling_mpoe import contract_chain
 

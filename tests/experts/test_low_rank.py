@@ -6,7 +6,7 @@ from helpers.models import load, logits
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact.layout import REPORT_FILE
-from mpoe_convert.errors import SitesError
+from mpoe_convert.errors import RecipeError, SitesError
 from mpoe_convert.source.json_files import read_json_object
 
 RANK, EXPERTS = 3, 3
@@ -41,7 +41,8 @@ def test_left_factors_differ_and_separate_the_experts(artifact):
     assert all(m.norm() > 0 for m in own) and (own[0] - own[1]).norm() > 0.1 * own[0].norm()
 
 
-@pytest.mark.parametrize("rank", [17, (2, 2)])
-def test_a_rank_that_is_none(rank, tiny_gpt2, tmp_path):
-    with pytest.raises(SitesError, match=r"expected one number of at most 16"):
-        convert(Recipe(str(tiny_gpt2), kind="low-rank", bond_dim=rank), tmp_path / "out")
+def test_a_rank_that_is_none(tiny_gpt2, tmp_path):
+    with pytest.raises(SitesError, match=r"the rank \(--bond-dim\) is 17; expected at most 16"):
+        convert(Recipe(str(tiny_gpt2), kind="low-rank", bond_dim=17), tmp_path / "out")
+    with pytest.raises(RecipeError, match="expected a whole number of at least 1, the rank"):
+        Recipe(str(tiny_gpt2), kind="low-rank", bond_dim=(2, 2))

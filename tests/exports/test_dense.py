@@ -51,8 +51,9 @@ def through_one_expert(model, expert: int) -> None:
     """Route every token to one expert, whatever the router says."""
 
     def choose(router, args, routing):
-        experts = torch.full_like(routing.experts[:, :1], expert)
-        return routing._replace(weights=torch.ones_like(routing.weights[:, :1]), experts=experts)
+        tokens = torch.arange(len(routing.logits))
+        experts, weights = torch.full_like(tokens, expert), torch.ones(len(tokens))
+        return routing._replace(choices=type(routing.choices)(tokens, experts, weights, per_token=1))
 
     for _, ffn in model.mixtures():
         ffn.router.register_forward_hook(choose)

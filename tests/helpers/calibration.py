@@ -6,10 +6,18 @@ import transformers
 from helpers.models import generative
 from helpers.tiny import VOCAB, make_inputs, save_tiny
 from mpoe_convert import Recipe, convert
+from mpoe_convert.compression.calibrate import calibrate
+from mpoe_convert.compression.dense_run import DenseRun
 from mpoe_convert.source.families import FAMILIES
 
 # One type per way of building a layer.
 ONE_OF_EACH = [row.model_types[0] for row in FAMILIES]
+CPU = torch.device("cpu")
+
+
+def calibrated(planned, checkpoint, batches, **options):
+    """The moments of a plan's FFNs on batches; options as for `calibrate`."""
+    return calibrate(DenseRun(planned, checkpoint, tuple(batches), CPU), **options)
 
 
 def batches_for(model, auto_class, count=4):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 SERVER = """
 import json, os, resource, signal, sys, time
-import mpoe_convert.cli, mpoe_convert.conversion.convert, mpoe_convert.decomposition.mpo, mpoe_convert.render
+import mpoe_convert.cli.progress, mpoe_convert.conversion.convert, mpoe_convert.decomposition.mpo
 import mpoe_convert.runtime.modeling_mpoe, mpoe_convert.experts.mpo
 from mpoe_convert.source.architecture import heads
 heads("gpt2")

@@ -1,9 +1,16 @@
 """Small mixtures with random parameters."""
 
+from contextlib import contextmanager
+from math import prod
+
+import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import nn
 
-from mpoe_convert.runtime.modeling_mpoe import MPOEFeedForward
+from mpoe_convert.runtime import modeling_mpoe as modeling
+from mpoe_convert.runtime.modeling_mpoe import Chain, FeedForward, Picks, Projection
 
 
 def chain(in_dims, out_dims, bonds, shared) -> dict:
@@ -53,11 +60,136 @@ def mirrored(term: dict) -> dict:
     return chain(*[term[name][::-1] for name in names])
 
 
-def make_ffn(name="one-sided", top_k=2, bias=None) -> MPOEFeedForward:
+def make_ffn(name="one-sided", top_k=2, bias=None) -> FeedForward:
     """A gated mixture, 12 -> 10 -> 12."""
     terms = LORA if name == "lora" else [TERMS[name]]
     up = {"terms": terms, "bias": bias}
     down = {"terms": [mirrored(term) for term in terms], "bias": bias}
-    ffn = MPOEFeedForward({"gate": up, "up": up, "down": down}, NUM_EXPERTS, top_k)
+    ffn = FeedForward({"gate": up, "up": up, "down": down}, NUM_EXPERTS, top_k)
     ffn.act = nn.SiLU()
     return fill(ffn)
+
+
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=20)
+
+
+# The router computes in float32 in every dtype, so a float64 mixture is exact to float32 only there.
+ROUTER_ROUNDING = 1e-5
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def chain_matrix(module: Chain, expert: int) -> torch.Tensor:
+    """One expert's matrix: a single einsum over all bonds, then input indices before output indices."""
+    names = iter(LETTERS)
+    bond, operands, ins, outs = next(names), [], "", ""
+    first = bond
+    for name, shape, shared in zip(module.core_names, module.shapes, module.shared, strict=True):
+        core = getattr(module, name)
+        core = core.reshape(shape if shared else (-1, *shape))
+        i, o, right = next(names), next(names), next(names)
+        operands.append((bond + i + o + right, core if shared else core[expert]))
+        ins, outs, bond = ins + i, outs + o, right
+    expression = ",".join(indices for indices, _ in operands) + f"->{first}{ins}{outs}{bond}"
+    tensor = torch.einsum(expression, *[core for _, core in operands])
+    return tensor.reshape(
+        prod(shape[1] for shape in module.shapes), prod(shape[2] for shape in module.shapes)
+    )
+
+
+def project(module: Projection, row: torch.Tensor, expert: int) -> torch.Tensor:
+    y = sum(row @ chain_matrix(term, expert) for term in module.terms)
+    if module.bias is None:
+        return y
+    return y + (module.bias if module.bias.ndim == 1 else module.bias[expert])
+
+
+def table(routing: modeling.Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts (T, k) of a rule that gives every token k choices."""
+    choices, num_tokens = routing.choices, len(routing.logits)
+    assert choices.tokens.tolist() == [t for t in range(num_tokens) for _ in range(choices.per_token)]
+    shape = (num_tokens, choices.per_token)
+    return choices.weights.reshape(shape), choices.experts.reshape(shape)
+
+
+def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
+    """Every way to say which expert each of some sorted rows has."""
+    found = {
+        "each": Picks(experts),
+        "sizes": Picks.of_sorted(experts, num_experts, on_device=False),
+        "ends": Picks.of_sorted(experts, num_experts, on_device=True),
+    }
+    return found | ({"one": Picks(int(experts[0]))} if len(experts.unique()) == 1 else {})
+
+
+# How many rows take which way, so that a handful of tokens takes any of them.
+WAYS = {
+    "each row its own cores": {"_FEW_COPIED_PARAMS": 1 << 60},
+    "sorted rows": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 1 << 60},
+    "expert by expert": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 0},
+}
+
+
+SCHEDULES = (*WAYS, "rebuild", "cached", "compiling, few rows", "compiling, many rows")
+
+
+@contextmanager
+def schedule(name: str, ffn: FeedForward | None = None):
+    """ "compiling": what is traced by torch.compile, run as it stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name in ("rebuild", "cached"):
+            patch.setattr(ffn, "schedule", name)
+            patch.setattr(ffn, "cache", modeling.MatrixCache("hit") if name == "cached" else None)
+        elif name.startswith("compiling"):
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            name = "each row its own cores" if name.endswith("few rows") else "sorted rows"
+        for constant, value in WAYS.get(name, {}).items():
+            patch.setattr(modeling, constant, value)
+        yield
+
+
+@st.composite
+def factors(draw, size: int, sites: int):
+    """`sites` numbers whose product is `size`."""
+    dims = [1] * sites
+    for prime in (2, 3, 5, 7):
+        while size % prime == 0:
+            dims[draw(st.integers(0, sites - 1))] *= prime
+            size //= prime
+    assert size == 1
+    return dims
+
+
+@st.composite
+def terms(draw, rows: int, cols: int):
+    sites = draw(st.integers(1, 4))
+    return chain(
+        draw(factors(rows, sites)),
+        draw(factors(cols, sites)),
+        [draw(st.integers(1, 3)) for _ in range(sites - 1)],
+        [draw(st.booleans()) for _ in range(sites)],
+    )
+
+
+@st.composite
+def specs(draw, rows: int, cols: int):
+    return {
+        "terms": draw(st.lists(terms(rows, cols), min_size=1, max_size=2)),
+        "bias": draw(st.sampled_from([None, "shared", "per-expert"])),
+    }
+
+
+@st.composite
+def mixtures(draw, num_experts: int, top_k: int):
+    hidden, inner = draw(st.sampled_from([4, 6])), draw(st.sampled_from([6, 8, 10]))
+    form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
+    if draw(st.booleans()):
+        form["gate"] = draw(specs(hidden, inner))
+    ffn = FeedForward(form, num_experts, top_k).double()
+    ffn.act = nn.GELU()
+    return fill(ffn, draw(st.integers(0, 99)))
+
+
+def hidden_size(ffn: FeedForward) -> int:
+    return ffn.router.weight.shape[1]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpoe_convert import MpoeError, Recipe, plan
 from mpoe_convert.errors import FamilyError, RecipeError
-from mpoe_convert.planning.recipe import normalised
+from mpoe_convert.request import normalised
 from mpoe_convert.source.architecture import Architecture
 from mpoe_convert.source.families import FAMILY_OF
 from mpoe_convert.source.locate import resolve
@@ -112,12 +112,12 @@ def test_a_choice_that_matches_nothing_is_told(options, said, tiny_gpt2):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"seed": -1}, "seed is -1; expected 0 to 2**63 - 1"),
-        ({"seed": 2**63}, "expected 0 to 2**63 - 1"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0 to 2**63 - 1"),
+        ({"seed": 2**63}, "expected a whole number from 0 to 2**63 - 1"),
         ({"noise": True}, "noise is True; expected a number"),
-        ({"kind": "dense", "sites": 3}, "sites given with kind 'dense'"),
-        ({"kind": "dense", "factors": "2,2,2x2,2,2"}, "factors given with kind 'dense'"),
-        ({"kind": "low-rank", "sites": 3}, "sites given with kind 'low-rank'"),
+        ({"kind": "dense", "sites": 3}, "sites given with --kind dense; expected with --kind mpo only"),
+        ({"kind": "dense", "factors": "2,2,2x2,2,2"}, "factors given with --kind dense"),
+        ({"kind": "low-rank", "sites": 3}, "sites given with --kind low-rank"),
         ({"sites": 5, "factors": "2,2,2x2,2,2"}, "sites is 5 but factors '2,2,2x2,2,2' has 3; give one"),
     ],
     ids=str,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from helpers.mixtures import table
 from helpers.models import generative
 from helpers.tiny import make_inputs
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from mpoe_convert import router_stats
-from mpoe_convert.runtime.modeling_mpoe import MPOERouter, Routing, load_balancing_loss, router_z_loss
+from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss, weigh
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3
@@ -49,7 +50,7 @@ def seeded(model, **inputs):
 def routings(model, inputs) -> list[Routing]:
     """What the routers decide in a plain pass, with a graph."""
     found = []
-    routers = [m for m in model.modules() if type(m).__name__ == "MPOERouter"]
+    routers = [m for m in model.modules() if type(m).__name__ == "Router"]
     handles = [r.register_forward_hook(lambda _, __, out: found.append(out)) for r in routers]
     seeded(model, **inputs)
     for handle in handles:
@@ -57,8 +58,8 @@ def routings(model, inputs) -> list[Routing]:
     return found
 
 
-def router(top_k=2, experts=4, hidden=6) -> MPOERouter:
-    module = MPOERouter(hidden, experts, top_k)
+def router(top_k=2, experts=4, hidden=6) -> Router:
+    module = Router(hidden, experts, top_k)
     module.reset_parameters(1.0)
     return module
 
@@ -266,8 +267,9 @@ def test_raw_weights_are_the_probabilities():
     module.combine = "raw"
     routing = module(tokens())
     probabilities = (tokens() @ module.weight.T).softmax(-1).sort(descending=True)
-    torch.testing.assert_close(routing.weights, probabilities.values[:, :2])
-    assert torch.equal(routing.experts, probabilities.indices[:, :2]) and routing.weights.sum() < 12
+    weights, experts = table(routing)
+    torch.testing.assert_close(weights, probabilities.values[:, :2])
+    assert torch.equal(experts, probabilities.indices[:, :2]) and weights.sum() < 12
 
 
 def test_jitter_is_for_training():
@@ -283,21 +285,23 @@ def test_jitter_is_for_training():
 def test_capacity_by_its_definition(factor):
     """First choices before second ones, early tokens before late ones."""
     module = router().train()
-    free = module(tokens(20))
+    weights, experts = table(module(tokens(20)))
     module.capacity_factor = factor
     found = module(tokens(20))
+    assert torch.equal(table(found)[0], weights)
     room = {e: max(math.ceil(factor * 20 * 2 / 4), 1) for e in range(4)}
-    expected = free.weights.clone()
+    kept = torch.ones(20, 2, dtype=torch.bool)
     for choice in range(2):
         for token in range(20):
-            expert = int(free.experts[token, choice])
+            expert = int(experts[token, choice])
             room[expert] -= 1
-            if room[expert] < 0:
-                expected[token, choice] = 0
-    torch.testing.assert_close(found.weights, expected)
-    torch.testing.assert_close(found.weights + found.dropped, free.weights)
-    assert bool((expected == 0).any()) == (factor < 1.5)
-    assert torch.equal(module.eval()(tokens(20)).weights, free.weights)
+            kept[token, choice] = room[expert] >= 0
+    assert torch.equal(found.room, kept.reshape(-1))
+    assert bool(kept.all()) == (factor >= 1.5)
+    served = found.served()
+    assert torch.equal(served.weights, weights[kept]) and torch.equal(served.experts, experts[kept])
+    assert torch.equal(served.tokens, kept.nonzero()[:, 0])
+    assert module.eval()(tokens(20)).room is None
 
 
 def test_bias_balances_without_a_loss(artifact, tmp_path):
@@ -321,7 +325,7 @@ def test_bias_balances_without_a_loss(artifact, tmp_path):
     again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1]
     assert again.balance_bias.dtype == torch.float32 and torch.equal(again.balance_bias, biases[0])
     found = routings(model.eval(), inputs)[0]
-    torch.testing.assert_close(found.weights, torch.ones_like(found.weights))
+    assert torch.equal(found.choices.weights, torch.ones(len(found.logits)))
 
 
 def test_the_balancing_loss_balances(artifact):
@@ -376,7 +380,7 @@ def test_statistics_by_their_definition(artifact):
     assert list(stats) == ["h.0.mlp", "h.1.mlp"]
     kept = mask.reshape(-1).bool()
     for layer, routing in zip(stats.values(), found, strict=True):
-        chosen = routing.experts[kept].reshape(-1)
+        chosen = table(routing)[1][kept].reshape(-1)
         expected = torch.bincount(chosen, minlength=EXPERTS) / len(chosen)
         torch.testing.assert_close(layer.load, expected.double())
         probability = routing.logits[kept].softmax(-1)
@@ -650,9 +654,8 @@ def test_a_tuple_without_a_loss_stays_as_it_is(artifact):
 
 
 def test_an_expert_of_no_probability_has_a_weight():
-    module = router(top_k=1)
     logits = torch.tensor([[0.0, 300.0, -300.0]])
-    weights = module._weigh(logits, logits[:, 2:], torch.tensor([[2]]))
+    weights = weigh(logits, logits[:, 2:], torch.tensor([[2]]), "renormalised")
     assert torch.equal(weights, torch.ones(1, 1))
 
 

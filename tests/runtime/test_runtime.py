@@ -1,32 +1,33 @@
 """The shipped module against the definition of a mixture of chains, in float64: token by token."""
 
-from contextlib import contextmanager
 from itertools import product
-from math import prod
 
 import numpy as np
 import pytest
 import torch
-from helpers.mixtures import LORA, NUM_EXPERTS, TERMS, chain, fill, make_ffn, randn
+from helpers.mixtures import (
+    LORA,
+    NUM_EXPERTS,
+    ROUTER_ROUNDING,
+    SCHEDULES,
+    SETTINGS,
+    TERMS,
+    chain_matrix,
+    fill,
+    hidden_size,
+    make_ffn,
+    mixtures,
+    project,
+    randn,
+    schedule,
+    table,
+    ways,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mpoe_convert.runtime import modeling_mpoe as modeling
-from mpoe_convert.runtime.modeling_mpoe import (
-    MPOEChain,
-    MPOEFeedForward,
-    MPOEProjection,
-    MPOERouter,
-    Picks,
-    chain_shapes,
-)
-
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=20)
-# The router computes in float32 in every dtype, so a float64 mixture is exact to float32 only there.
-ROUTER_ROUNDING = 1e-5
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
+from mpoe_convert.runtime.modeling_mpoe import Chain, FeedForward, Picks, Projection, Router, chain_shapes
 
 CHOICES = [(1, 1), (2, 1), (3, 2), (4, 2), (4, 3), (4, 4)]  # experts, and how many a token gets
 
@@ -35,32 +36,7 @@ CHOICES = [(1, 1), (2, 1), (3, 2), (4, 2), (4, 3), (4, 4)]  # experts, and how m
 # The definition, written without the module's own contraction
 
 
-def chain_matrix(module: MPOEChain, expert: int) -> torch.Tensor:
-    """One expert's matrix: a single einsum over all bonds, then input indices before output indices."""
-    names = iter(LETTERS)
-    bond, operands, ins, outs = next(names), [], "", ""
-    first = bond
-    for name, shape, shared in zip(module.core_names, module.shapes, module.shared, strict=True):
-        core = getattr(module, name)
-        core = core.reshape(shape if shared else (-1, *shape))
-        i, o, right = next(names), next(names), next(names)
-        operands.append((bond + i + o + right, core if shared else core[expert]))
-        ins, outs, bond = ins + i, outs + o, right
-    expression = ",".join(indices for indices, _ in operands) + f"->{first}{ins}{outs}{bond}"
-    tensor = torch.einsum(expression, *[core for _, core in operands])
-    return tensor.reshape(
-        prod(shape[1] for shape in module.shapes), prod(shape[2] for shape in module.shapes)
-    )
-
-
-def project(module: MPOEProjection, row: torch.Tensor, expert: int) -> torch.Tensor:
-    y = sum(row @ chain_matrix(term, expert) for term in module.terms)
-    if module.bias is None:
-        return y
-    return y + (module.bias if module.bias.ndim == 1 else module.bias[expert])
-
-
-def mixture(ffn: MPOEFeedForward, tokens: torch.Tensor) -> torch.Tensor:
+def mixture(ffn: FeedForward, tokens: torch.Tensor) -> torch.Tensor:
     """Token by token, expert by expert; tokens (T, H)."""
     rows = []
     for token in tokens:
@@ -82,91 +58,11 @@ def mixture(ffn: MPOEFeedForward, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape)
 
 
-def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
-    """Every way to say which expert each of some sorted rows has."""
-    found = {
-        "each": Picks(experts),
-        "sizes": Picks.of_sorted(experts, num_experts, on_device=False),
-        "ends": Picks.of_sorted(experts, num_experts, on_device=True),
-    }
-    return found | ({"one": Picks(int(experts[0]))} if len(experts.unique()) == 1 else {})
-
-
-# How many rows take which way, so that a handful of tokens takes any of them.
-WAYS = {
-    "each row its own cores": {"_FEW_NUMBERS": 1 << 60},
-    "sorted rows": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 1 << 60},
-    "expert by expert": {"_FEW_NUMBERS": -1, "_MANY_ROWS": 0},
-}
-SCHEDULES = (*WAYS, "rebuild", "cached", "compiling, few rows", "compiling, many rows")
-
-
-@contextmanager
-def schedule(name: str, ffn: MPOEFeedForward | None = None):
-    """ "compiling": what is traced by torch.compile, run as it stands."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name in ("rebuild", "cached"):
-            patch.setattr(ffn, "schedule", name)
-            patch.setattr(ffn, "cache", modeling.MatrixCache("hit") if name == "cached" else None)
-        elif name.startswith("compiling"):
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            name = "each row its own cores" if name.endswith("few rows") else "sorted rows"
-        for constant, value in WAYS.get(name, {}).items():
-            patch.setattr(modeling, constant, value)
-        yield
-
-
 # ---------------------------------------------------------------------------------------------------
 # Strategies
 
 
-@st.composite
-def factors(draw, size: int, sites: int):
-    """`sites` numbers whose product is `size`."""
-    dims = [1] * sites
-    for prime in (2, 3, 5, 7):
-        while size % prime == 0:
-            dims[draw(st.integers(0, sites - 1))] *= prime
-            size //= prime
-    assert size == 1
-    return dims
-
-
-@st.composite
-def terms(draw, rows: int, cols: int):
-    sites = draw(st.integers(1, 4))
-    return chain(
-        draw(factors(rows, sites)),
-        draw(factors(cols, sites)),
-        [draw(st.integers(1, 3)) for _ in range(sites - 1)],
-        [draw(st.booleans()) for _ in range(sites)],
-    )
-
-
-@st.composite
-def specs(draw, rows: int, cols: int):
-    return {
-        "terms": draw(st.lists(terms(rows, cols), min_size=1, max_size=2)),
-        "bias": draw(st.sampled_from([None, "shared", "per-expert"])),
-    }
-
-
-@st.composite
-def mixtures(draw, num_experts: int, top_k: int):
-    hidden, inner = draw(st.sampled_from([4, 6])), draw(st.sampled_from([6, 8, 10]))
-    form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
-    if draw(st.booleans()):
-        form["gate"] = draw(specs(hidden, inner))
-    ffn = MPOEFeedForward(form, num_experts, top_k).double()
-    ffn.act = nn.GELU()
-    return fill(ffn, draw(st.integers(0, 99)))
-
-
 leading = st.sampled_from([(), (1,), (5,), (0,), (2, 3), (2, 0), (0, 3), (1, 1), (2, 1, 2)])
-
-
-def hidden_size(ffn: MPOEFeedForward) -> int:
-    return ffn.router.weight.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -181,7 +77,7 @@ def rows_and_experts(rows_per_expert, in_features: int):
 @pytest.mark.parametrize("counts", [(3, 1, 2, 4), (0, 5, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 def test_chain_multiplies_by_the_experts_matrix(term, counts):
-    module = fill(MPOEChain(term, NUM_EXPERTS).double())
+    module = fill(Chain(term, NUM_EXPERTS).double())
     rows, experts = rows_and_experts(counts, 12)
     expected = [row @ chain_matrix(module, e) for row, e in zip(rows, experts.tolist(), strict=True)]
     expected = torch.stack(expected) if expected else rows.new_zeros(0, 10)
@@ -199,7 +95,7 @@ def test_chain_multiplies_by_the_experts_matrix(term, counts):
 @pytest.mark.parametrize("name", TERMS)
 def test_which_chains_act_on_the_activations(name):
     """No expert's matrix is built where input comes first, output last and only one core has both."""
-    module = MPOEChain(TERMS[name], NUM_EXPERTS)
+    module = Chain(TERMS[name], NUM_EXPERTS)
     assert module.acts == (name not in ("two-sided", "balanced", "two shared runs"))
 
 
@@ -210,7 +106,7 @@ def test_which_chains_act_on_the_activations(name):
 def test_gradients_of_a_projection(name, way, rebuild, bias):
     """Finite differences in float64, for the rows and for every core; one expert has no row."""
     spec = {"terms": LORA if name == "lora" else [TERMS[name]], "bias": bias}
-    module = fill(MPOEProjection(spec, NUM_EXPERTS).double())
+    module = fill(Projection(spec, NUM_EXPERTS).double())
     rows, experts = rows_and_experts((0, 0, 3, 0) if way == "one" else (1, 0, 2, 1), 12)
     picks = ways(experts, NUM_EXPERTS)[way]
     names = [name for name, _ in module.named_parameters()]
@@ -226,7 +122,7 @@ def test_gradients_of_a_projection(name, way, rebuild, bias):
 
 def test_shapes_of_the_parameters():
     """Shared cores once, per-expert cores with a leading expert axis, named by site."""
-    module = MPOEChain(TERMS["one-sided, shared centre of two"], NUM_EXPERTS)
+    module = Chain(TERMS["one-sided, shared centre of two"], NUM_EXPERTS)
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
         "aux_0": (4, 1 * 3, 1 * 3),
         "central_1": (3 * 4, 1 * 2),
@@ -241,7 +137,7 @@ def test_flops_are_those_of_the_products(name):
     """Counted by torch while a batch runs with one row, whose expert's matrix is built."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    module = fill(MPOEChain(TERMS[name], NUM_EXPERTS).double())
+    module = fill(Chain(TERMS[name], NUM_EXPERTS).double())
     counts = []
     for rows in (1, 3):
         with FlopCounterMode(display=False) as counter:
@@ -297,9 +193,9 @@ def test_gradients_are_those_of_the_definition(num_experts, top_k, mode, data):
 @SETTINGS
 @given(st.integers(1, NUM_EXPERTS), st.integers(0, 5), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale):
-    router = fill(MPOERouter(12, NUM_EXPERTS, top_k), scale=scale)
+    router = fill(Router(12, NUM_EXPERTS, top_k), scale=scale)
     tokens = randn(num_tokens, 12, dtype=torch.float32)
-    _, weights, experts, _ = router(tokens)
+    weights, experts = table(router(tokens))
     assert weights.dtype == torch.float32 and weights.shape == experts.shape == (num_tokens, top_k)
     torch.testing.assert_close(weights.sum(-1), torch.ones(num_tokens))
     logits = (tokens.double() @ router.weight.double().T).detach().numpy()
@@ -314,9 +210,9 @@ def test_combine_weights_are_a_softmax_over_the_chosen(top_k, num_tokens, scale)
 
 
 def test_one_expert_per_token_has_weight_one_and_a_router_gradient():
-    router = fill(MPOERouter(12, NUM_EXPERTS, 1))
+    router = fill(Router(12, NUM_EXPERTS, 1))
     tokens = randn(6, 12, dtype=torch.float32)
-    _, weights, experts, _ = router(tokens)
+    weights, experts = table(router(tokens))
     assert torch.equal(weights, torch.ones(6, 1))
     weights.sum().backward()
     # d/dW sum log p(chosen) = sum over tokens of (one-hot - p) x token
@@ -410,7 +306,7 @@ def test_autocast_computes_in_bfloat16_and_routes_in_float32(name, mode, monkeyp
     exact = ffn(x)
     with schedule(mode, ffn), torch.autocast("cpu", torch.bfloat16):
         rounded = ffn(x)
-    (_, weights, experts, _), (_, autocast_weights, autocast_experts, _) = routed
+    (weights, experts), (autocast_weights, autocast_experts) = map(table, routed)
     assert autocast_weights.dtype == torch.float32
     assert torch.equal(weights, autocast_weights) and torch.equal(experts, autocast_experts)
     error = (rounded - exact).norm() / exact.norm()
@@ -429,7 +325,7 @@ def test_bfloat16_weights_route_in_float32():
     x = randn(6, 12, dtype=torch.bfloat16)
     y = ffn(x)
     assert y.dtype == torch.bfloat16
-    weights = ffn.router(x).weights
+    weights, _ = table(ffn.router(x))
     expected = (x.double() @ router.double().T).topk(2).values.softmax(-1)
     torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6)
     exact = make_ffn(bias="shared")
@@ -441,7 +337,7 @@ def test_bfloat16_weights_route_in_float32():
 @pytest.mark.parametrize("name", TERMS)
 def test_random_initialisation_keeps_the_scale(name):
     """Freshly initialised matrices have entries near the given standard deviation, none unset."""
-    module = MPOEChain(TERMS[name], NUM_EXPERTS)
+    module = Chain(TERMS[name], NUM_EXPERTS)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(torch.nan)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache
 
 HIDDEN = 12
 
@@ -19,17 +19,17 @@ def tokens(num: int = 6) -> torch.Tensor:
     return randn(num, HIDDEN, dtype=torch.float32)
 
 
-def cached(ffn: MPOEFeedForward, keep: str = "hit", limit: float | None = None) -> MPOEFeedForward:
+def cached(ffn: FeedForward, keep: str = "hit", limit: float | None = None) -> FeedForward:
     ffn.schedule, ffn.cache = "cached", MatrixCache(keep, limit)
     return ffn
 
 
-def run(ffn: MPOEFeedForward, x: torch.Tensor) -> torch.Tensor:
+def run(ffn: FeedForward, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return ffn(x)
 
 
-def wide(layout: str = "one-sided") -> MPOEFeedForward:
+def wide(layout: str = "one-sided") -> FeedForward:
     """64 x 256, bond 16: large enough for the schedules to differ."""
     if layout == "one-sided":
         up = {"in_dims": [16, 4, 1], "out_dims": [1, 16, 16], "bonds": [16, 16], "shared": [0, 1, 0]}
@@ -38,7 +38,7 @@ def wide(layout: str = "one-sided") -> MPOEFeedForward:
         up = {"in_dims": [4, 4, 4], "out_dims": [4, 16, 4], "bonds": [16, 16], "shared": [0, 1, 0]}
         down = {"in_dims": [4, 16, 4], "out_dims": [4, 4, 4], "bonds": [16, 16], "shared": [0, 1, 0]}
     form = {name: {"terms": [term], "bias": None} for name, term in (("up", up), ("down", down))}
-    return fill(MPOEFeedForward(form, 4, 2), scale=0.2)
+    return fill(FeedForward(form, 4, 2), scale=0.2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -58,6 +58,61 @@ def test_flops_are_those_that_torch_counts(layout, schedule):
     assert ffn.flops(64, schedule) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+FORMS = {
+    "low rank": {"up": (64, 256, 8), "down": (256, 64, 8)},
+    "low rank, compressed": {"gate": (64, 256, 8, 24), "up": (64, 256, 8, 24), "down": (256, 64, 8, 24)},
+    "adapter": {"up": (64, 256), "down": (256, 64), "adapter": 8},
+    "adapter, compressed": {
+        "gate": (64, 256, 0, 24),
+        "up": (64, 256),
+        "down": (256, 64, 0, 24),
+        "adapter": 8,
+    },
+}
+
+
+def form_of(name: str, bias: str | None = None) -> dict:
+    """Every matrix (rows, cols, rank of the experts' own term, rank of the shared one)."""
+
+    def spec(rows, cols, own=0, rank=0):
+        shared = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [True]}
+        thin = {"in_dims": [rows, 1], "out_dims": [1, cols]}
+        if rank:
+            shared = thin | {"bonds": [rank], "shared": [True, True]}
+        own_terms = [thin | {"bonds": [own], "shared": [False, False]}] if own else []
+        return {"terms": [shared, *own_terms], "bias": bias}
+
+    return {key: spec(*value) if isinstance(value, tuple) else value for key, value in FORMS[name].items()}
+
+
+@pytest.mark.parametrize("schedule", ["apply", "rebuild", "cached"])
+@pytest.mark.parametrize("name", FORMS)
+def test_flops_of_parts_that_run_once_per_token(name, schedule):
+    """What all experts share works on a token once, in whatever schedule; adapters on every choice."""
+    ffn, x = fill(FeedForward(form_of(name), 4, 2), scale=0.2), randn(64, 64, dtype=torch.float32)
+    ffn.schedule = schedule
+    ffn.cache = MatrixCache("all") if schedule == "cached" else None
+    run(ffn, x)
+    with FlopCounterMode(display=False) as counter:
+        run(ffn, x)
+    assert ffn.flops(64, schedule) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "per-expert"])
+@pytest.mark.parametrize("name", ["low rank", "low rank, compressed"])
+def test_parameters_and_bytes_are_those_of_the_tensors(name, bias):
+    ffn = FeedForward(form_of(name, bias), 4, 2)
+    own = sum(
+        p[0].numel()
+        for n, p in ffn.named_parameters()
+        if ".aux_" in n or (bias == "per-expert" and "bias" in n)
+    )
+    assert ffn.own_params == own == sum(part.own_params for part in ffn.parts)
+    assert ffn.shared_params + 4 * own == sum(p.numel() for p in ffn.parameters())
+    assert ffn.bytes_read(10**6) == pytest.approx(sum(p.nbytes for p in ffn.parameters()))
+    assert ffn.bytes_read(1) == pytest.approx(sum(p.nbytes for p in ffn.parameters()) - 2 * 4 * own)
+
+
 def test_bytes_are_those_of_the_weights():
     ffn = wide()
     stored = sum(p.nbytes for p in ffn.parameters())
@@ -72,8 +127,8 @@ def test_bytes_are_those_of_the_weights():
 
 def test_experts_hit_by_chance():
     ffn = make_ffn(top_k=2)
-    assert ffn.experts_hit(0) == 0 and ffn.experts_hit(1) == pytest.approx(2)
-    assert ffn.experts_hit(2) == pytest.approx(3) and ffn.experts_hit(1000) == pytest.approx(4)
+    hit = [ffn.work(num_tokens).experts for num_tokens in (0, 1, 2, 1000)]
+    assert hit == pytest.approx([0, 2, 3, 4])
 
 
 def test_the_cheapest_schedule_is_chosen():
@@ -104,14 +159,14 @@ def test_cached_matrices_give_the_same(name, keep):
     assert ffn.cache.nbytes > 0
 
 
-def entries(ffn: MPOEFeedForward) -> dict:
+def entries(ffn: FeedForward) -> dict:
     return {key: matrix for key, (_, matrix) in ffn.cache.entries.items()}
 
 
 def test_hit_keeps_what_was_used_and_all_everything():
     one = tokens(1)
     hit, everything = cached(make_ffn("two-sided")), cached(make_ffn("two-sided"), "all")
-    chosen = hit.router(one).experts[0].tolist()
+    chosen = hit.router(one).choices.experts.tolist()
     run(hit, one), run(everything, one)
     assert {expert for _, expert in entries(hit)} == set(chosen)
     assert len(entries(everything)) == 3 * 4  # gate, up, down of four experts
@@ -182,8 +237,9 @@ def test_copies_start_with_an_empty_cache(copy_of):
     found = copy_of(ffn)
     assert not found.cache.entries and found.cache.keep == "all" and found.cache.limit == 1e6
     assert torch.equal(run(found, tokens()), run(ffn, tokens()))
-    assert all(a is not b for a, b in zip(found._chains, ffn._chains, strict=True))
-    assert found._chains == tuple(m for m in found.modules() if type(m).__name__ == "MPOEChain")
+    assert all(a is not b for a, b in zip(found.parts, ffn.parts, strict=True))
+    assert found.parts == tuple(found.children())[:4]
+    assert all(part._chains == tuple(part.terms) for part in found.parts[1:])
 
 
 def test_autocast_has_matrices_of_its_own():
@@ -197,7 +253,7 @@ def test_autocast_has_matrices_of_its_own():
 # Options of a loaded model
 
 
-def mixtures(folder, **options) -> list[MPOEFeedForward]:
+def mixtures(folder, **options) -> list[FeedForward]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     return [ffn for _, ffn in model.mixtures()]
 
@@ -234,8 +290,8 @@ def test_thin_factors_are_never_expanded():
     terms = [TERMS["one-sided, shared centre of two"], TERMS["low rank"]]
     spec = {"terms": terms, "bias": None}
     down = {"terms": [{"in_dims": [10], "out_dims": [12], "bonds": [], "shared": [True]}], "bias": None}
-    ffn = fill(MPOEFeedForward({"up": spec, "down": down}, 4, 2))
+    ffn = fill(FeedForward({"up": spec, "down": down}, 4, 2))
     ffn.act = nn.ReLU()
     with FlopCounterMode(display=False) as counter:
         run(ffn, tokens(1))
-    assert counter.get_total_flops() == ffn.flops(1, "apply") == ffn.flops_per_token
+    assert counter.get_total_flops() == ffn.flops(1, "apply")

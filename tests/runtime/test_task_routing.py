@@ -30,7 +30,7 @@ def load(artifact):
 
 def choices(mixture, tokens, task) -> list[list[int]]:
     with torch.no_grad():
-        return mixture.router(tokens, task=task).experts.tolist()
+        return mixture.router(tokens, task=task).choices.experts.unflatten(0, (-1, 2)).tolist()
 
 
 def test_a_task_decides_whatever_the_token(load):

@@ -276,10 +276,10 @@ def test_command_line_wins_over_the_file(artifact, text, tmp_path):
     ("options", "error", "message"),
     [
         ({"task": "poetry"}, RunError, "one of causal, masked, seq2seq, classification"),
-        ({"skip_centre": 1.5}, RunError, "expected 0 to 1"),
-        ({"teacher_weight": 1.0}, RunError, "expected less"),
+        ({"skip_centre": 1.5}, RunError, "a number from 0 to 1"),
+        ({"teacher_weight": 1.0}, RunError, "and below 1"),
         ({"steps": 0}, RunError, "at least 1"),
-        ({"freeze": "head"}, RunError, "one of centre, all-but-experts"),
+        ({"freeze": "head"}, RunError, "some of centre, all-but-experts"),
         ({"data": ()}, DataError, "no data given"),
         ({"data": "missing.txt"}, DataError, "is no file"),
         ({"task": "classification"}, DataError, r"needs \['label'\]"),

@@ -460,7 +460,7 @@ def test_attention_implementation_is_honoured(model_type, artifact):
 def count_calls(model) -> list:
     calls = []
     for module in model.modules():
-        if type(module).__name__ == "MPOEFeedForward":
+        if type(module).__name__ == "FeedForward":
             module.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 

@@ -1,7 +1,15 @@
 """Export targets: one module each, discovered; its name is the one on the command line.
 
-A target offers `plan(source, request, expert_weights, output)`: everything that will be written, with no
-tensor made yet. It raises ExportError, in words, where the model has no exact form there.
+A target offers:
+
+* `plan(source, request, expert_weights, output)`: everything that will be written, with no tensor made yet.
+  It raises ExportError, in words, where the model has no exact form there;
+* `Options`: a subclass of `targets.Options` with the options that it reads. They become fields of `Export`
+  and options of the command line, and are refused with other targets;
+* `ABOUT`: what it writes, for people;
+* `NEEDS`: {extra of this package: the libraries of it that are needed}.
+
+The modules import torch inside functions: `--help` reads their options.
 """
 
 from __future__ import annotations
@@ -13,8 +21,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ...errors import RequestError
-from ...planning.recipe import check_calibration_tokens
+from ...options import OptionGroup, described, option
+from ...planning.recipe import WeightFiles
+from ...request import Request, plugin_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...artifact.verify import Comparison
-
 
 TARGETS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -32,57 +40,9 @@ def load(target: str) -> ModuleType:
     return import_module(f"{__name__}.{target}")
 
 
-@dataclass(frozen=True)
-class Export:
-    """What to write.
-
-    Attributes:
-        to: a module of this package.
-        expert: which one, for `dense`; by default the first.
-        calibrate: for `dense`: average the experts instead, weighted by the combine weights that the routers
-            give them on this text: files or Hub datasets (see `texts.read`), or "builtin".
-        calibration_tokens / calibration_split / text_column / target_column: of that text, as in `Recipe`.
-        base: for `lora`: folder or Hub id of the model that the adapters go on; by default it is written.
-        base_revision: of a Hub id.
-        max_shard_size: upper limit of one weight file.
-        check: load what was written, and compare it with the model that it was made from.
-
-    Raises:
-        RequestError: an option does not go with the target.
-    """
-
-    to: str = "dense"
-    expert: int | None = None
-    calibrate: tuple[str, ...] = ()
-    calibration_tokens: int = 65536
-    calibration_split: str = "train"
-    text_column: str = "text"
-    target_column: str = "target"
-    base: str | None = None
-    base_revision: str | None = None
-    max_shard_size: str = "1GB"
-    check: bool = True
-
-    def __post_init__(self):
-        if self.to not in TARGETS:
-            raise RequestError(f"to is {self.to!r}; expected one of {', '.join(TARGETS)}")
-        sources = (self.calibrate,) if isinstance(self.calibrate, str) else tuple(self.calibrate)
-        object.__setattr__(self, "calibrate", sources)
-        belongs = {"expert": "dense", "calibrate": "dense", "base": "lora", "base_revision": "lora"}
-        for name, target in belongs.items():
-            if getattr(self, name) not in (None, ()) and self.to != target:
-                raise RequestError(f"{name} given with --to {self.to}; expected with --to {target} only")
-        if self.expert is not None and self.calibrate:
-            raise RequestError("expert and calibrate given; expected one expert, or the average by a text")
-        check_calibration_tokens(self.calibration_tokens)
-        text = ("calibration_tokens", "calibration_split", "text_column", "target_column")
-        given = [
-            name for name in text if getattr(self, name) != type(self).__dataclass_fields__[name].default
-        ]
-        if given and not self.calibrate:
-            raise RequestError(f"{given[0]} given without calibrate; expected the text that it is about")
-        if self.base_revision is not None and self.base is None:
-            raise RequestError("base_revision given without base; expected the revision of a base on the Hub")
+@described
+class Options(OptionGroup):
+    """What every target is told: nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,3 +119,32 @@ class ExportPlan:
     library: str = "transformers"
     write: Callable[[Path], Comparison | None] | None = None
     num_bytes_written: int = 0
+
+
+# Last: the targets import what stands above.
+_TARGET_OPTIONS = plugin_options("to", Options, {target: load(target).Options for target in TARGETS})
+
+
+@described
+class Export(_TARGET_OPTIONS, WeightFiles, Request):
+    """What to write. The options of the targets are fields as well.
+
+    Raises:
+        RecipeError: a value is out of range, or an option does not go with the target.
+    """
+
+    NOUN = "export"
+
+    to: str = option(
+        "dense",
+        f"What to write. {'; '.join(f'{target}: {load(target).ABOUT}' for target in TARGETS)}.",
+        group="Target",
+        choices=TARGETS,
+        kw_only=False,
+    )
+    check: bool = option(
+        True,
+        "Load what was written and compare its outputs with the artifact's.",
+        group="General",
+        default_text="check",
+    )

@@ -4,18 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ...artifact.reader import Artifact, Mixture
 from ...errors import ExportError, RequestError
-from ...source.architecture import main_auto_class
-from . import Checked, Export, ExportPlan, Part, PlannedTensor
+from ...options import again, default_of, described, in_order, option
+from ...source.text_options import TextSource
+from .. import targets
+from . import Checked, ExportPlan, Part, PlannedTensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...artifact.reader import Artifact, Mixture
+    from . import Export
 
 # {path of a layer: {expert: its weight in the average}}; the weights of a layer sum to one.
 ExpertWeights = Mapping[str, Mapping[int, float]]
+
+ABOUT = "one expert, or the average of all, in the architecture of the base model"
+NEEDS: dict[str, tuple[str, ...]] = {}
+
+
+@described
+class Options(targets.Options, TextSource):
+    """Which expert, or which average of them."""
+
+    expert: int | None = option(
+        None, "Number of the expert to write.", group="Target", at_least=0, default_text="0"
+    )
+    calibrate: tuple[str, ...] = again(
+        TextSource,
+        "calibrate",
+        "Write the average of the experts, weighted by the combine weights that the routers give them on "
+        "this text: files or Hub datasets, as for `finetune --data`, or builtin (the language reference of "
+        "Python). Repeatable.",
+    )
+
+    def check_together(self) -> None:
+        if self.expert is not None and self.calibrate:
+            raise RequestError("expert and calibrate given; expected one expert, or the average by a text")
+        given = [each.name for each in in_order(TextSource) if getattr(self, each.name) != default_of(each)]
+        if given and not self.calibrate:
+            raise RequestError(f"{given[0]} given without calibrate; expected the text that it is about")
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
@@ -57,12 +89,16 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 
 def usage(source: Artifact, model: str = "path/to/this") -> str:
     """Python that loads the export by transformers."""
+    from ...source.architecture import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     return f"from transformers import {auto}\n\nmodel = {loading(source, model)}"
 
 
 def loading(source: Artifact, model: str) -> str:
     """The expression that loads `model`, in Python."""
+    from ...source.architecture import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     trust = ", trust_remote_code=True" if source.architecture.is_custom else ""
     return f'{auto}.from_pretrained("{model}"{trust})'
@@ -118,6 +154,8 @@ def weight(
     source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
 ) -> Tensor:
     """A weight as the family's checkpoints hold it; of several roles: fused, one above the other."""
+    import torch
+
     matrix = torch.cat([source.matrix(mixture, role, expert_weights) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
@@ -132,4 +170,6 @@ def read_bias(source: Artifact, mixture: Mixture, role: str, expert_weights: Map
 def _fused_bias(
     source: Artifact, mixture: Mixture, roles: list[str], expert_weights: Mapping[int, float]
 ) -> Tensor:
+    import torch
+
     return torch.cat([read_bias(source, mixture, role, expert_weights) for role in roles])

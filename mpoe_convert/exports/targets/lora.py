@@ -5,27 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ...artifact.reader import SHARED, Artifact, Mixture
-from ...errors import ExportError
-from ...planning.plan import is_buffer
-from ...source.architecture import main_auto_class
-from ...source.checkpoint import Checkpoint, open_checkpoint
-from ...source.locate import projection_names
-from . import Checked, Export, ExportPlan, Part, PlannedTensor
+from ...errors import ExportError, RequestError
+from ...options import described, option
+from .. import targets
+from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, dense_tensors, loading, read_bias
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ...artifact.reader import Artifact, Mixture
+    from ...source.checkpoint import Checkpoint
+    from . import Export
+
+ABOUT = "low-rank experts as PEFT adapters on the dense model that they share"
+NEEDS: dict[str, tuple[str, ...]] = {}  # peft only compares
 
 # Tasks whose PEFT wrappers add nothing to the adapter.
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+
+
+@described
+class Options(targets.Options):
+    """Which model the adapters go on."""
+
+    base: str | None = option(
+        None,
+        "Folder or Hub id of the model that the adapters go on; its weights have to be what the experts "
+        "share.",
+        group="Target",
+        metavar="MODEL",
+        default_text="written beside them",
+    )
+    base_revision: str | None = option(None, "Revision of a --base on the Hub.", group="Target")
+
+    def check_together(self) -> None:
+        if self.base_revision is not None and self.base is None:
+            raise RequestError("base_revision given without base; expected the revision of a base on the Hub")
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
@@ -35,6 +56,9 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
         ExportError: the experts are not low-rank additions to a shared matrix, or the weights of the base
             that was named are not those that they share.
     """
+    from ...artifact.reader import SHARED
+    from ...source.checkpoint import open_checkpoint
+
     for mixture in source.mixtures:
         _check_low_rank(source, mixture)
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
@@ -78,6 +102,8 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 
 
 def _usage(source: Artifact, base: str) -> str:
+    from ...source.architecture import main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     return (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
@@ -101,6 +127,10 @@ def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
 
 def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Checkpoint) -> None:
     """Raises ExportError if the weights of the base are not those that the experts share."""
+    import torch
+
+    from ...planning.plan import is_buffer
+
     prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
         spellings = (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name)
@@ -123,6 +153,8 @@ def _build(source: Artifact) -> PreTrainedModel:
 
 def _modules(source: Artifact) -> dict[str, dict[str, list[str]]]:
     """By the paths of the layers: {path of a linear layer in the stock model: the roles that it plays}."""
+    from ...source.locate import projection_names
+
     model = _build(source)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     found: dict[str, dict[str, list[str]]] = {}
@@ -136,6 +168,8 @@ def _modules(source: Artifact) -> dict[str, dict[str, list[str]]]:
 
 def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | None) -> dict:
     """adapter_config.json. Alpha is the rank: the products are added as they are."""
+    from ...source.architecture import main_auto_class
+
     ranks, own_biases = {}, False
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
@@ -165,6 +199,8 @@ def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | 
 
 
 def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTensor]:
+    from ...artifact.reader import SHARED
+
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
             rank = sum(source.rank(mixture, role) for role in roles)
@@ -182,16 +218,24 @@ def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTe
 
 def _lora_a(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(rank, in), the down-projection; of a fused projection one role's rows above the other's."""
+    import torch
+
     return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
 
 
 def _lora_b(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(out, rank), the up-projection; of a fused projection one diagonal block per role."""
+    import torch
+
     return torch.block_diag(*(source.factors(mixture, role, expert)[1].T for role in roles)).contiguous()
 
 
 def _own_bias(source: Artifact, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(out,), the expert's bias minus the base's, which is expert 0's."""
+    import torch
+
+    from ...artifact.reader import SHARED
+
     return torch.cat(
         [
             read_bias(source, mixture, role, {expert: 1.0}) - read_bias(source, mixture, role, SHARED)

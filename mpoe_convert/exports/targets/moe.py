@@ -7,20 +7,31 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ...artifact.reader import Artifact, Mixture
 from ...errors import ExportError
-from ...source.architecture import heads, main_auto_class
-from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF, MoeTarget
-from . import Checked, Export, ExportPlan, Part, PlannedTensor
+from .. import targets
+from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, check_adapters, copied, usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...artifact.reader import Artifact, Mixture
+    from ..moe_architectures import MoeTarget
+    from . import Export
+
+ABOUT = "all experts as a mixture that transformers has, such as Mixtral: the same outputs from stock code"
+NEEDS: dict[str, tuple[str, ...]] = {}
 
 # Width of a shared expert that adds nothing; kernels are fast for multiples of 256.
 IDLE_WIDTH = 256
+
+
+class Options(targets.Options):
+    """None."""
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
@@ -65,6 +76,8 @@ def _warnings(source: Artifact, target: MoeTarget) -> tuple[str, ...]:
 
 
 def _target(source: Artifact) -> MoeTarget:
+    from ..moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF
+
     target = TARGET_OF.get(source.model_type)
     if source.architecture.is_custom:
         raise ExportError(
@@ -165,6 +178,8 @@ def _settings(config_class: type) -> set[str]:
 
 def _head(source: Artifact, target: MoeTarget) -> str:
     """The target's class with the model's head."""
+    from ...source.architecture import heads, main_auto_class
+
     auto = main_auto_class(source.config, source.model_type)
     known = heads(target.model_type)
     if auto not in known:
@@ -205,11 +220,15 @@ def _experts(source: Artifact, mixture: Mixture, target: MoeTarget, slot: str) -
 
 def _weight(source: Artifact, mixture: Mixture, role: str, expert: int) -> Tensor:
     """(out, in) of one expert."""
+    import torch
+
     return source.matrix(mixture, role, {expert: 1.0}).T.clone(memory_format=torch.contiguous_format)
 
 
 def _stack(source: Artifact, mixture: Mixture, roles: list[str]) -> Tensor:
     """(E, out, in) of one role; of several roles, one above the other."""
+    import torch
+
     experts = range(source.num_experts)
     return torch.cat(
         [torch.stack([_weight(source, mixture, role, e) for e in experts]) for role in roles], dim=1
@@ -218,6 +237,8 @@ def _stack(source: Artifact, mixture: Mixture, roles: list[str]) -> Tensor:
 
 def _idle_expert(source: Artifact, mixture: Mixture, slot: str, width: int) -> Iterator[PlannedTensor]:
     """A shared expert of zeros, for targets that must have one."""
+    import torch
+
     hidden = mixture.size("up")[0]
     dtype = source.dtype(mixture, "up")
     shapes = {

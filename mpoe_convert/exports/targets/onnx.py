@@ -11,27 +11,26 @@ import logging
 import warnings
 from functools import partial
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ...artifact.loading import load_artifact
-from ...artifact.reader import Artifact
-from ...artifact.verify import ROUNDING, Comparison
-from ...artifact.verify_child import compare, make_inputs
-from ...compression.stream import keep_no_cache
 from ...errors import ExportError, VerifyError
-from ...runtime.modeling_mpoe import MPOEFeedForward
-from . import Export, ExportPlan, Part
+from .. import targets
+from . import ExportPlan, Part
 from .dense import ExpertWeights
 
 if TYPE_CHECKING:
-    from torch.onnx import ONNXProgram
+    from pathlib import Path
+
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from ...artifact.reader import Artifact
+    from ...artifact.verify import Comparison
+    from ...runtime.modeling_mpoe import FeedForward
+    from . import Export
+
+ABOUT = "the whole model as an ONNX graph"
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 
 FILE = "model.onnx"
 # A protobuf holds two gigabytes; the weights of larger models are written beside the graph.
@@ -40,6 +39,10 @@ MAX_BYTES_INSIDE = 1_500_000_000
 EXAMPLE_LENGTH = 3
 EXAMPLE_ROWS = 2 * EXAMPLE_LENGTH
 SCHEDULE = "apply"
+
+
+class Options(targets.Options):
+    """None."""
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
@@ -67,16 +70,19 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 
 
 def _check(source: Artifact) -> None:
+    import torch
+
+    from ...runtime.modeling_mpoe import FeedForward
+
     if source.options["router_tasks"] is not None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
-            ffn = MPOEFeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            ffn = FeedForward(mixture.form, source.num_experts, source.top_k).eval()
             tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
         ffn.schedule = SCHEDULE
         if _sorts(ffn, tokens):
-            acts = all(module.acts for module in ffn.modules() if hasattr(module, "acts"))
-            what = "own too much each" if acts else "have cores that cannot act on the activations"
+            what = "own too much each" if ffn.acts else "have cores that cannot act on the activations"
             raise ExportError(
                 f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
                 "which torch.onnx cannot trace (no ONNX function for aten.sort.stable); expected layout "
@@ -88,33 +94,39 @@ class _Sorting(Exception):
     pass
 
 
-class _StopsAtSorting(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.sort.stable:
-            raise _Sorting
-        return func(*args, **(kwargs or {}))
+def _sorts(ffn: FeedForward, tokens: Tensor) -> bool:
+    """Whether a mixture sorts the tokens (T, H) by expert; nothing is computed on the meta device."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
+    class StopsAtSorting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.sort.stable:
+                raise _Sorting
+            return func(*args, **(kwargs or {}))
 
-def _sorts(ffn: MPOEFeedForward, tokens: Tensor) -> bool:
-    """Whether a mixture sorts the tokens (T, H) by expert; on the meta device, so nothing is computed."""
     try:
-        with torch.no_grad(), _StopsAtSorting():
+        with torch.no_grad(), StopsAtSorting():
             ffn(tokens, tokens)
     except _Sorting:
         return True
     return False
 
 
-class _ByPosition(nn.Module):
-    """A model called with its inputs in order; a tuple of its floating-point outputs."""
+def _by_position(model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> nn.Module:
+    """The model as a module that is called with its inputs in order and returns a tuple of the outputs."""
+    from torch import nn
 
-    def __init__(self, model: PreTrainedModel, inputs: list[str], outputs: list[str]):
-        super().__init__()
-        self.model, self.inputs, self.outputs = model, inputs, outputs
+    class ByPosition(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
-        return tuple(found[name] for name in self.outputs)
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            found = self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)
+            return tuple(found[name] for name in outputs)
+
+    return ByPosition().eval()
 
 
 def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
@@ -124,14 +136,20 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
         ExportError: torch's exporter cannot trace the model.
         VerifyError: the outputs differ.
     """
+    import torch
+
+    from ...artifact.loading import load_artifact
+    from ...artifact.verify import ROUNDING, Comparison
+    from ...artifact.verify_child import compare, make_inputs
+    from ...compression.stream import keep_no_cache
+
     model = load_artifact(source, dtype=torch.float32, mpoe_schedule=SCHEDULE)
     keep_no_cache(model)
     inputs, text = make_inputs(model)
     with torch.no_grad():
-        found = {k: v for k, v in model(**inputs, return_dict=True).items() if isinstance(v, Tensor)}
+        found = {k: v for k, v in model(**inputs, return_dict=True).items() if isinstance(v, torch.Tensor)}
     expected = {name: value for name, value in found.items() if value.is_floating_point()}
-    called = _ByPosition(model, list(inputs), list(expected)).eval()
-    program = _trace(called, inputs)
+    program = _trace(model, inputs, list(expected))
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     program.save(folder / FILE, external_data=num_bytes > MAX_BYTES_INSIDE)
     if not check:
@@ -150,12 +168,9 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
 
 
-def _trace(called: _ByPosition, inputs: dict[str, Tensor]) -> ONNXProgram:
-    """The graph of a model, for any sizes of the batch and the sequence.
+def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]):
+    import torch
 
-    Raises:
-        ExportError: torch's exporter cannot trace the model.
-    """
     any_size = torch.export.Dim.DYNAMIC
     example, shapes = [], []
     for value in inputs.values():
@@ -168,21 +183,19 @@ def _trace(called: _ByPosition, inputs: dict[str, Tensor]) -> ONNXProgram:
         logger.setLevel(logging.ERROR)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                called,
+            return torch.onnx.export(
+                _by_position(model, list(inputs), outputs),
                 tuple(example),
                 dynamo=True,
                 dynamic_shapes=(tuple(shapes),),
-                input_names=called.inputs,
-                output_names=called.outputs,
+                input_names=list(inputs),
+                output_names=outputs,
                 verbose=False,
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch's exporter raises errors of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(f"torch.onnx cannot trace this {type(called.model).__name__}: {reason}") from error
+        raise ExportError(f"torch.onnx cannot trace this {type(model).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)
-    assert program is not None  # dynamo always returns one
-    return program

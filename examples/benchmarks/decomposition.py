@@ -1,6 +1,6 @@
 """Time `mpoe_convert.decomposition.mpo.fit` against TensorLy's default decomposition, side by side.
 
-    python tests/benchmarks/decomposition.py [--json FILE] [--quick] [--threads N] [--limit S]
+    python examples/benchmarks/decomposition.py [--json FILE] [--quick] [--threads N] [--limit S]
 
 Both get the same random normal float32 matrix and the same bonds, alternate in one process, and are
 compared by the median. Random matrices are the worst case for the error: nothing in them can be

@@ -1,10 +1,14 @@
 """Compare ways of making experts: the same data, steps, learning rates and seeds for all of them.
 
-    python examples/compare_experts.py text --out results          # language modelling; hours on two cores
-    python examples/compare_experts.py phonemes --out results      # spelling to phonemes, words exactly right
-    python examples/compare_experts.py phonemes-bart --out results # the same by a BART
-    python examples/compare_experts.py source --out results        # which source a line of text comes from
-    python examples/compare_experts.py text --out results --only "dense;one-sided*" --seeds 1
+    python examples/benchmarks/compare_experts.py TASK --out examples/results
+    python examples/benchmarks/compare_experts.py text --out out --only "dense;one-sided*" --seeds 1
+
+TASK is one of
+
+    text            language modelling on four new domains; hours on two cores
+    phonemes        spelling to phonemes, words exactly right
+    phonemes-bart   the same by a BART
+    source          which source a line of text comes from
 
 Every kind of expert is tried at every learning rate with the first seed; the rate that does best on one half
 of the held-out data is used with the other seeds, and the other half makes the table. Variations on one-sided
@@ -45,7 +49,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, router_stats
 from mpoe_convert.artifact.loading import AUTO_CLASSES
 
-HERE = Path(__file__).parent
+EXAMPLES = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ["MPOE_TEST_DATA"]) if "MPOE_TEST_DATA" in os.environ else None
 CHARACTERS = 400_000  # per source of text
 SCORED_TOKENS = 8192  # per source and half
@@ -76,7 +80,7 @@ class Text:
     unit = "loss, nats per token"
     rates = (1e-3, 2e-3)
     factors = (1.0, 3.0)  # on the rate, for what experts own around a shared centre
-    model = DATA / "checkpoints/gpt2-mix-2m" if DATA else HERE / "tiny-gpt2"
+    model = DATA / "checkpoints/gpt2-mix-2m" if DATA else EXAMPLES / "tiny-gpt2"
     options = {"length": 128, "batch_size": 4}
 
     def write(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Time and memory of whole conversions on synthetic checkpoints.
 
-    python tests/benchmarks/conversion.py [--json FILE] [--repeats N] [--only gpt2|llama]
+    python examples/benchmarks/conversion.py [--json FILE] [--repeats N] [--only gpt2|llama]
 
 * gpt2: the shapes of GPT-2 (124 M parameters, float32). Time of a whole conversion against reading the
   same tensors and writing as many bytes with safetensors, alternating; ratio of medians. The artifact

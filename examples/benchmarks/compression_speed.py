@@ -1,6 +1,6 @@
-"""How long calibration and a fit in a metric take, beside what they cannot do without.
+"""How long calibration and a fit in a metric take, beside the operations that they consist of.
 
-    python tests/benchmarks/compression_speed.py
+    python examples/benchmarks/compression_speed.py
 
 * A 4096 x 11008 matrix at 60 %: whitened, factored and written, against one Cholesky decomposition of its
   moment and one randomized SVD (torch.svd_lowrank) of that rank.
@@ -20,7 +20,8 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, logging
 
 from mpoe_convert import Recipe
 from mpoe_convert.compression.calibrate import calibrate
-from mpoe_convert.compression.stream import run_batch, streamed_model
+from mpoe_convert.compression.dense_run import DenseRun
+from mpoe_convert.compression.stream import run_batch
 from mpoe_convert.decomposition.low_rank import Metric, factor
 from mpoe_convert.planning.plan import plan_checkpoint
 from mpoe_convert.source.checkpoint import open_checkpoint
@@ -66,7 +67,7 @@ def calibration(folder: Path) -> dict:
         return [{"input_ids": torch.randint(1000, (8, 512), generator=generator)} for _ in range(4)]
 
     def load() -> None:
-        with streamed_model(planned, checkpoint, cpu):
+        with DenseRun(planned, checkpoint, (), cpu).streamed():
             pass
 
     def passes() -> None:
@@ -74,7 +75,7 @@ def calibration(folder: Path) -> dict:
             for batch in batches():
                 run_batch(model, batch)
 
-    found = alternate(lambda: calibrate(planned, checkpoint, cpu, batches()), passes)
+    found = alternate(lambda: calibrate(DenseRun(planned, checkpoint, tuple(batches()), cpu)), passes)
     loading = statistics.median(seconds(load) for _ in range(ROUNDS))
     found["ours"] -= loading
     return found | {"ratio": found["ours"] / found["needed"], "what": "calibration on 16,384 tokens"}

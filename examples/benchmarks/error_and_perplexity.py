@@ -1,6 +1,6 @@
 """How much reconstruction error a model survives: examples/tiny-gpt2, before any retraining.
 
-    python tests/benchmarks/error_and_perplexity.py [--json FILE]
+    python examples/benchmarks/error_and_perplexity.py [--json FILE]
 
 The demo model is converted in several ways and evaluated on its own held-out text, as its training
 script does it. Another Python version than the one that it was trained on has slightly different text.
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe_convert import Recipe, convert
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1]
 WAYS = [
     *({"layout": layout, "noise": noise} for layout in ("one-sided", "two-sided") for noise in (0.0, 0.01)),
     *({"noise": noise} for noise in (0.03, 0.1, 0.3, 1.0)),

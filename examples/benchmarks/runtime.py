@@ -1,6 +1,7 @@
 """Time one mixture of MPO experts against what it replaces, side by side.
 
-    python tests/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train] [--json FILE]
+    python examples/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train]
+                                          [--json FILE]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
@@ -29,7 +30,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from mpoe_convert.decomposition.sites import choose
-from mpoe_convert.runtime.modeling_mpoe import MatrixCache, MPOEFeedForward, contract_chain
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache, contract_chain
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
 SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}
@@ -48,7 +49,7 @@ def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict
     return {"terms": [term], "bias": None}
 
 
-def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> MPOEFeedForward:
+def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> FeedForward:
     """Random experts that differ, of the scale of trained ones."""
     hidden, inner, activation = SHAPES[shape]
     form = {
@@ -57,7 +58,7 @@ def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = 
     }
     if activation == "silu":
         form["gate"] = form["up"]
-    ffn = MPOEFeedForward(form, EXPERTS, TOP_K)
+    ffn = FeedForward(form, EXPERTS, TOP_K)
     ffn.act = nn.SiLU() if activation == "silu" else nn.GELU()
     ffn.router.reset_parameters(1.0)
     for role in form:
@@ -65,7 +66,7 @@ def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = 
     return ffn
 
 
-def matrices(ffn: MPOEFeedForward, role: str) -> torch.Tensor:
+def matrices(ffn: FeedForward, role: str) -> torch.Tensor:
     """(E, in, out)."""
     (chain,) = getattr(ffn, role).terms
     cores = [getattr(chain, name) for name in chain.core_names]
@@ -76,7 +77,7 @@ def matrices(ffn: MPOEFeedForward, role: str) -> torch.Tensor:
 class PlainMoE(nn.Module):
     """The same experts as matrices, run by transformers."""
 
-    def __init__(self, ffn: MPOEFeedForward, implementation: str):
+    def __init__(self, ffn: FeedForward, implementation: str):
         super().__init__()
         self.router = ffn.router
         up, down = matrices(ffn, "up").mT, matrices(ffn, "down").mT
@@ -101,14 +102,15 @@ class PlainMoE(nn.Module):
         self.experts.down_proj.data = down.contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routing = self.router(x)
-        return self.experts(x, routing.experts, routing.weights.to(x.dtype))
+        choices = self.router(x).choices
+        experts, weights = (each.unflatten(0, (-1, TOP_K)) for each in (choices.experts, choices.weights))
+        return self.experts(x, experts, weights.to(x.dtype))
 
 
 class Dense(nn.Module):
     """The base FFN, one expert's worth of work."""
 
-    def __init__(self, ffn: MPOEFeedForward):
+    def __init__(self, ffn: FeedForward):
         super().__init__()
         self.act = ffn.act
         for role in ("gate", "up", "down"):
@@ -124,7 +126,7 @@ class Dense(nn.Module):
 class Paper(nn.Module):
     """MPOE as published: every expert's matrices from all its cores in every pass, then dense experts."""
 
-    def __init__(self, ffn: MPOEFeedForward):
+    def __init__(self, ffn: FeedForward):
         super().__init__()
         self.ffn = ffn
 
@@ -135,16 +137,17 @@ class Paper(nn.Module):
                 (chain,) = getattr(self.ffn, role).terms
                 cores = [getattr(chain, name) for name in chain.core_names]
                 built[role] = [contract(chain, cores, expert) for expert in range(EXPERTS)]
-        _, weights, experts, _ = self.ffn.router(x)
+        choices = self.ffn.router(x).choices
         output = torch.zeros_like(x)
         for expert in range(EXPERTS):
-            tokens, place = torch.where(experts == expert)
+            (own,) = torch.where(choices.experts == expert)
+            tokens = choices.tokens[own]
             rows = x[tokens]
             inner = rows @ built["up"][expert]
             gate = self.ffn.act(rows @ built["gate"][expert]) * inner if "gate" in built else None
             inner = self.ffn.act(inner) if gate is None else gate
             rows = inner @ built["down"][expert]
-            output.index_add_(0, tokens, rows * weights[tokens, place, None].to(rows.dtype))
+            output.index_add_(0, tokens, rows * choices.weights[own, None].to(rows.dtype))
         return output
 
 
@@ -154,7 +157,7 @@ def contract(chain, cores, expert: int) -> torch.Tensor:
 
 
 class Scheduled(nn.Module):
-    def __init__(self, ffn: MPOEFeedForward, schedule: str, cache: MatrixCache):
+    def __init__(self, ffn: FeedForward, schedule: str, cache: MatrixCache):
         super().__init__()
         self.ffn, self.schedule, self.cache = ffn, schedule, cache
 

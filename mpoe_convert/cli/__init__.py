@@ -1,0 +1,22 @@
+"""The command line. A command parses, makes one library call and prints."""
+
+from . import convert, export, inspect, push, train
+from .app import main
+
+# In the order of --help.
+for command in (
+    convert.convert,
+    convert.plan,
+    inspect.verify,
+    inspect.inspect,
+    train.finetune,
+    train.evaluate,
+    export.export,
+    push.push,
+    inspect.report,
+    inspect.families,
+    inspect.completion,
+):
+    main.add_command(command)
+
+__all__ = ["main"]

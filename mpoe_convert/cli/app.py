@@ -1,0 +1,125 @@
+"""The command `mpoe-convert`: its help, what signals do, and errors in one line with an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from click.shell_completion import CompletionItem
+
+from .. import __version__
+from ..errors import MpoeError, RequestError
+from .options import format_options_by_heading
+
+EXAMPLE = """\
+mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
+mpoe-convert plan gpt2 --layout balanced
+mpoe-convert verify out/
+"""
+
+
+class ConvertByDefault(click.Group):
+    """A group whose first argument, if it names no command, is the model for `convert`."""
+
+    def parse_args(self, ctx, args):
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        with handle_signals():
+            return super().invoke(ctx)
+
+    def list_commands(self, ctx):
+        return list(self.commands)
+
+    def shell_complete(self, ctx, incomplete):
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="dir")]
+
+    def format_usage(self, ctx, formatter):
+        formatter.write_usage(ctx.command_path, "MODEL -o OUTPUT [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
+
+    def format_options(self, ctx, formatter):
+        with formatter.section("Commands (MODEL without one converts it)"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+            )
+        format_options_by_heading(self.commands["convert"], ctx, formatter)
+
+    def format_epilog(self, ctx, formatter):
+        with formatter.section("Examples"):
+            for line in EXAMPLE.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+@contextmanager
+def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
+    """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request."""
+    if quiet or not sys.stderr.isatty():  # read by huggingface_hub when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        yield
+    except MpoeError as error:
+        if verbose > 1:
+            traceback.print_exc()
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2 if isinstance(error, RequestError) else 1)
+
+
+@contextmanager
+def handle_signals() -> Iterator[None]:
+    """A run that is interrupted, terminated or hung up cleans up and exits with 128 + the signal.
+
+    Another signal does not disturb the cleaning up. Signals that the caller ignores (nohup) stay so.
+    """
+
+    def stop(number, frame):
+        nonlocal stopped_by
+        stopped_by = number
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    stopped_by = signal.SIGINT
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt as stopped:
+        left = str(stopped) or "no output was written"
+        click.echo(f"Stopped by {signal.Signals(stopped_by).name}; {left}.", err=True)
+        sys.exit(128 + stopped_by)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def echo_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@click.group(
+    cls=ConvertByDefault,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
+@click.version_option(__version__, package_name="mpoe-convert", prog_name="mpoe-convert")
+def main() -> None:
+    """Turn a pretrained dense transformer into a mixture of experts that share most of their parameters.
+
+    MODEL is a Hub id or a local folder. Every feed-forward weight becomes a chain of cores (a matrix
+    product operator): the big central core is stored once, the small outer ones once per expert.
+    """

@@ -1,0 +1,121 @@
+"""`convert` and `plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..planning.recipe import Recipe
+from .app import echo_json, one_line_errors
+from .options import (
+    COMMON,
+    GroupedCommand,
+    add,
+    config_option,
+    option,
+    options_of,
+    output_option,
+    request_of,
+    token_option,
+)
+from .push import PUSH_NAMES, PUSH_OPTIONS, check_push, resumable_push, run_push
+
+if TYPE_CHECKING:
+    from ..conversion.report import Report
+
+RECIPE_OPTIONS = add(
+    config_option("Source"), token_option("Source"), options_of(Recipe, skip={"model"}, from_file=True)
+)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@output_option()
+@option(
+    "--overwrite",
+    heading="Output",
+    is_flag=True,
+    help="Replace an artifact that is already there. With --push-to-hub also: commit over a repository that "
+    "holds something else.",
+)
+@option("--dry-run", heading="Output", is_flag=True, help="Show the plan and write nothing, as `plan` does.")
+@option(
+    "--push-to-hub",
+    "repo_id",
+    heading="Hub",
+    metavar="USER/NAME",
+    help="Push the artifact to this repository. Whether that is possible is checked before the conversion.",
+)
+@PUSH_OPTIONS
+@RECIPE_OPTIONS
+@COMMON
+def convert(
+    model, output, overwrite, dry_run, repo_id, config, token, as_json, quiet, verbose, **options
+) -> None:
+    """Convert MODEL (the command's name may be left out)."""
+    with one_line_errors(verbose, quiet):
+        pushing = {name: options.pop(name) for name in PUSH_NAMES}
+        recipe, named = request_of(Recipe, options, config, model)
+        output = output or named or ""
+        if not (output or dry_run):
+            raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+        check_push(repo_id, pushing, overwrite, token)
+        if dry_run:
+            show_plan(recipe, token, as_json, quiet)
+            return
+        report = run_conversion(recipe, output, overwrite, token, quiet)
+        if not (as_json or quiet):
+            show_conversion(report, output, verbose)
+        pushed = {}
+        if repo_id:
+            with resumable_push(output, repo_id, pushing, overwrite):
+                pushed = {"pushed": run_push(output, repo_id, pushing, overwrite, token, as_json or quiet)}
+        if as_json:
+            echo_json(report.to_json() | pushed)
+
+
+def run_conversion(recipe: Recipe, output: str, overwrite: bool, token: str | None, quiet: bool) -> Report:
+    from ..conversion.convert import convert as convert_checkpoint
+    from .progress import conversion_progress, silence_libraries
+
+    if recipe.calibrate:
+        silence_libraries()
+    with conversion_progress(not quiet) as progress:
+        return convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
+
+
+def show_conversion(report: Report, output: str, verbose: int) -> None:
+    from .tables import console, print_report
+
+    print_report(report, output, console(), per_matrix=verbose > 0)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@RECIPE_OPTIONS
+@COMMON
+def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
+    """Show what a conversion would do; nothing is written.
+
+    Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone; with --keep or
+    --max-error the weights are read, and calibrated with --calibrate.
+    """
+    with one_line_errors(verbose, quiet):
+        recipe, _ = request_of(Recipe, options, config, model)
+        show_plan(recipe, token, as_json, quiet)
+
+
+def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
+    from ..compression.prepare import plan as plan_conversion
+    from .progress import conversion_progress, silence_libraries
+    from .tables import console
+
+    if recipe.calibrate:
+        silence_libraries()
+    with conversion_progress(not quiet) as progress:
+        result = plan_conversion(recipe, token=token, progress=progress)
+    if as_json:
+        echo_json(result.to_json())
+    elif not quiet:
+        console().print(result)

@@ -1,0 +1,197 @@
+"""What commands print: results as tables and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ..tables import Cell, Table, drawn, escape, listed, size, warning
+
+if TYPE_CHECKING:
+    from ..artifact.inspect import Summary
+    from ..artifact.push import Pushed
+    from ..artifact.verify import Verification
+    from ..conversion.report import Report
+    from ..exports.export import Exported
+    from ..training.evaluate import Evaluation
+
+# Relative difference of outputs up to which they are said to agree.
+NEAR = 0.05
+# A terminal narrower than this would fold the tables; output to a file is not folded at all.
+FILE_WIDTH = 200
+
+
+def console(stderr: bool = False) -> Console:
+    plain = Console(stderr=stderr, highlight=False)
+    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=FILE_WIDTH)
+
+
+def print_report(report: Report, output: str, out: Console, *, per_matrix: bool) -> None:
+    out.print(*drawn(report.shown(per_matrix=per_matrix)), sep="\n")
+    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
+
+
+def print_export(result: Exported, output: str, out: Console) -> None:
+    out.print(escape(result.about))
+    out.print("" if result.params is None else f"{result.params:,} parameters, ", end="")
+    out.print(size(result.bytes))
+    for text in result.warnings:
+        out.print(warning(text))
+    if result.comparison:
+        out.print(result.comparison.in_words())
+    out.print(f"Written to [bold]{escape(output)}[/].")
+
+
+def print_evaluation(result: Evaluation, out: Console) -> None:
+    unit = "tokens" if result.task in ("causal", "masked") else "examples"
+    rows = []
+    for name, metric in result.metrics.items():
+        found = {result.model: metric}
+        if result.against and result.differences:
+            other = result.differences.get(name) or result.differences[f"{name} ratio"]
+            header = f"{result.other} (against)" if result.other == result.model else str(result.other)
+            found |= {header: result.against[name], "difference": other}
+        texts = {column: f"{m.value:.4g} ({m.low:.4g} to {m.high:.4g})" for column, m in found.items()}
+        rows.append({"": name} | texts)
+    out.print(Table(f"{result.count:,} {unit}, 95 % intervals", tuple(rows)).rich())
+    if result.other and "perplexity" in result.metrics:
+        out.print("The difference of perplexities is their ratio.", highlight=False)
+
+
+def print_training(report: dict, output: str, out: Console) -> None:
+    names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
+    held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
+    rows = tuple(
+        {"step": step} | {name: f"{entry[key]:.4f}" for key, name in names.items() if key in entry}
+        for step, entry in held_out.items()
+    )
+    if rows:
+        out.print(Table("Held-out data", rows).rich())
+    if report["evaluation"]:
+        out.print(f"Best checkpoint: {training_line(report['evaluation'])}", highlight=False)
+    out.print(f"{report['steps']} steps in {report['seconds']:.0f} s; written to {output}", highlight=False)
+
+
+def training_line(logs: Mapping[str, float]) -> str:
+    """One logged dictionary of Trainer in words."""
+    shown = {"loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity"}
+    shown |= {"eval_accuracy": "accuracy", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
+    parts = [f"{name} {logs[key]:.4g}" for key, name in shown.items() if key in logs]
+    entropies = {key: value for key, value in logs.items() if key.startswith("load_entropy/")}
+    if entropies:
+        worst = min(entropies, key=lambda name: entropies[name])
+        mean = sum(entropies.values()) / len(entropies)
+        parts.append(f"load entropy {mean:.3f} (lowest {entropies[worst]:.3f}, {worst.partition('/')[2]})")
+    return "  ".join(parts)
+
+
+def print_verification(result: Verification, out: Console) -> None:
+    values = {
+        "inputs": result.inputs,
+        "relative difference": f"{result.relative_difference:.2e}",
+        "  allowed": f"{result.tolerance:.2e}",
+        "largest absolute difference": f"{result.max_difference:.2e}",
+    }
+    if result.top1_agreement is not None:
+        values["same largest output"] = f"{result.top1_agreement:.1%}"
+    if result.greedy_agreement is not None:
+        values["same greedily generated tokens"] = f"{result.greedy_agreement:.1%}"
+    out.print(
+        f"{escape(result.artifact)} loads as {result.model_class} by {result.auto_class}; compared with "
+        f"{escape(result.against)} in float32:"
+    )
+    rows = tuple({"outputs": name, "": value} for name, value in values.items())
+    out.print(Table("", rows, left=("outputs",)).rich())
+    if not result.ok:
+        out.print("[red]DIFFERENT[/]: the outputs do not agree.")
+    elif result.relative_difference < NEAR:
+        out.print("[green]OK[/]: the outputs agree.")
+    else:
+        out.print("[green]OK[/]: the outputs differ, and by no more than is allowed.")
+
+
+def print_summary(summary: Summary, out: Console) -> None:
+    block, recipe = summary.config["mpoe"], summary.report["recipe"]
+    revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
+    out.print(
+        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, {len(block['ffns'])} FFNs of "
+        f"{block['num_experts']} experts, top {block['top_k']}; from {escape(recipe['model'])}{revision}"
+    )
+    parts = tuple(
+        {"part": part, "tensors": count, "parameters": params, "bytes": size(num_bytes)}
+        for part, (count, params, num_bytes) in summary.parts.items()
+    )
+    out.print(Table("Parts", parts, left=("part",)).rich())
+    out.print(_forms_table(block).rich())
+    out.print(f"Loads by {', '.join(summary.heads)}.")
+    if block.get("base_auto_map"):
+        out.print("Its base has custom code, which lies in the folder and is run with it.")
+    out.print(
+        f"Largest relative error {summary.report['max_relative_error']:.2e}, clone drift "
+        f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
+        f"noise {recipe['noise']:g}, seed {recipe['seed']}."
+    )
+    for text in summary.report["warnings"]:
+        out.print(warning(text))
+
+
+def _forms_table(block: dict) -> Table:
+    """What the projections of the FFNs are made of, one row per form and term."""
+    rows: list[dict[str, Cell]] = []
+    for number, form in enumerate(block["forms"]):
+        count = sum(index == number for index in block["ffns"].values())
+        for role, spec in form.items():
+            start: dict[str, Cell] = {"FFNs": str(count), "projection": role}
+            if role == "adapter":
+                rows.append(start | {"sites (in x out)": f"width {spec}"})
+                continue
+            rows += [
+                start
+                | {
+                    "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
+                    "bonds": listed(term["bonds"]),
+                    "shared": listed(k for k, shared in enumerate(term["shared"]) if shared),
+                    "bias": spec["bias"],
+                }
+                for term in spec["terms"]
+            ]
+    left = ("FFNs", "projection", "sites (in x out)", "bonds", "shared", "bias")
+    return Table("Projections", tuple(rows), left)
+
+
+def print_push(pushed: Pushed, out: Console) -> None:
+    what = f"{len(pushed.files)} files, {size(pushed.num_bytes)}"
+    gone = f", {len(pushed.deleted)} of an earlier artifact deleted" if pushed.deleted else ""
+    if pushed.changed:
+        out.print(f"Pushed to {escape(pushed.repo_id)} ({what}{gone}):", highlight=False)
+    else:
+        out.print(f"{escape(pushed.repo_id)} holds exactly this already ({what}):", highlight=False)
+    out.print(pushed.pull_request or pushed.url, soft_wrap=True, markup=False)
+    if pushed.left_out:
+        out.print(
+            f"Not the artifact's, and left out: {', '.join(pushed.left_out)}", soft_wrap=True, markup=False
+        )
+
+
+def print_pictures(folder: str, written: Mapping[str, Sequence[str]], out: Console) -> None:
+    for name, paths in written.items():
+        out.print(f"{name}: {', '.join(escape(str(Path(folder, path))) for path in paths)}", soft_wrap=True)
+    out.print("The model card, README.md, shows them.")
+    if "losses" not in written:
+        out.print("Losses and expert load come with `mpoe-convert finetune`.")
+
+
+def print_families(families: Iterable[Mapping[str, list[str]]], out: Console) -> None:
+    rows = tuple(
+        {
+            "model types": ", ".join(row["model_types"]),
+            "layers": ", ".join(row["layers"]),
+            "tensors": ", ".join(dict.fromkeys(row["projections"])),
+        }
+        for row in families
+    )
+    out.print(Table("Families", rows, left=("model types", "layers", "tensors")).rich())
+    out.print('Others by hand: --ffn "layers.{}.mlp:gate_proj,up_proj,down_proj"')

@@ -1,0 +1,246 @@
+"""Options: each is described once, where its field is declared.
+
+Help, heading, choices, range and default stand in the field; the command line, the keys of YAML files,
+`--help`, docstrings and the checks of values are made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, ClassVar, dataclass_transform, get_args, get_origin
+
+from .errors import MpoeError, RecipeError
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a field says of its option beside its type and its default.
+
+    Attributes:
+        help: one sentence or two.
+        group: the heading in `--help`.
+        choices: what it may be, or, of a list, what may be in it.
+        at_least / above / at_most / below: range of a number, or of the numbers in a list.
+        valid: whether a value of the right type is a good one; `expected` says in words which are.
+        such_as: a good value, for messages.
+        item: what a list holds, for messages.
+        read: turns what was given into a value of the type; raises in words of its own.
+        metavar: the value in `--help`.
+        flag: the option's name, if it is not that of the field.
+        default_text: the default in words, where the field says None.
+        only: the plug-ins that declare it; empty: all do.
+    """
+
+    help: str
+    group: str = "General"
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    valid: Callable[[Any], bool] | None = None
+    expected: str | None = None
+    such_as: object = None
+    item: str = "text"
+    read: Callable[[Any], Any] | None = None
+    metavar: str | None = None
+    flag: str | None = None
+    default_text: str | Callable[[], str] | None = None
+    only: tuple[str, ...] = ()
+
+
+def option(default: Any = MISSING, help: str = "", *, kw_only: bool = True, **description: Any) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: a class, such as `dict`, makes a new one every time; none: the option has to be given.
+        description: the fields of `Description`.
+    """
+    metadata = {"option": Description(help, **description)}
+    if isinstance(default, type):
+        return field(default_factory=default, kw_only=kw_only, metadata=metadata)
+    return field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+def again(cls: type, name: str, help: str, **changes: Any) -> Any:
+    """An option of a base class, declared again in other words."""
+    each = by_name(cls)[name]
+    about = dataclasses.replace(description(each), help=help, **changes)
+    return option(default_of(each), kw_only=each.kw_only is True, **vars(about))
+
+
+def description(each: Field) -> Description:
+    return each.metadata["option"]
+
+
+def by_name(cls: Any) -> dict[str, Field]:
+    """The fields of a class by their names."""
+    return {each.name: each for each in fields(cls)}
+
+
+def default_of(each: Field) -> Any:
+    """The default of a field, MISSING if it has none."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def default_in_words(each: Field) -> str | None:
+    """The default as help says it; None if there is nothing to say."""
+    text, default = description(each).default_text, default_of(each)
+    if text is not None:
+        return text if isinstance(text, str) else text()
+    nothing = default is MISSING or default is None or isinstance(default, bool) or default in ((), {})
+    return None if nothing else str(default)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
+def described(cls: type) -> Any:
+    """A frozen dataclass of options; its docstring lists them, its fields know their types as objects.
+
+    Raises:
+        TypeError: a field is no option or has no help.
+    """
+    hints = inspect.get_annotations(cls, eval_str=True)
+    made = dataclass(frozen=True, repr=False)(cls)
+    for each in fields(made):
+        each.type = hints.get(each.name, each.type)
+        if "option" not in each.metadata or not description(each).help:
+            raise TypeError(f"{each.name} says nothing of itself; expected option(default, help)")
+    listed = "".join(f"\n    {each.name}: {_for_python(made, each)}" for each in in_order(made))
+    intro, raises, errors = inspect.cleandoc(made.__doc__ or "").partition("\n\nRaises:")
+    listed = f"\n\nAttributes:{listed}" if listed else ""
+    made.__doc__ = f"{intro}{listed}{raises}{errors}\n"
+    return made
+
+
+def in_order(cls: Any) -> list[Field]:
+    """The fields of a class: first those that its own body declares, then what it inherits."""
+    own = cls.__dict__.get("__annotations__", {})
+    return sorted(fields(cls), key=lambda each: each.name not in own)
+
+
+def _for_python(cls: type, each: Field) -> str:
+    """Its help, with other options under the names that they have in Python."""
+    names = by_name(cls)
+
+    def name_in_python(match: re.Match) -> str:
+        name = match[1].replace("-", "_")
+        return f"`{name}`" if name in names else match[0]
+
+    about = description(each)
+    text = about.help + (f" Default: {about.default_text}." if isinstance(about.default_text, str) else "")
+    return re.sub(r"--([a-z][a-z-]*[a-z])", name_in_python, text)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checking values
+
+
+class OptionGroup:
+    """Options that are checked when they are put together: subclasses are `described`."""
+
+    ERROR: ClassVar[type[MpoeError]] = RecipeError
+
+    def __post_init__(self) -> None:
+        for name, each in by_name(type(self)).items():
+            object.__setattr__(self, name, self._checked(each))
+        self.check_together()
+
+    def check_together(self) -> None:
+        """The rules between options. Raises `ERROR`."""
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        given = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in in_order(type(self))
+            if getattr(self, each.name) != default_of(each)
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def _checked(self, each: Field) -> Any:
+        """The value of a field in its type. Raises `ERROR`: it has another one, or is out of range."""
+        about, given = description(each), getattr(self, each.name)
+        value = _read(each, given)
+        if not any(_fits(value, member, about) for member in types_of(each.type)):
+            raise self.ERROR(f"{each.name} is {given!r}; expected {_expected(each)}")
+        return value
+
+
+def types_of(hint: Any) -> tuple:
+    """The types of a union, or the one type."""
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _read(each: Field, value: Any) -> Any:
+    """A path as text, one value of a list as a list; anything else as its description says."""
+    members, about = types_of(each.type), description(each)
+    is_list = any(get_origin(member) is tuple for member in members)
+    if isinstance(value, PathLike):
+        value = str(value)
+    if value is not None and about.read:
+        value = about.read(value)
+    if isinstance(value, list) and is_list:
+        return tuple(value)
+    return (value,) if isinstance(value, str) and is_list and str not in members else value
+
+
+def _fits(value: Any, hint: Any, about: Description) -> bool:
+    if hint is Any or hint is NoneType:
+        return hint is Any or value is None
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0], about) for item in value)
+    types = (int, float) if hint is float else get_origin(hint) or hint
+    if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
+        return False
+    if about.choices and value not in about.choices:
+        return False
+    if hint in (int, float) and not (math.isfinite(value) and _in_range(value, about)):
+        return False
+    return about.valid is None or about.valid(value)
+
+
+def _in_range(value: float, about: Description) -> bool:
+    return (
+        (about.at_least is None or value >= about.at_least)
+        and (about.above is None or value > about.above)
+        and (about.at_most is None or value <= about.at_most)
+        and (about.below is None or value < about.below)
+    )
+
+
+def _expected(each: Field) -> str:
+    """What a field may be, in words."""
+    about = description(each)
+    if about.expected:
+        return about.expected
+    members = [member for member in types_of(each.type) if member is not NoneType]
+    is_list = get_origin(members[0]) is tuple
+    if about.choices:
+        return f"{'some' if is_list else 'one'} of {', '.join(about.choices)}"
+    if is_list:
+        return f"a {about.item} or a list of {about.item}s"
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (quote it in a YAML file)",
+    }
+    noun = words.get(members[0], "names and values, as {name: value}")
+    such_as = "" if about.such_as is None else f", such as {about.such_as}"
+    return f"{noun}{_range_in_words(about)}{such_as}"
+
+
+def _range_in_words(about: Description) -> str:
+    if about.at_least is not None and about.at_most is not None:
+        return f" from {about.at_least:g} to {about.at_most:g}"
+    limits = {"of at least": about.at_least, "above": about.above, "of at most": about.at_most}
+    limits["below"] = about.below
+    parts = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,195 @@
+"""Requests: the options of one command as a value, with those of the plug-in that it names.
+
+A kind of expert or an export target declares its options as the request does (`options`). The request has the
+options of all plug-ins as flat fields (`plugin_options`) and refuses those that the chosen one does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, field, make_dataclass
+from functools import cached_property, reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from .errors import RecipeError
+from .options import OptionGroup, by_name, default_in_words, default_of, description, in_order
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+class Request(OptionGroup):
+    """The options of one command, as a value: made in Python, by the command line, or of a YAML file."""
+
+    # What messages call it.
+    NOUN: ClassVar[str] = "request"
+    # The option that names a plug-in, and the options of every plug-in (see `plugin_options`).
+    CHOOSER: ClassVar[str] = ""
+    PLUGINS: ClassVar[Mapping[str, type[OptionGroup]]] = {}
+
+    def __post_init__(self) -> None:
+        of_plugins = {name for plugin in self.PLUGINS.values() for name in by_name(plugin)}
+        for name, each in by_name(type(self)).items():
+            if name not in of_plugins:
+                object.__setattr__(self, name, self._checked(each))
+        self._refuse_options_of_other_plugins()
+        if self.CHOOSER:
+            for name in by_name(type(self.own_options)):
+                object.__setattr__(self, name, getattr(self.own_options, name))
+        self.check_together()
+
+    @cached_property
+    def own_options(self) -> Any:
+        """The options of the plug-in that is chosen, as the plug-in declares and checks them."""
+        cls = self.PLUGINS[getattr(self, self.CHOOSER)]
+        return cls(**{name: getattr(self, name) for name in by_name(cls)})
+
+    def _refuse_options_of_other_plugins(self) -> None:
+        for each in in_order(type(self)):
+            only = description(each).only
+            chosen = getattr(self, self.CHOOSER) if only else None
+            if chosen not in (None, *only) and getattr(self, each.name) != default_of(each):
+                raise self.ERROR(
+                    f"{each.name} given with --{self.CHOOSER} {chosen}; expected with --{self.CHOOSER} "
+                    f"{' or '.join(only)} only"
+                )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """From the contents of a YAML file; None stands for the default.
+
+        Raises:
+            MpoeError: a name is unknown or given twice, or one that is needed is missing.
+        """
+        known = by_name(cls)
+        values = {name: value for name, value in normalised(values).items() if value is not None}
+        if unknown := sorted(set(values) - set(known)):
+            raise cls.ERROR(f"unknown {cls.NOUN} keys {unknown}; known are {sorted(known)}")
+        for name, each in known.items():
+            if default_of(each) is MISSING and not values.get(name):
+                raise cls.ERROR(f"the {cls.NOUN} gives no {name}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked again."""
+        return type(self)(**{name: getattr(self, name) for name in by_name(type(self))} | changes)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, as a YAML file holds them."""
+        values = {each.name: getattr(self, each.name) for each in in_order(type(self))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def plugin_options(chooser: str, common: type[OptionGroup], plugins: Mapping[str, type[OptionGroup]]) -> Any:
+    """A base class for the request whose option `chooser` names a plug-in: it has the options of all of them.
+
+    An option that only some plug-ins declare is refused with the others. One that several describe
+    differently has all their words in its help.
+
+    Args:
+        common: what every plug-in's options inherit from.
+
+    Raises:
+        TypeError: two plug-ins give the same option different defaults.
+    """
+    made = []
+    for name in dict.fromkeys(name for cls in (common, *plugins.values()) for name in by_name(cls)):
+        declared = {plugin: by_name(cls)[name] for plugin, cls in plugins.items() if name in by_name(cls)}
+        made.append(_merged(name, by_name(common).get(name), declared, len(plugins), chooser))
+    namespace = {"CHOOSER": chooser, "PLUGINS": plugins}
+    return make_dataclass(
+        "PluginOptions", made, namespace=namespace, frozen=True, init=False, repr=False, eq=False
+    )
+
+
+def _merged(
+    name: str, common: Field | None, declared: Mapping[str, Field], num_plugins: int, chooser: str
+) -> tuple[str, Any, Any]:
+    """(name, type, field) of an option as several plug-ins declare it."""
+    first, *others = declared.values()
+    if any(default_of(other) != default_of(first) for other in others):
+        raise TypeError(f"the defaults of {name} differ between {', '.join(declared)}; expected one for all")
+    only = tuple(declared) if len(declared) < num_plugins else ()
+    shared = None if common is None else description(common).help
+    own = {plugin: description(each).help for plugin, each in declared.items()}
+    if len(set(own.values())) == 1:
+        shared, own = own[next(iter(own))], {}
+    text = _in_all_words(shared, own)
+    if only:
+        text = f"{text} Only with --{chooser} {' or '.join(only)}."
+    about = dataclasses.replace(description(common or first), help=text, only=only)
+    if about.default_text is not None:
+        about = dataclasses.replace(about, default_text=default_in_words(first))
+    hint = reduce(or_, (each.type for each in declared.values()))
+    made = field(
+        default=first.default, default_factory=first.default_factory, metadata={"option": about}, kw_only=True
+    )
+    return name, hint, made
+
+
+def _in_all_words(shared: str | None, own: Mapping[str, str]) -> str:
+    """What all plug-ins say, and after it what some say in words of their own: "a, b: ...; c: ..."."""
+    plugins: dict[str, list[str]] = {}
+    for plugin, text in own.items():
+        if text != shared:
+            plugins.setdefault(f"{text[0].lower()}{text[1:].rstrip('.')}", []).append(plugin)
+    words = "; ".join(f"{', '.join(names)}: {text}" for text, names in plugins.items())
+    return " ".join(filter(None, [shared, words and f"{words}."]))
+
+
+def takes_options(cls: type[Request]) -> Callable[[AnyFunction], AnyFunction]:
+    """For a function with `**options`, the fields of a request: they stand in its signature one by one."""
+
+    def decorate(function: AnyFunction) -> AnyFunction:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        taken = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default_of(each), annotation=each.type
+            )
+            for name, each in by_name(cls).items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *taken])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+# ---------------------------------------------------------------------------------------------------
+# YAML files
+
+
+def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the names of fields: "bond-dim" -> "bond_dim".
+
+    Raises:
+        RecipeError: a name is given twice, in two spellings.
+    """
+    key2value, spelled = {}, {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in key2value:
+            raise RecipeError(f"the recipe gives {name} twice, as {spelled[name]!r} and {key!r}; keep one")
+        key2value[name], spelled[name] = value, key
+    return key2value
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        RecipeError: the file cannot be read or does not hold a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} holds {type(values).__name__}; expected `name: value`")
+    return values

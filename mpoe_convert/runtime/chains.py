@@ -1,0 +1,316 @@
+"""Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself.
+
+A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
+shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
+(l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .costs import Cost
+from .header import init
+
+
+def merge_cores(cores: Sequence[Tensor]) -> Tensor:
+    """Contract neighbouring cores into one: (..., l, i, o, r) each -> (..., l, prod i, prod o, r).
+
+    The leading "..." is an expert axis that some cores may have and others not.
+    """
+    merged = cores[0]
+    for core in cores[1:]:  # over the bond b between them
+        merged = torch.einsum("...aIOb,...bior->...aIiOor", merged, core)  # (..., l, I, i, O, o, r)
+        merged = merged.flatten(-5, -4).flatten(-3, -2)  # (..., l, I * i, O * o, r)
+    return merged
+
+
+def contract_chain(cores: Sequence[Tensor]) -> Tensor:
+    """Contract a whole chain, whose outer bonds are 1: (in, out), or (E, in, out) if any core has experts."""
+    return merge_cores(cores).squeeze(-1).squeeze(-3)
+
+
+def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
+    """Core shapes (bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
+    bonds = [1, *term["bonds"], 1]
+    return list(zip(bonds[:-1], term["in_dims"], term["out_dims"], bonds[1:], strict=True))
+
+
+def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """The shape in which a core is stored."""
+    bond_left, in_dim, out_dim, bond_right = shape
+    return bond_left * in_dim, out_dim * bond_right
+
+
+def name_cores(term: dict) -> list[str]:
+    """Parameter names of a term's cores, from left to right."""
+    return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
+
+
+def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
+    """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
+    if torch.is_grad_enabled():  # one product over transposed copies, whose gradient is not made per row
+        return weight.mT @ x
+    return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x)
+
+
+def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
+    """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
+    if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
+        # A token's two experts: two matrix-vector products read the weight faster than one thin product.
+        return torch.stack([row @ weight for row in x])
+    return x @ weight
+
+
+class Picks(NamedTuple):
+    """Which expert's core each of N rows is multiplied by, in the form that suits their number.
+
+    One of four:
+        one expert for all rows         experts is an int
+        each row with a copy of its own experts (N,); few rows
+        rows sorted by expert           experts (N,) ascending, `sizes` rows for each expert
+        the same, sizes on the device   experts (N,) ascending, expert e's rows end at `ends[e]`
+    """
+
+    experts: Tensor | int
+    sizes: list[int] | None = None
+    ends: Tensor | None = None  # (E,) int32
+
+    @classmethod
+    def of_sorted(cls, experts: Tensor, num_experts: int, on_device: bool) -> "Picks":
+        """For rows that are sorted by their experts (N,)."""
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
+        counts = counts.scatter_add(0, experts, torch.ones_like(experts))  # (E,)
+        if on_device:
+            return cls(experts, ends=counts.cumsum(0).to(torch.int32))
+        return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
+
+    def right(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (N, p, l) times its expert's matrix of (E, l, q) -> (N, p, q)."""
+        if self.sizes is not None:
+            return self._by_segment(x, weight, torch.matmul)
+        if self.ends is not None:
+            return self._grouped(x.flatten(0, 1), weight, x.shape[1]).unflatten(0, (-1, x.shape[1]))
+        if isinstance(self.experts, int):
+            return x @ weight[self.experts]
+        return torch.bmm(x, weight.index_select(0, self.experts))
+
+    def left(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The transpose of its expert's matrix of (E, l, q) times x (N, l, p) -> (N, q, p)."""
+        if x.shape[-1] == 1 or self.ends is not None:
+            return self.right(x.mT.contiguous(), weight).mT
+        if self.sizes is not None:
+            return self._by_segment(x, weight, lambda part, own: multiply_left(own, part))
+        if isinstance(self.experts, int):
+            return multiply_left(weight[self.experts], x)
+        return torch.bmm(weight.index_select(0, self.experts).mT, x)
+
+    def _by_segment(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One product per expert: its rows of x (N, ...) with its matrix of (E, l, q)."""
+        # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
+        segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
+        products = [product(part, own) for part, own in segments if len(part)]
+        return torch.cat(products) if products else product(x, weight[0])
+
+    def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
+        """One kernel for all experts: rows (N * rows_each, l) with (E, l, q) -> (N * rows_each, q)."""
+        device, dtype = rows.device.type, rows.dtype
+        if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
+            dtype = torch.get_autocast_dtype(device)
+        rows, weight, ends = rows.to(dtype), weight.to(dtype).contiguous(), self.ends * rows_each
+        if _can_group(rows, weight):
+            return F.grouped_mm(rows, weight, offs=ends)
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+
+def _can_group(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these: CUDA from 8.0 on; in compiled code bfloat16 only."""
+    if rows.device.type != "cuda" or not hasattr(F, "grouped_mm"):  # torch has it from 2.10 on
+        return False
+    if torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return False
+    aligned = all(dim * rows.itemsize % 16 == 0 for dim in weight.shape[1:])
+    if torch.compiler.is_compiling():
+        return aligned and rows.dtype == torch.bfloat16
+    return aligned and rows.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
+class MatrixCache:
+    """Experts' matrices kept between forward passes that need no gradient.
+
+    An entry is dropped as soon as a core it was made from has changed: an optimizer's step, loading and
+    `.to()` are noticed; writing through `parameter.data` is not.
+
+    Args:
+        keep: "hit": of the experts that tokens went to; "all": of every expert, from the first use on.
+        limit: bytes for all matrices of this FFN; what does not fit is built each time. None: no limit.
+    """
+
+    def __init__(self, keep: str, limit: float | None = None):
+        self.keep, self.limit = keep, math.inf if limit is None else limit
+        # {(id of the chain, expert): (state of its cores, matrix (in, out))}
+        self.entries: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
+
+    def __reduce__(self):  # copies of a model start empty
+        return MatrixCache, (self.keep, self.limit)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for _, matrix in self.entries.values())
+
+    def matrix(self, chain: "Chain", cores: list[Tensor], expert: int) -> Tensor:
+        """One expert's matrix (in, out), from the cache if it is there and still right."""
+        if not all(isinstance(core, nn.Parameter) for core in cores):
+            return chain.matrix(cores, expert)  # parametrised (PEFT): a new tensor each time
+        autocast = torch.is_autocast_enabled(cores[0].device.type)
+        state = (autocast, *((core.data_ptr(), core._version, core.dtype) for core in cores))
+        wanted = [expert]
+        if self.keep == "all" and not chain.is_common:
+            wanted += [e for e in range(chain.num_experts) if e != expert]
+        for e in wanted:
+            key = (id(chain), e)
+            if key in self.entries and self.entries[key][0] == state:
+                continue
+            self.entries.pop(key, None)
+            size = chain.in_features * chain.out_features * cores[0].itemsize
+            if self.nbytes + size > self.limit:
+                break
+            self.entries[key] = (state, chain.matrix(cores, e))
+        kept = self.entries.get((id(chain), expert))
+        return chain.matrix(cores, expert) if kept is None else kept[1]
+
+
+class Chain(nn.Module):
+    """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
+
+    Attributes:
+        acts: the cores can act on the activations one after the other, with no matrix built: at most one
+            carries input and output, those left of it only input, those right of it only output.
+        is_common: all cores are shared, so that every expert has the same matrix.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        flops_per_row: operations per row (2 per multiply-add), the contraction of matrices not counted.
+        rebuild_flops: operations to contract one expert's matrix.
+    """
+
+    def __init__(self, term: dict, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.shapes = chain_shapes(term)
+        self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
+        self.shared = tuple(bool(shared) for shared in term["shared"])
+        self.is_common = all(self.shared)
+        self.core_names = name_cores(term)
+        inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
+        outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
+        self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
+        for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
+            size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
+        self.own_params = sum(sizes) - self.shared_params
+        self.flops_per_row = self._count_flops_per_row()
+        self.rebuild_flops = self._count_rebuild_flops()
+
+    def forward(
+        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+    ) -> Tensor:
+        """(N, in) rows -> (N, out).
+
+        Args:
+            rows: in the order that `picks` describes.
+            rebuild: contract the matrices of the experts that are hit, even if the cores could act.
+            cache: where contracted matrices are kept; for `picks` of one expert.
+        """
+        cores = [getattr(self, name) for name in self.core_names]
+        rows = rows.to(cores[0].dtype)
+        if self.acts and not (rebuild and len(cores) > 1):
+            return self._act(rows, picks, cores)
+        if self.is_common or isinstance(picks.experts, int):
+            expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
+            return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
+        hit = slice(None)
+        if picks.sizes is not None:  # build the matrices that are needed
+            hit = [e for e, size in enumerate(picks.sizes) if size] or [0]
+            picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
+        return picks.right(rows.unsqueeze(1), self._contract(cores, hit)).squeeze(1)
+
+    def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
+        """One expert's matrix, (in, out)."""
+        return self._contract(cores, expert)
+
+    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
+        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
+        chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
+        return contract_chain(
+            [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
+        )
+
+    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
+        """Core after core: rows (N, in) -> (N, out).
+
+        First the cores that carry only input take one input site after the other: x (N, l, i, later inputs)
+        becomes (N, r, later inputs). Then the others give one output site after the other:
+        x (N, earlier outputs, l, i) becomes (N, earlier outputs, o, r).
+        """
+        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
+        x = rows.unsqueeze(-1)  # (N, in, 1)
+        for core, (l, i, o, _), shared in zip(cores, self.shapes, self.shared, strict=True):  # noqa: E741
+            if inputs > 1 and o == 1:
+                inputs //= i
+                x = x.reshape(num_rows, l * i, inputs)
+                if shared and inputs == 1:
+                    x = multiply_right(x.mT, core).mT  # (N, r, 1)
+                else:
+                    x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
+                continue
+            inputs //= i
+            x = x.reshape(num_rows, outputs, l * i)
+            x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
+            outputs *= o
+        return x.reshape(num_rows, self.out_features)
+
+    # ------------------------------------------------------------------------------------- cost
+
+    def cost(self, rows: float, experts: float, schedule: str) -> Cost:
+        """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
+        itemsize = getattr(self, self.core_names[0]).itemsize
+        stored = self.shared_params + experts * self.own_params
+        if self.acts and (schedule == "apply" or len(self.shapes) == 1):
+            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+        flops = rows * 2 * self.in_features * self.out_features
+        matrices = experts * self.in_features * self.out_features
+        if schedule == "cached":
+            return Cost(flops, 0, matrices * itemsize)
+        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+
+    def _count_flops_per_row(self) -> int:
+        if not self.acts:
+            return 2 * self.in_features * self.out_features
+        flops, inputs, outputs = 0, self.in_features, 1
+        for l, i, o, r in self.shapes:  # noqa: E741  (a matrix (l * i, o * r) for every input and output)
+            inputs //= i
+            flops += 2 * inputs * outputs * l * i * o * r
+            outputs *= o
+        return flops
+
+    def _count_rebuild_flops(self) -> int:
+        flops, rows, cols = 0, 1, 1
+        for l, i, o, r in self.shapes:  # noqa: E741  (rows * cols: what is contracted so far)
+            flops += 2 * rows * cols * l * i * o * r
+            rows, cols = rows * i, cols * o
+        return flops - 2 * math.prod(self.shapes[0])  # the first core costs nothing
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Random experts: outer cores near isometries, the largest core of scale `std`."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        centre = sizes.index(max(sizes))
+        for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
+            l, i, o, r = shape  # noqa: E741
+            fan = l * i * o if k < centre else i * o * r
+            init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)

@@ -1,0 +1,98 @@
+"""Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .routers import Router
+
+
+class Choices(NamedTuple):
+    """N choices: token `tokens[n]` goes to expert `experts[n]`, whose output is multiplied by `weights[n]`.
+
+    A token may have no choice, one or many. A rule lists them token by token, each token's from the first
+    choice to the last.
+    """
+
+    tokens: Tensor  # (N,) int64
+    experts: Tensor  # (N,) int64
+    weights: Tensor  # (N,) float32, the combine weights
+    per_token: int | None = None  # k, if every token has k choices, side by side; None: their number varies
+
+    def take(self, index: Tensor) -> "Choices":
+        """Those at `index` (M,), in its order."""
+        return Choices(self.tokens[index], self.experts[index], self.weights[index])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
+        if self.per_token is None:
+            return values.index_select(0, self.tokens)
+        return values.repeat_interleave(self.per_token, dim=0)
+
+    def combine(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """One output per choice (N, H) -> (T, H), each token's weighted sum; zero for a token without."""
+        weights = self.weights.to(torch.promote_types(rows.dtype, torch.float32))
+        weighted = rows * weights.unsqueeze(-1)  # (N, H), in float32 at least
+        if self.per_token is not None:  # reshape and sum: faster than by index, and in a fixed order on CUDA
+            return weighted.unflatten(0, (num_tokens, self.per_token)).sum(1).to(rows.dtype)
+        output = weighted.new_zeros(num_tokens, rows.shape[-1])
+        return output.index_add(0, self.tokens, weighted).to(rows.dtype)
+
+    def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
+        """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
+        counted = (
+            torch.ones_like(self.weights) if mask is None else mask.to(self.weights)[self.tokens]
+        )  # (N,)
+        return counted.new_zeros(num_experts).scatter_add(0, self.experts, counted)
+
+    def ranks(self) -> Tensor:
+        """(N,) a choice's place among those of its token, as a rule lists them: 0 for the first."""
+        start = torch.searchsorted(self.tokens, self.tokens)  # (N,) where the token's choices begin
+        return torch.arange(len(start), device=start.device) - start
+
+
+class Routing(NamedTuple):
+    """What a router made of T tokens."""
+
+    logits: Tensor  # (T, E) float32, before any balancing bias
+    choices: Choices  # all that the rule chose
+    room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
+
+    def weighted(self, weights: Tensor) -> "Routing":
+        """The same with other combine weights (N,)."""
+        return self._replace(choices=self.choices._replace(weights=weights))
+
+    def served(self) -> Choices:
+        """The choices that are computed: those for which there was room.
+
+        Compiled code, whose shapes must not depend on values, computes all, the others with weight zero.
+        """
+        if self.room is None:
+            return self.choices
+        if torch.compiler.is_compiling() or self.room.is_meta:
+            return self.choices._replace(weights=self.choices.weights * self.room)
+        return self.choices.take(self.room.nonzero().squeeze(-1))
+
+
+Rule = Callable[["Router", Tensor, Tensor | None], Choices]
+DEFAULT_RULE = "top-k"
+RULES: dict[str, Rule] = {}
+
+
+def rule(function: Rule) -> Rule:
+    """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
+
+    A rule takes the router, logits (T, E) in float32, and the balancing bias (E,) or None.
+    """
+    RULES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def find_rule(name: str) -> Rule:
+    """Raises ValueError if there is no such rule."""
+    if name not in RULES:
+        raise ValueError(f"config.mpoe has the rule {name!r}: this file knows {', '.join(RULES)}")
+    return RULES[name]

@@ -1,0 +1,65 @@
+# Copyright the mpoe_convert contributors. Licensed under the Apache License, Version 2.0.
+"""Transformers whose feed-forward networks (FFNs) are mixtures of experts with shared parameters.
+
+This file ships with every converted checkpoint and needs torch and transformers only (written for and
+tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
+
+* One form of weights. A projection is a sum of *terms*; a term is a chain of cores (a matrix product
+  operator, MPO); a core is stored once for all experts (`central_k`) or once per expert (`aux_k`):
+
+      y = x W_e        W_e =  aux_0[e] --D1-- central_1 --D2-- aux_2[e]
+                                |                |                |
+                            (i_0, j_0)       (i_1, j_1)       (i_2, j_2)
+
+  Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis if there is one per
+  expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
+  arXiv 2212.05055) are one chain of one per-expert core.
+* Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
+  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
+  all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the
+  experts that tokens go to are contracted first; in inference they can be kept.
+* The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
+  `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
+  submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's
+  custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
+* Combine weights are the softmax over the k chosen logits and sum to one: identical experts compute exactly
+  what the dense FFN computed, whatever the router decides.
+
+`config.mpoe` holds:
+
+    format             version of this block, FORMAT_VERSION
+    num_experts, top_k
+    ffns               {path of a layer below the base model: index into forms}; other layers stay dense
+    forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
+                       projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
+                       "bias": "shared", "per-expert" or null};
+                       "adapter": size, if the experts are adapters behind a shared FFN
+    family             how the FFN is wired into its layer; all paths are relative to the layer:
+      slot             the submodule that the mixture replaces
+      absorbed         submodules whose work moved into the mixture; they become Identity
+      activation       where the stock activation module is found; it is used as it is
+      inner_dropout    between activation and down-projection: a module, or a rate that is set to zero
+      outer_dropout    after the down-projection, where the stock FFN applies it itself
+      adds_residual    true if the stock FFN is called with the residual and adds it
+    base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
+
+Shapes in the comments: B batch, T tokens (all of a batch, in one axis), H hidden size, E experts, k experts
+per token, N rows (one per token and chosen expert).
+
+Contents:
+{contents}
+"""
+
+import transformers
+
+try:
+    from transformers import initialization as init
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
+    from transformers.modeling_outputs import ModelOutput
+except ImportError as error:
+    found = transformers.__version__
+    raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error

@@ -1,0 +1,372 @@
+"""The model: swapping FFNs in a stock model, its forward pass, and classes made on demand."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+from .choices import DEFAULT_RULE
+from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
+from .header import (
+    ModelOutput,
+    get_checkpoint_conversion_mapping,
+    init,
+    register_checkpoint_conversion_mapping,
+)
+from .mixture import FeedForward
+from .parts import PARTS, Part
+from .passes import RouterPass, add_losses, show_routers
+
+
+def _take(layer: nn.Module, path: str | None):
+    """The attribute at a dotted path, or None."""
+    if path is None:
+        return None
+    for name in path.split("."):
+        layer = getattr(layer, name)
+    return layer
+
+
+def _put(layer: nn.Module, path: str, value) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, value)
+
+
+def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
+    """The stock dropout as a module. A rate outside the slot would be applied again: it becomes zero."""
+    dropout = _take(layer, path)
+    if dropout is None:
+        return nn.Identity()
+    if isinstance(dropout, nn.Module):
+        return dropout
+    if not path.startswith(slot + "."):
+        _put(layer, path, 0.0)
+    return nn.Dropout(dropout)
+
+
+def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
+    """Replace the dense FFN of a stock layer by a mixture of the given form; done twice, does nothing."""
+    family = block["family"]
+    if isinstance(_take(layer, family["slot"]), FeedForward):
+        return
+    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
+    ffn.act = _take(layer, family["activation"])
+    ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
+    ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])
+    ffn.adds_residual = family["adds_residual"]
+    _put(layer, family["slot"], ffn)
+    for path in family["absorbed"]:
+        _put(layer, path, nn.Identity())
+
+
+def _has_submodule(model: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        model = getattr(model, name, None)
+        if model is None:
+            return False
+    return True
+
+
+def _check_tasks(task: Tensor | None, arguments: dict) -> None:
+    """Raises ValueError if there are tasks for another number of sequences than the pass has."""
+    if task is None:
+        return
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values"):
+        tensor = arguments.get(name)
+        if tensor is not None and tensor.shape[0] % task.shape[0]:  # beams are sequences of one task
+            raise ValueError(
+                f"{task.shape[0]} tasks were given for {tensor.shape[0]} sequences; expected one, or one each"
+            )
+
+
+def _recording(forward):
+    """A stock forward whose outputs carry the router losses; the same signature, and `task_ids` behind it."""
+    signature = inspect.signature(forward)
+    names = list(signature.parameters)[1:]
+    parameters = list(signature.parameters.values())
+    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    @functools.wraps(forward)
+    def recording(self, *args, **kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        return self._run_recording(forward, arguments, args, kwargs)
+
+    recording.__signature__ = signature.replace(
+        parameters=[*parameters[:place], task_ids, *parameters[place:]]
+    )
+    return recording
+
+
+def _generating(generate):
+    """A stock `generate` that takes `task_ids`, for encoders too."""
+
+    @functools.wraps(generate)
+    def generating(self, *args, task_ids=None, **kwargs):
+        if task_ids is None:
+            return generate(self, *args, **kwargs)
+        before = [ffn.task for _, ffn in self.mixtures()]
+        try:
+            self.route_by(task_ids)
+            return generate(self, *args, **kwargs)
+        finally:
+            for (_, ffn), task in zip(self.mixtures(), before, strict=True):
+                ffn.task = task
+
+    return generating
+
+
+class MixtureMixin:
+    """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        block = config.mpoe
+        if not block or block.get("format") != FORMAT_VERSION:
+            found = block.get("format") if block else "no `mpoe` block"
+            raise ValueError(
+                f"{type(self).__name__} reads format {FORMAT_VERSION} of config.mpoe, found {found}; "
+                "load the checkpoint with the modeling_mpoe.py that lies beside it"
+            )
+        base = self.base_model
+        # A model may hold only one of the stacks, such as the encoder of T5.
+        present = {path: form for path, form in block["ffns"].items() if _has_submodule(base, path)}
+        if not present:
+            raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
+        for path, form in present.items():
+            swap_ffn(base.get_submodule(path), block["forms"][form], block)
+        self.mixture_paths = [f"{path}.{block['family']['slot']}" for path in present]
+        for path, ffn in self.mixtures():
+            ffn.configure(config, len(present))
+            ffn.in_decoder = path.startswith("decoder")
+        self._balancing: RouterPass | None = None  # the last pass whose load was noted
+        self._versions: list[int] = []  # of the mixtures' parameters, then
+        if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
+            self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
+        self.post_init()
+
+    def mixtures(self) -> list[tuple[str, FeedForward]]:
+        """The mixtures and their paths below the base model; a layer used several times is listed once.
+
+        Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
+        """
+        found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
+        return [
+            (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
+        ]
+
+    def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
+        """Let the routers choose by this task from now on; for models with `config.router_tasks`.
+
+        `forward` and `generate` take the same as `task_ids`, for one call.
+
+        Args:
+            task: name or number of a task, or one per sequence of the batch; or embeddings (H,) or (B, H),
+                computed elsewhere, in place of the learned ones.
+
+        Raises:
+            ValueError: the routers choose by token, or there is no such task.
+        """
+        found = None if task is None else self._task_numbers(task)
+        for _, ffn in self.mixtures():
+            ffn.task = found
+
+    def _task_numbers(self, task) -> Tensor:
+        """(B,) numbers or (B, H) embeddings of tasks."""
+        known = self.config.router_tasks
+        if known is None:
+            raise ValueError(
+                "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
+                "and train it"
+            )
+        if isinstance(task, Tensor):
+            if task.is_floating_point():
+                return task.reshape(-1, task.shape[-1])
+            return task.reshape(-1)
+        tasks = [task] if isinstance(task, (str, int)) else list(task)
+        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+            raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
+        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+
+    def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
+        """A forward pass whose outputs carry the router losses."""
+        config, mixtures = self.config, self.mixtures()
+        task = kwargs.pop("task_ids", None)
+        task = mixtures[0][1].task if task is None else self._task_numbers(task)
+        _check_tasks(task, arguments)
+        learns = self.training and torch.is_grad_enabled()
+        show = kwargs.pop("output_router_logits", config.output_router_logits)
+        coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
+        rate = config.router_bias_update_rate if learns else 0.0
+        needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
+        needed = needed or task is not None or (learns and config.router_tasks is not None)
+        if not needed or any(ffn.router_pass is not None for _, ffn in mixtures):
+            return forward(self, *args, **kwargs)
+        if rate:
+            self._follow_step()
+        running = RouterPass(learns, *coefs, functools.partial(self.token_mask, arguments=arguments))
+        running.share = self._share_of_step(arguments)
+        running.task = task
+        try:
+            for _, ffn in mixtures:
+                ffn.router_pass = running
+            outputs = forward(self, *args, **kwargs)
+        finally:
+            for _, ffn in mixtures:
+                ffn.router_pass = None
+        if rate:
+            for call in running.calls:
+                call.ffn.note_load(call.routing, call.mask)
+            self._balancing = running
+        if any(coefs):
+            outputs = add_losses(outputs, running, arguments)
+        if show and isinstance(outputs, ModelOutput):
+            outputs = show_routers(outputs, running)
+        running.calls, running.mask_of = [], None
+        return outputs
+
+    def _follow_step(self) -> None:
+        """Move the balancing biases once per optimizer's step, at the first pass after it."""
+        last, before = self._balancing, self._versions
+        parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
+        self._versions = [p._version for p in parameters]
+        if last is None or not last.went_back:
+            return  # the backward pass is still to come, and repeats checkpointed calls with the same bias
+        if self._versions != before or all(p.grad is None for p in parameters):
+            self.update_router_bias()
+
+    def update_router_bias(self) -> None:
+        """Move the balancing biases now, by the load since they moved last.
+
+        The first pass after an optimizer's step does so by itself. Called right after the step, it makes
+        checkpoints of the training complete.
+        """
+        rate = self.config.router_bias_update_rate
+        for _, ffn in self.mixtures():
+            if rate:
+                self.config.router_balance_bias = True
+                ffn.add_balance_bias()
+            ffn.update_bias(rate)
+
+    def _share_of_step(self, arguments: dict) -> float | Tensor:
+        """How much of an optimizer's step this pass is: Trainer's accumulated passes add up to one."""
+        labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
+        if labels is None or num_items is None or not getattr(self, "accepts_loss_kwargs", True):
+            return 1.0
+        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
+        return (labels[..., int(shifted) :] != -100).sum() / num_items
+
+    def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
+        """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
+
+        `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
+        """
+        mask = arguments.get("attention_mask")
+        if self.config.is_encoder_decoder and ffn.in_decoder:
+            mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
+            if mask is None and labels is not None and labels.numel() == num_tokens:
+                mask = labels != -100
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 3):
+            return None
+        mask = mask.flatten(0, -2)  # multiple choice: (batch, choices, length)
+        if num_tokens % mask.shape[0]:
+            return None
+        length, chunk = num_tokens // mask.shape[0], getattr(self.config, "chunk_size_feed_forward", 0)
+        if chunk and length == chunk < mask.shape[1]:
+            start = index * chunk % mask.shape[1]
+            return mask[:, start : start + chunk].reshape(-1)
+        # With a cache the mask covers the past as well.
+        return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        super().initialize_weights()
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.reset_parameters(std)
+            elif isinstance(module, FeedForward) and module.balance_bias is not None:
+                init.zeros_(module.balance_bias)
+
+
+def _config_class(base: type, name: str, module: str) -> type:
+    options = {"mpoe": None, **OPTIONS}
+    body = {
+        "model_type": MODEL_TYPE_PREFIX + base.model_type,
+        **options,
+        "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
+        "__module__": module,
+    }
+    if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
+
+        def __init__(self, *args, **kwargs):
+            ours = {option: kwargs.pop(option, default) for option, default in options.items()}
+            base.__init__(self, *args, **kwargs)
+            for option, value in ours.items():
+                setattr(self, option, value)
+
+        body["__init__"] = __init__
+    return type(name, (base,), body)
+
+
+def _model_class(base: type, name: str, module: str) -> type:
+    config_class = subclass(base.config_class, module)
+    body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
+    bases = (MixtureMixin, base)
+    if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
+        bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
+    if GenerationMixin in bases or base.can_generate():
+        body["generate"] = _generating(getattr(base, "generate", GenerationMixin.generate))
+    # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
+    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
+        body["accepts_loss_kwargs"] = False
+    # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
+    # works on its output is in the same danger of overflowing.
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        kept = getattr(base, attribute, None) or ()
+        if "wo" in kept:
+            behind = [key for key, part in PARTS.items() if part.behind]
+            body[attribute] = type(kept)([*kept, "down", *behind])
+    cls = type(name, bases, body)
+    # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
+    renames = get_checkpoint_conversion_mapping(base.__name__)
+    if renames is not None:
+        register_checkpoint_conversion_mapping(name, renames, overwrite=True)
+    return cls
+
+
+def subclass(base: type, module: str = __name__) -> type:
+    """The subclass of a config or model class; made once, kept as an attribute of the module of that name.
+
+    The base is a class of transformers, or one of the code that a checkpoint's source has of its own: that
+    is subclassed in a module beside this one, so that saving a model copies all of its code.
+    """
+    namespace, name = vars(sys.modules[module]), CLASS_PREFIX + base.__name__
+    if name in namespace:
+        return namespace[name]
+    if issubclass(base, PretrainedConfig):
+        namespace[name] = _config_class(base, name, module)
+        return namespace[name]
+    namespace[name] = _model_class(base, name, module)
+    if module == __name__:
+        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel.
+        backbone = MODEL_MAPPING.get(base.config_class, None)
+        if isinstance(backbone, type):
+            subclass(backbone)
+        if base is backbone:
+            AutoModel.register(subclass(base.config_class), namespace[name], exist_ok=True)
+    return namespace[name]
+
+
+def __getattr__(name: str) -> type:
+    base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+    if not name.startswith(CLASS_PREFIX) or not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not issubclass(base, (PretrainedConfig, PreTrainedModel)):
+        raise AttributeError(f"{name!r}: transformers.{base.__name__} is neither config nor model")
+    return subclass(base)

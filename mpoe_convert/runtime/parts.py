@@ -1,0 +1,166 @@
+"""Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold.
+
+A part says itself what it owns, what it costs and what it starts as. Another type of part is one more class
+and one more row in `PARTS`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .chains import Chain, MatrixCache, Picks
+from .costs import Cost, Work
+from .header import init
+
+
+class Part(nn.Module):
+    """What a mixture is made of: the router, and what the form of the experts lists.
+
+    Attributes:
+        acts: it works on the activations, without an expert's matrix being built.
+        behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
+        in_float32: its parameters are float32 in every model dtype.
+        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+    """
+
+    acts = True
+    behind = False
+    in_float32 = False
+    shared_params: int
+    own_params: int
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Part":
+        """The part that stands under a key of a form, see `config.mpoe`."""
+        raise NotImplementedError
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        """Of a call of the mixture; for the schedules see `FeedForward`."""
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float) -> None:
+        """Start as a new model does, where entries of matrices have the standard deviation `std`."""
+        raise NotImplementedError
+
+
+class Projection(Part):
+    """y = sum of terms + bias, for rows that each have one expert.
+
+    `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
+             "bias": "shared" | "per-expert" | None}
+    `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
+    experts it has.
+    """
+
+    def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
+        super().__init__()
+        self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
+        self.sees_tokens = sees_tokens
+        self.bias_kind = spec["bias"]
+        if self.bias_kind is None:
+            self.bias = None
+        else:
+            out_features = math.prod(spec["terms"][0]["out_dims"])
+            size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
+            self.bias = nn.Parameter(torch.empty(size))
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self._chains = tuple(self.terms)
+        self.acts = all(chain.acts for chain in self._chains)
+        self._shared_bias = self.bias.shape[-1] if self.bias_kind == "shared" else 0
+        self._own_bias = self.bias.shape[-1] if self.bias_kind == "per-expert" else 0
+        self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
+        self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
+        return cls(form[key], num_experts, sees_tokens=key != "down")
+
+    def common(self, tokens: Tensor) -> Tensor | None:
+        """What the common terms make of tokens (T, in): (T, out); None if there are none."""
+        picks = Picks(0)
+        pairs = zip(self.terms, self._chains, strict=True)
+        parts = [term(tokens, picks) for term, chain in pairs if chain.is_common]
+        return sum(parts) if parts else None
+
+    def forward(
+        self,
+        rows: Tensor,
+        picks: Picks,
+        rebuild: bool = False,
+        cache: MatrixCache | None = None,
+        common: Tensor | None = None,
+    ) -> Tensor:
+        """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        y = common  # (N, out)
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            if common is None or not chain.is_common:
+                part = term(rows, picks, rebuild, cache)
+                y = part if y is None else y + part
+        if self.bias is None:
+            return y
+        return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        costs = [
+            chain.cost(work.tokens, 1, "apply")
+            if chain.is_common and self.sees_tokens
+            else chain.cost(work.rows, work.experts, schedule)
+            for chain in self._chains
+        ]
+        if self.bias is not None:
+            nbytes = (self._shared_bias + work.experts * self._own_bias) * self.bias.itemsize
+            costs.append(Cost(0, 0, nbytes))
+        return Cost.total(costs)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        for term in self.terms:
+            term.reset_parameters(std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+class Adapter(Part):
+    """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
+
+    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
+    """
+
+    behind = True
+    shared_params = 0
+
+    def __init__(self, hidden_size: int, size: int, num_experts: int):
+        super().__init__()
+        self.hidden_size, self.size = hidden_size, size
+        self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
+        self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
+        self.own_params = 2 * hidden_size * size
+
+    @classmethod
+    def from_form(cls, form: dict, key: str, num_experts: int) -> "Adapter":
+        return cls(hidden_size_of(form), form[key], num_experts)
+
+    def forward(self, rows: Tensor, picks: Picks) -> Tensor:
+        """(N, H) -> (N, H)."""
+        inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
+        return rows + picks.right(inner, self.aux_1).squeeze(1)
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        nbytes = work.experts * self.own_params * self.aux_0.itemsize
+        return Cost(2 * work.rows * self.own_params, 0, nbytes)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        init.normal_(self.aux_0, std=std)
+        init.zeros_(self.aux_1)
+
+
+# Which class reads which key of a form, in the order of the artifact's tensors.
+PARTS: dict[str, type[Part]] = {"gate": Projection, "up": Projection, "down": Projection, "adapter": Adapter}
+
+
+def hidden_size_of(form: dict) -> int:
+    """H: the input features of the up-projection."""
+    return math.prod(form["up"]["terms"][0]["in_dims"])

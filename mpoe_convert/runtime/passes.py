@@ -1,0 +1,193 @@
+"""Passes: how the routers' losses join the graph of a forward pass, and its outputs."""
+
+import dataclasses
+import functools
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .choices import Routing
+from .header import ModelOutput
+from .routers import load_balancing_loss, router_z_loss
+
+if TYPE_CHECKING:
+    from .mixture import FeedForward
+
+_ROUTER_FIELDS = ("aux_loss", "router_logits")
+
+
+class _AddGradient(torch.autograd.Function):
+    """A copy of the tensor; in the backward pass the loss is optimised too, by the pass's factor."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
+        ctx.router_pass, ctx.device = router_pass, loss.device
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        factor = 1.0
+        if ctx.router_pass is not None:
+            ctx.router_pass.went_back = True
+            factor = ctx.router_pass.factor
+        return grad, torch.as_tensor(factor, dtype=torch.float32, device=ctx.device), None
+
+
+class _NoteScale(torch.autograd.Function):
+    """A copy of the loss; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
+        ctx.router_pass = router_pass
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        ctx.router_pass.scale = grad
+        return grad, None
+
+
+class Call(NamedTuple):
+    """One call of one mixture in a pass."""
+
+    ffn: "FeedForward"
+    routing: Routing
+    mask: Tensor | None  # (T,) zero for padding
+    loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
+
+
+class Repeatable(deque):
+    """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
+
+    def __reduce__(self):  # copies of a model start empty
+        return functools.partial(Repeatable, maxlen=self.maxlen), ()
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class RouterPass:
+    """One forward pass of a model whose routers are watched or learn.
+
+    The routers' losses join the graph at the combine weights: whatever loss reaches an FFN optimises them,
+    and a checkpointed call that the backward pass repeats joins again.
+
+    Attributes:
+        calls: of the mixtures so far; dropped when the pass is over.
+        num_calls: how many; the loss is the mean over them.
+        share: how much of an optimizer's step this pass is.
+        task: that was given to this pass, see `Router`.
+        scale: what the model's own loss is multiplied by; known once the backward pass has begun.
+        went_back: whether a backward pass has reached a mixture.
+    """
+
+    def __init__(self, learns: bool, aux_coef: float, z_coef: float, mask_of):
+        self.learns, self.aux_coef, self.z_coef, self.mask_of = learns, aux_coef, z_coef, mask_of
+        self.calls: list[Call] = []
+        self.num_calls = 0
+        self.share: float | Tensor = 1.0
+        self.task: Tensor | None = None
+        self.scale: float | Tensor = 1.0
+        self.went_back = False
+
+    @property
+    def factor(self) -> float | Tensor:
+        share = self.share
+        if isinstance(share, Tensor) and isinstance(self.scale, Tensor):
+            share = share.to(self.scale.device)
+        return self.scale * share / max(self.num_calls, 1)
+
+    def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
+        """Which of the tokens of a mixture's next call count."""
+        return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
+
+    def add(
+        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+    ) -> Routing:
+        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
+        self.num_calls += 1
+        if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
+            self.went_back = True  # nobody will tell
+            self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
+            return routing
+        joined, loss = self.join(routing, mask)
+        self.calls.append(Call(ffn, routing, mask, loss.detach()))
+        if self.learns:
+            ffn.repeatable.append((self, mask, task))
+        return joined
+
+    def join(self, routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """(the routing, whose weights carry the losses' gradient; the losses)."""
+        loss, weights = self.loss(routing, mask), routing.choices.weights
+        if not (self.learns and torch.is_grad_enabled() and weights.requires_grad):
+            return routing, loss
+        return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
+
+    def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
+        loss = routing.logits.new_zeros(())
+        if self.aux_coef:
+            loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
+        if self.z_coef:
+            loss = loss + self.z_coef * router_z_loss(routing, mask)
+        return loss
+
+
+def add_losses(outputs, running: RouterPass, arguments: dict):
+    """The model's outputs with the routers' losses in their loss."""
+    losses = [call.loss for call in running.calls]
+    if not losses:
+        return outputs
+    total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    total = total * torch.as_tensor(running.share, device=total.device)
+    key, tensor = _loss_of(outputs, arguments)
+    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+        if not torch.compiler.is_compiling():
+            tensor = _NoteScale.apply(tensor, running)
+        tensor = tensor + total.to(tensor.device)
+    elif total.requires_grad:
+        key, tensor = _first_output(outputs)
+        tensor = _AddGradient.apply(tensor, total, None)
+    else:
+        return outputs
+    if isinstance(outputs, tuple):
+        return (*outputs[:key], tensor, *outputs[key + 1 :])
+    outputs[key] = tensor
+    return outputs
+
+
+@functools.cache
+def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class with `aux_loss` and `router_logits`."""
+    known = {field.name for field in dataclasses.fields(base)}
+    more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
+    return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
+
+
+def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    calls = running.calls
+    aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
+    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
+    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
+        return _with_router_fields(type(outputs))(**outputs, **shown)
+    for name, value in shown.items():
+        outputs[name] = value
+    return outputs
+
+
+def _loss_of(outputs, arguments: dict) -> tuple:
+    """Key and value of the loss among a model's outputs, or (None, None)."""
+    if isinstance(outputs, tuple):
+        has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
+        return (0, outputs[0]) if has_loss and outputs[0].ndim == 0 else (None, None)
+    loss = outputs.get("loss")
+    return (None, None) if loss is None else ("loss", loss)
+
+
+def _first_output(outputs) -> tuple:
+    """Key and value of the first tensor that was computed from the hidden states."""
+    items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
+    return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)

@@ -1,0 +1,141 @@
+"""Routers: which experts a token goes to, and the losses that routers learn from."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .choices import DEFAULT_RULE, Choices, Routing, find_rule
+from .costs import Cost, Work
+from .header import init
+from .parts import Part
+
+
+class Router(Part):
+    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
+
+    It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
+    of `tasks` (number of tasks, H), or one that is given.
+
+    Attributes:
+        top_k: k, for the rules that choose so many experts per token.
+        combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
+            compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
+            p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
+            probability over all experts (Switch), which scales the FFN's output down.
+        jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
+        capacity_factor: in training an expert takes at most this times N / E of the N choices, first
+            choices before second, early tokens before late ones; others are dropped. None: no limit.
+    """
+
+    in_float32 = True
+    own_params = 0
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
+        super().__init__()
+        self.top_k = top_k
+        self.select = find_rule(rule)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.shared_params = self.weight.numel()
+        self.combine = "renormalised"
+        self.jitter_noise = 0.0
+        self.capacity_factor: float | None = None
+        self.by_task = False
+        self.register_parameter("tasks", None)
+
+    def add_tasks(self, number: int) -> None:
+        """Choose by task from now on; with a table for so many, if any."""
+        self.by_task = True
+        if number:
+            empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
+            self.tasks = nn.Parameter(empty)
+            self.shared_params = self.weight.numel() + self.tasks.numel()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        task: Tensor | None = None,
+    ) -> Routing:
+        """tokens (T, H).
+
+        Args:
+            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences, one or as many as there are.
+            bias: (E,) added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3).
+            mask: (T,) zero for padding, which takes no room of the capacity.
+        """
+        device = tokens.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            x = self._task_rows(tokens, task) if self.by_task else tokens.float()
+            if self.training and self.jitter_noise:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+            logits = F.linear(x, self.weight.float())  # (T, E)
+            choices = self.select(self, logits, bias)
+            if not self.training or self.capacity_factor is None:
+                return Routing(logits, choices)
+            return Routing(logits, choices, self._has_room(choices, mask))
+
+    def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
+        """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
+        if task is None:
+            raise ValueError(
+                "the routers of this model choose by task: name one with model.route_by(...) or pass task_ids"
+            )
+        task = task.to(tokens.device)
+        rows = (task if task.is_floating_point() else self.tasks[task]).float()
+        if tokens.shape[0] % rows.shape[0]:
+            raise ValueError(
+                f"{rows.shape[0]} tasks were given for {tokens.shape[0]} tokens; expected one, "
+                "or one per sequence"
+            )
+        return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
+
+    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+        """(N,) whether the expert of a choice still takes it. Padding takes no room."""
+        num_experts = self.weight.shape[0]
+        order = choices.ranks().argsort(
+            stable=True
+        )  # (N,) first choices of all tokens, then second ones, ...
+        ranked = choices.take(order)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
+        if mask is not None:
+            queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
+        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
+        return (place <= capacity)[order.argsort()]
+
+    def cost(self, work: Work, schedule: str) -> Cost:
+        return Cost(2 * work.tokens * self.weight.numel(), 0, self.weight.nbytes)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        init.normal_(self.weight, std=std)
+        if self.tasks is not None:
+            init.normal_(self.tasks)
+
+
+def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """E * sum over e of f_e P_e: f_e choices of expert e per token, P_e its mean probability; k if balanced.
+
+    Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
+    `mask` (T,) is zero for tokens that do not count.
+    """
+    num_experts = routing.logits.shape[-1]
+    load = routing.choices.load(num_experts, mask)  # (E,)
+    per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
+
+
+def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return _mean(routing.logits.logsumexp(-1).square(), mask)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Over tokens, the first axis, that the mask (T,) counts."""
+    if mask is None:
+        return values.mean(0)
+    mask = mask.to(values).reshape(-1, *[1] * (values.ndim - 1))  # (T, 1, ...)
+    return (values * mask).sum(0) / mask.sum().clamp(min=1)

@@ -1,0 +1,50 @@
+"""The examples in the docstrings of public functions run."""
+
+import doctest
+import inspect
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.documents import ROOT
+
+import mpoe_convert
+from mpoe_convert import Recipe, convert
+
+NEED_THE_HUB = {"push"}
+FUNCTIONS = [
+    name
+    for name in mpoe_convert.__all__
+    if inspect.isfunction(getattr(mpoe_convert, name)) and name not in NEED_THE_HUB
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What the examples start from: the demo model, an artifact of it, and a text."""
+    folder = tmp_path_factory.mktemp("docstrings")
+    shutil.copytree(ROOT / "examples" / "tiny-gpt2", folder / "examples" / "tiny-gpt2")
+    convert(Recipe(str(folder / "examples" / "tiny-gpt2"), experts=2, bond_dim=8), folder / "out")
+    (folder / "text.txt").write_text("Return True if both are equal. " * 200)
+    return folder
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples_of_public_functions_run(name, place, tmp_path):
+    function = getattr(mpoe_convert, name)
+    [test] = doctest.DocTestFinder(recurse=False).find(function, name)
+    assert test.examples, f"{name} has no example"
+    test.globs = {public: getattr(mpoe_convert, public) for public in mpoe_convert.__all__}
+    folder = shutil.copytree(place, tmp_path / "copy")
+    before, told = os.getcwd(), []
+    os.chdir(folder)
+    try:
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append)
+    finally:
+        os.chdir(before)
+    assert not told, "".join(told)
+
+
+def test_functions_that_are_tested_are_the_public_ones():
+    assert {"convert", "plan", "verify", "finetune", "evaluate", "export", "freeze"} <= set(FUNCTIONS)
