@@ -103,7 +103,8 @@ def evaluate(
     ('causal', 1.0)
     """
     names = {} if columns is None else columns.as_options()
-    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+    sources = (data,) if isinstance(data, str) else tuple(data)
+    return score_models(Scoring(model, sources, **names, **options), token=token, progress=progress)
 
 
 def score_models(
