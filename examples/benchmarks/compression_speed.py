@@ -24,6 +24,7 @@ from mpoe_convert.compression.dense_run import DenseRun
 from mpoe_convert.compression.stream import run_batch
 from mpoe_convert.decomposition.low_rank import Metric, factor
 from mpoe_convert.planning.plan import plan_checkpoint
+from mpoe_convert.planning.resolve import resolve_recipe
 from mpoe_convert.source.checkpoint import open_checkpoint
 
 ROUNDS = 3
@@ -59,7 +60,9 @@ def calibration(folder: Path) -> dict:
     config = GPT2Config(n_layer=4, vocab_size=1000, n_positions=512)
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
     checkpoint = open_checkpoint(str(folder / "model"))
-    planned = plan_checkpoint(resolve_recipe(Recipe(str(folder / "model"), bond_dim=8), checkpoint)
+    planned = plan_checkpoint(
+        resolve_recipe(Recipe(str(folder / "model"), bond_dim=8), checkpoint), checkpoint
+    )
     generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     model = AutoModel.from_pretrained(folder / "model").eval()
 

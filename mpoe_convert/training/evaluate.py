@@ -103,7 +103,8 @@ def evaluate(
     ('causal', 1.0)
     """
     names = {} if columns is None else columns.as_options()
-    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+    sources = (data,) if isinstance(data, str) else tuple(data)
+    return score_models(Scoring(model, sources, **names, **options), token=token, progress=progress)
 
 
 def score_models(
@@ -227,7 +228,7 @@ def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Datas
     ]
 
 
-def _load(name: str, auto_class: str, device: torch.device, **options) -> PreTrainedModel:
+def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> PreTrainedModel:
     import transformers
 
     return from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()

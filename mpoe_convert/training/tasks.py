@@ -20,7 +20,7 @@ from ..source.texts import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a model did with one example; each task documents the fields.
 Outcome = tuple[Any, ...]
@@ -169,7 +169,7 @@ class _LanguageTask(Task):
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length, tasks)
 
-    def collator(self, model: PreTrainedModel | None = None, **options) -> Callable[[list], Mapping]:
+    def collator(self, model: PreTrainedModel | None = None, **options: Any) -> Callable[[list], Mapping]:
         from transformers import DataCollatorForLanguageModeling
 
         if self.masks and self.tokenizer.mask_token is None:
@@ -335,8 +335,8 @@ def _macro_f1(found_and_expected: np.ndarray) -> float:
     return float(f1_score(expected, found, average="macro", **options))
 
 
-def _prediction_accuracy(prediction) -> dict[str, float]:
-    """Of a `transformers.EvalPrediction`."""
+def _prediction_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy of logits (N, classes), for `transformers.Trainer`."""
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}

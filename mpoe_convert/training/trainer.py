@@ -21,7 +21,7 @@ from .router_stats import router_stats
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 
 # Called as progress(step, steps, logged values).
@@ -34,7 +34,9 @@ class CentreMask(TrainerCallback):
     def __init__(self, probability: float, *, seed: int = 0, per: str = "step"):
         self.probability, self.seed, self.per = probability, seed, per
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         mask_centre(kwargs["model"], state.global_step, self.probability, seed=self.seed, per=self.per)
 
 
@@ -53,11 +55,15 @@ class RouterLog(TrainerCallback):
         self._watching = ExitStack()
         self._stats: dict = {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if (state.global_step + 1) % args.logging_steps == 0:
             self._stats = self._watching.enter_context(router_stats(kwargs["model"]))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self._stats:
             return
         self._watching.close()
@@ -77,7 +83,9 @@ class FollowStep(TrainerCallback):
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         cast(HoldsMixtures, self.model).update_router_bias()
 
 
@@ -87,7 +95,14 @@ class TellLogs(TrainerCallback):
     def __init__(self, progress: OnLog | None):
         self.progress = progress
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.progress is not None and logs is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, logs)
 
@@ -95,7 +110,7 @@ class TellLogs(TrainerCallback):
 class MpoeTrainer(Trainer):
     """Trainer with learning rates by role, distillation, and routers in the log."""
 
-    def __init__(self, *args, run: Finetuning, teacher: nn.Module | None, **kwargs):
+    def __init__(self, *args: Any, run: Finetuning, teacher: nn.Module | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run, self.teacher = run, teacher
         self.router_log = next((c for c in kwargs["callbacks"] if isinstance(c, RouterLog)), None)
@@ -103,6 +118,7 @@ class MpoeTrainer(Trainer):
             teacher.to(self.args.device).eval().requires_grad_(False)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer with learning rates by role."""
         if self.optimizer is None:
             model = cast("PreTrainedModel", self.model if model is None else model)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -123,7 +139,14 @@ class MpoeTrainer(Trainer):
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss, or (loss, outputs); in training with the distillation, if there is a teacher."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden = {"output_hidden_states": True} if self.run.hidden_weight else {}
@@ -131,16 +154,22 @@ class MpoeTrainer(Trainer):
         with torch.no_grad():
             taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
         extra = self.distillation(outputs, taught, inputs["labels"])
-        if (
-            num_items_in_batch is not None and self.model_accepts_loss_kwargs
-        ):  # weighted as this batch's part of the step's mean
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # its part of the step's mean
             labels = inputs["labels"][..., int(self._loss_shifts_labels) :]
             extra = extra * (labels != -100).sum() / num_items_in_batch * self.accelerator.num_processes
         loss = (1 - self.run.teacher_weight) * loss + extra
         return (loss, outputs) if return_outputs else loss
 
-    def distillation(self, outputs, taught, labels: torch.Tensor) -> torch.Tensor:
-        """KL(teacher || student) per counted token at the temperature, times its square (Hinton 2015)."""
+    def distillation(self, outputs: Any, taught: Any, labels: torch.Tensor) -> torch.Tensor:
+        """KL(teacher || student) per counted token at the temperature, times its square (Hinton 2015).
+
+        Args:
+            outputs / taught: of the student and of the teacher, with logits (B, T, V) or (B, classes).
+            labels: (B, T), -100 where a token does not count, or (B,).
+
+        Raises:
+            TrainingError: the logits have different shapes.
+        """
         student, teacher = outputs.logits, taught.logits
         if student.shape != teacher.shape:
             raise TrainingError(
@@ -174,7 +203,7 @@ class MpoeTrainer(Trainer):
             entry["expert_load"] = self.router_log.loads
 
 
-def _hidden_difference(outputs, taught) -> torch.Tensor:
+def _hidden_difference(outputs: Any, taught: Any) -> torch.Tensor:
     """Mean over the hidden states of their squared difference, relative to the teacher's mean square."""
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
     pairs = [

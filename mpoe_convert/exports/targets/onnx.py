@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+    from torch.onnx import ONNXProgram
     from transformers import PreTrainedModel
 
     from ...artifact.reader import Artifact
@@ -168,7 +169,12 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
 
 
-def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]):
+def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]) -> ONNXProgram:
+    """The graph of a model, for any sizes of the batch and the sequence.
+
+    Raises:
+        ExportError: torch's exporter cannot trace the model.
+    """
     import torch
 
     any_size = torch.export.Dim.DYNAMIC
@@ -183,7 +189,7 @@ def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]
         logger.setLevel(logging.ERROR)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 _by_position(model, list(inputs), outputs),
                 tuple(example),
                 dynamo=True,
@@ -199,3 +205,5 @@ def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]
         raise ExportError(f"torch.onnx cannot trace this {type(model).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)
+    assert program is not None  # dynamo always returns one
+    return program
