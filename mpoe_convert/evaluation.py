@@ -80,8 +80,9 @@ def evaluate(
         columns: names of the columns, in place of `text_column` and its like.
         token, progress: as for `score_models`.
     """
+    sources = (data,) if isinstance(data, str) else tuple(data)
     names = {} if columns is None else columns.as_options()
-    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+    return score_models(Scoring(model, sources, **names, **options), token=token, progress=progress)
 
 
 def score_models(

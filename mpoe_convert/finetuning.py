@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import card, corpus, experts, recording
 from .artifact import (
@@ -35,6 +34,13 @@ from .loading import AUTO_CLASSES, from_pretrained, load_tokenizer, max_length, 
 from .routing import router_stats
 from .runs import Finetuning
 from .training import freeze, has_centre, mask_centre, param_groups
+
+try:
+    from accelerate import PartialState
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+except ImportError:
+    need("finetune", "accelerate", "datasets", extra="train")
+    raise
 
 if TYPE_CHECKING:
     from torch import nn
@@ -224,9 +230,7 @@ def finetune(
         DataError: the data cannot be read or do not fit the task.
         OutputError: `output` holds something already.
     """
-    need("finetune", "accelerate", "datasets", extra="train")
-    from accelerate import PartialState
-
+    need("finetune", "datasets", extra="train")
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
     strangers = file_names(output)
@@ -402,8 +406,6 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
 
 
 def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:
-    from accelerate import PartialState
-
     values = {
         "output_dir": str(output),
         "max_steps": run.steps or -1,
