@@ -1,6 +1,6 @@
 """Adapter experts (PESC, arXiv 2401.02731): the dense FFN, shared, and a bottleneck per expert behind it.
 
-`--bond-dim` is the adapter's width r: an expert owns 2 r H numbers per FFN. The FFN runs once per token,
+`--bond-dim` is the adapter's width r: an expert owns 2 r H parameters per FFN. The FFN runs once per token,
 whatever k is.
 """
 
@@ -63,12 +63,12 @@ def adapter_size(hidden_size: int, options: Options) -> int:
 
 
 def fit_adapter(hidden_size: int, options: Options, generator: Generator) -> dict[str, Tensor]:
-    """See `experts`: a random way in of variance 1 / H per expert, and zeros.
+    """See `experts`: a random down-projection of variance 1 / H per expert, and an up-projection of zeros.
 
-    Every expert computes the dense FFN at first; what separates them is that the ways in differ.
+    Every expert computes the dense FFN at first; the random down-projections break the symmetry between them.
     """
     import torch
 
     shape = (options.experts, hidden_size, options.bond_dim)
-    way_in = torch.randn(shape, generator=generator) / hidden_size**0.5
-    return {"aux_0": way_in, "aux_1": torch.zeros(options.experts, options.bond_dim, hidden_size)}
+    down = torch.randn(shape, generator=generator) / hidden_size**0.5
+    return {"aux_0": down, "aux_1": torch.zeros(options.experts, options.bond_dim, hidden_size)}

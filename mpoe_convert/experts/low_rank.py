@@ -1,6 +1,6 @@
 """Low-rank experts (LoRA, arXiv 2106.09685): the dense matrix, shared, plus a product of two thin ones each.
 
-The control for MPO experts of equal size. `--bond-dim` is the rank r: an expert owns r (in + out) numbers.
+The control for MPO experts of equal size. `--bond-dim` is the rank r: an expert owns r (in + out) parameters.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fit(
 ) -> tuple[list[list[Tensor]], tuple[float, ...]]:
     """See `experts`: the matrix; a random left factor of variance 1 / in per expert, and zero.
 
-    All experts compute the dense matrix at first; what separates them is that their left factors differ.
+    All experts compute the dense matrix at first; the random left factors break the symmetry between them.
     """
     import torch
 

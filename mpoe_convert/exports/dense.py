@@ -102,7 +102,7 @@ def dense_tensors(source: Converted, shares: Shares) -> Iterator[Made]:
     """The tensors of the dense model: those of an FFN stand where the first of its mixture's stood.
 
     Raises:
-        ExportError: the experts are adapters that do something.
+        ExportError: the experts are adapters that have been trained (their output is not zero).
     """
     done = set()
     for name in source.checkpoint.tensors:

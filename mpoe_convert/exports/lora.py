@@ -126,7 +126,7 @@ def _check_low_rank(source: Converted, mixture: Mixture) -> None:
 
 
 def _check_base(source: Converted, tensors: tuple[Made, ...], base: Checkpoint) -> None:
-    """Raises ExportError if the base has other numbers than the experts share."""
+    """Raises ExportError if the weights of the base are not what the experts share."""
     import torch
 
     from ..planning import is_buffer
@@ -209,22 +209,22 @@ def _adapter(source: Converted, modules: dict, expert: int) -> Iterator[Made]:
             dtype = source.dtype(mixture, roles[0])
             key = f"base_model.model.{module}"
             arguments = (source, mixture, roles, expert)
-            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_way_in, *arguments))
-            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_way_out, *arguments))
+            yield Made(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_down_projection, *arguments))
+            yield Made(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_up_projection, *arguments))
             if mixture.bias_kind(roles[0]) == "per-expert":
                 dtype = source.bias(mixture, roles[0], SHARED).dtype
                 dtype = str(dtype).removeprefix("torch.")
                 yield Made(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 
-def _way_in(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+def _down_projection(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(rank, in); of a fused projection one role's above the other's."""
     import torch
 
     return torch.cat([source.factors(mixture, role, expert)[0].T for role in roles])
 
 
-def _way_out(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
+def _up_projection(source: Converted, mixture: Mixture, roles: list[str], expert: int) -> Tensor:
     """(out, rank); of a fused projection each role's in a block of its own."""
     import torch
 
