@@ -121,7 +121,7 @@ def described(cls: type) -> Any:
 
 def in_order(cls: Any) -> list[Field]:
     """The fields of a class: first those that its own body declares, then what it inherits."""
-    own = cls.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(cls)
     return sorted(fields(cls), key=lambda each: each.name not in own)
 
 

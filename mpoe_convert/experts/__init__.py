@@ -57,7 +57,7 @@ def _read_bonds(value: Any) -> Any:
     if not isinstance(value, str):
         return None if value in ((), []) else value
     try:
-        bonds = tuple(int(part) for part in value.split(","))
+        bonds = [int(part) for part in value.split(",")]
     except ValueError:
         return value
     return bonds if len(bonds) > 1 else bonds[0]

@@ -373,10 +373,10 @@ class Plan(Shown):
     def totals_table(self) -> Table:
         """Both references beside the artifact, for the FFNs and for the whole model."""
         rows = [*self.ffn_totals.rows("FFNs"), *self.totals.rows("whole model")]
-        if self.ffn_totals.rebuild_flops_per_forward:
-            flops = f"{self.ffn_totals.rebuild_flops_per_forward:,}"
+        if flops := self.ffn_totals.rebuild_flops_per_forward:
             what = "FFNs: FLOPs per forward pass to rebuild all experts"
-            rows.append(dict.fromkeys(rows[0], "") | {"": what, "this model": flops})
+            blank: dict[str, Cell] = dict.fromkeys(rows[0], "")
+            rows.append(blank | {"": what, "this model": flops})
         return Table("Totals", tuple(rows))
 
     def shards_table(self) -> Table:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..artifact.card_file import remove_section
 from ..artifact.layout import (
@@ -45,6 +43,13 @@ from .request import Finetuning
 from .roles import freeze, has_centre
 from .tasks import TASKS, Task, class_names
 from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, TellLogs
+
+try:
+    from accelerate import PartialState
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+except ImportError:
+    need("finetune", "accelerate", "datasets", extra="train")
+    raise
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +91,7 @@ def finetune(
         DataError: the data cannot be read or do not fit the task.
         OutputError: `output` is not empty, or has no checkpoint to resume from.
     """
-    need("finetune", "accelerate", "datasets", extra="train")
+    need("finetune", "datasets", extra="train")
 
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
