@@ -76,7 +76,15 @@ ORDER = [
         "weight_files",
         "safetensors_header",
     ),
-    *("sites", "libraries", "runtime.modeling_mpoe", "runtime.build", "runtime", "verify_child"),
+    *(
+        "sites",
+        "libraries",
+        "runtime.modeling_mpoe",
+        "runtime.build",
+        "runtime.rules",
+        "runtime",
+        "verify_child",
+    ),
     "errors",
 ]
 
