@@ -18,7 +18,7 @@ class Option(NamedTuple):
     type: type | UnionType
     default: object
     meaning: str
-    values: tuple[str, ...] | None = None  # all that it may be; None: anything of its type
+    values: tuple[str, ...] | None = None  # all that it may be; None: any value of its type
 
 
 # In the order in which config.json lists them.
@@ -27,70 +27,70 @@ CONFIG_OPTIONS = (
         "router_aux_loss_coef",
         float,
         0.01,
-        "coefficient of the load-balancing loss, which is added in training; 0: off",
+        "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
+        "balanced, that is the number of experts per token",
     ),
-    Option(
-        "router_z_loss_coef",
-        float,
-        0.0,
-        "coefficient of the router z-loss, which is added in training; 0: off",
-    ),
+    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
         "output_router_logits",
         bool,
         False,
-        "outputs carry `router_logits` and `aux_loss`",
+        "outputs carry `router_logits` and `aux_loss`; also an argument of a call",
     ),
     Option(
         "router_combine",
         str,
         "renormalised",
-        "combine weights: `renormalised`, which sum to one per token, or `raw`, the probabilities (Switch)",
+        "combine weights: `renormalised`: softmax over the chosen logits, for one expert per token the "
+        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained",
         ("renormalised", "raw"),
     ),
     Option(
         "router_jitter_noise",
         float,
         0.0,
-        "in training the router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+        "in training a router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
     ),
     Option(
         "router_capacity_factor",
         float | None,
         None,
-        "in training an expert takes at most this times its equal share of the choices; null: no limit",
+        "in training an expert takes at most this times its equal share of the choices, and the others are "
+        "dropped; none: no limit",
     ),
     Option(
         "router_bias_update_rate",
         float,
         0.0,
-        "step of DeepSeek-V3's balancing bias, which balances without a loss; 0: the bias stays as it is",
+        "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
+        "step, in compiled code after each pass; 0: it stays as it is",
     ),
     Option(
         "router_balance_bias",
         bool,
         False,
-        "the checkpoint has balancing biases; a rate above 0 sets it",
+        "there are such biases, which are loaded; a rate above 0 sets it",
     ),
     Option(
         "router_tasks",
         list[str] | None,
         None,
-        "names of tasks: routers choose by the task of a sequence (see `route_by`); null: by token",
+        "names of tasks: routers choose by the task of a sequence, see `route_by`; none: by token",
     ),
     Option(
         "mpoe_schedule",
         str,
         "auto",
-        "how experts are computed: `apply`, `rebuild`, `cached`, or `auto`, the cheapest; "
-        "the environment variable MPOE_SCHEDULE overrules it",
+        "`apply`: the cores act on the activations; `rebuild`: the matrices of the experts that are hit are "
+        "contracted; `cached`: and kept, in inference; `auto`: the cheapest. The environment variable "
+        "MPOE_SCHEDULE overrules it",
         ("auto", "apply", "rebuild", "cached"),
     ),
     Option(
         "mpoe_cache",
         str,
         "off",
-        "which experts' matrices are kept in inference: `off`, `hit` (of experts that were chosen) or `all`; "
+        "whose contracted matrices are kept in inference: nobody's (`off`), the `hit` experts', or `all`. "
         "MPOE_CACHE overrules it",
         ("off", "hit", "all"),
     ),
@@ -98,7 +98,8 @@ CONFIG_OPTIONS = (
         "mpoe_cache_bytes",
         int | None,
         None,
-        "limit of all kept matrices of the model, in bytes; null: none; MPOE_CACHE_BYTES overrules it",
+        "limit in bytes of the kept matrices of the whole model; none: no limit. MPOE_CACHE_BYTES overrules "
+        "it",
     ),
 )
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}

@@ -22,18 +22,22 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
   `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
   submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's
   custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
-* Combine weights are the softmax over the k chosen logits and sum to one: identical experts compute exactly
-  what the dense FFN computed, whatever the router decides.
+* One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
+  and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
+* Combine weights of rule top-k are the softmax over the k chosen logits and sum to one: identical experts
+  compute exactly what the dense FFN computed, whatever the router decides.
 
 `config.mpoe` holds:
 
     format             version of this block, FORMAT_VERSION
     num_experts, top_k
+    rule               name of the selection rule, see `RULES`; "top-k" if it is absent
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
                        "bias": "shared", "per-expert" or null};
-                       "adapter": size, if the experts are adapters behind a shared FFN
+                       "adapter": size, if the experts are adapters behind a shared FFN;
+                       `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces
       absorbed         submodules whose work moved into the mixture; they become Identity
@@ -43,8 +47,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
       adds_residual    true if the stock FFN is called with the residual and adds it
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
 
-Shapes in the comments: B batch, T tokens (all of a batch, in one axis), H hidden size, E experts, k experts
-per token, N rows (one per token and chosen expert).
+Letters of shapes: B sequences of a batch, T tokens (of all sequences, in one axis), H hidden size, E experts,
+N choices, each of which is a row that passes one expert; k choices per token, so that N = T k for rule top-k.
 
 Contents:
 {contents}

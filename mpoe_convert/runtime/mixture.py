@@ -29,18 +29,20 @@ _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
-    """What experts start from, per token or per row: one that the experts' shared parts have worked on."""
+    """What experts start from, per token (M = T) or per choice (M = N), once the common terms are done."""
 
-    rows: Tensor  # (N, H)
-    up: Tensor | None = None  # (N, inner) what the terms of `up` that all share made of them
-    gate: Tensor | None = None
+    rows: Tensor  # (M, H); what a common FFN made of the tokens, if the experts are behind it
+    up: Tensor | None = (
+        None  # (M, inner) what the common terms of `up` made of the rows; None: there are none
+    )
+    gate: Tensor | None = None  # (M, inner) the same of `gate`
 
     def take(self, index: Tensor) -> "Inputs":
-        """Those at `index` (M,), in its order."""
+        """Those at `index`, in its order."""
         return Inputs(*(None if part is None else part[index] for part in self))
 
     def spread(self, choices: Choices) -> "Inputs":
-        """Of the tokens -> of their choices."""
+        """From one per token to one per choice."""
         return Inputs(*(None if part is None else choices.spread(part) for part in self))
 
 
@@ -72,7 +74,6 @@ class FeedForward(nn.Module):
             setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
         self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
-        self.shared_params = sum(part.shared_params for part in self.parts)
         self.own_params = sum(part.own_params for part in self.parts)
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
@@ -85,6 +86,7 @@ class FeedForward(nn.Module):
         self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
+        self._decided: tuple[tuple | None, str] = (None, "apply")  # what `auto` decided last, and for what
         self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
         self.task: Tensor | None = None  # see Router; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
@@ -92,6 +94,10 @@ class FeedForward(nn.Module):
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
 
     # ------------------------------------------------------------------------------------- cost
+
+    @property
+    def shared_params(self) -> int:
+        return sum(part.shared_params for part in self.parts)
 
     def cost(self, work: Work, schedule: str = "apply") -> Cost:
         """Of a forward pass: the sum over the parts."""
@@ -118,7 +124,7 @@ class FeedForward(nn.Module):
         return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
 
     def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
-        """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
+        """An estimate of a forward pass's time, for comparing schedules."""
         return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
 
     def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
@@ -128,9 +134,16 @@ class FeedForward(nn.Module):
         if torch.compiler.is_compiling():
             return "apply"
         free = self.cache is not None and not torch.is_grad_enabled()
-        work = self.work(num_tokens, num_choices)
-        schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
-        return min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule)))
+        case = (num_tokens, num_choices, free)
+        if self._decided[0] != case:  # in decoding each call is like the last one
+            work = self.work(num_tokens, num_choices)
+            schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
+            self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
+        return self._decided[1]
+
+    def _apply(self, fn, recurse=True):
+        self._decided = (None, "apply")  # another dtype has other costs
+        return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------- options
 
@@ -156,6 +169,7 @@ class FeedForward(nn.Module):
         self.cache = None if keep is None else MatrixCache(keep, limit)
 
     def add_balance_bias(self) -> None:
+        """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
@@ -217,13 +231,14 @@ class FeedForward(nn.Module):
         if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
-        order = choices.experts.argsort(stable=True)  # (N,) choices by expert
+        order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
+        # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
             return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
-        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), by expert
+        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), in that order
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
@@ -231,13 +246,13 @@ class FeedForward(nn.Module):
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
     ) -> Tensor:
-        """The same, one expert after the other; `parts`: for every expert the indices of its choices."""
+        """The same, one expert after the other; `parts`: the indices of each expert's choices."""
         output, dtype = None, inputs.rows.dtype
         for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
-            own = choices.take(part)
-            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (choices of it, H)
+            own = choices.take(part)  # M of the N
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (M, H)
             rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
                 output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
@@ -245,7 +260,7 @@ class FeedForward(nn.Module):
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
-        """One expert's whole FFN at a time: its activations stay in the processor's cache."""
+        """Whether one expert's whole FFN runs at a time: its activations stay in the processor's cache."""
         modules = (module for part in self.parts for module in part.modules())
         if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
             return False  # accelerate would load an offloaded module once per expert
@@ -274,16 +289,18 @@ class FeedForward(nn.Module):
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
-        """The FFN itself: N rows -> (N, H)."""
+        """The FFN itself: rows (N, H) -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
         up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
         if self.gate is None:
             inner = self.act(up)
         else:
-            inner = self.act(self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)) * up
+            gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
+            inner = self.act(gate) * up
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
 def _seconds(cost: Cost) -> float:
+    """On the machine of `_FLOPS` and `_BANDWIDTH`."""
     return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH

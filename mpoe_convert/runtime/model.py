@@ -33,12 +33,16 @@ def _take(layer: nn.Module, path: str | None):
 
 
 def _put(layer: nn.Module, path: str, value) -> None:
+    """Set the attribute at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, value)
 
 
 def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
-    """The stock dropout as a module. A rate outside the slot would be applied again: it becomes zero."""
+    """The stock dropout as a module.
+
+    A rate that stands outside the slot is set to zero: the stock layer would apply it a second time.
+    """
     dropout = _take(layer, path)
     if dropout is None:
         return nn.Identity()
@@ -50,7 +54,12 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 
 
 def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
-    """Replace the dense FFN of a stock layer by a mixture of the given form; done twice, does nothing."""
+    """Replace the dense FFN of a stock layer by a mixture of this form; nothing to do if it has one.
+
+    Args:
+        form: one of `config.mpoe["forms"]`.
+        block: `config.mpoe`.
+    """
     family = block["family"]
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
@@ -85,7 +94,7 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
 
 
 def _recording(forward):
-    """A stock forward whose outputs carry the router losses; the same signature, and `task_ids` behind it."""
+    """A stock forward whose outputs carry the router losses, with the same signature and `task_ids`."""
     signature = inspect.signature(forward)
     names = list(signature.parameters)[1:]
     parameters = list(signature.parameters.values())
@@ -241,10 +250,10 @@ class MixtureMixin:
             self.update_router_bias()
 
     def update_router_bias(self) -> None:
-        """Move the balancing biases now, by the load since they moved last.
+        """Move the balancing biases now, by the load since their last move.
 
-        The first pass after an optimizer's step does so by itself. Called right after the step, it makes
-        checkpoints of the training complete.
+        The first pass after an optimizer's step calls it. A training loop that calls it right after the step
+        writes checkpoints whose biases are up to date.
         """
         rate = self.config.router_bias_update_rate
         for _, ffn in self.mixtures():
@@ -254,7 +263,7 @@ class MixtureMixin:
             ffn.update_bias(rate)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
-        """How much of an optimizer's step this pass is: Trainer's accumulated passes add up to one."""
+        """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""
         labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
         if labels is None or num_items is None or not getattr(self, "accepts_loss_kwargs", True):
             return 1.0
@@ -262,9 +271,11 @@ class MixtureMixin:
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
     def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
-        """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
+        """(T,) which of the tokens of a mixture's call are no padding; None if the arguments do not tell.
 
-        `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
+        Args:
+            index: number of the mixture's call in the pass: BERT may feed its FFNs chunk by chunk.
+            arguments: of the model's forward pass, by name.
         """
         mask = arguments.get("attention_mask")
         if self.config.is_encoder_decoder and ffn.in_decoder:
@@ -295,6 +306,7 @@ class MixtureMixin:
 
 
 def _config_class(base: type, name: str, module: str) -> type:
+    """The stock config class with `mpoe` and our options."""
     options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
@@ -302,7 +314,7 @@ def _config_class(base: type, name: str, module: str) -> type:
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
-    if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
+    if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
         def __init__(self, *args, **kwargs):
             ours = {option: kwargs.pop(option, default) for option, default in options.items()}
@@ -315,6 +327,7 @@ def _config_class(base: type, name: str, module: str) -> type:
 
 
 def _model_class(base: type, name: str, module: str) -> type:
+    """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
     body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
     bases = (MixtureMixin, base)
@@ -341,10 +354,12 @@ def _model_class(base: type, name: str, module: str) -> type:
 
 
 def subclass(base: type, module: str = __name__) -> type:
-    """The subclass of a config or model class; made once, kept as an attribute of the module of that name.
+    """The subclass of a config or model class; made once and kept as an attribute of the module.
 
-    The base is a class of transformers, or one of the code that a checkpoint's source has of its own: that
-    is subclassed in a module beside this one, so that saving a model copies all of its code.
+    Args:
+        base: a class of transformers, or of the custom code of a checkpoint's source.
+        module: name of the module that keeps it; for custom code one beside this file, so that saving a model
+            copies all of its code.
     """
     namespace, name = vars(sys.modules[module]), CLASS_PREFIX + base.__name__
     if name in namespace:
@@ -354,7 +369,7 @@ def subclass(base: type, module: str = __name__) -> type:
         return namespace[name]
     namespace[name] = _model_class(base, name, module)
     if module == __name__:
-        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel.
+        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel from the config.
         backbone = MODEL_MAPPING.get(base.config_class, None)
         if isinstance(backbone, type):
             subclass(backbone)
@@ -364,6 +379,7 @@ def subclass(base: type, module: str = __name__) -> type:
 
 
 def __getattr__(name: str) -> type:
+    """`MPOE<Name>`: the subclass of `transformers.<Name>`, which `auto_map` of config.json asks for."""
     base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
     if not name.startswith(CLASS_PREFIX) or not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,18 +22,22 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
   `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
   submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's
   custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
-* Combine weights are the softmax over the k chosen logits and sum to one: identical experts compute exactly
-  what the dense FFN computed, whatever the router decides.
+* One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
+  and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
+* Combine weights of rule top-k are the softmax over the k chosen logits and sum to one: identical experts
+  compute exactly what the dense FFN computed, whatever the router decides.
 
 `config.mpoe` holds:
 
     format             version of this block, FORMAT_VERSION
     num_experts, top_k
+    rule               name of the selection rule, see `RULES`; "top-k" if it is absent
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
                        "bias": "shared", "per-expert" or null};
-                       "adapter": size, if the experts are adapters behind a shared FFN
+                       "adapter": size, if the experts are adapters behind a shared FFN;
+                       `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces
       absorbed         submodules whose work moved into the mixture; they become Identity
@@ -43,8 +47,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
       adds_residual    true if the stock FFN is called with the residual and adds it
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
 
-Shapes in the comments: B batch, T tokens (all of a batch, in one axis), H hidden size, E experts, k experts
-per token, N rows (one per token and chosen expert).
+Letters of shapes: B sequences of a batch, T tokens (of all sequences, in one axis), H hidden size, E experts,
+N choices, each of which is a row that passes one expert; k choices per token, so that N = T k for rule top-k.
 
 Contents:
     1. Config: options at its top level, and the version of its `mpoe` block
@@ -106,7 +110,7 @@ class Option(NamedTuple):
     type: type | UnionType
     default: object
     meaning: str
-    values: tuple[str, ...] | None = None  # all that it may be; None: anything of its type
+    values: tuple[str, ...] | None = None  # all that it may be; None: any value of its type
 
 
 # In the order in which config.json lists them.
@@ -115,70 +119,70 @@ CONFIG_OPTIONS = (
         "router_aux_loss_coef",
         float,
         0.01,
-        "coefficient of the load-balancing loss, which is added in training; 0: off",
+        "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
+        "balanced, that is the number of experts per token",
     ),
-    Option(
-        "router_z_loss_coef",
-        float,
-        0.0,
-        "coefficient of the router z-loss, which is added in training; 0: off",
-    ),
+    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
         "output_router_logits",
         bool,
         False,
-        "outputs carry `router_logits` and `aux_loss`",
+        "outputs carry `router_logits` and `aux_loss`; also an argument of a call",
     ),
     Option(
         "router_combine",
         str,
         "renormalised",
-        "combine weights: `renormalised`, which sum to one per token, or `raw`, the probabilities (Switch)",
+        "combine weights: `renormalised`: softmax over the chosen logits, for one expert per token the "
+        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained",
         ("renormalised", "raw"),
     ),
     Option(
         "router_jitter_noise",
         float,
         0.0,
-        "in training the router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+        "in training a router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
     ),
     Option(
         "router_capacity_factor",
         float | None,
         None,
-        "in training an expert takes at most this times its equal share of the choices; null: no limit",
+        "in training an expert takes at most this times its equal share of the choices, and the others are "
+        "dropped; none: no limit",
     ),
     Option(
         "router_bias_update_rate",
         float,
         0.0,
-        "step of DeepSeek-V3's balancing bias, which balances without a loss; 0: the bias stays as it is",
+        "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
+        "step, in compiled code after each pass; 0: it stays as it is",
     ),
     Option(
         "router_balance_bias",
         bool,
         False,
-        "the checkpoint has balancing biases; a rate above 0 sets it",
+        "there are such biases, which are loaded; a rate above 0 sets it",
     ),
     Option(
         "router_tasks",
         list[str] | None,
         None,
-        "names of tasks: routers choose by the task of a sequence (see `route_by`); null: by token",
+        "names of tasks: routers choose by the task of a sequence, see `route_by`; none: by token",
     ),
     Option(
         "mpoe_schedule",
         str,
         "auto",
-        "how experts are computed: `apply`, `rebuild`, `cached`, or `auto`, the cheapest; "
-        "the environment variable MPOE_SCHEDULE overrules it",
+        "`apply`: the cores act on the activations; `rebuild`: the matrices of the experts that are hit are "
+        "contracted; `cached`: and kept, in inference; `auto`: the cheapest. The environment variable "
+        "MPOE_SCHEDULE overrules it",
         ("auto", "apply", "rebuild", "cached"),
     ),
     Option(
         "mpoe_cache",
         str,
         "off",
-        "which experts' matrices are kept in inference: `off`, `hit` (of experts that were chosen) or `all`; "
+        "whose contracted matrices are kept in inference: nobody's (`off`), the `hit` experts', or `all`. "
         "MPOE_CACHE overrules it",
         ("off", "hit", "all"),
     ),
@@ -186,7 +190,8 @@ CONFIG_OPTIONS = (
         "mpoe_cache_bytes",
         int | None,
         None,
-        "limit of all kept matrices of the model, in bytes; null: none; MPOE_CACHE_BYTES overrules it",
+        "limit in bytes of the kept matrices of the whole model; none: no limit. MPOE_CACHE_BYTES overrules "
+        "it",
     ),
 )
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
@@ -809,7 +814,8 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
         chosen = logits.gather(-1, experts)  # (T, k)
     weights = weigh(logits, chosen, experts, router.combine)  # (T, k)
-    tokens = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(k)  # (T * k,)
+    places = torch.arange(logits.shape[0] * k, device=logits.device)  # (T * k,)
+    tokens = places.div(k, rounding_mode="floor")  # (T * k,) every token k times
     return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
 
 
@@ -836,13 +842,14 @@ def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str) -> Tens
 
 
 class Router(Part):
-    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
+    """Decides which experts a token goes to, in float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
     of `tasks` (number of tasks, H), or one that is given.
 
     Attributes:
-        top_k: k, for the rules that choose so many experts per token.
+        select: the selection rule.
+        top_k: k, for rules that choose so many experts per token.
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
             p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
@@ -868,7 +875,7 @@ class Router(Part):
         self.register_parameter("tasks", None)
 
     def add_tasks(self, number: int) -> None:
-        """Choose by task from now on; with a table for so many, if any."""
+        """Choose by task from now on, with a table of so many embeddings (0: none, they are given)."""
         self.by_task = True
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
@@ -882,16 +889,16 @@ class Router(Part):
         mask: Tensor | None = None,
         task: Tensor | None = None,
     ) -> Routing:
-        """tokens (T, H).
+        """Decide for tokens (T, H).
 
         Args:
-            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences, one or as many as there are.
-            bias: (E,) added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3).
+            bias: (E,) for balancing: it changes the selection, not the weights.
             mask: (T,) zero for padding, which takes no room of the capacity.
+            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences; one, or one per sequence.
         """
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            x = self._task_rows(tokens, task) if self.by_task else tokens.float()
+            x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
@@ -907,7 +914,7 @@ class Router(Part):
                 "the routers of this model choose by task: name one with model.route_by(...) or pass task_ids"
             )
         task = task.to(tokens.device)
-        rows = (task if task.is_floating_point() else self.tasks[task]).float()
+        rows = (task if task.is_floating_point() else self.tasks[task]).float()  # (B, H)
         if tokens.shape[0] % rows.shape[0]:
             raise ValueError(
                 f"{rows.shape[0]} tasks were given for {tokens.shape[0]} tokens; expected one, "
@@ -918,11 +925,10 @@ class Router(Part):
     def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
-        order = choices.ranks().argsort(
-            stable=True
-        )  # (N,) first choices of all tokens, then second ones, ...
+        # (N,) the first choices of all tokens, then the second ones, and so on
+        order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)
-        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
         capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
@@ -966,13 +972,17 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------
 # 8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+#
+# The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
+# outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
+# Compiled code, which keeps no such Python state, adds them to the model's loss.
 
 
 _ROUTER_FIELDS = ("aux_loss", "router_logits")
 
 
 class _AddGradient(torch.autograd.Function):
-    """A copy of the tensor; in the backward pass the loss is optimised too, by the pass's factor."""
+    """An identity on a tensor; its backward pass starts a loss's gradient too, times the pass's factor."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
@@ -981,7 +991,7 @@ class _AddGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        factor = 1.0
+        factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
             factor = ctx.router_pass.factor
@@ -989,7 +999,7 @@ class _AddGradient(torch.autograd.Function):
 
 
 class _NoteScale(torch.autograd.Function):
-    """A copy of the loss; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
+    """An identity on the model's loss; its backward pass notes the gradient: a GradScaler's factor, say."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
@@ -1019,6 +1029,7 @@ class Repeatable(deque):
 
 
 def in_backward() -> bool:
+    """Whether a backward pass is running, which may repeat the forward pass of checkpointed layers."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -1029,11 +1040,11 @@ class RouterPass:
     and a checkpointed call that the backward pass repeats joins again.
 
     Attributes:
-        calls: of the mixtures so far; dropped when the pass is over.
-        num_calls: how many; the loss is the mean over them.
-        share: how much of an optimizer's step this pass is.
-        task: that was given to this pass, see `Router`.
-        scale: what the model's own loss is multiplied by; known once the backward pass has begun.
+        calls: of the mixtures so far; emptied when the pass is over.
+        num_calls: their number; the loss is the mean over them.
+        share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
+        task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
+        scale: the factor on the model's own loss; known once the backward pass has begun.
         went_back: whether a backward pass has reached a mixture.
     """
 
@@ -1048,22 +1059,23 @@ class RouterPass:
 
     @property
     def factor(self) -> float | Tensor:
+        """Of each call's loss in the backward pass."""
         share = self.share
         if isinstance(share, Tensor) and isinstance(self.scale, Tensor):
             share = share.to(self.scale.device)
         return self.scale * share / max(self.num_calls, 1)
 
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
-        """Which of the tokens of a mixture's next call count."""
+        """(T,) which of the tokens of a mixture's next call count; None: all."""
         return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
     ) -> Routing:
-        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
+        """Note a call of a mixture and return its routing, whose weights carry the losses' gradient."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
-            self.went_back = True  # nobody will tell
+            self.went_back = True  # a compiled backward pass does not tell
             self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
             return routing
         joined, loss = self.join(routing, mask)
@@ -1080,6 +1092,7 @@ class RouterPass:
         return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
+        """A scalar: the losses of one call, times their coefficients."""
         loss = routing.logits.new_zeros(())
         if self.aux_coef:
             loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
@@ -1096,7 +1109,7 @@ def add_losses(outputs, running: RouterPass, arguments: dict):
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
     total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
-    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+    if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts
         if not torch.compiler.is_compiling():
             tensor = _NoteScale.apply(tensor, running)
         tensor = tensor + total.to(tensor.device)
@@ -1120,6 +1133,7 @@ def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    """The outputs with `aux_loss`, a scalar, and `router_logits`, (T, E) per call."""
     calls = running.calls
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
     shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
@@ -1164,18 +1178,20 @@ _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
-    """What experts start from, per token or per row: one that the experts' shared parts have worked on."""
+    """What experts start from, per token (M = T) or per choice (M = N), once the common terms are done."""
 
-    rows: Tensor  # (N, H)
-    up: Tensor | None = None  # (N, inner) what the terms of `up` that all share made of them
-    gate: Tensor | None = None
+    rows: Tensor  # (M, H); what a common FFN made of the tokens, if the experts are behind it
+    up: Tensor | None = (
+        None  # (M, inner) what the common terms of `up` made of the rows; None: there are none
+    )
+    gate: Tensor | None = None  # (M, inner) the same of `gate`
 
     def take(self, index: Tensor) -> "Inputs":
-        """Those at `index` (M,), in its order."""
+        """Those at `index`, in its order."""
         return Inputs(*(None if part is None else part[index] for part in self))
 
     def spread(self, choices: Choices) -> "Inputs":
-        """Of the tokens -> of their choices."""
+        """From one per token to one per choice."""
         return Inputs(*(None if part is None else choices.spread(part) for part in self))
 
 
@@ -1207,7 +1223,6 @@ class FeedForward(nn.Module):
             setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
         self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
-        self.shared_params = sum(part.shared_params for part in self.parts)
         self.own_params = sum(part.own_params for part in self.parts)
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
@@ -1220,6 +1235,7 @@ class FeedForward(nn.Module):
         self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
+        self._decided: tuple[tuple | None, str] = (None, "apply")  # what `auto` decided last, and for what
         self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
         self.task: Tensor | None = None  # see Router; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
@@ -1227,6 +1243,10 @@ class FeedForward(nn.Module):
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
 
     # ------------------------------------------------------------------------------------- cost
+
+    @property
+    def shared_params(self) -> int:
+        return sum(part.shared_params for part in self.parts)
 
     def cost(self, work: Work, schedule: str = "apply") -> Cost:
         """Of a forward pass: the sum over the parts."""
@@ -1253,7 +1273,7 @@ class FeedForward(nn.Module):
         return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
 
     def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
-        """A forward pass's time on the machine of `_FLOPS` and `_BANDWIDTH`; for comparing schedules."""
+        """An estimate of a forward pass's time, for comparing schedules."""
         return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
 
     def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
@@ -1263,9 +1283,16 @@ class FeedForward(nn.Module):
         if torch.compiler.is_compiling():
             return "apply"
         free = self.cache is not None and not torch.is_grad_enabled()
-        work = self.work(num_tokens, num_choices)
-        schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
-        return min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule)))
+        case = (num_tokens, num_choices, free)
+        if self._decided[0] != case:  # in decoding each call is like the last one
+            work = self.work(num_tokens, num_choices)
+            schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
+            self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
+        return self._decided[1]
+
+    def _apply(self, fn, recurse=True):
+        self._decided = (None, "apply")  # another dtype has other costs
+        return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------- options
 
@@ -1291,6 +1318,7 @@ class FeedForward(nn.Module):
         self.cache = None if keep is None else MatrixCache(keep, limit)
 
     def add_balance_bias(self) -> None:
+        """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
@@ -1352,13 +1380,14 @@ class FeedForward(nn.Module):
         if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
-        order = choices.experts.argsort(stable=True)  # (N,) choices by expert
+        order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
+        # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
         on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
             return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
-        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), by expert
+        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), in that order
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
@@ -1366,13 +1395,13 @@ class FeedForward(nn.Module):
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
     ) -> Tensor:
-        """The same, one expert after the other; `parts`: for every expert the indices of its choices."""
+        """The same, one expert after the other; `parts`: the indices of each expert's choices."""
         output, dtype = None, inputs.rows.dtype
         for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
-            own = choices.take(part)
-            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (choices of it, H)
+            own = choices.take(part)  # M of the N
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (M, H)
             rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
                 output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
@@ -1380,7 +1409,7 @@ class FeedForward(nn.Module):
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
-        """One expert's whole FFN at a time: its activations stay in the processor's cache."""
+        """Whether one expert's whole FFN runs at a time: its activations stay in the processor's cache."""
         modules = (module for part in self.parts for module in part.modules())
         if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
             return False  # accelerate would load an offloaded module once per expert
@@ -1409,18 +1438,20 @@ class FeedForward(nn.Module):
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
     def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
-        """The FFN itself: N rows -> (N, H)."""
+        """The FFN itself: rows (N, H) -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
         up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
         if self.gate is None:
             inner = self.act(up)
         else:
-            inner = self.act(self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)) * up
+            gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
+            inner = self.act(gate) * up
         return self.down(self.inner_dropout(inner), picks, rebuild, cache)
 
 
 def _seconds(cost: Cost) -> float:
+    """On the machine of `_FLOPS` and `_BANDWIDTH`."""
     return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH
 
 
@@ -1438,12 +1469,16 @@ def _take(layer: nn.Module, path: str | None):
 
 
 def _put(layer: nn.Module, path: str, value) -> None:
+    """Set the attribute at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, value)
 
 
 def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
-    """The stock dropout as a module. A rate outside the slot would be applied again: it becomes zero."""
+    """The stock dropout as a module.
+
+    A rate that stands outside the slot is set to zero: the stock layer would apply it a second time.
+    """
     dropout = _take(layer, path)
     if dropout is None:
         return nn.Identity()
@@ -1455,7 +1490,12 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 
 
 def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
-    """Replace the dense FFN of a stock layer by a mixture of the given form; done twice, does nothing."""
+    """Replace the dense FFN of a stock layer by a mixture of this form; nothing to do if it has one.
+
+    Args:
+        form: one of `config.mpoe["forms"]`.
+        block: `config.mpoe`.
+    """
     family = block["family"]
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
@@ -1490,7 +1530,7 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
 
 
 def _recording(forward):
-    """A stock forward whose outputs carry the router losses; the same signature, and `task_ids` behind it."""
+    """A stock forward whose outputs carry the router losses, with the same signature and `task_ids`."""
     signature = inspect.signature(forward)
     names = list(signature.parameters)[1:]
     parameters = list(signature.parameters.values())
@@ -1646,10 +1686,10 @@ class MixtureMixin:
             self.update_router_bias()
 
     def update_router_bias(self) -> None:
-        """Move the balancing biases now, by the load since they moved last.
+        """Move the balancing biases now, by the load since their last move.
 
-        The first pass after an optimizer's step does so by itself. Called right after the step, it makes
-        checkpoints of the training complete.
+        The first pass after an optimizer's step calls it. A training loop that calls it right after the step
+        writes checkpoints whose biases are up to date.
         """
         rate = self.config.router_bias_update_rate
         for _, ffn in self.mixtures():
@@ -1659,7 +1699,7 @@ class MixtureMixin:
             ffn.update_bias(rate)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
-        """How much of an optimizer's step this pass is: Trainer's accumulated passes add up to one."""
+        """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""
         labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
         if labels is None or num_items is None or not getattr(self, "accepts_loss_kwargs", True):
             return 1.0
@@ -1667,9 +1707,11 @@ class MixtureMixin:
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
     def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
-        """(T,) which of the tokens in a mixture's call are no padding, where the model's arguments tell.
+        """(T,) which of the tokens of a mixture's call are no padding; None if the arguments do not tell.
 
-        `index` is the number of the call in the pass: BERT may feed its FFNs chunk by chunk.
+        Args:
+            index: number of the mixture's call in the pass: BERT may feed its FFNs chunk by chunk.
+            arguments: of the model's forward pass, by name.
         """
         mask = arguments.get("attention_mask")
         if self.config.is_encoder_decoder and ffn.in_decoder:
@@ -1700,6 +1742,7 @@ class MixtureMixin:
 
 
 def _config_class(base: type, name: str, module: str) -> type:
+    """The stock config class with `mpoe` and our options."""
     options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
@@ -1707,7 +1750,7 @@ def _config_class(base: type, name: str, module: str) -> type:
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
-    if module != __name__:  # code of the source may have a constructor, which a generated one would pass by
+    if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
         def __init__(self, *args, **kwargs):
             ours = {option: kwargs.pop(option, default) for option, default in options.items()}
@@ -1720,6 +1763,7 @@ def _config_class(base: type, name: str, module: str) -> type:
 
 
 def _model_class(base: type, name: str, module: str) -> type:
+    """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
     body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
     bases = (MixtureMixin, base)
@@ -1746,10 +1790,12 @@ def _model_class(base: type, name: str, module: str) -> type:
 
 
 def subclass(base: type, module: str = __name__) -> type:
-    """The subclass of a config or model class; made once, kept as an attribute of the module of that name.
+    """The subclass of a config or model class; made once and kept as an attribute of the module.
 
-    The base is a class of transformers, or one of the code that a checkpoint's source has of its own: that
-    is subclassed in a module beside this one, so that saving a model copies all of its code.
+    Args:
+        base: a class of transformers, or of the custom code of a checkpoint's source.
+        module: name of the module that keeps it; for custom code one beside this file, so that saving a model
+            copies all of its code.
     """
     namespace, name = vars(sys.modules[module]), CLASS_PREFIX + base.__name__
     if name in namespace:
@@ -1759,7 +1805,7 @@ def subclass(base: type, module: str = __name__) -> type:
         return namespace[name]
     namespace[name] = _model_class(base, name, module)
     if module == __name__:
-        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel.
+        # Heads such as LlamaForSequenceClassification build their backbone by AutoModel from the config.
         backbone = MODEL_MAPPING.get(base.config_class, None)
         if isinstance(backbone, type):
             subclass(backbone)
@@ -1769,6 +1815,7 @@ def subclass(base: type, module: str = __name__) -> type:
 
 
 def __getattr__(name: str) -> type:
+    """`MPOE<Name>`: the subclass of `transformers.<Name>`, which `auto_map` of config.json asks for."""
     base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
     if not name.startswith(CLASS_PREFIX) or not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,9 @@
-"""Passes: how the routers' losses join the graph of a forward pass, and its outputs."""
+"""Passes: how the routers' losses join the graph of a forward pass, and its outputs.
+
+The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
+outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
+Compiled code, which keeps no such Python state, adds them to the model's loss.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +24,7 @@ _ROUTER_FIELDS = ("aux_loss", "router_logits")
 
 
 class _AddGradient(torch.autograd.Function):
-    """A copy of the tensor; in the backward pass the loss is optimised too, by the pass's factor."""
+    """An identity on a tensor; its backward pass starts a loss's gradient too, times the pass's factor."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
@@ -28,7 +33,7 @@ class _AddGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        factor = 1.0
+        factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
             factor = ctx.router_pass.factor
@@ -36,7 +41,7 @@ class _AddGradient(torch.autograd.Function):
 
 
 class _NoteScale(torch.autograd.Function):
-    """A copy of the loss; in the backward pass its gradient (a GradScaler's factor, say) is noted."""
+    """An identity on the model's loss; its backward pass notes the gradient: a GradScaler's factor, say."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
@@ -66,6 +71,7 @@ class Repeatable(deque):
 
 
 def in_backward() -> bool:
+    """Whether a backward pass is running, which may repeat the forward pass of checkpointed layers."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -76,11 +82,11 @@ class RouterPass:
     and a checkpointed call that the backward pass repeats joins again.
 
     Attributes:
-        calls: of the mixtures so far; dropped when the pass is over.
-        num_calls: how many; the loss is the mean over them.
-        share: how much of an optimizer's step this pass is.
-        task: that was given to this pass, see `Router`.
-        scale: what the model's own loss is multiplied by; known once the backward pass has begun.
+        calls: of the mixtures so far; emptied when the pass is over.
+        num_calls: their number; the loss is the mean over them.
+        share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
+        task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
+        scale: the factor on the model's own loss; known once the backward pass has begun.
         went_back: whether a backward pass has reached a mixture.
     """
 
@@ -95,22 +101,23 @@ class RouterPass:
 
     @property
     def factor(self) -> float | Tensor:
+        """Of each call's loss in the backward pass."""
         share = self.share
         if isinstance(share, Tensor) and isinstance(self.scale, Tensor):
             share = share.to(self.scale.device)
         return self.scale * share / max(self.num_calls, 1)
 
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
-        """Which of the tokens of a mixture's next call count."""
+        """(T,) which of the tokens of a mixture's next call count; None: all."""
         return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
     ) -> Routing:
-        """Take part in a call of a mixture; its routing, whose weights carry the losses' gradient."""
+        """Note a call of a mixture and return its routing, whose weights carry the losses' gradient."""
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
-            self.went_back = True  # nobody will tell
+            self.went_back = True  # a compiled backward pass does not tell
             self.calls.append(Call(ffn, routing, mask, self.loss(routing, mask)))
             return routing
         joined, loss = self.join(routing, mask)
@@ -127,6 +134,7 @@ class RouterPass:
         return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
+        """A scalar: the losses of one call, times their coefficients."""
         loss = routing.logits.new_zeros(())
         if self.aux_coef:
             loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
@@ -143,7 +151,7 @@ def add_losses(outputs, running: RouterPass, arguments: dict):
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
     total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
-    if tensor is not None:  # its gradient is at the combine weights already, but for compiled calls
+    if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts
         if not torch.compiler.is_compiling():
             tensor = _NoteScale.apply(tensor, running)
         tensor = tensor + total.to(tensor.device)
@@ -167,6 +175,7 @@ def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
+    """The outputs with `aux_loss`, a scalar, and `router_logits`, (T, E) per call."""
     calls = running.calls
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
     shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}

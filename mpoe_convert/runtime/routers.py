@@ -13,13 +13,14 @@ from .parts import Part
 
 
 class Router(Part):
-    """Decides which experts a token goes to. The weight and the arithmetic are float32 in every model dtype.
+    """Decides which experts a token goes to, in float32 in every model dtype.
 
     It looks at the token, or, with `by_task`, at an embedding (H,) of the task that the token belongs to: one
     of `tasks` (number of tasks, H), or one that is given.
 
     Attributes:
-        top_k: k, for the rules that choose so many experts per token.
+        select: the selection rule.
+        top_k: k, for rules that choose so many experts per token.
         combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
             compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
             p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
@@ -45,7 +46,7 @@ class Router(Part):
         self.register_parameter("tasks", None)
 
     def add_tasks(self, number: int) -> None:
-        """Choose by task from now on; with a table for so many, if any."""
+        """Choose by task from now on, with a table of so many embeddings (0: none, they are given)."""
         self.by_task = True
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
@@ -59,16 +60,16 @@ class Router(Part):
         mask: Tensor | None = None,
         task: Tensor | None = None,
     ) -> Routing:
-        """tokens (T, H).
+        """Decide for tokens (T, H).
 
         Args:
-            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences, one or as many as there are.
-            bias: (E,) added to the probabilities to choose the experts, never to weigh them (DeepSeek-V3).
+            bias: (E,) for balancing: it changes the selection, not the weights.
             mask: (T,) zero for padding, which takes no room of the capacity.
+            task: numbers (B,) or embeddings (B, H) of the tasks of B sequences; one, or one per sequence.
         """
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            x = self._task_rows(tokens, task) if self.by_task else tokens.float()
+            x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = F.linear(x, self.weight.float())  # (T, E)
@@ -84,7 +85,7 @@ class Router(Part):
                 "the routers of this model choose by task: name one with model.route_by(...) or pass task_ids"
             )
         task = task.to(tokens.device)
-        rows = (task if task.is_floating_point() else self.tasks[task]).float()
+        rows = (task if task.is_floating_point() else self.tasks[task]).float()  # (B, H)
         if tokens.shape[0] % rows.shape[0]:
             raise ValueError(
                 f"{rows.shape[0]} tasks were given for {tokens.shape[0]} tokens; expected one, "
@@ -95,11 +96,10 @@ class Router(Part):
     def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
-        order = choices.ranks().argsort(
-            stable=True
-        )  # (N,) first choices of all tokens, then second ones, ...
+        # (N,) the first choices of all tokens, then the second ones, and so on
+        order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)
-        queues = F.one_hot(ranked.experts, num_experts)  # (N, E)
+        queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
         capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)

@@ -295,6 +295,20 @@ def test_a_call_without_any_choice():
     assert load_balancing_loss(routing) == 0 and len(routing.choices.experts) == 0
 
 
+def test_a_call_without_any_choice_learns_from_the_losses():
+    ffn = irregular(make_ffn()).train()
+    fill(ffn.router, scale=1e-3)
+    ffn.router_pass = modeling.RouterPass(True, 0.0, 1.0, lambda *_: None)
+    found = ffn(some_tokens())
+    assert len(ffn.router_pass.calls[0].routing.choices.experts) == 0 and not found.any()
+    found.sum().backward()
+    gradient = ffn.router.weight.grad.clone()
+    ffn.zero_grad()
+    router_z_loss(ffn.router(some_tokens())).backward()
+    assert gradient.any()
+    torch.testing.assert_close(gradient, ffn.router.weight.grad)
+
+
 def test_costs_are_those_of_the_choices():
     """FLOPs as torch counts them; the estimate that `auto` goes by takes the number of choices."""
     ffn, x = irregular(make_ffn()), some_tokens(37)

@@ -27,7 +27,8 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
         chosen = logits.gather(-1, experts)  # (T, k)
     weights = weigh(logits, chosen, experts, router.combine)  # (T, k)
-    tokens = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(k)  # (T * k,)
+    places = torch.arange(logits.shape[0] * k, device=logits.device)  # (T * k,)
+    tokens = places.div(k, rounding_mode="floor")  # (T * k,) every token k times
     return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
 
 
