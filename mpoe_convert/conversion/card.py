@@ -69,8 +69,9 @@ def _name(report: Report, checkpoint: Checkpoint) -> str:
     return report.plan.source if checkpoint.revision else checkpoint.folder.resolve().name
 
 
-def _networks(number: int) -> str:
-    return "1 feed-forward network was" if number == 1 else f"{number} feed-forward networks were"
+def _networks(number: int, of: str = "") -> str:
+    """The subject of a sentence: "4 feed-forward networks of tiny-gpt2 were"."""
+    return f"1 feed-forward network{of} was" if number == 1 else f"{number} feed-forward networks{of} were"
 
 
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
@@ -92,9 +93,9 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
         licence = "The card of its base names no licence; the terms of the base apply."
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
-        f"{_networks(len(plan.ffns))} of {base} converted by mpoe-convert into mixtures of {recipe.experts} "
-        f"experts, of which {recipe.top_k} are chosen per token. The experts are {kind.ABOUT}. {start} "
-        f"{UNTRAINED}\n\n{licence}"
+        f"{_networks(len(plan.ffns), f' of {base}')} converted by mpoe-convert into mixtures of "
+        f"{recipe.experts} experts, of which {recipe.top_k} are chosen per token. "
+        f"The experts are {kind.ABOUT}. {start} {UNTRAINED}\n\n{licence}"
     )
 
 
