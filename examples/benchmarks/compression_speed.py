@@ -23,7 +23,7 @@ from mpoe_convert.compression.calibrate import calibrate
 from mpoe_convert.compression.dense_run import DenseRun
 from mpoe_convert.compression.stream import run_batch
 from mpoe_convert.decomposition.low_rank import Metric, factor
-from mpoe_convert.planning.plan import plan_checkpoint
+from mpoe_convert.planning.planner import plan_checkpoint
 from mpoe_convert.planning.resolve import resolve_recipe
 from mpoe_convert.source.checkpoint import open_checkpoint
 

@@ -14,7 +14,8 @@ from ..decomposition.low_rank import spectrum
 from ..devices import pick_device
 from ..errors import MpoeError, RecipeError
 from ..extras import need
-from ..planning.plan import Plan, plan_checkpoint
+from ..planning.plan import Plan
+from ..planning.planner import plan_checkpoint
 from ..planning.recipe import METRICS, Recipe
 from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
 from ..source.checkpoint import Checkpoint, open_checkpoint
@@ -34,8 +35,8 @@ from .sensitivity import measure_sensitivities
 
 # The options that a search varies where the recipe leaves them open.
 SEARCHED = ("metric", "allocation", "correct")
-# Called with (what is worked on, FFNs done, FFNs in all, None or a report).
-Progress = Callable[[str, int, int, object], None]
+# Called with (what is worked on, FFNs done, FFNs in all, None).
+Progress = Callable[[str, int, int, None], None]
 
 
 @dataclass(frozen=True)

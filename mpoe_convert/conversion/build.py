@@ -233,8 +233,8 @@ def _lost(plan: FFNPlan, matrices: Mapping[str, Tensor], recipe: Recipe, order: 
     """Relative error of all matrices together, by TT-SVD."""
     decompose = partial(fit, svd=recipe.svd, seed=recipe.seed)
     lost = sum(
-        sum(decompose(reordered(matrices[matrix.role], matrix.role, order), matrix.sites).discarded)
-        for matrix in plan.matrices
+        sum(decompose(reordered(matrices[role], role, order), sites).discarded)
+        for role, sites in plan.form.sites.items()
     )
     norm = sum(float(matrix.norm()) ** 2 for matrix in matrices.values())
     return (lost / norm) ** 0.5 if norm else 0.0

@@ -40,7 +40,8 @@ def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
         base_model=report.plan.source if checkpoint.revision else None,
         library_name="transformers",
         tags=["mpoe", "moe", "mixture-of-experts", "tensor-train", report.plan.model_type],
-        **{"pipeline_tag": PIPELINE_TAGS.get(auto)} | carried,
+        pipeline_tag=carried.pop("pipeline_tag", PIPELINE_TAGS.get(auto)),
+        **carried,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}")
     path.write_text(str(card), encoding="utf-8")

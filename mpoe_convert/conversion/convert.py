@@ -20,8 +20,9 @@ from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
-from ..planning.plan import FFNPlan, MatrixPlan, is_buffer
+from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
+from ..planning.totals import is_buffer
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
@@ -92,21 +93,25 @@ def _search(
     token: str | None,
 ) -> tuple[Prepared, tuple[Trial, ...]]:
     """Of what `prepare_each` gives, that whose artifact is nearest to the dense model; and all as tried."""
-    count, trials, best = len(alternatives(recipe)), [], None
+    count = len(alternatives(recipe))
+    trials: list[Trial] = []
+    nearest: Prepared | None = None
 
-    def report(what: str, done: int, total: int, _) -> None:
+    def report(what: str, done: int, total: int, _: object) -> None:
         if progress:
-            progress(f"way {len(trials) + 1} of at most {count}: {what}", done, total, None)
+            progress(f"variant {len(trials) + 1} of at most {count}: {what}", done, total, None)
 
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
         _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
             divergence = _write(folder, prepared, checkpoint, report).divergence
-        way = prepared.plan.recipe
-        trials.append(Trial(way.metric, way.allocation, way.correct, divergence))
-        if best is None or divergence.distance < best[0]:
-            best = divergence.distance, prepared
-    return best[1], tuple(trials)
+        assert divergence is not None, "a search is calibrated"
+        if all(divergence.distance < trial.divergence.distance for trial in trials):
+            nearest = prepared
+        variant = prepared.plan.recipe
+        trials.append(Trial(variant.metric, variant.allocation, variant.correct, divergence))
+    assert nearest is not None, "a search has a variant"
+    return nearest, tuple(trials)
 
 
 def _write(

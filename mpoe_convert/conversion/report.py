@@ -145,6 +145,7 @@ class Report(Shown):
 
     def divergence_in_words(self) -> str:
         """The measured divergence, and the one that the plan expected."""
+        assert self.divergence is not None, "nothing was measured"
         words = self.divergence.in_words()
         if self.trials:
             words += " The search selected this variant on the same tokens, so the number is optimistic."
@@ -194,7 +195,7 @@ class Report(Shown):
                 "matrices were truncated without calibration. Expect worse outputs until the model is "
                 "fine-tuned; --calibrate keeps what matters on your text."
             ]
-        far = found.difference > BROKEN_ERROR if found.nats is None else found.nats > BROKEN_NATS
+        far = found.distance > (BROKEN_ERROR if found.nats is None else BROKEN_NATS)
         heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 

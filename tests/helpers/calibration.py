@@ -8,7 +8,8 @@ from helpers.tiny import VOCAB, make_inputs, save_tiny
 from mpoe_convert import Recipe, convert
 from mpoe_convert.compression.calibrate import calibrate
 from mpoe_convert.compression.dense_run import DenseRun
-from mpoe_convert.planning.plan import Plan, plan_checkpoint
+from mpoe_convert.planning.plan import Plan
+from mpoe_convert.planning.planner import plan_checkpoint
 from mpoe_convert.planning.resolve import resolve_recipe
 from mpoe_convert.source.checkpoint import Checkpoint
 from mpoe_convert.source.families import FAMILIES

@@ -1,0 +1,172 @@
+"""Parameters, bytes and floating-point operations of a plan, beside its two references."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..source.architecture import Architecture
+from ..source.locate import runs_per_token
+from ..source.safetensors_file import DTYPE2BYTES
+from ..tables import Cell, size
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..runtime.modeling_mpoe import FeedForward
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+# Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
+_BUFFER = re.compile(
+    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|"
+    r"inv_freq$|position_ids$|final_logits_bias$"
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Parameters, bytes and floating-point operations of one part, for the artifact and two references.
+
+    The references are the dense source and a plain MoE: as many whole copies of every converted FFN,
+    with the same router. Bytes are in the artifact's dtypes. FLOPs count products with weights only
+    (2 per multiply-add): every Linear, Conv1D and Conv2d of the stock class that config.json names (of
+    AutoModel's if it names none), as often as a token passes it. Attention scores depend on the length
+    and are left out. Of an encoder-decoder, "per token" is one token of either stack; layers that see
+    one position (poolers, classifiers) or patches (ViT's Conv2d) count as if they saw every token, and
+    cross-attention as if it were used.
+    """
+
+    dense_params: int
+    plain_moe_params: int
+    stored_params: int
+    plain_moe_active_params: int
+    active_params: int
+    dense_bytes: int
+    plain_moe_bytes: int
+    stored_bytes: int
+    dense_flops_per_token: int
+    plain_moe_flops_per_token: int
+    flops_per_token: int
+    rebuild_flops_per_forward: int
+
+    def rows(self, label: str) -> Iterator[dict[str, Cell]]:
+        """As a table shows them: the artifact beside both references."""
+        for what, dense, moe, ours in (
+            ("parameters stored", self.dense_params, self.plain_moe_params, self.stored_params),
+            (
+                "parameters used per token",
+                self.dense_params,
+                self.plain_moe_active_params,
+                self.active_params,
+            ),
+            ("bytes", self.dense_bytes, self.plain_moe_bytes, self.stored_bytes),
+            (
+                "FLOPs per token",
+                self.dense_flops_per_token,
+                self.plain_moe_flops_per_token,
+                self.flops_per_token,
+            ),
+        ):
+            in_text = size if what == "bytes" else "{:,}".format
+            yield {
+                "": f"{label}: {what}",
+                "dense base": in_text(dense),
+                "plain MoE": in_text(moe),
+                "this model": in_text(ours),
+                "of plain MoE": f"{ours / moe:.1%}",
+            }
+
+
+def ffn_totals(plan: Plan) -> Totals:
+    """Totals of the converted FFNs, by the shipped modules' own count."""
+    from ..runtime.modeling_mpoe import Work
+
+    experts, top_k = plan.recipe.experts, plan.recipe.top_k
+    modules = [meta_module(ffn.form.parts, plan.recipe) for ffn in plan.ffns]
+    shared = sum(module.shared_params for module in modules)
+    own = sum(module.own_params for module in modules)
+    routers = sum(module.router.shared_params for module in modules)
+    dense = sum(m.dense_params for m in plan.matrices)
+    dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
+    # A token has top_k rows; where cores cannot act, a pass contracts the matrices of all experts.
+    work = Work(tokens=1, rows=top_k, experts=experts)
+    costs = [module.cost(work) for module in modules]
+    routing = [module.router.cost(work, "apply") for module in modules]
+    products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
+    runs = [ffn.runs_per_token for ffn in plan.ffns]
+    per_token = list(zip(runs, products, costs, routing, strict=True))
+    return Totals(
+        dense_params=dense,
+        plain_moe_params=experts * dense + routers,
+        stored_params=shared + experts * own,
+        plain_moe_active_params=top_k * dense + routers,
+        active_params=shared + top_k * own,
+        dense_bytes=dense_bytes,
+        plain_moe_bytes=experts * dense_bytes + 4 * routers,
+        stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
+        dense_flops_per_token=sum(n * 2 * size for n, size, _, _ in per_token),
+        plain_moe_flops_per_token=int(sum(n * (2 * top_k * size + r.flops) for n, size, _, r in per_token)),
+        flops_per_token=int(sum(n * cost.flops for n, _, cost, _ in per_token)),
+        rebuild_flops_per_forward=int(sum(n * cost.rebuild_flops for n, _, cost, _ in per_token)),
+    )
+
+
+def model_totals(plan: Plan) -> Totals:
+    """Totals of the whole model: those of the FFNs plus everything that is copied."""
+    ffn = plan.ffn_totals
+    copied = [t for t in plan.tensors if t.ffn is None]
+    params = sum(prod(t.shape) for t in copied if not is_buffer(t.name))
+    num_bytes = sum(t.num_bytes for t in copied)
+    flops = plan.dense_flops_per_token - ffn.dense_flops_per_token
+    return Totals(
+        dense_params=ffn.dense_params + params,
+        plain_moe_params=ffn.plain_moe_params + params,
+        stored_params=ffn.stored_params + params,
+        plain_moe_active_params=ffn.plain_moe_active_params + params,
+        active_params=ffn.active_params + params,
+        dense_bytes=ffn.dense_bytes + num_bytes,
+        plain_moe_bytes=ffn.plain_moe_bytes + num_bytes,
+        stored_bytes=ffn.stored_bytes + num_bytes,
+        dense_flops_per_token=ffn.dense_flops_per_token + flops,
+        plain_moe_flops_per_token=ffn.plain_moe_flops_per_token + flops,
+        flops_per_token=ffn.flops_per_token + flops,
+        rebuild_flops_per_forward=ffn.rebuild_flops_per_forward,
+    )
+
+
+def dense_flops_per_token(architecture: Architecture) -> int:
+    """Of all Linear, Conv1D and Conv2d layers of the dense model, as `Totals` counts them.
+
+    Raises:
+        FamilyError: as `Architecture.build`.
+    """
+    from torch import nn
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    cls = architecture.model_class
+    model = architecture.build(cls if cls and issubclass(cls, PreTrainedModel) else None)
+    return sum(
+        2 * module.weight.numel() * runs_per_token(architecture.config, path)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
+    )
+
+
+def meta_module(form: dict, recipe: Recipe) -> FeedForward:
+    """The shipped module of a form, without memory: it knows names, shapes and costs."""
+    import torch
+
+    from ..runtime.modeling_mpoe import FeedForward
+
+    with torch.device("meta"):
+        return FeedForward(form, recipe.experts, recipe.top_k)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a copied tensor is no parameter but a mask or a table, by its name."""
+    return bool(_BUFFER.search(name))
