@@ -67,7 +67,7 @@ class FFNMoments:
 
 def observed_side(matrix: MatrixPlan) -> str:
     """ "in" or "out": the side whose moments are collected; of a chain with truncated bonds the inputs."""
-    return "in" if matrix.is_cut else thin_side(matrix.rows, matrix.cols)
+    return "in" if matrix.is_truncated else thin_side(matrix.rows, matrix.cols)
 
 
 def place_of(role: str) -> str:

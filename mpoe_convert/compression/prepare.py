@@ -270,7 +270,7 @@ def _prepare_chains(
     plan, recipe = plan_checkpoint(resolved, checkpoint), resolved.recipe
     if not recipe.calibrate and batches is None:
         return Prepared(plan)
-    if not any(matrix.is_cut for matrix in plan.matrices):
+    if not any(matrix.is_truncated for matrix in plan.matrices):
         raise RecipeError(
             "calibration given, and nothing is truncated; expected --keep, --max-error or, with "
             "--layout balanced, a lower --bond-dim"

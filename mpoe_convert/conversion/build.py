@@ -98,7 +98,7 @@ class FFNTargets:
         metric = metrics.load(self.recipe.metric)
         if plan.rank is not None:
             return Target(dense, factor(dense, plan.rank, metric.weigh(plan, dense, self.moments)))
-        if plan.sites is None or not plan.is_cut or self.moments is None or metric.input_moment is None:
+        if plan.sites is None or not plan.is_truncated or self.moments is None or metric.input_moment is None:
             return Target(dense)
         moment = metric.input_moment(self.moments, plan)
         options = self.recipe.own_options
@@ -215,7 +215,7 @@ def _clones(core: Tensor, num_experts: int, noise: float, generator: torch.Gener
 def choose_order(
     plan: FFNPlan, matrices: Mapping[str, Tensor], recipe: Recipe
 ) -> tuple[Tensor | None, NeuronOrder]:
-    """The order by bisection if cutting the bonds then loses less than in the source's order, else None.
+    """The order by bisection if truncation then loses less than in the source's order, else None.
 
     Args:
         matrices: by role, (in, out), in a dtype that can be decomposed.

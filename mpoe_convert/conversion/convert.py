@@ -92,7 +92,7 @@ def _search(
     progress: Progress | None,
     token: str | None,
 ) -> tuple[Prepared, tuple[Trial, ...]]:
-    """Of what `prepare_each` gives, that whose artifact is nearest to the dense model; and all as tried."""
+    """The variant of `prepare_each` whose artifact is nearest to the dense model, and all that were tried."""
     count = len(alternatives(recipe))
     trials: list[Trial] = []
     nearest: Prepared | None = None
@@ -213,7 +213,7 @@ class _Builder:
         return tensors
 
     def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
-        """An order that cut chains gain from; None: that of the source."""
+        """An order in which truncated chains lose less; None: that of the source."""
         if not self.plan.seeks_order(plan):
             return None
         self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)

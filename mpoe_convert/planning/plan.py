@@ -58,19 +58,19 @@ class MatrixPlan:
 
     @property
     def full_bonds(self) -> tuple[int, ...]:
-        """What the bonds of `own_term` would be if nothing were cut; none for kinds without sites."""
+        """What the bonds of `own_term` would be if nothing were truncated; none for kinds without sites."""
         if self.sites is None:
             return ()
         return full_bonds(tuple(self.own_term["in_dims"]), tuple(self.own_term["out_dims"]))
 
     @property
-    def is_cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether its chain has bonds too small for any matrix of this size."""
         return self.sites is not None and not self.sites.is_exact
 
     @property
     def is_exact(self) -> bool:
-        return self.rank is None and not self.is_cut
+        return self.rank is None and not self.is_truncated
 
     @property
     def dense_params(self) -> int:
@@ -147,7 +147,7 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """What can be had for a share of the dense FFNs' numbers.
+    """One point of the budget's curve: a share of the dense FFNs' parameters, and what it costs.
 
     Attributes:
         keep: the share.
@@ -164,7 +164,7 @@ class BudgetPoint:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a recipe's `keep` and `max_error` came to. Shares are of the dense FFNs' numbers.
+    """What a recipe's `keep` and `max_error` came to. Shares are of the dense FFNs' parameters.
 
     Attributes:
         smallest_keep: the smallest share that can be met.
@@ -259,7 +259,7 @@ class Plan(Shown):
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         """Whether another order of an FFN's neurons is tried."""
-        return self.recipe.neuron_order == "auto" and any(matrix.is_cut for matrix in ffn.matrices)
+        return self.recipe.neuron_order == "auto" and any(matrix.is_truncated for matrix in ffn.matrices)
 
     @property
     def warnings(self) -> list[str]:

@@ -57,7 +57,7 @@ def test_spectrum_is_the_error_of_the_factors(name, shape):
             "up.gradient_mean": gradient.square().mean(),
         }
     )
-    matrix = SimpleNamespace(role="up", rows=rows, cols=cols, is_cut=False)
+    matrix = SimpleNamespace(role="up", rows=rows, cols=cols, is_truncated=False)
     metric = metrics.load(name)
     weighed = metric.weigh(matrix, weight, moments)
     first, second = factor(weight, 3, weighed)
@@ -81,7 +81,7 @@ def test_contracts(name):
 
 
 def test_without_moments_errors_are_those_of_the_weights():
-    matrix = SimpleNamespace(role="up", rows=4, cols=6, is_cut=False)
+    matrix = SimpleNamespace(role="up", rows=4, cols=6, is_truncated=False)
     for name in metrics.METRICS:
         weighed = metrics.load(name).weigh(matrix, torch.ones(4, 6), None)
         assert weighed.moment is None

@@ -1,0 +1,109 @@
+"""Every kind describes and builds a whole FFN; one that decides about all its matrices together fits in."""
+
+import pytest
+import torch
+from torch import nn
+
+from mpoe_convert import Recipe
+from mpoe_convert.conversion.build import seeded
+from mpoe_convert.errors import SitesError
+from mpoe_convert.experts import KINDS, load
+from mpoe_convert.experts.ffn import FFNShape, Fitted, Form, MatrixShape, Target
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, matrix_shape, name_cores
+
+HIDDEN, INNER, EXPERTS = 12, 18, 3
+SHAPES = {"gate": (HIDDEN, INNER), "up": (HIDDEN, INNER), "down": (INNER, HIDDEN)}
+FFN = FFNShape("h.0.mlp", {role: MatrixShape(*size, has_bias=False) for role, size in SHAPES.items()})
+
+
+class Given:
+    """An FFN whose matrices are at hand."""
+
+    shape = FFN
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.matrices = {role: torch.randn(size, generator=generator) for role, size in SHAPES.items()}
+        self.asked: list[str] = []
+
+    def target(self, role: str, expert: int = 0) -> Target:
+        self.asked.append(role)
+        return Target(self.matrices[role])
+
+    def generator(self, part: str) -> torch.Generator:
+        return seeded(0, part)
+
+    def dense(self, x: torch.Tensor, neurons: slice = slice(None)) -> torch.Tensor:
+        """The FFN with some of its hidden neurons."""
+        gate, up = (x @ self.matrices[role][:, neurons] for role in ("gate", "up"))
+        return (nn.functional.silu(gate) * up) @ self.matrices["down"][neurons]
+
+
+def module(form: Form, parts) -> FeedForward:
+    """The shipped module with the parts that a kind has built; clones are exact copies."""
+    made = FeedForward(form.parts, EXPERTS, 1)
+    made.act = nn.SiLU()
+    state = {"router.weight": torch.zeros(EXPERTS, HIDDEN)}
+    for part, built in parts:
+        if not isinstance(built, Fitted):
+            state |= {f"{part}.{name}": tensor for name, tensor in built.items()}
+            continue
+        for number, (term, cores) in enumerate(zip(form.parts[part]["terms"], built.terms, strict=True)):
+            for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
+                if not shared and core.ndim == 4:
+                    core = core.repeat(EXPERTS, 1, 1, 1, 1)
+                core = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:]))
+                state[f"{part}.terms.{number}.{name}"] = core
+    made.load_state_dict(state)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_expert_starts_as_the_dense_ffn(kind):
+    options = Recipe("dense", kind=kind, experts=EXPERTS, bond_dim=3, bias="shared").own_options
+    ffn, kind = Given(), load(kind)
+    form = kind.describe(FFN, options)
+    made = module(form, kind.build(ffn, form, options))
+    assert ffn.asked == list(SHAPES)  # each matrix is read once
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    for output in made.run_all_experts(x):
+        torch.testing.assert_close(output, ffn.dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_names_the_matrix_and_its_size():
+    options = Recipe("dense", kind="low-rank", bond_dim=13).own_options
+    with pytest.raises(SitesError, match=r"^h\.0\.mlp\.gate \(12 x 18\): the rank .*at most 12"):
+        load("low-rank").describe(FFN, options)
+
+
+class NeuronSplit:
+    """A kind of another sort (MoEfication, arXiv 2110.01786): every expert has its own hidden neurons."""
+
+    @staticmethod
+    def describe(ffn: FFNShape, options: object) -> Form:
+        inner = ffn.matrices["up"].cols // EXPERTS
+
+        def own(rows: int, cols: int) -> dict:
+            terms = [{"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}]
+            return {"terms": terms, "bias": None}
+
+        first = own(ffn.hidden_size, inner)
+        return Form({"gate": first, "up": first, "down": own(inner, ffn.hidden_size)})
+
+    @staticmethod
+    def build(ffn: Given, form: Form, options: object):
+        for role in ffn.shape.matrices:
+            parts = ffn.target(role).matrix.chunk(EXPERTS, dim=0 if role == "down" else 1)
+            yield role, Fitted([[torch.stack([part[None, :, :, None] for part in parts])]])
+
+
+def test_a_kind_may_split_the_neurons_of_all_matrices_together():
+    ffn = Given()
+    form = NeuronSplit.describe(FFN, None)
+    made = module(form, NeuronSplit.build(ffn, form, None))
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    outputs = made.run_all_experts(x)
+    for expert in range(EXPERTS):
+        neurons = slice(expert * INNER // EXPERTS, (expert + 1) * INNER // EXPERTS)
+        torch.testing.assert_close(outputs[expert], ffn.dense(x, neurons), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(outputs), ffn.dense(x), rtol=1e-4, atol=1e-4)
