@@ -46,9 +46,9 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
         CheckpointError: the folder is no artifact, or a report in it is damaged.
         OutputError: the folder cannot be written to, or holds something else called pictures.
 
-    Example::
-
-        draw_pictures("out")  # {"error": ("pictures/error.png", "pictures/error.svg"), ...}
+    >>> from mpoe_convert import draw_pictures
+    >>> draw_pictures("out")["error"]
+    ('pictures/error.png', 'pictures/error.svg')
     """
     need("report", "matplotlib", extra="report")
     folder = Path(folder)

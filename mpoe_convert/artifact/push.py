@@ -68,10 +68,9 @@ def push(
         CheckpointError: the folder is no artifact, or is incomplete.
         HubError: the Hub refuses, cannot be reached, or holds something else there.
 
-    Example::
-
-        pushed = push("out", "me/gpt2-experts", private=True)
-        print(pushed.url)
+    >>> from mpoe_convert import push
+    >>> push("out", "me/gpt2-experts", private=True).url  # doctest: +SKIP
+    'https://huggingface.co/me/gpt2-experts/commit/...'
     """
     from huggingface_hub import CommitOperationDelete
 

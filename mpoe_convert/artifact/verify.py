@@ -112,11 +112,9 @@ def verify(
             tolerance raises nothing: see `Verification.ok`.
         CheckpointError: the folder is no artifact.
 
-    Example::
-
-        found = verify("out")
-        print(found.relative_difference, found.ok)
-        verify("out", against="path/to/dense", tolerance=1e-3)
+    >>> from mpoe_convert import verify
+    >>> verify("out").ok
+    True
     """
     folder = Path(artifact)
     config, report = read_artifact(folder)

@@ -79,6 +79,11 @@ def plan(
 
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
+
+    >>> from mpoe_convert import Recipe, plan
+    >>> planned = plan(Recipe("examples/tiny-gpt2", experts=2, bond_dim=8))
+    >>> planned.is_exact, planned.totals.stored_params > planned.totals.dense_params
+    (True, True)
     """
     if recipe.search:
         raise RecipeError(

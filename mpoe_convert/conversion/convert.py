@@ -63,6 +63,11 @@ def convert(
 
     Raises:
         MpoeError: anything wrong with the source, the recipe or the output; nothing is left behind.
+
+    >>> from mpoe_convert import Recipe, convert
+    >>> report = convert(Recipe("examples/tiny-gpt2", experts=2, bond_dim=8), "out-python")
+    >>> report.max_error < 1e-5
+    True
     """
     output = Path(output)
     check_output(output, overwrite)

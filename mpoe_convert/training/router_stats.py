@@ -90,9 +90,14 @@ def router_stats(
 ) -> AbstractContextManager[dict[str, RouterStats]]:
     """Watch the routers of a converted model, however it is wrapped (PEFT, DDP, compiled).
 
-    with router_stats(model) as stats:
-        model(**batch)
-    print(stats["h.0.mlp"].load)
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from mpoe_convert import router_stats
+    >>> model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    >>> with router_stats(model) as stats:
+    ...     output = model(torch.arange(8)[None])
+    >>> stats["h.0.mlp"].num_tokens, round(float(stats["h.0.mlp"].load.sum()), 3)
+    (8.0, 1.0)
 
     Args:
         model: holds a converted model somewhere.

@@ -1,5 +1,6 @@
 """The examples in the docstrings of public functions run."""
 
+import ast
 import doctest
 import inspect
 import os
@@ -12,12 +13,7 @@ from helpers.documents import ROOT
 import mpoe_convert
 from mpoe_convert import Recipe, convert
 
-NEED_THE_HUB = {"push"}
-FUNCTIONS = [
-    name
-    for name in mpoe_convert.__all__
-    if inspect.isfunction(getattr(mpoe_convert, name)) and name not in NEED_THE_HUB
-]
+FUNCTIONS = [name for name in mpoe_convert.__all__ if inspect.isfunction(getattr(mpoe_convert, name))]
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +44,14 @@ def test_examples_of_public_functions_run(name, place, tmp_path):
 
 def test_functions_that_are_tested_are_the_public_ones():
     assert {"convert", "plan", "verify", "finetune", "evaluate", "export", "freeze"} <= set(FUNCTIONS)
+
+
+def test_the_example_of_push_names_its_arguments():
+    """It needs a Hub, so it is bound to the signature and not run."""
+    [test] = doctest.DocTestFinder(recurse=False).find(mpoe_convert.push, "push")
+    call = ast.parse(test.examples[-1].source).body[0].value.value
+    found = inspect.signature(mpoe_convert.push).bind(
+        *map(ast.literal_eval, call.args),
+        **{each.arg: ast.literal_eval(each.value) for each in call.keywords},
+    )
+    assert found.arguments["repo_id"].count("/") == 1
