@@ -1201,9 +1201,9 @@ class Inputs(NamedTuple):
         return self._each(choices.spread)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        rows = function(self.rows)
         up = None if self.up is None else function(self.up)
-        gate = None if self.gate is None else function(self.gate)
-        return Inputs(function(self.rows), up, gate)
+        return Inputs(rows, up, None if self.gate is None else function(self.gate))
 
 
 class FeedForward(nn.Module):
