@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from . import MODELING_PATH
@@ -77,7 +77,8 @@ def read_part(name: str) -> Part:
         end = statement.end_lineno
         if isinstance(statement, ast.ImportFrom) and statement.level:
             above = name.split(".")[: -statement.level]
-            relative[".".join([*above, statement.module])] = tuple(alias.name for alias in statement.names)
+            wanted = ".".join([*above, statement.module or ""])
+            relative[wanted] = tuple(alias.name for alias in statement.names)
             if renamed := [alias.name for alias in statement.names if alias.asname]:
                 raise BuildError(f"{file} renames {renamed}; in the built file they have one name")
         elif isinstance(statement, Import):
@@ -132,16 +133,17 @@ def check_parts(parts: Iterable[Part]) -> None:
         owner |= dict.fromkeys(part.defines, part.name)
 
 
-def _render_imports(imports: Iterable[Import]) -> str:
-    """All of them once, in ruff's order: the standard library, then the rest; modules, then names."""
+def _render_imports(parts: Sequence[Part]) -> str:
+    """Those of all parts once, in ruff's order: the standard library, then the rest; modules, then names."""
     modules: set[str] = set()
     names: dict[str, set[str]] = {}
-    for node in imports:
+    for node in (node for part in parts for node in part.imports):
         if isinstance(node, ast.Import):
             modules |= {ast.unparse(alias) for alias in node.names}
         else:
             names.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
-    names.get("typing", set()).discard("TYPE_CHECKING")
+    if not any("TYPE_CHECKING" in part.body for part in parts):  # `if TYPE_CHECKING:` at the top falls away
+        names.get("typing", set()).discard("TYPE_CHECKING")
     lines = [f"import {module}" for module in sorted(modules)]
     for module, found in sorted(names.items()):
         lines += [f"from {module} import {', '.join(sorted(found, key=_import_order))}"] if found else []
@@ -171,7 +173,7 @@ def build() -> str:
     header, *parts = found
     contents = "\n".join(f"    {number}. {part.title}" for number, part in enumerate(parts, 1))
     docstring = header.docstring.replace("{contents}", contents)
-    imports = _render_imports(node for part in found for node in part.imports)
+    imports = _render_imports(found)
     head = f'{header.licence}\n"""{docstring}"""\n\n{imports}\n\n{header.body}'
     sections = [f"{_banner(number, part)}\n\n\n{part.body}" for number, part in enumerate(parts, 1)]
     return "\n\n\n".join([head, *sections]) + "\n"

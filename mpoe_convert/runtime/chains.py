@@ -94,7 +94,8 @@ class Picks(NamedTuple):
         if self.sizes is not None:
             return self._by_segment(x, weight, torch.matmul)
         if self.ends is not None:
-            return self._grouped(x.flatten(0, 1), weight, x.shape[1]).unflatten(0, (-1, x.shape[1]))
+            ends = self.ends * x.shape[1]
+            return _multiply_groups(x.flatten(0, 1), weight, ends).unflatten(0, (-1, x.shape[1]))
         if isinstance(self.experts, int):
             return x @ weight[self.experts]
         return torch.bmm(x, weight.index_select(0, self.experts))
@@ -116,15 +117,16 @@ class Picks(NamedTuple):
         products = [product(part, own) for part, own in segments if len(part)]
         return torch.cat(products) if products else product(x, weight[0])
 
-    def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
-        """One kernel for all experts: rows (N * rows_each, l) with (E, l, q) -> (N * rows_each, q)."""
-        device, dtype = rows.device.type, rows.dtype
-        if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
-            dtype = torch.get_autocast_dtype(device)
-        rows, weight, ends = rows.to(dtype), weight.to(dtype).contiguous(), self.ends * rows_each
-        if _can_group(rows, weight):
-            return F.grouped_mm(rows, weight, offs=ends)
-        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+def _multiply_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One kernel for all experts: rows (M, l), expert e's up to `ends[e]`, with (E, l, q) -> (M, q)."""
+    device, dtype = rows.device.type, rows.dtype
+    if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
+        dtype = torch.get_autocast_dtype(device)
+    rows, weight = rows.to(dtype), weight.to(dtype).contiguous()
+    if _can_group(rows, weight):
+        return F.grouped_mm(rows, weight, offs=ends)
+    return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
 def _can_group(rows: Tensor, weight: Tensor) -> bool:

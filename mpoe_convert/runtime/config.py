@@ -2,7 +2,7 @@
 
 import os
 from types import UnionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -105,7 +105,7 @@ CONFIG_OPTIONS = (
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
 
 
-def read_option(config: PretrainedConfig, name: str) -> object:
+def read_option(config: PretrainedConfig, name: str) -> Any:
     """The value of an option; for `mpoe_...` the environment variable of that name comes first.
 
     Raises:

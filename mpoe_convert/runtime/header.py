@@ -63,7 +63,7 @@ try:
         register_checkpoint_conversion_mapping,
     )
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
-    from transformers.modeling_outputs import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError as error:
     found = transformers.__version__
     raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error

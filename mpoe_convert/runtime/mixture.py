@@ -1,6 +1,6 @@
 """The mixture: the FFN of several experts, its schedules and what they cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from .chains import MatrixCache, Picks
 from .choices import DEFAULT_RULE, Choices, Routing
 from .config import read_option
 from .costs import Cost, Work
-from .parts import PARTS, Part, hidden_size_of
+from .parts import PARTS, Part, Projection, hidden_size_of
 from .passes import Repeatable, RouterPass, in_backward
 from .routers import Router
 
@@ -39,11 +39,16 @@ class Inputs(NamedTuple):
 
     def take(self, index: Tensor) -> "Inputs":
         """Those at `index`, in its order."""
-        return Inputs(*(None if part is None else part[index] for part in self))
+        return self._each(lambda part: part[index])
 
     def spread(self, choices: Choices) -> "Inputs":
         """From one per token to one per choice."""
-        return Inputs(*(None if part is None else choices.spread(part) for part in self))
+        return self._each(choices.spread)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        rows = function(self.rows)
+        up = None if self.up is None else function(self.up)
+        return Inputs(rows, up, None if self.gate is None else function(self.gate))
 
 
 class FeedForward(nn.Module):
@@ -63,6 +68,10 @@ class FeedForward(nn.Module):
         shared_params, own_params: parameters that are stored once, and that each expert has for itself.
         top_k: choices per token; for rules where it varies, what estimates go by.
     """
+
+    up: Projection
+    down: Projection
+    gate: Projection | None
 
     def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
@@ -247,7 +256,8 @@ class FeedForward(nn.Module):
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
     ) -> Tensor:
         """The same, one expert after the other; `parts`: the indices of each expert's choices."""
-        output, dtype = None, inputs.rows.dtype
+        output: Tensor | None = None
+        dtype = inputs.rows.dtype
         for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
@@ -257,6 +267,7 @@ class FeedForward(nn.Module):
             if output is None:
                 output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
             output.index_add_(0, own.tokens, rows)
+        assert output is not None, "there is at least one choice"
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:

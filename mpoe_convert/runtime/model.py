@@ -3,7 +3,8 @@
 import functools
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,14 +23,13 @@ from .mixture import FeedForward
 from .parts import PARTS, Part
 from .passes import RouterPass, add_losses, show_routers
 
+# What `MixtureMixin` is mixed into.
+_Stock = PreTrainedModel if TYPE_CHECKING else object
 
-def _take(layer: nn.Module, path: str | None):
-    """The attribute at a dotted path, or None."""
-    if path is None:
-        return None
-    for name in path.split("."):
-        layer = getattr(layer, name)
-    return layer
+
+def _take(layer: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    return functools.reduce(getattr, path.split("."), layer)
 
 
 def _put(layer: nn.Module, path: str, value) -> None:
@@ -43,8 +43,7 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 
     A rate that stands outside the slot is set to zero: the stock layer would apply it a second time.
     """
-    dropout = _take(layer, path)
-    if dropout is None:
+    if path is None or (dropout := _take(layer, path)) is None:
         return nn.Identity()
     if isinstance(dropout, nn.Module):
         return dropout
@@ -74,9 +73,10 @@ def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
 
 
 def _has_submodule(model: nn.Module, path: str) -> bool:
+    found: nn.Module | None = model
     for name in path.split("."):
-        model = getattr(model, name, None)
-        if model is None:
+        found = getattr(found, name, None)
+        if found is None:
             return False
     return True
 
@@ -93,7 +93,7 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
             )
 
 
-def _recording(forward):
+def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A stock forward whose outputs carry the router losses, with the same signature and `task_ids`."""
     signature = inspect.signature(forward)
     names = list(signature.parameters)[1:]
@@ -106,13 +106,12 @@ def _recording(forward):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return self._run_recording(forward, arguments, args, kwargs)
 
-    recording.__signature__ = signature.replace(
-        parameters=[*parameters[:place], task_ids, *parameters[place:]]
-    )
+    parameters = [*parameters[:place], task_ids, *parameters[place:]]
+    vars(recording)["__signature__"] = signature.replace(parameters=parameters)
     return recording
 
 
-def _generating(generate):
+def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     """A stock `generate` that takes `task_ids`, for encoders too."""
 
     @functools.wraps(generate)
@@ -130,7 +129,7 @@ def _generating(generate):
     return generating
 
 
-class MixtureMixin:
+class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     def __init__(self, config, *args, **kwargs):
@@ -202,7 +201,7 @@ class MixtureMixin:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
         return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
 
-    def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
+    def _run_recording(self, forward: Callable[..., Any], arguments: dict, args: tuple, kwargs: dict):
         """A forward pass whose outputs carry the router losses."""
         config, mixtures = self.config, self.mixtures()
         task = kwargs.pop("task_ids", None)
@@ -334,15 +333,15 @@ def _model_class(base: type, name: str, module: str) -> type:
     if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
         bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
     if GenerationMixin in bases or base.can_generate():
-        body["generate"] = _generating(getattr(base, "generate", GenerationMixin.generate))
+        body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
     # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        kept = getattr(base, attribute, None) or ()
-        if "wo" in kept:
+        kept = getattr(base, attribute, None)
+        if kept and "wo" in kept:
             behind = [key for key, part in PARTS.items() if part.behind]
             body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)

@@ -73,7 +73,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import UnionType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ try:
         register_checkpoint_conversion_mapping,
     )
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
-    from transformers.modeling_outputs import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError as error:
     found = transformers.__version__
     raise ImportError(f"modeling_mpoe.py needs transformers 5.18 or newer, found {found}") from error
@@ -197,7 +197,7 @@ CONFIG_OPTIONS = (
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
 
 
-def read_option(config: PretrainedConfig, name: str) -> object:
+def read_option(config: PretrainedConfig, name: str) -> Any:
     """The value of an option; for `mpoe_...` the environment variable of that name comes first.
 
     Raises:
@@ -322,7 +322,8 @@ class Picks(NamedTuple):
         if self.sizes is not None:
             return self._by_segment(x, weight, torch.matmul)
         if self.ends is not None:
-            return self._grouped(x.flatten(0, 1), weight, x.shape[1]).unflatten(0, (-1, x.shape[1]))
+            ends = self.ends * x.shape[1]
+            return _multiply_groups(x.flatten(0, 1), weight, ends).unflatten(0, (-1, x.shape[1]))
         if isinstance(self.experts, int):
             return x @ weight[self.experts]
         return torch.bmm(x, weight.index_select(0, self.experts))
@@ -344,15 +345,16 @@ class Picks(NamedTuple):
         products = [product(part, own) for part, own in segments if len(part)]
         return torch.cat(products) if products else product(x, weight[0])
 
-    def _grouped(self, rows: Tensor, weight: Tensor, rows_each: int) -> Tensor:
-        """One kernel for all experts: rows (N * rows_each, l) with (E, l, q) -> (N * rows_each, q)."""
-        device, dtype = rows.device.type, rows.dtype
-        if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
-            dtype = torch.get_autocast_dtype(device)
-        rows, weight, ends = rows.to(dtype), weight.to(dtype).contiguous(), self.ends * rows_each
-        if _can_group(rows, weight):
-            return F.grouped_mm(rows, weight, offs=ends)
-        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+def _multiply_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One kernel for all experts: rows (M, l), expert e's up to `ends[e]`, with (E, l, q) -> (M, q)."""
+    device, dtype = rows.device.type, rows.dtype
+    if torch.is_autocast_enabled(device):  # the operators below are unknown to autocast
+        dtype = torch.get_autocast_dtype(device)
+    rows, weight = rows.to(dtype), weight.to(dtype).contiguous()
+    if _can_group(rows, weight):
+        return F.grouped_mm(rows, weight, offs=ends)
+    return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
 def _can_group(rows: Tensor, weight: Tensor) -> bool:
@@ -592,20 +594,20 @@ class Projection(Part):
 
     def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
-        self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self._chains = tuple(Chain(term, num_experts) for term in spec["terms"])
+        self.terms = nn.ModuleList(self._chains)
         self.sees_tokens = sees_tokens
         self.bias_kind = spec["bias"]
+        out_features = math.prod(spec["terms"][0]["out_dims"])
         if self.bias_kind is None:
             self.bias = None
         else:
-            out_features = math.prod(spec["terms"][0]["out_dims"])
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
-        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
-        self._chains = tuple(self.terms)
         self.acts = all(chain.acts for chain in self._chains)
-        self._shared_bias = self.bias.shape[-1] if self.bias_kind == "shared" else 0
-        self._own_bias = self.bias.shape[-1] if self.bias_kind == "per-expert" else 0
+        self._shared_bias = out_features if self.bias_kind == "shared" else 0
+        self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
         self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
 
@@ -616,9 +618,12 @@ class Projection(Part):
     def common(self, tokens: Tensor) -> Tensor | None:
         """What the common terms make of tokens (T, in): (T, out); None if there are none."""
         picks = Picks(0)
-        pairs = zip(self.terms, self._chains, strict=True)
-        parts = [term(tokens, picks) for term, chain in pairs if chain.is_common]
-        return sum(parts) if parts else None
+        y: Tensor | None = None
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            if chain.is_common:
+                part = term(tokens, picks)
+                y = part if y is None else y + part
+        return y
 
     def forward(
         self,
@@ -634,6 +639,7 @@ class Projection(Part):
             if common is None or not chain.is_common:
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
+        assert y is not None, "a projection has at least one term"
         if self.bias is None:
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
@@ -652,8 +658,8 @@ class Projection(Part):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        for term in self.terms:
-            term.reset_parameters(std)
+        for chain in self._chains:
+            chain.reset_parameters(std)
         if self.bias is not None:
             init.zeros_(self.bias)
 
@@ -905,7 +911,7 @@ class Router(Part):
             choices = self.select(self, logits, bias)
             if not self.training or self.capacity_factor is None:
                 return Routing(logits, choices)
-            return Routing(logits, choices, self._has_room(choices, mask))
+            return Routing(logits, choices, self._has_room(choices, mask, self.capacity_factor))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -922,7 +928,7 @@ class Router(Part):
             )
         return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
-    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+    def _has_room(self, choices: Choices, mask: Tensor | None, factor: float) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
         # (N,) the first choices of all tokens, then the second ones, and so on
@@ -931,7 +937,7 @@ class Router(Part):
         queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
-        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        capacity = (factor * queues.sum() / num_experts).ceil().clamp(min=1)
         place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
         return (place <= capacity)[order.argsort()]
 
@@ -990,7 +996,7 @@ class _AddGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
@@ -1007,7 +1013,7 @@ class _NoteScale(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.router_pass.scale = grad
         return grad, None
 
@@ -1024,7 +1030,7 @@ class Call(NamedTuple):
 class Repeatable(deque):
     """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
 
-    def __reduce__(self):  # copies of a model start empty
+    def __reduce__(self) -> tuple[Any, ...]:  # copies of a model start empty
         return functools.partial(Repeatable, maxlen=self.maxlen), ()
 
 
@@ -1125,8 +1131,8 @@ def add_losses(outputs, running: RouterPass, arguments: dict):
 
 
 @functools.cache
-def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with `aux_loss` and `router_logits`."""
+def _with_router_fields(base: type[Any]) -> type[Any]:
+    """The output class, a dataclass, with `aux_loss` and `router_logits`."""
     known = {field.name for field in dataclasses.fields(base)}
     more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
     return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
@@ -1136,8 +1142,8 @@ def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
     """The outputs with `aux_loss`, a scalar, and `router_logits`, (T, E) per call."""
     calls = running.calls
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
-    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
-    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    mean = torch.stack([loss.to(aux[0].device) for loss in aux]).mean()
+    shown = {"aux_loss": mean, "router_logits": tuple(call.routing.logits for call in calls)}
     if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
         return _with_router_fields(type(outputs))(**outputs, **shown)
     for name, value in shown.items():
@@ -1188,11 +1194,16 @@ class Inputs(NamedTuple):
 
     def take(self, index: Tensor) -> "Inputs":
         """Those at `index`, in its order."""
-        return Inputs(*(None if part is None else part[index] for part in self))
+        return self._each(lambda part: part[index])
 
     def spread(self, choices: Choices) -> "Inputs":
         """From one per token to one per choice."""
-        return Inputs(*(None if part is None else choices.spread(part) for part in self))
+        return self._each(choices.spread)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        rows = function(self.rows)
+        up = None if self.up is None else function(self.up)
+        return Inputs(rows, up, None if self.gate is None else function(self.gate))
 
 
 class FeedForward(nn.Module):
@@ -1212,6 +1223,10 @@ class FeedForward(nn.Module):
         shared_params, own_params: parameters that are stored once, and that each expert has for itself.
         top_k: choices per token; for rules where it varies, what estimates go by.
     """
+
+    up: Projection
+    down: Projection
+    gate: Projection | None
 
     def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
         super().__init__()
@@ -1396,7 +1411,8 @@ class FeedForward(nn.Module):
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
     ) -> Tensor:
         """The same, one expert after the other; `parts`: the indices of each expert's choices."""
-        output, dtype = None, inputs.rows.dtype
+        output: Tensor | None = None
+        dtype = inputs.rows.dtype
         for expert, part in enumerate(parts):
             if len(part) == 0:
                 continue
@@ -1406,6 +1422,7 @@ class FeedForward(nn.Module):
             if output is None:
                 output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
             output.index_add_(0, own.tokens, rows)
+        assert output is not None, "there is at least one choice"
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
@@ -1459,13 +1476,13 @@ def _seconds(cost: Cost) -> float:
 # 10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
-def _take(layer: nn.Module, path: str | None):
-    """The attribute at a dotted path, or None."""
-    if path is None:
-        return None
-    for name in path.split("."):
-        layer = getattr(layer, name)
-    return layer
+# What `MixtureMixin` is mixed into.
+_Stock = PreTrainedModel if TYPE_CHECKING else object
+
+
+def _take(layer: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    return functools.reduce(getattr, path.split("."), layer)
 
 
 def _put(layer: nn.Module, path: str, value) -> None:
@@ -1479,8 +1496,7 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
 
     A rate that stands outside the slot is set to zero: the stock layer would apply it a second time.
     """
-    dropout = _take(layer, path)
-    if dropout is None:
+    if path is None or (dropout := _take(layer, path)) is None:
         return nn.Identity()
     if isinstance(dropout, nn.Module):
         return dropout
@@ -1510,9 +1526,10 @@ def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
 
 
 def _has_submodule(model: nn.Module, path: str) -> bool:
+    found: nn.Module | None = model
     for name in path.split("."):
-        model = getattr(model, name, None)
-        if model is None:
+        found = getattr(found, name, None)
+        if found is None:
             return False
     return True
 
@@ -1529,7 +1546,7 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
             )
 
 
-def _recording(forward):
+def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A stock forward whose outputs carry the router losses, with the same signature and `task_ids`."""
     signature = inspect.signature(forward)
     names = list(signature.parameters)[1:]
@@ -1542,13 +1559,12 @@ def _recording(forward):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return self._run_recording(forward, arguments, args, kwargs)
 
-    recording.__signature__ = signature.replace(
-        parameters=[*parameters[:place], task_ids, *parameters[place:]]
-    )
+    parameters = [*parameters[:place], task_ids, *parameters[place:]]
+    vars(recording)["__signature__"] = signature.replace(parameters=parameters)
     return recording
 
 
-def _generating(generate):
+def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     """A stock `generate` that takes `task_ids`, for encoders too."""
 
     @functools.wraps(generate)
@@ -1566,7 +1582,7 @@ def _generating(generate):
     return generating
 
 
-class MixtureMixin:
+class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     def __init__(self, config, *args, **kwargs):
@@ -1638,7 +1654,7 @@ class MixtureMixin:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
         return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
 
-    def _run_recording(self, forward, arguments: dict, args: tuple, kwargs: dict):
+    def _run_recording(self, forward: Callable[..., Any], arguments: dict, args: tuple, kwargs: dict):
         """A forward pass whose outputs carry the router losses."""
         config, mixtures = self.config, self.mixtures()
         task = kwargs.pop("task_ids", None)
@@ -1770,15 +1786,15 @@ def _model_class(base: type, name: str, module: str) -> type:
     if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
         bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
     if GenerationMixin in bases or base.can_generate():
-        body["generate"] = _generating(getattr(base, "generate", GenerationMixin.generate))
+        body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
     if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
         body["accepts_loss_kwargs"] = False
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
     # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        kept = getattr(base, attribute, None) or ()
-        if "wo" in kept:
+        kept = getattr(base, attribute, None)
+        if kept and "wo" in kept:
             behind = [key for key, part in PARTS.items() if part.behind]
             body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)

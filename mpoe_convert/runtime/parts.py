@@ -56,20 +56,20 @@ class Projection(Part):
 
     def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
-        self.terms = nn.ModuleList(Chain(term, num_experts) for term in spec["terms"])
+        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
+        self._chains = tuple(Chain(term, num_experts) for term in spec["terms"])
+        self.terms = nn.ModuleList(self._chains)
         self.sees_tokens = sees_tokens
         self.bias_kind = spec["bias"]
+        out_features = math.prod(spec["terms"][0]["out_dims"])
         if self.bias_kind is None:
             self.bias = None
         else:
-            out_features = math.prod(spec["terms"][0]["out_dims"])
             size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
             self.bias = nn.Parameter(torch.empty(size))
-        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
-        self._chains = tuple(self.terms)
         self.acts = all(chain.acts for chain in self._chains)
-        self._shared_bias = self.bias.shape[-1] if self.bias_kind == "shared" else 0
-        self._own_bias = self.bias.shape[-1] if self.bias_kind == "per-expert" else 0
+        self._shared_bias = out_features if self.bias_kind == "shared" else 0
+        self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
         self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
 
@@ -80,9 +80,12 @@ class Projection(Part):
     def common(self, tokens: Tensor) -> Tensor | None:
         """What the common terms make of tokens (T, in): (T, out); None if there are none."""
         picks = Picks(0)
-        pairs = zip(self.terms, self._chains, strict=True)
-        parts = [term(tokens, picks) for term, chain in pairs if chain.is_common]
-        return sum(parts) if parts else None
+        y: Tensor | None = None
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            if chain.is_common:
+                part = term(tokens, picks)
+                y = part if y is None else y + part
+        return y
 
     def forward(
         self,
@@ -98,6 +101,7 @@ class Projection(Part):
             if common is None or not chain.is_common:
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
+        assert y is not None, "a projection has at least one term"
         if self.bias is None:
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
@@ -116,8 +120,8 @@ class Projection(Part):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        for term in self.terms:
-            term.reset_parameters(std)
+        for chain in self._chains:
+            chain.reset_parameters(std)
         if self.bias is not None:
             init.zeros_(self.bias)
 

@@ -8,7 +8,7 @@ Compiled code, which keeps no such Python state, adds them to the model's loss.
 import dataclasses
 import functools
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class _AddGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
@@ -49,7 +49,7 @@ class _NoteScale(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.router_pass.scale = grad
         return grad, None
 
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 class Repeatable(deque):
     """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
 
-    def __reduce__(self):  # copies of a model start empty
+    def __reduce__(self) -> tuple[Any, ...]:  # copies of a model start empty
         return functools.partial(Repeatable, maxlen=self.maxlen), ()
 
 
@@ -167,8 +167,8 @@ def add_losses(outputs, running: RouterPass, arguments: dict):
 
 
 @functools.cache
-def _with_router_fields(base: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with `aux_loss` and `router_logits`."""
+def _with_router_fields(base: type[Any]) -> type[Any]:
+    """The output class, a dataclass, with `aux_loss` and `router_logits`."""
     known = {field.name for field in dataclasses.fields(base)}
     more = [(n, object, dataclasses.field(default=None)) for n in _ROUTER_FIELDS if n not in known]
     return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
@@ -178,8 +178,8 @@ def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
     """The outputs with `aux_loss`, a scalar, and `router_logits`, (T, E) per call."""
     calls = running.calls
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
-    shown = {"aux_loss": torch.stack([loss.to(aux[0].device) for loss in aux]).mean()}
-    shown["router_logits"] = tuple(call.routing.logits for call in calls)
+    mean = torch.stack([loss.to(aux[0].device) for loss in aux]).mean()
+    shown = {"aux_loss": mean, "router_logits": tuple(call.routing.logits for call in calls)}
     if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
         return _with_router_fields(type(outputs))(**outputs, **shown)
     for name, value in shown.items():

@@ -76,7 +76,7 @@ class Router(Part):
             choices = self.select(self, logits, bias)
             if not self.training or self.capacity_factor is None:
                 return Routing(logits, choices)
-            return Routing(logits, choices, self._has_room(choices, mask))
+            return Routing(logits, choices, self._has_room(choices, mask, self.capacity_factor))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -93,7 +93,7 @@ class Router(Part):
             )
         return rows.repeat_interleave(tokens.shape[0] // rows.shape[0], 0)
 
-    def _has_room(self, choices: Choices, mask: Tensor | None) -> Tensor:
+    def _has_room(self, choices: Choices, mask: Tensor | None, factor: float) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
         num_experts = self.weight.shape[0]
         # (N,) the first choices of all tokens, then the second ones, and so on
@@ -102,7 +102,7 @@ class Router(Part):
         queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
-        capacity = (self.capacity_factor * queues.sum() / num_experts).ceil().clamp(min=1)
+        capacity = (factor * queues.sum() / num_experts).ceil().clamp(min=1)
         place = (queues.cumsum(0) * queues).sum(-1)  # (N,) 1 for the first in its expert's queue
         return (place <= capacity)[order.argsort()]
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..runtime.modeling_mpoe import in_backward
 
 if TYPE_CHECKING:
-    from ..runtime.modeling_mpoe import FeedForward, Routing
+    from ..runtime.modeling_mpoe import FeedForward, MixtureMixin, Routing
 
 
 class RouterStats:
@@ -113,14 +113,14 @@ def router_stats(
     """
     for module in model.modules():
         if hasattr(type(module), "router_stats"):  # the code of an earlier release brings its own
-            return module.router_stats(similarity_tokens)
+            return cast(Any, module).router_stats(similarity_tokens)
         if hasattr(type(module), "mixtures"):
-            return _watch(module, similarity_tokens)
+            return _watch(cast("MixtureMixin", module), similarity_tokens)
     raise TypeError(f"{type(model).__name__} holds no mixture made by mpoe-convert: load a converted model")
 
 
 @contextmanager
-def _watch(model: nn.Module, similarity_tokens: int) -> Iterator[dict[str, RouterStats]]:
+def _watch(model: MixtureMixin, similarity_tokens: int) -> Iterator[dict[str, RouterStats]]:
     stats = {path: RouterStats(ffn.num_experts) for path, ffn in model.mixtures()}
     calls = {ffn: 0 for _, ffn in model.mixtures()}  # in the pass that is running
     arguments: dict = {}  # of that pass
