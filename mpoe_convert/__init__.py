@@ -7,6 +7,26 @@ convert(Recipe("gpt2", experts=8, bond_dim=64), "out")
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from .artifact.pictures import draw_pictures as draw_pictures
+    from .artifact.push import push as push
+    from .artifact.verify import verify as verify
+    from .compression.prepare import plan as plan
+    from .conversion.convert import convert as convert
+    from .errors import MpoeError as MpoeError
+    from .exports.export import export as export
+    from .exports.targets import Export as Export
+    from .planning.recipe import Recipe as Recipe
+    from .training.evaluate import evaluate as evaluate
+    from .training.finetune import finetune as finetune
+    from .training.request import Finetuning as Finetuning
+    from .training.roles import freeze as freeze
+    from .training.roles import mask_centre as mask_centre
+    from .training.roles import param_groups as param_groups
+    from .training.router_stats import router_stats as router_stats
+    from .training.trainer import CentreMask as CentreMask
 
 try:
     __version__ = version("mpoe-convert")
@@ -33,7 +53,7 @@ _HOME = {
     "router_stats": "training.router_stats",
     "verify": "artifact.verify",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  (names that are found on demand)
 
 
 def __getattr__(name: str):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mpoe_convert
+
 PACKAGE = Path(__file__).parents[2] / "mpoe_convert"
 # From the top down. A room imports only from the lines below its own; rooms on one line do not import each
 # other.
@@ -117,3 +119,11 @@ def test_import_of_the_package_is_light():
     code = "import sys, mpoe_convert.cli; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_type_checkers_see_the_public_names():
+    """The imports for type checkers name what `__getattr__` finds, in the same modules."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if _is_for_type_checkers(node)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == mpoe_convert._HOME
