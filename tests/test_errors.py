@@ -6,7 +6,7 @@ import pytest
 
 from mpoe_convert import Export, Finetuning, Recipe, errors
 from mpoe_convert.artifact.destination import Destination
-from mpoe_convert.devices import check_device_name
+from mpoe_convert.devices import pick_device
 from mpoe_convert.errors import LibraryError, MpoeError, RequestError, one_line
 from mpoe_convert.extras import need
 
@@ -15,7 +15,7 @@ BAD_REQUESTS = {
     "fine-tuning": lambda: Finetuning("model", data=("text.txt",), steps=0),
     "export": lambda: Export(to="gguf"),
     "push": lambda: Destination("no-owner"),
-    "device": lambda: check_device_name("banana"),
+    "device": lambda: pick_device("banana"),
 }
 
 
