@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,6 +18,9 @@ from click.shell_completion import CompletionItem
 from .. import __version__
 from ..errors import MpoeError, RequestError
 from .options import format_options_by_heading
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 EXAMPLE = """\
 mpoe-convert gpt2 --experts 8 --bond-dim 64 -o out/
@@ -28,34 +32,34 @@ mpoe-convert verify out/
 class ConvertByDefault(click.Group):
     """A group whose first argument, if it names no command, is the model for `convert`."""
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for param in self.get_params(ctx) for name in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: click.Context) -> Any:
         with handle_signals():
             return super().invoke(ctx)
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
-    def shell_complete(self, ctx, incomplete):
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="dir")]
 
-    def format_usage(self, ctx, formatter):
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL -o OUTPUT [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
 
-    def format_options(self, ctx, formatter):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands (MODEL without one converts it)"):
             formatter.write_dl(
                 [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
             )
         format_options_by_heading(self.commands["convert"], ctx, formatter)
 
-    def format_epilog(self, ctx, formatter):
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
             for line in EXAMPLE.splitlines():
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
@@ -82,7 +86,7 @@ def handle_signals() -> Iterator[None]:
     Another signal does not disturb the cleaning up. Signals that the caller ignores (nohup) stay so.
     """
 
-    def stop(number, frame):
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped_by
         stopped_by = number
         for each in before:

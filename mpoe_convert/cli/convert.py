@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -51,7 +51,17 @@ RECIPE_OPTIONS = add(
 @RECIPE_OPTIONS
 @COMMON
 def convert(
-    model, output, overwrite, dry_run, repo_id, config, token, as_json, quiet, verbose, **options
+    model: str | None,
+    output: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    repo_id: str | None,
+    config: str | None,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
 ) -> None:
     """Convert MODEL (the command's name may be left out)."""
     with one_line_errors(verbose, quiet):
@@ -95,7 +105,15 @@ def show_conversion(report: Report, output: str, verbose: int) -> None:
 @click.argument("model", required=False)
 @RECIPE_OPTIONS
 @COMMON
-def plan(model, config, token, as_json, quiet, verbose, **options) -> None:
+def plan(
+    model: str | None,
+    config: str | None,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
+) -> None:
     """Show what a conversion would do; nothing is written.
 
     Sites, bonds, parameters, bytes, weight files and peak memory, from the headers alone; with --keep or

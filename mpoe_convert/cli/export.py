@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..exports.targets import Export
@@ -19,7 +21,17 @@ from .options import COMMON, GroupedCommand, option, options_of, output_option, 
 @token_option("Source")
 @options_of(Export)
 @COMMON
-def export(artifact, output, overwrite, revision, token, as_json, quiet, verbose, **options) -> None:
+def export(
+    artifact: str,
+    output: str,
+    overwrite: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
+) -> None:
     """Write ARTIFACT in a form that needs no custom code.
 
     Dense again, as a mixture that transformers has, as adapters for PEFT, or as an ONNX graph. Exit code 1

@@ -14,7 +14,7 @@ from .options import COMMON, GroupedCommand, option, token_option
 @click.command(cls=GroupedCommand)
 @click.argument("artifact", type=click.Path())
 @COMMON
-def inspect(artifact, as_json, quiet, verbose) -> None:
+def inspect(artifact: str, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show what an artifact is made of."""
     from ..artifact.inspect import inspect as summarise
     from .tables import console, print_summary
@@ -30,7 +30,7 @@ def inspect(artifact, as_json, quiet, verbose) -> None:
 @click.command(cls=GroupedCommand)
 @click.argument("artifact", type=click.Path())
 @COMMON
-def report(artifact, as_json, quiet, verbose) -> None:
+def report(artifact: str, as_json: bool, quiet: bool, verbose: int) -> None:
     """Draw an artifact's errors, sizes, losses and expert load into it.
 
     PNG and SVG in its folder pictures/, shown by its model card. Losses and load are there after finetune.
@@ -70,7 +70,16 @@ def report(artifact, as_json, quiet, verbose) -> None:
     "explain, at most 0.1, or 0.5 if compressed]",
 )
 @COMMON
-def verify(artifact, against, trust_remote_code, token, tolerance, as_json, quiet, verbose) -> None:
+def verify(
+    artifact: str,
+    against: str | None,
+    trust_remote_code: bool | None,
+    token: str | None,
+    tolerance: float | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
     """Compare an artifact's outputs with its dense model's.
 
     A fresh process without this package loads both as a Hub user would. Exit code 1: they differ.
@@ -95,7 +104,7 @@ def verify(artifact, against, trust_remote_code, token, tolerance, as_json, quie
 
 @click.command(cls=GroupedCommand)
 @COMMON
-def families(as_json, quiet, verbose) -> None:
+def families(as_json: bool, quiet: bool, verbose: int) -> None:
     """List the architectures that are supported."""
     from ..source.families import families_json
     from .tables import console, print_families
@@ -108,12 +117,14 @@ def families(as_json, quiet, verbose) -> None:
 
 @click.command(cls=GroupedCommand)
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
-def completion(shell) -> None:
+def completion(shell: str) -> None:
     """Print a script for shell completion.
 
     For bash: eval "$(mpoe-convert completion bash)"
     """
     from click.shell_completion import get_completion_class
 
-    script = get_completion_class(shell)(main, {}, "mpoe-convert", "_MPOE_CONVERT_COMPLETE")
+    # The shell is one of the choices, and click has a class for each.
+    found = get_completion_class(shell)
+    script = found(main, {}, "mpoe-convert", "_MPOE_CONVERT_COMPLETE")  # pyright: ignore[reportOptionalCall]
     click.echo(script.source())

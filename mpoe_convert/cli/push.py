@@ -44,7 +44,16 @@ PUSH_NAMES = ("private", "create_pr", "branch", "commit_message")
 )
 @token_option("Hub")
 @COMMON
-def push(artifact, repo_id, overwrite, token, as_json, quiet, verbose, **pushing) -> None:
+def push(
+    artifact: str,
+    repo_id: str,
+    overwrite: bool,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **pushing: Any,
+) -> None:
     """Push an artifact to a repository on the Hub.
 
     The repository is made if it is new. Only the artifact's own files go, in one commit. A push that failed

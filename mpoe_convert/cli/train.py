@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..training.request import Finetuning, Scoring
@@ -26,7 +28,17 @@ from .options import (
 @options_of(Finetuning, skip={"model"}, from_file=True)
 @token_option("Data")
 @COMMON
-def finetune(model, output, resume, config, token, as_json, quiet, verbose, **options) -> None:
+def finetune(
+    model: str | None,
+    output: str | None,
+    resume: bool,
+    config: str | None,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
+) -> None:
     """Train a converted (or any) MODEL on texts by transformers' Trainer.
 
     Several devices: accelerate launch -m mpoe_convert finetune MODEL ...
@@ -65,7 +77,7 @@ def run_finetuning(
 @options_of(Scoring, skip={"model"})
 @token_option("Data")
 @COMMON
-def evaluate(model, token, as_json, quiet, verbose, **options) -> None:
+def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
     """Score MODEL on data: perplexity, accuracy, exact match, BLEU, ROUGE.
 
     With 95 % bootstrap intervals, and those of the paired difference with --against.

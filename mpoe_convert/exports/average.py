@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..errors import ExportError
 from .targets import Export
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -49,7 +50,7 @@ def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, T
     mixtures = cast(HoldsMixtures, model).mixtures()
     totals = {path: torch.zeros(ffn.num_experts, dtype=torch.float64) for path, ffn in mixtures}
 
-    def add(path: str, router, args, routing) -> None:
+    def add(path: str, router: nn.Module, args: tuple[Any, ...], routing: Any) -> None:
         totals[path] += token_rows(model, batch, path, _weights(routing)).sum(0).double().cpu()
 
     handles = [ffn.router.register_forward_hook(partial(add, path)) for path, ffn in mixtures]
@@ -62,7 +63,7 @@ def combine_weights(model: PreTrainedModel, batches: list[Batch]) -> dict[str, T
     return totals
 
 
-def _weights(routing) -> Tensor:
+def _weights(routing: Any) -> Tensor:
     """(T, E) combine weights; zero for experts that were not chosen."""
     table = torch.zeros_like(routing.logits)
     choices = getattr(routing, "choices", None)

@@ -150,7 +150,7 @@ class FeedForward(nn.Module):
             self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
         return self._decided[1]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeedForward":
         self._decided = (None, "apply")  # another dtype has other costs
         return super()._apply(fn, recurse)
 

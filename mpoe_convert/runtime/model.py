@@ -25,6 +25,8 @@ from .passes import RouterPass, add_losses, show_routers
 
 # What `MixtureMixin` is mixed into.
 _Stock = PreTrainedModel if TYPE_CHECKING else object
+# What routers that choose by task are told, see `MixtureMixin.route_by`.
+_Task = str | int | Sequence[str | int] | Tensor
 
 
 def _take(layer: nn.Module, path: str) -> Any:
@@ -32,7 +34,7 @@ def _take(layer: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), layer)
 
 
-def _put(layer: nn.Module, path: str, value) -> None:
+def _put(layer: nn.Module, path: str, value: Any) -> None:
     """Set the attribute at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, value)
@@ -102,7 +104,7 @@ def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(forward)
-    def recording(self, *args, **kwargs):
+    def recording(self: "MixtureMixin", *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return self._run_recording(forward, arguments, args, kwargs)
 
@@ -115,7 +117,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     """A stock `generate` that takes `task_ids`, for encoders too."""
 
     @functools.wraps(generate)
-    def generating(self, *args, task_ids=None, **kwargs):
+    def generating(self: "MixtureMixin", *args: Any, task_ids: _Task | None = None, **kwargs: Any) -> Any:
         if task_ids is None:
             return generate(self, *args, **kwargs)
         before = [ffn.task for _, ffn in self.mixtures()]
@@ -132,7 +134,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         block = config.mpoe
         if not block or block.get("format") != FORMAT_VERSION:
@@ -168,7 +170,7 @@ class MixtureMixin(_Stock):
             (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
         ]
 
-    def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
+    def route_by(self, task: _Task | None) -> None:
         """Let the routers choose by this task from now on; for models with `config.router_tasks`.
 
         `forward` and `generate` take the same as `task_ids`, for one call.
@@ -184,7 +186,7 @@ class MixtureMixin(_Stock):
         for _, ffn in self.mixtures():
             ffn.task = found
 
-    def _task_numbers(self, task) -> Tensor:
+    def _task_numbers(self, task: _Task) -> Tensor:
         """(B,) numbers or (B, H) embeddings of tasks."""
         known = self.config.router_tasks
         if known is None:
@@ -315,7 +317,7 @@ def _config_class(base: type, name: str, module: str) -> type:
     }
     if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
-        def __init__(self, *args, **kwargs):
+        def __init__(self: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             ours = {option: kwargs.pop(option, default) for option, default in options.items()}
             base.__init__(self, *args, **kwargs)
             for option, value in ours.items():

@@ -991,12 +991,12 @@ class _AddGradient(torch.autograd.Function):
     """An identity on a tensor; its backward pass starts a loss's gradient too, times the pass's factor."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
         ctx.router_pass, ctx.device = router_pass, loss.device
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
@@ -1008,12 +1008,12 @@ class _NoteScale(torch.autograd.Function):
     """An identity on the model's loss; its backward pass notes the gradient: a GradScaler's factor, say."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
+    def forward(ctx: Any, loss: Tensor, router_pass: "RouterPass") -> Tensor:
         ctx.router_pass = router_pass
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.router_pass.scale = grad
         return grad, None
 
@@ -1046,6 +1046,7 @@ class RouterPass:
     and a checkpointed call that the backward pass repeats joins again.
 
     Attributes:
+        mask_of: (mixture, T, number of its call) -> (T,) or None, see `mask`; None when the pass is over.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
@@ -1054,8 +1055,15 @@ class RouterPass:
         went_back: whether a backward pass has reached a mixture.
     """
 
-    def __init__(self, learns: bool, aux_coef: float, z_coef: float, mask_of):
-        self.learns, self.aux_coef, self.z_coef, self.mask_of = learns, aux_coef, z_coef, mask_of
+    def __init__(
+        self,
+        learns: bool,
+        aux_coef: float,
+        z_coef: float,
+        mask_of: Callable[["FeedForward", int, int], Tensor | None],
+    ):
+        self.learns, self.aux_coef, self.z_coef = learns, aux_coef, z_coef
+        self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
         self.share: float | Tensor = 1.0
@@ -1073,7 +1081,8 @@ class RouterPass:
 
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
-        return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
+        index = sum(call.ffn is ffn for call in self.calls)
+        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
@@ -1107,7 +1116,9 @@ class RouterPass:
         return loss
 
 
-def add_losses(outputs, running: RouterPass, arguments: dict):
+def add_losses(
+    outputs: ModelOutput | tuple[Any, ...], running: RouterPass, arguments: dict
+) -> ModelOutput | tuple[Any, ...]:
     """The model's outputs with the routers' losses in their loss."""
     losses = [call.loss for call in running.calls]
     if not losses:
@@ -1151,7 +1162,7 @@ def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
     return outputs
 
 
-def _loss_of(outputs, arguments: dict) -> tuple:
+def _loss_of(outputs: ModelOutput | tuple[Any, ...], arguments: dict) -> tuple:
     """Key and value of the loss among a model's outputs, or (None, None)."""
     if isinstance(outputs, tuple):
         has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
@@ -1160,7 +1171,7 @@ def _loss_of(outputs, arguments: dict) -> tuple:
     return (None, None) if loss is None else ("loss", loss)
 
 
-def _first_output(outputs) -> tuple:
+def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
     """Key and value of the first tensor that was computed from the hidden states."""
     items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
     return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)
@@ -1305,7 +1316,7 @@ class FeedForward(nn.Module):
             self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
         return self._decided[1]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeedForward":
         self._decided = (None, "apply")  # another dtype has other costs
         return super()._apply(fn, recurse)
 
@@ -1478,6 +1489,8 @@ def _seconds(cost: Cost) -> float:
 
 # What `MixtureMixin` is mixed into.
 _Stock = PreTrainedModel if TYPE_CHECKING else object
+# What routers that choose by task are told, see `MixtureMixin.route_by`.
+_Task = str | int | Sequence[str | int] | Tensor
 
 
 def _take(layer: nn.Module, path: str) -> Any:
@@ -1485,7 +1498,7 @@ def _take(layer: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), layer)
 
 
-def _put(layer: nn.Module, path: str, value) -> None:
+def _put(layer: nn.Module, path: str, value: Any) -> None:
     """Set the attribute at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, value)
@@ -1555,7 +1568,7 @@ def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(forward)
-    def recording(self, *args, **kwargs):
+    def recording(self: "MixtureMixin", *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return self._run_recording(forward, arguments, args, kwargs)
 
@@ -1568,7 +1581,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     """A stock `generate` that takes `task_ids`, for encoders too."""
 
     @functools.wraps(generate)
-    def generating(self, *args, task_ids=None, **kwargs):
+    def generating(self: "MixtureMixin", *args: Any, task_ids: _Task | None = None, **kwargs: Any) -> Any:
         if task_ids is None:
             return generate(self, *args, **kwargs)
         before = [ffn.task for _, ffn in self.mixtures()]
@@ -1585,7 +1598,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         block = config.mpoe
         if not block or block.get("format") != FORMAT_VERSION:
@@ -1621,7 +1634,7 @@ class MixtureMixin(_Stock):
             (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
         ]
 
-    def route_by(self, task: str | int | Sequence[str | int] | Tensor | None) -> None:
+    def route_by(self, task: _Task | None) -> None:
         """Let the routers choose by this task from now on; for models with `config.router_tasks`.
 
         `forward` and `generate` take the same as `task_ids`, for one call.
@@ -1637,7 +1650,7 @@ class MixtureMixin(_Stock):
         for _, ffn in self.mixtures():
             ffn.task = found
 
-    def _task_numbers(self, task) -> Tensor:
+    def _task_numbers(self, task: _Task) -> Tensor:
         """(B,) numbers or (B, H) embeddings of tasks."""
         known = self.config.router_tasks
         if known is None:
@@ -1768,7 +1781,7 @@ def _config_class(base: type, name: str, module: str) -> type:
     }
     if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
-        def __init__(self, *args, **kwargs):
+        def __init__(self: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             ours = {option: kwargs.pop(option, default) for option, default in options.items()}
             base.__init__(self, *args, **kwargs)
             for option, value in ours.items():

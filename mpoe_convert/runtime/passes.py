@@ -8,6 +8,7 @@ Compiled code, which keeps no such Python state, adds them to the model's loss.
 import dataclasses
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,12 +28,12 @@ class _AddGradient(torch.autograd.Function):
     """An identity on a tensor; its backward pass starts a loss's gradient too, times the pass's factor."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
         ctx.router_pass, ctx.device = router_pass, loss.device
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = 1.0  # dL / d loss
         if ctx.router_pass is not None:
             ctx.router_pass.went_back = True
@@ -44,12 +45,12 @@ class _NoteScale(torch.autograd.Function):
     """An identity on the model's loss; its backward pass notes the gradient: a GradScaler's factor, say."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, router_pass: "RouterPass") -> Tensor:
+    def forward(ctx: Any, loss: Tensor, router_pass: "RouterPass") -> Tensor:
         ctx.router_pass = router_pass
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.router_pass.scale = grad
         return grad, None
 
@@ -82,6 +83,7 @@ class RouterPass:
     and a checkpointed call that the backward pass repeats joins again.
 
     Attributes:
+        mask_of: (mixture, T, number of its call) -> (T,) or None, see `mask`; None when the pass is over.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
@@ -90,8 +92,15 @@ class RouterPass:
         went_back: whether a backward pass has reached a mixture.
     """
 
-    def __init__(self, learns: bool, aux_coef: float, z_coef: float, mask_of):
-        self.learns, self.aux_coef, self.z_coef, self.mask_of = learns, aux_coef, z_coef, mask_of
+    def __init__(
+        self,
+        learns: bool,
+        aux_coef: float,
+        z_coef: float,
+        mask_of: Callable[["FeedForward", int, int], Tensor | None],
+    ):
+        self.learns, self.aux_coef, self.z_coef = learns, aux_coef, z_coef
+        self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
         self.share: float | Tensor = 1.0
@@ -109,7 +118,8 @@ class RouterPass:
 
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
-        return self.mask_of(ffn, num_tokens, sum(call.ffn is ffn for call in self.calls))
+        index = sum(call.ffn is ffn for call in self.calls)
+        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
@@ -143,7 +153,9 @@ class RouterPass:
         return loss
 
 
-def add_losses(outputs, running: RouterPass, arguments: dict):
+def add_losses(
+    outputs: ModelOutput | tuple[Any, ...], running: RouterPass, arguments: dict
+) -> ModelOutput | tuple[Any, ...]:
     """The model's outputs with the routers' losses in their loss."""
     losses = [call.loss for call in running.calls]
     if not losses:
@@ -187,7 +199,7 @@ def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
     return outputs
 
 
-def _loss_of(outputs, arguments: dict) -> tuple:
+def _loss_of(outputs: ModelOutput | tuple[Any, ...], arguments: dict) -> tuple:
     """Key and value of the loss among a model's outputs, or (None, None)."""
     if isinstance(outputs, tuple):
         has_loss = any(arguments.get(name) is not None for name in ("labels", "start_positions"))
@@ -196,7 +208,7 @@ def _loss_of(outputs, arguments: dict) -> tuple:
     return (None, None) if loss is None else ("loss", loss)
 
 
-def _first_output(outputs) -> tuple:
+def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
     """Key and value of the first tensor that was computed from the hidden states."""
     items = enumerate(outputs) if isinstance(outputs, tuple) else outputs.items()
     return next((key, value) for key, value in items if isinstance(value, Tensor) and value.requires_grad)

@@ -126,12 +126,12 @@ def _watch(model: MixtureMixin, similarity_tokens: int) -> Iterator[dict[str, Ro
     arguments: dict = {}  # of that pass
     names = list(inspect.signature(model.forward).parameters)
 
-    def start_pass(module, args, kwargs):
+    def start_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.update(dict.fromkeys(calls, 0))
         arguments.clear()
         arguments.update(dict(zip(names, args, strict=False)) | kwargs)
 
-    def add(path: str, ffn: FeedForward, router, args, routing: Routing):
+    def add(path: str, ffn: FeedForward, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         if in_backward():
             return  # a checkpointed call, repeated: it has been counted
         mask = model.token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)

@@ -11,7 +11,7 @@ import logging
 import warnings
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ExportError, VerifyError
 from .. import targets
@@ -19,6 +19,7 @@ from . import ExportPlan, Part
 from .dense import ExpertWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -101,7 +102,13 @@ def _sorts(ffn: FeedForward, tokens: Tensor) -> bool:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class StopsAtSorting(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self,
+            func: Callable[..., Any],
+            types: Iterable[type],
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
             if func is torch.ops.aten.sort.stable:
                 raise _Sorting
             return func(*args, **(kwargs or {}))
