@@ -1,7 +1,7 @@
 """Artifacts in the oldest transformers that is declared, in a folder named by MPOE_OLDEST_TRANSFORMERS.
 
 pip install --no-deps --target oldest transformers==5.18.0
-MPOE_OLDEST_TRANSFORMERS=oldest python -m pytest tests/test_oldest_release.py
+MPOE_OLDEST_TRANSFORMERS=oldest python -m pytest tests/whole/test_oldest_release.py
 """
 
 import json

@@ -1,7 +1,7 @@
 """Quantising the rest of a converted model, by libraries in a folder named by MPOE_QUANTISERS.
 
 pip install --no-deps --target quantisers torchao bitsandbytes
-MPOE_QUANTISERS=quantisers python -m pytest -m slow tests/test_quantised.py
+MPOE_QUANTISERS=quantisers python -m pytest -m slow tests/whole/test_quantised.py
 """
 
 import json
