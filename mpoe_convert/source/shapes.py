@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import CRITICAL
+from typing import Any
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
@@ -21,6 +22,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         FamilyError: as `Architecture.build`.
     """
     import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
 
     skeleton = checkpoint.architecture.build(checkpoint.architecture.model_class)
     tensors = {
@@ -29,16 +32,14 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         if hasattr(torch, info.dtype)
     }
     with _without_progress():
-        # With `output_loading_info` it returns a pair, which its annotation leaves out.
-        _, found = type(skeleton).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            None,
-            config=skeleton.config,
-            state_dict=tensors,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        # The mapping's type is wider than the field's annotation; transformers itself passes it so.
+        mapping: Any = get_model_conversion_mapping(skeleton)
+        config = LoadStateDictConfig(
+            ignore_mismatched_sizes=True, device_map={"": torch.device("meta")}, weight_mapping=mapping
         )
-    if different := sorted(found["mismatched_keys"]):
+        # Not `from_pretrained`: given a device map, it wants accelerate, which a conversion does not need.
+        found, _ = type(skeleton)._load_pretrained_model(skeleton, tensors, None, config)
+    if different := sorted(found.mismatched_keys):
         name, shape, expected = different[0]
         others = f" and {len(different) - 1} more" if len(different) > 1 else ""
         keys = ", ".join(_keys_of(checkpoint.config, shape, expected)) or "its sizes"

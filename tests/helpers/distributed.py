@@ -1,4 +1,6 @@
-"""Run by torchrun in tests/training/test_distributed.py: an artifact wrapped by DDP or FSDP2 against the bare model.
+"""Run by torchrun in tests/training/test_distributed.py.
+
+An artifact wrapped by DDP or FSDP2 against the bare model.
 
 Every process prints the relative differences of the loss, of the worst gradient, and of the logits after an
 optimizer's step, with matrices cached before it.
