@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import FORMAT_VERSION, OPTIONS, Chain, FeedForward, name_cores
+from ..runtime.modeling_mpoe import DEFAULT_RULE, FORMAT_VERSION, OPTIONS, Chain, FeedForward, name_cores
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
 from ..source.custom_code import code_of_artifact
@@ -91,6 +91,7 @@ class Artifact:
         options: of the routers and the runtime, see `modeling_mpoe.OPTIONS`.
         num_experts: per mixture.
         top_k: experts per token.
+        rule: name of the selection rule, see `modeling_mpoe.RULES`.
         family: the row that describes the base.
         mixtures: in layer order.
         token: the Hub token that it was opened with.
@@ -101,6 +102,7 @@ class Artifact:
     options: dict
     num_experts: int
     top_k: int
+    rule: str
     family: Family
     mixtures: tuple[Mixture, ...]
     token: str | None = field(default=None, repr=False)
@@ -255,6 +257,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         options={name: checkpoint.config.get(name, default) for name, default in OPTIONS.items()},
         num_experts=block["num_experts"],
         top_k=block["top_k"],
+        rule=block.get("rule", DEFAULT_RULE),
         family=family,
         mixtures=_mixtures(checkpoint, block, family),
         token=token,

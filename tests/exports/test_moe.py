@@ -162,6 +162,14 @@ def test_what_a_mixtral_has_not(options, recipe, message, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+def test_another_selection_rule(tmp_path):
+    out = converted("llama", tmp_path)
+    block = json.loads((out / "config.json").read_text())["mpoe"]
+    set_options(out, mpoe=block | {"rule": "expert-choice"})
+    with pytest.raises(ExportError, match="has no selection rule expert-choice"):
+        export(out, tmp_path / "back", MOE)
+
+
 def test_a_balancing_bias_that_chooses(tmp_path):
     out = converted("qwen3", tmp_path)
     tensors = load_file(out / "model.safetensors")

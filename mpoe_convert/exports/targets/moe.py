@@ -100,6 +100,10 @@ def _target(source: Artifact) -> MoeTarget:
 
 def _obstacles(source: Artifact, target: MoeTarget) -> Iterator[str]:
     """What the model has and the target has not."""
+    from ...runtime.modeling_mpoe import DEFAULT_RULE
+
+    if source.rule != DEFAULT_RULE:
+        yield f"selection rule {source.rule}"
     if source.options["router_tasks"] is not None:
         yield "routers that choose by task"
     if any(source.balance_bias(mixture) is not None for mixture in source.mixtures):
