@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -105,11 +105,18 @@ def loading(source: Artifact, model: str) -> str:
 
 
 def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[PlannedTensor]:
-    """The tensors of the dense model. Those of an FFN stand where the first of its mixture's stood.
+    """The tensors of the dense model.
 
     Raises:
         ExportError: the adapters are trained (their output is not zero).
     """
+    yield from tensors_with(source, lambda mixture: _ffn(source, mixture, expert_weights[mixture.path]))
+
+
+def tensors_with(
+    source: Artifact, tensors_of: Callable[[Mixture], Iterator[PlannedTensor]]
+) -> Iterator[PlannedTensor]:
+    """The artifact's tensors, each mixture's replaced by `tensors_of` it, where the first of them stood."""
     done = set()
     for name in source.checkpoint.tensors:
         mixture = source.owner(name)
@@ -117,7 +124,7 @@ def dense_tensors(source: Artifact, expert_weights: ExpertWeights) -> Iterator[P
             yield copied(source, name)
         elif mixture.key not in done:
             done.add(mixture.key)
-            yield from _ffn(source, mixture, expert_weights[mixture.path])
+            yield from tensors_of(mixture)
 
 
 def copied(source: Artifact, name: str, new_name: str | None = None) -> PlannedTensor:

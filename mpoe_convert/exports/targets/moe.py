@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import ExportError
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
-from .dense import ExpertWeights, check_adapters, copied, usage
+from .dense import ExpertWeights, check_adapters, copied, tensors_with, usage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     """
     target = _target(source)
     config = target_config(source, target)
-    tensors = tuple(_tensors(source, target, config))
+    tensors = tuple(tensors_with(source, partial(_mixture, source, target, config)))
     about = (
         f"All {source.num_experts} experts of every mixture were written out as whole matrices of a "
         f"{target.model_type}, {source.top_k} per token: the same function, in transformers' stock classes."
@@ -192,19 +192,12 @@ def _head(source: Artifact, target: MoeTarget) -> str:
     return known[auto]
 
 
-def _tensors(source: Artifact, target: MoeTarget, config: dict) -> Iterator[PlannedTensor]:
-    done = set()
-    for name in source.checkpoint.tensors:
-        mixture = source.owner(name)
-        if mixture is None:
-            yield copied(source, name)
-        elif mixture.key not in done:
-            done.add(mixture.key)
-            slot = f"{mixture.layer}.{target.slot}"
-            yield copied(source, f"{mixture.key}.router.weight", f"{slot}.{target.router}")
-            if target.idle_shared_expert:
-                yield from _idle_expert(source, mixture, slot, config["shared_expert_intermediate_size"])
-            yield from _experts(source, mixture, target, slot)
+def _mixture(source: Artifact, target: MoeTarget, config: dict, mixture: Mixture) -> Iterator[PlannedTensor]:
+    slot = f"{mixture.layer}.{target.slot}"
+    yield copied(source, f"{mixture.key}.router.weight", f"{slot}.{target.router}")
+    if target.idle_shared_expert:
+        yield from _idle_expert(source, mixture, slot, config["shared_expert_intermediate_size"])
+    yield from _experts(source, mixture, target, slot)
 
 
 def _experts(source: Artifact, mixture: Mixture, target: MoeTarget, slot: str) -> Iterator[PlannedTensor]:
