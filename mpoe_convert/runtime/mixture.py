@@ -210,9 +210,10 @@ class FeedForward(nn.Module):
             if not in_backward():
                 self.repeatable.clear()  # this call adds nothing when it is repeated
             elif self.repeatable:
-                repeated, mask, task = self.repeatable.pop()  # the backward pass repeats the last call first
+                # the backward pass repeats the last call first
+                repeated, mask, task, lacks_shown = self.repeatable.pop()
                 routing = self.router(tokens, self.balance_bias, mask, task)
-                return repeated.join(routing, mask)[0].served()
+                return repeated.repeat(routing, mask, lacks_shown).served()
         return self.router(tokens, self.balance_bias, task=self.task).served()
 
     @torch.no_grad()

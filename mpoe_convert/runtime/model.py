@@ -1,5 +1,6 @@
 """The model: swapping FFNs in a stock model, its forward pass, and classes made on demand."""
 
+import copy
 import functools
 import inspect
 import sys
@@ -10,11 +11,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from .choices import DEFAULT_RULE
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .header import (
-    ModelOutput,
     get_checkpoint_conversion_mapping,
     init,
     register_checkpoint_conversion_mapping,
@@ -95,22 +99,42 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
             )
 
 
-def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A stock forward whose outputs carry the router losses, with the same signature and `task_ids`."""
-    signature = inspect.signature(forward)
-    names = list(signature.parameters)[1:]
-    parameters = list(signature.parameters.values())
-    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+# What `_recording` adds to the parameters of a stock forward.
+_OUR_ARGUMENTS = ("task_ids", "output_router_logits")
 
-    @functools.wraps(forward)
-    def recording(self: "MixtureMixin", *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        return self._run_recording(forward, arguments, args, kwargs)
 
-    parameters = [*parameters[:place], task_ids, *parameters[place:]]
-    vars(recording)["__signature__"] = signature.replace(parameters=parameters)
-    return recording
+def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with the stock parameters and `_OUR_ARGUMENTS`. It hands over what differs from the defaults.
+
+    It is written out as code. Whoever compiles it, vLLM for one, binds arguments by `inspect.signature` and
+    expects the code to have the same variables, so that `*args` behind a made up signature will not do.
+    """
+    parameters = list(inspect.signature(stock).parameters.values())[1:]
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    positional = [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    keyword_only = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    keyword_only += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in _OUR_ARGUMENTS
+        if all(p.name != name for p in parameters)
+    ]
+    written = [_written(p) for p in positional] + ["*"] + [_written(p) for p in keyword_only]
+    written += [f"**{rest}"] if rest else []
+    named = [*positional, *keyword_only]
+    given = ", ".join(f"{p.name}={p.name}" for p in named)
+    body = f"return self._run_recording(stock, defaults, dict({given}), {rest or '{}'})"
+    namespace: dict[str, Any] = {"stock": stock, "defaults": {p.name: p.default for p in named}}
+    exec(f"def forward(self, {', '.join(written)}):\n    {body}\n", namespace)
+    made: Any = functools.update_wrapper(namespace["forward"], stock)
+    del vars(made)["__wrapped__"]  # its signature is its own
+    made.__defaults__ = tuple(p.default for p in positional if p.default is not p.empty) or None
+    made.__kwdefaults__ = {p.name: p.default for p in keyword_only if p.default is not p.empty}
+    return made
+
+
+def _written(parameter: inspect.Parameter) -> str:
+    """As code, with a default to be replaced if there is one."""
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=None"
 
 
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,6 +158,10 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
+    # The last pass whose load was noted, and the versions of the mixtures' parameters then.
+    _balancing: RouterPass | None = None
+    _versions: Sequence[int] = ()
+
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         block = config.mpoe
@@ -143,22 +171,73 @@ class MixtureMixin(_Stock):
                 f"{type(self).__name__} reads format {FORMAT_VERSION} of config.mpoe, found {found}; "
                 "load the checkpoint with the modeling_mpoe.py that lies beside it"
             )
-        base = self.base_model
-        # A model may hold only one of the stacks, such as the encoder of T5.
-        present = {path: form for path, form in block["ffns"].items() if _has_submodule(base, path)}
+        present = self._layer_paths()
         if not present:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
+        base = self.base_model
         for path, form in present.items():
             swap_ffn(base.get_submodule(path), block["forms"][form], block)
-        self.mixture_paths = [f"{path}.{block['family']['slot']}" for path in present]
+        self._note_paths()
         for path, ffn in self.mixtures():
             ffn.configure(config, len(present))
-            ffn.in_decoder = path.startswith("decoder")
-        self._balancing: RouterPass | None = None  # the last pass whose load was noted
-        self._versions: list[int] = []  # of the mixtures' parameters, then
+            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
+        for module in self.modules():
+            if module is not self and isinstance(module, PreTrainedModel):
+                self._adopt(module)
         self.post_init()
+
+    def _layer_paths(self) -> dict[str, int]:
+        """{path of a layer with a mixture below the base model: index of its form}, of those that are here.
+
+        A model may hold only one of the stacks, such as the encoder of T5, or be one: then it notes that, and
+        paths lack the name of the stack.
+        """
+        ffns, base = self.config.mpoe["ffns"], self.base_model
+        self._stack = None  # "encoder" or "decoder", of a model that is one
+        if not any(_has_submodule(base, path) for path in ffns):
+            # T5's two stacks have one class.
+            decodes = "Decoder" in type(self).__name__ or getattr(self.config, "is_decoder", False)
+            self._stack = "decoder" if decodes else "encoder"
+            start = self._stack + "."
+            ffns = {path.removeprefix(start): form for path, form in ffns.items() if path.startswith(start)}
+        return {path: form for path, form in ffns.items() if _has_submodule(base, path)}
+
+    def _note_paths(self) -> None:
+        """Note the paths of the mixtures below the base model."""
+        slot = self.config.mpoe["family"]["slot"]
+        self.mixture_paths = [f"{path}.{slot}" for path in self._layer_paths()]
+
+    def _adopt(self, module: PreTrainedModel) -> None:
+        """Let a stock model inside this one, the backbone of a head or a stack, be one of ours.
+
+        It is complete by itself then: its forward pass has the routers' losses, and it saves as what it is.
+        """
+        if isinstance(module, MixtureMixin) or getattr(module.config, "mpoe", None) is None:
+            return
+        if not any(isinstance(child, FeedForward) for child in module.modules()):
+            return
+        kept = next(cls.__module__ for cls in type(self).__mro__ if MixtureMixin in cls.__bases__)
+        adopted: Any = subclass(type(module), kept)
+        # Transformers registers a class when an object of it is made: what `output_hidden_states` captures.
+        PreTrainedModel.__init__(adopted.__new__(adopted), module.config)
+        if type(self)._auto_class is not None:
+            adopted._auto_class = "AutoModel"  # saved with its code, as this model is
+        module.__class__ = adopted
+        mixin: Any = module
+        mixin._note_paths()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the stock class; the config that a stack shares with its model is not changed."""
+        if self._stack is None:
+            return super().save_pretrained(*args, **kwargs)
+        config, self.config = self.config, copy.deepcopy(self.config)
+        self.config.auto_map = {k: v for k, v in (config.auto_map or {}).items() if k == "AutoConfig"}
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config = config
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
@@ -203,29 +282,43 @@ class MixtureMixin(_Stock):
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
         return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
 
-    def _run_recording(self, forward: Callable[..., Any], arguments: dict, args: tuple, kwargs: dict):
-        """A forward pass whose outputs carry the router losses."""
-        config, mixtures = self.config, self.mixtures()
-        task = kwargs.pop("task_ids", None)
+    def _run_recording(self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict) -> Any:
+        """A forward pass whose outputs carry the router losses.
+
+        Args:
+            stock: the forward of the stock class.
+            defaults: of `arguments`.
+            arguments: by name, those of `_OUR_ARGUMENTS` among them.
+            more: other keyword arguments.
+        """
+        config = self.config
+        given = {name: value for name, value in arguments.items() if value is not defaults[name]} | more
+        task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
+        show = config.output_router_logits if show is None else show
+        if not (self.training or show or config.router_tasks is not None or task is not None):
+            return stock(self, **given)
+        mixtures = self.mixtures()
+        if any(ffn.router_pass is not None for _, ffn in mixtures):
+            return stock(self, **given)  # part of a pass of the model around this one
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
-        _check_tasks(task, arguments)
+        _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        show = kwargs.pop("output_router_logits", config.output_router_logits)
         coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        needed = needed or task is not None or (learns and config.router_tasks is not None)
-        if not needed or any(ffn.router_pass is not None for _, ffn in mixtures):
-            return forward(self, *args, **kwargs)
+        if not (needed or task is not None or (learns and config.router_tasks is not None)):
+            return stock(self, **given)
         if rate:
             self._follow_step()
-        running = RouterPass(learns, *coefs, functools.partial(self.token_mask, arguments=arguments))
-        running.share = self._share_of_step(arguments)
+        returns_dict = given.get("return_dict")
+        shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
+        running = RouterPass(learns, shows, *coefs, functools.partial(self.token_mask, arguments=given))
+        running.share = self._share_of_step(given)
         running.task = task
         try:
             for _, ffn in mixtures:
                 ffn.router_pass = running
-            outputs = forward(self, *args, **kwargs)
+            outputs = stock(self, **given)
         finally:
             for _, ffn in mixtures:
                 ffn.router_pass = None
@@ -234,8 +327,8 @@ class MixtureMixin(_Stock):
                 call.ffn.note_load(call.routing, call.mask)
             self._balancing = running
         if any(coefs):
-            outputs = add_losses(outputs, running, arguments)
-        if show and isinstance(outputs, ModelOutput):
+            outputs = add_losses(outputs, running, given)
+        if shows:
             outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
@@ -279,7 +372,7 @@ class MixtureMixin(_Stock):
             arguments: of the model's forward pass, by name.
         """
         mask = arguments.get("attention_mask")
-        if self.config.is_encoder_decoder and ffn.in_decoder:
+        if self.config.is_encoder_decoder and ffn.in_decoder and self._stack is None:
             mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
             if mask is None and labels is not None and labels.numel() == num_tokens:
                 mask = labels != -100
@@ -307,10 +400,15 @@ class MixtureMixin(_Stock):
 
 
 def _config_class(base: type, name: str, module: str) -> type:
-    """The stock config class with `mpoe` and our options."""
+    """The stock config class with `mpoe` and our options.
+
+    `num_experts` and `num_experts_per_tok`, which trainers read, are those of the block.
+    """
     options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
+        "num_experts": property(lambda self: self.mpoe["num_experts"]),
+        "num_experts_per_tok": property(lambda self: self.mpoe["top_k"]),
         **options,
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
@@ -347,11 +445,25 @@ def _model_class(base: type, name: str, module: str) -> type:
             behind = [key for key, part in PARTS.items() if part.behind]
             body[attribute] = type(kept)([*kept, "down", *behind])
     cls = type(name, bases, body)
-    # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
+    # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name, or by model type.
     renames = get_checkpoint_conversion_mapping(base.__name__)
+    if renames is None:
+        renames = get_checkpoint_conversion_mapping(base.config_class.model_type)
     if renames is not None:
         register_checkpoint_conversion_mapping(name, renames, overwrite=True)
+    _name_task(base.__name__, config_class.model_type, name)
     return cls
+
+
+def _name_task(base: str, model_type: str, name: str) -> None:
+    """Enter a class in transformers' tables of names for every task of its base.
+
+    By them Trainer knows that labels are to be shifted for label smoothing, and pipelines which models they
+    support.
+    """
+    for table, names in vars(modeling_auto).items():
+        if table.startswith("MODEL_FOR_") and table.endswith("_MAPPING_NAMES") and base in names.values():
+            names[model_type] = name
 
 
 def subclass(base: type, module: str = __name__) -> type:
@@ -369,7 +481,9 @@ def subclass(base: type, module: str = __name__) -> type:
         namespace[name] = _config_class(base, name, module)
         return namespace[name]
     namespace[name] = _model_class(base, name, module)
-    if module == __name__:
+    if module == __name__ and hasattr(
+        transformers, base.__name__
+    ):  # no stack, which AutoModel loads as it is
         # Heads such as LlamaForSequenceClassification build their backbone by AutoModel from the config.
         backbone = MODEL_MAPPING.get(base.config_class, None)
         if isinstance(backbone, type):
@@ -379,10 +493,23 @@ def subclass(base: type, module: str = __name__) -> type:
     return namespace[name]
 
 
+def _stock_class(name: str) -> Any:
+    """The class of transformers with that name, or None; stacks are not in its namespace."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    for model_type, config in CONFIG_MAPPING_NAMES.items():
+        if name.startswith(config.removesuffix("Config")):
+            backbone = MODEL_MAPPING.get(transformers.CONFIG_MAPPING[model_type], None)
+            found = isinstance(backbone, type) and getattr(sys.modules[backbone.__module__], name, None)
+            if found:
+                return found
+    return None
+
+
 def __getattr__(name: str) -> type:
     """`MPOE<Name>`: the subclass of `transformers.<Name>`, which `auto_map` of config.json asks for."""
-    base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
-    if not name.startswith(CLASS_PREFIX) or not isinstance(base, type):
+    base = _stock_class(name.removeprefix(CLASS_PREFIX)) if name.startswith(CLASS_PREFIX) else None
+    if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not issubclass(base, (PretrainedConfig, PreTrainedModel)):
         raise AttributeError(f"{name!r}: transformers.{base.__name__} is neither config nor model")

@@ -3,6 +3,10 @@
 The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
 outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
 Compiled code, which keeps no such Python state, adds them to the model's loss.
+
+A pass that shows its routers (`output_router_logits`) keeps the contract of transformers' own mixtures
+instead: the load-balancing loss is `aux_loss` of the outputs, and is in their loss if they have one. A loss
+that is computed outside of the model adds `coef * outputs.aux_loss`, and it is counted once.
 """
 
 import dataclasses
@@ -25,34 +29,34 @@ _ROUTER_FIELDS = ("aux_loss", "router_logits")
 
 
 class _AddGradient(torch.autograd.Function):
-    """An identity on a tensor; its backward pass starts a loss's gradient too, times the pass's factor."""
+    """An identity on a tensor; its backward pass starts a loss's gradient too, times a factor known then."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, loss: Tensor, router_pass: "RouterPass | None") -> Tensor:
-        ctx.router_pass, ctx.device = router_pass, loss.device
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor, factor: Callable[[], float | Tensor]) -> Tensor:
+        ctx.factor, ctx.device = factor, loss.device
         return tensor.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = 1.0  # dL / d loss
-        if ctx.router_pass is not None:
-            ctx.router_pass.went_back = True
-            factor = ctx.router_pass.factor
-        return grad, torch.as_tensor(factor, dtype=torch.float32, device=ctx.device), None
+        return grad, torch.as_tensor(ctx.factor(), dtype=torch.float32, device=ctx.device), None
 
 
-class _NoteScale(torch.autograd.Function):
-    """An identity on the model's loss; its backward pass notes the gradient: a GradScaler's factor, say."""
+class _NoteGradient(torch.autograd.Function):
+    """An identity on a scalar of the outputs; its backward pass passes the gradient on to `note`.
+
+    `anchor`: a tensor behind all layers, whose backward pass therefore waits for this one; None if the
+    scalar's own graph has them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, router_pass: "RouterPass") -> Tensor:
-        ctx.router_pass = router_pass
-        return loss.clone()
+    def forward(ctx: Any, scalar: Tensor, anchor: Tensor | None, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.note = note
+        return scalar.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.router_pass.scale = grad
-        return grad, None
+        ctx.note(grad)
+        return grad, None, None
 
 
 class Call(NamedTuple):
@@ -84,37 +88,53 @@ class RouterPass:
 
     Attributes:
         mask_of: (mixture, T, number of its call) -> (T,) or None, see `mask`; None when the pass is over.
+        shows: the load-balancing loss joins the outputs (see above), and only the z-loss the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
         task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
-        scale: the factor on the model's own loss; known once the backward pass has begun.
+        scale: the gradient of the model's own loss: a GradScaler's factor, say. Known once the backward pass
+            has begun, as is `shown_scale`, that of `aux_loss` of the outputs.
         went_back: whether a backward pass has reached a mixture.
     """
 
     def __init__(
         self,
         learns: bool,
+        shows: bool,
         aux_coef: float,
         z_coef: float,
         mask_of: Callable[["FeedForward", int, int], Tensor | None],
     ):
-        self.learns, self.aux_coef, self.z_coef = learns, aux_coef, z_coef
+        self.learns, self.shows, self.aux_coef, self.z_coef = learns, shows, aux_coef, z_coef
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
         self.share: float | Tensor = 1.0
         self.task: Tensor | None = None
         self.scale: float | Tensor = 1.0
+        self.shown_scale: float | Tensor = 0.0
         self.went_back = False
 
-    @property
     def factor(self) -> float | Tensor:
-        """Of each call's loss in the backward pass."""
+        """dL / d (loss of a call), asked for in the backward pass."""
+        self.went_back = True
         share = self.share
         if isinstance(share, Tensor) and isinstance(self.scale, Tensor):
             share = share.to(self.scale.device)
         return self.scale * share / max(self.num_calls, 1)
+
+    def shown_factor(self) -> float | Tensor:
+        """dL / d (load-balancing loss of a call) of the shown loss, asked for in the backward pass."""
+        return self.shown_scale / max(self.num_calls, 1)
+
+    def note_scale(self, grad: Tensor) -> None:
+        """Called by the backward pass with the gradient of the model's own loss."""
+        self.scale = grad
+
+    def note_shown_scale(self, grad: Tensor) -> None:
+        """Called by the backward pass with the gradient of `aux_loss` of the outputs."""
+        self.shown_scale = grad
 
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
@@ -133,20 +153,32 @@ class RouterPass:
         joined, loss = self.join(routing, mask)
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
-            ffn.repeatable.append((self, mask, task))
+            # A reentrant checkpoint makes the graph when it repeats the call: `aux_loss` has none before.
+            ffn.repeatable.append((self, mask, task, self.shows and not torch.is_grad_enabled()))
         return joined
+
+    def repeat(self, routing: Routing, mask: Tensor | None, lacks_shown: bool) -> Routing:
+        """Like `add`, for a call that the backward pass repeats; nothing is noted.
+
+        `lacks_shown`: the shown loss had no graph when the call was made, so its gradient joins here.
+        """
+        joined, _ = self.join(routing, mask)
+        if not (lacks_shown and joined.choices.weights.requires_grad):
+            return joined
+        aux = load_balancing_loss(routing, mask)
+        return joined.weighted(_AddGradient.apply(joined.choices.weights, aux, self.shown_factor))
 
     def join(self, routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
         """(the routing, whose weights carry the losses' gradient; the losses)."""
         loss, weights = self.loss(routing, mask), routing.choices.weights
         if not (self.learns and torch.is_grad_enabled() and weights.requires_grad):
             return routing, loss
-        return routing.weighted(_AddGradient.apply(weights, loss, self)), loss
+        return routing.weighted(_AddGradient.apply(weights, loss, self.factor)), loss
 
     def loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
-        """A scalar: the losses of one call, times their coefficients."""
+        """A scalar: the losses of one call that join at its weights, times their coefficients."""
         loss = routing.logits.new_zeros(())
-        if self.aux_coef:
+        if self.aux_coef and not self.shows:
             loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
         if self.z_coef:
             loss = loss + self.z_coef * router_z_loss(routing, mask)
@@ -156,7 +188,7 @@ class RouterPass:
 def add_losses(
     outputs: ModelOutput | tuple[Any, ...], running: RouterPass, arguments: dict
 ) -> ModelOutput | tuple[Any, ...]:
-    """The model's outputs with the routers' losses in their loss."""
+    """The model's outputs with the routers' losses, except the shown one, in their loss."""
     losses = [call.loss for call in running.calls]
     if not losses:
         return outputs
@@ -165,11 +197,11 @@ def add_losses(
     key, tensor = _loss_of(outputs, arguments)
     if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts
         if not torch.compiler.is_compiling():
-            tensor = _NoteScale.apply(tensor, running)
+            tensor = _NoteGradient.apply(tensor, None, running.note_scale)
         tensor = tensor + total.to(tensor.device)
     elif total.requires_grad:
         key, tensor = _first_output(outputs)
-        tensor = _AddGradient.apply(tensor, total, None)
+        tensor = _AddGradient.apply(tensor, total, lambda: 1.0)
     else:
         return outputs
     if isinstance(outputs, tuple):
@@ -186,11 +218,21 @@ def _with_router_fields(base: type[Any]) -> type[Any]:
     return dataclasses.make_dataclass(base.__name__, more, bases=(base,), namespace={"__module__": __name__})
 
 
-def show_routers(outputs: ModelOutput, running: RouterPass) -> ModelOutput:
-    """The outputs with `aux_loss`, a scalar, and `router_logits`, (T, E) per call."""
+def show_routers(outputs: Any, running: RouterPass) -> ModelOutput:
+    """The outputs with `router_logits`, (T, E) per call, and `aux_loss`, a scalar, which joins their loss.
+
+    `outputs`: no tuple.
+    """
     calls = running.calls
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
     mean = torch.stack([loss.to(aux[0].device) for loss in aux]).mean()
+    if running.learns and not all(call.routing.logits.requires_grad for call in calls):
+        anchor = next((v for v in outputs.values() if isinstance(v, Tensor) and v.requires_grad), None)
+        mean = _NoteGradient.apply(mean, anchor, running.note_shown_scale)
+    if running.learns and running.aux_coef and outputs.get("loss") is not None:
+        loss = outputs["loss"]
+        added = running.aux_coef * torch.as_tensor(running.share, device=mean.device) * mean
+        outputs["loss"] = loss + added.to(loss.device)
     shown = {"aux_loss": mean, "router_logits": tuple(call.routing.logits for call in calls)}
     if not torch.compiler.is_compiling():  # the stock class cannot be rebuilt from a tree with more fields
         return _with_router_fields(type(outputs))(**outputs, **shown)
