@@ -299,7 +299,7 @@ def test_a_call_without_any_choice():
 def test_a_call_without_any_choice_learns_from_the_losses():
     ffn = irregular(make_ffn()).train()
     fill(ffn.router, scale=1e-3)
-    ffn.router_pass = modeling.RouterPass(True, 0.0, 1.0, lambda *_: None)
+    ffn.router_pass = modeling.RouterPass(True, False, 0.0, 1.0, lambda *_: None)
     found = ffn(some_tokens())
     assert len(ffn.router_pass.calls[0].routing.choices.experts) == 0 and not found.any()
     found.sum().backward()
