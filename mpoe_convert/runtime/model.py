@@ -58,24 +58,74 @@ def _take_dropout(layer: nn.Module, path: str | None, slot: str) -> nn.Module:
     return nn.Dropout(dropout)
 
 
-def swap_ffn(layer: nn.Module, form: dict, block: dict) -> None:
+def _initial_scales(
+    modules: Sequence[nn.Module], initialise: Callable[[nn.Module], None]
+) -> dict[str, float]:
+    """{projection: standard deviation of a dense FFN's matrix in a new model}, also on the meta device.
+
+    Empty if the stock code draws them by other functions than those of `transformers.initialization`.
+
+    Args:
+        modules: whose matrices are those of the FFN, `down` last.
+        initialise: the stock model's `_init_weights`.
+    """
+    drawn: dict[int, float] = {}
+
+    def note(tensor: Tensor, mean: float = 0.0, std: float = 1.0, *args: Any, **kwargs: Any) -> Tensor:
+        drawn[id(tensor)] = std
+        return tensor
+
+    names = ("normal_", "trunc_normal_")
+    stock = {name: getattr(init, name) for name in names}
+    try:
+        for name in names:
+            setattr(init, name, note)
+        for module in modules:
+            for part in reversed(list(module.modules())):  # as `initialize_weights` does, a parent last
+                initialise(part)
+    finally:
+        for name, function in stock.items():
+            setattr(init, name, function)
+    matrices = [p for module in modules for p in module.parameters() if p.ndim == 2]
+    scales = [drawn[id(matrix)] for matrix in matrices if id(matrix) in drawn]
+    if len(scales) < max(len(matrices), 2):
+        return {}
+    return {"gate": scales[0], "up": scales[-2], "down": scales[-1]}
+
+
+def swap_ffn(
+    layer: nn.Module, form: dict, block: dict, initialise: Callable[[nn.Module], None] | None = None
+) -> None:
     """Replace the dense FFN of a stock layer by a mixture of this form; nothing to do if it has one.
 
     Args:
         form: one of `config.mpoe["forms"]`.
         block: `config.mpoe`.
+        initialise: the stock model's `_init_weights`, from which the mixture takes its scales.
     """
     family = block["family"]
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
+    dense = [_take(layer, path) for path in (family["slot"], *family["absorbed"])]
     ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])
     ffn.adds_residual = family["adds_residual"]
+    if initialise is not None:
+        for name, scale in _initial_scales(dense, initialise).items():
+            if (part := getattr(ffn, name)) is not None:
+                part.initial_scale = scale
     _put(layer, family["slot"], ffn)
     for path in family["absorbed"]:
         _put(layer, path, nn.Identity())
+
+
+def _innermost_model(model: nn.Module, path: str) -> PreTrainedModel:
+    """The innermost of the models that hold the module at this path: it initialises the module."""
+    names = path.split(".")
+    inside = [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+    return [module for module in inside if isinstance(module, PreTrainedModel)][-1]
 
 
 def _has_submodule(model: nn.Module, path: str) -> bool:
@@ -158,6 +208,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
+    _base_class: type[PreTrainedModel]  # the stock class
     # The last pass whose load was noted, and the versions of the mixtures' parameters then.
     _balancing: RouterPass | None = None
     _versions: Sequence[int] = ()
@@ -176,7 +227,8 @@ class MixtureMixin(_Stock):
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
         base = self.base_model
         for path, form in present.items():
-            swap_ffn(base.get_submodule(path), block["forms"][form], block)
+            initialise = _innermost_model(base, path)._init_weights
+            swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
         for path, ffn in self.mixtures():
             ffn.configure(config, len(present))
@@ -388,14 +440,28 @@ class MixtureMixin(_Stock):
         # With a cache the mask covers the past as well.
         return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the stock class is.
+
+        In custom code transformers leaves out the initialisation of modules that have no parameter of their
+        own, which is where GPT-2 scales its residual projections and T5 draws its attention.
+        """
+        return cls._base_class.is_custom_code()
+
     @torch.no_grad()
     def initialize_weights(self):
+        new = [
+            module
+            for module in self.modules()
+            if isinstance(module, (Part, FeedForward)) and not getattr(module, "_is_hf_initialized", False)
+        ]
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
-        for module in self.modules():
+        for module in new:
             if isinstance(module, Part):
-                module.reset_parameters(std)
-            elif isinstance(module, FeedForward) and module.balance_bias is not None:
+                module.reset_parameters(module.initial_scale or std)
+            elif module.balance_bias is not None:
                 init.zeros_(module.balance_bias)
 
 
@@ -428,7 +494,12 @@ def _config_class(base: type, name: str, module: str) -> type:
 def _model_class(base: type, name: str, module: str) -> type:
     """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
-    body = {"config_class": config_class, "__module__": module, "forward": _recording(base.forward)}
+    body = {
+        "config_class": config_class,
+        "__module__": module,
+        "_base_class": base,
+        "forward": _recording(base.forward),
+    }
     bases = (MixtureMixin, base)
     if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
         bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class

@@ -22,12 +22,14 @@ class Part(nn.Module):
         acts: it works on the activations, without an expert's matrix being built.
         behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
         in_float32: its parameters are float32 in every model dtype.
+        initial_scale: standard deviation of the entries of matrices in a new model; None: the config's.
         shared_params, own_params: parameters that are stored once, and that each expert has for itself.
     """
 
     acts = True
     behind = False
     in_float32 = False
+    initial_scale: float | None = None
     shared_params: int
     own_params: int
 
