@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,11 @@ def _innermost_model(model: nn.Module, path: str) -> PreTrainedModel:
     names = path.split(".")
     inside = [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
     return [module for module in inside if isinstance(module, PreTrainedModel)][-1]
+
+
+def _is_in(part: str, name: str) -> bool:
+    """Whether a name of transformers' lists, a part of a dotted name, is in a module's or tensor's name."""
+    return re.search(rf"(?:^|\.){part}(?:\.|$)", name) is not None
 
 
 def _has_submodule(model: nn.Module, path: str) -> bool:
@@ -440,6 +446,24 @@ class MixtureMixin(_Stock):
         # With a cache the mask covers the past as well.
         return mask[:, -length:].reshape(-1) if length <= mask.shape[1] else None
 
+    def post_init(self) -> None:
+        super().post_init()
+        self._prune_plans()
+
+    def _prune_plans(self) -> None:
+        """Take names that match nothing, such as those of dense FFNs, out of the stock class's plans.
+
+        Plans of parallelism have "*" for the number of a layer; what stays in float32 is part of a name.
+        """
+        names = [name for name, _ in self.named_modules()] + list(self.state_dict())
+        patterns = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+        for attribute in ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"):
+            plan = getattr(self, attribute, None) or {}
+            setattr(self, attribute, {name: way for name, way in plan.items() if name in patterns})
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            kept = getattr(self, attribute) or ()
+            setattr(self, attribute, {part for part in kept if any(_is_in(part, name) for name in names)})
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Whether the stock class is.
@@ -501,8 +525,11 @@ def _model_class(base: type, name: str, module: str) -> type:
         "forward": _recording(base.forward),
     }
     bases = (MixtureMixin, base)
-    if module != __name__ and hasattr(base, "prepare_inputs_for_generation"):
-        bases = (*bases, GenerationMixin)  # which AutoModel would add, to a copy of the class
+    # AutoModel adds it to a copy of a custom class that has no such base; others look for it among the bases.
+    if GenerationMixin in base.__mro__ or (
+        module != __name__ and hasattr(base, "prepare_inputs_for_generation")
+    ):
+        bases = (*bases, GenerationMixin)
     if GenerationMixin in bases or base.can_generate():
         body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
     # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
@@ -515,6 +542,8 @@ def _model_class(base: type, name: str, module: str) -> type:
         if kept and "wo" in kept:
             behind = [key for key, part in PARTS.items() if part.behind]
             body[attribute] = type(kept)([*kept, "down", *behind])
+    strict = body.get("_keep_in_fp32_modules_strict", getattr(base, "_keep_in_fp32_modules_strict", None))
+    body["_keep_in_fp32_modules_strict"] = {*(strict or ()), "router"}
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name, or by model type.
     renames = get_checkpoint_conversion_mapping(base.__name__)
