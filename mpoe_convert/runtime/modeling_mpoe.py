@@ -1795,6 +1795,7 @@ class MixtureMixin(_Stock):
         module.__class__ = adopted
         mixin: Any = module
         mixin._note_paths()
+        mixin._prune_plans()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As of the stock class; the config that a stack shares with its model is not changed."""
@@ -1958,7 +1959,8 @@ class MixtureMixin(_Stock):
 
     def post_init(self) -> None:
         super().post_init()
-        self._prune_plans()
+        if "mixture_paths" in vars(self):  # the stock constructor comes here with the dense FFNs
+            self._prune_plans()
 
     def _prune_plans(self) -> None:
         """Take names that match nothing, such as those of dense FFNs, out of the stock class's plans.
@@ -1984,19 +1986,18 @@ class MixtureMixin(_Stock):
         return cls._base_class.is_custom_code()
 
     @torch.no_grad()
-    def initialize_weights(self):
-        new = [
-            module
-            for module in self.modules()
-            if isinstance(module, (Part, FeedForward)) and not getattr(module, "_is_hf_initialized", False)
-        ]
-        super().initialize_weights()
-        std = getattr(self.config, "initializer_range", None) or 0.02
-        for module in new:
-            if isinstance(module, Part):
-                module.reset_parameters(module.initial_scale or std)
-            elif module.balance_bias is not None:
-                init.zeros_(module.balance_bias)
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            module.reset_parameters(
+                module.initial_scale or getattr(self.config, "initializer_range", None) or 0.02
+            )
+        elif isinstance(module, FeedForward) and module.balance_bias is not None:
+            init.zeros_(module.balance_bias)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        is_ours = isinstance(module, (Part, FeedForward))
+        super()._initialize_weights(module, is_custom_code and not is_ours)
 
 
 def _config_class(base: type, name: str, module: str) -> type:
@@ -2036,7 +2037,7 @@ def _model_class(base: type, name: str, module: str) -> type:
     }
     bases = (MixtureMixin, base)
     # AutoModel adds it to a copy of a custom class that has no such base; others look for it among the bases.
-    if issubclass(base, GenerationMixin) or (
+    if GenerationMixin in base.__mro__ or (
         module != __name__ and hasattr(base, "prepare_inputs_for_generation")
     ):
         bases = (*bases, GenerationMixin)
