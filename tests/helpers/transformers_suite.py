@@ -72,20 +72,20 @@ class ModelTester:
         self.family, self.block = family, block
         self.base = getattr(transformers, heads(family)["AutoModel"])
         self.config = make_config(family)
-        self.image_size, self.patch_size = (
-            getattr(self.config, n, None) for n in ("image_size", "patch_size")
-        )
+        self.image_size = getattr(self.config, "image_size", None)
+        self.patch_size = getattr(self.config, "patch_size", None)
         if self.image_size:
-            self.seq_length = self.key_length = (self.image_size // self.patch_size) ** 2 + 1
+            self.num_masks, self.mask_length = 2, (self.image_size // self.patch_size) ** 2
+            self.seq_length = self.key_length = self.mask_length + 1
 
-    def get_config(self):
+    def get_config(self) -> transformers.PretrainedConfig:
         config = make_config(self.family)
         if self.block is None:
             return config
         values = {key: value for key, value in config.to_diff_dict().items() if key != "model_type"}
         return subclass(type(config))(**values, mpoe=deepcopy(self.block))
 
-    def prepare_config_and_inputs_for_common(self):
+    def prepare_config_and_inputs_for_common(self) -> tuple:
         config = self.get_config()
         model = types.SimpleNamespace(forward=self.base.forward, config=config)
         return config, make_inputs(model, "AutoModel")
