@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import FamilyError
+from ..errors import FamilyError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -140,6 +140,15 @@ class Architecture:
         return None
 
     @cached_property
+    def head_classes(self) -> list[type[PreTrainedModel]]:
+        """The classes of `heads`, each once. Raises FamilyError if custom code does not load."""
+        import transformers
+
+        if self.is_custom:
+            return [self._custom_class(auto) for auto in self.heads]
+        return [getattr(transformers, name) for name in dict.fromkeys(self.heads.values())]
+
+    @cached_property
     def base(self) -> PreTrainedModel:
         """The model without its head, on the meta device. Raises FamilyError, as `build`."""
         from transformers import PreTrainedModel
@@ -156,7 +165,8 @@ class Architecture:
         """The model on the meta device, which takes no memory.
 
         Args:
-            cls: by default the class that AutoModel gives, the model without a head.
+            cls: by default the class that AutoModel gives, the model without a head; where it gives none, the
+                first head.
 
         Raises:
             FamilyError: there is no such model, or it cannot be built from this config.
@@ -166,6 +176,8 @@ class Architecture:
 
         if cls is None and self.is_custom:
             cls = self._custom_class("AutoModel" if "AutoModel" in self.heads else next(iter(self.heads)))
+        elif cls is None and self.head_classes and "AutoModel" not in self.heads:
+            cls = self.head_classes[0]
         config_class = self.config_class
         try:
             with torch.device("meta"):
@@ -177,8 +189,8 @@ class Architecture:
         except Exception as error:  # the model's code may raise anything
             who = f"the code in {self.code}" if self.is_custom else "transformers"
             raise FamilyError(
-                f"{who} cannot build a {self.model_type} from this config.json "
-                f"({type(error).__name__}: {error}), so what it computes is unknown; repair the config"
+                f"{who} cannot build a {self.model_type} from this config.json ({type(error).__name__}: "
+                f"{one_line(error)}), so what it computes is unknown; repair the config"
             ) from error
 
     def _custom_class(self, auto: str) -> type:
@@ -190,6 +202,6 @@ class Architecture:
             return get_class_from_dynamic_module(name, str(self.code))
         except Exception as error:  # custom code may raise anything
             raise FamilyError(
-                f"the code in {self.code} does not give {auto}'s {name} ({type(error).__name__}: {error}); "
-                "install what it needs, or repair it"
+                f"the code in {self.code} does not give {auto}'s {name} "
+                f"({type(error).__name__}: {one_line(error)}); install what it needs, or repair it"
             ) from error

@@ -209,6 +209,14 @@ FAMILIES: tuple[Family, ...] = (
         "fc1",
         "fc2",
         "activation_fn",
+        ("layers.{}",),
+        inner_dropout="activation_dropout",
+        model_types=("xglm",),
+    ),
+    _inline(
+        "fc1",
+        "fc2",
+        "activation_fn",
         _BOTH_STACKS,
         inner_dropout="activation_dropout",
         model_types=(
@@ -223,12 +231,22 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
-        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2"),
         layers=("encoder.layer.{}",),
         slot="intermediate",
         spellings=(Spelling(("encoder.layer.{}",), "intermediate.dense", "output.dense"),),
         activation="intermediate.intermediate_act_fn",
         absorbed=("output.dense",),
+    ),
+    _inside(
+        "mlp",
+        "Wi",
+        "Wo",
+        "layers.{}",
+        fused=True,
+        model_types=("modernbert",),
+        activation="act",
+        inner_dropout="drop",
     ),
     _inside(
         "ffn",

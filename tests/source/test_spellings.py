@@ -257,3 +257,15 @@ def test_safetensors_made_from_the_same_model_give_the_same_tensors(tmp_path):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+
+
+def test_the_weights_that_the_config_names_are_converted(tmp_path):
+    """transformers reads that file, too; the artifact's own weights have the usual name."""
+    model = make_model("llama", "AutoModelForCausalLM")
+    state = saved_state(model, tmp_path / "now")
+    folder = save_dense(model, {name: tensor + 1 for name, tensor in state.items()}, tmp_path / "old")
+    save_file(state, folder / "b.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "b.safetensors"}))
+    assert_converts(folder, "AutoModelForCausalLM", tmp_path / "out")
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
