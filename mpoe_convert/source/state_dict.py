@@ -135,6 +135,8 @@ def _load_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
         for name, info in checkpoint.tensors.items()
         if hasattr(torch, info.dtype)
     }
+    if not hasattr(model, "all_tied_weights_keys"):
+        model.post_init()  # which makes it; custom code may not call it
     with _without_progress():
         # The mapping's type is wider than the field's annotation; transformers itself passes it so.
         mapping: Any = get_model_conversion_mapping(model)

@@ -375,8 +375,3 @@ def test_biases_that_the_config_switches_off_are_left_out(model_type, tmp_path):
 def test_biases_that_the_config_asks_for_and_nobody_stored_are_missing(tmp_path):
     said = refusal(save_changed("llama", tmp_path / "dense", unchanged, mlp_bias=True))
     assert "lacks 'model.layers.0.mlp.down_proj.bias'" in said
-
-
-def test_transformers_prints_nothing_meanwhile(tmp_path, capfd):
-    warnings(save_changed("bert", tmp_path / "dense", without("pooler"), "AutoModel"))
-    assert capfd.readouterr().err == ""

@@ -17,7 +17,7 @@ from helpers.child import run_child
 from helpers.loopback_hub import LoopbackHub, User, environment
 from helpers.models import assert_same_outputs, break_one_ffn, stored
 from helpers.tiny import make_inputs, save_tiny, save_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mpoe_convert import (
     Export,
@@ -505,6 +505,23 @@ def test_the_first_layer_stands_for_all(tmp_path):
     folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path, edits)
     with pytest.raises(FamilyError, match=r"layers\.1 is built differently from that of layers\.0"):
         plan(Recipe(folder, trust_remote_code=True, layers="1"))
+
+
+def test_missing_tensors_are_told_by_the_models_own_class(tmp_path):
+    folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for name in ("model.places.weight", "lm_head.weight"):
+        del state[name]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks 'lm_head.weight', 'model.places.weight' of MinstrelFor"):
+        plan(Recipe(folder, trust_remote_code=True))
+
+
+def test_old_code_that_never_calls_post_init_is_checked_too(tmp_path):
+    folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path)
+    edit(folder / "modeling_minstrel.py", [("        self.post_init()\n", "")])
+    assert plan(Recipe(folder, **SMALL)).warnings == []
 
 
 def test_other_names_are_asked_for(tmp_path):
