@@ -231,7 +231,15 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
-        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2"),
+        model_types=(
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "camembert",
+            "electra",
+            "deberta-v2",
+            "mpnet",
+        ),
         layers=("encoder.layer.{}",),
         slot="intermediate",
         spellings=(Spelling(("encoder.layer.{}",), "intermediate.dense", "output.dense"),),

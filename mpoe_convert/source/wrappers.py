@@ -16,7 +16,7 @@ _WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # PEFT's name for a layer that has an adapter beside it.
 _LAYER = "base_layer."
 _WRAPPER = re.compile("|".join(map(re.escape, (*_AROUND, *_WITHIN))))
-_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|original_module)\.")
+_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|original_module)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ def unwrap(source: str, architecture: Architecture, names: Collection[str]) -> U
         CheckpointError: the tensors of an adapter lie beside those of its model, or two get the same name.
         FamilyError: as `Architecture.build`.
     """
-    if not any(part in name for name in names for part in (*_AROUND, *_WITHIN, _LAYER)):
+    marks = (*_AROUND, *_WITHIN, _LAYER)
+    if not any(part in name for name in names for part in marks) and not any(map(_ADAPTER.search, names)):
         return None
     if not (architecture.is_custom or knows(architecture.model_type)):
         return None  # whoever looks for the FFNs says so
     own = {
         part for name in architecture.build(architecture.model_class).state_dict() for part in name.split(".")
     }
-    _reject_adapters(source, names)
+    _reject_adapters(source, names, own)
     taken: dict[str, str] = {}
     stored: dict[str, str] = {}
     for name in names:
@@ -89,12 +90,15 @@ def _plain(name: str, own: set[str], taken: dict[str, str]) -> str:
     return name
 
 
-def _reject_adapters(source: str, names: Iterable[str]) -> None:
-    layers = {name.partition(f".{_LAYER}")[0] for name in names if f".{_LAYER}" in name}
+def _reject_adapters(source: str, names: Iterable[str], own: set[str]) -> None:
+    """Raise CheckpointError if there are adapters that the stock model does not have itself."""
+    layers: set[str] = set()
+    if _LAYER[:-1] not in own:
+        layers = {name.partition(f".{_LAYER}")[0] for name in names if f".{_LAYER}" in name}
     beside = [
         name
         for name in names
-        if _ADAPTER.search(name)
+        if ((match := _ADAPTER.search(name)) and match[1] not in own)
         or (f".{_LAYER}" not in name and any(name.startswith(f"{layer}.") for layer in layers))
     ]
     if beside:

@@ -78,7 +78,6 @@ VARIANTS = {
         },
     ],
     "electra": [{"embedding_size": 8}],
-    "deberta": [{}, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}],
     "deberta-v2": [
         {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
         {"conv_kernel_size": 3, "conv_act": "gelu"},

@@ -323,17 +323,28 @@ def test_names_that_the_model_has_itself_stay(tmp_path):
     }
 
 
-def test_an_adapter_beside_its_model_is_refused(tmp_path):
+LORA = {"self_attn.q_proj.lora_A.default.weight": torch.ones(2, 16)}
+ADAPTERS = {
+    "as PEFT saves it": ("base_model.model.", "base layers", LORA),
+    "of an older PEFT": ("base_model.model.", None, LORA),
+    "its prefix taken off": ("", None, LORA),
+    "of another method": ("", "base layers", {"self_attn.q_proj.hada_w1_a.default": torch.ones(2, 16)}),
+    "a module trained whole": ("", None, {"input_layernorm.modules_to_save.default.weight": torch.ones(16)}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_beside_its_model_is_refused(case, tmp_path):
+    prefix, wrapper, adapter = ADAPTERS[case]
+
     def change(state):
-        state = {
-            f"base_model.model.{n.replace('q_proj.', 'q_proj.base_layer.')}": t for n, t in state.items()
-        }
-        adapter = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-        return state | {adapter: torch.ones(2, 16)}
+        state = WRAPPERS[wrapper](state) if wrapper else state
+        state |= {f"model.layers.0.{name}": tensor for name, tensor in adapter.items()}
+        return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
     said = refusal(save_changed("llama", tmp_path / "dense", change))
-    assert "holds a model and a PEFT adapter beside it ('base_model.model.model.layers.0.self_attn" in said
-    assert "merge it (merge_and_unload), save that, and convert the result" in said
+    name = f"{prefix}model.layers.0.{next(iter(adapter))}"
+    assert f"holds a model and a PEFT adapter beside it ('{name}'), expected a whole model: merge it" in said
 
 
 def test_two_models_in_one_file_are_refused(tmp_path):
