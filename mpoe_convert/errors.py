@@ -6,6 +6,11 @@ with 1.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class MpoeError(Exception):
     """The input, the request or the machine is wrong; the message is one line."""
@@ -78,3 +83,13 @@ def one_line(exc: BaseException | str, limit: int = 200) -> str:
     """
     text = " ".join(str(exc).split()) or type(exc).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def few(names: Sequence[str], limit: int = 3) -> str:
+    """The first names of a list in quotes, and how many more there are.
+
+    >>> few(["a", "b", "c"], 2)
+    "'a', 'b' and 1 more"
+    """
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + rest

@@ -19,9 +19,10 @@ from ..runtime.modeling_mpoe import DEFAULT_RULE, FORMAT_VERSION, OPTIONS, Chain
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
 from ..source.custom_code import code_of_artifact
-from ..source.families import FAMILY_OF, Family, Spelling
+from ..source.families import Family, Spelling
 from ..source.json_files import read_json_object
 from ..source.locate import family_by_hand
+from ..source.pairs import family_of
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config
@@ -289,13 +290,14 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     model_type = architecture.model_type
     if by_hand:
         return family_by_hand(architecture, by_hand)
-    if architecture.is_custom or model_type not in FAMILY_OF:
+    family = None if architecture.is_custom else family_of(architecture)
+    if family is None:
         raise FamilyError(
             f"{model_type} is not in the table of families or has custom code, and {checkpoint.source} "
             f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
             "beside the weights"
         )
-    return FAMILY_OF[model_type]
+    return family
 
 
 def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:

@@ -72,6 +72,7 @@ class ChildRequest:
         experts: the reference is run once per expert, with all tokens sent to it; None: once, as it routes.
         adapters: folders of PEFT adapters, with each of which the other is run once; None: once, without.
         is_export: the reference is an artifact; for messages.
+        key_mapping: of the reference's names of tensors, where a trainer's wrapper changed them.
     """
 
     against: str
@@ -84,6 +85,7 @@ class ChildRequest:
     experts: tuple[int, ...] | None = None
     adapters: tuple[str, ...] | None = None
     is_export: bool = False
+    key_mapping: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -144,6 +146,7 @@ def verify(
         auto_class=auto_class,
         trust_remote_code=(trust_remote_code and (has_own_code or is_named), True),
         token=token,
+        key_mapping=report.get("key_mapping", {}),
     )
     result = _run_child(request)
     return Verification(

@@ -50,8 +50,9 @@ def main() -> dict:
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
     try:
         revision = request["revision"] or "main"
+        names_on_disk = {"key_mapping": request["key_mapping"]} if request["key_mapping"] else {}
         model, _ = auto.from_pretrained(
-            request["against"], revision=revision, trust_remote_code=trusted[0], **options
+            request["against"], revision=revision, trust_remote_code=trusted[0], **options, **names_on_disk
         )
         inputs, text = make_inputs(model)
         expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]

@@ -65,6 +65,8 @@ def load_dense(
     from transformers import AutoModel
 
     cls, trusted = checkpoint.architecture.model_class or AutoModel, checkpoint.code is not None
+    if checkpoint.key_mapping:
+        options["key_mapping"] = checkpoint.key_mapping
     model = from_pretrained(cls, str(checkpoint.folder), trust_remote_code=trusted, **options).eval()
     keep_no_cache(model)
     if getattr(model.config, "pad_token_id", None) is None:

@@ -22,10 +22,10 @@ from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
-from ..planning.totals import is_buffer
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
+from ..source.state_dict import is_buffer
 from ..tensors import cast, check_finite
 from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded

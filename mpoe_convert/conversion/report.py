@@ -268,6 +268,7 @@ class Report(Shown):
             "version": __version__,
             "base_model": plan.source,
             "revision": plan.revision,
+            "key_mapping": plan.key_mapping,
             "model_type": plan.model_type,
             "license": self.license,
             "recipe": plan.recipe.to_mapping(),

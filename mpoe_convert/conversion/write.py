@@ -62,7 +62,8 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
     if plan.recipe.dtype:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         changes["dtype"] = plan.recipe.dtype
-    return config | changes
+    # Where the source's weights are; the artifact's are where transformers looks first.
+    return {key: value for key, value in config.items() if key != "transformers_weights"} | changes
 
 
 def _auto_map(architecture: Architecture) -> dict:

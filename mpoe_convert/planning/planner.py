@@ -44,6 +44,8 @@ def plan_checkpoint(
         tensors=tensors,
         shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
         dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
+        notes=resolved.notes,
+        key_mapping=checkpoint.key_mapping,
     )
 
 
@@ -102,6 +104,7 @@ def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ..
     for plan in ffns:
         for source in plan.ffn.projections.values():
             owner |= {name: plan for name in (source.weight, source.bias) if name}
+        owner |= dict.fromkeys(plan.ffn.unread, plan)
     dropped = tied_duplicates(checkpoint)
     out, done = [], set()
     for name, info in checkpoint.tensors.items():

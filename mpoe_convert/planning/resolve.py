@@ -12,7 +12,7 @@ from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
 from ..source.locate import check_alike, resolve
-from ..source.shapes import check_shapes
+from ..source.state_dict import check_state_dict
 from .recipe import Recipe, parse_layers
 
 # What is fitted to when the recipe names no metric: with calibration data, and without.
@@ -31,12 +31,14 @@ class Resolved:
         family: how the FFNs are wired into their layers.
         ffns: those to convert, in layer order.
         kept_dense: paths of the others.
+        notes: what a user should know of the source.
     """
 
     recipe: Recipe
     family: Family
     ffns: tuple[FFN, ...]
     kept_dense: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool = False) -> Resolved:
@@ -51,7 +53,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = _select(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)
-    check_shapes(checkpoint)
+    loaded = check_state_dict(checkpoint)
+    converted = loaded.without_unread_biases(family, chosen)
     changes = with_fit(recipe, calibrated)
     full = recipe.replace(
         revision=checkpoint.revision,
@@ -62,7 +65,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         **recipe.own_options.resolved(),
     )
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)
-    return Resolved(full, family, tuple(chosen), kept)
+    notes = (*checkpoint.notes, *loaded.notes(converted))
+    return Resolved(full, family, converted, kept, notes)
 
 
 def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..source.architecture import Architecture
 from ..source.locate import runs_per_token
 from ..source.safetensors_file import DTYPE2BYTES
+from ..source.state_dict import is_buffer
 from ..tables import Cell, size
 from .recipe import Recipe
 
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-# Causal masks, position indices and constants that checkpoints carry: stored, but not parameters.
-_BUFFER = re.compile(
-    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$|"
-    r"inv_freq$|position_ids$|final_logits_bias$"
-)
 
 
 @dataclass(frozen=True)
@@ -165,8 +159,3 @@ def meta_module(form: dict, recipe: Recipe) -> FeedForward:
 
     with torch.device("meta"):
         return FeedForward(form, recipe.experts, recipe.top_k)
-
-
-def is_buffer(name: str) -> bool:
-    """Whether a copied tensor is no parameter but a mask or a table, by its name."""
-    return bool(_BUFFER.search(name))

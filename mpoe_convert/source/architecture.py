@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import FamilyError
+from ..errors import FamilyError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -140,6 +141,15 @@ class Architecture:
         return None
 
     @cached_property
+    def head_classes(self) -> list[type[PreTrainedModel]]:
+        """The classes of `heads`, each once. Raises FamilyError if custom code does not load."""
+        import transformers
+
+        if self.is_custom:
+            return [self._custom_class(auto) for auto in self.heads]
+        return [getattr(transformers, name) for name in dict.fromkeys(self.heads.values())]
+
+    @cached_property
     def base(self) -> PreTrainedModel:
         """The model without its head, on the meta device. Raises FamilyError, as `build`."""
         from transformers import PreTrainedModel
@@ -150,13 +160,15 @@ class Architecture:
 
     def make_config(self) -> PretrainedConfig:
         """A new config object with the values of config.json. Raises FamilyError as `config_class`."""
-        return self.config_class.from_dict(dict(self.config))
+        # A copy: configs of several models may take what they read out of the inner dictionaries.
+        return self.config_class.from_dict(deepcopy(self.config))
 
     def build(self, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
         """The model on the meta device, which takes no memory.
 
         Args:
-            cls: by default the class that AutoModel gives, the model without a head.
+            cls: by default the class that AutoModel gives, the model without a head; where it gives none, the
+                first head.
 
         Raises:
             FamilyError: there is no such model, or it cannot be built from this config.
@@ -166,19 +178,21 @@ class Architecture:
 
         if cls is None and self.is_custom:
             cls = self._custom_class("AutoModel" if "AutoModel" in self.heads else next(iter(self.heads)))
+        elif cls is None and self.head_classes and "AutoModel" not in self.heads:
+            cls = self.head_classes[0]
         config_class = self.config_class
         try:
             with torch.device("meta"):
                 if cls is not None and self.is_custom:  # its own config class may be another object than ours
                     own_config: type[PretrainedConfig] = cls.config_class or config_class
-                    return cls(own_config.from_dict(dict(self.config)))
-                config = config_class.from_dict(self.config)
+                    return cls(own_config.from_dict(deepcopy(self.config)))
+                config = config_class.from_dict(deepcopy(self.config))
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything
             who = f"the code in {self.code}" if self.is_custom else "transformers"
             raise FamilyError(
-                f"{who} cannot build a {self.model_type} from this config.json "
-                f"({type(error).__name__}: {error}), so what it computes is unknown; repair the config"
+                f"{who} cannot build a {self.model_type} from this config.json ({type(error).__name__}: "
+                f"{one_line(error)}), so what it computes is unknown; repair the config"
             ) from error
 
     def _custom_class(self, auto: str) -> type:
@@ -190,6 +204,6 @@ class Architecture:
             return get_class_from_dynamic_module(name, str(self.code))
         except Exception as error:  # custom code may raise anything
             raise FamilyError(
-                f"the code in {self.code} does not give {auto}'s {name} ({type(error).__name__}: {error}); "
-                "install what it needs, or repair it"
+                f"the code in {self.code} does not give {auto}'s {name} "
+                f"({type(error).__name__}: {one_line(error)}); install what it needs, or repair it"
             ) from error

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, few
 from . import custom_code, hub
 from .architecture import Architecture
 from .json_files import read_json_object
 from .repository import Repository, find_repository
 from .safetensors_file import TensorInfo, read_header, read_tensor
 from .torch_file import BinReader, dtype_name
+from .wrappers import unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,10 @@ class Checkpoint:
             weights in a `.bin`; safetensors files cannot share).
         headers_only: nothing but JSON and companions is local, and `read` refuses.
         code: folder of the custom code, if there is some and it may run.
+        stored_names: name -> the name in the file, of tensors whose wrappers were taken off
+            (`wrappers.unwrap`).
+        key_mapping: what `from_pretrained` needs to read those names.
+        notes: what a user should know of it.
     """
 
     source: str
@@ -66,6 +71,9 @@ class Checkpoint:
     shared_storage: dict[str, str] = field(default_factory=dict)
     headers_only: bool = False
     code: Path | None = None
+    stored_names: dict[str, str] = field(default_factory=dict)
+    key_mapping: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     _bins: BinReader | None = field(default=None, repr=False)
 
     @cached_property
@@ -91,12 +99,12 @@ class Checkpoint:
                 f"cannot read tensor {name!r}: only the headers of {self.source} were fetched; "
                 "open it without headers_only to download the weights"
             )
-        path = self.folder / info.file
+        path, stored = self.folder / info.file, self.stored_names.get(name, name)
         if path.suffix == ".bin":
             assert self._bins is not None  # opening the folder made it
-            tensor = self._bins.read(path, name)
+            tensor = self._bins.read(path, stored)
         else:
-            tensor = read_tensor(path, name)
+            tensor = read_tensor(path, stored)
         found = (dtype_name(tensor), tuple(tensor.shape))
         if found != (info.dtype, info.shape):
             raise CheckpointError(
@@ -143,13 +151,14 @@ def open_checkpoint(
     model = str(model)
     with readable(model):
         repository = find_repository(model, revision, token)
+        _reject_broken_links(repository.folder)
         config = read_config(repository)
         _reject_artifact(config, repository)
         check_config(config, repository)
         if trust_remote_code:
             repository.fetch_code()
         config, code = custom_code.admit(model, repository.folder, config, trust_remote_code, token)
-        return open_weights(repository, config, code, headers_only=headers_only)
+        return _unwrapped(open_weights(repository, config, code, headers_only=headers_only))
 
 
 def open_weights(
@@ -168,14 +177,32 @@ def open_weights(
         HubError: the Hub refuses or cannot be reached.
     """
     source, folder, revision = repository.source, repository.folder, repository.revision
-    if headers_only and (tensors := repository.remote_headers()) is not None:
+    choices = _weight_choices(config, repository)
+    if headers_only and (tensors := repository.remote_headers(choices)) is not None:
         _reject_tensors(source, tensors)
         return Checkpoint(source, folder, revision, config, _natural(tensors), headers_only=True, code=code)
-    repository.fetch_weights()
+    repository.fetch_weights(choices)
     bins = BinReader()
-    tensors, shared = _read_headers(repository, bins)
+    tensors, shared = _read_headers(repository, bins, choices)
     _reject_tensors(source, tensors)
     return Checkpoint(source, folder, revision, config, _natural(tensors), shared, code=code, _bins=bins)
+
+
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names that its tensors had before a trainer wrapped the model."""
+    tensors, shared = checkpoint.tensors, checkpoint.shared_storage
+    found = unwrap(checkpoint.source, checkpoint.architecture, tensors)
+    if found is None:
+        return checkpoint
+    plain = {stored: name for name, stored in found.stored_names.items()}
+    return replace(
+        checkpoint,
+        tensors={plain[name]: replace(info, name=plain[name]) for name, info in tensors.items()},
+        shared_storage={plain[name]: plain[first] for name, first in shared.items()},
+        stored_names=found.stored_names,
+        key_mapping=dict.fromkeys(found.taken, ""),
+        notes=(found.note,),
+    )
 
 
 @contextmanager
@@ -191,6 +218,21 @@ def readable(model: str) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- the config
+
+
+def _reject_broken_links(folder: Path) -> None:
+    """Raise CheckpointError for a link to nothing where config.json or a companion has to be."""
+    for path in sorted([*folder.iterdir(), *folder.glob(hub.CHAT_TEMPLATES)]):
+        if path.name == "config.json" or _is_companion(path.name):
+            _reject_broken_link(path)
+
+
+def _reject_broken_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            f"{path} is a link to {path.readlink()}, which is not there: download the model again, or copy "
+            "it with what its links point to (cp -rL)"
+        )
 
 
 def read_config(repository: Repository) -> dict:
@@ -263,10 +305,30 @@ def _most(count: object) -> int:
 # -------------------------------------------------------------------------------------- the weights
 
 
-def _read_headers(repository: Repository, bins: BinReader) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _weight_choices(config: dict, repository: Repository) -> Sequence[str]:
+    """Files to look for: the one that config.json names for transformers, or those of the usual names.
+
+    Raises CheckpointError if transformers would not read the file that is named.
+    """
+    named = config.get("transformers_weights")
+    if named is None:
+        return hub.WEIGHT_FILES
+    safe = isinstance(named, str) and named.removesuffix(hub.INDEX).endswith(".safetensors")
+    if not safe or not stays_inside(named):
+        raise CheckpointError(
+            f"{repository.folder / 'config.json'} names the weights {named!r} (transformers_weights), "
+            "expected a .safetensors file, or an index of such files, inside the folder: correct the entry, "
+            "or leave it out"
+        )
+    return (named,)
+
+
+def _read_headers(
+    repository: Repository, bins: BinReader, choices: Sequence[str]
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """(name -> header, name -> earlier name of the same storage) of all weight files."""
     folder = repository.folder
-    files, weight_map, index = weight_files(repository)
+    files, weight_map, index = weight_files(repository, choices)
     tensors: dict[str, TensorInfo] = {}
     shared: dict[str, str] = {}
     for file in files:
@@ -287,8 +349,14 @@ def _read_headers(repository: Repository, bins: BinReader) -> tuple[dict[str, Te
     return tensors, shared
 
 
-def weight_files(repository: Repository) -> tuple[list[str], dict[str, str], str]:
-    """The weight files in a folder, by transformers' order of preference.
+def weight_files(
+    repository: Repository, choices: Sequence[str] = hub.WEIGHT_FILES
+) -> tuple[list[str], dict[str, str], str]:
+    """The weight files in a folder.
+
+    Args:
+        repository: where they are.
+        choices: files of weights, or indexes of shards, to look for; the first that is there counts.
 
     Returns:
         (names of the files, {tensor: file} of their index, name of the index); {} and "" without an index.
@@ -297,13 +365,19 @@ def weight_files(repository: Repository) -> tuple[list[str], dict[str, str], str
         CheckpointError: there are none, or a file that the index names is missing.
     """
     folder = repository.folder
-    for single in hub.SINGLE.values():
-        if (folder / single).is_file():
-            return [single], {}, ""
-        index = f"{single}.index.json"
-        if (folder / index).is_file():
-            weight_map = _read_index(folder, index, Path(single).suffix)
-            return sorted(set(weight_map.values())), weight_map, index
+    for choice in choices:
+        _reject_broken_link(folder / choice)
+        if not (folder / choice).is_file():
+            continue
+        if not choice.endswith(hub.INDEX):
+            return [choice], {}, ""
+        weight_map = _read_index(folder, choice, Path(choice.removesuffix(hub.INDEX)).suffix)
+        return sorted(set(weight_map.values())), weight_map, choice
+    if choices != hub.WEIGHT_FILES:
+        raise CheckpointError(
+            f"{repository.source} lacks {choices[0]}, the weights that its config.json names "
+            "(transformers_weights): fetch them, or leave the entry out"
+        )
     names = [name for name in repository.names() if name != "config.json"]
     raise CheckpointError(
         f"{repository.source} has no weights that can be read, expected model.safetensors, pytorch_model.bin "
@@ -341,7 +415,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(files)} shards that {index} names: "
-            f"{_few(missing)}: finish the download"
+            f"{few(missing)}: finish the download"
         )
     return weight_map
 
@@ -366,7 +440,7 @@ def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, 
         if lost:
             raise CheckpointError(
                 f"{folder / file} lacks {len(lost)} tensors that {index} promises in it: "
-                f"{_few(lost)}: fetch the checkpoint again"
+                f"{few(lost)}: fetch the checkpoint again"
             )
 
 
@@ -396,11 +470,6 @@ def _natural(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         return [int(part) if at % 2 else part for at, part in enumerate(parts)]
 
     return {name: tensors[name] for name in sorted(tensors, key=key)}
-
-
-def _few(names: list[str], limit: int = 3) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + rest
 
 
 def _is_companion(name: str) -> bool:

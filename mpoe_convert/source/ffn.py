@@ -46,6 +46,8 @@ class FFN:
         experts: per expert, role ("gate" if gated, "up" and "down") -> matrix.
         router: name of the router's weight tensor.
         shared: role -> matrix of the shared expert.
+        unread: tensors of the checkpoint that the stock FFN does not have, such as biases that the config
+            switches off.
     """
 
     path: str
@@ -54,6 +56,7 @@ class FFN:
     experts: tuple[Mapping[str, Source], ...]
     router: str | None = None
     shared: Mapping[str, Source] | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:

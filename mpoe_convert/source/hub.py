@@ -8,7 +8,7 @@ environment variables.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -62,17 +62,19 @@ NEVER_PATTERNS = (
     ),
 )
 SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+INDEX = ".index.json"
+# Files that hold the weights, or say which shards do, by transformers' order of preference.
+WEIGHT_FILES = tuple(name for single in SINGLE.values() for name in (single, single + INDEX))
 
 
 def download(
-    model_id: str, *, revision: str | None, token: str | None, weights: bool = True
+    model_id: str, *, revision: str | None, token: str | None, weights: Sequence[str] = WEIGHT_FILES
 ) -> tuple[Path, str]:
     """Download a repository's top-level files into the usual cache; return (folder, commit).
 
     Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
-    subfolder), licences, and one set of weights:
-    `model.safetensors`, else the shards its index names, else `pytorch_model.bin`, else the shards
-    of that. Never code, other frameworks' weights, or weight variants. `weights=False` stops before
+    subfolder), licences, and one set of weights: the first that is there of `weights`, files or
+    indexes of shards. Never code, other frameworks' weights, or weight variants. `weights=()` stops before
     the weights, so that a repository that is going to be refused is refused after a few kilobytes.
 
     Raises:
@@ -84,7 +86,7 @@ def download(
     if any(fnmatchcase(name, CHAT_TEMPLATES) for name in listing(model_id, commit)):
         _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
     if weights:
-        _fetch_weights(model_id, folder, commit, token)
+        _fetch_weights(model_id, folder, commit, token, weights)
     return folder, commit
 
 
@@ -109,28 +111,37 @@ def download_code(model_id: str, revision: str | None = None, token: str | None 
     return _snapshot(model_id, revision, token, ["*.py"], ["*/*"])[0]
 
 
-def _fetch_weights(model_id: str, folder: Path, commit: str, token: str | None) -> None:
+def _fetch_weights(
+    model_id: str, folder: Path, commit: str, token: str | None, choices: Sequence[str]
+) -> None:
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     # The commit is known now: the listing is cached, so each further snapshot costs no request of
     # its own, and the branch cannot move between the files.
     names = listing(model_id, commit)
-    for single in SINGLE.values():
-        if single in names or not names:  # a snapshot that matches nothing would warn on stderr
-            _snapshot(model_id, commit, token, [single], None)
-        if (folder / single).is_file():
-            return
-        shards = shard_names(folder / f"{single}.index.json")
-        if shards:
+    for choice in choices:
+        is_index = choice.endswith(INDEX)
+        # A snapshot that matches nothing would warn on stderr; indexes are among the small files.
+        if choice in names or not (names or is_index):
+            _snapshot(model_id, commit, token, [escape(choice)], None)
+        if not is_index:
+            if (folder / choice).is_file():
+                return
+        elif shards := shard_names(folder / choice):
             _snapshot(model_id, commit, token, [escape(name) for name in shards], NEVER_PATTERNS)
             return
+    if not names and is_offline_mode():  # a cache without a listing: nobody knows what else there is
+        raise explain(OfflineModeIsEnabled(), model_id)
 
 
-def weights_cached(folder: Path, names: list[str]) -> bool:
+def weights_cached(folder: Path, names: list[str], choices: Sequence[str]) -> bool:
     """Whether `folder` already holds, whole, the weights that `download` would choose."""
-    for single in SINGLE.values():
-        if single in names:
-            return (folder / single).is_file()
-        shards = shard_names(folder / f"{single}.index.json")
-        if shards:
+    for choice in choices:
+        if not choice.endswith(INDEX):
+            if choice in names:
+                return (folder / choice).is_file()
+        elif shards := shard_names(folder / choice):
             return all((folder / name).is_file() for name in shards)
     return False
 
@@ -180,11 +191,14 @@ def listing(model_id: str, commit: str) -> list[str]:
 
 
 def remote_headers(
-    model_id: str, revision: str | None, token: str | None
+    model_id: str, revision: str | None, token: str | None, files: Sequence[str] | None = None
 ) -> dict[str, tuple[str, tuple[int, ...], str]] | None:
     """Read tensor name -> (safetensors dtype code, shape, file) without downloading weights.
 
     Makes at most two ranged requests per file.
+
+    Args:
+        files: with the weights; None: `model.safetensors`, or what its index names.
 
     Returns:
         None for a repository without `model.safetensors` or its index. The headers of `.bin` files are inside
@@ -196,10 +210,14 @@ def remote_headers(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 
+    api = HfApi(token=token, library_name="mpoe-convert")
     try:
-        found = HfApi(token=token, library_name="mpoe-convert").get_safetensors_metadata(
-            model_id, revision=revision
-        )
+        if files is None:
+            found = api.get_safetensors_metadata(model_id, revision=revision).files_metadata
+        else:
+            found = {
+                file: api.parse_safetensors_file_metadata(model_id, file, revision=revision) for file in files
+            }
     except NotASafetensorsRepoError:
         return None
     except (KeyError, TypeError, AttributeError) as exc:  # the library trusts the header's entries
@@ -207,7 +225,7 @@ def remote_headers(
     except Exception as exc:
         raise explain(exc, model_id, revision) from exc
     headers = {}
-    for file, header in sorted(found.files_metadata.items()):
+    for file, header in sorted(found.items()):
         for name, tensor in header.tensors.items():
             if not all(type(count) is int and count >= 0 for count in tensor.shape):
                 what = f"{file}: tensor {name!r} has the shape {tensor.shape}"

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import FamilyError
 from .architecture import Architecture, knows
-from .families import FAMILIES, FAMILY_OF, Family, Spelling, _inside
+from .families import FAMILIES, Family, Spelling, _inside
 from .ffn import FFN, Source
+from .pairs import family_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,9 +39,9 @@ def resolve(
         family = family_by_hand(architecture, ffn)
     elif architecture.is_custom:
         family = _family_of_custom_code(architecture, names)
-    elif model_type in FAMILY_OF:
-        family = FAMILY_OF[model_type]
     else:
+        family = family_of(architecture)
+    if family is None:
         raise FamilyError(_unknown(architecture, names))
     for spelling in family.spellings:
         found = _find(family, spelling, names, architecture.config)
@@ -170,7 +171,13 @@ def _examples(names: set[str], count: int = 3) -> str:
 
 
 def _unknown(architecture: Architecture, names: set[str]) -> str:
-    """The message for an unknown model type: what was found, the row that fits best, and what to do."""
+    """The message for an unknown model type: what was found, the row that fits best, and what to do.
+
+    Raises:
+        FamilyError: the model cannot be built.
+    """
+    from .proposals import proposals
+
     model_type = architecture.model_type
     nearest = next(iter(_by_likeness(names)), None)
     message = (
@@ -187,16 +194,14 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
             f"{message}; nearest is {known}: if the architecture is the same, set "
             f'"model_type": "{known}" in a copy of config.json'
         )
-    if nearest is None:
-        hint = "layers.{}.mlp:gate_proj,up_proj,down_proj"
-        return f'{message}; if its FFNs are two or three linear layers, name them: --ffn "{hint}"'
-    family, spelling = nearest
-    roles = [part for part in (spelling.gate, spelling.up, spelling.down) if part]
-    present = [part for part in roles if any(name.endswith(f".{part}.weight") for name in names)]
-    if {spelling.up, spelling.down} <= set(present):
-        roles = present  # for example a plain FFN with the names of a gated one
-    hint = _by_hand(spelling, roles)
-    return f'{message}; nearest is {family.model_types[0]}; to name the FFNs by hand: --ffn "{hint}"'
+    if nearest is not None:
+        message += f"; nearest is {nearest[0].model_types[0]}"
+    if found := proposals(architecture, names):
+        return f"{message}; to name the FFNs by hand: " + " or ".join(f'--ffn "{each}"' for each in found)
+    return (
+        f"{message}; no module in its layers computes down(act(up(x))) or down(act(gate(x)) * up(x)) and "
+        "nothing else, so there is none that --ffn could name"
+    )
 
 
 def _by_hand(spelling: Spelling, parts: Iterable[str]) -> str:

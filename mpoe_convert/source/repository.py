@@ -5,6 +5,7 @@ Both forms answer the same questions, so that opening a checkpoint does not ask 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -35,10 +36,10 @@ class Folder:
     def fetch_code(self) -> None:
         """Nothing to fetch."""
 
-    def fetch_weights(self) -> None:
+    def fetch_weights(self, choices: Sequence[str]) -> None:
         """Nothing to fetch."""
 
-    def remote_headers(self) -> dict[str, TensorInfo] | None:
+    def remote_headers(self, choices: Sequence[str]) -> dict[str, TensorInfo] | None:
         """None: headers are read from the local files."""
         return None
 
@@ -70,18 +71,25 @@ class HubSnapshot:
         if any(name.endswith(".py") for name in self.names()):
             hub.download_code(self.source, self.revision, self.token)
 
-    def fetch_weights(self) -> None:
-        """Download the weights into the folder."""
-        hub.download(self.source, revision=self.revision, token=self.token)
+    def fetch_weights(self, choices: Sequence[str]) -> None:
+        """Download the weights into the folder: the first of the files, or indexes, that is there."""
+        hub.download(self.source, revision=self.revision, token=self.token, weights=choices)
 
-    def remote_headers(self) -> dict[str, TensorInfo] | None:
+    def remote_headers(self, choices: Sequence[str]) -> dict[str, TensorInfo] | None:
         """Name -> header of every tensor, read from the Hub without downloading weights.
+
+        Args:
+            choices: as for `fetch_weights`.
 
         None where the weights are in the cache already, or are `.bin` files, which have no remote headers.
         """
-        if hub.weights_cached(self.folder, self.names()):
+        if hub.weights_cached(self.folder, self.names(), choices):
             return None
-        headers = hub.remote_headers(self.source, self.revision, self.token)
+        files = None
+        if choices != hub.WEIGHT_FILES:
+            [choice] = choices
+            files = hub.shard_names(self.folder / choice) if choice.endswith(hub.INDEX) else [choice]
+        headers = hub.remote_headers(self.source, self.revision, self.token, files)
         if headers is None:
             return None
         return {name: tensor_info(self.source, name, *header) for name, header in headers.items()}
@@ -104,7 +112,7 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
     """
     folder = _local_folder(model)
     if folder is None:
-        folder, commit = hub.download(model, revision=revision, token=token, weights=False)
+        folder, commit = hub.download(model, revision=revision, token=token, weights=())
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
         raise CheckpointError(

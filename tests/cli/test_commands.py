@@ -703,10 +703,8 @@ def test_a_family_outside_the_table_is_named_and_converts_by_hand(model_type, he
     assert f"model type '{model_type}' is not in the table of families; its tensors look like " in said
     example = min(n for n in load_file("other/model.safetensors") if ".0." in n and n.endswith("weight"))
     assert example in said
-    if model_type == "mpt":  # nothing in the table is called like its FFN
-        assert 'if its FFNs are two or three linear layers, name them: --ffn "' in said
-    else:
-        assert f'; nearest is llama; to name the FFNs by hand: --ffn "{ffn}"' in said
+    nearest = "" if model_type == "mpt" else "; nearest is llama"  # nothing in the table is called like it
+    assert f'{nearest}; to name the FFNs by hand: --ffn "{ffn}"' in said
     ok("other", "-o", "out", "--ffn", ffn, "--noise", "0", "-q", *SMALL)
     auto = transformers.AutoModelForCausalLM
     dense = auto.from_pretrained("other").eval()

@@ -78,6 +78,12 @@ VARIANTS = {
         },
     ],
     "electra": [{"embedding_size": 8}],
+    "deberta-v2": [
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+        {"conv_kernel_size": 3, "conv_act": "gelu"},
+    ],
+    "xglm": [{"ffn_dim": INNER}],
+    "modernbert": [{"local_attention": 8, "global_attn_every_n_layers": 2}, {"mlp_bias": True}],
     "albert": [
         {"embedding_size": 8, "num_hidden_groups": 1},
         {"embedding_size": 8, "num_hidden_groups": 2},

@@ -1,6 +1,7 @@
 """Plans: floating-point operations against the calls of the stock model, and requests that do not fit."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mpoe_convert.source.probe import describe_slot
 CASES = [(t, v) for t in FAMILY_OF for v in range(len(VARIANTS.get(t, [{}])))]
 # Layers that see fewer positions than there are tokens: they count as if they saw every one.
 NOT_PER_TOKEN = {"classifier", "vit.embeddings.patch_embeddings.projection"}
+OF_RELATIVE_POSITIONS = ("pos_key_proj", "pos_query_proj")  # DeBERTa's
 
 
 def planned(folder, **options):
@@ -43,7 +45,7 @@ def flops_of_calls(folder: Path, auto_class: str, ffn_weights: set[str]) -> tupl
     def hook_for(name):
         def hook(module, args, output):
             rows = args[0].numel() // args[0].shape[-1]
-            assert rows == tokens or name in NOT_PER_TOKEN, name
+            assert rows == tokens or name in NOT_PER_TOKEN or name.endswith(OF_RELATIVE_POSITIONS), name
             flops[f"{name}.weight" in ffn_weights] += 2 * module.weight.numel()
 
         return hook
@@ -226,7 +228,43 @@ def test_a_type_that_transformers_lacks_is_to_be_renamed():
 def test_the_layers_decide_between_rows_with_the_same_projections():
     with pytest.raises(FamilyError) as error:
         resolve(Architecture({"model_type": "mpt"}), FALCON)
-    assert '--ffn "h.{}.mlp:dense_h_to_4h,dense_4h_to_h"' in str(error.value)
+    assert "; nearest is falcon; no module" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hint"),
+    [
+        ("gpt_neox_japanese", "layers.{}.mlp:dense_h_to_4h,dense_4h_to_h"),
+        ("ctrl", "h.{}.ffn:0,2"),
+        ("dinov2", "encoder.layer.{}.mlp:fc1,fc2"),
+    ],
+)
+def test_what_is_proposed_is_accepted(model_type, hint):
+    assert model_type not in FAMILY_OF, "choose another type for this test"
+    architecture = Architecture(make_config(model_type).to_dict())
+    names = list(architecture.base.state_dict())
+    with pytest.raises(FamilyError, match=f'to name the FFNs by hand: --ffn "{re.escape(hint)}"$'):
+        resolve(architecture, names)
+    family, found = resolve(architecture, names, hint)
+    assert len(found) == 2 and family.by_hand == hint
+
+
+@pytest.mark.parametrize("model_type", ["roformer", "biogpt", "led", "rwkv", "xlm"])
+def test_nothing_is_proposed_that_would_be_refused(model_type):
+    """Their FFNs are spread over the layer's own code, have other parts, or are not there."""
+    assert model_type not in FAMILY_OF, "choose another type for this test"
+    architecture = Architecture(make_config(model_type).to_dict())
+    with pytest.raises(FamilyError, match="there is none that --ffn could name") as error:
+        resolve(architecture, list(architecture.base.state_dict()))
+    assert '--ffn "' not in str(error.value)
+
+
+def test_a_proposal_needs_its_tensors():
+    """The module would do, and the checkpoint has other names."""
+    architecture = Architecture(make_config("ctrl").to_dict())
+    names = {name.replace("ffn", "feed") for name in architecture.base.state_dict()}
+    with pytest.raises(FamilyError, match="there is none that --ffn could name"):
+        resolve(architecture, names)
 
 
 def stock_base(model_type: str, **changes):

@@ -265,6 +265,70 @@ def test_published_checkpoints_read_as_safetensors_reads_them():
             torch.testing.assert_close(checkpoint.read(name), tensor, rtol=0, atol=0)
 
 
+# -------------------------------------------------------------------- weights that the config names
+
+
+def named(folder: Path, value) -> Path:
+    return write_config(folder, CONFIG | {"transformers_weights": value})
+
+
+def test_the_file_that_the_config_names_is_read(folder):
+    save_single(folder, {"wrong": torch.ones(1)})
+    (folder / "new").mkdir()
+    for file in ("b.safetensors", "new/b.safetensors"):
+        save_file({"right": torch.ones(2)}, folder / file)
+        assert list(open_checkpoint(str(named(folder, file))).tensors) == ["right"]
+        torch.testing.assert_close(open_checkpoint(str(folder)).read("right"), torch.ones(2))
+
+
+def test_the_index_that_the_config_names_is_read(folder):
+    save_single(folder, {"wrong": torch.ones(1)})
+    save_sharded(folder, tiny_tensors())
+    (folder / "model.safetensors.index.json").rename(folder / "b.safetensors.index.json")
+    checkpoint = open_checkpoint(str(named(folder, "b.safetensors.index.json")))
+    assert set(checkpoint.tensors) == set(tiny_tensors())
+
+
+@pytest.mark.parametrize(
+    "value", ["b.bin", "../b.safetensors", "/b.safetensors", "b.safetensors/", 3, "b.json"]
+)
+def test_a_name_that_transformers_would_not_read_is_refused(folder, value):
+    save_single(folder, tiny_tensors())
+    said = refusal(named(folder, value))
+    assert f"names the weights {value!r} (transformers_weights), expected a .safetensors file" in said
+
+
+def test_a_named_file_that_is_not_there_is_told(folder):
+    save_single(folder, tiny_tensors())
+    said = refusal(named(folder, "b.safetensors"))
+    assert "lacks b.safetensors, the weights that its config.json names (transformers_weights)" in said
+
+
+# ------------------------------------------------------------------------------- links to nothing
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/rag.jinja"],
+)
+def test_a_link_to_nothing_is_told(folder, file):
+    """As in a snapshot of the cache whose blobs were deleted."""
+    save_single(folder, tiny_tensors())
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).symlink_to(folder / "blobs" / "0123")
+    said = refusal(folder)
+    assert f"{folder / file} is a link to {folder / 'blobs' / '0123'}, which is not there" in said
+    assert "download the model again, or copy it with what its links point to" in said
+
+
+def test_a_link_to_nothing_beside_what_is_read_is_no_matter(folder):
+    save_single(folder, tiny_tensors())
+    for file in ("pytorch_model.bin", "optimizer.pt", "README.md"):
+        (folder / file).symlink_to(folder / "nothing")
+    assert open_checkpoint(str(folder)).tensors
+
+
 # ----------------------------------------------------------------------------- damaged safetensors
 
 

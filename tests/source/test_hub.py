@@ -200,6 +200,44 @@ def test_what_is_cached_needs_no_network(hub, ask):
         assert "is not complete in the local cache and offline mode is on: unset" in outcome["message"]
 
 
+def test_a_cache_with_a_config_alone_is_not_a_model_without_weights(ask, tmp_path):
+    """As another program leaves it: no listing says what else there is."""
+    commit, cache = "a" * 40, tmp_path / "home" / "hub" / "models--o--m"
+    snapshot = cache / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_bytes(CONFIG)
+    for outcome in ask({"model": "o/m"}, {"model": "o/m", "headers_only": True}, HF_HUB_OFFLINE="1"):
+        assert outcome["kind"] == "HubError"
+        assert "is not complete in the local cache and offline mode is on: unset" in outcome["message"]
+
+
+NAMED_WEIGHTS = json.dumps({"model_type": "gpt2", "transformers_weights": "b.safetensors"}).encode()
+
+
+def test_the_weights_that_the_config_names_are_fetched_and_no_others(hub, ask):
+    other = save({"other": torch.ones(3)})
+    shards = {"b-1.safetensors": save(FIRST), "b-2.safetensors": save(SECOND)}
+    index = json.dumps(
+        {"weight_map": {n: f for f, part in zip(shards, (FIRST, SECOND), strict=True) for n in part}}
+    ).encode()
+    hub.add("o/one", {"config.json": NAMED_WEIGHTS, "model.safetensors": other, "b.safetensors": WEIGHTS})
+    named = NAMED_WEIGHTS.replace(b"b.safetensors", b"b.safetensors.index.json")
+    beside = {"b.safetensors.index.json": index, "model.safetensors": other}
+    hub.add("o/shards", {"config.json": named, **beside, **shards})
+    names = ["o/one", "o/shards"]
+    headers = ask(*({"model": name, "headers_only": True} for name in names))
+    assert [local_files(got) for got in headers] == [
+        ["config.json"],
+        ["b.safetensors.index.json", "config.json"],
+    ]
+    whole = ask(*({"model": name, "read": True} for name in names))
+    for got, planned in zip(whole, headers, strict=True):
+        assert got["tensors"] == planned["tensors"] and list(got["tensors"]) == [*FIRST, *SECOND]
+        assert got["read"] == [300, 500] and "model.safetensors" not in local_files(got)
+
+
 def test_a_refused_model_costs_no_weights(hub, ask):
     moe = json.dumps({"model_type": "mixtral", "num_local_experts": 8}).encode()
     hub.add("o/moe", {"config.json": moe, "model.safetensors": WEIGHTS})

@@ -239,6 +239,21 @@ def test_a_head_with_numbers_of_its_own_is_kept(write, tmp_path):
     assert "shared.weight" in tensors
 
 
+@pytest.mark.parametrize("write", BIN_WRITERS)
+def test_a_wrapped_bin_is_that_of_the_plain_model(write, tmp_path):
+    """As `torch.save(ddp_model.state_dict())` leaves it: prefixes, and tied tensors twice."""
+    model = make_model("gpt2", "AutoModelForCausalLM")
+    plain = save_dense(model, model.state_dict(), tmp_path / "plain", write)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    folder = save_dense(model, state, tmp_path / "old", write)
+    outs = [tmp_path / "1", tmp_path / "2"]
+    for dense, out in zip((plain, folder), outs, strict=True):
+        convert(Recipe(str(dense), experts=3, bond_dim=4, noise=0.0), out)
+    expected, found = map(stored, outs)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_ties_that_the_shards_tore_apart_still_load(tmp_path):
     model = make_model("t5", "AutoModelForSeq2SeqLM")
     folder = save_dense(model, model.state_dict(), tmp_path / "old", write_scattered_bin)
@@ -257,3 +272,15 @@ def test_safetensors_made_from_the_same_model_give_the_same_tensors(tmp_path):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+
+
+def test_the_weights_that_the_config_names_are_converted(tmp_path):
+    """transformers reads that file, too; the artifact's own weights have the usual name."""
+    model = make_model("llama", "AutoModelForCausalLM")
+    state = saved_state(model, tmp_path / "now")
+    folder = save_dense(model, {name: tensor + 1 for name, tensor in state.items()}, tmp_path / "old")
+    save_file(state, folder / "b.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "b.safetensors"}))
+    assert_converts(folder, "AutoModelForCausalLM", tmp_path / "out")
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -129,7 +129,7 @@ def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Chec
     """Raises ExportError if the weights of the base are not those that the experts share."""
     import torch
 
-    from ...planning.totals import is_buffer
+    from ...source.state_dict import is_buffer
 
     prefix = f"{_build(source).base_model_prefix}."
     for tensor in tensors:
