@@ -50,15 +50,18 @@ def tokenizer_class(out: Path) -> str:
         ("BertTokenizerFast", "GPT2Tokenizer", "BertTokenizerFast"),
         (None, "BertTokenizer", "BertTokenizer"),
         (None, None, "GPT2Tokenizer"),
-        ("OurTokenizer", None, "GPT2Tokenizer"),
-        ("OurTokenizer", "BertTokenizer", "BertTokenizer"),
-        (None, "OurTokenizer", "GPT2Tokenizer"),
+        ("OurTokenizer", None, "PreTrainedTokenizerFast"),
+        ("OurTokenizer", "BertTokenizer", "PreTrainedTokenizerFast"),
+        (None, "OurTokenizer", "PreTrainedTokenizerFast"),
     ],
 )
-def test_the_tokenizer_class_is_the_sources_or_the_types(in_file, in_config, expected, source):
+def test_the_tokenizer_class_is_what_the_source_loads_as(in_file, in_config, expected, source):
     change(source / "config.json", tokenizer_class=in_config)
     change(source / "tokenizer_config.json", tokenizer_class=in_file)
-    assert tokenizer_class(converted(source)) == expected
+    out = converted(source)
+    assert tokenizer_class(out) == expected
+    loaded = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert type(loaded) is type(transformers.AutoTokenizer.from_pretrained(source))
 
 
 def test_files_with_nothing_to_change_are_copied_to_the_byte(source):
