@@ -175,9 +175,11 @@ def _is_in_transformers(name: str | None) -> bool:
 
 
 def _write_backend(folder: Path, tokenizer: Any) -> None:
-    """Write a tokenizer.json that makes the plain backend split texts as this tokenizer does."""
+    """Write a tokenizer.json that makes the plain backend encode texts as this tokenizer does."""
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-    _write_class(folder, BACKEND)
+    path = folder / TOKENIZER_CONFIG
+    names = {"tokenizer_class": BACKEND, "model_input_names": list(tokenizer.model_input_names)}
+    write_json(path, _read(path) | names)
 
 
 # ---------------------------------------------------------------------------------------------------

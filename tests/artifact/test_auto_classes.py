@@ -8,8 +8,9 @@ import transformers
 from helpers.vocabularies import KINDS, save_vocabulary
 
 from mpoe_convert.artifact import auto_classes
-from mpoe_convert.artifact.auto_classes import name_classes
+from mpoe_convert.artifact.auto_classes import keep_tokenizer, name_classes
 from mpoe_convert.artifact.verify_child import encode, make_texts
+from mpoe_convert.exports.moe_architectures import TARGET_OF
 from mpoe_convert.source.checkpoint import Checkpoint
 from mpoe_convert.source.families import FAMILY_OF
 
@@ -20,14 +21,19 @@ NAMED = (
 TEXTS = make_texts([])[-20:]
 
 
-def named_artifact(source: Path, model_type: str, **config: object) -> Path:
-    """A folder with the source's files as a conversion names their classes, of a type that is in no table."""
-    (source / "config.json").write_text(json.dumps({"model_type": model_type} | config))
-    folder = source.with_name(f"{source.name}-artifact")
+def copied(source: Path, name: str, model_type: str, **config: object) -> Path:
+    folder = source.with_name(name)
     folder.mkdir()
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text(json.dumps({"model_type": "mpoe_of_something"} | config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type} | config))
+    return folder
+
+
+def named_artifact(source: Path, model_type: str, **config: object) -> Path:
+    """A folder with the source's files as a conversion names their classes, of a type that is in no table."""
+    (source / "config.json").write_text(json.dumps({"model_type": model_type} | config))
+    folder = copied(source, f"{source.name}-artifact", "mpoe_of_something", **config)
     checkpoint = Checkpoint(str(source), source, None, {"model_type": model_type} | config, {})
     name_classes(folder, checkpoint, checkpoint.architecture)
     return folder
@@ -112,6 +118,28 @@ def test_a_correction_by_model_type_is_written_out(tmp_path):
     assert read(artifact / "tokenizer.json")["pre_tokenizer"] != values["pre_tokenizer"]
     expected, found = load("AutoTokenizer", source), load("AutoTokenizer", artifact)
     assert [found(text)["input_ids"] for text in TEXTS] == [expected(text)["input_ids"] for text in TEXTS]
+
+
+EXPORTS = [(model_type, model_type) for model_type in FAMILY_OF]
+EXPORTS += [(source, target.model_type) for source, target in TARGET_OF.items()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("model_type", "target"), EXPORTS)
+def test_every_export_encodes_as_the_artifact(model_type, target, kind, tmp_path):
+    for named in NAMED:
+        source = tmp_path / str(named)
+        save_vocabulary(source, named, kind)
+        artifact = named_artifact(source, model_type)
+        try:
+            expected = load("AutoTokenizer", artifact)
+        except Exception:
+            continue
+        export = copied(artifact, f"{named}-export", target)
+        keep_tokenizer(export, artifact, False)
+        found = load("AutoTokenizer", export)
+        differing = [text for text in TEXTS if encode(found, text) != encode(expected, text)]
+        assert not differing, (named, differing[:3])
 
 
 # ---------------------------------------------------------------------------------------------------
