@@ -208,7 +208,11 @@ class Budget:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Shown):
-    """The resolved work. Holds no tensors. `print`, the REPL and notebooks show it as tables."""
+    """The resolved work. Holds no tensors. `print`, the REPL and notebooks show it as tables.
+
+    Attributes:
+        notes: what a user should know of the source.
+    """
 
     recipe: Recipe
     source: str
@@ -221,6 +225,7 @@ class Plan(Shown):
     shards: dict[str, tuple[str, ...]] = field(repr=False)
     dense_flops_per_token: int = 0
     budget: Budget | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> Iterable[MatrixPlan]:
@@ -264,7 +269,7 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What can be said before any tensor is read."""
-        warnings = []
+        warnings = list(self.notes)
         alone = [
             m.name for m in self.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
         ]

@@ -40,11 +40,18 @@ NEVER = {
     "model.fp16.safetensors": b"variant",
     "optimizer.pt": b"state",
     "training_args.bin": b"pickle",
+    "2_Dense/pytorch_model.bin": b"pickle",
+    "3_Other/config.json": b"{}",
     ".gitattributes": b"lfs",
 }
 CARD = {"README.md": b"its front matter names the licence"}
 NAMED = "additional_chat_templates/rag.jinja"
-BESIDE = {"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT", NAMED: b"{{ rag }}"}
+MODULES = [{"type": "a.B", "path": path} for path in ("", "1_Pooling", "2_Dense")]
+BESIDE = {
+    **{"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT", NAMED: b"{{ rag }}"},
+    **{"modules.json": json.dumps(MODULES).encode(), "sentence_bert_config.json": b"{}"},
+    **{"1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}", "2_Dense/model.safetensors": WEIGHTS},
+}
 REFUSED = {
     "o/gated": (403, "GatedRepo", "Access to model o/gated is restricted"),
     "o/gated-files": (403, "GatedRepo", "Access to model o/gated-files is restricted"),
