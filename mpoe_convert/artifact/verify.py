@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import VerifyError
 from ..source.architecture import custom_heads, main_auto_class
-from .auto_classes import has_own_tokenizer
+from .auto_classes import has_own_tokenizer, has_tokenizer
 from .layout import base_config, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
@@ -83,6 +83,7 @@ class ChildRequest:
         experts: the reference is run once per expert, with all tokens sent to it; None: once, as it routes.
         adapters: folders of PEFT adapters, with each of which the other is run once; None: once, without.
         is_export: the reference is an artifact; for messages.
+        has_tokenizer: the artifact, a folder then, has a tokenizer to compare with that of the reference.
     """
 
     against: str
@@ -95,6 +96,7 @@ class ChildRequest:
     experts: tuple[int, ...] | None = None
     adapters: tuple[str, ...] | None = None
     is_export: bool = False
+    has_tokenizer: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -150,14 +152,15 @@ def verify(
             "(trust_remote_code=True) to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
-    trusts_source = has_own_code or has_own_tokenizer(folder) or is_named
+    trusted = trust_remote_code and (has_own_code or has_own_tokenizer(folder) or is_named)
     request = ChildRequest(
         against=str(Path(against).resolve()) if is_local else against,
         revision=revision,
         artifact=str(folder.resolve()),
         auto_class=auto_class,
-        trust_remote_code=(trust_remote_code and trusts_source, True),
+        trust_remote_code=(trusted, True),
         token=token,
+        has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
     )
     result = _run_child(request)
     return Verification(

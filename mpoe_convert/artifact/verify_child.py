@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import random
 import sys
 from typing import TYPE_CHECKING, Any
@@ -80,92 +79,16 @@ def main() -> dict:
         return {"error": f"the tokenizer of the {names[1]} does not load: {_line(error)}"}
 
 
-# Files of which a folder with a tokenizer has at least one.
-TOKENIZER_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"),
-    *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "sentencepiece.model", "tiktoken.model"),
-    "source.spm",
+# Of several scripts, with accents, composed and decomposed, digits, code, emoji and other signs.
+WORDS = (  # parted by a broken bar
+    "The¦quick¦brown fox¦jumps¦don't¦I'LL¦O'Neill¦e.g.¦U.S.A.¦naïve¦café¦cafe\u0301¦Straße¦ĐỘC LẬP"
+    "¦привет¦Ελληνικά¦שלום¦مرحبا¦हिन्दी¦ภาษาไทย¦日本語¦中文¦한국어¦ｆｕｌｌ¦ﬁ¦①¦½¦x²¦0¦7¦42¦1984¦12345¦1,234,567.89¦3.14¦٣٤¦2e-5"
+    "¦...¦!?¦--¦—¦“”¦def f(x):¦return x[0]¦a+=b¦!=¦=>¦snake_case¦camelCase¦C:\\dir¦https://a.b/c?d=e¦#1¦@me¦$5¦50%"
+    "¦a_b¦<b>¦</s>¦<s>¦[MASK]¦<|endoftext|>¦<unk>¦##ing¦▁¦Ġ¦🙂¦👩\u200d👩\u200d👧¦🇫🇷¦ABC¦Zz¦\x00¦\ufffd"
 )
-# Of several scripts, with accents, composed and decomposed, digits, spaces, code, emoji and other signs.
-PIECES = (
-    *("The", "quick", "brown fox", "jumps", "don't", "I'LL", "O'Neill", "e.g.", "U.S.A.", "naïve", "café"),
-    *(
-        "cafe\u0301",
-        "Straße",
-        "ĐỘC LẬP",
-        "привет",
-        "Ελληνικά",
-        "שלום",
-        "مرحبا",
-        "हिन्दी",
-        "ภาษาไทย",
-        "日本語",
-        "中文",
-    ),
-    *(
-        "한국어",
-        "ｆｕｌｌ",
-        "ﬁ",
-        "①",
-        "½",
-        "x²",
-        "0",
-        "7",
-        "42",
-        "1984",
-        "12345",
-        "1,234,567.89",
-        "3.14",
-        "٣٤",
-        "2e-5",
-    ),
-    *(
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        "  ",
-        "    ",
-        "\u00a0",
-        "\u200b",
-        "\u3000",
-        "\u2028",
-        "...",
-        "!?",
-        "--",
-        "—",
-        "“”",
-    ),
-    *(
-        "def f(x):",
-        "return x[0]",
-        "a+=b",
-        "!=",
-        "=>",
-        "snake_case",
-        "camelCase",
-        "C:\\\\dir",
-        "https://a.b/c?d=e",
-    ),
-    *(
-        "#1",
-        "@me",
-        "$5",
-        "50%",
-        "a_b",
-        "<b>",
-        "</s>",
-        "<s>",
-        "[MASK]",
-        "<|endoftext|>",
-        "<unk>",
-        "##ing",
-        "▁",
-        "Ġ",
-    ),
-    *("🙂", "👩‍👩‍👧", "🇫🇷", "é" * 3, "a" * 40, "\x00", "\ufffd", "ABC", "Zz"),
-)
-NUM_TEXTS = 300
+SPACES = ("\n", "\n\n", "\r\n", "\t", "  ", "    ", "\u00a0", "\u200b", "\u3000", "\u2028")
+PIECES = (*WORDS.split("¦"), *SPACES, "é" * 3, "a" * 40)
+NUM_MIXED = 60
 
 
 def make_texts(tokens: list[str]) -> list[str]:
@@ -178,10 +101,8 @@ def make_texts(tokens: list[str]) -> list[str]:
     alone = ["", " ", *PIECES, *(f" {piece}" for piece in PIECES), *(f"{piece} " for piece in PIECES)]
     around = [text for token in tokens for text in (token, f"a{token}b", f"a {token} b", token * 2)]
     pieces = [*PIECES, *tokens]
-    mixed = []
-    while len(alone) + len(around) + len(mixed) < NUM_TEXTS or len(mixed) < 60:
-        chosen = draw.choices(pieces, k=draw.randint(2, 12))
-        mixed.append(draw.choice(("", " ", "  ", "\n")).join(chosen))
+    joined = ("", " ", "  ", "\n")
+    mixed = [draw.choice(joined).join(draw.choices(pieces, k=draw.randint(2, 12))) for _ in range(NUM_MIXED)]
     return alone + around + mixed
 
 
@@ -189,16 +110,15 @@ def compare_tokenizers(request: dict) -> dict:
     """How many texts both tokenizers encode alike, and the shortest that they do not.
 
     Returns:
-        Two fields of `verify.Verification`; None where the second model is no folder with a tokenizer, where
-        it is an adapter, or where the first has no tokenizer that loads or may load.
+        Two fields of `verify.Verification`; None where the request asks for no comparison, or where the first
+        model has no tokenizer that loads.
     """
     nothing = {"tokenizer_agreement": None, "tokenizer_difference": None}
-    folder, trusted, token = request["artifact"], request["trust_remote_code"], request["token"]
-    is_there = any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
-    if request["adapters"] is not None or not is_there or (_is_custom(folder) and not trusted[0]):
+    if not request["has_tokenizer"]:
         return nothing
     from transformers import AutoTokenizer
 
+    trusted, token = request["trust_remote_code"], request["token"]
     try:
         theirs = AutoTokenizer.from_pretrained(
             request["against"],
@@ -208,22 +128,13 @@ def compare_tokenizers(request: dict) -> dict:
         )
     except Exception:
         return nothing
-    ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted[1])
+    ours = AutoTokenizer.from_pretrained(request["artifact"], trust_remote_code=trusted[1])
     texts = make_texts([*map(str, theirs.all_special_tokens), *map(str, theirs.get_added_vocab())][:20])
     differing = [text for text in texts if encode(ours, text) != encode(theirs, text)]
     return {
         "tokenizer_agreement": 1 - len(differing) / len(texts),
         "tokenizer_difference": min(differing, key=len) if differing else None,
     }
-
-
-def _is_custom(folder: str) -> bool:
-    """Whether a folder's tokenizer is custom code."""
-    try:
-        with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as file:
-            return bool(json.load(file).get("auto_map"))
-    except OSError:
-        return False
 
 
 def encode(tokenizer: Any, text: str) -> dict | str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
-from ..artifact.auto_classes import keep_tokenizer
+from ..artifact.auto_classes import has_tokenizer, keep_tokenizer
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
 from ..artifact.folder import check_output, check_space, staged
@@ -186,6 +186,7 @@ def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
         experts=checked.experts,
         adapters=checked.adapters and tuple(str((folder / name).resolve()) for name in checked.adapters),
         is_export=True,
+        has_tokenizer=not (checked.base or checked.adapters) and has_tokenizer(folder / checked.model),
     )
     return compare_export(request, tolerance)
 

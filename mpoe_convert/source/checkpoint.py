@@ -21,7 +21,7 @@ from . import custom_code, hub
 from .architecture import Architecture
 from .json_files import read_json_object
 from .paths import stays_inside
-from .repository import Repository, find_repository
+from .repository import Folder, HubSnapshot, Repository, find_repository
 from .safetensors_file import TensorInfo, read_header, read_tensor
 from .sentence_encoder import local_module_files
 from .torch_file import BinReader, dtype_name
@@ -109,8 +109,9 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Paths of the source's files, also of those that were left on the Hub; of a folder its entries."""
-        listed = hub.listing(self.source, self.revision) if self.revision else []
-        return listed or [path.name for path in self.folder.iterdir()]
+        if self.revision is None:
+            return Folder(self.source, self.folder).names()
+        return HubSnapshot(self.source, self.folder, self.revision).names()
 
     def companion_files(self) -> list[Path]:
         """The companions, to be copied beside converted weights: tokenizer, generation config, licence.

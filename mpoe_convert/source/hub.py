@@ -79,6 +79,7 @@ def download(
 
     Raises:
         HubError: the Hub or the connection fails; the message is one line.
+        CheckpointError: the list of a sentence encoder's modules is damaged.
     """
     small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
+from .json_files import read_json_object
 from .paths import stays_inside
 
 MODULES_FILE = "modules.json"
@@ -21,6 +22,7 @@ ENCODER_PATTERNS = (
     *("config_setfit.json", "artifact.metadata"),  # of SetFit, and of ColBERT
 )
 PLAIN_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+ENCODER_CLASSES = ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder")
 # A pickle of tensors, which is read without running anything, and is written as SAFE_WEIGHTS.
 PICKLED_WEIGHTS, SAFE_WEIGHTS = "pytorch_model.bin", "model.safetensors"
 # Parts of a model that are pickles or that only other libraries know, beside the weights.
@@ -42,6 +44,20 @@ def module_folders(folder: Path) -> list[str]:
                 "trust this checkpoint"
             )
     return [inside for path in paths if (inside := PurePosixPath(path).as_posix()) != "."]
+
+
+def encoder_class(folder: Path) -> str | None:
+    """The class of sentence-transformers that loads a model as a whole; None of a model without modules.json.
+
+    Raises:
+        CheckpointError: config_sentence_transformers.json is no JSON object.
+        OSError: it cannot be read.
+    """
+    if not (folder / MODULES_FILE).is_file():
+        return None
+    path = folder / "config_sentence_transformers.json"
+    named = read_json_object(path).get("model_type") if path.is_file() else None
+    return named if named in ENCODER_CLASSES else ENCODER_CLASSES[0]
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -116,8 +132,22 @@ def notes(folder: Path, names: Collection[str], trusted: bool) -> Iterator[str]:
             f"{MODULES_FILE} names classes of custom code ({files}), which does not come along: "
             "sentence-transformers cannot load the result. Read it, and pass --trust-remote-code to keep it."
         )
+    if _is_module(folder):
+        yield (
+            f"{folder.parent / MODULES_FILE} lists this folder as a module of a sentence encoder, whose "
+            "other modules do not come along. Load the encoder with SentenceTransformer, save it, and "
+            "convert that: there the transformer lies beside its modules."
+        )
     if found := [name for name in _LEFT_OUT if name in names]:
         yield (
             f"{', '.join(found)} does not come along: pickles may run code. If you trust it, copy it into "
             "the result."
         )
+
+
+def _is_module(folder: Path) -> bool:
+    """Whether the folder above is a sentence encoder's, of which this one holds a module."""
+    try:
+        return folder.name in module_folders(folder.parent)
+    except (CheckpointError, OSError):  # a file of that name need not be a sentence encoder's
+        return False

@@ -132,6 +132,26 @@ def test_a_download_takes_the_weights_and_their_companions_and_nothing_else(hub,
     torch.testing.assert_close(load_file(Path(got["folder"]) / "model.safetensors"), {**FIRST, **SECOND})
 
 
+def test_all_of_an_artifact_but_its_weights(hub, tmp_path):
+    files = {
+        "config.json": CONFIG,
+        "conversion_report.json": b"{}",
+        "modeling_mpoe.py": b"",
+        **BESIDE,
+        **CARD,
+    }
+    hub.add("o/m", {**files, "model.safetensors": WEIGHTS, "3_Other/config.json": b"{}", "notes.bin": b""})
+    code = "from mpoe_convert.source.hub import *; print(download_except_weights('o/m'))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment(tmp_path / "home", hub.endpoint, PYTHONPATH=PACKAGE),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert local_files({"folder": done.stdout.strip()}) == sorted(files)
+
+
 def test_shards_are_those_of_the_index(hub, ask):
     shards = {file: save(part) for file, part in SHARDS.items()}
     files = {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **shards}

@@ -73,3 +73,12 @@ def test_code_is_what_lies_beside_the_weights(tmp_path):
 def test_pickles_of_other_libraries_are_told(tmp_path):
     (said,) = notes(tmp_path, ["model_head.pkl", "model.safetensors"], trusted=True)
     assert said.startswith("model_head.pkl does not come along: pickles may run code.")
+
+
+def test_a_transformer_that_is_one_of_the_modules_is_told(tmp_path):
+    save_modules(tmp_path, "0_Transformer", "1_Pooling")
+    (said,) = notes(tmp_path / "0_Transformer", [], trusted=True)
+    assert "lists this folder as a module of a sentence encoder, whose other modules do not come" in said
+    assert list(notes(tmp_path / "2_Other", [], trusted=True)) == []
+    (tmp_path / "modules.json").write_text('{"of": "another program"}')
+    assert list(notes(tmp_path / "0_Transformer", [], trusted=True)) == []

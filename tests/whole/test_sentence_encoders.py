@@ -55,7 +55,7 @@ def save_encoder(folder: Path, name: str, model_type: str = "bert", **options: b
             modules.LayerNorm(8),
             modules.Normalize(),
         ],
-        "lstm": lambda: [modules.LSTM(HIDDEN, 4), modules.Pooling(8, pooling_mode="max")],
+        "max": lambda: [modules.Pooling(HIDDEN, pooling_mode="max"), modules.Dense(HIDDEN, 8)],
     }[name]()
     transformer = modules.Transformer(str(plain), max_seq_length=5)
     encoder = SentenceTransformer(modules=[transformer, *behind], device="cpu", prompts={"query": "w20 w21 "})
@@ -80,7 +80,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("mean", "bert"), ("cls", "bert"), ("dense", "distilbert"), ("lstm", "roberta"), ("dense", "qwen3")],
+    [("mean", "bert"), ("cls", "bert"), ("dense", "distilbert"), ("max", "roberta"), ("dense", "qwen3")],
 )
 def test_the_embeddings_are_those_of_the_source(name, model_type, tmp_path):
     source, out = save_encoder(tmp_path / "dense", name, model_type), tmp_path / "out"
@@ -121,6 +121,10 @@ def test_sparse_and_cross_encoders_compute_what_their_sources_do(kind, tmp_path)
     encoder.save_pretrained(str(tmp_path / "dense"))
     convert(Recipe(str(tmp_path / "dense"), **EXACT), tmp_path / "out")
     assert_same(embeddings(tmp_path / "out", kind), embeddings(tmp_path / "dense", kind))
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"encoder = {kind}(model_id, trust_remote_code=True)" in card
+    code = card.partition("As the sentence encoder that it is:\n\n```python\n")[2].partition("```")[0]
+    exec(code.replace("path/to/this", str(tmp_path / "out")))
 
 
 def test_an_export_keeps_the_modules(tmp_path):
