@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..errors import CheckpointError, one_line
 from ..source.architecture import Architecture
-from ..source.checkpoint import stays_inside, weight_files
+from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.json_files import read_json_object, write_json
+from ..source.paths import stays_inside
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 
@@ -123,9 +124,19 @@ def _code_files(folder: Path) -> set[str]:
     return own | {MODELING_FILE} | ({GLUE_FILE} if architecture.is_custom else set())
 
 
+def files_in_folders(folder: Path) -> list[str]:
+    """The artifact's own files in subfolders: chat templates, and the modules of a sentence encoder.
+
+    Raises:
+        CheckpointError: the folder is no artifact, or its report is damaged.
+    """
+    listed = listed_files(read_artifact(folder)[1])
+    return [name for name in listed if "/" in name and (folder / name).is_file()]
+
+
 def is_weights(name: str) -> bool:
-    """Whether a file of that name is weights or their index."""
-    return name.endswith((".safetensors", ".safetensors.index.json"))
+    """Whether a file of that name is the model's weights or their index; modules have theirs in folders."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def base_config(config: dict) -> dict:

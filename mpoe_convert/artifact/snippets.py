@@ -70,6 +70,15 @@ def loading(auto: str, has_tokenizer: bool) -> str:
     return "\n".join(lines)
 
 
+def encoding(kind: str) -> str:
+    """Python that loads and uses the whole of a sentence encoder, of a class of sentence-transformers."""
+    use = 'predict([("A query.", "A text.")])' if kind == "CrossEncoder" else 'encode(["A text.", "Another"])'
+    return (
+        f'from sentence_transformers import {kind}\n\nmodel_id = "{PLACEHOLDER}"\n'
+        f"encoder = {kind}(model_id, trust_remote_code=True)\nprint(encoder.{use})"
+    )
+
+
 def training(auto: str) -> str | None:
     """Python that trains the `model` of `loading`; None for heads other than those of `_BATCH`."""
     return _TRAIN.format(batch=_BATCH[auto]) if auto in _BATCH else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import VerifyError
 from ..source.architecture import custom_heads, main_auto_class
+from .auto_classes import has_own_tokenizer, has_tokenizer
 from .layout import base_config, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
@@ -40,6 +41,9 @@ class Verification:
         tolerance: largest relative_difference that was allowed.
         top1_agreement: share of positions with the same largest logit; None for a model without logits.
         greedy_agreement: share of greedily generated tokens that are equal; None without generation.
+        tokenizer_agreement: share of a few hundred texts that both tokenizers encode alike; None where there
+            is no tokenizer.
+        tokenizer_difference: the shortest of the texts that they do not.
     """
 
     artifact: str
@@ -52,11 +56,18 @@ class Verification:
     tolerance: float
     top1_agreement: float | None
     greedy_agreement: float | None
+    tokenizer_agreement: float | None = None
+    tokenizer_difference: str | None = None
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether the tokenizers agree, or there is none."""
+        return self.tokenizer_agreement in (None, 1)
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return self.relative_difference <= self.tolerance
+        """Whether the outputs' difference is within the tolerance, and the tokenizers agree."""
+        return self.relative_difference <= self.tolerance and self.same_tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class ChildRequest:
         adapters: folders of PEFT adapters, with each of which the other is run once; None: once, without.
         is_export: the reference is an artifact; for messages.
         key_mapping: of the reference's names of tensors, where a trainer's wrapper changed them.
+        has_tokenizer: the artifact, a folder then, has a tokenizer to compare with that of the reference.
     """
 
     against: str
@@ -86,6 +98,7 @@ class ChildRequest:
     adapters: tuple[str, ...] | None = None
     is_export: bool = False
     key_mapping: dict[str, str] = field(default_factory=dict)
+    has_tokenizer: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -101,6 +114,8 @@ def verify(
 ) -> Verification:
     """Compare an artifact with its dense source on random inputs, both computing in float32.
 
+    Their tokenizers, if there are some, are compared on a few hundred texts.
+
     Args:
         artifact: folder that a conversion wrote.
         against: Hub id or folder of the dense model; by default the one it was converted from.
@@ -111,7 +126,7 @@ def verify(
 
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing. A difference above the
-            tolerance raises nothing: see `Verification.ok`.
+            tolerance, or of the tokenizers, raises nothing: see `Verification.ok`.
         CheckpointError: the folder is no artifact.
 
     >>> from mpoe_convert import verify
@@ -139,14 +154,16 @@ def verify(
             "(trust_remote_code=True) to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
+    trusted = trust_remote_code and (has_own_code or has_own_tokenizer(folder) or is_named)
     request = ChildRequest(
         against=str(Path(against).resolve()) if is_local else against,
         revision=revision,
         artifact=str(folder.resolve()),
         auto_class=auto_class,
-        trust_remote_code=(trust_remote_code and (has_own_code or is_named), True),
+        trust_remote_code=(trusted, True),
         token=token,
         key_mapping=report.get("key_mapping", {}),
+        has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
     )
     result = _run_child(request)
     return Verification(
@@ -167,6 +184,7 @@ class Comparison:
             several experts, the worst.
         inputs: what both were run on, in words.
         tolerance: largest relative_difference that was allowed; None: the export is meant to differ.
+        tokenizer_agreement / tokenizer_difference: as of `Verification`.
     """
 
     relative_difference: float
@@ -175,6 +193,8 @@ class Comparison:
     greedy_agreement: float | None
     inputs: str
     tolerance: float | None
+    tokenizer_agreement: float | None = None
+    tokenizer_difference: str | None = None
 
     def in_words(self) -> str:
         """The difference as a sentence for the export's card."""
@@ -190,7 +210,8 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
         tolerance: largest relative difference that is allowed; None: any.
 
     Raises:
-        VerifyError: one of the two cannot be loaded or run, or they differ by more than the tolerance.
+        VerifyError: one of the two cannot be loaded or run, they differ by more than the tolerance, or their
+            tokenizers differ.
     """
     result = _run_child(request)
     result.pop("model_class")
@@ -200,6 +221,12 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
             "the export does not compute what the artifact does: the outputs differ by a relative "
             f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
             "keeps it all the same)"
+        )
+    if found.tokenizer_difference is not None:
+        raise VerifyError(
+            f"the export's tokenizer encodes {found.tokenizer_agreement:.1%} of the texts as the artifact's, "
+            f"expected all, and not {found.tokenizer_difference!r}: transformers loads another class for its "
+            "model type; nothing was kept (--no-check keeps it all the same)"
         )
     return found
 

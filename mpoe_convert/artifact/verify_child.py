@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import random
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,76 @@ def main() -> dict:
         differences = worst([compare(ours[0], theirs[0], ours[1], theirs[1]) for ours, theirs in pairs])
     except Exception as error:
         return {"error": f"the {names[1]} does not load or run: {_line(error)}"}
-    return {"model_class": name, "inputs": text} | differences
+    try:
+        return {"model_class": name, "inputs": text} | differences | compare_tokenizers(request)
+    except Exception as error:
+        return {"error": f"the tokenizer of the {names[1]} does not load: {_line(error)}"}
+
+
+# Of several scripts, with accents, composed and decomposed, digits, code, emoji and other signs.
+WORDS = (  # parted by a broken bar
+    "The¦quick¦brown fox¦jumps¦don't¦I'LL¦O'Neill¦e.g.¦U.S.A.¦naïve¦café¦cafe\u0301¦Straße¦ĐỘC LẬP"
+    "¦привет¦Ελληνικά¦שלום¦مرحبا¦हिन्दी¦ภาษาไทย¦日本語¦中文¦한국어¦ｆｕｌｌ¦ﬁ¦①¦½¦x²¦0¦7¦42¦1984¦12345¦1,234,567.89¦3.14¦٣٤¦2e-5"
+    "¦...¦!?¦--¦—¦“”¦def f(x):¦return x[0]¦a+=b¦!=¦=>¦snake_case¦camelCase¦C:\\dir¦https://a.b/c?d=e¦#1¦@me¦$5¦50%"
+    "¦a_b¦<b>¦</s>¦<s>¦[MASK]¦<|endoftext|>¦<unk>¦##ing¦▁¦Ġ¦🙂¦👩\u200d👩\u200d👧¦🇫🇷¦ABC¦Zz¦\x00¦\ufffd"
+)
+SPACES = ("\n", "\n\n", "\r\n", "\t", "  ", "    ", "\u00a0", "\u200b", "\u3000", "\u2028")
+PIECES = (*WORDS.split("¦"), *SPACES, "é" * 3, "a" * 40)
+NUM_MIXED = 60
+
+
+def make_texts(tokens: list[str]) -> list[str]:
+    """Texts that tokenizers split differently; the same ones at every call.
+
+    Args:
+        tokens: special ones of the tokenizer, which then stand in some of the texts.
+    """
+    draw = random.Random(0)
+    alone = ["", " ", *PIECES, *(f" {piece}" for piece in PIECES), *(f"{piece} " for piece in PIECES)]
+    around = [text for token in tokens for text in (token, f"a{token}b", f"a {token} b", token * 2)]
+    pieces = [*PIECES, *tokens]
+    joined = ("", " ", "  ", "\n")
+    mixed = [draw.choice(joined).join(draw.choices(pieces, k=draw.randint(2, 12))) for _ in range(NUM_MIXED)]
+    return alone + around + mixed
+
+
+def compare_tokenizers(request: dict) -> dict:
+    """How many texts both tokenizers encode alike, and the shortest that they do not.
+
+    Returns:
+        Two fields of `verify.Verification`; None where the request asks for no comparison, or where the first
+        model has no tokenizer that loads.
+    """
+    nothing = {"tokenizer_agreement": None, "tokenizer_difference": None}
+    if not request["has_tokenizer"]:
+        return nothing
+    from transformers import AutoTokenizer
+
+    trusted, token = request["trust_remote_code"], request["token"]
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            request["against"],
+            revision=request["revision"] or "main",
+            trust_remote_code=trusted[0],
+            token=token,
+        )
+    except Exception:
+        return nothing
+    ours = AutoTokenizer.from_pretrained(request["artifact"], trust_remote_code=trusted[1])
+    texts = make_texts([*map(str, theirs.all_special_tokens), *map(str, theirs.get_added_vocab())][:20])
+    differing = [text for text in texts if encode(ours, text) != encode(theirs, text)]
+    return {
+        "tokenizer_agreement": 1 - len(differing) / len(texts),
+        "tokenizer_difference": min(differing, key=len) if differing else None,
+    }
+
+
+def encode(tokenizer: Any, text: str) -> dict | str:
+    """All that a tokenizer gives for a text, or the kind of error that it raises."""
+    try:
+        return dict(tokenizer(text, verbose=False))
+    except Exception as error:
+        return type(error).__name__
 
 
 def by_expert(model: Any, experts: list[int] | None) -> Iterator[Any]:

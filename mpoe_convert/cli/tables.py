@@ -99,14 +99,21 @@ def print_verification(result: Verification, out: Console) -> None:
         values["same largest output"] = f"{result.top1_agreement:.1%}"
     if result.greedy_agreement is not None:
         values["same greedily generated tokens"] = f"{result.greedy_agreement:.1%}"
+    if result.tokenizer_agreement is not None:
+        values["texts with the same token ids"] = f"{result.tokenizer_agreement:.1%}"
     out.print(
         f"{escape(result.artifact)} loads as {result.model_class} by {result.auto_class}; compared with "
         f"{escape(result.against)} in float32:"
     )
     rows = tuple({"outputs": name, "": value} for name, value in values.items())
     out.print(Table("", rows, left=("outputs",)).rich())
-    if not result.ok:
+    if not result.same_tokens:
+        text = escape(repr(result.tokenizer_difference))
+        out.print(f"[red]DIFFERENT[/]: the tokenizers do not agree, for example on {text}: convert again.")
+    if result.relative_difference > result.tolerance:
         out.print("[red]DIFFERENT[/]: the outputs do not agree.")
+    elif not result.same_tokens:
+        return
     elif result.relative_difference < NEAR:
         out.print("[green]OK[/]: the outputs agree.")
     else:

@@ -11,6 +11,7 @@ from ..artifact.snippets import PIPELINE_TAGS
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import files
+from ..source.sentence_encoder import encoder_class
 from .report import Report
 
 CITATION = """\
@@ -107,6 +108,8 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
         "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
         + _own_code(checkpoint),
     ]
+    if kind := encoder_class(checkpoint.folder):
+        parts.append(f"As the sentence encoder that it is:\n\n```python\n{snippets.encoding(kind)}\n```")
     code = snippets.training(auto) if has_tokenizer else None
     command = snippets.command(auto, has_own_code=checkpoint.code is not None)
     if code:

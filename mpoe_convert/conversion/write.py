@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
 from ..planning.plan import Plan
@@ -13,7 +14,7 @@ from ..runtime import MODELING_PATH
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import GLUE_FILE, glue
-from ..source.json_files import read_json_object, write_json
+from ..source.json_files import write_json
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
@@ -81,55 +82,9 @@ def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
 
     architecture = checkpoint.architecture
     copy_companions(folder, checkpoint, architecture)
-    _name_tokenizer_class(folder, plan.model_type, checkpoint.config.get("tokenizer_class"))
+    name_classes(folder, checkpoint, architecture)
     write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
     if architecture.is_custom:
         text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
         (folder / GLUE_FILE).write_text(text, encoding="utf-8")
-
-
-def _name_tokenizer_class(folder: Path, model_type: str, configured: str | None) -> None:
-    """Write the class that transformers would find for the source into tokenizer_config.json.
-
-    Without it a tokenizer beside an unknown model type loads as a bare backend without special tokens.
-    A class that the file names stays, unless it belongs to code that is not part of transformers and did not
-    come along.
-    """
-    path = folder / "tokenizer_config.json"
-    known = (
-        "tokenizer.json",
-        "vocab.json",
-        "vocab.txt",
-        "spiece.model",
-        "tokenizer.model",
-        "source.spm",
-    )
-    if not path.exists() and not any((folder / name).exists() for name in known):
-        return
-    config = read_json_object(path) if path.exists() else {}
-    if "auto_map" in config:
-        return
-    named = config.get("tokenizer_class")
-    candidates = (named, configured, _stock_tokenizer_class(model_type))
-    name = next((name for name in candidates if _is_in_transformers(name)), None)
-    if name and name != named:
-        write_json(path, config | {"tokenizer_class": name})
-
-
-def _stock_tokenizer_class(model_type: str) -> str | None:
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
-    stock = TOKENIZER_MAPPING_NAMES.get(model_type)
-    names = stock if isinstance(stock, (tuple, list)) else (stock,)
-    return next((name for name in reversed(names) if name), None)
-
-
-def _is_in_transformers(name: object) -> bool:
-    """Whether transformers has this tokenizer class, be it under its older or newer name."""
-    import transformers
-
-    if not name or not isinstance(name, str):
-        return False
-    stem = name.removesuffix("Fast")
-    return hasattr(transformers, stem) or hasattr(transformers, stem + "Fast")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
+from ..artifact.auto_classes import has_tokenizer, keep_tokenizer
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
 from ..artifact.folder import check_output, check_space, staged
@@ -151,6 +152,7 @@ def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) ->
     else:
         shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
         copy_companions(folder, source.checkpoint, source.architecture)
+        keep_tokenizer(folder, source.checkpoint.folder, source.architecture.code is not None)
     by_name = {tensor.name: tensor for tensor in part.tensors}
     for file, names in shards.items():
         tensors = {}
@@ -179,11 +181,12 @@ def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
         artifact=str(Path(model).resolve()) if Path(model).is_dir() else model,
         artifact_revision=checked.base_revision,
         auto_class=main_auto_class(source.config, source.model_type),
-        trust_remote_code=(True, source.architecture.is_custom),
+        trust_remote_code=(True, source.architecture.code is not None),
         token=source.token,
         experts=checked.experts,
         adapters=checked.adapters and tuple(str((folder / name).resolve()) for name in checked.adapters),
         is_export=True,
+        has_tokenizer=not (checked.base or checked.adapters) and has_tokenizer(folder / checked.model),
     )
     return compare_export(request, tolerance)
 

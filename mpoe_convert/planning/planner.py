@@ -9,6 +9,7 @@ from .. import experts
 from ..artifact.weight_files import split_into_shards
 from ..errors import FamilyError
 from ..experts.ffn import FFNShape, MatrixShape
+from ..source import sentence_encoder
 from ..source.checkpoint import Checkpoint
 from ..source.ffn import FFN
 from ..source.locate import runs_per_token
@@ -44,7 +45,10 @@ def plan_checkpoint(
         tensors=tensors,
         shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
         dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
-        notes=resolved.notes,
+        notes=(
+            *resolved.notes,
+            *sentence_encoder.notes(checkpoint.folder, checkpoint.names(), checkpoint.code is not None),
+        ),
         key_mapping=checkpoint.key_mapping,
     )
 

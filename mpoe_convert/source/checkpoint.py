@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, few
 from . import custom_code, hub
 from .architecture import Architecture
 from .json_files import read_json_object
-from .repository import Repository, find_repository
+from .paths import stays_inside
+from .repository import Folder, HubSnapshot, Repository, find_repository
 from .safetensors_file import TensorInfo, read_header, read_tensor
+from .sentence_encoder import local_module_files
 from .torch_file import BinReader, dtype_name
 from .wrappers import unwrap
 
@@ -113,14 +115,25 @@ class Checkpoint:
             )
         return tensor
 
+    def names(self) -> list[str]:
+        """Paths of the source's files, also of those that were left on the Hub; of a folder its entries."""
+        if self.revision is None:
+            return Folder(self.source, self.folder).names()
+        return HubSnapshot(self.source, self.folder, self.revision).names()
+
     def companion_files(self) -> list[Path]:
         """The companions, to be copied beside converted weights: tokenizer, generation config, licence.
 
-        Only files directly in the folder, and the named chat templates that transformers keeps in a
-        subfolder; never weights, config.json, README, code, indexes or hidden files.
+        Only files directly in the folder, the named chat templates that transformers keeps in a subfolder,
+        and the modules of a sentence encoder with their weights; never the model's own weights, config.json,
+        README, code, indexes or hidden files.
+
+        Raises:
+            CheckpointError: modules.json is damaged, or names a folder outside.
         """
         found = [path for path in self.folder.iterdir() if _is_companion(path.name)]
-        return sorted(path for path in [*found, *self.folder.glob(hub.CHAT_TEMPLATES)] if path.is_file())
+        found += [*self.folder.glob(hub.CHAT_TEMPLATES), *local_module_files(self.folder)]
+        return sorted({path for path in found if path.is_file()})
 
 
 def open_checkpoint(
@@ -418,13 +431,6 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
             f"{few(missing)}: finish the download"
         )
     return weight_map
-
-
-def stays_inside(file: str) -> bool:
-    """Whether a file's name stays inside the folder. Links are not followed: the Hub's cache uses them."""
-    parts = PurePosixPath(file).parts
-    plain = bool(parts) and ".." not in parts and "\\" not in file and file.isprintable()
-    return plain and not PurePosixPath(file).is_absolute() and not PureWindowsPath(file).drive
 
 
 def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, TensorInfo]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, FamilyError
 from . import hub
 from .architecture import Architecture, custom_heads, knows
+from .sentence_encoder import module_code
 
 GLUE_FILE = "modeling_mpoe_source.py"
 # Files that may name custom code, beside config.json: those of tokenizers and processors.
@@ -49,6 +50,7 @@ def admit(
         _check_has_stock_head(source, config, names)
         return {key: value for key, value in config.items() if key != "auto_map"}, None
     names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
+    names += [("", module) for module in module_code(folder)]
     if not names:
         return config, None
     if "AutoConfig" in auto_map and not custom_heads(auto_map):
@@ -94,7 +96,7 @@ def code_of_artifact(folder: Path, block: dict) -> Path | None:
     """
     named = [*references(block.get("base_auto_map"))]
     named += [name for each in naming_files(folder) for name in references(_auto_map(each))]
-    return folder if named else None
+    return folder if named or module_code(folder) else None
 
 
 def naming_files(folder: Path) -> list[Path]:
@@ -188,7 +190,7 @@ def files(folder: Path, architecture: Architecture) -> list[Path]:
         return []
     names = [*references(architecture.auto_map)]
     names += [name for each in naming_files(folder) for name in references(_auto_map(each))]
-    found = with_imports(architecture.code, {module for _, module in names})
+    found = with_imports(architecture.code, {module for _, module in names} | {*module_code(folder)})
     if clash := [path.name for path in found if path.name in (GLUE_FILE, "modeling_mpoe.py")]:
         raise FamilyError(
             f"the source's custom code has a file {clash[0]}, and so has every artifact: rename the source's"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import HubError, one_line
 from .hub_errors import damaged, explain
+from .sentence_encoder import ENCODER_PATTERNS, module_files
 
 # Companions: files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
 # spellings.
@@ -42,6 +43,7 @@ COMPANION_PATTERNS = (
     "*.jinja",
     *("LICENSE*", "License*", "license*", "LICENCE*", "Licence*", "licence*"),
     *("NOTICE*", "Notice*", "notice*", "COPYING*", "USE_POLICY*"),
+    *ENCODER_PATTERNS,
 )
 # Named chat templates, in the folder where transformers looks for them.
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
@@ -73,18 +75,22 @@ def download(
     """Download a repository's top-level files into the usual cache; return (folder, commit).
 
     Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
-    subfolder), licences, and one set of weights: the first that is there of `weights`, files or
-    indexes of shards. Never code, other frameworks' weights, or weight variants. `weights=()` stops before
+    subfolder), licences, the modules of a sentence encoder in their folders, and one set of weights: the
+    first that is there of `weights`, files or indexes of shards. Never code, other frameworks' weights, or
+    weight variants. `weights=()` stops before
     the weights, so that a repository that is going to be refused is refused after a few kilobytes.
 
     Raises:
         HubError: the Hub or the connection fails; the message is one line.
+        CheckpointError: the list of a sentence encoder's modules is damaged.
     """
     small = ["*.json", "README.md", *COMPANION_PATTERNS]  # the card names the licence
     ignore = [*NEVER_PATTERNS, "*/*", "*.bin", "*.safetensors"]
     folder, commit = _snapshot(model_id, revision, token, small, ignore)
     if any(fnmatchcase(name, CHAT_TEMPLATES) for name in listing(model_id, commit)):
         _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
+    if modules := module_files(folder, listing(model_id, commit), weights=bool(weights)):
+        _snapshot(model_id, commit, token, [escape(name) for name in modules], None)
     if weights:
         _fetch_weights(model_id, folder, commit, token, weights)
     return folder, commit
@@ -93,6 +99,8 @@ def download(
 def download_except_weights(model_id: str, token: str | None = None) -> Path:
     """Download all files of an artifact except its weights: reports, recipe, card, code, companions.
 
+    Companions in subfolders are among them: chat templates, and the modules of a sentence encoder.
+
     Returns:
         Their folder in the usual cache.
 
@@ -100,7 +108,12 @@ def download_except_weights(model_id: str, token: str | None = None) -> Path:
         HubError: the Hub refuses or cannot be reached.
     """
     patterns = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
-    return _snapshot(model_id, None, token, patterns, ["*/*", "*.safetensors.index.json"])[0]
+    folder, commit = _snapshot(model_id, None, token, patterns, ["*/*", "*.safetensors.index.json"])
+    names = listing(model_id, commit)
+    below = [name for name in names if fnmatchcase(name, CHAT_TEMPLATES)] + module_files(folder, names)
+    if below:
+        _snapshot(model_id, commit, token, [escape(name) for name in below], None)
+    return folder
 
 
 def download_code(model_id: str, revision: str | None = None, token: str | None = None) -> Path:

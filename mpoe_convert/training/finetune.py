@@ -19,6 +19,7 @@ from ..artifact.layout import (
     MODELING_FILE,
     TRAINING_REPORT_FILE,
     file_names,
+    files_in_folders,
     is_artifact,
     is_weights,
     register_files,
@@ -368,9 +369,13 @@ def _complete_artifact(companions: Path, output: Path, report: dict, preexisting
     for path in companions.iterdir():
         if path.is_file() and path.name not in written and not is_weights(path.name):
             shutil.copyfile(path, output / path.name)
+    in_folders = files_in_folders(companions)
+    for name in in_folders:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(companions / name, output / name)
     shutil.copyfile(companions / MODELING_FILE, output / MODELING_FILE)
     remove_section(output / CARD_FILE, "Pictures")  # they show the model that was trained, as do the results
     forget_evaluations(output / CARD_FILE)
     describe_training(output / CARD_FILE, report)
     made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
-    register_files(output, made - set(preexisting) | {TRAINING_REPORT_FILE})
+    register_files(output, made - set(preexisting) | {TRAINING_REPORT_FILE, *in_folders})

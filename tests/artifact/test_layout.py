@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from helpers.tiny import save_tiny, save_tokenizer
@@ -50,15 +51,32 @@ def tokenizer_class(out: Path) -> str:
         ("BertTokenizerFast", "GPT2Tokenizer", "BertTokenizerFast"),
         (None, "BertTokenizer", "BertTokenizer"),
         (None, None, "GPT2Tokenizer"),
-        ("OurTokenizer", None, "GPT2Tokenizer"),
-        ("OurTokenizer", "BertTokenizer", "BertTokenizer"),
-        (None, "OurTokenizer", "GPT2Tokenizer"),
+        ("OurTokenizer", None, "PreTrainedTokenizerFast"),
+        ("OurTokenizer", "BertTokenizer", "PreTrainedTokenizerFast"),
+        (None, "OurTokenizer", "PreTrainedTokenizerFast"),
     ],
 )
-def test_the_tokenizer_class_is_the_sources_or_the_types(in_file, in_config, expected, source):
+def test_the_tokenizer_class_is_what_the_source_loads_as(in_file, in_config, expected, source):
     change(source / "config.json", tokenizer_class=in_config)
     change(source / "tokenizer_config.json", tokenizer_class=in_file)
-    assert tokenizer_class(converted(source)) == expected
+    out = converted(source)
+    assert tokenizer_class(out) == expected
+    loaded = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert type(loaded) is type(transformers.AutoTokenizer.from_pretrained(source))
+
+
+def test_pictures_are_processed_as_for_the_source_whose_file_names_no_class(tmp_path):
+    source = save_tiny("vit", "AutoModelForImageClassification", tmp_path / "dense")
+    change(source / "preprocessor_config.json", size={"height": 8, "width": 8}, image_std=[0.5, 0.4, 0.3])
+    out = converted(source)
+    picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    found, expected = (
+        transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(picture)
+        for folder in (out, source)
+    )
+    np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
+    classify = transformers.pipeline("image-classification", str(out), trust_remote_code=True)
+    assert tuple(classify.image_processor.image_std) == (0.5, 0.4, 0.3)
 
 
 def test_files_with_nothing_to_change_are_copied_to_the_byte(source):

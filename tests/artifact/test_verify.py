@@ -9,11 +9,12 @@ import torch
 import transformers
 from helpers.models import HEADS
 from helpers.tiny import make_config, make_model, save_tiny
+from helpers.vocabularies import save_vocabulary
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact import verify as verification
 from mpoe_convert.artifact.verify import verify
-from mpoe_convert.artifact.verify_child import compare, make_inputs, run
+from mpoe_convert.artifact.verify_child import compare, encode, make_inputs, make_texts, run
 from mpoe_convert.errors import VerifyError
 from mpoe_convert.source.architecture import heads, main_auto_class
 from mpoe_convert.source.families import FAMILY_OF
@@ -109,6 +110,56 @@ def test_against_takes_the_folder(artifact, monkeypatch):
     ]
 
 
+# ---------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "kind"),
+    [
+        ("olmo2", "GPT2Tokenizer", "byte-level"),
+        ("gpt_bigcode", "GPT2Tokenizer", "byte-level"),
+        ("mistral", "LlamaTokenizer", "metaspace"),
+        ("qwen2", "LlamaTokenizerFast", "metaspace"),
+    ],
+)
+def test_an_artifact_encodes_as_its_source_and_verification_sees_where_it_does_not(
+    model_type, named, kind, tmp_path
+):
+    source = save_tiny(model_type, "AutoModelForCausalLM", tmp_path / "dense")
+    save_vocabulary(source, named, kind)
+    convert(Recipe(str(source), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")
+    found = verify(tmp_path / "out", tolerance=10.0)
+    assert (found.tokenizer_agreement, found.tokenizer_difference, found.ok) == (1, None, True)
+    save_vocabulary(tmp_path / "out", named, kind)  # as of the source, which is of another model type
+    found = verify(tmp_path / "out", tolerance=10.0)
+    assert found.tokenizer_agreement < 1 and found.tokenizer_difference and not found.ok
+    ours, theirs = (
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        for folder in (tmp_path / "out", source)
+    )
+    assert encode(ours, found.tokenizer_difference) != encode(theirs, found.tokenizer_difference)
+
+
+def test_without_a_tokenizer_none_is_compared(artifact):
+    found = verify(artifact, against="./dense", tolerance=10.0)
+    assert (found.tokenizer_agreement, found.tokenizer_difference, found.ok) == (None, None, True)
+
+
+def test_a_tokenizer_that_is_damaged_is_told(artifact):
+    save_vocabulary(Path("dense"), "GPT2Tokenizer")
+    save_vocabulary(artifact, "GPT2Tokenizer")
+    (artifact / "tokenizer.json").write_text("{")
+    with pytest.raises(VerifyError, match="the tokenizer of the artifact does not load: .*Error"):
+        verify(artifact, against="./dense")
+
+
+def test_the_texts_are_the_same_ones_every_time_and_hold_the_tokens():
+    texts = make_texts(["<x>"])
+    assert texts == make_texts(["<x>"]) and 250 < len(texts) < 500
+    assert {"<x>", "a<x>b", "<x><x>", "", "12345"} <= set(texts)
+
+
 STUB = {
     "model_class": "M",
     "inputs": "",
@@ -132,3 +183,18 @@ def test_what_is_allowed_to_differ_is_not_said_to_agree(difference, verdict):
     out = Console(record=True, width=200, file=io.StringIO())
     print_verification(Verification("out", "dense", "A", "B", "ids", difference, 1.0, 0.5, 0.8, None), out)
     assert out.export_text().splitlines()[-1].startswith(verdict)
+
+
+def test_tokenizers_that_differ_are_told():
+    from rich.console import Console
+
+    from mpoe_convert.artifact.verify import Verification
+    from mpoe_convert.cli.tables import print_verification
+
+    out = Console(record=True, width=200, file=io.StringIO())
+    found = Verification("out", "dense", "A", "B", "ids", 0.0, 0.0, 0.5, 1.0, None, 0.5, "a [b]")
+    print_verification(found, out)
+    lines = out.export_text().splitlines()
+    assert any("texts with the same token ids" in line and "50.0%" in line for line in lines)
+    assert lines[-1] == "DIFFERENT: the tokenizers do not agree, for example on 'a [b]': convert again."
+    assert not found.ok

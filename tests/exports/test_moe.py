@@ -9,11 +9,12 @@ import torch
 import transformers
 from helpers.artifacts import converted, perturb, set_options
 from helpers.models import generative
-from helpers.tiny import make_config, make_inputs, make_model, outputs
+from helpers.tiny import make_config, make_inputs, make_model, outputs, save_tiny
+from helpers.vocabularies import save_vocabulary
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Export, Recipe, convert, export
-from mpoe_convert.errors import ExportError
+from mpoe_convert.errors import ExportError, VerifyError
 from mpoe_convert.exports.moe_architectures import MOE_TARGETS, NEAR_MISSES, TARGET_OF
 from mpoe_convert.source.families import FAMILY_OF
 
@@ -241,3 +242,25 @@ def test_a_trained_llama_as_a_mixtral(test_data, tmp_path):
     assert report.model_type == "mixtral" and report.comparison.relative_difference < 1e-5
     assert report.comparison.top1_agreement == report.comparison.greedy_agreement == 1
     shutil.rmtree(tmp_path / "back")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_its_tokenizer_encodes_as_the_artifacts(kept, tmp_path, monkeypatch):
+    """transformers takes another class for a mixtral than the one that its files name."""
+    if not kept:
+        monkeypatch.setattr("mpoe_convert.exports.export.keep_tokenizer", lambda *_: None)
+    source = save_tiny("llama", "AutoModelForCausalLM", tmp_path / "dense")
+    save_vocabulary(source, "LlamaTokenizer", "metaspace")
+    convert(Recipe(str(source), experts=2, bond_dim=4), tmp_path / "out")
+    if not kept:
+        with pytest.raises(VerifyError, match="the export's tokenizer encodes .*% of the texts as the artif"):
+            export(tmp_path / "out", tmp_path / "back", Export(to="moe"))
+        assert not (tmp_path / "back").exists()
+        return
+    report = export(tmp_path / "out", tmp_path / "back", Export(to="moe"))
+    assert report.comparison.tokenizer_agreement == 1
+    found, expected = (
+        transformers.AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "back", source)
+    )
+    text = "The fox  and naïve 1984\n</s>"
+    assert dict(found(text)) == dict(expected(text))

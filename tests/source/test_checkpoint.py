@@ -671,6 +671,7 @@ def test_an_unreadable_file_is_one_line(folder):
 COPIED = [
     "LICENSE", "LICENSE.txt", "NOTICE", "added_tokens.json", "chat_template.jinja",
     "g2p_vocab.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json",
     "processor_config.json", "source.spm", "special_tokens_map.json", "spiece.model",
     "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "vocab.txt",

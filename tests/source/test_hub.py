@@ -40,11 +40,18 @@ NEVER = {
     "model.fp16.safetensors": b"variant",
     "optimizer.pt": b"state",
     "training_args.bin": b"pickle",
+    "2_Dense/pytorch_model.bin": b"pickle",
+    "3_Other/config.json": b"{}",
     ".gitattributes": b"lfs",
 }
 CARD = {"README.md": b"its front matter names the licence"}
 NAMED = "additional_chat_templates/rag.jinja"
-BESIDE = {"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT", NAMED: b"{{ rag }}"}
+MODULES = [{"type": "a.B", "path": path} for path in ("", "1_Pooling", "2_Dense")]
+BESIDE = {
+    **{"tokenizer.json": b"{}", "merges.txt": b"a b", "LICENSE": b"MIT", NAMED: b"{{ rag }}"},
+    **{"modules.json": json.dumps(MODULES).encode(), "sentence_bert_config.json": b"{}"},
+    **{"1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}", "2_Dense/model.safetensors": WEIGHTS},
+}
 REFUSED = {
     "o/gated": (403, "GatedRepo", "Access to model o/gated is restricted"),
     "o/gated-files": (403, "GatedRepo", "Access to model o/gated-files is restricted"),
@@ -123,6 +130,26 @@ def test_a_download_takes_the_weights_and_their_companions_and_nothing_else(hub,
     assert got["companions"] == sorted(BESIDE)
     assert got["read"] == [300, 500]
     torch.testing.assert_close(load_file(Path(got["folder"]) / "model.safetensors"), {**FIRST, **SECOND})
+
+
+def test_all_of_an_artifact_but_its_weights(hub, tmp_path):
+    files = {
+        "config.json": CONFIG,
+        "conversion_report.json": b"{}",
+        "modeling_mpoe.py": b"",
+        **BESIDE,
+        **CARD,
+    }
+    hub.add("o/m", {**files, "model.safetensors": WEIGHTS, "3_Other/config.json": b"{}", "notes.bin": b""})
+    code = "from mpoe_convert.source.hub import *; print(download_except_weights('o/m'))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment(tmp_path / "home", hub.endpoint, PYTHONPATH=PACKAGE),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert local_files({"folder": done.stdout.strip()}) == sorted(files)
 
 
 def test_shards_are_those_of_the_index(hub, ask):
