@@ -156,7 +156,9 @@ def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTra
 def positions(config: PretrainedConfig) -> int | None:
     """The number of positions that a config names; None if it does not."""
     names = ("max_position_embeddings", "n_positions", "max_source_positions")
-    return next((value for name in names if (value := getattr(config, name, None))), None)
+    configs = (config, config.get_text_config())  # of vision-language models the text tower's
+    found = (getattr(each, name, None) for each in configs for name in names)
+    return next((value for value in found if value), None)
 
 
 def block_length(limit: int | None) -> int:

@@ -23,6 +23,7 @@ from ..source.families import Family, Spelling
 from ..source.json_files import read_json_object
 from ..source.locate import family_by_hand
 from ..source.pairs import family_of
+from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config
@@ -204,11 +205,15 @@ class Artifact:
     def kept_dense(self) -> tuple[str, ...]:
         """Paths below the base model of the layers whose FFN was not converted."""
         found = set()
-        for spelling in self.family.spellings:
-            for layer, path in zip(spelling.layers, self.family.layers, strict=True):
-                pattern = re.compile(rf"{_numbered(layer)}\.{re.escape(spelling.up)}\.weight")
-                matches = map(pattern.fullmatch, self.checkpoint.tensors)
-                found |= {path.format(match[1]) for match in matches if match}
+        copied = [name for name in self.checkpoint.tensors if self.owner(name) is None]
+        for naming in namings(self.architecture, copied):
+            for spelling in self.family.spellings:
+                for layer, path in zip(spelling.layers, self.family.layers, strict=True):
+                    pattern = re.compile(rf"{_numbered(layer)}\.{re.escape(spelling.up)}\.weight")
+                    matches = map(pattern.fullmatch, naming.values())
+                    found |= {path.format(match[1]) for match in matches if match}
+            if found:
+                break
         return tuple(sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)]))
 
     def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
@@ -260,7 +265,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         top_k=block["top_k"],
         rule=block.get("rule", DEFAULT_RULE),
         family=family,
-        mixtures=_mixtures(checkpoint, block, family),
+        mixtures=_mixtures(checkpoint, block, family, architecture),
         token=token,
     )
 
@@ -300,11 +305,18 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     return family
 
 
-def _mixtures(checkpoint: Checkpoint, block: dict, family: Family) -> tuple[Mixture, ...]:
+def _mixtures(
+    checkpoint: Checkpoint, block: dict, family: Family, architecture: Architecture
+) -> tuple[Mixture, ...]:
     """All mixtures in the checkpoint's order. Raises CheckpointError if a mixture or a tensor is missing."""
     end = f".{family.slot}.router.weight"
-    layers = [name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)]
-    found = [mixture for layer in layers if (mixture := _mixture(layer, block, family))]
+    routers = [name for name in checkpoint.tensors if name.endswith(end)]
+    found: list[Mixture] = []
+    for naming in namings(architecture, routers):
+        layers = [(name.removesuffix(end), naming[name].removesuffix(end)) for name in routers]
+        found = [mixture for layer, path in layers if (mixture := _mixture(layer, path, block, family))]
+        if found:
+            break
     paths = {mixture.path for mixture in found}
     # A model may hold only one of the stacks, such as the encoder of T5.
     stacks = {path.split(".")[0] for path in paths}
@@ -340,10 +352,11 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
             )
 
 
-def _mixture(layer: str, block: dict, family: Family) -> Mixture | None:
+def _mixture(layer: str, path_in_model: str, block: dict, family: Family) -> Mixture | None:
+    """The mixture in a layer, of this prefix on disk and path in the model; None: not one of the family's."""
     for spelling in family.spellings:
         for pattern, path in zip(spelling.layers, family.layers, strict=True):
-            match = re.fullmatch(_numbered(pattern), layer)
+            match = re.fullmatch(_numbered(pattern), path_in_model)
             if match is None or path.format(match[1]) not in block["ffns"]:
                 continue
             number = block["ffns"][path.format(match[1])]

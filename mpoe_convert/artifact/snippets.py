@@ -8,6 +8,7 @@ PLACEHOLDER = "path/to/this"  # in place of the model, until its address is know
 # The Hub's name of the task, by Auto class.
 PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -16,8 +17,15 @@ _GENERATE = """\
 inputs = tokenizer("{prompt}", return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=40)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
+_TEXT = """\
+batch = tokenizer("A text to learn from.", return_tensors="pt")
+batch["labels"] = batch["input_ids"]"""
 _USE = {
     "AutoModelForCausalLM": _GENERATE.format(prompt="Once upon a time"),
+    "AutoModelForImageTextToText": (
+        "# Here from text alone. With images: AutoProcessor, as for the base model.\n"
+        + _GENERATE.format(prompt="Once upon a time")
+    ),
     "AutoModelForSeq2SeqLM": _GENERATE.format(prompt="A text in the format that the base model expects"),
     "AutoModelForMaskedLM": """\
 inputs = tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")
@@ -31,9 +39,8 @@ with torch.no_grad():
 print(model.config.id2label[logits.argmax().item()])""",
 }
 _BATCH = {
-    "AutoModelForCausalLM": """\
-batch = tokenizer("A text to learn from.", return_tensors="pt")
-batch["labels"] = batch["input_ids"]""",
+    "AutoModelForCausalLM": _TEXT,
+    "AutoModelForImageTextToText": _TEXT,
     "AutoModelForSeq2SeqLM": """\
 batch = tokenizer("A source text.", text_target="Its target text.", return_tensors="pt")""",
     "AutoModelForMaskedLM": """\

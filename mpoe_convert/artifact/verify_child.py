@@ -11,6 +11,7 @@ import json
 import math
 import random
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -206,6 +207,9 @@ def make_inputs(model: Any) -> tuple[dict, str]:
 
     config, head = model.config, type(model).__name__
     generator = torch.Generator().manual_seed(0)
+    if reads_images(model):
+        with suppress(Exception):  # a model may want images in a form of its own: then text alone
+            return make_inputs_with_image(model, generator)
     text_config = config.get_text_config()
     vocabulary = getattr(text_config, "vocab_size", None)
     if vocabulary is None:
@@ -223,6 +227,90 @@ def make_inputs(model: Any) -> tuple[dict, str]:
     if "decoder_input_ids" in inspect.signature(model.forward).parameters and not derives:
         inputs["decoder_input_ids"] = ids[:, : size[1] // 2]
     return inputs, f"{' x '.join(map(str, size))} random tokens"
+
+
+def reads_images(model: Any) -> bool:
+    """Whether the model reads texts with images in them."""
+    return {"input_ids", "pixel_values"} <= _parameters(model) and _image_token(model.config) is not None
+
+
+def make_inputs_with_image(model: Any, generator: torch.Generator) -> tuple[dict, str]:
+    """(inputs of one text with an image in it, their description); random words and pixels."""
+    import torch
+
+    image, token, takes = make_image(model, generator), _image_token(model.config), _parameters(model)
+    assert token is not None
+    numbers = model.config.to_dict().items()
+    special = {value for key, value in numbers if "token" in key and isinstance(value, int)}
+    words = torch.tensor([w for w in range(4, model.config.get_text_config().vocab_size) if w not in special])
+    ids = words[torch.randint(len(words), (1, 24), generator=generator)]
+    places = torch.full((1, _count_places(model, image)), token)
+    ids = torch.cat([ids[:, :4], places, ids[:, 4:]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | image
+    if "mm_token_type_ids" in takes:
+        inputs["mm_token_type_ids"] = (ids == token).long()
+    if "cross_attention_mask" in takes:  # (batch, tokens, images, tiles): text sees images before it
+        seen = (ids == token).cumsum(1) > 0
+        inputs["cross_attention_mask"] = seen[..., None, None].long() * image["aspect_ratio_mask"][:, None]
+    return inputs, f"{ids.shape[1]} random tokens, {places.shape[1]} of them in place of an image"
+
+
+def make_image(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One image of random pixels, as the model's processor would give it: a square of its usual size."""
+    import torch
+
+    config, vision, takes = model.config, model.config.vision_config, _parameters(model)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
+    patch = _side(vision.patch_size)
+    merge = getattr(config, "spatial_merge_size", None) or getattr(vision, "spatial_merge_size", 1)
+    if "image_grid_thw" in takes:  # Qwen-VL: a list of patches
+        size = (4 * merge**2, channels * vision.temporal_patch_size * patch**2)
+        grid = torch.tensor([[1, 2 * merge, 2 * merge]])
+        return {"pixel_values": torch.randn(size, generator=generator), "image_grid_thw": grid}
+    any_size = vision.model_type == "pixtral"
+    side = 2 * patch * merge if any_size else _side(vision.image_size)
+    size, rest = (channels, side, side), {}
+    if any_size:
+        rest["image_sizes"] = torch.tensor([[side, side]])
+    if tiled := getattr(config, "image_grid_pinpoints", None):  # LLaVA-NeXT: the whole, and tiles
+        size = (1 + (tiled[0][0] // side) * (tiled[0][1] // side), *size)
+        rest["image_sizes"] = torch.tensor([tiled[0]])
+    elif "pixel_attention_mask" in takes:  # Idefics: several images for each text
+        size = (1, *size)
+    elif "aspect_ratio_ids" in takes:  # Mllama: images as tiles, of which the first is used
+        size = (1, vision.max_num_tiles, *size)
+        rest["aspect_ratio_ids"] = torch.ones(1, 1, dtype=torch.long)
+        rest["aspect_ratio_mask"] = (torch.arange(vision.max_num_tiles) == 0).long()[None, None]
+    return {"pixel_values": torch.randn(1, *size, generator=generator)} | rest
+
+
+def _count_places(model: Any, image: dict) -> int:
+    """Tokens that stand in a text for an image; one for models that attend to images elsewhere (Mllama)."""
+    import torch
+
+    read = getattr(model, "get_image_features", None) or getattr(model.base_model, "get_image_features", None)
+    if read is None:
+        return 1
+    takes = inspect.signature(read).parameters
+    with torch.no_grad():
+        found = read(**{key: value for key, value in image.items() if key in takes})
+    found = getattr(found, "pooler_output", found)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(part.numel() for part in parts) // model.config.get_text_config().hidden_size
+
+
+def _parameters(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _side(size: int | list[int] | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def _image_token(config: Any) -> int | None:
+    """The number of the token that stands for an image in a text; None: the config names none."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if isinstance(token, int)), None)
 
 
 def _end_rows(ids: torch.Tensor, config: Any) -> torch.Tensor:
@@ -245,6 +333,7 @@ def run(model: Any, inputs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor
         tokens = None
         if model.can_generate() and "input_ids" in inputs:
             prompt = {k: v[:, :8] for k, v in inputs.items() if not k.startswith("decoder")}
+            prompt = inputs if "pixel_values" in inputs else prompt
             limits = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 1}
             tokens = model.generate(**prompt, **limits, pad_token_id=0)[:, -8:]
     return tensors, tokens

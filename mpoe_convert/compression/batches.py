@@ -193,7 +193,12 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 def num_examples(batch: Batch) -> int:
     """Rows of a batch."""
-    return len(next(iter(batch.values())))
+    return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+
+
+def is_divisible(batch: Batch) -> bool:
+    """Whether all tensors have one entry per example; images as a list of patches (Qwen2-VL) have not."""
+    return all(len(tensor) == num_examples(batch) for tensor in batch.values())
 
 
 def num_tokens(batches: Sequence[Batch]) -> int | None:

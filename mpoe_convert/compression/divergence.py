@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..artifact.loading import from_pretrained
 from ..errors import DataError
 from ..source.architecture import main_auto_class
-from .batches import NOTHING_COUNTS, TOKENS_PER_IMAGE, Batch, num_examples, prediction_mask
+from .batches import NOTHING_COUNTS, TOKENS_PER_IMAGE, Batch, is_divisible, num_examples, prediction_mask
 from .dense_run import DenseRun
 from .stream import keep_no_cache, run_batch
 
@@ -187,7 +187,9 @@ def limited(batches: list[Batch], tokens: int) -> list[Batch]:
         count = num_examples(batch)
         each = batch["input_ids"].shape[1:].numel() if "input_ids" in batch else TOKENS_PER_IMAGE
         rows = min(max(left // each, 0 if found else 1), count)
-        if rows:
+        if rows and not is_divisible(batch):
+            found.append(batch)
+        elif rows:
             found.append({name: tensor[:rows] for name, tensor in batch.items()})
         left -= rows * each
     return found
@@ -195,7 +197,8 @@ def limited(batches: list[Batch], tokens: int) -> list[Batch]:
 
 def text_labels(batch: Batch, auto_class: str) -> Tensor | None:
     """The labels that the text itself gives at every position, -100 for none; None: the model has no text."""
-    if auto_class == "AutoModelForCausalLM" and "input_ids" in batch:
+    causal = auto_class in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    if causal and "input_ids" in batch and "pixel_values" not in batch:  # places of images are no text
         ids = batch["input_ids"]
         labels = torch.full_like(ids, -100)
         labels[:, :-1] = ids[:, 1:]

@@ -17,6 +17,7 @@ from .batches import (
     TOKENS_PER_IMAGE,
     Batch,
     evenly_spread,
+    is_divisible,
     num_examples,
     prediction_mask,
     token_rows,
@@ -132,6 +133,9 @@ def graph_sized(batches: Sequence[Batch]) -> Iterator[Batch]:
     wanted = min(len(batches), -(-GRADIENT_TOKENS * len(batches) // sum(sizes)))
     for number in evenly_spread(len(batches), wanted):
         batch = batches[number]
+        if not is_divisible(batch):
+            yield batch
+            continue
         rows = max(GRAPH_TOKENS * num_examples(batch) // sizes[number], 1)
         parts = {name: tensor.split(rows) for name, tensor in batch.items()}
         for values in zip(*parts.values(), strict=True):

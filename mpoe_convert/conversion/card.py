@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import experts
 from ..artifact import snippets
 from ..artifact.card_file import CARRIED, UNTRAINED, source_front_matter
+from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
@@ -116,6 +117,9 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
         parts += [
             "## How to fine-tune it\n\nLike any transformers model: in a loop such as this one, with "
             f"`Trainer`, or with PEFT:\n\n```python\n{code}\n```",
+        ]
+    if code and auto in AUTO_CLASSES.values():
+        parts += [
             "Or with mpoe-convert, which has learning rates for central tensors, auxiliary tensors and "
             "routers, and reads texts, pairs and labels from files or from the Hub:\n\n"
             f"```\n{command}\n```",

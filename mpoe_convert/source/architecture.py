@@ -31,7 +31,13 @@ def main_auto_class(config: dict, model_type: str) -> str:
 
 def _preference(auto: str) -> tuple[int, str]:
     """Sort key of Auto classes that load the same head: BART's, for example, is in three of them."""
-    first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+    first = (
+        "AutoModelForImageTextToText",
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForMaskedLM",
+        "AutoModel",
+    )
     if auto in first:
         return first.index(auto), auto
     return len(first) + (auto == "AutoModelForPreTraining"), auto

@@ -77,8 +77,8 @@ def download(
     Only what a conversion needs: JSON files, tokenizer files, chat templates (named ones are in a
     subfolder), licences, the modules of a sentence encoder in their folders, and one set of weights: the
     first that is there of `weights`, files or indexes of shards. Never code, other frameworks' weights, or
-    weight variants. `weights=()` stops before
-    the weights, so that a repository that is going to be refused is refused after a few kilobytes.
+    weight variants. `weights=()` stops before the weights, so that a repository that is going to be refused
+    is refused after a few kilobytes.
 
     Raises:
         HubError: the Hub or the connection fails; the message is one line.

@@ -6,9 +6,10 @@ that look like those of the table; `probe.py` then runs the module to learn what
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import FamilyError
@@ -16,6 +17,7 @@ from .architecture import Architecture, knows
 from .families import FAMILIES, Family, Spelling, _inside
 from .ffn import FFN, Source
 from .pairs import family_of
+from .renames import check_slots, layer_on_disk, namings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,10 +45,13 @@ def resolve(
         family = family_of(architecture)
     if family is None:
         raise FamilyError(_unknown(architecture, names))
-    for spelling in family.spellings:
-        found = _find(family, spelling, names, architecture.config)
-        if found:
-            return family, found
+    for naming in namings(architecture, names):
+        on_disk = {module: name for name, module in naming.items()}
+        for spelling in family.spellings:
+            if found := _find(family, spelling, on_disk, architecture):
+                if any(name != module for name, module in naming.items()):
+                    check_slots(architecture, family.slot, found)
+                return family, found
     expected = family.spellings[0]
     example = f"{expected.layers[0].format(0)}.{expected.up}.weight"
     raise FamilyError(
@@ -55,9 +60,15 @@ def resolve(
     )
 
 
-def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> list[FFN]:
-    """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses."""
-    found, prefixes = [], set()
+def _find(
+    family: Family, spelling: Spelling, on_disk: Mapping[str, str], architecture: Architecture
+) -> list[FFN]:
+    """All FFNs under the one prefix ("", "transformer.", "model." ...) that the checkpoint uses.
+
+    Args:
+        on_disk: name in the model -> name on disk.
+    """
+    found, prefixes, names = [], set(), set(on_disk)
     for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
         pattern = re.escape(layer).replace(r"\{\}", r"(\d+)")
         pattern = re.compile(rf"((?:.*\.)?){pattern}\.{re.escape(spelling.up)}\.weight")
@@ -72,11 +83,15 @@ def _find(family: Family, spelling: Spelling, names: set[str], config: dict) -> 
             "checkpoint; extract the language model first"
         )
     for prefix in prefixes:
-        for stack, layer in enumerate(spelling.layers):
+        for stack, (layer, path) in enumerate(zip(spelling.layers, family.layers, strict=True)):
             indices = {index for each, index, *_ in found if each == stack}
-            _check_complete(prefix + layer, spelling.up, indices, names, _num_layers(config, layer))
+            has_ffn = partial(_has_ffn, architecture, family, path)
+            count = _num_layers(architecture.config, layer)
+            _check_complete(prefix + layer, spelling.up, indices, names, count, has_ffn)
+    sources = {key: _sources(family, spelling, key, on_disk) for *_, key in found}
+    tail = f"{spelling.up}.weight"
     return [
-        FFN(path, index, f"{key}.{family.slot}", (_sources(family, spelling, key, names),))
+        FFN(path, index, f"{layer_on_disk(key, tail, on_disk)}.{family.slot}", (sources[key],))
         for _, index, path, key in sorted(found)
     ]
 
@@ -90,15 +105,30 @@ _COUNTS = {
 }
 
 
+# The text towers of vision-language models, which have a config of their own.
+_TOWERS = ("language_model.", "text_model.")
+
+
 def _num_layers(config: dict, layer: str) -> int | None:
     """The number of layers that config.json names for a stack, if it does."""
+    if layer.startswith(_TOWERS):
+        config, layer = config.get("text_config") or config, layer.partition(".")[2]
     keys = next(keys for start, keys in _COUNTS.items() if layer.startswith(start))
     count = next((config[key] for key in keys if config.get(key) is not None), None)
     return count if isinstance(count, int) else None
 
 
-def _check_complete(layer: str, up: str, indices: set[int], names: set[str], count: int | None) -> None:
-    """Check that every layer of a stack has an FFN; a stack without tensors belongs to a head that lacks it.
+def _check_complete(
+    layer: str,
+    up: str,
+    indices: set[int],
+    names: set[str],
+    count: int | None,
+    has_ffn: Callable[[int], bool],
+) -> None:
+    """Check that every layer of a stack that has an FFN in the model has one in the checkpoint.
+
+    A stack without tensors belongs to a head that lacks it.
 
     Raises:
         FamilyError: an FFN is missing (it would be random after loading), or there are too many.
@@ -108,11 +138,12 @@ def _check_complete(layer: str, up: str, indices: set[int], names: set[str], cou
     if not present:
         return
     expected = max(present) + 1 if count is None else count
-    missing = (f"{layer.format(i)}.{up}.weight" for i in range(expected) if i not in indices)
-    if some := list(islice(missing, 3)):
+    if missing := [i for i in range(expected) if i not in indices and has_ffn(i)]:
+        some = ", ".join(f"{layer.format(i)}.{up}.weight" for i in missing[:3])
         raise FamilyError(
-            f"the checkpoint is incomplete: {', '.join(some)} missing; found {len(indices)} FFNs, expected "
-            f"{expected} by {'the layers that have tensors' if count is None else 'config.json'}"
+            f"the checkpoint is incomplete: {some} missing; found {len(indices)} FFNs, expected "
+            f"{len(indices) + len(missing)} by "
+            f"{'the layers that have tensors' if count is None else 'config.json'}"
         )
     if len(indices) > expected:
         raise FamilyError(
@@ -121,7 +152,16 @@ def _check_complete(layer: str, up: str, indices: set[int], names: set[str], cou
         )
 
 
-def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> dict[str, Source]:
+def _has_ffn(architecture: Architecture, family: Family, layer: str, index: int) -> bool:
+    """Whether the model has an FFN in that layer: some models leave it out in some, as DeciLM does."""
+    paths = [
+        (f"{layer.format(index)}.{each.up}", f"{layer.format(index)}.{each.down}")
+        for each in family.spellings
+    ]
+    return any(all(_has(architecture.base, path) for path in pair) for pair in paths)
+
+
+def _sources(family: Family, spelling: Spelling, key: str, on_disk: Mapping[str, str]) -> dict[str, Source]:
     roles = {"gate": spelling.gate, "up": spelling.up, "down": spelling.down}
     if spelling.fused:
         roles["gate"] = spelling.up
@@ -130,10 +170,10 @@ def _sources(family: Family, spelling: Spelling, key: str, names: set[str]) -> d
         if name is None:
             continue
         weight, bias = f"{key}.{name}.weight", f"{key}.{name}.bias"
-        if weight not in names:
+        if weight not in on_disk:
             raise FamilyError(f"{weight} is missing while {key}.{spelling.up}.weight is there")
         part = {"gate": 0, "up": 1}.get(role) if spelling.fused else None
-        sources[role] = Source(weight, bias if bias in names else None, family.transposed, part)
+        sources[role] = Source(on_disk[weight], on_disk.get(bias), family.transposed, part)
     return sources
 
 
@@ -258,7 +298,7 @@ def check_alike(architecture: Architecture, family: Family, chosen: Iterable[FFN
                 f"{type(head).__name__} has no {ffn.path} in its base model (its base_model_prefix is "
                 f"{head.base_model_prefix!r}): correct that in its code"
             )
-        first = family.layers[0].format(0)  # the row was made from it
+        first = _first_layer(architecture, family.by_hand)  # the row was made from it
         row, expected = (_describe(architecture, path, family.by_hand) for path in (ffn.path, first))
         if row != expected:
             raise FamilyError(
@@ -290,10 +330,19 @@ def family_by_hand(architecture: Architecture, ffn: str) -> Family:
     """
     layer, slot, projections = _parse_by_hand(ffn)
     *gate, up, down = projections
-    row = _describe(architecture, layer.format(0), ffn)
+    row = _describe(architecture, _first_layer(architecture, ffn), ffn)
     gate = gate[0] if gate else None
     types = (architecture.model_type,)
     return _inside(slot, up, down, layer, gate=gate, model_types=types, by_hand=ffn, **row)
+
+
+def _first_layer(architecture: Architecture, ffn: str) -> str:
+    """The path of the first layer that has the FFN of --ffn; of layer 0 if none has."""
+    layers, slot, projections = _parse_by_hand(ffn)
+    base = architecture.base
+    present = itertools.takewhile(partial(_has, base), map(layers.format, itertools.count()))
+    own = (layer for layer in present if all(_has(base, f"{layer}.{slot}.{each}") for each in projections))
+    return next(own, layers.format(0))
 
 
 def _has(model: nn.Module, path: str) -> bool:

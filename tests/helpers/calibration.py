@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from helpers.models import generative
+from helpers.models import MODEL_TYPES, generative
 from helpers.tiny import VOCAB, make_inputs, save_tiny
 from mpoe_convert import Recipe, convert
 from mpoe_convert.compression.calibrate import calibrate
@@ -15,7 +15,7 @@ from mpoe_convert.source.checkpoint import Checkpoint
 from mpoe_convert.source.families import FAMILIES
 
 # One type per way of building a layer.
-ONE_OF_EACH = [row.model_types[0] for row in FAMILIES]
+ONE_OF_EACH = [row.model_types[0] for row in FAMILIES if row.model_types[0] in MODEL_TYPES]
 CPU = torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from helpers import vision_language
 from helpers.tiny import VARIANTS, VOCAB, make_inputs, outputs
 from mpoe_convert.source.architecture import heads
 from mpoe_convert.source.families import FAMILY_OF
@@ -30,7 +31,9 @@ def logits(model, model_type: str) -> torch.Tensor:
         return model(**make_inputs(model, generative(model_type))).logits
 
 
-HEADS = [(model_type, auto) for model_type in FAMILY_OF for auto in heads(model_type)]
+# Vision-language models have tests of their own, tests/source/test_vision_language.py.
+MODEL_TYPES = [model_type for model_type in FAMILY_OF if model_type not in vision_language.CONFIGS]
+HEADS = [(model_type, auto) for model_type in MODEL_TYPES for auto in heads(model_type)]
 
 
 VARIANT_CASES = [(t, v) for t, variants in VARIANTS.items() for v in range(len(variants))]
@@ -39,7 +42,12 @@ VARIANT_CASES = [(t, v) for t, variants in VARIANTS.items() for v in range(len(v
 def generative(model_type: str) -> str:
     """The head that the type is best known for."""
     known = heads(model_type)
-    order = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    order = (
+        "AutoModelForImageTextToText",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+    )
     return next((auto for auto in order if auto in known), "AutoModelForImageClassification")
 
 

@@ -7,6 +7,8 @@ import tokenizers
 import torch
 import transformers
 
+from helpers import vision_language
+
 VOCAB, HIDDEN, INNER, LAYERS = 40, 16, 24, 2
 
 COMMON = {
@@ -108,6 +110,7 @@ for _type in (
     "plbart",
 ):
     VARIANTS[_type] = [ENCODER_DECODER]
+VARIANTS |= {name: [config] for name, config in vision_language.CONFIGS.items()}
 
 
 def make_config(model_type: str, variant: int = 0):
@@ -148,6 +151,8 @@ def make_inputs(model, auto_class: str) -> dict:
     """Seeded inputs for a head."""
     generator = torch.Generator().manual_seed(1)
     accepted = inspect.signature(model.forward).parameters
+    if {"pixel_values", "input_ids"} <= set(accepted):
+        return vision_language.inputs_with_image(model)
     if "pixel_values" in accepted:
         inputs = {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
         if auto_class == "AutoModelForMaskedImageModeling":

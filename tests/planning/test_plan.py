@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.models import generative
+from helpers.models import MODEL_TYPES, generative
 from helpers.tiny import VARIANTS, make_config, make_inputs, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
@@ -16,11 +16,10 @@ from mpoe_convert import MpoeError, Recipe, plan
 from mpoe_convert.errors import FamilyError, RecipeError
 from mpoe_convert.request import normalised
 from mpoe_convert.source.architecture import Architecture
-from mpoe_convert.source.families import FAMILY_OF
 from mpoe_convert.source.locate import resolve
 from mpoe_convert.source.probe import describe_slot
 
-CASES = [(t, v) for t in FAMILY_OF for v in range(len(VARIANTS.get(t, [{}])))]
+CASES = [(t, v) for t in MODEL_TYPES for v in range(len(VARIANTS.get(t, [{}])))]
 # Layers that see fewer positions than there are tokens: they count as if they saw every one.
 NOT_PER_TOKEN = {"classifier", "vit.embeddings.patch_embeddings.projection"}
 OF_RELATIVE_POSITIONS = ("pos_key_proj", "pos_query_proj")  # DeBERTa's

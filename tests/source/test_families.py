@@ -7,6 +7,7 @@ import torch
 import transformers
 from helpers.models import (
     HEADS,
+    MODEL_TYPES,
     VARIANT_CASES,
     assert_same_outputs,
     break_one_ffn,
@@ -18,7 +19,6 @@ from helpers.tiny import LAYERS, make_inputs, outputs, save_tiny
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.source.architecture import heads
-from mpoe_convert.source.families import FAMILY_OF
 
 SMALL = {"experts": 3, "bond_dim": 4}
 
@@ -45,7 +45,7 @@ def test_variants_of_a_family(model_type, variant, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("model_type", FAMILY_OF)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_half_precision_is_as_close_to_float32_as_the_stock_model(model_type, dtype, tmp_path):
     """Rounding the cores costs no more than a small multiple of what the dtype costs the stock model."""
     auto_class = generative(model_type)
@@ -64,7 +64,7 @@ def test_half_precision_is_as_close_to_float32_as_the_stock_model(model_type, dt
     assert distance(model) < 4 * distance(dense) + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("model_type", FAMILY_OF)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_reach_every_expert_tensor(model_type, tmp_path):
     auto_class = generative(model_type)
     folder = save_tiny(model_type, auto_class, tmp_path / "dense")
@@ -78,7 +78,7 @@ def test_gradients_reach_every_expert_tensor(model_type, tmp_path):
     assert not without
 
 
-@pytest.mark.parametrize("model_type", FAMILY_OF)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_config_of_the_artifact(model_type, tmp_path):
     folder = save_tiny(model_type, "AutoModel", tmp_path / "dense")
     convert(Recipe(str(folder), **SMALL), tmp_path / "out")
