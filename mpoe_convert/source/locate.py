@@ -17,7 +17,7 @@ from .architecture import Architecture, knows
 from .families import FAMILIES, Family, Spelling, _inside
 from .ffn import FFN, Source
 from .pairs import family_of
-from .renames import check_slots, layer_on_disk, namings
+from .renames import check_slots, layer_on_disk, module_names, namings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -236,7 +236,7 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
         )
     if nearest is not None:
         message += f"; nearest is {nearest[0].model_types[0]}"
-    if found := proposals(architecture, names):
+    if found := proposals(architecture, {*names, *module_names(architecture, names).values()}):
         return f"{message}; to name the FFNs by hand: " + " or ".join(f'--ffn "{each}"' for each in found)
     return (
         f"{message}; no module in its layers computes down(act(up(x))) or down(act(gate(x)) * up(x)) and "

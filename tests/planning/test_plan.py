@@ -16,6 +16,7 @@ from mpoe_convert import MpoeError, Recipe, plan
 from mpoe_convert.errors import FamilyError, RecipeError
 from mpoe_convert.request import normalised
 from mpoe_convert.source.architecture import Architecture
+from mpoe_convert.source.families import FAMILY_OF
 from mpoe_convert.source.locate import resolve
 from mpoe_convert.source.probe import describe_slot
 
