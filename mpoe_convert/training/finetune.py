@@ -23,13 +23,18 @@ from ..artifact.layout import (
     is_weights,
     register_files,
 )
+from ..artifact.limits import (
+    block_length,
+    check_length,
+    check_token_ids,
+    counts_from_padding,
+    positions,
+)
 from ..artifact.loading import (
     AUTO_CLASSES,
-    block_length,
     from_pretrained,
     load_config,
     load_tokenizer,
-    positions,
     task_of,
 )
 from ..errors import OutputError, TrainingError
@@ -222,15 +227,21 @@ def _read(
         evaluation = texts.read(run.eval_data, run.columns, kind.name, run.eval_split, token)
     labels = _labels(run, train, config) if kind.has_labels else ()
     routes = _routes(run, train, config)
-    limit = positions(config)
-    length = run.length or block_length(limit)
-    if limit and length > limit:
-        raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
-    task = kind(tokenizer, run.columns, length)
+    task = kind(tokenizer, run.columns, _length(run, config, token))
     train = task.training_examples(train, labels, routes)
     if evaluation is not None:
         evaluation = task.training_examples(evaluation, labels, routes)
     return _Data(task, train, evaluation, labels, routes)
+
+
+def _length(run: Finetuning, config: PretrainedConfig, token: str | None) -> int:
+    """Tokens per example. Raises TrainingError if the model or its teacher takes fewer."""
+    limits = {run.model: positions(config)}
+    if run.teacher:
+        limits[run.teacher] = positions(load_config(run.teacher, token, **run.trust))
+    length = run.length or min(map(block_length, limits.values()))
+    check_length(length, limits)
+    return length
 
 
 def _labels(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> tuple[str, ...]:
@@ -261,7 +272,14 @@ def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedMo
     options = dict(run.options)
     if data.routes is not None:
         options["router_tasks"] = list(data.routes.names)
-    return _load(run.model, data, token, run.trust | options)
+    model = _load(run.model, data, token, run.trust | options)
+    found, own = data.task.tokenizer.pad_token_id, model.config.pad_token_id
+    if counts_from_padding(model) and found not in (None, own):  # the config would be given the tokenizer's
+        raise TrainingError(
+            f"the tokenizer's padding token is {found}, and {run.model} counts positions from its own, {own};"
+            " expected a tokenizer with the same"
+        )
+    return model
 
 
 def _load_teacher(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
@@ -280,7 +298,11 @@ def _load(name: str, data: _Data, token: str | None, options: dict[str, Any]) ->
             "label2id": {label: i for i, label in enumerate(data.labels)},
         }
     auto_class = getattr(transformers, AUTO_CLASSES[data.task.name])
-    return from_pretrained(auto_class, name, token=token, **options)
+    model = from_pretrained(auto_class, name, token=token, **options)
+    for examples in filter(None, (data.train, data.evaluation)):
+        check_token_ids(model, name, data.task.largest_token(examples), data.task.tokenizer)
+    data.task.prepare(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------
