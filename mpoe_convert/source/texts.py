@@ -69,7 +69,7 @@ def read(
             default of `columns.target`).
 
     Raises:
-        DataError: a source is missing, cannot be read, or lacks a column.
+        DataError: a source is missing, cannot be read, or lacks a column, or a column holds something else.
     """
     from datasets import concatenate_datasets
 
@@ -94,13 +94,37 @@ def read(
                 raise DataError(f"column {name} of {source} holds {kind}; expected text")
             if missing := part.data.column(name).null_count:
                 raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
-            if name in (columns.label, columns.routed_by) and "" in part.unique(name):
-                raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+            if name in (columns.label, columns.routed_by):
+                _check_names(part, source, name)
+        if task == "classification":
+            _check_classes(part, source, columns.label)
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
 
 
 def _holds_text(part: Dataset, name: str) -> bool:
     return getattr(part.features.get(name), "dtype", None) in TEXT
+
+
+def _check_names(part: Dataset, source: str, name: str) -> None:
+    """Raises DataError if a column that names classes or tasks holds something else."""
+    feature = part.features[name]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if kind not in (*TEXT, "bool") and not kind.startswith(("int", "uint")):
+        raise DataError(
+            f"column {name} of {source} holds {kind}; expected one name in every row: text, a whole number, "
+            "or true and false"
+        )
+    if "" in part.unique(name):
+        raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+
+
+def _check_classes(part: Dataset, source: str, name: str) -> None:
+    """Raises DataError if classes are numbered from below 0. Splits of the Hub without labels hold -1."""
+    if negative := [value for value in part.unique(name) if not isinstance(value, str) and value < 0]:
+        raise DataError(
+            f"{source} has rows whose {name} is {negative[0]}, which stands for an unknown class in splits "
+            "without labels; expected classes from 0: name another split, or leave these rows out"
+        )
 
 
 def _read_one(source: str, split: str, token: str | None) -> Dataset:
