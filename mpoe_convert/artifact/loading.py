@@ -28,8 +28,6 @@ AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
 }
 
-MAX_BLOCK = 512  # tokens of a block of text, by default
-
 
 class HoldsMixtures(Protocol):
     """What a converted model has beyond a `PreTrainedModel`, whichever release's code it was loaded by."""
@@ -140,27 +138,11 @@ def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
 
 
 def load_tokenizer(name: str, token: str | None = None, **trust: bool) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with its end-of-text token.
+    """Load a tokenizer.
 
     Raises:
         TrainingError: it does not load.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = from_pretrained(AutoTokenizer, name, token=token, **trust)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """The number of positions that a config names; None if it does not."""
-    names = ("max_position_embeddings", "n_positions", "max_source_positions")
-    configs = (config, config.get_text_config())  # of vision-language models the text tower's
-    found = (getattr(each, name, None) for each in configs for name in names)
-    return next((value for value in found if value), None)
-
-
-def block_length(limit: int | None) -> int:
-    """Tokens per block of text by default: as many as the model has positions, at most `MAX_BLOCK`."""
-    return min(MAX_BLOCK, limit or MAX_BLOCK)
+    return from_pretrained(AutoTokenizer, name, token=token, **trust)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..artifact.loading import block_length, load_tokenizer, positions
+from ..artifact.limits import block_length, check_token_ids, embedding_rows, positions
+from ..artifact.loading import load_tokenizer
 from ..errors import DataError, RecipeError
 from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
+from ..source.padding import pad_rows, padding_token
 from ..source.text_options import TextSource
 
 if TYPE_CHECKING:
@@ -47,16 +49,37 @@ def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None =
         token: Hub token for private data.
 
     Raises:
-        DataError: the data cannot be read, or have fewer tokens than `calibration_tokens`.
+        DataError: the data cannot be read, have fewer tokens than `calibration_tokens`, or tokens that the
+            model does not embed.
         RecipeError: the model does not read text.
     """
     _check_reads_text(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
+    batches = list(_batches_of_text(recipe, checkpoint, tokenizer, token))
+    check_batches(batches, checkpoint, tokenizer)
+    return batches
+
+
+def check_batches(
+    batches: Sequence[Batch], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raises DataError if batches hold token ids that the model does not embed."""
+    names = ("input_ids", "decoder_input_ids")
+    ids = [batch[name] for batch in batches for name in names if name in batch]
+    if largest := max((int(each.max()) for each in ids if each.numel()), default=0):
+        check_token_ids(checkpoint.architecture.base, checkpoint.source, largest, tokenizer)
+
+
+def _batches_of_text(
+    recipe: TextSource, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, token: str | None
+) -> Sequence[Batch]:
     length = block_length(positions(checkpoint.architecture.make_config()))
     encode = _pairing(checkpoint) if recipe.target_column != recipe.text_column else None
     rows = _read(recipe, "seq2seq" if encode else "causal", token)
     if encode and recipe.target_column in rows.column_names:
-        return _pair_batches(rows, encode, tokenizer, recipe, length)
+        pad = padding_token(tokenizer, embedding_rows(checkpoint.architecture.base))
+        columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
+        return _pair_batches(encode(rows, tokenizer, columns, length), recipe.calibration_tokens, pad)
     blocks = texts.language_blocks(rows, tokenizer, recipe.text_column, length)
     wanted = max(recipe.calibration_tokens // length, 2)
     if len(blocks) < wanted:
@@ -137,45 +160,21 @@ def _per_batch(count: int, length: int) -> int:
     return max(min(TOKENS_PER_BATCH // length, count // HELD_OUT), 1)
 
 
-def _pair_batches(
-    rows: Dataset,
-    encode: Callable[..., Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: TextSource,
-    length: int,
-) -> list[Batch]:
-    """Batches of pairs that are about equally long."""
-    columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
-    encoded = encode(rows, tokenizer, columns, length)
+def _pair_batches(encoded: Dataset, num_tokens: int, pad: int) -> Sequence[Batch]:
+    """Batches of encoded pairs that are about equally long, with so many tokens to read in all."""
     sizes = [len(ids) for ids in encoded["input_ids"]]
-    wanted = min(recipe.calibration_tokens * len(sizes) // max(sum(sizes), 1) + 1, len(sizes))
-    if sum(sizes) < recipe.calibration_tokens:
+    wanted = min(num_tokens * len(sizes) // max(sum(sizes), 1) + 1, len(sizes))
+    if sum(sizes) < num_tokens:
         raise DataError(
             f"the calibration pairs have {sum(sizes):,} tokens that the model reads; expected the "
-            f"{recipe.calibration_tokens:,} of --calibration-tokens: give more text or ask for fewer"
+            f"{num_tokens:,} of --calibration-tokens: give more text or ask for fewer"
         )
     chosen = sorted(
         evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i)
     )  # similar lengths: little padding
     per_batch = _per_batch(wanted, max(sizes[i] for i in chosen))
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     order = [chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)]
-    return [_pad(encoded.select(part), pad) for part in order]
-
-
-def _pad(rows: Dataset, pad: int) -> Batch:
-    """The rows as one batch, padded on the right to the longest."""
-
-    def padded(values: list[list[int]], fill: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, fill)
-
-    ids = rows["input_ids"]
-    mask = [[1] * len(row) for row in ids]
-    return {
-        "input_ids": padded(ids, pad),
-        "attention_mask": padded(mask, 0),
-        "labels": padded(rows["labels"], -100),
-    }
+    return [pad_rows(encoded.select(part).to_list(), pad) for part in order]
 
 
 def is_held_out(number: int, batches: Sequence[Batch]) -> bool:

@@ -22,7 +22,7 @@ from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.matrices import read_wide
 from . import dense_run, metrics
 from .allocation import Candidate, Ranks
-from .batches import Batch, make_batches
+from .batches import Batch, check_batches, make_batches
 from .budget import blend_measured, check_smallest, make_candidates, measured_ranks, ranks_in_budget
 from .calibrate import calibrate
 from .correction import Corrections, check_correctable, correct
@@ -304,6 +304,7 @@ def _open_run(
     readers = ("datasets",) if recipe.calibrate else ()
     need("calibration", "accelerate", "greenlet", *readers, extra="calibrate")
     batches = make_batches(recipe, checkpoint, token) if batches is None else batches
+    check_batches(batches, checkpoint)
     return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
 
 

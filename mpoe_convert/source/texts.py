@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DataError
 
@@ -69,7 +69,7 @@ def read(
             default of `columns.target`).
 
     Raises:
-        DataError: a source is missing, cannot be read, or lacks a column.
+        DataError: a source is missing, cannot be read, or lacks a column, or a column holds something else.
     """
     from datasets import concatenate_datasets
 
@@ -94,13 +94,37 @@ def read(
                 raise DataError(f"column {name} of {source} holds {kind}; expected text")
             if missing := part.data.column(name).null_count:
                 raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
-            if name in (columns.label, columns.routed_by) and "" in part.unique(name):
-                raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+            if name in (columns.label, columns.routed_by):
+                _check_names(part, source, name)
+        if task == "classification":
+            _check_classes(part, source, columns.label)
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
 
 
 def _holds_text(part: Dataset, name: str) -> bool:
     return getattr(part.features.get(name), "dtype", None) in TEXT
+
+
+def _check_names(part: Dataset, source: str, name: str) -> None:
+    """Raises DataError if a column that names classes or tasks holds something else."""
+    feature = part.features[name]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if kind not in (*TEXT, "bool") and not kind.startswith(("int", "uint")):
+        raise DataError(
+            f"column {name} of {source} holds {kind}; expected one name in every row: text, a whole number, "
+            "or true and false"
+        )
+    if "" in part.unique(name):
+        raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+
+
+def _check_classes(part: Dataset, source: str, name: str) -> None:
+    """Raises DataError if classes are numbered from below 0. Splits of the Hub without labels hold -1."""
+    if negative := [value for value in part.unique(name) if not isinstance(value, str) and value < 0]:
+        raise DataError(
+            f"{source} has rows whose {name} is {negative[0]}, which stands for an unknown class in splits "
+            "without labels; expected classes from 0: name another split, or leave these rows out"
+        )
 
 
 def _read_one(source: str, split: str, token: str | None) -> Dataset:
@@ -162,8 +186,9 @@ def language_blocks(
 ) -> Dataset:
     """Concatenate texts and split them into blocks of `length` tokens, as `input_ids`.
 
-    The tokenizer's end-of-text token, if it has one, follows every text. The remainder of every batch of
-    1,000 texts is dropped. With tasks, a block holds texts of one task, named by `task_ids`.
+    Every text ends once: with the tokens that the tokenizer itself puts behind a text, else with its
+    end-of-text token, if it has one. The remainder of every batch of 1,000 texts is dropped. With tasks, a
+    block holds texts of one task, named by `task_ids`.
 
     Raises:
         DataError: the texts, or those of one task, are shorter than a block, or a task is unknown.
@@ -177,7 +202,8 @@ def language_blocks(
         streams: dict[int, list[int]] = {}
         numbers = tasks.indices(batch[tasks.column]) if tasks else [0] * len(batch[column])
         for number, text in zip(numbers, batch[column], strict=True):
-            streams.setdefault(number, []).extend(tokenizer(text, verbose=False)["input_ids"] + end)
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            streams.setdefault(number, []).extend(_without_end(ids, end) + end)
         pieces = [
             (stream[i : i + length], number)
             for number, stream in streams.items()
@@ -206,16 +232,21 @@ def pairs(
     length: int,
     tasks: Tasks | None = None,
 ) -> Dataset:
-    """Source and target texts as `input_ids`, `attention_mask` and `labels`, truncated to `length` tokens.
+    """Source and target texts as `input_ids` and `labels`, each truncated to `length` tokens.
+
+    A target ends as a text of `language_blocks` does, also where it is truncated.
 
     Raises:
         DataError: a task is unknown.
     """
+    limits: dict[str, Any] = {"truncation": True, "max_length": length}
+    end = _end(tokenizer, of_target=True)
 
     def encode(batch: dict) -> Mapping:
-        found = tokenizer(
-            batch[columns.text], text_target=batch[columns.target], truncation=True, max_length=length
-        )
+        sources = tokenizer(batch[columns.text], **limits)["input_ids"]
+        targets = tokenizer(text_target=batch[columns.target], **limits)["input_ids"]
+        labels = [_without_end(ids, end)[: max(length - len(end), 0)] + end for ids in targets]
+        found = {"input_ids": sources, "labels": labels}
         return tasks.add_to(found, batch) if tasks else found
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
@@ -224,7 +255,7 @@ def pairs(
 def answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Columns, length: int) -> Dataset:
     """Texts followed by their targets, truncated to `length` tokens; only the target's tokens have labels.
 
-    The tokenizer's end-of-text token, if it has one, belongs to the target; so does a token that spans the
+    The end of the target, as of a text of `language_blocks`, belongs to it; so does a token that spans the
     end of the text and the beginning of the target. Rows whose text alone fills `length` are dropped.
 
     Raises:
@@ -249,14 +280,31 @@ def answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Columns,
     return found
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[end-of-text token], or [] if the tokenizer has none."""
+def _end(tokenizer: PreTrainedTokenizerBase, *, of_target: bool = False) -> list[int]:
+    """The tokens behind every text: those that the tokenizer itself puts there, else its end-of-text token.
+
+    Args:
+        tokenizer: the tokenizer.
+        of_target: behind the target of an encoder-decoder, where some tokenizers put other ones.
+
+    Returns:
+        [] if the tokenizer puts none there and has no end-of-text token.
+    """
+    given: dict[str, Any] = {"text_target" if of_target else "text": "a", "verbose": False}
+    whole = tokenizer(**given)["input_ids"]
+    bare = tokenizer(**given, add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(bare) + 1)
+    start = next((place for place in places if whole[place : place + len(bare)] == bare), None)
+    own = [] if start is None else whole[start + len(bare) :]
     end = tokenizer.eos_token_id
-    return [] if end is None else [cast(int, end)]
+    return own or ([] if end is None else [cast(int, end)])
 
 
 def _without_end(ids: list[int], end: list[int]) -> list[int]:
-    return ids[:-1] if end and ids[-1:] == end else ids
+    """The ids of a text without the ends behind them, of which the text itself may hold one."""
+    while end and ids[-len(end) :] == end:
+        ids = ids[: -len(end)]
+    return ids
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:

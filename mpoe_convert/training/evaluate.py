@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from ..artifact.limits import block_length, check_length, positions
 from ..artifact.loading import (
     AUTO_CLASSES,
     HoldsMixtures,
-    block_length,
     from_pretrained,
     load_config,
     load_tokenizer,
-    positions,
     task_of,
 )
 from ..devices import pick_device
@@ -138,7 +137,10 @@ def score_models(
     config = load_config(model, token, **trust)
     kind = TASKS[request.task or task_of(config, model, **trust)]
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")
-    length, stride = _sizes(request.length, request.stride, positions(config))
+    limits = {model: positions(config)}
+    if against:
+        limits[against] = positions(load_config(against, token, **trust))
+    length, stride = _sizes(request.length, request.stride, limits)
     loaded = load_tokenizer(request.tokenizer or model, token, **trust)
     scored = kind(loaded, columns, length, stride, request.seed)
     rows = texts.read(request.data, columns, kind.name, request.split, token)
@@ -166,18 +168,21 @@ def score_models(
     return found
 
 
-def _sizes(length: int | None, stride: int | None, longest: int | None) -> tuple[int, int]:
-    """Length and stride with their defaults, for a model of `longest` positions (None: any number).
+def _sizes(length: int | None, stride: int | None, limits: Mapping[str, int | None]) -> tuple[int, int]:
+    """Length and stride with their defaults.
+
+    Args:
+        length, stride: as asked for.
+        limits: by model how many positions it has; None: any number.
 
     Raises:
-        TrainingError: they contradict each other or the model.
+        TrainingError: they contradict each other or a model.
     """
-    length = length or block_length(longest)
+    length = length or min(map(block_length, limits.values()))
     stride = stride or max(length // 2, 1)
-    if not 1 <= stride <= length or (longest and length > longest):
-        raise TrainingError(
-            f"length is {length} and stride {stride}; expected stride <= length <= {longest or 'any'}"
-        )
+    if not 1 <= stride <= length:
+        raise TrainingError(f"length is {length} and stride {stride}; expected stride <= length")
+    check_length(length, limits)
     return length, stride
 
 
@@ -247,6 +252,7 @@ def _outcomes(
     if task.columns.routed_by is None and chooses_by_task:
         raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
     batches = examples.batches(class_names(model.config) if task.has_labels else ())
+    task.prepare(model)
     found = []
     for done, (routed, batch) in enumerate(batches, 1):
         if routed is not None and chooses_by_task:

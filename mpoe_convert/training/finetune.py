@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..artifact.card_file import remove_section
-from ..artifact.layout import (
-    CARD_FILE,
-    EVALUATION_REPORT_FILE,
-    MODELING_FILE,
-    TRAINING_REPORT_FILE,
-    file_names,
-    files_in_folders,
-    is_artifact,
-    is_weights,
-    register_files,
+from ..artifact.folder import check_space
+from ..artifact.layout import file_names
+from ..artifact.limits import (
+    block_length,
+    check_length,
+    check_token_ids,
+    counts_from_padding,
+    positions,
 )
 from ..artifact.loading import (
     AUTO_CLASSES,
-    block_length,
     from_pretrained,
     load_config,
     load_tokenizer,
-    positions,
     task_of,
 )
 from ..errors import OutputError, TrainingError
 from ..extras import need
 from ..source import texts
-from ..source.hub import CHAT_TEMPLATES, download_except_weights
-from ..source.json_files import write_json
-from .card import describe_training
-from .record import forget_evaluations
 from .request import Finetuning
 from .roles import freeze, has_centre
+from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
 from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, TellLogs
 
@@ -56,6 +45,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a checkpoint takes at least: its weights are float32.
+CHECKPOINT_BYTES = 4
 
 
 def finetune(
@@ -90,13 +82,14 @@ def finetune(
     Raises:
         TrainingError: model and options do not fit.
         DataError: the data cannot be read or do not fit the task.
-        OutputError: `output` is not empty, or has no checkpoint to resume from.
+        OutputError: `output` is not empty, has no checkpoint to resume from, or cannot be written; this is
+            tried before the first step.
     """
     need("finetune", "datasets", extra="train")
 
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
-    preexisting = file_names(output)
+    preexisting = frozenset(file_names(output))
     state = PartialState()
     _check_precision(run, state)
     config = load_config(run.model, token, **run.trust)
@@ -104,13 +97,17 @@ def finetune(
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
     with state.main_process_first():  # the others find the mapped rows in the cache
         data = _read(run, kind, config, tokenizer, token)
-        companions = _companions(run, config, token)
+        companions = companions_of(run.model, config, token)
     set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
     model = _load_model(run, data, token)
     stored = _Stored(model)
     model = model.float()
     for what in run.freeze:
         freeze(model, what)
+    result = Result(output, companions, preexisting, set_generation_aside(model, run.model, token))
+    if state.is_main_process:
+        check_space(output, None, stored.num_bytes(model) + CHECKPOINT_BYTES * model.num_parameters())
+        result.rehearse(model, tokenizer, _report(run, data))
     trainer = MpoeTrainer(
         model=model,
         args=_arguments(run, output, has_eval=data.evaluation is not None),
@@ -126,10 +123,7 @@ def finetune(
     report = _train(trainer, data, checkpoint, progress)
     if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
         stored.restore(cast("PreTrainedModel", trainer.model))
-    trainer.save_model(str(output))
-    if state.is_main_process:
-        _finish(companions, output, report, preexisting)
-    state.wait_for_everyone()
+    result.write(trainer, report)
     return report
 
 
@@ -149,6 +143,9 @@ class _Stored:
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.of_config = model.config.dtype
 
+    def num_bytes(self, model: PreTrainedModel) -> int:
+        return sum(p.numel() * self.dtypes[name].itemsize for name, p in model.named_parameters())
+
     def restore(self, model: PreTrainedModel) -> None:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
@@ -164,15 +161,19 @@ def _train(trainer: MpoeTrainer, data: _Data, checkpoint: str | None, progress: 
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.remove_callback(shown)
     log = list(trainer.state.log_history)  # before the last evaluation, which adds to it
-    return {
-        "run": asdict(trainer.run),
-        "task": data.task.name,
+    return _report(trainer.run, data) | {
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - start, 1),
         "resumed": checkpoint is not None,
         "evaluation": trainer.evaluate() if data.evaluation is not None else None,
         "log": log,
     }
+
+
+def _report(run: Finetuning, data: _Data) -> dict:
+    """The report of a training that has done nothing yet."""
+    done = {"steps": 0, "seconds": 0.0, "resumed": False, "evaluation": None, "log": []}
+    return {"run": asdict(run), "task": data.task.name, **done}
 
 
 def _last_checkpoint(output: Path, resume: bool) -> str | None:
@@ -223,15 +224,21 @@ def _read(
         evaluation = texts.read(run.eval_data, run.columns, kind.name, run.eval_split, token)
     labels = _labels(run, train, config) if kind.has_labels else ()
     routes = _routes(run, train, config)
-    limit = positions(config)
-    length = run.length or block_length(limit)
-    if limit and length > limit:
-        raise TrainingError(f"length is {length}; {run.model} takes at most {limit} tokens")
-    task = kind(tokenizer, run.columns, length)
+    task = kind(tokenizer, run.columns, _length(run, config, token))
     train = task.training_examples(train, labels, routes)
     if evaluation is not None:
         evaluation = task.training_examples(evaluation, labels, routes)
     return _Data(task, train, evaluation, labels, routes)
+
+
+def _length(run: Finetuning, config: PretrainedConfig, token: str | None) -> int:
+    """Tokens per example. Raises TrainingError if the model or its teacher takes fewer."""
+    limits = {run.model: positions(config)}
+    if run.teacher:
+        limits[run.teacher] = positions(load_config(run.teacher, token, **run.trust))
+    length = run.length or min(map(block_length, limits.values()))
+    check_length(length, limits)
+    return length
 
 
 def _labels(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> tuple[str, ...]:
@@ -262,7 +269,14 @@ def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedMo
     options = dict(run.options)
     if data.routes is not None:
         options["router_tasks"] = list(data.routes.names)
-    return _load(run.model, data, token, run.trust | options)
+    model = _load(run.model, data, token, run.trust | options)
+    found, own = data.task.tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None)
+    if counts_from_padding(model) and found not in (None, own):  # the config would be given the tokenizer's
+        raise TrainingError(
+            f"the tokenizer's padding token is {found}, and {run.model} counts positions from its own, {own};"
+            " expected a tokenizer with the same"
+        )
+    return model
 
 
 def _load_teacher(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
@@ -281,7 +295,11 @@ def _load(name: str, data: _Data, token: str | None, options: dict[str, Any]) ->
             "label2id": {label: i for i, label in enumerate(data.labels)},
         }
     auto_class = getattr(transformers, AUTO_CLASSES[data.task.name])
-    return from_pretrained(auto_class, name, token=token, **options)
+    model = from_pretrained(auto_class, name, token=token, **options)
+    for examples in filter(None, (data.train, data.evaluation)):
+        check_token_ids(model, name, data.task.largest_token(examples), data.task.tokenizer)
+    data.task.prepare(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -333,49 +351,3 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         return TrainingArguments(**(values | dict(run.arguments)))
     except (TypeError, ValueError) as error:
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------
-# Completing the artifact
-
-
-def _companions(run: Finetuning, config: PretrainedConfig, token: str | None) -> Path | None:
-    """The folder with the files beside an artifact's weights; None: the model is no artifact."""
-    source = Path(run.model)
-    if not source.is_dir():
-        if getattr(config, "mpoe", None) is None:
-            return None
-        source = download_except_weights(run.model, token)
-    return source if is_artifact(source) else None
-
-
-def _finish(companions: Path | None, output: Path, report: dict, preexisting: Iterable[str]) -> None:
-    """Write the report, complete an artifact, and remove the checkpoints.
-
-    Args:
-        preexisting: files that were in the folder before.
-    """
-    write_json(output / TRAINING_REPORT_FILE, report)
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
-    if companions is not None:
-        _complete_artifact(companions, output, report, preexisting)
-    for path in output.glob("checkpoint-*"):
-        shutil.rmtree(path)
-
-
-def _complete_artifact(companions: Path, output: Path, report: dict, preexisting: Iterable[str]) -> None:
-    """Copy the files beside an artifact's weights, and write the training into its card and report."""
-    written = {path.name for path in output.iterdir()} | {EVALUATION_REPORT_FILE}
-    for path in companions.iterdir():
-        if path.is_file() and path.name not in written and not is_weights(path.name):
-            shutil.copyfile(path, output / path.name)
-    in_folders = files_in_folders(companions)
-    for name in in_folders:
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(companions / name, output / name)
-    shutil.copyfile(companions / MODELING_FILE, output / MODELING_FILE)
-    remove_section(output / CARD_FILE, "Pictures")  # they show the model that was trained, as do the results
-    forget_evaluations(output / CARD_FILE)
-    describe_training(output / CARD_FILE, report)
-    made = {name for name in file_names(output) if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
-    register_files(output, made - set(preexisting) | {TRAINING_REPORT_FILE, *in_folders})

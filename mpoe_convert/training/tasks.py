@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from ..artifact.limits import check_token_ids, counts_from_padding, embedding_rows
 from ..errors import TrainingError
 from ..source import texts
+from ..source.padding import pad_rows, padding_token
 from ..source.texts import Columns
 
 if TYPE_CHECKING:
@@ -111,6 +113,33 @@ class Task(ABC):
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
         """Makes batches of training examples."""
 
+    def prepare(self, model: PreTrainedModel) -> None:  # noqa: B027 - most models need nothing
+        """Set in a loaded model's config what it has to know of the batches."""
+
+    def largest_token(self, examples: Dataset) -> int:
+        """The largest id in training examples, and of the tokens that training adds to them or to configs."""
+        from datasets import Value
+
+        special = (getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
+        largest = [token for token in special if isinstance(token, int)]
+        for name in ("input_ids", "labels"):
+            if isinstance(getattr(examples.features.get(name), "feature", None), Value):  # a list of numbers
+                for chunk in examples.data.column(name).chunks:
+                    largest += [int(ids.max()) for ids in [chunk.flatten().to_numpy()] if len(ids)]
+        return max(largest, default=0)
+
+    def model_inputs(
+        self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """A batch on the model's device.
+
+        Raises:
+            DataError: the model does not embed all of its tokens.
+        """
+        ids = batch["input_ids"]
+        check_token_ids(model, str(model.name_or_path), int(ids.max()) if ids.numel() else 0, self.tokenizer)
+        return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
     def training_metrics(self) -> Callable[[Any], dict[str, float]] | None:
         """Computes metrics for `transformers.Trainer` beside the loss; None: there are none."""
         return None
@@ -161,7 +190,6 @@ class _LanguageTask(Task):
     """Scores tokens; outcomes begin with (summed negative log-likelihood in nats, tokens)."""
 
     unit = "tokens"
-    masks: ClassVar[bool]
 
     def count(self, outcomes: Sequence[Outcome]) -> int:
         return int(sum(outcome[1] for outcome in outcomes))
@@ -169,19 +197,11 @@ class _LanguageTask(Task):
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length, tasks)
 
-    def collator(self, model: PreTrainedModel | None = None, **options: Any) -> Callable[[list], Mapping]:
-        from transformers import DataCollatorForLanguageModeling
-
-        if self.masks and self.tokenizer.mask_token is None:
-            raise TrainingError("the tokenizer has no mask token; expected one that was made for task masked")
-        return DataCollatorForLanguageModeling(self.tokenizer, mlm=self.masks, **options)
-
 
 class Causal(_LanguageTask):
     """The next token. An example is (token ids of a window, place of the first token that is scored)."""
 
     name = "causal"
-    masks = False
     scores = (PERPLEXITY,)
 
     @property
@@ -197,26 +217,30 @@ class Causal(_LanguageTask):
         return found
 
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
-        width = max(len(ids) for ids, _ in batch)
-        pad = self.tokenizer.pad_token_id
-        tokens = torch.full((len(batch), width), pad if isinstance(pad, int) else 0)
-        mask = torch.zeros_like(tokens)
-        for row, (ids, _) in enumerate(batch):
-            tokens[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-        tokens, mask = tokens.to(model.device), mask.to(model.device)
-        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()  # (B, T - 1, V)
-        losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+        rows = [{"input_ids": ids} for ids, _ in batch]
+        pad = padding_token(self.tokenizer, embedding_rows(model))
+        inputs = self.model_inputs(model, pad_rows(rows, pad))
+        logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
+        losses = torch.nn.functional.cross_entropy(logits.mT, inputs["input_ids"][:, 1:], reduction="none")
         return [
             (losses[row, first - 1 : len(ids) - 1].double().sum().item(), len(ids) - first)
             for row, (ids, first) in enumerate(batch)
         ]
+
+    def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
+        return _next_tokens
+
+
+def _next_tokens(blocks: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+    """A batch of blocks, whose tokens are all to be predicted: blocks have no padding."""
+    batch = pad_rows(blocks, pad=0)
+    return batch | {"labels": batch["input_ids"].clone()}
 
 
 class Masked(_LanguageTask):
     """Masked tokens. An outcome is (summed loss, masked tokens, right ones) of a window."""
 
     name = "masked"
-    masks = True
     scores = (PERPLEXITY, Score("accuracy", _hit_rate, _hits_and_counts, hub="accuracy", label="Accuracy"))
 
     @property
@@ -224,12 +248,12 @@ class Masked(_LanguageTask):
         return super().settings | {"seed": self.seed}
 
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list:
-        collator = self.collator(seed=self.seed)
+        collator = self._masking(seed=self.seed)
         blocks = texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length)
         return [collator([row]) for row in blocks]
 
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
-        inputs = {name: torch.cat([b[name] for b in batch]).to(model.device) for name in batch[0]}
+        inputs = self.model_inputs(model, {name: torch.cat([b[name] for b in batch]) for name in batch[0]})
         labels = inputs.pop("labels")
         logits = model(**inputs).logits.float()  # (B, T, V)
         losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
@@ -239,6 +263,30 @@ class Masked(_LanguageTask):
             (loss.double().sum().item(), int(count), int(hit))
             for loss, count, hit in zip(losses, counts, hits, strict=True)
         ]
+
+    def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
+        return self._masking()
+
+    def largest_token(self, examples: Dataset) -> int:
+        return max(super().largest_token(examples), len(self.tokenizer) - 1)  # a tenth is any token
+
+    def _masking(self, seed: int | None = None) -> Callable[[list], Mapping]:
+        """Masks 15 % of the tokens of blocks, never the special ones.
+
+        Raises:
+            TrainingError: the tokenizer has no mask token.
+        """
+        from transformers import DataCollatorForLanguageModeling
+
+        if self.tokenizer.mask_token is None:
+            raise TrainingError("the tokenizer has no mask token; expected one that was made for task masked")
+        masking = DataCollatorForLanguageModeling(self.tokenizer, seed=seed)
+
+        def collate(blocks: list) -> Mapping:
+            batch = pad_rows(blocks, pad=0)  # blocks have no padding
+            return batch | masking(list(batch["input_ids"]))
+
+        return collate
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -300,10 +348,10 @@ class Seq2Seq(Task):
 
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
         sources, targets = zip(*batch, strict=True)
-        inputs = self.tokenizer(
-            list(sources), return_tensors="pt", padding=True, truncation=True, max_length=self.length
-        ).to(model.device)
-        inputs.pop("token_type_ids", None)
+        encoded = self.tokenizer(list(sources), truncation=True, max_length=self.length)["input_ids"]
+        rows = [{"input_ids": ids} for ids in encoded]
+        pad = padding_token(self.tokenizer, embedding_rows(model))
+        inputs = self.model_inputs(model, pad_rows(rows, pad))
         generator: Any = model  # not every `PreTrainedModel` can; those of this task can
         tokens = generator.generate(**inputs, max_new_tokens=self.length, do_sample=False, num_beams=1)
         found = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -313,9 +361,14 @@ class Seq2Seq(Task):
         return texts.pairs(rows, self.tokenizer, self.columns, self.length, tasks)
 
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
-        from transformers import DataCollatorForSeq2Seq
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
-        return DataCollatorForSeq2Seq(self.tokenizer, model=model)
+        def collate(rows: list) -> Mapping:
+            batch = pad_rows(rows, padding_token(self.tokenizer))
+            # Label smoothing takes the labels from what the model is given.
+            return batch | ({"decoder_input_ids": shift(batch["labels"])} if shift else {})
+
+        return collate
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -363,19 +416,26 @@ class Classification(Task):
         return list(texts.labelled(rows, self.tokenizer, self.columns, self.length, labels))
 
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
-        expected = [row["labels"] for row in batch]
-        rows = [{name: value for name, value in row.items() if name != "labels"} for row in batch]
-        inputs = self.tokenizer.pad(rows, return_tensors="pt").to(model.device)
+        inputs = self.model_inputs(model, pad_rows(batch, padding_token(self.tokenizer)))
+        expected = inputs.pop("labels").tolist()
         return list(zip(model(**inputs).logits.argmax(-1).tolist(), expected, strict=True))
 
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.labelled(rows, self.tokenizer, self.columns, self.length, labels, tasks)
 
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
-        from transformers import DataCollatorWithPadding
+        return partial(pad_rows, pad=padding_token(self.tokenizer))
 
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        return DataCollatorWithPadding(self.tokenizer)
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Name the padding of the batches in the config and, if it names none, in the tokenizer.
+
+        Heads of decoders read the last token that is not the config's padding token, by its number. The
+        config of a model that counts positions from its padding token is left as it is.
+        """
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not counts_from_padding(model):
+            model.config.get_text_config().pad_token_id = padding_token(self.tokenizer)
 
     def training_metrics(self) -> Callable[[Any], dict[str, float]]:
         return _prediction_accuracy

@@ -139,6 +139,12 @@ class MpoeTrainer(Trainer):
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

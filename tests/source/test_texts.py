@@ -60,6 +60,58 @@ def test_a_class_or_task_without_a_name(tmp_path):
         corpus.read([str(path)], Columns(routed_by="about"), "causal")
 
 
+NO_NAMES = {
+    "numbers with a point": ([0.0, 1.5], "double|float64"),
+    "lists": ([[0], [1]], "List"),
+    "objects": ([{"a": 1}, {"a": 2}], "dict"),
+}
+
+
+@pytest.mark.parametrize("what", NO_NAMES)
+def test_columns_that_name_no_class_or_task(what, tmp_path):
+    values, kind = NO_NAMES[what]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a", "label": value}) for value in values))
+    message = f"^column label of .*rows.jsonl holds ({kind}); expected one name in every row: text, a whole"
+    with pytest.raises(DataError, match=message):
+        corpus.read([str(path)], Columns(), "classification")
+    with pytest.raises(DataError, match=message):
+        corpus.read([str(path)], Columns(routed_by="label"), "causal")
+    assert len(corpus.read([str(path)], Columns(), "causal")) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        ([10, 2, 2], ["2", "10"]),
+        ([True, False, True], ["False", "True"]),
+    ],
+)
+def test_names_of_classes(values, names, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a", "label": value}) for value in values))
+    rows = corpus.read([str(path)], Columns(), "classification")
+    assert corpus.label_names(rows, "label") == names
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_split_without_labels(named, tmp_path):
+    """Parquet of the Hub: -1 everywhere, of a column whose classes have names or not."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    kind = ClassLabel(names=["x", "y"]) if named else Value("int64")
+    features = Features({"text": Value("string"), "label": kind})
+    path = str(tmp_path / "test.parquet")
+    Dataset.from_dict({"text": ["a", "b"], "label": [1, 1]}, features=features).to_parquet(path)
+    rows = corpus.read([path], Columns(), "classification")
+    assert corpus.label_names(rows, "label") == (["x", "y"] if named else ["1"])
+    Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=features).to_parquet(path)
+    with pytest.raises(DataError, match=r"^.*test.parquet has rows whose label is -1, which stands for an"):
+        corpus.read([path], Columns(), "classification")
+    assert len(corpus.read([path], Columns(), "causal")) == 2
+
+
 CLIENT = """
 import sys
 from mpoe_convert.source import texts as corpus
