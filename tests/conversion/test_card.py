@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:Depr
 HEADS = [
     ("gpt2", "AutoModelForCausalLM"),
     ("llama", "AutoModelForCausalLM"),
-    ("llava", "AutoModelForImageTextToText"),
+    ("qwen2_vl", "AutoModelForImageTextToText"),
     ("t5", "AutoModelForSeq2SeqLM"),
     ("bart", "AutoModelForSeq2SeqLM"),
     ("bert", "AutoModelForMaskedLM"),

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -181,6 +182,35 @@ def test_gradients_reach_every_expert_tensor(tmp_path):
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     experts = [p for n, p in model.named_parameters() if ".aux_" in n or ".central_" in n or "router" in n]
     assert len(experts) == LAYERS * (3 * 3 + 1) and all(p.grad is not None for p in experts)
+
+
+def test_the_processor_comes_along(tmp_path):
+    """AutoProcessor gives both models the same inputs, of which they make the same tokens."""
+    image = pytest.importorskip("PIL.Image")
+    dense, out = save("llava", tmp_path / "dense"), tmp_path / "out"
+    save_tokenizer(dense)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w3"]})
+    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(**size),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="w3",
+    ).save_pretrained(dense)
+    convert(Recipe(str(dense), **SMALL), out)
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    found = []
+    for folder in (dense, out):
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        inputs = processor(images=image.fromarray(pixels), text="w5 w3 w6 w7", return_tensors="pt")
+        assert (inputs["input_ids"] == 3).sum() == 4
+        found.append((inputs["input_ids"], inputs["pixel_values"], generated(model.eval(), inputs)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ------------------------------------------------------------------------------------------------ --ffn
