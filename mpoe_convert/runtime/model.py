@@ -193,6 +193,16 @@ def _written(parameter: inspect.Parameter) -> str:
     return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=None"
 
 
+def _constructing(stock: Callable[..., None]) -> Callable[..., None]:
+    """A constructor with the stock signature, which tells what a model may be made with."""
+
+    @functools.wraps(stock)
+    def constructing(self: "MixtureMixin", *args: Any, **kwargs: Any) -> None:
+        MixtureMixin.__init__(self, *args, **kwargs)
+
+    return constructing
+
+
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     """A stock `generate` that takes `task_ids`, for encoders too."""
 
@@ -523,6 +533,7 @@ def _model_class(base: type, name: str, module: str) -> type:
         "config_class": config_class,
         "__module__": module,
         "_base_class": base,
+        "__init__": _constructing(base.__init__),
         "forward": _recording(base.forward),
     }
     bases = (MixtureMixin, base)

@@ -1,5 +1,6 @@
 """What the stock class says of modules by name, on a model whose dense FFNs are gone."""
 
+import inspect
 import re
 
 import pytest
@@ -8,6 +9,8 @@ import transformers
 from helpers.models import generative, load
 from transformers import GenerationMixin
 
+from mpoe_convert.runtime.modeling_mpoe import subclass
+from mpoe_convert.source.architecture import heads
 from mpoe_convert.source.families import FAMILY_OF
 
 PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
@@ -51,3 +54,16 @@ def test_the_router_is_declared_to_stay_in_float32(dtype, artifact):
 def test_generation_is_among_the_bases(model_type, artifact):
     model = load(artifact(model_type)[1], model_type)
     assert (GenerationMixin in type(model).__bases__) == model.can_generate()
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OF)
+def test_constructors_have_the_stock_signature(model_type):
+    for name in heads(model_type).values():
+        stock = getattr(transformers, name)
+        assert inspect.signature(subclass(stock)) == inspect.signature(stock), name
+
+
+def test_arguments_of_the_constructor_arrive(artifact):
+    _, out = artifact("vit")
+    model = transformers.AutoModel.from_pretrained(out, trust_remote_code=True, use_mask_token=True)
+    assert model.embeddings.mask_token is not None
