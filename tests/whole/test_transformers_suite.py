@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ STATED = {
     "ViTModel.test_reverse_loading_mapping": (
         "every old name that transformers knows has to occur: those of dense FFNs are for layers that stay "
         "dense, and this model has none"
+    ),
+}
+# Tests that may end differently.
+ROUNDING = {
+    "*.test_eager_matches_sdpa_inference_*_bf16_*": (
+        "the two ways to compute attention differ by rounding, by which a router chooses another expert, and "
+        "experts with random weights differ; with all experts for every token they pass"
     ),
 }
 SUITE = Path(__file__).parents[1] / "helpers" / "transformers_suite.py"
@@ -86,6 +94,7 @@ def test_no_difference_but_those_stated(family, kind, release, stock, tmp_path):
     expected = stock(family)
     assert list(expected.values()).count("passed") > 50
     found = differences(expected, outcomes(release, family, kind, tmp_path))
+    found = {n: how for n, how in found.items() if not any(fnmatchcase(n, pattern) for pattern in ROUNDING)}
     assert found.keys() == {name for name in STATED if name in expected}, found
 
 
