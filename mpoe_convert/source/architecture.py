@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -156,7 +157,7 @@ class Architecture:
 
     def make_config(self) -> PretrainedConfig:
         """A new config object with the values of config.json. Raises FamilyError as `config_class`."""
-        return self.config_class.from_dict(dict(self.config))
+        return self.config_class.from_dict(deepcopy(self.config))  # Idefics2's changes nested ones
 
     def build(self, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
         """The model on the meta device, which takes no memory.
@@ -177,8 +178,8 @@ class Architecture:
             with torch.device("meta"):
                 if cls is not None and self.is_custom:  # its own config class may be another object than ours
                     own_config: type[PretrainedConfig] = cls.config_class or config_class
-                    return cls(own_config.from_dict(dict(self.config)))
-                config = config_class.from_dict(self.config)
+                    return cls(own_config.from_dict(deepcopy(self.config)))
+                config = config_class.from_dict(deepcopy(self.config))
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything
             who = f"the code in {self.code}" if self.is_custom else "transformers"
