@@ -153,12 +153,16 @@ def _check_complete(
 
 
 def _has_ffn(architecture: Architecture, family: Family, layer: str, index: int) -> bool:
-    """Whether the model has an FFN in that layer: some models leave it out in some, as DeciLM does."""
+    """Whether the model has an FFN in that layer, as far as is known: DeciLM leaves it out in some."""
+    try:
+        base = architecture.base
+    except FamilyError:
+        return True
     paths = [
         (f"{layer.format(index)}.{each.up}", f"{layer.format(index)}.{each.down}")
         for each in family.spellings
     ]
-    return any(all(_has(architecture.base, path) for path in pair) for pair in paths)
+    return any(all(_has(base, path) for path in pair) for pair in paths)
 
 
 def _sources(family: Family, spelling: Spelling, key: str, on_disk: Mapping[str, str]) -> dict[str, Source]:
