@@ -523,6 +523,10 @@ def _config_class(base: type, name: str, module: str) -> type:
                 setattr(self, option, value)
 
         body["__init__"] = __init__
+    # Key renames of a whole model type (LLaVA's text tower and head) are looked up by that type.
+    renames = get_checkpoint_conversion_mapping(base.model_type) if module == __name__ else None
+    if renames is not None:
+        register_checkpoint_conversion_mapping(body["model_type"], renames, overwrite=True)
     return type(name, (base,), body)
 
 

@@ -16,7 +16,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from mpoe_convert import Export, Recipe, convert, export, plan, verify
-from mpoe_convert.errors import FamilyError
+from mpoe_convert.errors import FamilyError, RecipeError
 from mpoe_convert.source.checkpoint import open_checkpoint
 from mpoe_convert.source.families import FAMILY_OF
 from mpoe_convert.source.locate import resolve
@@ -58,7 +58,7 @@ def test_every_text_tower_of_the_table_is_tested():
     assert towers == set(CONFIGS)
 
 
-@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name != "mllama"])
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_with_an_image_it_computes_and_generates_what_the_source_does(model_type, tmp_path):
     dense, out = converted(model_type, tmp_path)
     stock, model = load_pair(dense, out, IMAGE_TO_TEXT)
@@ -153,6 +153,18 @@ def test_everything_beside_the_ffns_keeps_its_name(tmp_path):
     assert rest < set(after) and all(torch.equal(before[name], after[name]) for name in rest)
 
 
+def test_what_is_saved_loads_and_exports_to_the_source_again(tmp_path):
+    dense, out = converted("llava", tmp_path, gauge="identity")
+    model = getattr(transformers, IMAGE_TO_TEXT).from_pretrained(out, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "saved")
+    stock, again = load_pair(dense, tmp_path / "saved", IMAGE_TO_TEXT)
+    assert_same_outputs(stock, again, inputs_with_image(stock))
+    export(tmp_path / "saved", tmp_path / "back", Export(expert=1, check=False))
+    before, after = stored(dense), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_the_artifact_in_bfloat16(tmp_path):
     dense = save_tiny("gemma3", IMAGE_TO_TEXT, tmp_path / "dense", dtype=torch.bfloat16)
     convert(Recipe(str(dense), **SMALL), tmp_path / "out")
@@ -211,6 +223,18 @@ def test_the_processor_comes_along(tmp_path):
         found.append((inputs["input_ids"], inputs["pixel_values"], generated(model.eval(), inputs)))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_next", "video_llava", "mllama"])
+def test_a_head_that_is_not_tied(model_type, tmp_path, monkeypatch):
+    """It is `language_model.lm_head` on disk, which transformers renames by the model's type."""
+    monkeypatch.setitem(CONFIGS[model_type], "tie_word_embeddings", False)
+    dense, out = converted(model_type, tmp_path)
+    assert "language_model.lm_head.weight" in stored(out)
+    stock, model = load_pair(dense, out, IMAGE_TO_TEXT)
+    assert_same_outputs(stock, model, inputs_with_image(stock))
+    model.save_pretrained(tmp_path / "saved")
+    assert stored(tmp_path / "saved").keys() == stored(out).keys()
 
 
 # ------------------------------------------------------------------------------------------------ --ffn
@@ -284,6 +308,36 @@ def test_a_missing_ffn_is_named(tmp_path):
     told = r"model\.language_model\.layers\.1\.mlp\.up_proj\.weight missing; found 1 FFNs, expected 2"
     with pytest.raises(FamilyError, match=told):
         plan(Recipe(str(dense), **SMALL))
+
+
+def test_layers_without_an_ffn_stay_as_they_are(tmp_path):
+    """Nemotron-H has an attention or an FFN in a layer; the first layer has no FFN here."""
+    config = transformers.NemotronHConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        layers_block_type=["attention", "mlp", "attention", "mlp"],
+        n_routed_experts=1,
+        time_step_limit=(0.0, 1e9),
+    )
+    torch.manual_seed(0)
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    transformers.NemotronHForCausalLM(config).save_pretrained(dense)
+    recipe = Recipe(str(dense), ffn="layers.{}.mixer:up_proj,down_proj", **SMALL)
+    with pytest.raises(RecipeError, match=r"2 matches no FFN; this model has 2: layers\.1, layers\.3"):
+        plan(recipe.replace(layers="2"))
+    convert(recipe, out)
+    ffns = json.loads((out / "config.json").read_text())["mpoe"]["ffns"]
+    assert list(ffns) == ["layers.1", "layers.3"]
+    stock, model = load_pair(dense, out, "AutoModelForCausalLM")
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    assert_same_outputs(stock, model, inputs)
+    break_one_ffn(model)
+    with pytest.raises(AssertionError):
+        assert_same_outputs(stock, model, inputs)
 
 
 def test_an_ffn_that_only_the_checkpoint_lacks_is_missing_there(tmp_path):
