@@ -147,12 +147,17 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
     """Raises ValueError if there are tasks for another number of sequences than the pass has."""
     if task is None:
         return
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values"):
-        tensor = arguments.get(name)
-        if tensor is not None and tensor.shape[0] % task.shape[0]:  # beams are sequences of one task
-            raise ValueError(
-                f"{task.shape[0]} tasks were given for {tensor.shape[0]} sequences; expected one, or one each"
-            )
+    names = (
+        "input_ids",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "pixel_values",
+    )  # images beside text are no rows
+    tensor = next((arguments[name] for name in names if arguments.get(name) is not None), None)
+    if tensor is not None and tensor.shape[0] % task.shape[0]:  # beams are sequences of one task
+        raise ValueError(
+            f"{task.shape[0]} tasks were given for {tensor.shape[0]} sequences; expected one, or one each"
+        )
 
 
 # What `_recording` adds to the parameters of a stock forward.
@@ -430,7 +435,8 @@ class MixtureMixin(_Stock):
         labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
         if labels is None or num_items is None or not getattr(self, "accepts_loss_kwargs", True):
             return 1.0
-        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder
+        predicts_next = self.loss_type in ("ForCausalLM", "ForConditionalGeneration")
+        shifted = predicts_next and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
     def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
@@ -561,10 +567,8 @@ def _model_class(base: type, name: str, module: str) -> type:
     strict = body.get("_keep_in_fp32_modules_strict", getattr(base, "_keep_in_fp32_modules_strict", None))
     body["_keep_in_fp32_modules_strict"] = {*(strict or ()), "router"}
     cls = type(name, bases, body)
-    # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name, or by model type.
+    # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)
-    if renames is None:
-        renames = get_checkpoint_conversion_mapping(base.config_class.model_type)
     if renames is not None:
         register_checkpoint_conversion_mapping(name, renames, overwrite=True)
     _name_task(base.__name__, config_class.model_type, name)

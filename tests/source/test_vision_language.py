@@ -379,3 +379,26 @@ def test_calibration_on_text_alone(tmp_path):
     recipe = Recipe(str(dense), experts=2, bond_dim=2, noise=0.0, keep=9.0, **text)
     found = convert(recipe, tmp_path / "out").divergence
     assert found.nats < 1e-6 and found.perplexity == pytest.approx(found.dense_perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+def test_in_training_the_routers_count_as_in_a_model_of_text(model_type, tmp_path):
+    """Their loss is weighed by a pass's labels, and tasks are counted by texts, not by pieces of images."""
+    _, out = converted(model_type, tmp_path, noise=0.1)
+    auto = transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(out, trust_remote_code=True, router_aux_loss_coef=0.5).train()
+    inputs = inputs_with_image(model)
+    labels = inputs["input_ids"].clone()
+    labels[:, -2:] = -100
+    own = int((labels[:, 1:] != -100).sum())
+    whole = model(**inputs, labels=labels).loss
+    found = model(**inputs, labels=labels, num_items_in_batch=4 * own).loss
+    torch.testing.assert_close(found, whole / 4)
+    model.config.router_aux_loss_coef = 0.0
+    assert whole - model(**inputs, labels=labels).loss > 0.9  # 2 of 3 experts, times the coefficient
+    model = auto.from_pretrained(out, trust_remote_code=True, router_tasks=["a", "b"]).eval()
+    tasks = ["a", "b"][: len(labels)]
+    logits = [model(**inputs, task_ids=each).logits for each in (tasks, "a")]
+    torch.testing.assert_close(logits[0][0], logits[1][0])
+    with pytest.raises(ValueError, match="3 tasks were given"):
+        model(**inputs, task_ids=["a", "b", "a"])
