@@ -716,6 +716,11 @@ def hidden_size_of(form: dict) -> int:
     return math.prod(form["up"]["terms"][0]["in_dims"])
 
 
+def inner_size_of(form: dict) -> int:
+    """The number of hidden neurons of an expert: the output features of the up-projection."""
+    return math.prod(form["up"]["terms"][0]["out_dims"])
+
+
 # ---------------------------------------------------------------------------------------------------
 # 5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
 
@@ -1766,9 +1771,11 @@ class MixtureMixin(_Stock):
             ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
-        for module in self.modules():
-            if module is not self and isinstance(module, PreTrainedModel):
-                self._adopt(module)
+        # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
+        if base is not self or config.is_encoder_decoder:
+            for module in self.modules():
+                if module is not self and isinstance(module, PreTrainedModel):
+                    self._adopt(module)
         self.post_init()
 
     def _layer_paths(self) -> dict[str, int]:
@@ -2019,13 +2026,15 @@ class MixtureMixin(_Stock):
 def _config_class(base: type, name: str, module: str) -> type:
     """The stock config class with `mpoe` and our options.
 
-    `num_experts` and `num_experts_per_tok`, which trainers read, are those of the block.
+    `num_experts`, `num_experts_per_tok` and `moe_intermediate_size`, which trainers and servers read, are
+    those of the block; the last one is that of its first form.
     """
     options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         "num_experts": property(lambda self: self.mpoe["num_experts"]),
         "num_experts_per_tok": property(lambda self: self.mpoe["top_k"]),
+        "moe_intermediate_size": property(lambda self: inner_size_of(self.mpoe["forms"][0])),
         **options,
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,

@@ -170,3 +170,8 @@ PARTS: dict[str, type[Part]] = {"gate": Projection, "up": Projection, "down": Pr
 def hidden_size_of(form: dict) -> int:
     """H: the input features of the up-projection."""
     return math.prod(form["up"]["terms"][0]["in_dims"])
+
+
+def inner_size_of(form: dict) -> int:
+    """The number of hidden neurons of an expert: the output features of the up-projection."""
+    return math.prod(form["up"]["terms"][0]["out_dims"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from helpers import vision_language
 from helpers.data import QUICK, words, write
 from helpers.tiny import make_config, save_tiny, save_tokenizer
 from helpers.tokenizers import word_tokenizer
@@ -25,7 +26,8 @@ OTHERS = (
 COMPUTED = {
     *("cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt_neox"),
     *("granite", "helium", "llama", "m2m_100", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi"),
-    *("phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("modernbert", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2", "xglm"),
+    *vision_language.CONFIGS,
 }
 UNLIMITED = {"bloom", "mt5", "t5", "umt5", "vit"}
 
@@ -55,7 +57,7 @@ def test_positions_are_what_the_model_takes(model_type):
 
     read(limit)
     if model_type in COMPUTED:
-        assert limit == 64
+        assert limit == config.get_text_config().max_position_embeddings
     else:
         with pytest.raises((IndexError, RuntimeError)):
             read(limit + 1)

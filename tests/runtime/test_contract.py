@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.trainer_pt_utils import LabelSmoother
 
-from mpoe_convert.runtime.modeling_mpoe import load_balancing_loss
+from mpoe_convert.runtime.modeling_mpoe import Picks, load_balancing_loss
 from mpoe_convert.source.architecture import heads
 from mpoe_convert.source.families import FAMILY_OF
 
@@ -178,6 +178,8 @@ def test_the_backbone_shows_its_routers(model_type, artifact):
         assert len(found.router_logits) == len(expected.router_logits) == len(model.mixtures())
     config = model.config
     assert (config.num_experts, config.num_experts_per_tok) == (3, 2)
+    inner = model.mixtures()[0][1].up(torch.zeros(1, config.hidden_size), Picks(0)).shape[-1]
+    assert config.moe_intermediate_size == inner
     by_layer = [load_balancing_loss_func((layer,), 3, 2) for layer in expected.router_logits]
     torch.testing.assert_close(expected.aux_loss, torch.stack(by_layer).mean())
 
