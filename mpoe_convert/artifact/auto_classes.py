@@ -70,9 +70,8 @@ def keep_tokenizer(folder: Path, source: Path, trusted: bool) -> None:
     if not has_tokenizer(folder) or has_own_tokenizer(folder):
         return
     wanted = _load(source, PreTrainedConfig(), trusted)  # no model type has a say there
-    found = _load(folder, None, trusted)
-    if wanted is not None and type(found) is not type(wanted) and hasattr(wanted, "backend_tokenizer"):
-        _write_backend(folder, wanted)
+    if wanted is not None:
+        _keep_class(folder, wanted, None, trusted)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -80,6 +79,8 @@ def keep_tokenizer(folder: Path, source: Path, trusted: bool) -> None:
 
 
 def _name_tokenizer(folder: Path, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    from transformers import PreTrainedConfig
+
     config = architecture.make_config()
     # AutoTokenizer also goes by the names of some repositories.
     config._name_or_path = checkpoint.source if checkpoint.revision else str(checkpoint.folder)
@@ -95,6 +96,24 @@ def _name_tokenizer(folder: Path, checkpoint: Checkpoint, architecture: Architec
             _write_backend(folder, tokenizer)
     if name:
         _write_class(folder, name)
+    if tokenizer is not None:
+        # Some classes are taken by model type, and not by name: LlamaTokenizer for a byte-level vocabulary.
+        _keep_class(folder, tokenizer, PreTrainedConfig(), trusted=False)
+
+
+def _keep_class(
+    folder: Path, wanted: PreTrainedTokenizerBase, config: PretrainedConfig | None, trusted: bool
+) -> None:
+    """Write a tokenizer out as a plain backend where a folder's files load as another class.
+
+    Args:
+        folder: with the files.
+        wanted: the tokenizer that they are to load as.
+        config / trusted: as of `_load`.
+    """
+    found = _load(folder, config, trusted)
+    if found is not None and type(found) is not type(wanted) and hasattr(wanted, "backend_tokenizer"):
+        _write_backend(folder, wanted)
 
 
 def has_own_tokenizer(folder: Path) -> bool:
