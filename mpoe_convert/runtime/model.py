@@ -508,22 +508,33 @@ class MixtureMixin(_Stock):
         super()._initialize_weights(module, is_custom_code and not is_ours)
 
 
+# Numbers that trainers and servers read of a mixture's config, from `config.mpoe`.
+_NUMBERS: dict[str, Callable[[Any], int]] = {
+    "num_experts": lambda config: config.mpoe["num_experts"],
+    "num_experts_per_tok": lambda config: config.mpoe["top_k"],
+    "moe_intermediate_size": lambda config: inner_size_of(config.mpoe["forms"][0]),
+}
+
+
+def _ignore(config: PretrainedConfig, value: object) -> None:
+    """What the config.json of a dense model says of experts does not count."""
+
+
 def _config_class(base: type, name: str, module: str) -> type:
     """The stock config class with `mpoe` and our options.
 
-    `num_experts`, `num_experts_per_tok` and `moe_intermediate_size`, which trainers and servers read, are
-    those of the block; the last one is that of its first form.
+    It also has `_NUMBERS`, except those that the stock class has itself.
     """
     options = {"mpoe": None, **OPTIONS}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
-        "num_experts": property(lambda self: self.mpoe["num_experts"]),
-        "num_experts_per_tok": property(lambda self: self.mpoe["top_k"]),
-        "moe_intermediate_size": property(lambda self: inner_size_of(self.mpoe["forms"][0])),
         **options,
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
+    for number, read in _NUMBERS.items():
+        if not hasattr(base, number):
+            body[number] = property(read, _ignore)
     if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
         def __init__(self: PretrainedConfig, *args: Any, **kwargs: Any) -> None:

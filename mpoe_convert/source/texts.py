@@ -301,9 +301,10 @@ def _end(tokenizer: PreTrainedTokenizerBase, *, of_target: bool = False) -> list
 
 
 def _without_end(ids: list[int], end: list[int]) -> list[int]:
-    """The ids of a text without the ends behind them, of which the text itself may hold one."""
-    while end and ids[-len(end) :] == end:
-        ids = ids[: -len(end)]
+    """The ids of a text without the end that its tokenizer puts there, and one that the text itself holds."""
+    for _ in range(2):
+        if end and ids[-len(end) :] == end:
+            ids = ids[: -len(end)]
     return ids
 
 

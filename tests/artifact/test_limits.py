@@ -8,7 +8,7 @@ import transformers
 from helpers import vision_language
 from helpers.data import QUICK, words, write
 from helpers.tiny import make_config, save_tiny, save_tokenizer
-from helpers.tokenizers import word_tokenizer
+from helpers.word_tokenizers import word_tokenizer
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune
 from mpoe_convert.artifact.limits import block_length, positions

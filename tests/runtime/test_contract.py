@@ -1,5 +1,6 @@
 """What trainers and pipelines expect of a mixture: outputs, numbers in the config, names, whole backbones."""
 
+import json
 import logging
 
 import pytest
@@ -182,6 +183,18 @@ def test_the_backbone_shows_its_routers(model_type, artifact):
     assert config.moe_intermediate_size == inner
     by_layer = [load_balancing_loss_func((layer,), 3, 2) for layer in expected.router_logits]
     torch.testing.assert_close(expected.aux_loss, torch.stack(by_layer).mean())
+
+
+def test_what_a_dense_config_says_of_experts_does_not_count(artifact):
+    """Some dense checkpoints name one expert."""
+    out = artifact("llama", "AutoModel")[1]
+    path = out / "config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"num_experts": 1, "moe_intermediate_size": 7}))
+    config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
+    path.write_text(json.dumps(written))
+    assert (config.num_experts, config.moe_intermediate_size) == (3, config.intermediate_size)
+    assert "num_experts" not in config.to_dict()
 
 
 def test_the_backbone_takes_tasks_and_moves_the_balancing_bias(artifact):

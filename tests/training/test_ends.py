@@ -8,7 +8,7 @@ import transformers
 from datasets import Dataset
 from helpers.data import words, write
 from helpers.tiny import save_tiny
-from helpers.tokenizers import ENDINGS, word_tokenizer
+from helpers.word_tokenizers import ENDINGS, word_tokenizer
 
 from mpoe_convert import Finetuning, Recipe, convert, finetune
 from mpoe_convert.source import texts
@@ -35,7 +35,7 @@ def test_every_text_of_a_block_ends_once(how):
 
 
 def test_a_text_that_holds_its_end_ends_once():
-    rows = Dataset.from_dict({"text": ["w3 w4 </s>", "w5 </s> </s>", "w6"]})
+    rows = Dataset.from_dict({"text": ["w3 w4 </s>", "w5 </s>", "w6"]})
     for template in ("$A", "$A </s>"):
         tokenizer = word_tokenizer(template, eos_token="</s>")
         blocks = texts.language_blocks(rows, tokenizer, "text", 1)["input_ids"][:]
