@@ -57,7 +57,9 @@ def _named_numbers(config: PretrainedConfig) -> Iterator[int]:
     for part in parts:
         if isinstance(part, PretrainedConfig):
             fields = {*inspect.signature(type(part)).parameters, *part.attribute_map}
-            for name in fields.intersection(NUM_POSITIONS):
+            for name in NUM_POSITIONS:
+                if name not in fields and not hasattr(type(part), name):  # custom code may compute it
+                    continue
                 if isinstance(number := getattr(part, name, None), int) and number > 0:
                     yield number
 

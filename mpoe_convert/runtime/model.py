@@ -503,6 +503,14 @@ class MixtureMixin(_Stock):
         elif isinstance(module, FeedForward) and module.balance_bias is not None:
             init.zeros_(module.balance_bias)
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        for module in self.modules():
+            # A stock model inside, such as LLaVA's text tower, would take them for initialised.
+            if isinstance(module, (Part, FeedForward)):
+                self._initialize_weights(module)
+        super().initialize_weights()
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         is_ours = isinstance(module, (Part, FeedForward))
         super()._initialize_weights(module, is_custom_code and not is_ours)

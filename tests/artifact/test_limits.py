@@ -75,6 +75,17 @@ def test_a_number_that_the_model_does_not_read():
     assert positions(parts) == 48
 
 
+def test_a_number_that_custom_code_computes():
+    class OwnConfig(transformers.PretrainedConfig):
+        model_type = "own"
+
+        @property
+        def max_position_embeddings(self):
+            return 24
+
+    assert positions(OwnConfig()) == 24
+
+
 def roberta(folder, model_type="roberta"):
     """A stock model with padding token 1, so that two of its 64 positions are never used."""
     torch.manual_seed(0)
