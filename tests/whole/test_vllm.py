@@ -105,7 +105,9 @@ def test_an_artifact(model_type, eager, served, tmp_path):
     assert found == expected
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "olmo2", "granite", "gemma", "phi3", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type", ["mistral", "qwen2", "olmo2", "granite", "gemma", "phi3", "smollm3", "opt"]
+)
 def test_other_families_compiled(model_type, served, tmp_path):
     found = by_vllm(served(model_type), eager=False, implementation="transformers", cache=tmp_path)
     assert found == by_transformers(served(model_type))
