@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import TrainingError
+from ..errors import TrainingError, few
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
@@ -27,6 +29,10 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
 }
+
+
+# What options may add to a mixture that has none of it.
+_MADE_NEW = (".router.tasks", ".balance_bias")
 
 
 class HoldsMixtures(Protocol):
@@ -51,13 +57,17 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
             without it, if there is no other code.
 
     Raises:
-        TrainingError: `name` is a missing folder, does not load, or has custom code that is not trusted.
+        TrainingError: `name` is a missing folder, does not load, has custom code that is not trusted, or
+            lacks weights of layers.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise TrainingError(f"{name} is not a folder; expected the folder of a model, or a Hub id")
     trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
+    is_model = auto.__name__.startswith("AutoModel")
+    if is_model:
+        options["output_loading_info"] = True
     try:
-        return auto.from_pretrained(name, trust_remote_code=trusted, **options)
+        found = auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
@@ -65,6 +75,21 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
                 "(trust_remote_code=True) to run it"
             ) from error
         raise TrainingError(f"{name} cannot be loaded: {error}") from error
+    if not is_model:
+        return found
+    model, info = found
+    _check_layers(name, info["missing_keys"])
+    return model
+
+
+def _check_layers(name: str, missing: Iterable[str]) -> None:
+    """Raises TrainingError if weights of layers are missing; those of a new head may be."""
+    inside = sorted(key for key in missing if re.search(r"\.\d+\.", key) and not key.endswith(_MADE_NEW))
+    if inside:
+        raise TrainingError(
+            f"{name} lacks {few(inside)}, which would be random numbers; expected a whole model, with the "
+            "names of tensors that transformers gives them"
+        )
 
 
 def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:

@@ -40,6 +40,11 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
 }
+OWN_SIZES = {
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1},
+}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("MPOE_VLLM_PYTHON" not in os.environ, reason="MPOE_VLLM_PYTHON is not set"),
@@ -55,7 +60,7 @@ def served(tmp_path_factory):
         if model_type not in made:
             root = tmp_path_factory.mktemp(model_type)
             torch.manual_seed(0)
-            sizes = SIZES | ({"head_dim": 32} if model_type in ("qwen3", "gemma") else {})
+            sizes = SIZES | OWN_SIZES.get(model_type, {})
             config = transformers.AutoConfig.for_model(model_type, **sizes)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / "dense")
             save_tokenizer(root / "dense")
