@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FamilyError, one_line
 
@@ -78,6 +77,18 @@ def heads(model_type: str) -> dict[str, str]:
 def custom_heads(auto_map: Mapping) -> dict[str, str]:
     """The entries of an auto_map that are models: Auto class -> "module.Class"."""
     return {auto: name for auto, name in auto_map.items() if auto.startswith("AutoModel")}
+
+
+def _values(value: Any) -> Any:
+    """A copy of what config.json holds, as `from_pretrained` reads it: configs change inner dictionaries.
+
+    JSON has no infinity, so transformers writes {"__float__": "Infinity"}.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _values(each) for key, each in value.items()}
+    return [_values(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ class Architecture:
     def make_config(self) -> PretrainedConfig:
         """A new config object with the values of config.json. Raises FamilyError as `config_class`."""
         # A copy: configs of several models may take what they read out of the inner dictionaries.
-        return self.config_class.from_dict(deepcopy(self.config))
+        return self.config_class.from_dict(_values(self.config))
 
     def build(self, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
         """The model on the meta device, which takes no memory.
@@ -191,8 +202,8 @@ class Architecture:
             with torch.device("meta"):
                 if cls is not None and self.is_custom:  # its own config class may be another object than ours
                     own_config: type[PretrainedConfig] = cls.config_class or config_class
-                    return cls(own_config.from_dict(deepcopy(self.config)))
-                config = config_class.from_dict(deepcopy(self.config))
+                    return cls(own_config.from_dict(_values(self.config)))
+                config = config_class.from_dict(_values(self.config))
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything
             who = f"the code in {self.code}" if self.is_custom else "transformers"

@@ -311,7 +311,7 @@ def test_a_missing_ffn_is_named(tmp_path):
 
 
 def test_layers_without_an_ffn_stay_as_they_are(tmp_path):
-    """Nemotron-H has an attention or an FFN in a layer; the first layer has no FFN here."""
+    """Nemotron-H has an attention or an FFN in a layer; the first has no FFN here. Its config holds an infinity."""
     config = transformers.NemotronHConfig(
         vocab_size=40,
         hidden_size=16,
@@ -321,7 +321,6 @@ def test_layers_without_an_ffn_stay_as_they_are(tmp_path):
         head_dim=8,
         layers_block_type=["attention", "mlp", "attention", "mlp"],
         n_routed_experts=1,
-        time_step_limit=(0.0, 1e9),
     )
     torch.manual_seed(0)
     dense, out = tmp_path / "dense", tmp_path / "out"
