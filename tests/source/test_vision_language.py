@@ -311,7 +311,7 @@ def test_a_missing_ffn_is_named(tmp_path):
 
 
 def test_layers_without_an_ffn_stay_as_they_are(tmp_path):
-    """Nemotron-H has an attention or an FFN in a layer, here first the former; its config holds an infinity."""
+    """Nemotron-H has an attention or an FFN in a layer, the former first; its config holds an infinity."""
     config = transformers.NemotronHConfig(
         vocab_size=40,
         hidden_size=16,
