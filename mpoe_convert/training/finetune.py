@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,14 +28,14 @@ from ..artifact.loading import (
     load_tokenizer,
     task_of,
 )
-from ..errors import OutputError, TrainingError
+from ..errors import OutputError, TrainingError, few
 from ..extras import need
 from ..source import texts
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
-from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, TellLogs
+from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, StopAtNonFinite, TellLogs
 
 try:
     from accelerate import PartialState
@@ -120,11 +123,51 @@ def finetune(
         run=run,
         teacher=_load_teacher(run, data, token) if run.teacher else None,
     )
-    report = _train(trainer, data, checkpoint, progress)
+    with _failing_into(output):
+        report = _train(trainer, data, checkpoint, progress)
+        _check_weights(trainer, output)
     if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
         stored.restore(cast("PreTrainedModel", trainer.model))
     result.write(trainer, report)
     return report
+
+
+@contextmanager
+def _failing_into(output: Path) -> Iterator[None]:
+    """Tell what a run that fails leaves: its checkpoints, and no empty folder.
+
+    Raises:
+        TrainingError: the run failed.
+    """
+    try:
+        yield
+    except TrainingError as error:
+        with suppress(OSError):
+            output.rmdir()  # which succeeds if it is empty
+        last = _find_checkpoint(output)
+        left = f"{last} is from before" if last else "no checkpoint was saved before, so nothing is left"
+        raise TrainingError(f"{error}; {left}") from error
+
+
+def _check_weights(trainer: MpoeTrainer, output: Path) -> None:
+    """Remove the last step's checkpoint if that step, whose loss nobody saw, left NaN or infinities.
+
+    Raises:
+        TrainingError: it did.
+    """
+    model = cast("PreTrainedModel", trainer.model)
+    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        shutil.rmtree(output / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
+        raise TrainingError(
+            f"{few(broken)} hold NaN or infinities after the last step; lower the learning rate"
+        )
+
+
+def _find_checkpoint(output: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(output)) if output.is_dir() else None
 
 
 def _check_precision(run: Finetuning, state: PartialState) -> None:
@@ -177,9 +220,7 @@ def _report(run: Finetuning, data: _Data) -> dict:
 
 
 def _last_checkpoint(output: Path, resume: bool) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    found = _find_checkpoint(output)
     if resume and found is None:
         raise OutputError(f"{output} holds no checkpoint to resume from; expected one that a run has left")
     if not resume and output.exists() and any(output.iterdir()):
@@ -311,11 +352,11 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     if block is None:
         if run.skip_centre:
             raise TrainingError(f"{run.model} is not a converted model: it has no centre to skip")
-        return []
+        return [StopAtNonFinite()]
     if run.skip_centre and not has_centre(model):
         raise TrainingError(f"the experts of {run.model} share no centre to skip")
     mask = [CentreMask(run.skip_centre, seed=run.seed, per=run.skip_unit)] if run.skip_centre else []
-    return [RouterLog(), FollowStep(model), *mask]
+    return [StopAtNonFinite(), RouterLog(), FollowStep(model), *mask]
 
 
 def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:

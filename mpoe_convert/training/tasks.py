@@ -62,6 +62,7 @@ class Task(ABC):
         unit: "tokens" or "examples", which `count` counts.
         libraries: optional libraries that the scores need.
         has_labels: the model has classes, by names.
+        min_length: tokens that an example has to have for anything to be learned from it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -74,7 +75,12 @@ class Task(ABC):
     unit: ClassVar[str] = "examples"
     libraries: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
+    min_length: ClassVar[int] = 1
     scores: ClassVar[tuple[Score, ...]]
+
+    def __post_init__(self) -> None:
+        if self.length < self.min_length:
+            raise TrainingError(f"length is {self.length}; task {self.name} needs at least {self.min_length}")
 
     @property
     def settings(self) -> dict[str, int]:
@@ -202,6 +208,7 @@ class Causal(_LanguageTask):
     """The next token. An example is (token ids of a window, place of the first token that is scored)."""
 
     name = "causal"
+    min_length = 2  # nothing predicts the first token
     scores = (PERPLEXITY,)
 
     @property

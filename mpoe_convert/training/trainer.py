@@ -89,6 +89,30 @@ class FollowStep(TrainerCallback):
         cast(HoldsMixtures, self.model).update_router_bias()
 
 
+class StopAtNonFinite(TrainerCallback):
+    """Ends a run before the first optimizer step whose gradient is not finite."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            return  # the loss's scale is still sought: such steps are left out
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if gradients:
+            device = gradients[0].device
+            norms = torch.stack([gradient.norm().to(device) for gradient in gradients])
+            check_finite_step("gradient norm", norms.norm(), state.global_step + 1)
+
+
+def check_finite_step(what: str, value: torch.Tensor, step: int) -> None:
+    """Raises TrainingError if a scalar of a step is NaN or infinite."""
+    if not torch.isfinite(value).all():
+        raise TrainingError(
+            f"the {what} is {float(value)} at step {step}, so training has failed; lower the learning rate, "
+            "or look at the data of that step"
+        )
+
+
 class TellLogs(TrainerCallback):
     """Passes all logs of the main process on to a callback."""
 
@@ -144,6 +168,12 @@ class MpoeTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A step's loss. Raises TrainingError if it is not finite: transformers hides that in its log."""
+        loss = super().training_step(*args, **kwargs)
+        check_finite_step("loss", loss, self.state.global_step + 1)
+        return loss
 
     def compute_loss(
         self,

@@ -1,0 +1,84 @@
+"""Runs that fail: they say at which step, write nothing, and leave what was good before."""
+
+import json
+
+import pytest
+import torch
+from helpers.data import words, write
+from helpers.tiny import save_tiny, save_tokenizer
+
+from mpoe_convert import Finetuning, evaluate, finetune
+from mpoe_convert.errors import TrainingError
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write(tmp_path / "text.jsonl", [{"text": words(200, seed)} for seed in range(4)])
+
+
+@pytest.fixture
+def dense(tmp_path) -> str:
+    folder = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def run(model, data, **options) -> Finetuning:
+    return Finetuning(model, data, **{"length": 8, "batch_size": 2, "warmup": 0, "seed": 1} | options)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_rate_that_destroys_the_model_is_no_success(converted, dense, data, artifact, tmp_path):
+    model = str(artifact("gpt2")[1]) if converted else dense
+    told = (
+        r"the (loss|gradient norm) is (nan|inf) at step \d+, so training has failed; lower the learning rate"
+    )
+    with pytest.raises(TrainingError, match=rf"{told}.*; no checkpoint was saved before, so nothing is left"):
+        finetune(run(model, data, steps=20, learning_rate=1e30), tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_the_last_good_checkpoint_stays(dense, data, tmp_path, monkeypatch):
+    """The gradient of the fourth step is NaN; the third left a checkpoint."""
+    steps = []
+
+    def spoil(model):
+        def hook(gradient):
+            steps.append(len(steps))
+            return gradient * float("nan") if len(steps) == 4 else gradient
+
+        model.transformer.h[0].mlp.c_fc.bias.register_hook(hook)
+        return model
+
+    from mpoe_convert.training import finetune as module
+
+    load = module._load_model
+    monkeypatch.setattr(module, "_load_model", lambda *given: spoil(load(*given)))
+    with pytest.raises(TrainingError, match=r"gradient norm is nan at step 4.*checkpoint-3 is from before"):
+        finetune(run(dense, data, steps=8, save_every=1), tmp_path / "tuned")
+    left = sorted(path.name for path in (tmp_path / "tuned").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-3"]
+    state = json.loads((tmp_path / "tuned/checkpoint-3/trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+def test_weights_that_only_the_last_step_destroyed(dense, data, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def overflow(self, *args, **kwargs):
+        found = step(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(TrainingError, match=r"hold NaN or infinities after the last step"):
+        finetune(run(dense, data, steps=1), tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_block_of_one_token_teaches_nothing(dense, data, tmp_path):
+    told = "length is 1; task causal needs at least 2"
+    with pytest.raises(TrainingError, match=told):
+        finetune(run(dense, data, steps=1, length=1), tmp_path / "tuned")
+    with pytest.raises(TrainingError, match=told):
+        evaluate(dense, data, length=1)
