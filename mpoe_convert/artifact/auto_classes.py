@@ -197,8 +197,13 @@ def _write_backend(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer.json that makes the plain backend encode texts as this tokenizer does."""
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     path = folder / TOKENIZER_CONFIG
-    names = {"tokenizer_class": BACKEND, "model_input_names": list(tokenizer.model_input_names)}
-    write_json(path, _read(path) | names)
+    values = {"tokenizer_class": BACKEND, "model_input_names": list(tokenizer.model_input_names)}
+    # Defaults of the class, which the plain backend has not.
+    names = ("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces")
+    values |= {name: getattr(tokenizer, name) for name in names}
+    tokens = {name: tokenizer.special_tokens_map.get(name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    values |= {name: str(token) for name, token in tokens.items() if isinstance(token, str)}
+    write_json(path, _read(path) | values)
 
 
 # ---------------------------------------------------------------------------------------------------

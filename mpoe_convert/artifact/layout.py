@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import CheckpointError, one_line
 from ..source.architecture import Architecture
 from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
+from ..source.hub import CHAT_TEMPLATES
 from ..source.json_files import read_json_object, write_json
 from ..source.paths import stays_inside
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
+from ..source.sentence_encoder import module_files
 
 MODELING_FILE = "modeling_mpoe.py"
 REPORT_FILE = "conversion_report.json"
@@ -125,13 +128,17 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def files_in_folders(folder: Path) -> list[str]:
-    """The artifact's own files in subfolders: chat templates, and the modules of a sentence encoder.
+    """The artifact's own files in subfolders that belong to any model made of it.
+
+    They are chat templates and the modules of a sentence encoder. Pictures show the artifact itself.
 
     Raises:
         CheckpointError: the folder is no artifact, or its report is damaged.
     """
     listed = listed_files(read_artifact(folder)[1])
-    return [name for name in listed if "/" in name and (folder / name).is_file()]
+    modules = module_files(folder, listed)
+    kept = [name for name in listed if fnmatchcase(name, CHAT_TEMPLATES) or name in modules]
+    return [name for name in kept if (folder / name).is_file()]
 
 
 def is_weights(name: str) -> bool:

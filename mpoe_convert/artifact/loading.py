@@ -51,7 +51,7 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
     """`auto.from_pretrained(name, **options)`, with any failure as a TrainingError of one line.
 
     Args:
-        auto: an Auto class, or the class of a model.
+        auto: an Auto class, or the class of a model, for which missing weights are the caller's concern.
         name: folder or Hub id.
         trust_remote_code: run the code beside the weights. `modeling_mpoe.py` of this release is run even
             without it, if there is no other code.
@@ -78,13 +78,15 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
     if not is_model:
         return found
     model, info = found
-    _check_layers(name, info["missing_keys"])
+    _check_layers(name, model, info["missing_keys"])
     return model
 
 
-def _check_layers(name: str, missing: Iterable[str]) -> None:
-    """Raises TrainingError if weights of layers are missing; those of a new head may be."""
-    inside = sorted(key for key in missing if re.search(r"\.\d+\.", key) and not key.endswith(_MADE_NEW))
+def _check_layers(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raises TrainingError if parameters of the base model's layers are missing; those of a head may be."""
+    learnt = {f".{key}" for key, parameter in model.base_model.named_parameters() if parameter.requires_grad}
+    of_base = (key for key in missing if any(f".{key}".endswith(each) for each in learnt))
+    inside = sorted(key for key in of_base if re.search(r"\.\d+\.", key) and not key.endswith(_MADE_NEW))
     if inside:
         raise TrainingError(
             f"{name} lacks {few(inside)}, which would be random numbers; expected a whole model, with the "

@@ -42,7 +42,7 @@ class Verification:
         top1_agreement: share of positions with the same largest logit; None for a model without logits.
         greedy_agreement: share of greedily generated tokens that are equal; None without generation.
         tokenizer_agreement: share of a few hundred texts that both tokenizers encode alike; None where there
-            is no tokenizer.
+            is no tokenizer, or where that of the dense model does not load.
         tokenizer_difference: the shortest of the texts that they do not.
     """
 

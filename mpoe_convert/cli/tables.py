@@ -109,7 +109,10 @@ def print_verification(result: Verification, out: Console) -> None:
     out.print(Table("", rows, left=("outputs",)).rich())
     if not result.same_tokens:
         text = escape(repr(result.tokenizer_difference))
-        out.print(f"[red]DIFFERENT[/]: the tokenizers do not agree, for example on {text}: convert again.")
+        out.print(
+            f"[red]DIFFERENT[/]: the tokenizers do not agree, for example on {text}: convert again, or "
+            "compare with the model that was converted."
+        )
     if result.relative_difference > result.tolerance:
         out.print("[red]DIFFERENT[/]: the outputs do not agree.")
     elif not result.same_tokens:

@@ -303,8 +303,10 @@ def _open_run(
     """The dense model on the batches given, or on those of the recipe's text."""
     readers = ("datasets",) if recipe.calibrate else ()
     need("calibration", "accelerate", "greenlet", *readers, extra="calibrate")
-    batches = make_batches(recipe, checkpoint, token) if batches is None else batches
-    check_batches(batches, checkpoint)
+    if batches is None:
+        batches = make_batches(recipe, checkpoint, token)
+    else:
+        check_batches(batches, checkpoint)
     return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import experts
 from ..artifact import snippets
+from ..artifact.auto_classes import has_tokenizer
 from ..artifact.card_file import CARRIED, UNTRAINED, source_front_matter
 from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
@@ -103,9 +104,8 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
 
 
 def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
-    has_tokenizer = any("token" in path.name for path in checkpoint.companion_files())
     parts = [
-        f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer)}\n```",
+        f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer(checkpoint.folder))}\n```",
         "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
         + _own_code(checkpoint),
     ]

@@ -35,9 +35,9 @@ CONFIG_OPTIONS = (
         "output_router_logits",
         bool,
         False,
-        "outputs carry `router_logits` and `aux_loss`, and whoever computes a loss outside of the model adds "
-        "`router_aux_loss_coef * outputs.aux_loss`, which does not join the gradient by itself then; also an "
-        "argument of a call",
+        "outputs carry `router_logits` and `aux_loss`. A loss that is computed outside of the model then has "
+        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Also an argument of "
+        "a call",
     ),
     Option(
         "router_combine",

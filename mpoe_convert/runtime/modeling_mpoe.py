@@ -131,9 +131,9 @@ CONFIG_OPTIONS = (
         "output_router_logits",
         bool,
         False,
-        "outputs carry `router_logits` and `aux_loss`, and whoever computes a loss outside of the model adds "
-        "`router_aux_loss_coef * outputs.aux_loss`, which does not join the gradient by itself then; also an "
-        "argument of a call",
+        "outputs carry `router_logits` and `aux_loss`. A loss that is computed outside of the model then has "
+        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Also an argument of "
+        "a call",
     ),
     Option(
         "router_combine",
@@ -1200,6 +1200,8 @@ def show_routers(outputs: Any, running: RouterPass) -> ModelOutput:
     `outputs`: no tuple.
     """
     calls = running.calls
+    if not calls:  # the decoder alone is run, and the mixtures are in the encoder
+        return outputs
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
     mean = torch.stack([loss.to(aux[0].device) for loss in aux]).mean()
     if running.learns and not all(call.routing.logits.requires_grad for call in calls):
@@ -1662,12 +1664,8 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
     """Raises ValueError if there are tasks for another number of sequences than the pass has."""
     if task is None:
         return
-    names = (
-        "input_ids",
-        "inputs_embeds",
-        "decoder_input_ids",
-        "pixel_values",
-    )  # images beside text are no rows
+    # The first that is given: the rows of `pixel_values` beside text are pieces of images.
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values")
     tensor = next((arguments[name] for name in names if arguments.get(name) is not None), None)
     if tensor is not None and tensor.shape[0] % task.shape[0]:  # beams are sequences of one task
         raise ValueError(
@@ -1687,6 +1685,7 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    more = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
     positional = [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     keyword_only = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     keyword_only += [
@@ -1694,12 +1693,14 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
         for name in _OUR_ARGUMENTS
         if all(p.name != name for p in parameters)
     ]
-    written = [_written(p) for p in positional] + ["*"] + [_written(p) for p in keyword_only]
+    written = [_written(p) for p in positional] + [f"*{more or ''}"] + [_written(p) for p in keyword_only]
     written += [f"**{rest}"] if rest else []
     named = [*positional, *keyword_only]
     given = ", ".join(f"{p.name}={p.name}" for p in named)
-    body = f"return self._run_recording(stock, defaults, dict({given}), {rest or '{}'})"
-    namespace: dict[str, Any] = {"stock": stock, "defaults": {p.name: p.default for p in named}}
+    called = f"functools.partial(stock, self, *{more})" if more else "functools.partial(stock, self)"
+    body = f"return self._run_recording({called}, defaults, dict({given}), {rest or '{}'})"
+    defaults = {p.name: p.default for p in named}
+    namespace: dict[str, Any] = {"stock": stock, "defaults": defaults, "functools": functools}
     exec(f"def forward(self, {', '.join(written)}):\n    {body}\n", namespace)
     made: Any = functools.update_wrapper(namespace["forward"], stock)
     del vars(made)["__wrapped__"]  # its signature is its own
@@ -1877,7 +1878,7 @@ class MixtureMixin(_Stock):
         """A forward pass whose outputs carry the router losses.
 
         Args:
-            stock: the forward of the stock class.
+            stock: the forward of the stock class, bound to this model.
             defaults: of `arguments`.
             arguments: by name, those of `_OUR_ARGUMENTS` among them.
             more: other keyword arguments.
@@ -1887,10 +1888,10 @@ class MixtureMixin(_Stock):
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
         show = config.output_router_logits if show is None else show
         if not (self.training or show or config.router_tasks is not None or task is not None):
-            return stock(self, **given)
+            return stock(**given)
         mixtures = self.mixtures()
         if any(ffn.router_pass is not None for _, ffn in mixtures):
-            return stock(self, **given)  # part of a pass of the model around this one
+            return stock(**given)  # part of a pass of the model around this one
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
@@ -1898,7 +1899,7 @@ class MixtureMixin(_Stock):
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or task is not None or (learns and config.router_tasks is not None)):
-            return stock(self, **given)
+            return stock(**given)
         if rate:
             self._follow_step()
         returns_dict = given.get("return_dict")
@@ -1909,7 +1910,7 @@ class MixtureMixin(_Stock):
         try:
             for _, ffn in mixtures:
                 ffn.router_pass = running
-            outputs = stock(self, **given)
+            outputs = stock(**given)
         finally:
             for _, ffn in mixtures:
                 ffn.router_pass = None
@@ -2033,10 +2034,21 @@ class MixtureMixin(_Stock):
 
 # Numbers that trainers and servers read of a mixture's config, from `config.mpoe`.
 _NUMBERS: dict[str, Callable[[Any], int]] = {
-    "num_experts": lambda config: config.mpoe["num_experts"],
-    "num_experts_per_tok": lambda config: config.mpoe["top_k"],
-    "moe_intermediate_size": lambda config: inner_size_of(config.mpoe["forms"][0]),
+    "num_experts": lambda block: block["num_experts"],
+    "num_experts_per_tok": lambda block: block["top_k"],
+    "moe_intermediate_size": lambda block: inner_size_of(block["forms"][0]),
 }
+
+
+def _number(name: str) -> property:
+    """A number of the block as an attribute of the config; there is none without a block."""
+
+    def read(config: Any) -> int:
+        if config.mpoe is None:
+            raise AttributeError(f"{name!r}: this config has no `mpoe` block")
+        return _NUMBERS[name](config.mpoe)
+
+    return property(read, _ignore)
 
 
 def _ignore(config: PretrainedConfig, value: object) -> None:
@@ -2055,9 +2067,7 @@ def _config_class(base: type, name: str, module: str) -> type:
         "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
         "__module__": module,
     }
-    for number, read in _NUMBERS.items():
-        if not hasattr(base, number):
-            body[number] = property(read, _ignore)
+    body |= {name: _number(name) for name in _NUMBERS if not hasattr(base, name)}
     if module != __name__:  # custom code may have a constructor, which a generated one would bypass
 
         def __init__(self: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -2139,9 +2149,8 @@ def subclass(base: type, module: str = __name__) -> type:
         namespace[name] = _config_class(base, name, module)
         return namespace[name]
     namespace[name] = _model_class(base, name, module)
-    if module == __name__ and hasattr(
-        transformers, base.__name__
-    ):  # no stack, which AutoModel loads as it is
+    # AutoModel loads stacks, which transformers does not export, as what they are.
+    if module == __name__ and hasattr(transformers, base.__name__):
         # Heads such as LlamaForSequenceClassification build their backbone by AutoModel from the config.
         backbone = MODEL_MAPPING.get(base.config_class, None)
         if isinstance(backbone, type):

@@ -224,6 +224,8 @@ def show_routers(outputs: Any, running: RouterPass) -> ModelOutput:
     `outputs`: no tuple.
     """
     calls = running.calls
+    if not calls:  # the decoder alone is run, and the mixtures are in the encoder
+        return outputs
     aux = [load_balancing_loss(call.routing, call.mask) for call in calls]
     mean = torch.stack([loss.to(aux[0].device) for loss in aux]).mean()
     if running.learns and not all(call.routing.logits.requires_grad for call in calls):

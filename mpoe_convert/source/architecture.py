@@ -195,7 +195,7 @@ class Architecture:
 
         if cls is None and self.is_custom:
             cls = self._custom_class("AutoModel" if "AutoModel" in self.heads else next(iter(self.heads)))
-        elif cls is None and self.head_classes and "AutoModel" not in self.heads:
+        elif cls is None and "AutoModel" not in self.heads and self.head_classes:
             cls = self.head_classes[0]
         config_class = self.config_class
         try:

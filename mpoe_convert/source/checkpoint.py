@@ -1,6 +1,7 @@
 """A checkpoint: all headers are checked when it is opened, a tensor is read when it is asked for.
 
-Opening reads no tensor data and instantiates no model. Any fault of the folder, its config, its index or its
+Opening reads no tensor data. It builds a model, on the meta device, only to tell a trainer's wrapper from a
+module of that name. Any fault of the folder, its config, its index or its
 files is a CheckpointError of one line before other work starts.
 """
 
@@ -154,11 +155,11 @@ def open_checkpoint(
         token: Hub token.
         headers_only: leave the weights of a Hub source there, unless they are in the cache already or are
             `.bin` files, which have no remote headers.
-        trust_remote_code: custom code may run later (none is run here).
+        trust_remote_code: custom code may run, here or later.
 
     Raises:
         CheckpointError: it is not a readable checkpoint of a dense model.
-        FamilyError: it needs custom code, which is not trusted.
+        FamilyError: it needs custom code, which is not trusted, or its model cannot be built.
         HubError: the Hub refuses or cannot be reached.
     """
     model = str(model)

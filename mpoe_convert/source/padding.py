@@ -44,7 +44,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, below: int | None = None) 
 
     Args:
         tokenizer: names the tokens.
-        below: an id that is not is passed over. A mask tells the padding, so that any id will do.
+        below: ids from here on are not taken. A mask tells the padding, so that any id will do.
     """
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in known if isinstance(i, int) and (below is None or i < below)), 0)

@@ -294,7 +294,8 @@ def _end(tokenizer: PreTrainedTokenizerBase, *, of_target: bool = False) -> list
     whole = tokenizer(**given)["input_ids"]
     bare = tokenizer(**given, add_special_tokens=False)["input_ids"]
     places = range(len(whole) - len(bare) + 1)
-    start = next((place for place in places if whole[place : place + len(bare)] == bare), None)
+    # A tokenizer without a token for "a" does not tell where the text is.
+    start = next((place for place in places if bare and whole[place : place + len(bare)] == bare), None)
     own = [] if start is None else whole[start + len(bare) :]
     end = tokenizer.eos_token_id
     return own or ([] if end is None else [cast(int, end)])

@@ -1,4 +1,4 @@
-"""Write what training made: rehearsed before the first step; in the end whole, or not at all."""
+"""Write what training made: rehearsed before the first step, and made whole before it is moved into place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from .trainer import MpoeTrainer
 
-# Where the result is made, inside the output: moving it into place takes no room, and cannot fail halfway.
+# Where the result is made, inside the output: moving it into place takes no room.
 SCRATCH = ".being-written"
 GENERATION_FILE = "generation_config.json"
 
@@ -69,9 +69,8 @@ class Result:
         try:
             with self._scratch() as folder:
                 if model.can_generate() and model.generation_config is not None:
-                    model.generation_config.validate(
-                        strict=True
-                    )  # it is written so if the trainer changes it
+                    # As it is written after training, in which transformers may change it.
+                    model.generation_config.validate(strict=True)
                 model.save_pretrained(folder, state_dict={})
                 tokenizer.save_pretrained(folder)
                 self._complete(folder, report)

@@ -371,7 +371,7 @@ class Seq2Seq(Task):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
         def collate(rows: list) -> Mapping:
-            batch = pad_rows(rows, padding_token(self.tokenizer))
+            batch = pad_rows(rows, padding_token(self.tokenizer, embedding_rows(model)))
             # Label smoothing takes the labels from what the model is given.
             return batch | ({"decoder_input_ids": shift(batch["labels"])} if shift else {})
 
@@ -423,7 +423,8 @@ class Classification(Task):
         return list(texts.labelled(rows, self.tokenizer, self.columns, self.length, labels))
 
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
-        inputs = self.model_inputs(model, pad_rows(batch, padding_token(self.tokenizer)))
+        pad = padding_token(self.tokenizer, embedding_rows(model))
+        inputs = self.model_inputs(model, pad_rows(batch, pad))
         expected = inputs.pop("labels").tolist()
         return list(zip(model(**inputs).logits.argmax(-1).tolist(), expected, strict=True))
 
@@ -431,10 +432,10 @@ class Classification(Task):
         return texts.labelled(rows, self.tokenizer, self.columns, self.length, labels, tasks)
 
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
-        return partial(pad_rows, pad=padding_token(self.tokenizer))
+        return partial(pad_rows, pad=padding_token(self.tokenizer, embedding_rows(model)))
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Name the padding of the batches in the config and, if it names none, in the tokenizer.
+        """Name the padding of the batches in the config, and in a tokenizer that names none.
 
         Heads of decoders read the last token that is not the config's padding token, by its number. The
         config of a model that counts positions from its padding token is left as it is.
@@ -442,7 +443,8 @@ class Classification(Task):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if not counts_from_padding(model):
-            model.config.get_text_config().pad_token_id = padding_token(self.tokenizer)
+            pad = padding_token(self.tokenizer, embedding_rows(model))
+            model.config.get_text_config().pad_token_id = pad
 
     def training_metrics(self) -> Callable[[Any], dict[str, float]]:
         return _prediction_accuracy

@@ -143,6 +143,8 @@ def test_every_export_encodes_as_the_artifact(model_type, target, kind, tmp_path
         found = load("AutoTokenizer", export)
         differing = [text for text in TEXTS if encode(found, text) != encode(expected, text)]
         assert not differing, (named, differing[:3])
+        assert found.special_tokens_map == expected.special_tokens_map
+        assert found.padding_side == expected.padding_side
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ def test_pictures_do_not_outlive_what_they_show(artifact, tmp_path):
     (tmp_path / "text.txt").write_text(words(600))
     finetune(Finetuning(str(tmp_path / "out"), str(tmp_path / "text.txt"), **QUICK), tmp_path / "tuned")
     assert "pictures/" not in (tmp_path / "tuned" / CARD_FILE).read_text()
+    assert not (tmp_path / "tuned" / "pictures").exists()
     assert set(read(tmp_path / "tuned" / REPORT_FILE)["files"]) <= set(file_names(tmp_path / "tuned"))
 
 

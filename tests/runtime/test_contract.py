@@ -274,6 +274,31 @@ def test_a_stack_in_training_has_the_routers_losses(artifact):
         torch.testing.assert_close(aux, torch.stack(by_layer).mean())
 
 
+def test_a_forward_of_any_arguments_takes_them_by_place(artifact):
+    """BART's decoder alone has a wrapper whose forward is `(*args, **kwargs)`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        artifact("bart", "AutoModelForCausalLM")[1], trust_remote_code=True
+    ).eval()
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        by_place, by_name = model.base_model(ids), model.base_model(input_ids=ids)
+    assert torch.equal(by_place.last_hidden_state, by_name.last_hidden_state)
+
+
+def test_mixtures_in_the_encoder_alone_are_shown_where_they_run(artifact):
+    model = load(artifact("bart", include=("encoder.*",))[1], "bart")
+    model.config.output_router_logits = True
+    ids = torch.arange(3, 15).reshape(2, 6)
+    assert len(model(input_ids=ids).router_logits) == len(model.mixtures())
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[0] == 2
+
+
+def test_a_config_without_a_block_has_no_numbers_of_experts(artifact):
+    config = transformers.AutoConfig.from_pretrained(artifact("llama")[1], trust_remote_code=True)
+    config.mpoe = None
+    assert not hasattr(config, "num_experts") and getattr(config, "moe_intermediate_size", 5) == 5
+
+
 # ---------------------------------------------------------------------------------------------------
 # Names
 

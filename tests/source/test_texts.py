@@ -140,3 +140,21 @@ def test_a_dataset_on_the_hub(tmp_path):
     assert lines[2].startswith("DataError: me/texts cannot be read: Unknown split") and "dev" in lines[2]
     assert lines[3].startswith("DataError: me/absent is neither a file nor a dataset that can be reached")
     assert hub.fetched("train.jsonl")
+
+
+def test_a_tokenizer_without_the_probe_ends_texts_with_its_end():
+    """It drops unknown letters, so that a probe of one letter does not show where a text is."""
+    import tokenizers
+    import transformers
+    from datasets import Dataset
+
+    vocabulary = {"<s>": 0, "</s>": 1, "w": 2, "3": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = [("<s>", 0), ("</s>", 1)]
+    frame = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    backend.post_processor = frame
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    rows = Dataset.from_dict({"text": ["w3", "ww"]})
+    blocks = corpus.language_blocks(rows, tokenizer, "text", 1)["input_ids"][:]
+    assert [ids[0] for ids in blocks] == [0, 2, 3, 1, 0, 2, 2, 1]
