@@ -72,7 +72,25 @@ def unwrap(source: str, architecture: Architecture, names: Collection[str]) -> U
                 "model: save one state dict alone"
             )
         stored[plain] = name
-    return Unwrapping(stored, taken) if taken else None
+    if not taken:
+        return None
+    # Prefixes first, and a longer one before its own beginning.
+    order = sorted(taken, key=lambda each: (not each.startswith("^"), -len(taken[each])))
+    patterns = {each: taken[each] for each in order}
+    for plain, name in stored.items():
+        if (found := _as_loaded(name, patterns)) != plain:
+            raise CheckpointError(
+                f"{source}: transformers would load {name!r} as {found!r}, expected {plain!r}: the names mix "
+                "several wrappers; save the state dict of the model inside them"
+            )
+    return Unwrapping(stored, patterns)
+
+
+def _as_loaded(name: str, patterns: Iterable[str]) -> str:
+    """A name as `from_pretrained` reads it: each pattern is taken off once, in this order."""
+    for pattern in patterns:
+        name = re.sub(pattern, "", name, count=1)
+    return name
 
 
 def _plain(name: str, own: set[str], taken: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mpoe_convert import MpoeError, Recipe, convert, plan, verify
 from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError
+from mpoe_convert.source.architecture import Architecture
 from mpoe_convert.source.wrappers import unwrap
 
 SMALL = {"experts": 2, "bond_dim": 4, "noise": 0.0}
@@ -386,3 +387,28 @@ def test_biases_that_the_config_switches_off_are_left_out(model_type, tmp_path):
 def test_biases_that_the_config_asks_for_and_nobody_stored_are_missing(tmp_path):
     said = refusal(save_changed("llama", tmp_path / "dense", unchanged, mlp_bias=True))
     assert "lacks 'model.layers.0.mlp.down_proj.bias'" in said
+
+
+MIXED = (
+    ("module.transformer.wte.weight", "module._orig_mod.transformer.wpe.weight"),
+    ("module.transformer.h.0._orig_mod.ln_1.weight", "_orig_mod.module.transformer.wte.weight"),
+)
+
+
+@pytest.mark.parametrize("names", MIXED)
+def test_mixed_wrappers_are_taken_off_as_transformers_will(names):
+    """Each pattern of the mapping applies once, in its order."""
+    found = unwrap("it", Architecture({"model_type": "gpt2"}), names)
+    for plain, name in found.stored_names.items():
+        assert plain.startswith("transformer.") and "_orig_mod" not in plain
+        for pattern in found.taken:
+            name = re.sub(pattern, "", name, count=1)
+        assert name == plain
+
+
+def test_names_that_transformers_would_read_otherwise_are_refused():
+    names = ("module.h.0.base_layer.weight", "module.base_layer.weight")
+    with pytest.raises(
+        CheckpointError, match="would load 'module.base_layer.weight' as 'weight'.*mix several"
+    ):
+        unwrap("it", Architecture({"model_type": "gpt2"}), names)
