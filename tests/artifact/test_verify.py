@@ -118,9 +118,7 @@ def test_against_takes_the_folder(artifact, monkeypatch):
     ("model_type", "named", "kind"),
     [
         ("olmo2", "GPT2Tokenizer", "byte-level"),
-        ("gpt_bigcode", "GPT2Tokenizer", "byte-level"),
         ("mistral", "LlamaTokenizer", "metaspace"),
-        ("qwen2", "LlamaTokenizerFast", "metaspace"),
     ],
 )
 def test_an_artifact_encodes_as_its_source_and_verification_sees_where_it_does_not(
