@@ -39,6 +39,9 @@ SIZES = {
     "vocab_size": 200,
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 OWN_SIZES = {
     "qwen3": {"head_dim": 32},
