@@ -95,12 +95,8 @@ def by_vllm(folder, *, eager: bool, implementation: str, cache) -> list[list[int
 
 def by_transformers(folder) -> list[list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    limits = {
-        "max_new_tokens": NEW_TOKENS,
-        "min_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
+    model.generation_config.eos_token_id = None  # vLLM is told to go on behind it
+    limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     return [model.generate(torch.tensor([prompt]), **limits)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
