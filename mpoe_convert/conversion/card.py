@@ -104,14 +104,15 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
 
 
 def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
+    reads_text = has_tokenizer(checkpoint.folder)
     parts = [
-        f"## How to use it\n\n```python\n{snippets.loading(auto, has_tokenizer(checkpoint.folder))}\n```",
+        f"## How to use it\n\n```python\n{snippets.loading(auto, reads_text)}\n```",
         "`trust_remote_code` runs `modeling_mpoe.py` from this folder, which needs torch and transformers."
         + _own_code(checkpoint),
     ]
     if kind := encoder_class(checkpoint.folder):
         parts.append(f"As the sentence encoder that it is:\n\n```python\n{snippets.encoding(kind)}\n```")
-    code = snippets.training(auto) if has_tokenizer else None
+    code = snippets.training(auto) if reads_text else None
     command = snippets.command(auto, has_own_code=checkpoint.code is not None)
     if code:
         parts += [

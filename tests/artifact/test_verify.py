@@ -194,5 +194,8 @@ def test_tokenizers_that_differ_are_told():
     print_verification(found, out)
     lines = out.export_text().splitlines()
     assert any("texts with the same token ids" in line and "50.0%" in line for line in lines)
-    assert lines[-1] == "DIFFERENT: the tokenizers do not agree, for example on 'a [b]': convert again."
+    told = (
+        "DIFFERENT: the tokenizers do not agree, for example on 'a [b]': convert again, or compare with the"
+    )
+    assert lines[-1] == f"{told} model that was converted."
     assert not found.ok
