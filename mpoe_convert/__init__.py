@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from .artifact.pictures import draw_pictures as draw_pictures
     from .artifact.push import push as push
     from .artifact.verify import verify as verify
-    from .compression.prepare import plan as plan
+    from .compression.plan import plan as plan
     from .conversion.convert import convert as convert
     from .errors import MpoeError as MpoeError
     from .exports.export import export as export
@@ -48,7 +48,7 @@ _HOME = {
     "freeze": "training.roles",
     "mask_centre": "training.roles",
     "param_groups": "training.roles",
-    "plan": "compression.prepare",
+    "plan": "compression.plan",
     "push": "artifact.push",
     "router_stats": "training.router_stats",
     "verify": "artifact.verify",

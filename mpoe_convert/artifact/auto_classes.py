@@ -6,6 +6,7 @@ in none of them, and that of an export is another one, so the files have to name
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from copy import deepcopy
 from importlib import import_module
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.json_files import read_json_object, write_json
+from ..source.memo import remembered
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -52,9 +54,35 @@ def name_classes(folder: Path, checkpoint: Checkpoint, architecture: Architectur
         CheckpointError: one of the files is no JSON object.
         OSError: one of the files cannot be read or written.
     """
-    _name_processors(folder, architecture)
-    if has_tokenizer(folder) and not has_own_tokenizer(folder):
-        _name_tokenizer(folder, checkpoint, architecture)
+
+    def name() -> None:
+        _name_processors(folder, architecture)
+        if has_tokenizer(folder) and not has_own_tokenizer(folder):
+            _name_tokenizer(folder, checkpoint, architecture)
+
+    def learn() -> dict[str, str]:
+        before = _digests(folder)
+        name()
+        changed = [file for file, digest in _digests(folder).items() if before.get(file) != digest]
+        return {file: (folder / file).read_text(encoding="utf-8") for file in changed}
+
+    if architecture.code is not None:
+        name()
+        return
+    of = [_known_as(checkpoint), architecture.config, _digests(folder)]
+    for file, text in remembered("classes in files", of, learn).items():
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files directly in a folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _known_as(checkpoint: Checkpoint) -> str:
+    """The name of a source: AutoTokenizer also goes by the names of some repositories."""
+    return checkpoint.source if checkpoint.revision else str(checkpoint.folder)
 
 
 def keep_tokenizer(folder: Path, source: Path, trusted: bool) -> None:
@@ -82,8 +110,7 @@ def _name_tokenizer(folder: Path, checkpoint: Checkpoint, architecture: Architec
     from transformers import PreTrainedConfig
 
     config = architecture.make_config()
-    # AutoTokenizer also goes by the names of some repositories.
-    config._name_or_path = checkpoint.source if checkpoint.revision else str(checkpoint.folder)
+    config._name_or_path = _known_as(checkpoint)
     tokenizer = _load(checkpoint.folder, config, trusted=architecture.code is not None)
     if tokenizer is None:
         name = _by_table(architecture, _read(folder / TOKENIZER_CONFIG).get("tokenizer_class"))

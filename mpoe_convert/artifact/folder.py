@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,17 @@ from pathlib import Path
 from ..errors import CheckpointError, OutputError
 from ..source.json_files import read_json_object
 from .layout import EXPORT_REPORT_FILE, is_artifact, read_artifact
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what a killed run leaves stays
+    fcntl = None
+
+# Beside an output while it is written: ".out.abcdefgh.partial", which holds these.
+SUFFIX = ".partial"
+MADE = "artifact"
+REPLACED = "replaced"  # the artifact that was there before, while the new one takes its place
+LOCK = "lock"  # locked by the run as long as it lives
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -118,31 +130,96 @@ def scratch(output: Path) -> Iterator[Path]:
     """A temporary folder beside the output, removed when the block ends.
 
     Its name is always the same, because transformers caches an artifact's code by the name of its folder.
+    What killed runs have left there is removed first.
 
     Raises:
         OutputError: as `staged`.
     """
-    outer = None
+    outer = lock = None
     made = [parent for parent in output.parents if not parent.exists()]
     try:
+        remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        outer = _sibling(output, ".partial")
-        folder = outer / "artifact"
+        outer, lock = _locked_sibling(output)
+        folder = outer / MADE
         folder.mkdir()
         yield folder
     except OSError as error:
         raise _output_error(error, output) from error
     finally:
-        if outer is not None:
+        if outer is not None and (output.exists() or not (outer / REPLACED).exists()):
             shutil.rmtree(outer, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         for parent in made:  # rmdir fails, as wanted, on those that now hold the artifact
             with suppress(OSError):
                 parent.rmdir()
 
 
-def _sibling(output: Path, suffix: str) -> Path:
-    """A new hidden folder beside the output; a long name is truncated, since the new one is longer."""
-    return Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=suffix, dir=output.parent))
+def remove_leftovers(output: Path) -> list[Path]:
+    """Remove what runs with this output left beside it when they were killed.
+
+    An artifact that such a run was about to replace is brought back. What a living run is writing stays, as
+    does everything that is not such a run's temporary folder.
+
+    Returns:
+        The folders that were removed.
+
+    Raises:
+        OSError: the folder that holds them cannot be read.
+    """
+    name = re.compile(rf"\.{re.escape(output.name[:40])}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
+    if fcntl is None or not output.parent.is_dir():
+        return []
+    found = [path for path in sorted(output.parent.iterdir()) if name.fullmatch(path.name) and path.is_dir()]
+    return [path for path in found if not path.is_symlink() and _remove_leftover(path, output)]
+
+
+def _remove_leftover(folder: Path, output: Path) -> bool:
+    """Remove the temporary folder of a run that does not live any more; False: it does."""
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:  # not this tool's, or another user's
+        return False
+    try:
+        if not _take(lock):
+            return False
+        if (folder / REPLACED).is_dir() and not output.exists():
+            os.replace(folder / REPLACED, output)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+    return not folder.exists()
+
+
+def _locked_sibling(output: Path) -> tuple[Path, int | None]:
+    """A new hidden folder beside the output, and the lock in it, None where there are no locks.
+
+    A long name is truncated, since the new one is longer.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=SUFFIX, dir=output.parent))
+        if fcntl is None:
+            return folder, None
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if _take(lock) and os.fstat(lock).st_nlink:
+                return folder, lock
+        except OSError:  # a file system without locks: nobody may take the folder for a leftover
+            os.close(lock)
+            (folder / LOCK).unlink()
+            return folder, None
+        os.close(lock)  # another run has just taken the folder for a leftover
+
+
+def _take(lock: int) -> bool:
+    """Lock an open file unless a living process has it. Raises OSError where there are no locks."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _umask() -> int:
@@ -152,20 +229,19 @@ def _umask() -> int:
 
 
 def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
-    """Replace `output` by `folder`; an old artifact is moved aside first and restored on failure."""
+    """Replace `output` by `folder`; an old artifact is moved aside first, and brought back on failure."""
     if not output.exists():
         os.replace(folder, output)
         return
     if any(output.iterdir()):
         _check_replaceable(output, overwrite)  # again: it may have changed meanwhile
-    aside = _sibling(output, ".old")
+    aside = folder.parent / REPLACED
     try:
         os.replace(output, aside)
         os.replace(folder, output)
     finally:
         if not output.exists():  # the second replacement failed
             os.replace(aside, output)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _output_error(error: OSError, output: Path) -> OutputError:

@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import CheckpointError, one_line
+from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.hub import CHAT_TEMPLATES
 from ..source.json_files import read_json_object, write_json
-from ..source.paths import stays_inside
+from ..source.paths import did_you_mean, stays_inside
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 from ..source.sentence_encoder import module_files
@@ -49,7 +50,7 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
         what = "is not an artifact of mpoe-convert" if folder.is_dir() else "is not a folder"
         raise CheckpointError(
             f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
-            "config.json with an mpoe block"
+            f"config.json with an mpoe block{'' if folder.exists() else did_you_mean(str(folder))}"
         )
     path = folder / REPORT_FILE
     try:
@@ -148,12 +149,13 @@ def is_weights(name: str) -> bool:
 
 def base_config(config: dict) -> dict:
     """config.json of the dense base, reconstructed from the config.json of an artifact."""
-    from ..runtime.modeling_mpoe import CLASS_PREFIX, MODEL_TYPE_PREFIX, OPTIONS
-
-    ours = {"auto_map", "mpoe", *OPTIONS}
+    runtime = modeling()
+    ours = {"auto_map", "mpoe", *runtime.OPTIONS}
     base = {key: value for key, value in config.items() if key not in ours}
-    base["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-    base["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
+    base["model_type"] = config["model_type"].removeprefix(runtime.MODEL_TYPE_PREFIX)
+    base["architectures"] = [
+        name.removeprefix(runtime.CLASS_PREFIX) for name in config.get("architectures") or ()
+    ]
     if auto_map := (config.get("mpoe") or {}).get("base_auto_map"):
         base["auto_map"] = auto_map
     return base

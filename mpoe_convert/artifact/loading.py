@@ -15,6 +15,8 @@ from ..errors import TrainingError, few
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
+from ..source.hub import asked_once
+from ..source.paths import check_model_name
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
 from .reader import Artifact
@@ -60,8 +62,15 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
         TrainingError: `name` is a missing folder, does not load, has custom code that is not trusted, or
             lacks weights of layers.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise TrainingError(f"{name} is not a folder; expected the folder of a model, or a Hub id")
+    check_model_name(name)
+    if not Path(name).is_dir():
+        with asked_once(name):
+            return _from_pretrained(auto, name, trust_remote_code, options)
+    return _from_pretrained(auto, name, trust_remote_code, options)
+
+
+def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """`from_pretrained` without its checks of the name."""
     trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
     is_model = auto.__name__.startswith("AutoModel")
     if is_model:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
-from ..runtime.modeling_mpoe import DEFAULT_RULE, FORMAT_VERSION, OPTIONS, Chain, FeedForward, name_cores
+from ..runtime.shapes import functions, modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
 from ..source.custom_code import code_of_artifact
@@ -136,7 +136,7 @@ class Artifact:
             CheckpointError: the result holds NaN or Inf, or a tensor cannot be read.
         """
         with torch.device("meta"):
-            chains = [Chain(term, self.num_experts) for term in mixture.form[role]["terms"]]
+            chains = [functions().Chain(term, self.num_experts) for term in mixture.form[role]["terms"]]
         stored = getattr(torch, self.dtype(mixture, role))
         work = torch.float64 if stored == torch.float64 else torch.float32
         cores = self._read_cores(mixture, role)
@@ -219,7 +219,7 @@ class Artifact:
     def _core_names(self, mixture: Mixture, role: str) -> Iterator[tuple[int, str]]:
         """(index of the term, tensor name) of a projection's cores, from left to right."""
         for number, term in enumerate(mixture.form[role]["terms"]):
-            for core in name_cores(term):
+            for core in modeling().name_cores(term):
                 yield number, f"{mixture.key}.{role}.terms.{number}.{core}"
 
     def _read_cores(self, mixture: Mixture, role: str) -> list[list[Tensor]]:
@@ -248,11 +248,11 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         HubError: the Hub refused or could not be reached.
     """
     checkpoint = _open_checkpoint(model, revision, token)
-    block = checkpoint.config["mpoe"]
-    if block.get("format") != FORMAT_VERSION:
+    block, runtime = checkpoint.config["mpoe"], modeling()
+    if block.get("format") != runtime.FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint.source} has format {block.get('format')} of the mpoe block, expected "
-            f"{FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
+            f"{runtime.FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
         )
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
@@ -260,10 +260,10 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     return Artifact(
         checkpoint=checkpoint,
         config=config,
-        options={name: checkpoint.config.get(name, default) for name, default in OPTIONS.items()},
+        options={name: checkpoint.config.get(name, default) for name, default in runtime.OPTIONS.items()},
         num_experts=block["num_experts"],
         top_k=block["top_k"],
-        rule=block.get("rule", DEFAULT_RULE),
+        rule=block.get("rule", runtime.DEFAULT_RULE),
         family=family,
         mixtures=_mixtures(checkpoint, block, family, architecture),
         token=token,
@@ -339,8 +339,7 @@ def _numbered(layer: str) -> str:
 
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
     """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
-    with torch.device("meta"):
-        module = FeedForward(mixture.form, block["num_experts"], block["top_k"])
+    module = modeling().FeedForward(mixture.form, block["num_experts"], block["top_k"])
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from ..errors import VerifyError
 from ..source.architecture import custom_heads, main_auto_class
+from ..source.hub import check_available, variables_for
+from ..source.paths import did_you_mean, is_path
+from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .layout import base_config, read_artifact
 
@@ -141,11 +144,15 @@ def verify(
     against = against or report["base_model"]
     # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
     is_local = revision is None and Path(against).is_dir()
-    if not is_local and (was_local or _is_path(against)):
+    if not is_local and (was_local or is_path(against)):
         raise VerifyError(
             f"the dense model {against} is not a folder here; expected "
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
+            f"{did_you_mean(against)}"
         )
+    if not is_local:
+        with suggesting(against):
+            check_available(against, revision)
     base = base_config(config)
     has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
@@ -231,11 +238,6 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
     return found
 
 
-def _is_path(model: str) -> bool:
-    """Whether the text can be a path only, not a Hub id."""
-    return model.startswith((".", "~", "/")) or model.count("/") > 1
-
-
 def _is_shadowed(model: str) -> bool:
     """Whether a folder here has the name of this Hub id, so that transformers would load it instead."""
     return not Path(model).is_absolute() and Path(model).exists()
@@ -253,6 +255,7 @@ def _run_child(request: ChildRequest) -> dict:
     child = Path(__file__).with_name("verify_child.py")
     with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
         environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
+        environment |= variables_for(request.against)
         done = subprocess.run(
             [sys.executable, "-P", str(child)],
             input=request.to_json(),

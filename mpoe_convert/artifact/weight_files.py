@@ -37,11 +37,14 @@ def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[s
         tensors: in the order in which they are written.
         shard_bytes: largest size of a file; one larger tensor is alone in its file.
     """
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-    empty = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
-    split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
+    split = split_state_dict_into_shards_factory(
+        {tensor.name: tensor for tensor in tensors},
+        get_storage_size=num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     return {file: tuple(names) for file, names in split.filename_to_tensors.items()}
 
 

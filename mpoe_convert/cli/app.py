@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,6 +66,12 @@ class ConvertByDefault(click.Group):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
+def announce(what: str, quiet: bool) -> None:
+    """Say on a terminal what begins, before libraries that take seconds are imported; once per run."""
+    if not quiet and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        click.echo(f"{what} …", err=True)
+
+
 @contextmanager
 def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
     """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request."""
@@ -73,27 +80,38 @@ def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
     try:
         yield
     except MpoeError as error:
+        if _STOPPED_BY:  # an interrupt that came out as something else
+            raise KeyboardInterrupt from error
         if verbose > 1:
             traceback.print_exc()
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(2 if isinstance(error, RequestError) else 1)
 
 
+# The signals that have stopped this run.
+_STOPPED_BY: list[int] = []
+
+
 @contextmanager
 def handle_signals() -> Iterator[None]:
     """A run that is interrupted, terminated or hung up cleans up and exits with 128 + the signal.
 
-    Another signal does not disturb the cleaning up. Signals that the caller ignores (nohup) stay so.
+    Another signal does not disturb the cleaning up. Signals that the caller ignores (nohup) stay so. While a
+    command imports what it needs there is nothing to clean up: it ends at once, because an exception can be
+    lost inside an import.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped_by
-        stopped_by = number
+        _STOPPED_BY.append(number)
         for each in before:
             signal.signal(each, signal.SIG_IGN)
+        if _command_imports(frame):
+            _say_stopped("no output was written")
+            sys.stderr.flush()
+            os._exit(128 + number)
         raise KeyboardInterrupt
 
-    stopped_by = signal.SIGINT
+    _STOPPED_BY.clear()
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {n: signal.getsignal(n) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     if threading.current_thread() is not threading.main_thread():
@@ -103,12 +121,33 @@ def handle_signals() -> Iterator[None]:
             signal.signal(number, stop)
         yield
     except KeyboardInterrupt as stopped:
-        left = str(stopped) or "no output was written"
-        click.echo(f"Stopped by {signal.Signals(stopped_by).name}; {left}.", err=True)
-        sys.exit(128 + stopped_by)
+        sys.exit(_say_stopped(str(stopped) or "no output was written"))
+    except Exception:
+        if not _STOPPED_BY:
+            raise
+        sys.exit(_say_stopped("no output was written"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say_stopped(left: str) -> int:
+    """Tell what stopped the run, and what it leaves; the exit code."""
+    number = (_STOPPED_BY or [signal.SIGINT])[0]
+    click.echo(f"Stopped by {signal.Signals(number).name}; {left}.", err=True)
+    return 128 + number
+
+
+def _command_imports(frame: FrameType | None) -> bool:
+    """Whether the code that was interrupted runs inside an import statement of a command itself."""
+    outermost = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            outermost = frame
+        frame = frame.f_back
+    while outermost is not None and outermost.f_code.co_filename.startswith("<frozen importlib"):
+        outermost = outermost.f_back
+    return outermost is not None and Path(outermost.f_code.co_filename).parent == Path(__file__).parent
 
 
 def echo_json(value: object) -> None:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..planning.recipe import Recipe
-from .app import echo_json, one_line_errors
+from ..source.repository import check_model
+from ..source.texts import check_sources
+from .app import announce, echo_json, one_line_errors
+from .checks import check_output_first
 from .options import (
     COMMON,
     GroupedCommand,
@@ -70,10 +73,15 @@ def convert(
         output = output or named or ""
         if not (output or dry_run):
             raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+        check_model(recipe.model, recipe.revision)
+        check_sources(recipe.calibrate)
+        if not dry_run:
+            check_output_first(output, overwrite, quiet)
         check_push(repo_id, pushing, overwrite, token)
         if dry_run:
             show_plan(recipe, token, as_json, quiet)
             return
+        announce(f"Converting {recipe.model}", quiet)
         report = run_conversion(recipe, output, overwrite, token, quiet)
         if not (as_json or quiet):
             show_conversion(report, output, verbose)
@@ -121,11 +129,14 @@ def plan(
     """
     with one_line_errors(verbose, quiet):
         recipe, _ = request_of(Recipe, options, config, model)
+        check_model(recipe.model, recipe.revision)
+        check_sources(recipe.calibrate)
+        announce(f"Planning {recipe.model}", quiet)
         show_plan(recipe, token, as_json, quiet)
 
 
 def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
-    from ..compression.prepare import plan as plan_conversion
+    from ..compression.plan import plan as plan_conversion
     from .progress import conversion_progress, silence_libraries
     from .tables import console
 

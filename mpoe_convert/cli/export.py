@@ -7,7 +7,10 @@ from typing import Any
 import click
 
 from ..exports.targets import Export
-from .app import echo_json, one_line_errors
+from ..source.repository import check_model
+from ..source.texts import check_sources
+from .app import announce, echo_json, one_line_errors
+from .checks import check_output_first
 from .options import COMMON, GroupedCommand, option, options_of, output_option, request_of, token_option
 
 
@@ -39,6 +42,12 @@ def export(
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Export, options)
+        check_output_first(output, overwrite, quiet)
+        check_model(artifact, revision)
+        check_sources(request.calibrate)
+        if request.base:
+            check_model(request.base, request.base_revision)
+        announce(f"Exporting {artifact}", quiet)
         from ..exports.export import export as write
         from .progress import export_progress, silence_libraries
         from .tables import console, print_export

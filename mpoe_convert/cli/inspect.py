@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from .app import echo_json, main, one_line_errors
+from .app import announce, echo_json, main, one_line_errors
 from .options import COMMON, GroupedCommand, option, token_option
 
 
@@ -39,6 +39,7 @@ def report(artifact: str, as_json: bool, quiet: bool, verbose: int) -> None:
     from .tables import console, print_pictures
 
     with one_line_errors(verbose, quiet):
+        announce(f"Drawing the pictures of {artifact}", quiet)
         written = draw_pictures(artifact)
     if as_json:
         echo_json({"folder": artifact, "pictures": written})
@@ -88,6 +89,7 @@ def verify(
     from .tables import console, print_verification
 
     with one_line_errors(verbose, quiet):
+        announce(f"Loading {artifact} and its dense model to compare them", quiet)
         result = verify_artifact(
             artifact,
             against=against,

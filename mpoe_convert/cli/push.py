@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import HubError
-from .app import echo_json, one_line_errors
+from .app import announce, echo_json, one_line_errors
 from .options import COMMON, GroupedCommand, add, option, token_option
 
 PUSH_OPTIONS = add(
@@ -84,6 +84,7 @@ def check_push(repo_id: str | None, pushing: Mapping[str, Any], overwrite: bool,
 def run_push(
     artifact: str, repo_id: str, pushing: Mapping[str, Any], overwrite: bool, token: str | None, silent: bool
 ) -> dict[str, Any]:
+    announce(f"Pushing {artifact} to {repo_id}", silent)
     from ..artifact.push import push as push_artifact
     from .progress import silence_hub
     from .tables import console, print_push

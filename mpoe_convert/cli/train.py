@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from ..source.texts import check_sources
 from ..training.request import Finetuning, Scoring
-from .app import echo_json, one_line_errors
+from .app import announce, echo_json, one_line_errors
+from .checks import check_models_first
 from .options import (
     COMMON,
     GroupedCommand,
@@ -48,6 +50,9 @@ def finetune(
         output = output or named
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
+        check_models_first((run.model, run.teacher, run.tokenizer))
+        check_sources((*run.data, *run.eval_data))
+        announce(f"Fine-tuning {run.model}", quiet)
         run_finetuning(run, output, resume, token, as_json, quiet)
 
 
@@ -84,6 +89,9 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
+        check_models_first((model, request.against, request.tokenizer))
+        check_sources(request.data)
+        announce(f"Scoring {model}", quiet)
         from ..training.evaluate import score_models
         from .progress import evaluation_progress, silence_libraries
         from .tables import console, print_evaluation

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..artifact.limits import block_length, check_token_ids, embedding_rows, positions
 from ..artifact.loading import load_tokenizer
 from ..errors import DataError, RecipeError
-from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
@@ -138,7 +137,7 @@ def _read(recipe: TextSource, task: str, token: str | None) -> Dataset:
     from datasets import Dataset, concatenate_datasets
 
     columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
-    sources = [source for source in recipe.calibrate if source != BUILTIN_TEXT]
+    sources = [source for source in recipe.calibrate if source != texts.BUILTIN]
     parts = []
     if len(sources) < len(recipe.calibrate):
         topics = pydoc_data.topics.topics

@@ -18,7 +18,7 @@ from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import METRICS, Recipe
 from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
-from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_wide
 from . import dense_run, metrics
 from .allocation import Candidate, Ranks
@@ -63,41 +63,6 @@ class Prepared:
         if self.run is None or self.calibration is None:
             return None
         return measure_divergence(self.run, folder)
-
-
-def plan(
-    recipe: Recipe,
-    *,
-    token: str | None = None,
-    calibration: Sequence[Batch] | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """Plan a conversion; nothing is written.
-
-    Without `keep` and `max_error` only headers are read: of a Hub id no weights are downloaded. With one of
-    them the weights are read, and calibrated if the recipe asks for it. Arguments as for `convert`.
-
-    Raises:
-        MpoeError: the source, the recipe or their combination cannot be converted.
-
-    >>> from mpoe_convert import Recipe, plan
-    >>> planned = plan(Recipe("examples/tiny-gpt2", experts=2, bond_dim=8))
-    >>> planned.is_exact, planned.totals.stored_params > planned.totals.dense_params
-    (True, True)
-    """
-    if recipe.search:
-        raise RecipeError(
-            "search given to a plan; it compares artifacts, and a plan writes none: leave it out"
-        )
-    headers_only = not recipe.compresses
-    checkpoint = open_checkpoint(
-        recipe.model,
-        revision=recipe.revision,
-        token=token,
-        headers_only=headers_only,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    return prepare(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
 
 
 def prepare(

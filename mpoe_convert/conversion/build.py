@@ -19,7 +19,7 @@ from ..decomposition.neuron_order import bisection, neuron_features, reordered
 from ..experts.ffn import FFNShape, Fitted, Target
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
-from ..runtime.modeling_mpoe import contract_chain, matrix_shape, name_cores
+from ..runtime.shapes import functions
 from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_bias, read_wide
 from ..tensors import cast
@@ -119,7 +119,7 @@ def finish_projection(
         unrounded.append([(core if core.ndim == 4 else core[0]).to(device) for core in cores])
         exact.append([])
         clone.append([])
-        for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
+        for name, core, shared in zip(functions().name_cores(term), cores, term["shared"], strict=True):
             core = core.to(device)
             if not shared and core.ndim == 4:
                 core = _clones(core, recipe.experts, recipe.noise, generator)
@@ -127,7 +127,7 @@ def finish_projection(
             exact[-1].append(core if shared else core[0])
             clone[-1].append(core if shared else core[1])
             l, i, o, r = core.shape[-4:]  # noqa: E741  (bond names)
-            matrices = core.reshape(*core.shape[:-4], *matrix_shape((l, i, o, r)))
+            matrices = core.reshape(*core.shape[:-4], *functions().matrix_shape((l, i, o, r)))
             tensors[f"terms.{number}.{name}"] = matrices.cpu()
     if plan.spec["bias"] is not None:
         bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
@@ -192,7 +192,8 @@ def _drift(exact: list[list[Tensor]], clone: list[list[Tensor]], dtype: torch.dt
 
 
 def _matrix_of(terms: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
-    first, *others = (contract_chain([core.to(dtype) for core in cores]) for cores in terms)
+    contract: Callable[[list[Tensor]], Tensor] = functions().contract_chain
+    first, *others = (contract([core.to(dtype) for core in cores]) for cores in terms)
     return sum(others, first)
 
 

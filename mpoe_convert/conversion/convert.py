@@ -26,6 +26,7 @@ from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
 from ..source.state_dict import is_buffer
+from ..source.texts import check_sources
 from ..tensors import cast, check_finite
 from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
@@ -71,6 +72,7 @@ def convert(
     """
     output = Path(output)
     check_output(output, overwrite)
+    check_sources(recipe.calibrate)
     pick_device(recipe.device)
     checkpoint = open_checkpoint(
         recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code

@@ -11,6 +11,7 @@ from ..artifact.layout import MODELING_FILE
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..runtime import MODELING_PATH
+from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import GLUE_FILE, glue
@@ -30,9 +31,7 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
 
 def make_config(plan: Plan, architecture: Architecture) -> dict:
     """The base config plus our model type, the Auto classes' entries and the one `mpoe` block."""
-    from ..runtime.modeling_mpoe import CLASS_PREFIX, FORMAT_VERSION, MODEL_TYPE_PREFIX
-
-    config = architecture.config
+    runtime, config = modeling(), architecture.config
     forms: list[dict] = []
     ffns = {}
     for ffn in plan.ffns:
@@ -44,11 +43,11 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
     auto_map = _auto_map(architecture)
     architectures = config.get("architectures") or [names.get("AutoModel") or next(iter(names.values()))]
     changes = {
-        "model_type": MODEL_TYPE_PREFIX + plan.model_type,
-        "architectures": [CLASS_PREFIX + name for name in architectures],
+        "model_type": runtime.MODEL_TYPE_PREFIX + plan.model_type,
+        "architectures": [runtime.CLASS_PREFIX + name for name in architectures],
         "auto_map": auto_map,
         "mpoe": {
-            "format": FORMAT_VERSION,
+            "format": runtime.FORMAT_VERSION,
             "base_model_type": plan.model_type,
             "kind": plan.recipe.kind,
             "num_experts": plan.recipe.experts,
@@ -69,22 +68,20 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
 
 def _auto_map(architecture: Architecture) -> dict:
     """Own classes are subclassed in a module of their own. Entries of tokenizers and processors stay."""
-    from ..runtime.modeling_mpoe import CLASS_PREFIX
-
     module = Path(GLUE_FILE if architecture.is_custom else MODELING_FILE).stem
-    classes = {"AutoConfig": architecture.config_class.__name__, **architecture.heads}
-    return architecture.auto_map | {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()}
+    classes = {"AutoConfig": architecture.config_class_name, **architecture.heads}
+    return architecture.auto_map | {
+        auto: f"{module}.{modeling().CLASS_PREFIX}{name}" for auto, name in classes.items()
+    }
 
 
 def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     """config.json, the modelling file, and everything that belongs to the model but its weights."""
-    from ..runtime.modeling_mpoe import CLASS_PREFIX
-
     architecture = checkpoint.architecture
     copy_companions(folder, checkpoint, architecture)
     name_classes(folder, checkpoint, architecture)
     write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
     if architecture.is_custom:
-        text = glue(architecture, Path(MODELING_FILE).stem, CLASS_PREFIX)
+        text = glue(architecture, Path(MODELING_FILE).stem, modeling().CLASS_PREFIX)
         (folder / GLUE_FILE).write_text(text, encoding="utf-8")

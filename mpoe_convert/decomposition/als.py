@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..runtime.modeling_mpoe import contract_chain, merge_cores
+from ..runtime.shapes import functions
 from .low_rank import RIDGE
 from .mpo import fit
 from .sites import Sites
@@ -52,7 +52,7 @@ def nearest_chain(
         SitesError, CheckpointError, ValueError: as `mpo.fit`.
     """
     start = fit(matrix, sites, svd=svd, seed=seed).cores
-    return contract_chain(refine([core.to(matrix) for core in start], matrix, moment))
+    return functions().contract_chain(refine([core.to(matrix) for core in start], matrix, moment))
 
 
 def refine(cores: Sequence[Tensor], matrix: Tensor, moment: Tensor) -> list[Tensor]:
@@ -89,7 +89,7 @@ def _scaled(moment: Tensor) -> Tensor:
 
 
 def _error(chain: list[Tensor], matrix: Tensor, metric: Tensor) -> float:
-    difference = matrix - contract_chain(chain)
+    difference = matrix - functions().contract_chain(chain)
     return float((difference * (metric @ difference)).sum())
 
 
@@ -104,13 +104,13 @@ class _Frame:
 
     def __init__(self, chain: list[Tensor], k: int) -> None:
         end = torch.ones(1, 1, 1, 1, dtype=chain[k].dtype, device=chain[k].device)
-        self.left = merge_cores([end, *chain[:k]])
-        self.right = merge_cores([*chain[k + 1 :], end])
+        self.left = functions().merge_cores([end, *chain[:k]])
+        self.right = functions().merge_cores([*chain[k + 1 :], end])
         self.core = chain[k].shape
 
     def expand(self, core: Tensor) -> Tensor:
         """The matrix (in, out) of the chain with this core at place k."""
-        return contract_chain([self.left, core, self.right])
+        return functions().contract_chain([self.left, core, self.right])
 
     def project(self, matrix: Tensor) -> Tensor:
         """The adjoint of `expand`: a matrix (in, out) contracted to the core's shape."""

@@ -19,6 +19,7 @@ from ..extras import need
 from ..planning.recipe import parse_size
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
+from ..source.texts import check_sources
 from . import targets
 from .card import write_export
 from .targets import Checked, Export, ExportPlan, Part, PlannedTensor
@@ -99,6 +100,7 @@ def export(
     """
     request, output = request or Export(), Path(output)
     check_output(output, overwrite)
+    check_sources(request.calibrate)
     shard_bytes = parse_size(request.max_shard_size)
     target = targets.load(request.to)
     source = open_artifact(str(model), revision=revision, token=token)

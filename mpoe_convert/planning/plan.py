@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifact.weight_files import num_bytes
 from ..decomposition.sites import Sites, full_bonds
 from ..experts.ffn import FFNShape, Form
+from ..runtime.shapes import modeling
 from ..source.families import Family
 from ..source.ffn import FFN, Source
 from ..tables import Cell, Shown, Table, escape, listed, size, warning
@@ -105,12 +106,7 @@ class MatrixPlan:
     @cached_property
     def stored_params(self) -> int:
         """Parameters of all experts, by the shipped module's own count."""
-        import torch
-
-        from ..runtime.modeling_mpoe import Projection
-
-        with torch.device("meta"):
-            projection = Projection(self.spec, self.num_experts)
+        projection = modeling().Projection(self.spec, self.num_experts)
         return projection.shared_params + self.num_experts * projection.own_params
 
 

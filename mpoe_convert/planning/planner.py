@@ -20,7 +20,7 @@ from .resolve import Resolved
 if TYPE_CHECKING:
     pass
 from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
-from .totals import dense_flops_per_token, meta_module
+from .totals import dense_flops_per_token, mixture
 
 
 def plan_checkpoint(
@@ -92,7 +92,7 @@ def _ffn_shape(checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[str, int | None]
 
 def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form: dict) -> dict:
     """{name: (shape, dtype)}; a part that is no projection has the dtype of `down`, or float32."""
-    module = meta_module(form, recipe)
+    module = mixture(form, recipe)
     dtypes = {matrix.role: matrix.dtype for matrix in matrices}
     found = {}
     for name, tensor in module.state_dict().items():

@@ -17,8 +17,6 @@ from ..source.text_options import TextSource
 DTYPES = ("float32", "bfloat16", "float16")
 ALLOCATIONS = ("loss", "measured", "energy", "uniform")
 METRICS = ("loss", "outputs", "diagonal", "weights")
-# Calibration text that every Python has: its language reference.
-BUILTIN_TEXT = "builtin"
 
 
 def parse_layers(text: str) -> tuple[range, ...]:

@@ -12,7 +12,7 @@ from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
 from ..source.locate import check_alike, resolve
-from ..source.state_dict import check_state_dict
+from ..source.state_dict import fit
 from .recipe import Recipe, parse_layers
 
 # What is fitted to when the recipe names no metric: with calibration data, and without.
@@ -53,8 +53,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = _select(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)
-    loaded = check_state_dict(checkpoint)
-    converted = loaded.without_unread_biases(family, chosen)
+    converted, told = fit(checkpoint, family, chosen)
     changes = with_fit(recipe, calibrated)
     full = recipe.replace(
         revision=checkpoint.revision,
@@ -65,7 +64,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         **recipe.own_options.resolved(),
     )
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)
-    notes = (*checkpoint.notes, *loaded.notes(converted))
+    notes = (*checkpoint.notes, *told)
     return Resolved(full, family, converted, kept, notes)
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
 from ..source.locate import runs_per_token
+from ..source.memo import remembered
 from ..source.safetensors_file import DTYPE2BYTES
 from ..source.state_dict import is_buffer
 from ..tables import Cell, size
@@ -16,8 +18,6 @@ from .recipe import Recipe
 
 if TYPE_CHECKING:
     from ..runtime.modeling_mpoe import FeedForward
-
-if TYPE_CHECKING:
     from .plan import Plan
 
 
@@ -77,17 +77,15 @@ class Totals:
 
 def ffn_totals(plan: Plan) -> Totals:
     """Totals of the converted FFNs, by the shipped modules' own count."""
-    from ..runtime.modeling_mpoe import Work
-
     experts, top_k = plan.recipe.experts, plan.recipe.top_k
-    modules = [meta_module(ffn.form.parts, plan.recipe) for ffn in plan.ffns]
+    modules = [mixture(ffn.form.parts, plan.recipe) for ffn in plan.ffns]
     shared = sum(module.shared_params for module in modules)
     own = sum(module.own_params for module in modules)
     routers = sum(module.router.shared_params for module in modules)
     dense = sum(m.dense_params for m in plan.matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
     # A token has top_k rows; where cores cannot act, a pass contracts the matrices of all experts.
-    work = Work(tokens=1, rows=top_k, experts=experts)
+    work = modeling().Work(tokens=1, rows=top_k, experts=experts)
     costs = [module.cost(work) for module in modules]
     routing = [module.router.cost(work, "apply") for module in modules]
     products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
@@ -138,6 +136,12 @@ def dense_flops_per_token(architecture: Architecture) -> int:
     Raises:
         FamilyError: as `Architecture.build`.
     """
+    if architecture.is_custom:
+        return _flops_per_token(architecture)
+    return remembered("FLOPs per token", architecture.config, lambda: _flops_per_token(architecture))
+
+
+def _flops_per_token(architecture: Architecture) -> int:
     from torch import nn
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
@@ -151,11 +155,6 @@ def dense_flops_per_token(architecture: Architecture) -> int:
     )
 
 
-def meta_module(form: dict, recipe: Recipe) -> FeedForward:
-    """The shipped module of a form, without memory: it knows names, shapes and costs."""
-    import torch
-
-    from ..runtime.modeling_mpoe import FeedForward
-
-    with torch.device("meta"):
-        return FeedForward(form, recipe.experts, recipe.top_k)
+def mixture(form: dict, recipe: Recipe) -> FeedForward:
+    """The shipped module of a form without tensors: it knows names, shapes and costs."""
+    return modeling().FeedForward(form, recipe.experts, recipe.top_k)

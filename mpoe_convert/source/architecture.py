@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FamilyError, one_line
+from .memo import remembered
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,6 +56,10 @@ def knows(model_type: str) -> bool:
 
 def heads(model_type: str) -> dict[str, str]:
     """Auto class -> stock class name, for every Auto class that has a head on this very model type."""
+    return remembered("heads", model_type, lambda: _heads(model_type))
+
+
+def _heads(model_type: str) -> dict[str, str]:
     import transformers
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -141,6 +146,13 @@ class Architecture:
                 f"transformers has no model type {self.model_type!r}; its code cannot be subclassed"
             )
         return CONFIG_MAPPING[self.model_type]
+
+    @property
+    def config_class_name(self) -> str:
+        """The name of `config_class`. Raises FamilyError."""
+        if self.is_custom:
+            return self.config_class.__name__
+        return remembered("config class", self.model_type, lambda: self.config_class.__name__)
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel] | None:

@@ -8,13 +8,16 @@ environment variables.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
 from ..errors import HubError, one_line
-from .hub_errors import damaged, explain
+from .hub_errors import damaged, explain, is_connection, is_offline
 from .sentence_encoder import ENCODER_PATTERNS, module_files
 
 # Companions: files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
@@ -122,6 +125,103 @@ def download_code(model_id: str, revision: str | None = None, token: str | None 
     No other function here downloads code.
     """
     return _snapshot(model_id, revision, token, ["*.py"], ["*/*"])[0]
+
+
+@contextmanager
+def asked_once(name: str) -> Iterator[None]:
+    """Inside the block other libraries load something that may be on the Hub.
+
+    They ask for every file again and again, for minutes, if there is no connection. So it is tried once
+    before, and without one they go by the cache alone.
+
+    Args:
+        name: of what they load, a Hub id.
+
+    Raises:
+        HubError: there is no connection, or offline mode is on, and the cache lacks what the block needs.
+    """
+    reason = _why_not_asked()
+    with _by_the_cache(reason is not None):
+        try:
+            yield
+        except Exception as exc:
+            if reason is not None and (isinstance(exc, ConnectionError) or is_offline(exc)):
+                raise explain(reason, name) from exc
+            raise
+
+
+def check_available(model_id: str, revision: str | None = None) -> None:
+    """Check that a model is in the cache, or that there is a Hub to ask for it.
+
+    Raises:
+        HubError: neither.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise explain(error, model_id) from error
+    if not isinstance(cached, str) and (reason := _why_not_asked()):
+        raise explain(reason, model_id, revision)
+
+
+def check_dataset_available(dataset_id: str) -> None:
+    """Check that a cache knows a dataset, or that there is a Hub to ask for it. Raises HubError: neither."""
+    from huggingface_hub import constants
+
+    prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    homes = (
+        Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}"),
+        Path(prepared, dataset_id.replace("/", "___").lower()),
+        Path(prepared, dataset_id.replace("/", "___")),
+    )
+    if not any(home.is_dir() for home in homes) and (reason := _why_not_asked()):
+        raise explain(reason, dataset_id)
+
+
+def _why_not_asked() -> Exception | None:
+    """Why nobody can be asked for what a cache lacks: the connection, or offline mode; None: the Hub can."""
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return OfflineModeIsEnabled() if is_offline_mode() else unreachable()
+
+
+def variables_for(model: str) -> dict[str, str]:
+    """Environment variables for a process that loads a model: offline mode, if the Hub cannot be reached."""
+    return {} if Path(model).is_dir() or unreachable() is None else {"HF_HUB_OFFLINE": "1"}
+
+
+def unreachable() -> Exception | None:
+    """Why the Hub cannot be reached now; None: it can, or offline mode is on and nobody will ask it."""
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as exc:
+        slow = type(exc).__name__.startswith(("Read", "Write"))
+        return exc if is_connection(exc) and not slow else None
+    return None
+
+
+@contextmanager
+def _by_the_cache(offline: bool) -> Iterator[None]:
+    """Offline mode inside the block, for huggingface_hub and what is made on it."""
+    from huggingface_hub import constants
+
+    homes = [constants, *filter(None, [sys.modules.get("datasets.config")])] if offline else []
+    before = [(home, home.HF_HUB_OFFLINE) for home in homes]
+    try:
+        for home, _ in before:
+            setattr(home, "HF_HUB_OFFLINE", True)  # noqa: B010  (of a module, for type checkers)
+        yield
+    finally:
+        for home, value in before:
+            setattr(home, "HF_HUB_OFFLINE", value)  # noqa: B010
 
 
 def _fetch_weights(

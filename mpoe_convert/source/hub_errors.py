@@ -70,7 +70,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
             f"the disk filled up while downloading {repo}: free some space, or point HF_HOME at a "
             "larger disk, and run again (finished files are kept)"
         )
-    if _is_connection(exc):
+    if is_connection(exc):
         return HubError(
             f"no connection to the Hub for {repo} ({one_line(exc)}): check the network and HF_ENDPOINT, "
             f"or pass a local folder ({RELATIVE})"
@@ -131,7 +131,7 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
         return HubError(_http_writing(exc, repo))
     if isinstance(exc, errors.OfflineModeIsEnabled):
         return HubError(f"offline mode is on, nothing can be pushed to {repo}: unset HF_HUB_OFFLINE")
-    if _is_connection(exc):
+    if is_connection(exc):
         return HubError(
             f"the connection to the Hub failed for {repo} ({one_line(exc)}): check the network and "
             f"HF_ENDPOINT, then run again; {NOT_TWICE}"
@@ -175,6 +175,19 @@ def _http_writing(exc: HfHubHTTPError, repo: str) -> str:
     return f"the Hub answered HTTP {status} for {repo}{said or f': {one_line(exc)}'}"
 
 
+def is_offline(exc: BaseException | None) -> bool:
+    """Whether a failure, or one that it came of, is that the cache lacks a file and nobody was asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if isinstance(exc, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+    return False
+
+
 def _reason(exc: BaseException) -> BaseException:
     """The failure that made the library look into the cache: the first cause that is not about the cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -190,7 +203,8 @@ def _is_disk_full(exc: BaseException) -> bool:
     return full or "no space left on device" in str(exc).lower()
 
 
-def _is_connection(exc: BaseException) -> bool:
+def is_connection(exc: BaseException) -> bool:
+    """Whether the network failed, and not the Hub."""
     # By module name: the HTTP library is huggingface_hub's choice and has changed before (requests,
     # httpx, httpx2).
     library = type(exc).__module__.partition(".")[0]

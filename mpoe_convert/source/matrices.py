@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from ..tensors import check_finite
 from .checkpoint import Checkpoint
 from .ffn import Source
 from .safetensors_file import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
     """One matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
+    from ..tensors import check_finite
+
     tensor = checkpoint.read(source.weight).to(device)
     check_finite(tensor, source.weight)
     if source.part is not None:
@@ -26,12 +30,16 @@ def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) ->
 
 def read_wide(checkpoint: Checkpoint, source: Source, device: torch.device) -> Tensor:
     """`read_matrix` in a dtype that can be decomposed: float64 stays, all others become float32."""
+    import torch
+
     matrix = read_matrix(checkpoint, source, device)
     return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
 def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
     """The bias (out,) of a projection that has one. Raises CheckpointError on NaN or Inf."""
+    from ..tensors import check_finite
+
     assert source.bias is not None
     tensor = checkpoint.read(source.bias)
     check_finite(tensor, source.bias)

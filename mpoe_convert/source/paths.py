@@ -1,8 +1,17 @@
-"""Names of files that a checkpoint's own files give: whether they stay inside its folder."""
+"""Names of files: whether a checkpoint's own stay inside its folder, and what a user's name can mean."""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath, PureWindowsPath
+import re
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ..errors import TrainingError
+
+# "name" or "owner/name", as huggingface_hub takes them.
+_HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b")
+# Ids without an owner are few and old (gpt2, squad), and none ends like a file.
+_ENDING = re.compile(r"[^/]+\.[A-Za-z]+")
 
 
 def stays_inside(file: str) -> bool:
@@ -10,3 +19,49 @@ def stays_inside(file: str) -> bool:
     parts = PurePosixPath(file).parts
     plain = bool(parts) and ".." not in parts and "\\" not in file and file.isprintable()
     return plain and not PurePosixPath(file).is_absolute() and not PureWindowsPath(file).drive
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only mean a file or folder of this machine, be it there or not.
+
+    Such names begin or end as paths do, end like a file and have no owner, or cannot be ids of the Hub.
+    """
+    plain = name.strip()
+    if not plain or plain.startswith((".", "~", "/", "\\")) or plain.endswith(("/", "\\")):
+        return True
+    if PureWindowsPath(plain).drive or _ENDING.fullmatch(plain):
+        return True
+    return not _HUB_ID.fullmatch(plain) or "--" in plain or ".." in plain or plain.endswith(".git")
+
+
+def check_model_name(name: str) -> None:
+    """Check that a name which means a model's folder names one that is there. Raises TrainingError."""
+    if is_path(name) and not Path(name).is_dir():
+        raise TrainingError(
+            f"{name} is not a folder; expected the folder of a model, or a Hub id{did_you_mean(name)}"
+        )
+
+
+def local(name: str) -> Path:
+    """The path that a name stands for; "~" is the user's home."""
+    return Path(name).expanduser() if name.startswith("~") else Path(name)
+
+
+def did_you_mean(name: str) -> str:
+    """ "; did you mean 'topics.txt'?" for a name that is not there, or "" if nothing near is like it.
+
+    >>> did_you_mean("examples/tiny-gtp2")
+    "; did you mean 'examples/tiny-gpt2'?"
+    """
+    path = local(name)
+    if not name.strip() or not path.name:
+        return ""
+    try:
+        while path.name and not path.parent.exists():  # the first part that is not there
+            path = path.parent
+        there = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return ""
+    by_lower = {Path(each).stem.lower(): each for each in there} | {each.lower(): each for each in there}
+    near = get_close_matches(path.name.lower(), by_lower, n=1, cutoff=0.7)
+    return f"; did you mean {str(path.with_name(by_lower[near[0]]))!r}?" if near else ""

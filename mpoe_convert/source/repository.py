@@ -5,13 +5,15 @@ Both forms answer the same questions, so that opening a checkpoint does not ask 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HubError
 from . import hub
+from .paths import did_you_mean, is_path, local
 from .safetensors_file import TensorInfo, tensor_info
 
 
@@ -110,9 +112,10 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
         CheckpointError: there is no such folder, or a revision is given with a folder.
         HubError: the Hub refuses or cannot be reached.
     """
-    folder = _local_folder(model)
+    folder = local_folder(model)
     if folder is None:
-        folder, commit = hub.download(model, revision=revision, token=token, weights=())
+        with suggesting(model):
+            folder, commit = hub.download(model, revision=revision, token=token, weights=())
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
         raise CheckpointError(
@@ -122,8 +125,34 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
     return Folder(model, folder)
 
 
-def _local_folder(model: str) -> Path | None:
-    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+def check_model(model: str, revision: str | None = None) -> None:
+    """Check that there is a folder of that name, or that a Hub id could be looked up.
+
+    Raises:
+        CheckpointError: as `local_folder`.
+        HubError: the Hub cannot be reached, and the model is not in the cache.
+    """
+    if local_folder(model) is None:
+        with suggesting(model):
+            hub.check_available(model, revision)
+
+
+@contextmanager
+def suggesting(model: str) -> Iterator[None]:
+    """Add to a HubError inside the block the name here that may have been meant."""
+    try:
+        yield
+    except HubError as error:
+        raise HubError(f"{error}{did_you_mean(model)}") from error
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of that name; None: it may be a Hub id.
+
+    Raises:
+        CheckpointError: there is a file of that name, or the name means a folder that is not there.
+    """
+    path = local(model)
     if path.is_dir() and model.strip():  # Path("") would be the current folder
         return path
     if path.is_file():
@@ -131,7 +160,8 @@ def _local_folder(model: str) -> Path | None:
             f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
             f"pass its folder, {path.parent}"
         )
-    dots = model in (".", "..") or model.startswith(("./", "../", ".\\", "..\\", "~"))
-    if dots or path.is_absolute() or not model.strip():
-        raise CheckpointError(f"there is no folder {model!r}: check the path, or pass a Hub id")
+    if is_path(model):
+        raise CheckpointError(
+            f"there is no folder {model!r}: check the path, or pass a Hub id{did_you_mean(model)}"
+        )
     return None

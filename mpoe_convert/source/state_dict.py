@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from logging import CRITICAL
@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .families import Family
 from .ffn import FFN
 from .locate import projection_names
+from .memo import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,18 +53,12 @@ class Loaded:
         except AttributeError:  # the head that config.json names lacks this stack
             return ffn
         names = projection_names(layer, family.spellings, ffn.projections)
-        unread = {
-            role: source.bias
+        unread = [
+            role
             for role, source in ffn.projections.items()
             if source.bias and getattr(layer.get_submodule(names[role]), "bias", None) is None
-        }
-        if not unread:
-            return ffn
-        kept = {
-            role: replace(source, bias=None) if role in unread else source
-            for role, source in ffn.projections.items()
-        }
-        return replace(ffn, experts=(kept,), unread=tuple(dict.fromkeys(unread.values())))
+        ]
+        return _without_biases(ffn, unread)
 
     def notes(self, ffns: Iterable[FFN]) -> Iterator[str]:
         """What is no fault of the checkpoint, but should be known.
@@ -97,6 +92,48 @@ class Loaded:
                 continue
             known |= {name.removeprefix(f"{head.base_model_prefix}.") for name in head.state_dict()}
         return {name for name in names if name in known or name.partition(".")[2] in known}
+
+
+def fit(
+    checkpoint: Checkpoint, family: Family, ffns: Sequence[FFN]
+) -> tuple[tuple[FFN, ...], tuple[str, ...]]:
+    """The FFNs without the biases that the stock model does not have, and what a user should know.
+
+    Args:
+        checkpoint: where they are.
+        family: how they are wired.
+        ffns: those to convert.
+
+    Raises:
+        CheckpointError, FamilyError: as `check_state_dict`.
+    """
+
+    def learn() -> dict:
+        loaded = check_state_dict(checkpoint)
+        converted = loaded.without_unread_biases(family, ffns)
+        unread = [
+            [role for role in ffn.projections if ffn.projections[role] != kept.projections[role]]
+            for ffn, kept in zip(ffns, converted, strict=True)
+        ]
+        return {"unread": unread, "notes": [*loaded.notes(converted)]}
+
+    headers = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
+    of = [checkpoint.source, checkpoint.config, headers, repr(family), repr(ffns)]
+    found = learn() if checkpoint.architecture.is_custom else remembered("state dict", of, learn)
+    converted = [_without_biases(ffn, roles) for ffn, roles in zip(ffns, found["unread"], strict=True)]
+    return tuple(converted), tuple(found["notes"])
+
+
+def _without_biases(ffn: FFN, roles: Collection[str]) -> FFN:
+    """The FFN without the biases of these projections."""
+    if not roles:
+        return ffn
+    kept = {
+        role: replace(source, bias=None) if role in roles else source
+        for role, source in ffn.projections.items()
+    }
+    names = [source.bias for role, source in ffn.projections.items() if role in roles and source.bias]
+    return replace(ffn, experts=(kept,), unread=tuple(dict.fromkeys(names)))
 
 
 def check_state_dict(checkpoint: Checkpoint) -> Loaded:

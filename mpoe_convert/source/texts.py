@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError
+from ..errors import DataError, HubError
+from .hub import asked_once, check_dataset_available
+from .paths import did_you_mean, is_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 
 TASKS = ("causal", "masked", "seq2seq", "classification")
+# Calibration text that every Python has: its language reference.
+BUILTIN = "builtin"
 TEXT = ("string", "large_string", "string_view")
 # By file extension: the builder of `datasets` and its options. "null" and "NA" are text, not missing values.
 BUILDERS = {
@@ -127,24 +131,53 @@ def _check_classes(part: Dataset, source: str, name: str) -> None:
         )
 
 
+def check_sources(sources: Sequence[str]) -> None:
+    """Check that every source is a file, or a Hub dataset that could be looked up. Raises DataError."""
+    for source in sources:
+        if source == BUILTIN or _builder(source):
+            continue
+        try:
+            check_dataset_available(source.partition(":")[0])
+        except HubError as error:
+            raise _unavailable(source, error) from error
+
+
+def _unavailable(source: str, error: HubError) -> DataError:
+    return DataError(f"{source} is no file here; {error}{did_you_mean(source)}")
+
+
+def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
+    """The builder of `datasets` for a file, and its options; None for a Hub dataset. Raises DataError."""
+    path = Path(source)
+    known = BUILDERS.get(path.suffix.lower())
+    if path.is_file() and known:
+        return known
+    expected = f"expected one of {', '.join(BUILDERS)}"
+    if path.is_file():
+        raise DataError(f"{source} is of an unknown kind; {expected}")
+    if path.exists() or known or is_path(source.partition(":")[0]):
+        raise DataError(f"{source} is no file; {expected}, or a Hub dataset{did_you_mean(source)}")
+    return None
+
+
 def _read_one(source: str, split: str, token: str | None) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    path = Path(source)
-    builder, options = BUILDERS.get(path.suffix.lower(), (None, {}))
+    builder = _builder(source)
     try:
-        if path.is_file() and builder:
-            return load_dataset(builder, data_files=[str(path)], split="train", **options)
-        if path.exists() or builder or source.startswith((".", "/", "~")):
-            raise DataError(
-                f"{source} is {'no file' if not path.is_file() else 'of an unknown kind'}; expected one of "
-                f"{', '.join(BUILDERS)}"
-            )
+        if builder:
+            name, options = builder
+            return load_dataset(name, data_files=[source], split="train", **options)
         name, _, subset = source.partition(":")
-        return load_dataset(name, subset or None, split=split, token=token)
+        with asked_once(name):
+            return load_dataset(name, subset or None, split=split, token=token)
+    except HubError as error:
+        raise _unavailable(source, error) from error
     except DatasetNotFoundError as error:
-        raise DataError(f"{source} is neither a file nor a dataset that can be reached: {error}") from None
+        raise DataError(
+            f"{source} is neither a file nor a dataset that can be reached: {error}{did_you_mean(source)}"
+        ) from None
     except (DatasetGenerationError, ConnectionError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise DataError(f"{source} cannot be read: {cause}") from error

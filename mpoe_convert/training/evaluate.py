@@ -130,6 +130,7 @@ def score_models(
         LibraryError: a library that scores the task is not installed.
         RequestError: there is no such device here.
     """
+    texts.check_sources(request.data)
     where = pick_device(request.device)
     model, against, columns, trust = request.model, request.against, request.columns, request.trust
     if request.record:

@@ -89,6 +89,7 @@ def finetune(
             tried before the first step.
     """
     need("finetune", "datasets", extra="train")
+    texts.check_sources((*run.data, *run.eval_data))
 
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)

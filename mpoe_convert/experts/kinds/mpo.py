@@ -168,9 +168,9 @@ def _between(
     """The cores between orthogonal outer ones that make the chain the product of two thin matrices."""
     import torch
 
-    from ...runtime.modeling_mpoe import merge_cores
+    from ...runtime.shapes import functions
 
-    inputs, outputs = merge_cores(left)[0, :, 0, :], merge_cores(right)[:, 0, :, 0]
+    inputs, outputs = functions().merge_cores(left)[0, :, 0, :], functions().merge_cores(right)[:, 0, :, 0]
     rank = first.shape[1]
     first = torch.einsum("ab,air->bir", inputs, first.reshape(inputs.shape[0], -1, rank))
     second = torch.einsum("roc,bc->rob", second.reshape(rank, -1, outputs.shape[1]), outputs)

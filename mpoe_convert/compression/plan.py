@@ -1,0 +1,58 @@
+"""Plan a conversion: from the headers alone where nothing is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import RecipeError
+from ..planning.plan import Plan
+from ..planning.planner import plan_checkpoint
+from ..planning.recipe import Recipe
+from ..planning.resolve import resolve_recipe
+from ..source.checkpoint import open_checkpoint
+from ..source.texts import check_sources
+
+if TYPE_CHECKING:
+    from .batches import Batch
+    from .prepare import Progress
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    token: str | None = None,
+    calibration: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan a conversion; nothing is written.
+
+    Without `keep` and `max_error` only headers are read: of a Hub id no weights are downloaded. With one of
+    them the weights are read, and calibrated if the recipe asks for it. Arguments as for `convert`.
+
+    Raises:
+        MpoeError: the source, the recipe or their combination cannot be converted.
+
+    >>> from mpoe_convert import Recipe, plan
+    >>> planned = plan(Recipe("examples/tiny-gpt2", experts=2, bond_dim=8))
+    >>> planned.is_exact, planned.totals.stored_params > planned.totals.dense_params
+    (True, True)
+    """
+    if recipe.search:
+        raise RecipeError(
+            "search given to a plan; it compares artifacts, and a plan writes none: leave it out"
+        )
+    check_sources(recipe.calibrate)
+    headers_only = not recipe.compresses
+    checkpoint = open_checkpoint(
+        recipe.model,
+        revision=recipe.revision,
+        token=token,
+        headers_only=headers_only,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if not (recipe.compresses or recipe.metric or recipe.calibrate or calibration is not None):
+        return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)
+    from .prepare import prepare  # torch, which plans of headers do without
+
+    return prepare(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan

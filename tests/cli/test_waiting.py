@@ -1,0 +1,186 @@
+"""What the command says before libraries that take seconds are imported, and how it ends when interrupted."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny import save_tiny
+
+from mpoe_convert import Recipe, plan
+from mpoe_convert.cli import app
+from mpoe_convert.source import memo
+
+SLOW = ("torch", "transformers", "datasets", "accelerate")
+# Runs commands one after the other; says of each its exit code, what it printed, and what is imported then.
+CHILD = f"""
+import json, sys
+from click.testing import CliRunner
+from mpoe_convert.cli import main
+for args in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(main, args, prog_name="mpoe-convert")
+    trouble = repr(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else ""
+    imported = sorted({{*{SLOW}}} & {{*sys.modules}})
+    print(json.dumps([done.exit_code, done.stdout, done.stderr + trouble, imported]))
+"""
+
+
+def run(cwd: Path, *commands: list[str], **variables: str) -> list[list]:
+    """[exit code, stdout, stderr, slow libraries that are imported] of each command, in one fresh process."""
+    command = [sys.executable, "-c", CHILD, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a model, a text and a folder that is no artifact."""
+    folder = tmp_path_factory.mktemp("waiting")
+    save_tiny("gpt2", "AutoModelForCausalLM", folder / "dense")
+    (folder / "topics.txt").write_text("a text", encoding="utf-8")
+    (folder / "full").mkdir()
+    (folder / "full" / "notes").write_text("mine", encoding="utf-8")
+    return folder
+
+
+FINETUNE = ["finetune", "dense", "-o", "out", "--data"]
+EVALUATE = ["evaluate", "dense", "--data"]
+KEEP = ["--keep", "0.9", "--calibrate"]
+OFFLINE = "is not complete in the local cache and offline mode is on"
+REFUSED = {
+    "a path of the model": (["./dnese", "-o", "out"], "no folder './dnese'", "dense"),
+    "the same of a plan": (["plan", "dense/"[:-1] + "s/"], "there is no folder 'denses/'", "dense"),
+    "an id of the model": (["dens", "-o", "out"], OFFLINE, "dense"),
+    "a full output": (["dense", "-o", "full"], "full is not empty and not an artifact", None),
+    "an output that is a file": (
+        ["dense", "-o", "topics.txt"],
+        "topics.txt exists and is not a folder",
+        None,
+    ),
+    "an option": (["dense", "-o", "out", "--experts", "1"], "expected", None),
+    "a calibration text": (["dense", "-o", "out", *KEEP, "topics.tx"], "topics.tx is no file", "topics.txt"),
+    "the same of a plan of weights": (["plan", "dense", *KEEP, "topic.txt"], "is no file", "topics.txt"),
+    "training data": ([*FINETUNE, "topics.tx"], "topics.tx is no file; expected one of", "topics.txt"),
+    "training data that may be an id": ([*FINETUNE, "topics"], OFFLINE, "topics.txt"),
+    "held-out data": (
+        [*FINETUNE, "topics.txt", "--eval-data", "./topic"],
+        "./topic is no file",
+        "topics.txt",
+    ),
+    "a teacher": ([*FINETUNE, "topics.txt", "--teacher", "dens"], OFFLINE, "dense"),
+    "a tokenizer": ([*FINETUNE, "topics.txt", "--tokenizer", "./x"], "./x is not a folder", None),
+    "data to score on": ([*EVALUATE, "topics.csv"], "topics.csv is no file", "topics.txt"),
+    "another model": ([*EVALUATE, "topics.txt", "--against", "no/such"], OFFLINE, None),
+    "an artifact to export": (["export", "ful", "-o", "out"], OFFLINE, "full"),
+    "the output of an export": (["export", "dense", "-o", "full"], "full is not empty and not", None),
+    "an artifact to verify": (["verify", "dnese"], "dnese is not a folder", "dense"),
+    "an artifact to push": (["push", "dnese", "me/model"], "dnese is not a folder", "dense"),
+}
+
+
+def test_what_is_not_there_is_told_before_anything_slow_is_imported(made):
+    before = sorted(made.rglob("*"))
+    got = run(made, *(command for command, _, _ in REFUSED.values()), HF_HUB_OFFLINE="1")
+    for (code, stdout, stderr, imported), (case, (_, said, near)) in zip(got, REFUSED.items(), strict=True):
+        assert code in (1, 2) and stdout == "", (case, stderr)
+        assert said in stderr and stderr.count("\n") == 1, (case, stderr)
+        assert ("did you mean" in stderr) == (near is not None), (case, stderr)
+        assert near is None or f"did you mean '{near}'?" in stderr, (case, stderr)
+        assert imported == [], case
+    assert sorted(made.rglob("*")) == before
+
+
+def test_a_plan_of_a_model_that_is_known_imports_nothing_slow(made, tmp_path, monkeypatch):
+    """What is learnt of the stock model here is read there, and the plans are equal."""
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    asked = plan(Recipe("dense", experts=2, bond_dim=4)).to_json()
+    monkeypatch.setattr(memo, "_is_used", lambda: True)
+    assert plan(Recipe("dense", experts=2, bond_dim=4)).to_json() == asked
+    command = ["plan", "dense", "--experts", "2", "--bond-dim", "4", "--json"]
+    [[code, stdout, stderr, imported]] = run(made, command, HF_HOME=str(tmp_path))
+    assert (code, stderr, imported) == (0, "", [])
+    assert json.loads(stdout) == json.loads(json.dumps(asked))
+
+
+# --------------------------------------------------------------------------------------------- a first line
+
+
+def test_a_line_says_what_begins_on_a_terminal_alone(monkeypatch, capsys):
+    app.announce("Converting gpt2", quiet=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    app.announce("Converting gpt2", quiet=True)
+    monkeypatch.setenv("RANK", "1")
+    app.announce("Converting gpt2", quiet=False)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    app.announce("Converting gpt2", quiet=False)
+    assert capsys.readouterr() == ("", "Converting gpt2 …\n")
+
+
+@pytest.fixture
+def instead(tmp_path):
+    """A folder with modules that are found before those that are installed."""
+
+    def make(name: str, code: str) -> dict[str, str]:
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        return {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["dense", "-o", "out"], "Converting dense …"),
+        (["finetune", "dense", "-o", "out", "--data", "topics.txt"], "Fine-tuning dense …"),
+        (["evaluate", "dense", "--data", "topics.txt"], "Scoring dense …"),
+        (["export", "dense", "-o", "out"], "Exporting dense …"),
+    ],
+)
+def test_the_line_comes_before_torch(args, said, made, instead):
+    mine, theirs = pty.openpty()
+    variables = instead("torch", "import os\nos._exit(7)")
+    command = [sys.executable, "-m", "mpoe_convert", *args]
+    done = subprocess.run(command, cwd=made, env=variables, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    assert os.read(mine, 1000).decode().split("\r\n")[0] == said
+    os.close(mine)
+    assert (done.returncode, done.stdout) == (7, b"")
+
+
+# ------------------------------------------------------------------------------------------------- interrupts
+
+# What an import does to an interrupt that comes while it runs: it lets it through, hides it, or renames it.
+KILL = "import os, signal\nos.kill(os.getpid(), signal.{})\n"
+TRY = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.{})\nexcept BaseException:\n    "
+IMPORTS = {"lets it through": KILL, "hides it": TRY + "pass", "renames it": TRY + "raise ImportError"}
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("code", IMPORTS.values(), ids=IMPORTS)
+def test_an_interrupt_while_libraries_are_imported_is_one_line(code, sent, made, instead):
+    variables = instead("torch", code.format(sent) + "\nimport os\nos._exit(7)  # it went on")
+    command = [sys.executable, "-m", "mpoe_convert", "dense", "-o", "out"]
+    done = subprocess.run(command, cwd=made, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + getattr(signal, sent), "")
+    assert done.stderr == f"Stopped by {sent}; no output was written.\n"
+
+
+@pytest.mark.parametrize("code", IMPORTS.values(), ids=IMPORTS)
+def test_an_interrupt_while_the_command_itself_is_imported_is_one_line(code, made, instead):
+    variables = instead("rich", code.format("SIGINT") + "\nimport os\nos._exit(7)  # it went on")
+    command = [sys.executable, "-c", "from mpoe_convert.__main__ import main; main()", "plan", "dense"]
+    done = subprocess.run(command, cwd=made, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Stopped by SIGINT; no output was written.\n"
+
+
+def test_the_installed_script_is_that_entry():
+    lines = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    assert 'mpoe-convert = "mpoe_convert.__main__:main"' in lines
