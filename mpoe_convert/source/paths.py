@@ -24,14 +24,19 @@ def stays_inside(file: str) -> bool:
 def is_path(name: str) -> bool:
     """Whether a name can only mean a file or folder of this machine, be it there or not.
 
-    Such names begin or end as paths do, end like a file and have no owner, or cannot be ids of the Hub.
+    Such names are written like paths, or cannot be ids of the Hub.
     """
+    plain = name.strip()
+    is_id = _HUB_ID.fullmatch(plain) and not ("--" in plain or ".." in plain or plain.endswith(".git"))
+    return is_written_like_a_path(name) or not is_id
+
+
+def is_written_like_a_path(name: str) -> bool:
+    """Whether a name begins or ends as paths do, or ends like a file and has no owner."""
     plain = name.strip()
     if not plain or plain.startswith((".", "~", "/", "\\")) or plain.endswith(("/", "\\")):
         return True
-    if PureWindowsPath(plain).drive or _ENDING.fullmatch(plain):
-        return True
-    return not _HUB_ID.fullmatch(plain) or "--" in plain or ".." in plain or plain.endswith(".git")
+    return bool(PureWindowsPath(plain).drive or _ENDING.fullmatch(plain))
 
 
 def check_model_name(name: str) -> None:

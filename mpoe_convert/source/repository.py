@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..errors import CheckpointError, HubError
 from . import hub
-from .paths import did_you_mean, is_path, local
+from .paths import did_you_mean, is_written_like_a_path, local
 from .safetensors_file import TensorInfo, tensor_info
 
 
@@ -160,7 +160,7 @@ def local_folder(model: str) -> Path | None:
             f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
             f"pass its folder, {path.parent}"
         )
-    if is_path(model):
+    if is_written_like_a_path(model):
         raise CheckpointError(
             f"there is no folder {model!r}: check the path, or pass a Hub id{did_you_mean(model)}"
         )
