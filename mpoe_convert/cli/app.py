@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -106,9 +106,7 @@ def handle_signals() -> Iterator[None]:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         if _command_imports(frame):
-            _say_stopped("no output was written")
-            sys.stderr.flush()
-            os._exit(128 + number)
+            end_at_once(number)
         raise KeyboardInterrupt
 
     _STOPPED_BY.clear()
@@ -131,10 +129,21 @@ def handle_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def end_at_once(number: int) -> NoReturn:
+    """End in one line by a signal that comes while nothing has been begun."""
+    shown = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a bar has its line, and hides the cursor
+    os.write(2, f"{shown}{_stopped(number, 'no output was written')}\n".encode())
+    os._exit(128 + number)
+
+
+def _stopped(number: int, left: str) -> str:
+    return f"Stopped by {signal.Signals(number).name}; {left}."
+
+
 def _say_stopped(left: str) -> int:
     """Tell what stopped the run, and what it leaves; the exit code."""
     number = (_STOPPED_BY or [signal.SIGINT])[0]
-    click.echo(f"Stopped by {signal.Signals(number).name}; {left}.", err=True)
+    click.echo(_stopped(number, left), err=True)
     return 128 + number
 
 
