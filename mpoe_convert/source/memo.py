@@ -53,10 +53,10 @@ def remembered(what: str, of: object, learn: Callable[[], Any]) -> Any:
 
 
 def folder() -> Path:
-    """Where answers are kept: beside the caches of the Hub's libraries."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
-    return Path(home).expanduser() / "mpoe-convert"
+    """Where answers are kept: in the assets cache of the Hub's libraries."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE, "mpoe-convert", "stock-models")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny import save_tiny
+from huggingface_hub import constants
 
 from mpoe_convert import Recipe, plan
 from mpoe_convert.cli import app
@@ -98,12 +99,12 @@ def test_what_is_not_there_is_told_before_anything_slow_is_imported(made):
 def test_a_plan_of_a_model_that_is_known_imports_nothing_slow(made, tmp_path, monkeypatch):
     """What is learnt of the stock model here is read there, and the plans are equal."""
     monkeypatch.chdir(made)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
     asked = plan(Recipe("dense", experts=2, bond_dim=4)).to_json()
     monkeypatch.setattr(memo, "_is_used", lambda: True)
     assert plan(Recipe("dense", experts=2, bond_dim=4)).to_json() == asked
     command = ["plan", "dense", "--experts", "2", "--bond-dim", "4", "--json"]
-    [[code, stdout, stderr, imported]] = run(made, command, HF_HOME=str(tmp_path))
+    [[code, stdout, stderr, imported]] = run(made, command, HF_ASSETS_CACHE=str(tmp_path))
     assert (code, stderr, imported) == (0, "", [])
     assert json.loads(stdout) == json.loads(json.dumps(asked))
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Recipe, plan
@@ -14,7 +15,7 @@ from mpoe_convert.source import memo
 def asked(tmp_path, monkeypatch):
     """Questions that were not answered from the disk; as in a process that has not imported transformers."""
     found = []
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr(memo, "_is_used", lambda: True)
     keep = memo._keep
     monkeypatch.setattr(
@@ -44,7 +45,7 @@ def test_a_damaged_file_and_a_place_that_cannot_be_written_are_as_nothing(asked,
     for text in ("", "{", "[]", '{"question": "what"}'):
         file.write_text(text, encoding="utf-8")
         assert memo.remembered("what", 1, lambda: "again") == "again"
-    monkeypatch.setenv("HF_HOME", str(file))  # a file is no folder
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(file))  # a file is no folder
     assert memo.remembered("what", 1, lambda: "third") == "third"
 
 
@@ -57,7 +58,7 @@ def test_errors_and_large_answers_are_not_kept(asked, monkeypatch):
 
 
 def test_a_process_that_has_transformers_asks_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "home"))
     memo._is_used.cache_clear()
     answers = iter((1, 2))
     assert [memo.remembered("what", 1, lambda: next(answers)) for _ in range(2)] == [1, 2]
