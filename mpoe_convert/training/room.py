@@ -29,7 +29,8 @@ def disk_bytes(trainer: MpoeTrainer, result_bytes: int) -> int:
     trained = 0 if trainer.args.save_only_model else sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = copies * WEIGHT_BYTES * sum(p.numel() for p in parameters) + MOMENT_BYTES * trained
     saves = num_saves(trainer.args, len(trainer.train_dataset))  # type: ignore[arg-type]
-    kept = min(saves, trainer.args.save_total_limit or saves)
+    limit = trainer.args.save_total_limit
+    kept = min(saves, max(limit, 1 + trainer.args.load_best_model_at_end) if limit else saves)
     return max(min(saves, kept + 1) * checkpoint, kept * checkpoint + result_bytes)
 
 
