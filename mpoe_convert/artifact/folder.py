@@ -52,13 +52,14 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise _output_error(error, output) from error
 
 
-def check_space(output: Path, source: Path | None, num_bytes: int) -> None:
+def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "the artifact") -> None:
     """Check that output and source folder do not overlap, and that the disk has room.
 
     Args:
         output: folder to write.
         source: folder of the source; None if it is in the Hub's cache.
-        num_bytes: that the artifact needs.
+        num_bytes: that is needed.
+        what: needs them.
 
     Raises:
         OutputError: they overlap, or the disk is too full; names both folders, or both sizes.
@@ -75,7 +76,7 @@ def check_space(output: Path, source: Path | None, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OutputError(
-            f"the artifact needs {num_bytes / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free; "
+            f"{what} needs {num_bytes / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free; "
             "free some space or choose another output"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..source.safetensors_file import DTYPE2BYTES
+from ..source.state_dict import is_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +55,20 @@ def num_bytes(tensor: TensorSpec) -> int:
 
 
 def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file. Raises OSError if it cannot be written, for example on a full disk."""
+    """Write one safetensors file.
+
+    Raises:
+        CheckpointError: a weight holds NaN or infinities; masks and tables may.
+        OSError: it cannot be written, for example on a full disk.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from ..tensors import check_finite
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_buffer(name):
+            check_finite(tensor, name)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

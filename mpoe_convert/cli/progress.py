@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -66,30 +68,53 @@ def silence_hub() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints, where training runs in several."""
-    from accelerate import PartialState
+    """Whether this process prints, where a launcher started several; known before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
 
-    return PartialState().is_main_process
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """What `finetune` shows: a line for whatever is logged and for notes, bars below on a terminal."""
+
+    out: Console
+    bars: Progress
+
+    def log(self, step: int, steps: int, logs: Mapping[str, float]) -> None:
+        """A line for what Trainer logs."""
+        if line := training_line(logs):
+            self.out.print(f"step {step}/{steps}  {line}", highlight=False)
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        """A line for a note; elsewhere a bar, which goes when an evaluation ends."""
+        if not total:
+            self.out.print(escape(what), highlight=False, soft_wrap=True)
+        elif self.out.is_terminal:
+            self._move_bar(what, done, total)
+
+    def _move_bar(self, what: str, done: int, total: int) -> None:
+        found = [task.id for task in self.bars.tasks if task.description == what]
+        bar = found[0] if found else self.bars.add_task(what)
+        self.bars.start()
+        if what != "training" and done >= total:
+            self.bars.remove_task(bar)
+        else:
+            self.bars.update(bar, completed=done, total=total)
 
 
 @contextmanager
-def training_progress(enabled: bool) -> Iterator:
-    """A progress callback for `finetune`: a line for whatever is logged, a bar below on a terminal."""
-    out = console(stderr=True)
-    if not enabled:
+def training_progress(enabled: bool, out: Console | None = None) -> Iterator[TrainingProgress | None]:
+    """Progress for `finetune`; None if nothing is to be shown."""
+    if not (enabled and is_main_process()):
         yield None
         return
-    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out, transient=True)
-    task = bar.add_task("")
-
-    def update(step: int, steps: int, logs: Mapping[str, float]) -> None:
-        bar.update(task, completed=step, total=steps)
-        line = training_line(logs)
-        if line:
-            out.print(f"step {step}/{steps}  {line}", highlight=False)
-
-    with bar if out.is_terminal else nullcontext():
-        yield update
+    out = out or console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=out, transient=True)
+    try:
+        yield TrainingProgress(out, bars)
+    finally:
+        if bars.tasks:
+            bars.stop()
 
 
 @contextmanager

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,11 +26,24 @@ from .options import (
     token_option,
 )
 
+if TYPE_CHECKING:
+    from .progress import TrainingProgress
 
-@click.command(cls=GroupedCommand)
+TYPED = "mpoe_convert.typed"  # where a context keeps the arguments as they were typed
+
+
+class RepeatableCommand(GroupedCommand):
+    """A command that can say how it was called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[TYPED] = [*args]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=RepeatableCommand)
 @click.argument("model", required=False)
 @output_option()
-@option("--resume", heading="Output", is_flag=True, help="Continue from the last checkpoint in it.")
+@option("--resume", heading="Output", is_flag=True, help="Continue from the newest whole checkpoint in it.")
 @config_option("Data")
 @options_of(Finetuning, skip={"model"}, from_file=True)
 @token_option("Data")
@@ -59,22 +77,65 @@ def finetune(
 def run_finetuning(
     run: Finetuning, output: str, resume: bool, token: str | None, as_json: bool, quiet: bool
 ) -> None:
-    from ..training.finetune import finetune as train
-    from .progress import is_main_process, silence_libraries, training_progress
-    from .tables import console, print_training
+    from ..training.checkpoints import check_place
+    from .progress import is_main_process, training_progress
 
-    silence_libraries()
-    try:
-        with training_progress(not quiet) as progress:
-            report = train(run, output, resume=resume, token=token, progress=progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"checkpoints in {output}, if any, are continued with --resume") from None
+    check_place(Path(output), resume)  # before the imports, which take seconds
+    again = continuing_command(click.get_current_context())
+    with _told_how_to_go_on(Path(output), again), training_progress(not quiet) as shown:
+        report = _train(run, output, resume, token, shown)
     if not is_main_process():
         return
     if as_json:
         echo_json(report)
     elif not quiet:
+        from .tables import console, print_training
+
         print_training(report, output, console())
+
+
+def _train(
+    run: Finetuning, output: str, resume: bool, token: str | None, shown: TrainingProgress | None
+) -> dict:
+    if shown is not None:
+        shown.watch("loading transformers", 0, 0)
+    from ..training.finetune import finetune as train
+    from .progress import silence_libraries
+
+    silence_libraries()
+    progress, watch = (shown.log, shown.watch) if shown is not None else (None, None)
+    return train(run, output, resume=resume, token=token, progress=progress, watch=watch)
+
+
+@contextmanager
+def _told_how_to_go_on(output: Path, again: str) -> Iterator[None]:
+    """Say after a signal which checkpoint there is, and which command goes on from it."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        from ..training.checkpoints import find_checkpoint
+        from .progress import is_main_process
+
+        number = getattr(stopped, "number", None)
+        if number is None:
+            if (last := find_checkpoint(output)) is None:
+                raise
+            raise KeyboardInterrupt(f"{last} is whole. Go on with: {again}") from None
+        if is_main_process():
+            click.echo(f"{stopped}. Go on with: {again}", err=True)
+        raise SystemExit(128 + number) from None
+
+
+def continuing_command(ctx: click.Context) -> str:
+    """The command that goes on with a run: as it was typed, without a token, and with --resume."""
+    if "RANK" in os.environ:
+        return "the command that started it, and --resume"
+    kept, secret = [], False
+    for word in ctx.meta[TYPED]:
+        if not secret and word.partition("=")[0] not in ("--token", "--resume"):
+            kept.append(word)
+        secret = word == "--token"
+    return shlex.join([*ctx.command_path.split(), *kept, "--resume"])
 
 
 @click.command(cls=GroupedCommand)

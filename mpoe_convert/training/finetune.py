@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,14 +28,37 @@ from ..artifact.loading import (
     load_tokenizer,
     task_of,
 )
-from ..errors import OutputError, TrainingError, few
+from ..errors import TrainingError
 from ..extras import need
 from ..source import texts
+from .checkpoints import (
+    Record,
+    check_place,
+    check_same_run,
+    remove_leftovers,
+    what_is_left,
+    writing_into,
+)
+from .fingerprints import hash_of_examples, hash_of_model
+from .interrupts import StopOnSignal
 from .request import Finetuning
 from .roles import freeze, has_centre
+from .room import bytes_in, disk_bytes
 from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
-from .trainer import CentreMask, FollowStep, MpoeTrainer, OnLog, RouterLog, StopAtNonFinite, TellLogs
+from .trainer import (
+    CentreMask,
+    FindBest,
+    FollowStep,
+    MpoeTrainer,
+    OnLog,
+    RouterLog,
+    ShowSteps,
+    StopAtNonFinite,
+    TellLogs,
+    Watch,
+    check_weights,
+)
 
 try:
     from accelerate import PartialState
@@ -49,8 +72,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# What a checkpoint takes at least: its weights are float32.
-CHECKPOINT_BYTES = 4
+_STOPPING = "stops after this step, whose checkpoint is saved; once more ends at once"
 
 
 def finetune(
@@ -60,11 +82,14 @@ def finetune(
     resume: bool = False,
     token: str | None = None,
     progress: OnLog | None = None,
+    watch: Watch | None = None,
 ) -> dict:
     """Train a model and write it to `output`, with `training_report.json` beside it.
 
-    Checkpoints lie in `output` while training goes on; `resume` continues from the last one, to the same
-    model as a run that was not interrupted. `accelerate launch` or `torchrun` start it on several devices.
+    Checkpoints lie in `output` while training goes on; `resume` continues from the newest whole one, to the
+    same model as a run that was not interrupted. Ctrl-C, SIGTERM and SIGHUP end a run after its step, whose
+    checkpoint is saved; the second signal ends it at once. `accelerate launch` or `torchrun` start it on
+    several devices.
 
     >>> from mpoe_convert import Finetuning, finetune
     >>> run = Finetuning(model="out", data="text.txt", steps=1, batch_size=1, length=16, learning_rate=1e-4)
@@ -75,9 +100,11 @@ def finetune(
     Args:
         run: the request.
         output: folder to write.
-        resume: continue from the last checkpoint in `output`.
+        resume: continue from the newest whole checkpoint in `output`; it has to be one of the same request.
         token: for models and data of the Hub, in no report; by default the stored login.
         progress: called as progress(step, steps, logged values) whenever something is logged.
+        watch: called as watch("training", step, steps) after every step, watch("evaluating", batches, of how
+            many) after every batch of an evaluation, and watch(note, 0, 0) before what takes time.
 
     Returns:
         The contents of training_report.json: settings, the log, seconds, and the last evaluation.
@@ -85,33 +112,55 @@ def finetune(
     Raises:
         TrainingError: model and options do not fit.
         DataError: the data cannot be read or do not fit the task.
-        OutputError: `output` is not empty, has no checkpoint to resume from, or cannot be written; this is
-            tried before the first step.
+        OutputError: `output` is not empty, has no checkpoint to resume from or one of another request, or
+            cannot be written; this is tried before the first step.
+        Interrupted: a signal ended the run, and its checkpoint is saved; a KeyboardInterrupt.
     """
     need("finetune", "datasets", extra="train")
     texts.check_sources((*run.data, *run.eval_data))
 
     output = Path(output)
-    checkpoint = _last_checkpoint(output, resume)
-    preexisting = frozenset(file_names(output))
+    with writing_into(output):
+        return _finetune(run, output, resume, token, progress, watch or _silent)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _finetune(
+    run: Finetuning, output: Path, resume: bool, token: str | None, progress: OnLog | None, watch: Watch
+) -> dict:
+    checkpoint = check_place(output, resume)
     state = PartialState()
+    watch = watch if state.is_main_process else _silent
+    if state.is_main_process:
+        for name in remove_leftovers(output):
+            watch(f"removed {output / name}, which a run that ended had not finished", 0, 0)
+    preexisting = frozenset(file_names(output))
     _check_precision(run, state)
     config = load_config(run.model, token, **run.trust)
     kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
+    watch("reading the data", 0, 0)
     with state.main_process_first():  # the others find the mapped rows in the cache
         data = _read(run, kind, config, tokenizer, token)
         companions = companions_of(run.model, config, token)
+    watch("loading the model", 0, 0)
     set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
     model = _load_model(run, data, token)
+    teacher = _load_teacher(run, data, token) if run.teacher else None
+    record = Record.of(run, _contents(model, teacher, data), state.num_processes)
+    if checkpoint is not None and state.is_main_process:
+        check_same_run(checkpoint, record)
     stored = _Stored(model)
     model = model.float()
     for what in run.freeze:
         freeze(model, what)
     result = Result(output, companions, preexisting, set_generation_aside(model, run.model, token))
     if state.is_main_process:
-        check_space(output, None, stored.num_bytes(model) + CHECKPOINT_BYTES * model.num_parameters())
         result.rehearse(model, tokenizer, _report(run, data))
+    stop = StopOnSignal(lambda number: watch(f"{signal.Signals(number).name}: {_STOPPING}", 0, 0))
     trainer = MpoeTrainer(
         model=model,
         args=_arguments(run, output, has_eval=data.evaluation is not None),
@@ -120,13 +169,18 @@ def finetune(
         data_collator=data.task.collator(model),
         processing_class=tokenizer,
         compute_metrics=data.task.training_metrics(),
-        callbacks=_callbacks(run, model),
+        callbacks=[*_callbacks(run, model), FindBest(), ShowSteps(watch), stop],
         run=run,
-        teacher=_load_teacher(run, data, token) if run.teacher else None,
+        teacher=teacher,
+        record=record,
     )
-    with _failing_into(output):
-        report = _train(trainer, data, checkpoint, progress)
-        _check_weights(trainer, output)
+    if state.is_main_process:
+        needed = disk_bytes(trainer, stored.num_bytes(model))
+        check_space(output, None, needed - bytes_in(output), "the run")
+        watch(f"needs up to {needed / 1e6:,.1f} MB in {output}", 0, 0)
+    with _failing_into(output), stop.listening():
+        report = _train(trainer, data, checkpoint and str(checkpoint), progress)
+        check_weights(cast("nn.Module", trainer.model), trainer.state.global_step)
     if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
         stored.restore(cast("PreTrainedModel", trainer.model))
     result.write(trainer, report)
@@ -135,7 +189,7 @@ def finetune(
 
 @contextmanager
 def _failing_into(output: Path) -> Iterator[None]:
-    """Tell what a run that fails leaves: its checkpoints, and no empty folder.
+    """Tell what a run that fails leaves: its checkpoints.
 
     Raises:
         TrainingError: the run failed.
@@ -143,32 +197,19 @@ def _failing_into(output: Path) -> Iterator[None]:
     try:
         yield
     except TrainingError as error:
-        with suppress(OSError):
-            output.rmdir()  # which succeeds if it is empty
-        last = _find_checkpoint(output)
-        left = f"{last} is from before" if last else "no checkpoint was saved before, so nothing is left"
-        raise TrainingError(f"{error}; {left}") from error
+        raise TrainingError(f"{error}; {what_is_left(output)}") from error
 
 
-def _check_weights(trainer: MpoeTrainer, output: Path) -> None:
-    """Remove the last step's checkpoint if that step, whose loss nobody saw, left NaN or infinities.
-
-    Raises:
-        TrainingError: it did.
-    """
-    model = cast("PreTrainedModel", trainer.model)
-    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if broken:
-        shutil.rmtree(output / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
-        raise TrainingError(
-            f"{few(broken)} hold NaN or infinities after the last step; lower the learning rate"
-        )
-
-
-def _find_checkpoint(output: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(output)) if output.is_dir() else None
+def _contents(model: PreTrainedModel, teacher: PreTrainedModel | None, data: _Data) -> dict[str, str]:
+    """Hashes of what the run reads, by the fields of the request that name it; of the main process."""
+    if not PartialState().is_main_process:  # others may not have the weights
+        return {}
+    found = {"model": hash_of_model(model), "data": hash_of_examples(data.train)}
+    if teacher is not None:
+        found["teacher"] = hash_of_model(teacher)
+    if data.evaluation is not None:
+        found["eval_data"] = hash_of_examples(data.evaluation)
+    return found
 
 
 def _check_precision(run: Finetuning, state: PartialState) -> None:
@@ -218,18 +259,6 @@ def _report(run: Finetuning, data: _Data) -> dict:
     """The report of a training that has done nothing yet."""
     done = {"steps": 0, "seconds": 0.0, "resumed": False, "evaluation": None, "log": []}
     return {"run": asdict(run), "task": data.task.name, **done}
-
-
-def _last_checkpoint(output: Path, resume: bool) -> str | None:
-    found = _find_checkpoint(output)
-    if resume and found is None:
-        raise OutputError(f"{output} holds no checkpoint to resume from; expected one that a run has left")
-    if not resume and output.exists() and any(output.iterdir()):
-        what = (
-            "checkpoints of a run: continue it with --resume" if found else "something: choose another folder"
-        )
-        raise OutputError(f"{output} already holds {what}")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..errors import OutputError, one_line
 from ..source.hub import CHAT_TEMPLATES, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
+from .checkpoints import SCRATCH, find_checkpoint
 from .record import forget_evaluations
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     from .trainer import MpoeTrainer
 
-# Where the result is made, inside the output: moving it into place takes no room.
-SCRATCH = ".being-written"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -65,7 +64,6 @@ class Result:
         Raises:
             OutputError: it could not be written.
         """
-        is_new = not self.folder.exists()
         try:
             with self._scratch() as folder:
                 if model.can_generate() and model.generation_config is not None:
@@ -79,10 +77,6 @@ class Result:
                 f"{self.folder} could not be written after training ({one_line(error)}): repair this first; "
                 "nothing was trained"
             ) from error
-        finally:
-            if is_new:
-                with suppress(OSError):
-                    self.folder.rmdir()
 
     def write(self, trainer: MpoeTrainer, report: dict) -> None:
         """Write the trained model and its report, and remove the checkpoints. Every process calls this.
@@ -109,9 +103,7 @@ class Result:
         wait()
 
     def _remedy(self) -> str:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        if (last := get_last_checkpoint(str(self.folder))) is None:
+        if (last := find_checkpoint(self.folder)) is None:
             return "no checkpoint holds it, because none was to be saved"
         return f"{last} holds it, so repair this and go on with --resume"
 

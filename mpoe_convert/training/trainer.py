@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from .. import experts
 from ..artifact.loading import HoldsMixtures
-from ..errors import TrainingError
+from ..errors import OutputError, TrainingError, few, one_line
+from .checkpoints import PARTIAL, Record, find_checkpoint, what_is_left, write_record
 from .request import Finetuning
 from .roles import mask_centre, param_groups
 from .router_stats import router_stats
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 
 # Called as progress(step, steps, logged values).
 OnLog = Callable[[int, int, Mapping[str, float]], None]
+# Called as watch(what is done, how many steps or batches are done, of how many); 0 of 0: a note.
+Watch = Callable[[str, int, int], None]
 
 
 class CentreMask(TrainerCallback):
@@ -58,6 +66,7 @@ class RouterLog(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.latest, self.loads = {}, {}  # of this step, or none
         if (state.global_step + 1) % args.logging_steps == 0:
             self._stats = self._watching.enter_context(router_stats(kwargs["model"]))
 
@@ -67,7 +76,6 @@ class RouterLog(TrainerCallback):
         if not self._stats:
             return
         self._watching.close()
-        self.latest, self.loads = {}, {}
         for path, stats in self._stats.items():
             load = stats.load
             self.loads[path] = [round(fraction, 4) for fraction in load.tolist()]
@@ -104,6 +112,57 @@ class StopAtNonFinite(TrainerCallback):
             check_finite_step("gradient norm", norms.norm(), state.global_step + 1)
 
 
+class ShowSteps(TrainerCallback):
+    """Tells after every step, and every batch of an evaluation, how far a run is."""
+
+    def __init__(self, watch: Watch):
+        self.watch, self.batches = watch, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.watch("training", state.global_step, state.max_steps)
+
+    on_step_end = on_train_begin
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches += 1
+        if state.is_world_process_zero:
+            self.watch("evaluating", self.batches, len(kwargs["eval_dataloader"]))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches = 0
+
+
+class FindBest(TrainerCallback):
+    """Finds the best checkpoint where it is: a checkpoint names it as it was called when it was written."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raises TrainingError if an optimizer step left NaN or infinities, which no loss has shown yet."""
+    broken = [name for name, p in model.named_parameters() if _num_broken(p)]
+    if broken:
+        raise TrainingError(f"NaN or infinities in {few(broken)} after step {step}; lower the learning rate")
+
+
+def _num_broken(parameter: torch.Tensor) -> int:
+    """How many values are NaN or infinite; of a shard those of all processes."""
+    found = (~torch.isfinite(parameter)).sum()
+    return int(found.full_tensor() if isinstance(found, DTensor) else found)
+
+
 def check_finite_step(what: str, value: torch.Tensor, step: int) -> None:
     """Raises TrainingError if a scalar of a step is NaN or infinite."""
     if not torch.isfinite(value).all():
@@ -134,9 +193,10 @@ class TellLogs(TrainerCallback):
 class MpoeTrainer(Trainer):
     """Trainer with learning rates by role, distillation, and routers in the log."""
 
-    def __init__(self, *args: Any, run: Finetuning, teacher: nn.Module | None, **kwargs: Any):
+    def __init__(self, *args: Any, run: Finetuning, teacher: nn.Module | None, record: Record, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run, self.teacher = run, teacher
+        self.run, self.teacher, self.record = run, teacher, record
+        self._is_saving = False
         self.router_log = next((c for c in kwargs["callbacks"] if isinstance(c, RouterLog)), None)
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
@@ -172,8 +232,68 @@ class MpoeTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step's loss. Raises TrainingError if it is not finite: transformers hides that in its log."""
         loss = super().training_step(*args, **kwargs)
-        check_finite_step("loss", loss, self.state.global_step + 1)
+        worst = loss
+        if self.args.world_size > 1 and torch.distributed.is_initialized():  # all processes end together
+            worst = torch.where(loss.isfinite(), 0.0, torch.inf)
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        check_finite_step("loss", worst if loss.isfinite().all() else loss, self.state.global_step + 1)
         return loss
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        folder = super()._get_output_dir(*args, **kwargs)
+        return os.path.join(folder, PARTIAL) if self._is_saving else folder
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint under another name; it gets its own when it is whole. Every process calls this.
+
+        Raises:
+            OutputError: it cannot be written. The ones from before are left.
+            TrainingError: the step destroyed the weights.
+        """
+        check_weights(cast("nn.Module", self.model), self.state.global_step)
+        output = Path(str(self.args.output_dir))
+        wait, writes = self.accelerator.wait_for_everyone, self.args.should_save
+        if writes:
+            shutil.rmtree(output / PARTIAL, ignore_errors=True)
+        wait()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            wait()
+            self._publish(output, f"checkpoint-{self.state.global_step}", writes)
+            wait()
+        except Exception as error:  # every library that writes may raise anything
+            if writes:
+                shutil.rmtree(output / PARTIAL, ignore_errors=True)
+            raise OutputError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {output} "
+                f"({one_line(error)}); {what_is_left(output)}; free some space or repair this, then run again"
+                f"{' with --resume' if find_checkpoint(output) else ''}"
+            ) from error
+        finally:
+            self._is_saving = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output / f"checkpoint-{self.state.global_step}"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # not before it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _publish(self, output: Path, name: str, writes: bool) -> None:
+        """Complete a checkpoint that was written, move it into place, and remove old ones."""
+        made, state = output / PARTIAL / name, self.state
+        if state.best_global_step == state.global_step:  # the name that it had while it was written
+            state.best_model_checkpoint = str(output / name)
+        if not writes:
+            return
+        state.save_to_json(str(made / "trainer_state.json"))
+        write_record(made, self.record)
+        shutil.rmtree(output / name, ignore_errors=True)  # saved twice: after the step and after the epoch
+        os.replace(made, output / name)
+        made.parent.rmdir()
+        rotate_checkpoints(
+            str(output), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+        )
 
     def compute_loss(
         self,

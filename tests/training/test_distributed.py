@@ -1,13 +1,25 @@
 """DDP and FSDP2 with two processes on one machine (gloo): the same loss, gradients and step as without."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.data import words
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launch(script: str, *args: object) -> str:
+    """What two processes print."""
+    done = subprocess.run(
+        [*LAUNCH, HELPERS / script, *map(str, args)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -20,13 +32,21 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed.py"
 )
 def test_wrapped_it_is_the_same(model_type, layout, how, artifact):
     _, out = artifact(model_type, layout=layout, noise=0.1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, SCRIPT, out, how], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {rank: line for rank, line in re.findall(r"rank (\d): (loss=.*)", done.stdout)}
-    assert found.keys() == {"0", "1"}, done.stdout
+    printed = launch("distributed.py", out, how)
+    found = {rank: line for rank, line in re.findall(r"rank (\d): (loss=.*)", printed)}
+    assert found.keys() == {"0", "1"}, printed
     for line in found.values():
         numbers = {name: float(value) for name, value in re.findall(r"(\w+)=(\S+)", line)}
         scale = 5000 if how.endswith("bfloat16") else 1  # steps between bfloat16 numbers are 2**-8
         assert numbers["loss"] < 1e-6 * scale, numbers
         assert numbers["gradient"] < 1e-5 * scale and numbers["logits"] < 1e-5 * scale, numbers
+
+
+def test_a_signal_to_one_process_ends_all_at_the_same_step(artifact, tmp_path):
+    """Both save the step that runs, and go on to the same model."""
+    (tmp_path / "text.txt").write_text(words(600))
+    _, out = artifact("gpt2", noise=0.1)
+    printed = launch("interrupted.py", out, tmp_path / "text.txt", tmp_path, "{}")
+    for rank in (0, 1):
+        assert f"rank {rank} step 3 signal {int(signal.SIGTERM)}\n" in printed, printed
+    assert re.search(r"differ 0 of [1-9]\d+", printed), printed

@@ -62,18 +62,24 @@ def test_the_last_good_checkpoint_stays(dense, data, tmp_path, monkeypatch):
     assert state["global_step"] == 3
 
 
-def test_weights_that_only_the_last_step_destroyed(dense, data, tmp_path, monkeypatch):
-    step = torch.optim.AdamW.step
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_that_destroys_the_weights_is_no_checkpoint(steps, dense, data, tmp_path, monkeypatch):
+    """Its own loss and gradient are finite, and nobody sees another one of those weights."""
+    step, taken = torch.optim.AdamW.step, []
 
     def overflow(self, *args, **kwargs):
         found = step(self, *args, **kwargs)
-        self.param_groups[0]["params"][0].data.fill_(float("inf"))
+        taken.append(1)
+        if len(taken) == steps:
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(TrainingError, match=r"hold NaN or infinities after the last step"):
-        finetune(run(dense, data, steps=1), tmp_path / "tuned")
-    assert not (tmp_path / "tuned").exists()
+    with pytest.raises(TrainingError, match=rf"NaN or infinities in '.*' after step {steps}; lower"):
+        finetune(run(dense, data, steps=steps, save_every=1), tmp_path / "tuned")
+    left = sorted(path.name for path in tmp_path.glob("tuned/*"))
+    assert left == [f"checkpoint-{number}" for number in range(1, steps)]
+    assert (tmp_path / "tuned").exists() == (steps > 1)
 
 
 def test_a_block_of_one_token_teaches_nothing(dense, data, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ from mpoe_convert import Finetuning, evaluate, finetune, verify
 from mpoe_convert.artifact.layout import file_names, is_artifact, own_files
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, OutputError, RunError, TrainingError
+from mpoe_convert.training.interrupts import Interrupted
 from mpoe_convert.training.roles import role_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -198,31 +201,96 @@ def test_accumulated_passes_make_the_same_step(artifact, text, tmp_path):
 # Interrupted runs
 
 
-class Killed(Exception):
-    pass
+class Killed(BaseException):
+    """Ends a process as SIGKILL does: nothing is cleaned up."""
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-@pytest.mark.parametrize("step", [3, 6])
-def test_resumed_it_is_the_same_model(step, model_type, artifact, text, tmp_path):
-    """Killed between checkpoints: dropout, data order, mask, schedule and the balancing bias go on alike."""
+def kill(step: int):
+    def progress(done: int, steps: int, logs) -> None:
+        if done == step:
+            raise Killed
+
+    return {"progress": progress}
+
+
+def interrupt(step: int, number: int):
+    def watch(what: str, done: int, total: int) -> None:
+        if (what, done) == ("training", step):
+            signal.raise_signal(number)
+
+    return {"watch": watch}
+
+
+def kill_while_saving(step: int, monkeypatch) -> dict:
+    save = torch.save
+
+    def half(value, path, *args, **kwargs):
+        if str(path).endswith(f"checkpoint-{step}/scheduler.pt"):
+            raise Killed
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", half)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "how", "at"),
+    [
+        ("gpt2", kill(3), 2),
+        ("llama", kill(6), 4),
+        ("gpt2", interrupt(3, signal.SIGINT), 3),
+        ("llama", interrupt(5, signal.SIGTERM), 5),
+        ("gpt2", kill_while_saving, 2),
+    ],
+)
+def test_resumed_it_is_the_same_model(how, at, model_type, artifact, text, tmp_path, monkeypatch):
+    """Dropout, data order, mask, schedule and the balancing bias go on alike from the newest checkpoint."""
     _, out = artifact(model_type, noise=0.1)
     options = {"options": {"router_bias_update_rate": 0.01, "router_jitter_noise": 0.1}}
     run = Finetuning(str(out), text, **QUICK | {"steps": 8, "log_every": 1}, skip_centre=0.5, **options)
     whole = finetune(run, tmp_path / "whole")
-
-    def kill(done: int, steps: int, logs) -> None:
-        if done == step:
-            raise Killed
-
-    with pytest.raises(Killed):
-        finetune(run, tmp_path / "killed", progress=kill)
+    with monkeypatch.context() as patched, pytest.raises((Killed, Interrupted)):
+        finetune(run, tmp_path / "killed", **how(4, patched) if how is kill_while_saving else how)
     with pytest.raises(OutputError, match="continue it with --resume"):
         finetune(run, tmp_path / "killed")
-    resumed = finetune(run, tmp_path / "killed", resume=True)
+    seen = []
+    resumed = finetune(run, tmp_path / "killed", resume=True, watch=lambda *given: seen.append(given))
     assert changed(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == set()
     losses = [[entry["loss"] for entry in r["log"] if "loss" in entry] for r in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert [given for given in seen if given[2]] == [("training", step, 8) for step in range(at, 9)]
+    assert any("removed" in given[0] for given in seen) == (how is kill_while_saving)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_only_the_same_run_is_resumed(artifact, text, tmp_path):
+    """Other values, data or weights are refused; the same under other names are not."""
+    _, out = artifact("gpt2", noise=0.1)
+    _, other = artifact("gpt2", noise=0.2)
+    run = Finetuning(str(out), text, text, **QUICK)
+    with pytest.raises(Killed):
+        finetune(run, tmp_path / "tuned", **kill(4))
+    (tmp_path / "longer.txt").write_text(words(500) + " w3" * 100)
+    (tmp_path / "same.txt").write_text(words(600))
+    told = {
+        "--learning-rate is 0.1, was 0.0005; .*": {"learning_rate": 0.1},
+        r"--data is .*longer.txt.* \(sha256 .*\), was .*text.txt.* \(sha256 .*\); go": {
+            "data": str(tmp_path / "longer.txt")
+        },
+        r"MODEL is .*\(sha256 .*\), was .*\(sha256 .*\); go": {"model": str(other)},
+        "--length is 8, was 16; go": {"length": 8},
+    }
+    for message, options in told.items():
+        with pytest.raises(OutputError, match=f"checkpoint-2 belongs to another run: .*{message}"):
+            finetune(run.replace(**options), tmp_path / "tuned", resume=True)
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "tuned").rename(tmp_path / "moved")
+    moved = run.replace(model=str(tmp_path / "copy"), data=str(tmp_path / "same.txt"))
+    finetune(run, tmp_path / "whole")
+    finetune(moved, tmp_path / "moved", resume=True)  # with the best checkpoint, which has moved as well
+    assert changed(weights(tmp_path / "whole"), weights(tmp_path / "moved")) == set()
 
 
 def test_two_processes_are_one(artifact, text, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mpoe_convert import Finetuning, finetune, verify
 from mpoe_convert.artifact.layout import file_names, own_files
 from mpoe_convert.errors import OutputError
+from mpoe_convert.training.room import num_saves
 from mpoe_convert.training.saving import SCRATCH
 from mpoe_convert.training.trainer import MpoeTrainer
 
@@ -92,22 +93,87 @@ def test_whatever_refuses_to_be_written(part, source, text, tmp_path, monkeypatc
 def test_an_output_that_is_no_place(artifact, text, tmp_path, monkeypatch):
     monkeypatch.setattr(MpoeTrainer, "training_step", refuse)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file/tuned could not be written after training"):
+    with pytest.raises(OutputError, match="cannot write .*file/tuned: .*file is not a folder"):
         finetune(Finetuning(str(artifact("gpt2")[1]), text, **QUICK), tmp_path / "file" / "tuned")
 
 
-def test_a_disk_without_room(artifact, text, tmp_path, monkeypatch):
-    """Room is needed for the result and for one checkpoint in float32."""
+def num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def fail_to_write(error: Exception, num_saves: int, monkeypatch) -> None:
+    """The optimizer's state of the checkpoint after the first `num_saves` cannot be written."""
+    save, saved = torch.save, []
+
+    def fill(value, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt"):
+            saved.append(path)
+            if len(saved) > num_saves:
+                raise error
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fill)
+
+
+@pytest.mark.parametrize("freeze", [(), ("all-but-experts",)])
+def test_a_disk_without_room(freeze, artifact, text, tmp_path, monkeypatch):
+    """Room is needed for what a run leaves that fails in the end, two checkpoints, and for the result."""
     out = artifact("gpt2", dtype="bfloat16")[1]
-    model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    needed = sum(p.numel() * (p.element_size() + 4) for p in model.parameters())
-    usage = shutil.disk_usage(tmp_path)
-    run = Finetuning(str(out), text, **QUICK)
+    run = Finetuning(str(out), text, **QUICK | {"steps": 3}, freeze=freeze)
+    with monkeypatch.context() as patched, pytest.raises(OutputError):
+        patched.setattr("mpoe_convert.training.saving.Result._complete", lambda *args: 1 / 0)
+        patched.setattr("mpoe_convert.training.saving.Result.rehearse", lambda *args: None)
+        finetune(run, tmp_path / "full")
+    needed = num_bytes(load_file(out / "model.safetensors").values())
+    for step in (2, 3):
+        checkpoint = tmp_path / "full" / f"checkpoint-{step}"
+        state = torch.load(checkpoint / "optimizer.pt")["state"].values()
+        needed += num_bytes(load_file(checkpoint / "model.safetensors").values())
+        needed += num_bytes(each[name] for each in state for name in ("exp_avg", "exp_avg_sq"))
+    usage, told = shutil.disk_usage(tmp_path), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(OutputError, match=r"needs 0\.\d MB and .* has 0\.\d MB free"):
+    monkeypatch.setattr(MpoeTrainer, "training_step", refuse)
+    with pytest.raises(OutputError, match=r"the run needs 0\.\d MB and .* has 0\.\d MB free"):
         finetune(run, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    with pytest.raises(AssertionError, match="a step was taken"):
+        finetune(run, tmp_path / "tuned", watch=lambda what, done, total: told.append(what))
+    assert f"needs up to {needed / 1e6:.1f} MB in {tmp_path / 'tuned'}" in told
+
+
+@pytest.mark.parametrize("options", [{"epochs": 1.5, "accumulate": 2, "save_every": 3}, {"steps": 4}])
+def test_the_number_of_checkpoints_is_known(options, artifact, text, tmp_path, monkeypatch):
+    saved, trainers = [], []
+
+    def count(self, *args):
+        saved.append(self.state.global_step)
+        trainers.append(self)
+
+    monkeypatch.setattr(MpoeTrainer, "_save_checkpoint", count)
+    run = Finetuning(str(artifact("gpt2")[1]), text, length=16, batch_size=4, **options)
     finetune(run, tmp_path / "tuned")
+    assert num_saves(trainers[0].args, len(trainers[0].train_dataset)) == len(saved) >= 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(error, artifact, text, tmp_path, monkeypatch):
+    run = Finetuning(str(artifact("gpt2")[1]), text, **QUICK)
+    fail_to_write(error, 1, monkeypatch)
+    told = (
+        r"^the checkpoint of step 4 cannot be written to .*tuned \(.*(No space|failed).*\); .*checkpoint-2 "
+    )
+    told += r"is from before; free some space or repair this, then run again with --resume$"
+    with pytest.raises(OutputError, match=told):
+        finetune(run, tmp_path / "tuned")
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    fail_to_write(error, 0, monkeypatch)
+    with pytest.raises(OutputError, match=r"step 2 .*; no checkpoint was saved before, .* run again$"):
+        finetune(run, tmp_path / "new" / "tuned")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("moment", ["weights", "card"])

@@ -1,0 +1,54 @@
+"""Hashes of what a run reads, by which it is known again: a model's weights and the examples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pyarrow
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+
+def hash_of_model(model: nn.Module) -> str:
+    """SHA-256 of the names, dtypes, shapes and checksums of a model's tensors.
+
+    A checksum is exact in any order of summation, and as fast as memory is read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """The sum of a tensor's bytes, taken as integers of 64 bits, modulo 2**64."""
+    found = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if found.storage_offset() % 8:  # no place for such integers
+        found = found.clone()
+    end = len(found) // 8 * 8
+    return int(found[:end].view(torch.int64).sum()) + int(found[end:].sum())
+
+
+def hash_of_examples(examples: Dataset) -> str:
+    """SHA-256 of all tokens, labels and tasks, in order; independent of how the rows are cached."""
+    rows = examples.flatten_indices() if examples._indices is not None else examples
+    digest = hashlib.sha256()
+    for name in sorted(rows.column_names):
+        digest.update(f"{name}\n".encode())
+        for numbers in _numbers(rows.data.column(name)):
+            digest.update(numbers.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(column: pyarrow.ChunkedArray) -> Iterator[pyarrow.Array]:
+    """The numbers of a column in order; of lists their lengths before."""
+    if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+        yield from (chunk.value_lengths() for chunk in column.chunks)
+        yield from (chunk.flatten() for chunk in column.chunks)
+    else:
+        yield from column.chunks
