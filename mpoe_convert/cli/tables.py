@@ -54,14 +54,17 @@ def print_evaluation(result: Evaluation, out: Console) -> None:
             other = result.differences.get(name) or result.differences[f"{name} ratio"]
             header = f"{result.other} (against)" if result.other == result.model else str(result.other)
             found |= {header: result.against[name], "difference": other}
-        texts = {column: f"{m.value:.4g} ({m.low:.4g} to {m.high:.4g})" for column, m in found.items()}
+        texts = {column: m.in_words() for column, m in found.items()}
         rows.append({"": name} | texts)
     out.print(Table(f"{result.count:,} {unit}, 95 % intervals", tuple(rows)).rich())
     if result.other and "perplexity" in result.metrics:
         out.print("The difference of perplexities is their ratio.", highlight=False)
+    out.print(*result.notes, sep="\n", end="\n" if result.notes else "", highlight=False)
 
 
 def print_training(report: dict, output: str, out: Console) -> None:
+    from ..training.card import outcome
+
     names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
     held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
     rows = tuple(
@@ -70,8 +73,7 @@ def print_training(report: dict, output: str, out: Console) -> None:
     )
     if rows:
         out.print(Table("Held-out data", rows).rich())
-    if report["evaluation"]:
-        out.print(f"Best checkpoint: {training_line(report['evaluation'])}", highlight=False)
+    out.print(*outcome(report), sep="\n", highlight=False)
     out.print(f"{report['steps']} steps in {report['seconds']:.0f} s; written to {output}", highlight=False)
 
 
