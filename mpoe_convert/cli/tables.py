@@ -91,35 +91,20 @@ def training_line(logs: Mapping[str, float]) -> str:
 
 
 def print_verification(result: Verification, out: Console) -> None:
-    values = {
-        "inputs": result.inputs,
-        "relative difference": f"{result.relative_difference:.2e}",
-        "  allowed": f"{result.tolerance:.2e}",
-        "largest absolute difference": f"{result.max_difference:.2e}",
-    }
-    if result.top1_agreement is not None:
-        values["same largest output"] = f"{result.top1_agreement:.1%}"
-    if result.greedy_agreement is not None:
-        values["same greedily generated tokens"] = f"{result.greedy_agreement:.1%}"
-    if result.tokenizer_agreement is not None:
-        values["texts with the same token ids"] = f"{result.tokenizer_agreement:.1%}"
-    out.print(
-        f"{escape(result.artifact)} loads as {result.model_class} by {result.auto_class}; compared with "
-        f"{escape(result.against)} in float32:"
-    )
-    rows = tuple({"outputs": name, "": value} for name, value in values.items())
+    compared = f"compared with {result.against} in float32:"
+    if result.reference_error is not None:
+        compared = f"not compared with {result.against}, because {result.reference_error}"
+    out.print(escape(f"{result.artifact} loads as {result.model_class} by {result.auto_class}; {compared}"))
+    rows = tuple({"outputs": name, "": value} for name, value in result.rows().items())
     out.print(Table("", rows, left=("outputs",)).rich())
-    if not result.same_tokens:
-        text = escape(repr(result.tokenizer_difference))
-        out.print(
-            f"[red]DIFFERENT[/]: the tokenizers do not agree, for example on {text}: convert again, or "
-            "compare with the model that was converted."
-        )
-    if result.relative_difference > result.tolerance:
-        out.print("[red]DIFFERENT[/]: the outputs do not agree.")
-    elif not result.same_tokens:
+    verdict = "DIFFERENT" if result.is_sound else "DAMAGED"
+    for problem in result.problems():
+        out.print(f"[red]{verdict}[/]: {escape(problem)}")
+    if not result.ok:
         return
-    elif result.relative_difference < NEAR:
+    if result.tolerance is None:
+        out.print("[green]OK[/]: it loads, is finite, and agrees with its reports; it was trained since.")
+    elif result.relative_difference is not None and result.relative_difference < NEAR:
         out.print("[green]OK[/]: the outputs agree.")
     else:
         out.print("[green]OK[/]: the outputs differ, and by no more than is allowed.")
