@@ -61,7 +61,8 @@ def test_everything_is_about_the_weights_that_were_written(rate, artifact, data,
     target = tmp_path / "tuned"
     report = finetune(run(out, data, learning_rate=rate, schedule="constant"), target)
     written, held_out = report["written_step"], {e["step"]: e for e in report["log"] if "eval_loss" in e}
-    assert list(held_out) == [0, 1, 2, 3, 4, 5, 6] and 0 < written < report["steps"] == 6
+    assert list(held_out) == [0, 1, 2, 3, 4, 5, 6] and 0 < written <= report["steps"] == 6
+    assert written < 6 or rate < 0.1
     assert written == min(range(1, 7), key=lambda step: held_out[step]["eval_loss"])
     loss, loads = measured(target)
     assert report["evaluation"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
