@@ -117,11 +117,11 @@ def _errors(report: dict) -> Figure:
     figure = _figure(min(max(6, 4 + 0.35 * len(paths)), 16), 4.5, ERRORS)
     axes = figure.add_subplot()
     places = {path: place for place, path in enumerate(paths)}
-    for role, (marker, color) in ROLES.items():
-        own = [m for m in matrices if m["name"].endswith(f".{role}")]
-        if not own:
-            continue
-        shift = 0.2 * (list(ROLES).index(role) - 1)  # so that no point hides another
+    by_role = {role: [m for m in matrices if m["name"].endswith(f".{role}")] for role in ROLES}
+    roles = [role for role, own in by_role.items() if own]
+    for number, role in enumerate(roles):
+        (marker, color), own = ROLES[role], by_role[role]
+        shift = 0.2 * (number - (len(roles) - 1) / 2)  # so that no point hides another
         where = [shift + next(places[p] for p in paths if f".{p}." in f".{m['name']}") for m in own]
         drawn = [("relative_error", f"{role}: error of expert 0", color)]
         if report["max_clone_drift"]:
@@ -134,7 +134,7 @@ def _errors(report: dict) -> Figure:
     axes.set_xticks(range(0, len(paths), step), paths[::step], rotation=60, ha="right", fontsize=7)
     axes.set_xlim(-0.6, len(paths) - 0.4)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(roles), fontsize=8)
     return figure
 
 
@@ -230,12 +230,15 @@ def _load(log: list[dict], written: int | None) -> Figure:
         _draw_experts(axes, steps, loads)
         axes.axhline(1 / len(loads), color=INK, ls="--", lw=1, label=f"1/{len(loads)}: all alike", zorder=3)
         axes.set_title(path, fontsize=8)
-        axes.set_ylim(bottom=0)
         _steps(axes, log, written)
         axes.tick_params(labelsize=7)
+    largest = max(share for _, load in entries for path in paths for share in load[path])
+    grid.flat[0].set_ylim(0, 1.05 * largest)  # which all of them share
     for axes in grid.flat[len(paths) :]:
         axes.set_axis_off()
-    figure.supxlabel("optimizer step", fontsize=9)
+    for axes in grid.flat[max(len(paths) - columns, 0) : len(paths)]:  # the lowest of every column
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.tick_params(labelbottom=True)
     figure.supylabel("share of the choices", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(
@@ -258,4 +261,5 @@ def _draw_experts(axes: Axes, steps: list[int], loads: list[tuple[float, ...]]) 
     for number, load in enumerate(loads):
         color = colormaps["turbo"]((number + 0.5) / len(loads))
         style = STYLES[number % len(STYLES)]
-        axes.plot(steps, load, color=color, ls=style, lw=1.2, marker=marker, label=f"expert {number}")
+        line = {"color": color, "ls": style, "lw": 1.2, "marker": marker, "markersize": 4}
+        axes.plot(steps, load, **line, label=f"expert {number}")

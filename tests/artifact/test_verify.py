@@ -262,7 +262,7 @@ def test_nan_is_told_as_such(was_trained, trained):
     told = "\n".join(found.problems())
     assert "'transformer.h.1.mlp.router.weight' hold NaN or infinities." in told
     assert "it computes NaN or infinities: 100.0% of logits." in told and "agree" not in told
-    page = printed(found)
+    page = printed(found).partition("in float32:")[2]
     assert "DAMAGED" in page and "nan" not in page and "e+308" not in page
 
 
