@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from ..errors import VerifyError
+from ..errors import HubError, VerifyError, few
 from ..source.architecture import custom_heads, main_auto_class
 from ..source.hub import check_available, variables_for
+from ..source.json_files import read_json_object
 from ..source.paths import did_you_mean, is_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
-from .layout import base_config, read_artifact
+from .fingerprint import is_about, weights_of
+from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
 # a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
@@ -39,14 +43,23 @@ class Verification:
         model_class: the artifact's class.
         inputs: what both were run on, in words.
         relative_difference: Frobenius norm of (converted - dense output) over that of the dense one; the
-            largest of all floating-point outputs, so that none hides another.
+            largest of all floating-point outputs, so that none hides another. None: see `reference_error`
+            and `damaged_outputs`.
         max_difference: largest absolute difference of two outputs.
-        tolerance: largest relative_difference that was allowed.
+        tolerance: largest relative_difference that was allowed; None: any, because the artifact was trained.
         top1_agreement: share of positions with the same largest logit; None for a model without logits.
         greedy_agreement: share of greedily generated tokens that are equal; None without generation.
         tokenizer_agreement: share of a few hundred texts that both tokenizers encode alike; None where there
             is no tokenizer, or where that of the dense model does not load.
         tokenizer_difference: the shortest of the texts that they do not.
+        trained: the artifact was trained since, as a training report beside it says. Then the difference from
+            the dense model is information.
+        generates: it was seen to generate; None: it is not made for that.
+        damaged_weights: names of its parameters that hold NaN or infinities.
+        damaged_outputs: name of an output -> share of it that is NaN, or infinite where the dense model's is
+            not.
+        contradictions: where its config, its reports and its weights disagree, as sentences.
+        reference_error: why a trained artifact was not compared with the dense model.
     """
 
     artifact: str
@@ -54,13 +67,19 @@ class Verification:
     auto_class: str
     model_class: str
     inputs: str
-    relative_difference: float
-    max_difference: float
-    tolerance: float
+    relative_difference: float | None
+    max_difference: float | None
+    tolerance: float | None
     top1_agreement: float | None
     greedy_agreement: float | None
     tokenizer_agreement: float | None = None
     tokenizer_difference: str | None = None
+    trained: bool = False
+    generates: bool | None = None
+    damaged_weights: tuple[str, ...] = ()
+    damaged_outputs: Mapping[str, float] = field(default_factory=dict)
+    contradictions: tuple[str, ...] = ()
+    reference_error: str | None = None
 
     @property
     def same_tokens(self) -> bool:
@@ -68,9 +87,63 @@ class Verification:
         return self.tokenizer_agreement in (None, 1)
 
     @property
+    def is_sound(self) -> bool:
+        """Whether weights and outputs are finite, and the config, the reports and the weights agree."""
+        return not (self.damaged_weights or self.damaged_outputs or self.contradictions)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the outputs' difference is within the tolerance, if there is one."""
+        found, allowed = self.relative_difference, self.tolerance
+        return allowed is None or (found is not None and found <= allowed)
+
+    @property
     def ok(self) -> bool:
-        """Whether the outputs' difference is within the tolerance, and the tokenizers agree."""
-        return self.relative_difference <= self.tolerance and self.same_tokens
+        """Whether it is sound and near, and the tokenizers agree."""
+        return self.is_sound and self.is_near and self.same_tokens
+
+    def problems(self) -> list[str]:
+        """Why it is not `ok`, as sentences; what the most follows from comes first."""
+        found = []
+        if self.damaged_weights:
+            found.append(f"{few(self.damaged_weights)} hold NaN or infinities.")
+        if self.damaged_outputs:
+            shares = ", ".join(f"{share:.1%} of {name}" for name, share in self.damaged_outputs.items())
+            found.append(f"it computes NaN or infinities: {shares}.")
+        found += self.contradictions
+        if not self.same_tokens:
+            found.append(
+                f"the tokenizers do not agree, for example on {self.tokenizer_difference!r}: convert again, "
+                "or compare with the model that was converted."
+            )
+        if not self.damaged_outputs and not self.is_near:
+            found.append(
+                "the outputs do not agree."
+                if self.reference_error is None
+                else f"it could not be compared with {self.against}: {self.reference_error}"
+            )
+        return found
+
+    def rows(self) -> dict[str, str]:
+        """What was measured, for a table."""
+        found = {"inputs": self.inputs}
+        if self.relative_difference is not None and self.max_difference is not None:
+            found["relative difference"] = f"{self.relative_difference:.2e}"
+            allowed = self.tolerance
+            found["  allowed"] = "any, for it was trained" if allowed is None else f"{allowed:.2e}"
+            found["largest absolute difference"] = f"{self.max_difference:.2e}"
+        if self.trained:
+            found["weights and outputs"] = "finite" if self.is_sound else "see below"
+        if self.trained and self.generates is not None:
+            found["generates"] = "yes"
+        for name, share in (
+            ("same largest output", self.top1_agreement),
+            ("same greedily generated tokens", self.greedy_agreement),
+            ("texts with the same token ids", self.tokenizer_agreement),
+        ):
+            if share is not None:
+                found[name] = f"{share:.1%}"
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,6 +161,8 @@ class ChildRequest:
         is_export: the reference is an artifact; for messages.
         key_mapping: of the reference's names of tensors, where a trainer's wrapper changed them.
         has_tokenizer: the artifact, a folder then, has a tokenizer to compare with that of the reference.
+        is_trained: the artifact was trained since; then it is checked without a reference that does not load.
+        absent: why the reference cannot be loaded; None: it is loaded.
     """
 
     against: str
@@ -102,6 +177,8 @@ class ChildRequest:
     is_export: bool = False
     key_mapping: dict[str, str] = field(default_factory=dict)
     has_tokenizer: bool = False
+    is_trained: bool = False
+    absent: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -117,12 +194,15 @@ def verify(
 ) -> Verification:
     """Compare an artifact with its dense source on random inputs, both computing in float32.
 
-    Their tokenizers, if there are some, are compared on a few hundred texts.
+    Their tokenizers, if there are some, are compared on a few hundred texts. Of an artifact that `finetune`
+    wrote the difference is information: what is checked is that it loads, is finite, generates, and that its
+    config, its reports and its weights agree. The dense source may then be gone.
 
     Args:
         artifact: folder that a conversion wrote.
         against: Hub id or folder of the dense model; by default the one it was converted from.
-        tolerance: allowed relative difference; by default rounding plus what the report's errors explain.
+        tolerance: allowed relative difference; by default rounding plus what the report's errors explain, and
+            any of a trained artifact.
         token: Hub token for the dense model.
         trust_remote_code: run the dense model's custom code, if the artifact has it too or `against` is
             given. The artifact's code is always run.
@@ -144,15 +224,24 @@ def verify(
     against = against or report["base_model"]
     # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
     is_local = revision is None and Path(against).is_dir()
+    training = _training_report(folder)
+    absent = None
     if not is_local and (was_local or is_path(against)):
-        raise VerifyError(
+        absent = (
             f"the dense model {against} is not a folder here; expected "
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
             f"{did_you_mean(against)}"
         )
-    if not is_local:
-        with suggesting(against):
-            check_available(against, revision)
+        if training is None or is_named:
+            raise VerifyError(absent)
+    elif not is_local:
+        try:
+            with suggesting(against):
+                check_available(against, revision)
+        except HubError as error:
+            if training is None or is_named:
+                raise
+            absent = str(error)
     base = base_config(config)
     has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
@@ -171,15 +260,46 @@ def verify(
         token=token,
         key_mapping=report.get("key_mapping", {}),
         has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
+        is_trained=training is not None and not is_named,
+        absent=absent,
     )
     result = _run_child(request)
+    if tolerance is None and training is None:
+        tolerance = _tolerance(report)
     return Verification(
         artifact=str(folder),
         against=against,
         auto_class=auto_class,
-        tolerance=_tolerance(report) if tolerance is None else tolerance,
-        **result,
+        tolerance=tolerance,
+        trained=training is not None,
+        contradictions=tuple(_contradictions(folder, config, report, training)),
+        **_NOT_COMPARED | result,
     )
+
+
+# Of an artifact without a dense model to compare it with.
+_NOT_COMPARED: dict[str, Any] = dict.fromkeys(
+    ("relative_difference", "max_difference", "top1_agreement", "greedy_agreement"), None
+)
+
+
+def _training_report(folder: Path) -> dict | None:
+    """The report of an artifact that `finetune` wrote. Raises CheckpointError if it is damaged."""
+    path = folder / TRAINING_REPORT_FILE
+    return read_json_object(path, "a training report", remedy="train again") if path.is_file() else None
+
+
+def _contradictions(folder: Path, config: dict, report: dict, training: dict | None) -> Iterator[str]:
+    """Where an artifact's config, its reports and its weights disagree."""
+    block, recipe = config["mpoe"], report["recipe"]
+    experts = recipe.get("experts", block["num_experts"])
+    if experts != block["num_experts"]:
+        yield f"config.json names {block['num_experts']} experts, {REPORT_FILE} {experts}."
+    converted = report.get("ffns", [*block["ffns"]])
+    if {*converted} != block["ffns"].keys():
+        yield f"config.json names the FFNs {few([*block['ffns']])}, {REPORT_FILE} {few(converted)}."
+    if training is not None and not is_about(training, weights_of(folder)):
+        yield f"{TRAINING_REPORT_FILE} is about other weights than those in the folder."
 
 
 @dataclass(frozen=True)
@@ -221,8 +341,14 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
             tokenizers differ.
     """
     result = _run_child(request)
-    result.pop("model_class")
-    found = Comparison(**result, tolerance=tolerance)
+    if damaged := result["damaged_weights"]:
+        raise VerifyError(f"{few(damaged)} of the export hold NaN or infinities, as those of the model do")
+    if shares := result["damaged_outputs"]:
+        raise VerifyError(f"the export computes NaN or infinities in {few([*shares])}; nothing was kept")
+    found = Comparison(
+        **{each.name: result[each.name] for each in fields(Comparison) if each.name in result},
+        tolerance=tolerance,
+    )
     if tolerance is not None and not found.relative_difference <= tolerance:
         raise VerifyError(
             "the export does not compute what the artifact does: the outputs differ by a relative "

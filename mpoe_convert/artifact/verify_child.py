@@ -10,12 +10,13 @@ import inspect
 import json
 import math
 import random
+import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -50,35 +51,97 @@ def main() -> dict:
     is_export = request["is_export"]
     trusted = request["trust_remote_code"]  # of each of the two
     names = ("artifact", "export") if is_export else ("dense model", "artifact")
+    expected, made_up, inputs, found = None, None, None, {}
     try:
+        if request["absent"]:
+            raise FileNotFoundError(request["absent"])
         revision = request["revision"] or "main"
         names_on_disk = {"key_mapping": request["key_mapping"]} if request["key_mapping"] else {}
-        model, _ = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             request["against"], revision=revision, trust_remote_code=trusted[0], **options, **names_on_disk
         )
-        inputs, text = make_inputs(model)
+        made_up = values_of(model, info["missing_keys"])
+        inputs, found["inputs"] = make_inputs(model)
         expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]
+        if nan := sorted(damaged_outputs(expected, None)):
+            raise ValueError(f"its outputs {nan} hold NaN")
+        del model
     except Exception as error:
-        return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
-    del model
+        if not request["is_trained"]:
+            return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
+        expected, found["reference_error"] = None, _line(error)
     try:
         revision = request["artifact_revision"] or "main"
         model, info = auto.from_pretrained(
             request["artifact"], revision=revision, trust_remote_code=trusted[1], **options
         )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            missing = sorted(info["missing_keys"])[:3] or sorted(info["mismatched_keys"])[:3]
-            return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing}"}
-        name = type(model).__name__
-        found = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
-        pairs = zip(found, expected, strict=True)
-        differences = worst([compare(ours[0], theirs[0], ours[1], theirs[1]) for ours, theirs in pairs])
+        missing = lacking(info["missing_keys"], made_up) or sorted(map(str, info["mismatched_keys"]))
+        if missing:
+            return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing[:3]}"}
+        new = set(made_up or ()) - set(info["missing_keys"])
+        if new and request["is_trained"]:  # such as the classes of a classifier
+            found["reference_error"] = f"its checkpoint lacks {sorted(new)[:3]}, which training added"
+            expected = None
+        fill(model, made_up or {}, info["missing_keys"])
+        found["model_class"] = type(model).__name__
+        found["damaged_weights"] = damaged_weights(model)
+        if inputs is None:
+            inputs, found["inputs"] = make_inputs(model)
+        ours = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
+        found["generates"] = None if ours[0][1] is None else True
+        found["damaged_outputs"] = damaged_outputs(ours, expected)
+        if expected is not None:
+            pairs = zip(ours, expected, strict=True)
+            found |= worst([compare(one[0], other[0], one[1], other[1]) for one, other in pairs])
     except Exception as error:
         return {"error": f"the {names[1]} does not load or run: {_line(error)}"}
     try:
-        return {"model_class": name, "inputs": text} | differences | compare_tokenizers(request)
+        return found | compare_tokenizers(request)
     except Exception as error:
         return {"error": f"the tokenizer of the {names[1]} does not load: {_line(error)}"}
+
+
+def values_of(model: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Weights of a model that its checkpoint lacks: transformers made them up when it loaded it."""
+    state = model.state_dict()
+    return {name: state[name].clone() for name in names if name in state}
+
+
+def lacking(missing: Iterable[str], made_up: dict[str, torch.Tensor] | None) -> list[str]:
+    """The weights that a model lacks and its reference has, such as none of the pooler that neither has.
+
+    Without a reference (None): the weights of layers, whose paths hold numbers.
+    """
+    if made_up is None:
+        return sorted(name for name in missing if re.search(r"\.\d+\.", name))
+    return sorted(set(missing) - made_up.keys())
+
+
+def fill(model: Any, made_up: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    """Give a model the reference's values where both have made some up, so that they can be compared."""
+    state = model.state_dict()
+    for name in made_up.keys() & set(names) & state.keys():
+        if state[name].shape == made_up[name].shape:
+            state[name].copy_(made_up[name])
+
+
+def damaged_weights(model: Any) -> list[str]:
+    """Names of the parameters that hold NaN or infinities."""
+    return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+
+
+def damaged_outputs(found: list[tuple], expected: list[tuple] | None) -> dict[str, float]:
+    """{name of an output: largest share of NaN in it, and of infinities in one of the two alone}."""
+    shares: dict[str, float] = {}
+    for number, (tensors, _) in enumerate(found):
+        for name, tensor in tensors.items():
+            broken = tensor.isnan()
+            if expected is not None and name in expected[number][0]:
+                other = expected[number][0][name]
+                broken |= (tensor != other) & ~(tensor.isfinite() & other.isfinite())
+            if share := broken.double().mean().item():
+                shares[name] = max(share, shares.get(name, 0.0))
+    return shares
 
 
 # Of several scripts, with accents, composed and decomposed, digits, code, emoji and other signs.
@@ -116,7 +179,7 @@ def compare_tokenizers(request: dict) -> dict:
         model has no tokenizer that loads.
     """
     nothing = {"tokenizer_agreement": None, "tokenizer_difference": None}
-    if not request["has_tokenizer"]:
+    if not request["has_tokenizer"] or request["absent"]:
         return nothing
     from transformers import AutoTokenizer
 
@@ -194,7 +257,10 @@ def worst(comparisons: list) -> dict:
     """The largest differences and the smallest agreements of several comparisons."""
     pick = {"relative_difference": max, "max_difference": max, "top1_agreement": min, "greedy_agreement": min}
     values = {name: [c[name] for c in comparisons if c[name] is not None] for name in pick}
-    return {name: pick[name](found) if found else None for name, found in values.items()}
+    found = {name: pick[name](each) if each else None for name, each in values.items()}
+    if any(c["relative_difference"] is None for c in comparisons):  # NaN in one is the worst
+        found |= {"relative_difference": None, "max_difference": None}
+    return found
 
 
 def _line(error: Exception) -> str:
@@ -345,13 +411,13 @@ def compare(
     found_tokens: torch.Tensor | None,
     expected_tokens: torch.Tensor | None,
 ) -> dict:
-    """Differences of two results of `run`, in float64, the largest of any output. NaN counts as infinite."""
+    """Differences of two results of `run`, in float64, the largest of any output; None: it is not finite."""
     import torch
 
     relative, absolute, same = [], [], []
     for name, tensor in expected.items():
         theirs, ours = tensor.double(), found[name].double()
-        difference = theirs - ours
+        difference = torch.where(theirs == ours, 0.0, theirs - ours)  # infinities may be equal
         norm = torch.linalg.vector_norm(difference)
         relative.append((norm / torch.linalg.vector_norm(theirs) if norm else norm).item())
         absolute.append(difference.abs().max().item())
@@ -369,8 +435,8 @@ def compare(
     }
 
 
-def _largest(values: list[float]) -> float:
-    return max(value if math.isfinite(value) else sys.float_info.max for value in values)
+def _largest(values: list[float]) -> float | None:
+    return max(values) if all(map(math.isfinite, values)) else None
 
 
 if __name__ == "__main__":

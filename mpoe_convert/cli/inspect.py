@@ -68,7 +68,7 @@ def report(artifact: str, as_json: bool, quiet: bool, verbose: int) -> None:
     heading="General",
     type=float,
     help="Allowed relative difference of the outputs.  [default: rounding, plus what the report's errors "
-    "explain, at most 0.1, or 0.5 if compressed]",
+    "explain, at most 0.1, or 0.5 if compressed; any after finetune]",
 )
 @COMMON
 def verify(
@@ -84,6 +84,8 @@ def verify(
     """Compare an artifact's outputs with its dense model's.
 
     A fresh process without this package loads both as a Hub user would. Exit code 1: they differ.
+    After finetune the difference is information. Then it has to load, to be finite and to generate, and its
+    reports have to be about its weights.
     """
     from ..artifact.verify import verify as verify_artifact
     from .tables import console, print_verification
@@ -98,7 +100,7 @@ def verify(
             trust_remote_code=bool(trust_remote_code),
         )
     if as_json:
-        echo_json(asdict(result) | {"ok": result.ok})
+        echo_json(asdict(result) | {"ok": result.ok, "problems": result.problems()})
     elif not quiet:
         print_verification(result, console())
     sys.exit(0 if result.ok else 1)

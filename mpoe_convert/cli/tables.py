@@ -54,14 +54,17 @@ def print_evaluation(result: Evaluation, out: Console) -> None:
             other = result.differences.get(name) or result.differences[f"{name} ratio"]
             header = f"{result.other} (against)" if result.other == result.model else str(result.other)
             found |= {header: result.against[name], "difference": other}
-        texts = {column: f"{m.value:.4g} ({m.low:.4g} to {m.high:.4g})" for column, m in found.items()}
+        texts = {column: m.in_words() for column, m in found.items()}
         rows.append({"": name} | texts)
     out.print(Table(f"{result.count:,} {unit}, 95 % intervals", tuple(rows)).rich())
     if result.other and "perplexity" in result.metrics:
         out.print("The difference of perplexities is their ratio.", highlight=False)
+    out.print(*result.notes, sep="\n", end="\n" if result.notes else "", highlight=False)
 
 
 def print_training(report: dict, output: str, out: Console) -> None:
+    from ..training.card import outcome
+
     names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
     held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
     rows = tuple(
@@ -70,8 +73,7 @@ def print_training(report: dict, output: str, out: Console) -> None:
     )
     if rows:
         out.print(Table("Held-out data", rows).rich())
-    if report["evaluation"]:
-        out.print(f"Best checkpoint: {training_line(report['evaluation'])}", highlight=False)
+    out.print(*outcome(report), sep="\n", highlight=False)
     out.print(f"{report['steps']} steps in {report['seconds']:.0f} s; written to {output}", highlight=False)
 
 
@@ -89,35 +91,20 @@ def training_line(logs: Mapping[str, float]) -> str:
 
 
 def print_verification(result: Verification, out: Console) -> None:
-    values = {
-        "inputs": result.inputs,
-        "relative difference": f"{result.relative_difference:.2e}",
-        "  allowed": f"{result.tolerance:.2e}",
-        "largest absolute difference": f"{result.max_difference:.2e}",
-    }
-    if result.top1_agreement is not None:
-        values["same largest output"] = f"{result.top1_agreement:.1%}"
-    if result.greedy_agreement is not None:
-        values["same greedily generated tokens"] = f"{result.greedy_agreement:.1%}"
-    if result.tokenizer_agreement is not None:
-        values["texts with the same token ids"] = f"{result.tokenizer_agreement:.1%}"
-    out.print(
-        f"{escape(result.artifact)} loads as {result.model_class} by {result.auto_class}; compared with "
-        f"{escape(result.against)} in float32:"
-    )
-    rows = tuple({"outputs": name, "": value} for name, value in values.items())
+    compared = f"compared with {result.against} in float32:"
+    if result.reference_error is not None:
+        compared = f"not compared with {result.against}, because {result.reference_error}"
+    out.print(escape(f"{result.artifact} loads as {result.model_class} by {result.auto_class}; {compared}"))
+    rows = tuple({"outputs": name, "": value} for name, value in result.rows().items())
     out.print(Table("", rows, left=("outputs",)).rich())
-    if not result.same_tokens:
-        text = escape(repr(result.tokenizer_difference))
-        out.print(
-            f"[red]DIFFERENT[/]: the tokenizers do not agree, for example on {text}: convert again, or "
-            "compare with the model that was converted."
-        )
-    if result.relative_difference > result.tolerance:
-        out.print("[red]DIFFERENT[/]: the outputs do not agree.")
-    elif not result.same_tokens:
+    verdict = "DIFFERENT" if result.is_sound else "DAMAGED"
+    for problem in result.problems():
+        out.print(f"[red]{verdict}[/]: {escape(problem)}")
+    if not result.ok:
         return
-    elif result.relative_difference < NEAR:
+    if result.tolerance is None:
+        out.print("[green]OK[/]: it loads, is finite, and agrees with its reports; it was trained since.")
+    elif result.relative_difference is not None and result.relative_difference < NEAR:
         out.print("[green]OK[/]: the outputs agree.")
     else:
         out.print("[green]OK[/]: the outputs differ, and by no more than is allowed.")

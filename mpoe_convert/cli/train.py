@@ -146,7 +146,7 @@ def continuing_command(ctx: click.Context) -> str:
 def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
     """Score MODEL on data: perplexity, accuracy, exact match, BLEU, ROUGE.
 
-    With 95 % bootstrap intervals, and those of the paired difference with --against.
+    With 95 % intervals, and those of the paired difference with --against.
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)

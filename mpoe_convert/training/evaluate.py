@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,11 +23,12 @@ from ..artifact.loading import (
     task_of,
 )
 from ..devices import pick_device
-from ..errors import DataError, TrainingError
+from ..errors import DataError, TrainingError, few
 from ..extras import need
 from ..request import takes_options
 from ..source import texts
 from ..source.texts import Columns
+from .intervals import Metric, bootstrap, bootstrap_interval, draw_samples, notes, rate_interval
 from .record import record_evaluation, recorded_evaluations
 from .request import Scoring
 from .tasks import TASKS, Outcome, Score, Task, class_names
@@ -35,18 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-RESAMPLES = 1000
 # Called as progress(model, batches done, batches).
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score with its 95 % bootstrap interval over examples (windows, for perplexity)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class Evaluation:
         data / split: files or Hub datasets, and the split of the latter.
         settings: length, and where they matter stride, limit and seed.
         count: tokens that were scored by language models, examples of other tasks.
+        units: windows or examples, between which the intervals are.
         metrics / against: scores of the model, and of the other.
         differences: model minus the other, on the same examples (paired); of perplexity, the ratio.
     """
@@ -73,6 +67,12 @@ class Evaluation:
     metrics: dict[str, Metric]
     against: dict[str, Metric] | None
     differences: dict[str, Metric] | None
+    units: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why scores or intervals are missing, as sentences."""
+        return tuple(notes(self.metrics, self.against, self.differences))
 
     def to_json(self) -> dict:
         """A dictionary of plain values."""
@@ -117,6 +117,10 @@ def score_models(
     that do not overlap. seq2seq: greedy generation; exact match, BLEU and chrF (sacrebleu), ROUGE-L
     (rouge-score). classification: accuracy and macro F1 (scikit-learn).
 
+    Intervals are Wilson's for rates of examples, else expanded percentile intervals of the bootstrap
+    (`intervals`). Of fewer than ten windows or examples, or where nothing varies, there is none;
+    `Evaluation.notes` says so.
+
     Args:
         request: what is scored on what; `limit` counts windows or examples, of every task by which routers
             choose.
@@ -125,7 +129,8 @@ def score_models(
 
     Raises:
         CheckpointError: the model, in which to record, is no artifact's folder.
-        TrainingError: a model cannot be loaded or used, or options contradict each other.
+        TrainingError: a model cannot be loaded or used, is damaged (NaN or infinities), or options contradict
+            each other.
         DataError: the data cannot be read or do not fit the task.
         LibraryError: a library that scores the task is not installed.
         RequestError: there is no such device here.
@@ -149,7 +154,7 @@ def score_models(
     load = partial(_load, auto_class=AUTO_CLASSES[kind.name], device=where, token=token, **trust)
     ours = _outcomes(load(model), model, examples, progress)
     theirs = _outcomes(load(against), against, examples, progress) if against else None
-    draws = np.random.default_rng(request.seed).integers(len(ours), size=(RESAMPLES, len(ours)))
+    draws = draw_samples(len(ours), request.seed)
     scores = _scores(scored, ours, draws)
     others = None if theirs is None else _scores(scored, theirs, draws)
     found = Evaluation(
@@ -160,9 +165,10 @@ def score_models(
         split=request.split,
         settings=scored.settings | ({"limit": request.limit} if request.limit else {}),
         count=scored.count(ours),
-        metrics=_intervals(scores),
-        against=_intervals(others) if others else None,
-        differences=_intervals(_differences(scored, scores, others)) if others else None,
+        metrics=_intervals(scored, scores),
+        against=_intervals(scored, others) if others else None,
+        differences=_differences(scored, scores, others) if others else None,
+        units=len(ours),
     )
     if request.record:
         record_evaluation(model, found.to_json())
@@ -237,7 +243,11 @@ def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Datas
 def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> PreTrainedModel:
     import transformers
 
-    return from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()
+    model = from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()
+    damaged = [key for key, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if damaged:
+        raise TrainingError(f"{name} holds NaN or infinities in {few(damaged)}, so it has no scores")
+    return model
 
 
 def _outcomes(
@@ -247,7 +257,7 @@ def _outcomes(
 
     Raises:
         TrainingError: its routers choose by task, and the rows do not name theirs.
-        DataError: the rows do not fit the task.
+        DataError: the rows do not fit the task, or hold nothing to score.
     """
     task, chooses_by_task = examples.task, getattr(model.config, "router_tasks", None) is not None
     if task.columns.routed_by is None and chooses_by_task:
@@ -262,7 +272,20 @@ def _outcomes(
             found += task.outcomes(model, batch)
         if progress is not None:
             progress(name, done, len(batches))
-    return found
+    if not (counted := task.counted(found)):
+        raise DataError(f"none of {len(found)} {task.sampled} holds a token to score; expected more text")
+    _check_finite(name, counted)
+    return counted
+
+
+def _check_finite(name: str, outcomes: Sequence[Outcome]) -> None:
+    """Raises TrainingError if a model's loss is NaN or infinite somewhere."""
+    strange = [v for outcome in outcomes for v in outcome if isinstance(v, float) and not math.isfinite(v)]
+    if strange:
+        raise TrainingError(
+            f"the loss of {name} is {strange[0]} in {len(strange)} of {len(outcomes)} windows, "
+            "so it has no scores"
+        )
 
 
 def _route(model: PreTrainedModel, task: str) -> None:
@@ -276,33 +299,58 @@ def _route(model: PreTrainedModel, task: str) -> None:
 # From outcomes to scores with intervals
 
 
-# Of a score: its value for the examples, and for every bootstrap sample of them.
-Samples = tuple[float, np.ndarray]
+@dataclass(frozen=True)
+class _Samples:
+    """A score of all units and of every bootstrap sample of them.
+
+    Attributes:
+        statistics: (N, ...) of the units.
+        value: None: the statistics have no such score.
+        samples: (R,).
+    """
+
+    score: Score
+    statistics: np.ndarray
+    value: float | None
+    samples: np.ndarray
 
 
-def _scores(task: Task, outcomes: Sequence[Outcome], draws: np.ndarray) -> dict[str, Samples]:
-    """Every score of a task; `draws` (R, N) are the examples of the bootstrap samples."""
-    return {score.name: _samples(score, outcomes, draws) for score in task.scores}
+def _scores(task: Task, outcomes: Sequence[Outcome], draws: np.ndarray) -> list[_Samples]:
+    """Every score of a task; `draws` (R, N) are the units of the bootstrap samples."""
+    return [_samples(score, outcomes, draws) for score in task.scores]
 
 
-def _samples(score: Score, outcomes: Sequence[Outcome], draws: np.ndarray) -> Samples:
+def _samples(score: Score, outcomes: Sequence[Outcome], draws: np.ndarray) -> _Samples:
     statistics = score.statistics(outcomes)
-    return score.function(statistics), np.array([score.function(statistics[draw]) for draw in draws])
+    if score.undefined(statistics):
+        return _Samples(score, statistics, None, np.empty(0))
+    samples = bootstrap(score.function, statistics, draws)
+    return _Samples(score, statistics, score.function(statistics), samples)
 
 
-def _intervals(scores: dict[str, Samples]) -> dict[str, Metric]:
-    return {
-        name: Metric(value, *(float(q) for q in np.quantile(samples, (0.025, 0.975))))
-        for name, (value, samples) in scores.items()
-    }
+def _intervals(task: Task, scores: Sequence[_Samples]) -> dict[str, Metric]:
+    return {each.score.name: _interval(task, each) for each in scores}
 
 
-def _differences(task: Task, ours: dict[str, Samples], theirs: dict[str, Samples]) -> dict[str, Samples]:
+def _interval(task: Task, found: _Samples) -> Metric:
+    if found.value is None:
+        return Metric(None, note=found.score.undefined(found.statistics))
+    if found.score.is_rate:
+        return rate_interval(found.statistics)
+    return bootstrap_interval(found.value, found.samples, len(found.statistics), task.sampled)
+
+
+def _differences(task: Task, ours: Sequence[_Samples], theirs: Sequence[_Samples]) -> dict[str, Metric]:
+    """Paired: both models' samples are of the same units."""
     found = {}
-    for score in task.scores:
-        (value, samples), (other, others) = ours[score.name], theirs[score.name]
-        if score.is_ratio:
-            found[f"{score.name} ratio"] = value / other, samples / others
-        else:
-            found[score.name] = value - other, samples - others
+    for one, other in zip(ours, theirs, strict=True):
+        name = f"{one.score.name} ratio" if one.score.is_ratio else one.score.name
+        if one.value is None or other.value is None:
+            lacks = one if one.value is None else other
+            found[name] = Metric(None, note=lacks.score.undefined(lacks.statistics))
+            continue
+        combine = operator.truediv if one.score.is_ratio else operator.sub
+        samples = combine(one.samples, other.samples)
+        value = combine(one.value, other.value)
+        found[name] = bootstrap_interval(value, samples, len(one.statistics), task.sampled)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,10 +40,12 @@ from .checkpoints import (
     writing_into,
 )
 from .fingerprints import hash_of_examples, hash_of_model
+from .held_out import HeldOut
 from .interrupts import StopOnSignal
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .room import bytes_in, disk_bytes
+from .router_stats import router_stats
 from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
 from .trainer import (
@@ -168,7 +170,6 @@ def _finetune(
         eval_dataset=data.evaluation,
         data_collator=data.task.collator(model),
         processing_class=tokenizer,
-        compute_metrics=data.task.training_metrics(),
         callbacks=[*_callbacks(run, model), FindBest(), ShowSteps(watch), stop],
         run=run,
         teacher=teacher,
@@ -238,7 +239,10 @@ class _Stored:
 
 
 def _train(trainer: MpoeTrainer, data: _Data, checkpoint: str | None, progress: OnLog | None) -> dict:
-    """Train, evaluate if there are data for it, and report."""
+    """Train, evaluate what is to be written if there are data for it, and report."""
+    held_out = HeldOut(data.task)
+    if data.evaluation is not None:
+        held_out.attach(trainer, at_start=checkpoint is None)
     trainer.remove_callback(PrinterCallback)
     shown = TellLogs(progress)
     trainer.add_callback(shown)
@@ -246,19 +250,40 @@ def _train(trainer: MpoeTrainer, data: _Data, checkpoint: str | None, progress: 
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.remove_callback(shown)
     log = list(trainer.state.log_history)  # before the last evaluation, which adds to it
-    return _report(trainer.run, data) | {
+    report = _report(trainer.run, data) | {
         "steps": trainer.state.global_step,
+        "written_step": _written_step(trainer),
         "seconds": round(time.perf_counter() - start, 1),
         "resumed": checkpoint is not None,
-        "evaluation": trainer.evaluate() if data.evaluation is not None else None,
         "log": log,
     }
+    if data.evaluation is not None:
+        report["evaluation"], report["expert_load"] = _evaluate(trainer)
+        report["change"] = held_out.change(log, trainer.run.seed)
+    return report
+
+
+def _written_step(trainer: MpoeTrainer) -> int:
+    """The step whose weights the model has after training: of the best checkpoint, or the last one."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return int(Path(best).name.rpartition("-")[2]) if best else trainer.state.global_step
+
+
+def _evaluate(trainer: MpoeTrainer) -> tuple[dict, dict[str, list[float]] | None]:
+    """(metrics, {path of a mixture: fraction of the choices that each expert got}) on the held-out data."""
+    model = cast("PreTrainedModel", trainer.model)
+    watching = nullcontext({}) if trainer.router_log is None else router_stats(model)
+    with watching as stats:
+        metrics = trainer.evaluate()
+    loads = {path: [round(part, 4) for part in found.load.tolist()] for path, found in stats.items()}
+    return metrics, loads or None
 
 
 def _report(run: Finetuning, data: _Data) -> dict:
     """The report of a training that has done nothing yet."""
-    done = {"steps": 0, "seconds": 0.0, "resumed": False, "evaluation": None, "log": []}
-    return {"run": asdict(run), "task": data.task.name, **done}
+    done = {"steps": 0, "written_step": 0, "seconds": 0.0, "resumed": False, "log": []}
+    measured = {"evaluation": None, "change": None, "expert_load": None}
+    return {"run": asdict(run), "task": data.task.name, **done, **measured}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -298,7 +323,7 @@ def _read(
     task = kind(tokenizer, run.columns, _length(run, config, token))
     train = task.training_examples(train, labels, routes)
     if evaluation is not None:
-        evaluation = task.training_examples(evaluation, labels, routes)
+        evaluation = task.held_out_examples(evaluation, labels, routes)
     return _Data(task, train, evaluation, labels, routes)
 
 

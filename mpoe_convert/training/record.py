@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..artifact.card_file import remove_section, set_section
+from ..artifact.fingerprint import is_about, sha256_of, weights_of
 from ..artifact.layout import CARD_FILE, EVALUATION_REPORT_FILE, read_artifact, register_files
 from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
 from ..errors import CheckpointError, OutputError, one_line
 from ..source.json_files import read_json_object, write_json
 from ..source.texts import BUILDERS
+from .intervals import Metric, notes
 from .tasks import TASKS, Score
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "oth
 
 def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
     """Write an evaluation into an artifact; an earlier one of the same task on the same data is replaced.
+
+    Those of other weights than the folder's are removed.
 
     All evaluations are in evaluation_report.json, as tables in a section of the card, and as a `model-index`
     in the Hub's format in the card's metadata. Results from elsewhere in that metadata are kept.
@@ -40,13 +43,17 @@ def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
     """
     folder = Path(folder)
     path = folder / EVALUATION_REPORT_FILE
-    found = _without_paths(evaluation)
     try:
-        kept = [each for each in recorded_evaluations(folder) if not _same_subject(each, found)]
+        weights = weights_of(folder)
+        found = _without_paths(evaluation) | weights
+        recorded = recorded_evaluations(folder)
+        stale = [each for each in recorded if not is_about(each, weights)]
+        kept = [each for each in recorded if is_about(each, weights) and not _same_subject(each, found)]
         evaluations = [*kept, found]
         write_json(path, {"evaluations": evaluations})
         set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, evaluations)))
-        _set_results(folder, [result for each in evaluations for result in eval_results(each)])
+        results, gone = ([r for each in some for r in eval_results(each)] for some in (evaluations, stale))
+        _set_results(folder, results, gone)
         register_files(folder, [EVALUATION_REPORT_FILE])
     except OSError as error:
         raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
@@ -123,6 +130,7 @@ def eval_results(evaluation: Mapping) -> list[EvalResult]:
             metric_args=evaluation["settings"],
         )
         for score in _scores_of(evaluation)
+        if evaluation["metrics"][score.name]["value"] is not None
     ]
 
 
@@ -141,14 +149,7 @@ def _short(sha256: str | None) -> str | None:
 
 def _sha256(sources: Sequence[str]) -> str | None:
     """Hash of the contents of data files, which tells files of one name apart; None for Hub datasets."""
-    digests = []
-    for source in sources:
-        if Path(source).is_file():
-            with open(source, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256"))
-    if len(digests) < 2:  # the file's own hash, as `sha256sum` prints it
-        return digests[0].hexdigest() if digests else None
-    return hashlib.sha256(b"".join(each.digest() for each in digests)).hexdigest()
+    return sha256_of(Path(source) for source in sources if Path(source).is_file())
 
 
 def _without_paths(evaluation: Mapping) -> dict:
@@ -161,10 +162,10 @@ def _without_paths(evaluation: Mapping) -> dict:
     return kept | {"data": data, "other": other, "sha256": _sha256(evaluation["data"])}
 
 
-def _set_results(folder: Path, results: Sequence) -> None:
-    """Write results into the card's metadata; results of other data or metrics are kept."""
+def _set_results(folder: Path, results: Sequence, gone: Sequence) -> None:
+    """Write results into the card's metadata and take those out that are gone; others in it are kept."""
     made = _open_card(folder / CARD_FILE)
-    ours = {_place(result) for result in results}
+    ours = {_place(result) for result in (*results, *gone)}
     data = cast("ModelCardData", made.data)
     others = [result for result in data.eval_results or () if _place(result) not in ours]
     data.eval_results = [*others, *results]
@@ -189,13 +190,19 @@ def _in_words(evaluation: Mapping) -> str:
         if other:
             difference = f"{score.name} ratio" if score.is_ratio else score.name
             shown += [evaluation["against"][score.name], differences[difference]]
-        cells = (f"{n['value']:.4g} ({n['low']:.4g} to {n['high']:.4g})" for n in shown)
+        cells = (Metric(**n).in_words() for n in shown)
         rows.append(f"| {score.label} | {' | '.join(cells)} |")
     note = ["The difference of perplexities is their ratio."] if "perplexity ratio" in differences else []
+    found = [
+        {name: Metric(**n) for name, n in evaluation[key].items()}
+        for key in ("metrics", "against", "differences")
+        if evaluation[key]
+    ]
+    note += notes(*found)
     return "\n\n".join(
         [
             f"By `mpoe-convert evaluate` on {', '.join(evaluation['data'])}{split}: {evaluation['count']:,} "
-            f"{TASKS[evaluation['task']].unit}, {settings}; 95 % bootstrap intervals.",
+            f"{TASKS[evaluation['task']].unit}, {settings}; 95 % intervals.",
             "\n".join(rows),
             *note,
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact.card_file import remove_section
+from ..artifact.fingerprint import weights_of
 from ..artifact.layout import (
     CARD_FILE,
     EVALUATION_REPORT_FILE,
@@ -120,6 +121,7 @@ class Result:
 
     def _complete(self, folder: Path, report: dict) -> None:
         """Add to the model that was saved in a folder what belongs beside it."""
+        report |= weights_of(folder)
         write_json(folder / TRAINING_REPORT_FILE, report)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in the report
         if self.generation is not None:

@@ -22,7 +22,7 @@ from ..source.texts import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a model did with one example; each task documents the fields.
 Outcome = tuple[Any, ...]
@@ -40,6 +40,8 @@ class Score:
         hub: the Hub's name of the metric (https://huggingface.co/metrics).
         label: the name in tables.
         is_ratio: two models are compared by the ratio of their scores, not by the difference.
+        is_rate: the mean of statistics (N,) that are 0 or 1.
+        undefined: why statistics have no score at all; None: they have one.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Score:
     hub: str
     label: str
     is_ratio: bool = False
+    is_rate: bool = False
+    undefined: Callable[[np.ndarray], str | None] = lambda statistics: None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Task(ABC):
         seed: draws the tokens that are masked, in scoring.
         name: on the command line.
         unit: "tokens" or "examples", which `count` counts.
+        sampled: "windows" or "examples", what outcomes are of.
         libraries: optional libraries that the scores need.
         has_labels: the model has classes, by names.
         min_length: tokens that an example has to have for anything to be learned from it.
@@ -73,6 +78,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str] = "examples"
+    sampled: ClassVar[str] = "examples"
     libraries: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
     min_length: ClassVar[int] = 1
@@ -103,6 +109,10 @@ class Task(ABC):
         """How many of `unit` were scored."""
         return len(outcomes)
 
+    def counted(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes in which something was scored; the same ones for every model."""
+        return list(outcomes)
+
     @abstractmethod
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         """The examples to train on.
@@ -113,6 +123,19 @@ class Task(ABC):
 
         Raises:
             DataError: the rows do not fit the task.
+        """
+
+    def held_out_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        """The examples to evaluate on while training: the same ones at every evaluation; as for training."""
+        return self.training_examples(rows, labels, tasks)
+
+    @abstractmethod
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B, 2 or 3): summed loss in nats, what it is summed over, and right ones, of a batch's examples.
+
+        Args:
+            logits: (B, T, V) or (B, classes).
+            labels: (B, T), -100 where a token does not count, or (B,).
         """
 
     @abstractmethod
@@ -146,13 +169,12 @@ class Task(ABC):
         check_token_ids(model, str(model.name_or_path), int(ids.max()) if ids.numel() else 0, self.tokenizer)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
-    def training_metrics(self) -> Callable[[Any], dict[str, float]] | None:
-        """Computes metrics for `transformers.Trainer` beside the loss; None: there are none."""
-        return None
-
 
 # ---------------------------------------------------------------------------------------------------
 # Language models
+
+
+LARGEST_LOSS = 700.0  # nats; exp of more is no float64
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -166,6 +188,17 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
             return
 
 
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, 2) float32: each row's summed negative log-likelihood in nats, and its number of labels.
+
+    Args:
+        logits: (B, T, V), of the tokens that `labels` names.
+        labels: (B, T), -100 where a token does not count.
+    """
+    losses = torch.nn.functional.cross_entropy(logits.float().mT, labels, reduction="none")
+    return torch.stack([losses.sum(-1), (labels != -100).sum(-1).float()], dim=-1)
+
+
 def _losses_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
     """(N, 2) from outcomes that begin with (summed loss, tokens)."""
     return np.array([outcome[:2] for outcome in outcomes])
@@ -174,7 +207,7 @@ def _losses_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
 def _perplexity(losses_and_counts: np.ndarray) -> float:
     """exp of the mean negative log-likelihood per token, in nats."""
     loss, count = losses_and_counts.sum(0)
-    return float(np.exp(loss / count))
+    return float(np.exp(min(loss / count, LARGEST_LOSS)))
 
 
 def _hits_and_counts(outcomes: Sequence[Outcome]) -> np.ndarray:
@@ -196,9 +229,13 @@ class _LanguageTask(Task):
     """Scores tokens; outcomes begin with (summed negative log-likelihood in nats, tokens)."""
 
     unit = "tokens"
+    sampled = "windows"
 
     def count(self, outcomes: Sequence[Outcome]) -> int:
         return int(sum(outcome[1] for outcome in outcomes))
+
+    def counted(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        return [outcome for outcome in outcomes if outcome[1]]
 
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.language_blocks(rows, self.tokenizer, self.columns.text, self.length, tasks)
@@ -227,12 +264,14 @@ class Causal(_LanguageTask):
         rows = [{"input_ids": ids} for ids, _ in batch]
         pad = padding_token(self.tokenizer, embedding_rows(model))
         inputs = self.model_inputs(model, pad_rows(rows, pad))
-        logits = model(**inputs).logits[:, :-1].float()  # (B, T - 1, V)
-        losses = torch.nn.functional.cross_entropy(logits.mT, inputs["input_ids"][:, 1:], reduction="none")
-        return [
-            (losses[row, first - 1 : len(ids) - 1].double().sum().item(), len(ids) - first)
-            for row, (ids, first) in enumerate(batch)
-        ]
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row, (ids, first) in enumerate(batch):
+            labels[row, first : len(ids)] = inputs["input_ids"][row, first : len(ids)]
+        losses = self.losses(model(**inputs).logits, labels)
+        return [(loss, int(count)) for loss, count in losses.tolist()]
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(logits[:, :-1], labels[:, 1:])
 
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
         return _next_tokens
@@ -262,17 +301,29 @@ class Masked(_LanguageTask):
     def outcomes(self, model: PreTrainedModel, batch: Sequence) -> list[Outcome]:
         inputs = self.model_inputs(model, {name: torch.cat([b[name] for b in batch]) for name in batch[0]})
         labels = inputs.pop("labels")
-        logits = model(**inputs).logits.float()  # (B, T, V)
-        losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
-        hits = (logits.argmax(-1) == labels).sum(-1)
-        counts = (labels != -100).sum(-1)
-        return [
-            (loss.double().sum().item(), int(count), int(hit))
-            for loss, count, hit in zip(losses, counts, hits, strict=True)
-        ]
+        found = self.losses(model(**inputs).logits, labels).tolist()
+        return [(loss, int(count), int(hits)) for loss, count, hits in found]
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hits = (logits.argmax(-1) == labels).sum(-1, keepdim=True)
+        return torch.cat([token_losses(logits, labels), hits.float()], dim=-1)
+
+    def held_out_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
+        masking = self._masking(seed=self.seed)
+
+        def mask(block: dict) -> dict:
+            return {name: values[0].tolist() for name, values in masking([block]).items()}
+
+        blocks = self.training_examples(rows, labels, tasks)
+        return blocks.map(mask, load_from_cache_file=False)  # a cached one may be of another seed
 
     def collator(self, model: PreTrainedModel) -> Callable[[list], Mapping]:
-        return self._masking()
+        masking = self._masking()
+
+        def collate(blocks: list) -> Mapping:  # those of held-out data are masked already
+            return pad_rows(blocks, pad=0) if "labels" in blocks[0] else masking(blocks)
+
+        return collate
 
     def largest_token(self, examples: Dataset) -> int:
         return max(super().largest_token(examples), len(self.tokenizer) - 1)  # a tenth is any token
@@ -298,6 +349,9 @@ class Masked(_LanguageTask):
 
 # ---------------------------------------------------------------------------------------------------
 # Encoder-decoders
+
+
+BLEU_WORDS = 4  # of its longest n-grams
 
 
 def _mean(values: np.ndarray) -> float:
@@ -332,10 +386,18 @@ def _rouge_l(outcomes: Sequence[Outcome]) -> np.ndarray:
     return np.array([100 * scorer.score(target, text)["rougeL"].fmeasure for text, target in outcomes])
 
 
-def _of_corpus(name: str, metric: str, *, hub: str, label: str) -> Score:
+def _of_corpus(name: str, metric: str, **options: Any) -> Score:
     """A corpus score of sacrebleu; `metric` is its class."""
     function, statistics = partial(_corpus_score, metric), partial(_corpus_statistics, metric)
-    return Score(name, function, statistics, hub=hub, label=label)
+    return Score(name, function, statistics, **options)
+
+
+def _too_short_for_bleu(statistics: np.ndarray) -> str | None:
+    """BLEU multiplies the precisions of 1 to 4 words; of shorter targets no text can match four."""
+    longest = int(statistics[:, 1].max())  # lengths of text and target, then counts
+    if longest >= BLEU_WORDS:
+        return None
+    return f"BLEU matches {BLEU_WORDS} words in a row, and the longest target has {longest}"
 
 
 class Seq2Seq(Task):
@@ -344,8 +406,8 @@ class Seq2Seq(Task):
     name = "seq2seq"
     libraries = ("sacrebleu", "rouge_score")
     scores = (
-        Score("exact_match", _mean, _exact, hub="exact_match", label="Exact match"),
-        _of_corpus("bleu", "BLEU", hub="sacrebleu", label="BLEU"),
+        Score("exact_match", _mean, _exact, hub="exact_match", label="Exact match", is_rate=True),
+        _of_corpus("bleu", "BLEU", hub="sacrebleu", label="BLEU", undefined=_too_short_for_bleu),
         _of_corpus("chrf", "CHRF", hub="chrf", label="chrF"),
         Score("rouge_l", _mean, _rouge_l, hub="rouge", label="ROUGE-L"),
     )
@@ -363,6 +425,9 @@ class Seq2Seq(Task):
         tokens = generator.generate(**inputs, max_new_tokens=self.length, do_sample=False, num_beams=1)
         found = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [(text.strip(), target) for text, target in zip(found, targets, strict=True)]
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(logits, labels)
 
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.pairs(rows, self.tokenizer, self.columns, self.length, tasks)
@@ -382,9 +447,8 @@ class Seq2Seq(Task):
 # Classification
 
 
-def _accuracy(found_and_expected: np.ndarray) -> float:
-    found, expected = found_and_expected.T
-    return float((found == expected).mean())
+def _hits(outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.array([float(found == expected) for found, expected in outcomes])
 
 
 def _macro_f1(found_and_expected: np.ndarray) -> float:
@@ -393,13 +457,6 @@ def _macro_f1(found_and_expected: np.ndarray) -> float:
     found, expected = found_and_expected.T
     options: dict[str, Any] = {"zero_division": 0.0}  # the default is a text
     return float(f1_score(expected, found, average="macro", **options))
-
-
-def _prediction_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of logits (N, classes), for `transformers.Trainer`."""
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
 def class_names(config: PretrainedConfig) -> tuple[str, ...]:
@@ -415,7 +472,7 @@ class Classification(Task):
     libraries = ("sklearn",)
     has_labels = True
     scores = (
-        Score("accuracy", _accuracy, np.array, hub="accuracy", label="Accuracy"),
+        Score("accuracy", _mean, _hits, hub="accuracy", label="Accuracy", is_rate=True),
         Score("f1", _macro_f1, np.array, hub="f1", label="F1, macro average"),
     )
 
@@ -427,6 +484,11 @@ class Classification(Task):
         inputs = self.model_inputs(model, pad_rows(batch, pad))
         expected = inputs.pop("labels").tolist()
         return list(zip(model(**inputs).logits.argmax(-1).tolist(), expected, strict=True))
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        hits = (logits.argmax(-1) == labels).float()
+        return torch.stack([loss, torch.ones_like(loss), hits], dim=-1)
 
     def training_examples(self, rows: Dataset, labels: Sequence[str], tasks: texts.Tasks | None) -> Dataset:
         return texts.labelled(rows, self.tokenizer, self.columns, self.length, labels, tasks)
@@ -445,9 +507,6 @@ class Classification(Task):
         if not counts_from_padding(model):
             pad = padding_token(self.tokenizer, embedding_rows(model))
             model.config.get_text_config().pad_token_id = pad
-
-    def training_metrics(self) -> Callable[[Any], dict[str, float]]:
-        return _prediction_accuracy
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Causal, Masked, Seq2Seq, Classification)}

@@ -350,6 +350,7 @@ class MpoeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:  # not of the training loss, which includes the routers' losses
+            logs["eval_loss"] = logs.pop("eval_mean_loss", logs["eval_loss"])  # of all tokens, not of batches
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 80.0))
         if self.router_log is not None and "loss" in logs:
             logs |= self.router_log.latest

@@ -77,7 +77,9 @@ def test_they_show_what_the_reports_say(tuned):
         sizes[place] = sizes.get(place, 0) + bar.get_width()
     names = ("active_params", "stored_params", "plain_moe_active_params", "plain_moe_params", "dense_params")
     assert [sizes[place] for place in range(5)] == pytest.approx([totals[name] for name in names])
-    training, evaluation = drawn["losses"].axes[0].lines
+    training, evaluation, written = drawn["losses"].axes[0].lines
+    assert set(written.get_xdata()) == {read(tuned / TRAINING_REPORT_FILE)["written_step"]}
+    assert evaluation.get_xdata()[0] == 0  # before the first step
     assert training.get_xydata().tolist() == [[e["step"], e["loss"]] for e in log if "loss" in e]
     assert evaluation.get_xydata().tolist() == [[e["step"], e["eval_loss"]] for e in log if "eval_loss" in e]
     loads = [entry["expert_load"] for entry in log if "expert_load" in entry]
@@ -85,9 +87,60 @@ def test_they_show_what_the_reports_say(tuned):
         sum(load) == pytest.approx(1, abs=1e-3) for e in loads for load in e.values()
     )
     for axes, path in zip(drawn["load"].axes, loads[0], strict=True):
-        assert axes.get_title() == path and len(axes.collections) == 3
-        top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
-        assert top == pytest.approx(max(load[path][0] for load in loads))
+        lines = {line.get_label(): line for line in axes.lines}
+        assert axes.get_title() == path
+        for expert in range(3):
+            assert lines[f"expert {expert}"].get_ydata().tolist() == [load[path][expert] for load in loads]
+        assert set(lines["1/3: all alike"].get_ydata()) == {1 / 3}
+
+
+def training_report(num_experts: int, num_layers: int, written: int = 2) -> dict:
+    """A report of four steps, with losses that matplotlib would write with an offset."""
+    log = []
+    for step in range(1, 5):
+        shares = [1.0 + (expert + step) % num_experts for expert in range(num_experts)]
+        load = [share / sum(shares) for share in shares]
+        entry = {"step": step, "loss": 1000 + 1e-4 * step}
+        log.append(entry | {"expert_load": {f"h.{layer}.mlp": load for layer in range(num_layers)}})
+    return {"log": log, "written_step": written}
+
+
+@pytest.mark.parametrize(("num_experts", "num_layers"), [(2, 1), (14, 3), (16, 40), (40, 2)])
+def test_every_picture_can_be_read(num_experts, num_layers, artifact):
+    _, out = artifact("gpt2", noise=0.1)
+    found = _figures(out, read(out / REPORT_FILE), training_report(num_experts, num_layers))
+    for name, caption, figure in found:
+        figure.canvas.draw()
+        assert figure.get_suptitle() and figure.legends and caption
+        for axes in figure.axes:
+            assert not axes.xaxis.get_offset_text().get_text()
+            assert not axes.yaxis.get_offset_text().get_text()
+        if name != "load":
+            assert figure.axes[0].get_xlabel() and (name == "parameters" or figure.axes[0].get_ylabel())
+            continue
+        assert figure.get_supylabel() == "share of the choices"
+        shown = [axes for axes in figure.axes if axes.get_title()]
+        assert sum(axes.get_xlabel() == "optimizer step" for axes in shown) == min(num_layers, 4)
+        assert all(line.get_ydata().max() < axes.get_ylim()[1] for axes in shown for line in axes.lines[:-1])
+        assert len(shown) == min(num_layers, 14)
+        assert ("one of every 3 layers" in figure.get_suptitle()) == (num_layers == 40)
+        looks = [
+            (line.get_color(), line.get_linestyle())
+            for line in shown[0].lines
+            if line.get_label().startswith("expert")
+        ]
+        assert len(looks) == len(set(looks)) == (num_experts if num_experts <= 16 else 0)
+        labels = {text.get_text() for text in figure.legends[0].get_texts()}
+        assert {f"1/{num_experts}: all alike", "later steps, not in the weights"} <= labels
+        assert any("whose weights were written" in label for label in labels)
+
+
+def test_no_point_of_the_errors_hides_another(artifact):
+    _, out = artifact("llama", noise=0.1)
+    axes = figures(out)["error"].axes[0]
+    places = {line.get_label().partition(":")[0]: tuple(line.get_xdata()) for line in axes.lines}
+    assert len(places) == 3 and len({place for found in places.values() for place in found}) == 6
+    assert all(line.get_linestyle() == "None" for line in axes.lines)  # FFNs are no axis to go along
 
 
 def test_biases_of_the_experts_are_theirs(tiny_gpt2, tmp_path):

@@ -2,19 +2,34 @@
 
 import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from helpers.artifacts import perturb
 from helpers.models import HEADS
 from helpers.tiny import make_config, make_model, save_tiny
 from helpers.vocabularies import save_vocabulary
+from safetensors.torch import load_file, save_file
 
-from mpoe_convert import Recipe, convert
+from mpoe_convert import Export, Recipe, convert, export
 from mpoe_convert.artifact import verify as verification
+from mpoe_convert.artifact.fingerprint import weights_of
 from mpoe_convert.artifact.verify import verify
-from mpoe_convert.artifact.verify_child import compare, encode, make_inputs, make_texts, run
+from mpoe_convert.artifact.verify_child import (
+    compare,
+    damaged_outputs,
+    encode,
+    lacking,
+    main,
+    make_inputs,
+    make_texts,
+    run,
+    worst,
+)
 from mpoe_convert.errors import VerifyError
 from mpoe_convert.source.architecture import heads, main_auto_class
 from mpoe_convert.source.families import FAMILY_OF
@@ -57,10 +72,23 @@ def test_rows_hold_one_end_token_each_at_their_end():
     assert (inputs["input_ids"] == 2).sum() == 2
 
 
-def test_nan_is_an_infinite_difference():
+def test_nan_has_no_difference():
     expected = {"logits": torch.ones(2, 3)}
     found = compare({"logits": torch.full((2, 3), torch.nan)}, expected, None, None)
-    assert min(found["relative_difference"], found["max_difference"]) > 1e300
+    assert found["relative_difference"] is found["max_difference"] is None
+    fine = compare(expected, expected, None, None)
+    assert worst([fine, found])["relative_difference"] is None and worst([fine])["relative_difference"] == 0
+
+
+def test_infinities_at_the_same_places_are_equal():
+    logits = torch.tensor([1.0, -torch.inf, 2.0])
+    found = compare({"logits": logits}, {"logits": logits}, None, None)
+    assert found["relative_difference"] == found["max_difference"] == 0
+    assert damaged_outputs([({"logits": logits}, None)], [({"logits": logits}, None)]) == {}
+    finite = torch.ones(3)
+    assert damaged_outputs([({"logits": logits}, None)], [({"logits": finite}, None)])["logits"] == (
+        pytest.approx(1 / 3)
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILY_OF)
@@ -108,6 +136,166 @@ def test_against_takes_the_folder(artifact, monkeypatch):
         (str(Path("dense").resolve()), None),
         ("dense", "0" * 40),
     ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints that lack what their class has
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The comparison runs here, not in a process of its own, which takes seconds."""
+
+    def run_child(request):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(request.to_json()))
+        hooks = list(sys.meta_path)
+        try:
+            result = json.loads(json.dumps(main()))
+        finally:
+            sys.meta_path[:] = hooks
+        if "error" in result:
+            raise VerifyError(result["error"])
+        return result
+
+    monkeypatch.setattr(verification, "_run_child", run_child)
+
+
+def save_without(model_type: str, folder: Path) -> Path:
+    """A checkpoint that AutoModel loads with weights that it makes up, or without its decoder."""
+    if model_type == "t5":
+        transformers.T5EncoderModel(make_config("t5")).save_pretrained(folder)
+        return folder
+    stock = getattr(transformers, heads(model_type)["AutoModel"])
+    torch.manual_seed(0)
+    stock(make_config(model_type), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "vit", "t5"])
+def test_a_checkpoint_without_a_pooler_is_whole(model_type, in_process, tmp_path):
+    """Both loads make a pooler up; the artifact is given the dense model's, so that all outputs compare."""
+    source = save_without(model_type, tmp_path / "dense")
+    convert(Recipe(str(source), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")
+    found = verify(tmp_path / "out")
+    assert found.ok and found.relative_difference < 1e-5
+    exported = export(tmp_path / "out", tmp_path / "dense-again", Export(to="dense"))
+    assert exported.comparison is not None and exported.comparison.relative_difference < 1e-5
+    with pytest.raises(VerifyError, match="missing or mismatched weights"):
+        cut = tmp_path / "out/model.safetensors"
+        tensors = load_file(cut)
+        tensors.pop(next(name for name in tensors if "embed" in name or "shared" in name))
+        save_file(tensors, cut, metadata={"format": "pt"})
+        verify(tmp_path / "out")
+
+
+def test_the_backbone_of_a_checkpoint_for_masked_tokens(in_process, tmp_path):
+    folder = save_tiny("bert", "AutoModelForMaskedLM", tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]  # so that AutoModel is what loads it
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(Recipe(str(folder), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")
+    found = verify(tmp_path / "out")
+    assert found.ok and found.auto_class == "AutoModel"
+
+
+def test_without_a_reference_layers_may_not_be_missing():
+    missing = ["encoder.layer.0.mlp.up.bias", "pooler.dense.weight"]
+    assert lacking(missing, None) == ["encoder.layer.0.mlp.up.bias"]
+    assert lacking(missing, {"pooler.dense.weight": torch.ones(1)}) == ["encoder.layer.0.mlp.up.bias"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Trained artifacts
+
+
+@pytest.fixture
+def trained(tmp_path, in_process) -> Path:
+    """An artifact as `finetune` leaves it."""
+    source = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
+    convert(Recipe(str(source), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")
+    perturb(tmp_path / "out")
+    mark_trained(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def mark_trained(folder: Path) -> None:
+    (folder / "training_report.json").write_text(json.dumps({"steps": 3} | weights_of(folder)))
+
+
+def test_of_a_trained_artifact_the_difference_is_information(trained):
+    found = verify(trained)
+    assert found.ok and found.trained and found.generates and found.problems() == []
+    assert found.relative_difference > 0.01 and found.tolerance is None
+    strict = verify(trained, tolerance=1e-4)
+    assert not strict.ok and strict.problems() == ["the outputs do not agree."]
+    (trained / "training_report.json").unlink()
+    assert not verify(trained).ok  # nothing says that it was trained
+
+
+def test_a_trained_artifact_outlives_its_dense_model(trained):
+    shutil.rmtree(trained.parent / "dense")
+    found = verify(trained)
+    assert found.ok and found.relative_difference is None and "is not a folder here" in found.reference_error
+    with pytest.raises(VerifyError, match="is not a folder here"):
+        verify(trained, against=str(trained.parent / "dense"))
+    assert "it could not be compared with" in verify(trained, tolerance=0.1).problems()[0]
+
+
+def test_a_new_head_is_not_compared(trained):
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(trained, num_labels=3, trust_remote_code=True)
+    model.save_pretrained(trained)
+    mark_trained(trained)
+    found = verify(trained)
+    assert found.ok and found.auto_class == auto.__name__ and "score.weight" in found.reference_error
+
+
+@pytest.mark.parametrize("was_trained", [True, False])
+def test_nan_is_told_as_such(was_trained, trained):
+    path = trained / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.h.1.mlp.router.weight"][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    mark_trained(trained) if was_trained else (trained / "training_report.json").unlink()
+    found = verify(trained)
+    assert not found.ok and found.relative_difference is None
+    told = "\n".join(found.problems())
+    assert "'transformer.h.1.mlp.router.weight' hold NaN or infinities." in told
+    assert "it computes NaN or infinities: 100.0% of logits." in told and "agree" not in told
+    page = printed(found).partition("in float32:")[2]
+    assert "DAMAGED" in page and "nan" not in page and "e+308" not in page
+
+
+def test_a_report_on_other_weights_or_experts_is_told(trained):
+    path = trained / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.ln_f.bias"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    report = json.loads((trained / "conversion_report.json").read_text())
+    report["recipe"]["experts"], report["ffns"] = 5, ["h.0"]
+    (trained / "conversion_report.json").write_text(json.dumps(report))
+    found = verify(trained)
+    assert not found.ok and found.problems() == [
+        "config.json names 2 experts, conversion_report.json 5.",
+        "config.json names the FFNs 'h.0', 'h.1', conversion_report.json 'h.0'.",
+        "training_report.json is about other weights than those in the folder.",
+    ]
+
+
+def printed(result) -> str:
+    from rich.console import Console
+
+    from mpoe_convert.cli.tables import print_verification
+
+    out = Console(record=True, width=200, file=io.StringIO())
+    print_verification(result, out)
+    return out.export_text()
+
+
+def test_the_verdict_on_a_trained_artifact(trained):
+    lines = printed(verify(trained)).splitlines()
+    assert lines[-1] == "OK: it loads, is finite, and agrees with its reports; it was trained since."
+    assert any("allowed" in line and "any, for it was trained" in line for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -165,6 +353,8 @@ STUB = {
     "max_difference": 0.0,
     "top1_agreement": None,
     "greedy_agreement": None,
+    "damaged_weights": [],
+    "damaged_outputs": {},
 }
 
 

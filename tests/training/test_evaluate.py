@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 from mpoe_convert import evaluate
 from mpoe_convert.cli import main
 from mpoe_convert.errors import DataError, TrainingError
-from mpoe_convert.training.tasks import windows
+from mpoe_convert.training.tasks import Causal, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 
@@ -146,6 +146,39 @@ def test_seq2seq(artifact, tmp_path):
     assert 0 < found.metrics["rouge_l"].value < 100
 
 
+def test_targets_of_one_word_have_no_bleu(artifact, tmp_path):
+    """sacrebleu gives 0 even if every text is right."""
+    assert sacrebleu.corpus_bleu(["w5"] * 12, [["w5"] * 12]).score == 0
+    _, out = artifact("t5", noise=0.1)
+    values = [row | {"target": "w5"} for row in rows("seq2seq", 12)]
+    found = evaluate(str(out), write(tmp_path / "data.jsonl", values), length=12, record=True)
+    assert found.metrics["bleu"].value is None and found.metrics["chrf"].value is not None
+    assert found.metrics["exact_match"].value == 0 and found.metrics["exact_match"].high > 0.2
+    [told] = [note for note in found.notes if note.startswith("bleu: ")]
+    assert told == "bleu: BLEU matches 4 words in a row, and the longest target has 1."
+    card = (out / "README.md").read_text()
+    assert "| BLEU | undefined |" in card and told in card and "type: sacrebleu" not in card
+
+
+def test_a_damaged_model_has_no_scores(artifact, text, tmp_path):
+    dense, _ = artifact("gpt2")
+    model = load(dense)
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.bias[0] = torch.inf
+    model.save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken/tokenizer.json").write_bytes((dense / "tokenizer.json").read_bytes())
+    with pytest.raises(TrainingError, match=r"holds NaN or infinities in 'transformer\.h\.1\.ln_1\.bias'"):
+        evaluate(str(tmp_path / "broken"), text, length=16)
+
+
+def test_a_loss_that_overflows_is_told(artifact, text, monkeypatch):
+    _, out = artifact("gpt2")
+    broken = [[torch.nan, 1.0]]
+    monkeypatch.setattr(Causal, "losses", lambda self, _, labels: torch.tensor(broken * len(labels)))
+    with pytest.raises(TrainingError, match="the loss of .* is nan in 12 of 12 windows, so it has no scores"):
+        evaluate(str(out), text, length=16)
+
+
 def test_masked(artifact, tmp_path):
     _, out = artifact("bert", "AutoModelForMaskedLM", noise=0.1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, mask_token="w3", trust_remote_code=True)
@@ -169,9 +202,11 @@ def test_command_line(artifact, text):
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     assert "100 tokens" in done.stdout and "perplexity" in done.stdout and done.stderr == ""
-    document = json.loads(CliRunner().invoke(main, [*command, "--json", "--limit", "3"]).stdout)
-    assert document["task"] == "causal" and document["count"] < 100
+    document = json.loads(CliRunner().invoke(main, [*command, "--json", "--limit", "10"]).stdout)
+    assert document["task"] == "causal" and document["count"] < 100 and document["units"] == 10
     assert document["metrics"]["perplexity"]["low"] <= document["metrics"]["perplexity"]["value"]
+    few = CliRunner().invoke(main, [*command, "--limit", "9"])
+    assert "(no interval)" in few.stdout and "it takes at least 10 windows, the data give 9." in few.stdout
 
 
 @pytest.mark.parametrize(

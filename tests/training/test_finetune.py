@@ -298,7 +298,7 @@ def test_two_processes_are_one(artifact, text, tmp_path):
     _, out = artifact("gpt2", noise=0.1)
     arguments = ["--data", text, "--length", "16", "--steps", "4", "--log-every", "1", "--skip-centre", "0.5"]
     arguments += ["--option", "router_aux_loss_coef=0", "--option", "resid_pdrop=0", "--json"]
-    arguments += ["--option", "embd_pdrop=0", "--option", "attn_pdrop=0"]
+    arguments += ["--option", "embd_pdrop=0", "--option", "attn_pdrop=0", "--eval-data", text]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "mpoe_convert", "finetune", str(out), *arguments]
     command += ["--batch-size", "2", "--set", "use_cpu=true", "-o", str(tmp_path / "two")]
@@ -312,6 +312,8 @@ def test_two_processes_are_one(artifact, text, tmp_path):
     one = json.loads(one.stdout)
     losses = [[entry["loss"] for entry in report["log"] if "loss" in entry] for report in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+    for key in ("value", "low", "high"):  # of the examples of both
+        assert one["change"][key] == pytest.approx(two["change"][key], rel=1e-4)
     before, one, two = (weights(folder) for folder in (out, tmp_path / "one", tmp_path / "two"))
     step = torch.cat([(one[name] - before[name]).flatten() for name in before])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in before])

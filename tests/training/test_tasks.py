@@ -75,10 +75,13 @@ def test_a_score_is_one_row(artifact, tmp_path, monkeypatch):
     row = Score("target_words", lambda found: float(found.mean()), words, hub="wc", label="Words in a target")
     monkeypatch.setattr(Seq2Seq, "scores", (*Seq2Seq.scores, row))
     _, out = artifact("t5", noise=0.1)
-    data = write(tmp_path / "data.jsonl", rows("seq2seq", 4))
+    data = write(tmp_path / "data.jsonl", rows("seq2seq", 10))
     found = evaluate(str(out), data, against=str(out), length=8, record=True)
     assert found.metrics["target_words"].value == 5 and found.differences["target_words"].value == 0
     recorded = json.loads((out / "evaluation_report.json").read_text())["evaluations"][-1]
-    assert recorded["metrics"]["target_words"] == {"value": 5.0, "low": 5.0, "high": 5.0}
+    alike = "no interval: it does not vary over the 10 examples"
+    assert recorded["metrics"]["target_words"] == {"value": 5.0, "low": None, "high": None, "note": alike}
     card = (out / "README.md").read_text()
-    assert "| Words in a target | 5 (5 to 5) |" in card and "type: wc" in card
+    assert "| Words in a target | 5 (no interval) |" in card and "type: wc" in card
+    [told] = [line for line in card.splitlines() if line.endswith(f"{alike}.")]
+    assert "target_words" in told

@@ -168,10 +168,13 @@ def _write(source: Artifact, check: bool, folder: Path) -> Comparison | None:
     computed = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
     computed = {name: torch.from_numpy(value) for name, value in zip(expected, computed, strict=True)}
     result = compare(computed, expected, None, None)
-    if not result["relative_difference"] <= ROUNDING:
+    found = result["relative_difference"]
+    if found is None:
+        raise VerifyError("onnxruntime's outputs, or the model's, hold NaN or infinities; nothing was kept")
+    if found > ROUNDING:
         raise VerifyError(
-            "onnxruntime's outputs differ from the model's by a relative "
-            f"{result['relative_difference']:.2g}, expected at most {ROUNDING:g}; nothing was kept"
+            f"onnxruntime's outputs differ from the model's by a relative {found:.2g}, expected at most "
+            f"{ROUNDING:g}; nothing was kept"
         )
     return Comparison(**result, inputs=f"{text}, in onnxruntime", tolerance=ROUNDING)
 
