@@ -31,6 +31,7 @@ from ..artifact.loading import (
 from ..errors import OutputError, TrainingError, few
 from ..extras import need
 from ..source import texts
+from .option_names import check_arguments, check_options
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .saving import Result, companions_of, set_generation_aside
@@ -88,7 +89,7 @@ def finetune(
         OutputError: `output` is not empty, has no checkpoint to resume from, or cannot be written; this is
             tried before the first step.
     """
-    need("finetune", "datasets", extra="train")
+    need("finetune", "accelerate", "datasets", extra="train")
 
     output = Path(output)
     checkpoint = _last_checkpoint(output, resume)
@@ -307,7 +308,7 @@ def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.T
 
 
 def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
-    options = dict(run.options)
+    options = check_options(run.options, load_config(run.model, token, **run.trust), run.model)
     if data.routes is not None:
         options["router_tasks"] = list(data.routes.names)
     model = _load(run.model, data, token, run.trust | options)
@@ -389,6 +390,6 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         values |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     try:
-        return TrainingArguments(**(values | dict(run.arguments)))
+        return TrainingArguments(**(values | check_arguments(run.arguments)))
     except (TypeError, ValueError) as error:
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error
