@@ -1,4 +1,4 @@
-"""Artifacts, and this package, with the oldest releases that are declared, in a folder named by MPOE_OLDEST_RELEASES.
+"""Artifacts and this package with the oldest releases that are declared, in the folder MPOE_OLDEST_RELEASES.
 
 python tests/helpers/bounds.py > oldest.txt && pip install --no-deps --target oldest -r oldest.txt
 MPOE_OLDEST_RELEASES=oldest python -m pytest tests/whole/test_oldest_release.py
@@ -153,13 +153,13 @@ warnings.simplefilter("ignore")
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, verify
 from mpoe_convert.artifact.pictures import draw_pictures
 from mpoe_convert.cli.tables import console, print_evaluation, print_report
-from mpoe_convert.training.tasks import TASKS
 from transformers import AutoModelForCausalLM
 
 names, dense = json.load(sys.stdin)
 text = Path("text.txt")
 text.write_text("One word and another word, and then the word that was the first one. " * 40)
-report = convert(Recipe(dense, experts=2, bond_dim=8, keep=0.8, calibrate=("text.txt",), calibration_tokens=512), "out")
+calibration = {"keep": 0.8, "calibrate": ("text.txt",), "calibration_tokens": 512}
+report = convert(Recipe(dense, experts=2, bond_dim=8, **calibration), "out")
 print_report(report, "out", console(stderr=True), per_matrix=True)
 AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
 run = Finetuning("out", "text.txt", eval_data="text.txt", steps=2, save_every=1, batch_size=2, length=16)
