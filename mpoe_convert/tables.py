@@ -13,12 +13,13 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 Cell = str | int | None
+Value = TypeVar("Value")
 
 # Characters of a line where there is no terminal: in `repr` and in notebooks.
 WIDTH = 120
@@ -28,6 +29,8 @@ FEW = 5
 _FRAME, _FRAME_OF_COLUMN, _GAP = 1, 3, 2
 # Blanks before what continues a broken cell of the first column.
 _HANG = "  "
+# Ranges of layers in one row.
+_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def _shrunk(natural: list[int], least: list[int], room: int) -> list[int]:
     return widths
 
 
-def merge_names(rows: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
+def merge_names(rows: Sequence[tuple[str, Value]]) -> list[tuple[str, Value]]:
     """Merge rows (dotted name, value) of equal values whose names differ in one number alone.
 
     That is the number that takes most values, of a layer: "h.0.mlp.up", "h.1.mlp.up", "h.3.mlp.up" ->
@@ -229,7 +232,17 @@ def merge_names(rows: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
         else:
             others = (*numbers[:k], None, *numbers[k + 1 :])
             groups.setdefault((pattern, others, k, value), []).append(numbers[k])
-    return [(_joined(pattern, others, found), value) for (pattern, others, _, value), found in groups.items()]
+    return [
+        (_joined(pattern, others, text), value)
+        for (pattern, others, _, value), found in groups.items()
+        for text in _in_pieces(ranges(found))
+    ]
+
+
+def _in_pieces(text: str) -> list[str]:
+    """ "0-2,5,7,9,11-12" -> ["0-2,5,7,9", "11-12"]: longer lists of layers are hard to read."""
+    runs = text.split(",")
+    return [",".join(runs[k : k + _RUNS]) for k in range(0, len(runs), _RUNS)]
 
 
 def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
@@ -239,14 +252,14 @@ def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
     return pattern, tuple(int(part) for part in parts if part.isdecimal())
 
 
-def _joined(pattern: str, others: tuple[int | None, ...], found: list[int]) -> str:
+def _joined(pattern: str, others: tuple[int | None, ...], found: str) -> str:
     """The name back from its pattern; a blank follows the number that was merged."""
     numbers = iter(others)
     parts = []
     for part in pattern.split("."):
         number = next(numbers) if part == "{}" else None
         merged = part == "{}" and number is None
-        text = ranges(found) if merged else str(number) if part == "{}" else part
+        text = found if merged else str(number) if part == "{}" else part
         parts.append(f"{text} " if merged else f"{text}.")
     return "".join(parts)[:-1]
 

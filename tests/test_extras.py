@@ -14,8 +14,10 @@ def test_a_library_that_is_missing_is_told():
 
 
 def test_a_library_that_is_too_old_is_told_with_both_versions(monkeypatch):
+    asked = ["accelerate>=1.3; extra == 'train'", "datasets>=5.1; extra == 'train'", "click>=8.4"]
+    monkeypatch.setattr(extras, "requires", lambda name: asked)
     monkeypatch.setattr(extras, "version", lambda name: {"accelerate": "1.1.0"}.get(name, "99.0.1"))
-    expected = r"^finetune needs accelerate>=[\d.]+ \(found 1\.1\.0\): install them with pip"
+    expected = r"^finetune needs accelerate>=1\.3 \(found 1\.1\.0\): install them with pip"
     with pytest.raises(LibraryError, match=expected):
         extras.need("finetune", "accelerate", "datasets", "sklearn", extra="train")
     extras.need("report", "accelerate", extra="report")  # which asks for no accelerate

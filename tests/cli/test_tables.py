@@ -113,6 +113,7 @@ def check_drawn(value, width: int) -> None:
         (["stages.0.layers.0.up", "stages.0.layers.1.up"], ["stages.0.layers.0-1 up"]),
         (["mlp.up", "mlp.down"], ["mlp.up", "mlp.down"]),
         (["layers.0", "layers.1"], ["layers.0-1"]),
+        ([f"h.{n}.up" for n in (0, 2, 4, 6, 8, 9)], ["h.0,2,4,6 up", "h.8-9 up"]),
     ],
 )
 def test_names_that_differ_in_a_layer_are_merged(names, merged):

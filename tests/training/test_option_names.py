@@ -57,7 +57,7 @@ def test_a_dense_model_has_no_router():
         ("nonsense", 3, "^--set nonsense: transformers.TrainingArguments has no such field; nearest is "),
         ("learning_rat", 3, "nearest is learning_rate$"),
         ("max_grad_norm", "abc", "^--set max_grad_norm is 'abc'; expected a number$"),
-        ("gradient_checkpointing", 3, "expected true or false$"),
+        ("bf16_full_eval", 3, "expected true or false$"),
         ("output_dir", "x", "^--set output_dir: expected -o, the output$"),
     ],
 )
