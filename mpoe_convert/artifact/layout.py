@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,6 +61,43 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
     if lacks := sorted(_REPORT_KEYS - set(report)):
         raise CheckpointError(f"{path} is damaged (it lacks {lacks}): convert again")
     return read_json_object(folder / "config.json"), report
+
+
+def base_path(source: Path, artifact: Path) -> str:
+    """The path from an artifact's folder to that of its dense model, as its report holds it.
+
+    Where they lie on different drives there is none, and it is absolute.
+    """
+    source = source.resolve()
+    try:
+        return Path(os.path.relpath(source, artifact.resolve())).as_posix()
+    except ValueError:
+        return source.as_posix()
+
+
+def base_of(artifact: Path, report: dict) -> str:
+    """Where an artifact's dense model is: a Hub id, or a folder, whatever the working directory is.
+
+    A folder that is not at its place, seen from the artifact, is the one that was named in the conversion.
+    """
+    named = report["base_model"]
+    place = artifact / str(report["base_path"]) if report.get("base_path") else None
+    if place is None or not place.is_dir() or (os.path.isdir(named) and os.path.samefile(named, place)):
+        return named
+    return str(place.resolve())
+
+
+def move_base_path(folder: Path, before: Path, artifact: Path) -> None:
+    """Correct the path to the dense model in a report that was copied to a folder from the artifact `before`.
+
+    Args:
+        artifact: where the folder's contents will lie.
+    """
+    report = read_json_object(folder / REPORT_FILE)
+    if report.get("base_path"):
+        place = before / report["base_path"]
+        report["base_path"] = base_path(place, artifact) if place.is_dir() else None
+        write_json(folder / REPORT_FILE, report)
 
 
 def file_names(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from ..source.paths import did_you_mean, is_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .fingerprint import is_about, weights_of
-from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, read_artifact
+from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, base_of, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
 # a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
@@ -221,7 +221,7 @@ def verify(
     is_named = against is not None
     revision = None if is_named else report["revision"]
     was_local = not is_named and revision is None
-    against = against or report["base_model"]
+    against = against or base_of(folder, report)
     # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
     is_local = revision is None and Path(against).is_dir()
     training = _training_report(folder)

@@ -56,7 +56,7 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
             _introduction(report, checkpoint),
             *(f"> **Warning:** {text}" for text in report.warnings),
             *_usage(checkpoint, auto),
-            "## Parameters\n\n" + report.plan.totals_table().markdown(),
+            "## Parameters\n\n" + report.plan.totals_table().markdown() + f"\n\n{report.plan.savings}",
             *(
                 ["## Compression\n\n" + _compression(report)]
                 if report.plan.budget or report.divergence

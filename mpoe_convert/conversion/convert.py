@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import experts
 from ..artifact.card_file import source_license
 from ..artifact.folder import check_output, check_space, scratch, staged
-from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, file_names
+from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
@@ -83,7 +83,7 @@ def convert(
         prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
     _check_space(prepared, checkpoint, output)
     with staged(output, overwrite) as folder:
-        return _write(folder, prepared, checkpoint, progress, trials)
+        return _write(folder, output, prepared, checkpoint, progress, trials)
 
 
 def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
@@ -111,7 +111,7 @@ def _search(
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
         _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
-            divergence = _write(folder, prepared, checkpoint, report).divergence
+            divergence = _write(folder, output, prepared, checkpoint, report).divergence
         assert divergence is not None, "a search is calibrated"
         if all(divergence.distance < trial.divergence.distance for trial in trials):
             nearest = prepared
@@ -123,6 +123,7 @@ def _search(
 
 def _write(
     folder: Path,
+    output: Path,
     prepared: Prepared,
     checkpoint: Checkpoint,
     progress: Progress | None,
@@ -143,7 +144,8 @@ def _write(
     card.write(folder / CARD_FILE, report, checkpoint)
     _write_recipe(folder / RECIPE_FILE, plan.recipe)
     files = sorted({*file_names(folder), REPORT_FILE})
-    write_json(folder / REPORT_FILE, report.to_json() | {"files": files})
+    place = None if checkpoint.revision else base_path(checkpoint.folder, output)
+    write_json(folder / REPORT_FILE, report.to_json() | {"base_path": place, "files": files})
     return report
 
 

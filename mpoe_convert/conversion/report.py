@@ -10,15 +10,11 @@ from typing import Any
 
 from .. import __version__
 from ..compression.divergence import Divergence
-from ..planning.plan import Plan
+from ..planning.plan import BROKEN_ERROR, NOTICEABLE_ERROR, Plan
 from ..tables import Cell, Shown, Table, listed, warning
 
-# Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
-# weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
-BROKEN_ERROR = 0.4
 # Above this divergence from the dense model, in nats per token, a compressed model has lost much of it.
 BROKEN_NATS = 0.5
-NOTICEABLE_ERROR = 0.02
 LOST_NATS = 10.0
 
 
@@ -248,8 +244,9 @@ class Report(Shown):
             per_matrix: a row per matrix, not per layer.
         """
         plan = self.plan
-        yield (self.matrices_table() if per_matrix else self.layers_table()).head(limit)
+        yield (self.matrices_table() if per_matrix else self.layers_table()).short().head(limit)
         yield plan.totals_table()
+        yield plan.savings
         if plan.budget:
             yield plan.budget.table()
             yield plan.budget.in_words(plan.recipe.keep)

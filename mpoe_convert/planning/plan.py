@@ -8,17 +8,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.weight_files import num_bytes
+from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
 from ..experts.ffn import FFNShape, Form
 from ..runtime.shapes import modeling
 from ..source.families import Family
 from ..source.ffn import FFN, Source
-from ..tables import Cell, Shown, Table, escape, listed, size, warning
+from ..tables import Cell, Shown, Table, count, escape, listed, merge_names, size, warning
 from .recipe import Recipe
-from .totals import Totals, ffn_totals, model_totals
+from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
 if TYPE_CHECKING:
     pass
+
+
+# Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
+# weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
+BROKEN_ERROR = 0.4
+NOTICEABLE_ERROR = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class MatrixPlan:
         """Whether its chain has bonds too small for any matrix of this size."""
         return self.sites is not None and not self.sites.is_exact
 
+    @cached_property
+    def random_error(self) -> float:
+        """Relative error that truncating its chain would cost a random matrix; a trained one loses less."""
+        return random_error(self.sites) if self.sites is not None and self.is_truncated else 0.0
+
     @property
     def is_exact(self) -> bool:
         return self.rank is None and not self.is_truncated
@@ -85,7 +97,7 @@ class MatrixPlan:
             "size": f"{self.rows} x {self.cols}",
             "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
             "bonds": listed(term["bonds"]),
-            "full bonds": listed(self.full_bonds),
+            "full bonds": listed(self.full_bonds) if self.is_truncated else None,
             "rank": self.rank,
             "dense": self.dense_params,
             "stored": self.stored_params,
@@ -245,6 +257,11 @@ class Plan(Shown):
         return model_totals(self)
 
     @property
+    def savings(self) -> str:
+        """What the whole model saves beside a plain MoE, and what it does not, in a sentence."""
+        return savings_in_words(self.totals, self.recipe.experts)
+
+    @property
     def peak_bytes(self) -> int:
         """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
 
@@ -286,6 +303,26 @@ class Plan(Shown):
             )
         return warnings
 
+    @property
+    def forecasts(self) -> list[str]:
+        """What conversion will measure and warn of, estimated from the shapes."""
+        worst = max(self.matrices, key=lambda matrix: matrix.random_error)
+        error = worst.random_error
+        if error <= NOTICEABLE_ERROR:
+            return []
+        estimate = (
+            f"a random matrix of the size of {worst.name} has a relative error of {error:.2f} at bonds "
+            f"{listed(worst.own_term['bonds'])}; trained ones lose somewhat less"
+        )
+        if error <= BROKEN_ERROR:
+            words = "Expect worse outputs until the model is fine-tuned."
+            return [f"truncation will change the weights: {estimate}. {words}"]
+        return [
+            f"truncation will lose most of the model: {estimate}. The converted model will not work before "
+            "it is retrained. For a model that works at once, use --layout one-sided or two-sided, or larger "
+            "bonds."
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """What `mpoe-convert plan --json` prints."""
         return {
@@ -297,7 +334,7 @@ class Plan(Shown):
             "exact": self.is_exact,
             "peak_bytes": self.peak_bytes,
             "kept_dense": list(self.kept_dense),
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *self.forecasts],
             "budget": asdict(self.budget) if self.budget else None,
             "matrices": [matrix.to_json() for matrix in self.matrices],
             "tensors": {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in self.tensors},
@@ -308,7 +345,7 @@ class Plan(Shown):
         """Both references beside the artifact, for the FFNs and for the whole model."""
         rows = [*self.ffn_totals.rows("FFNs"), *self.totals.rows("whole model")]
         if flops := self.ffn_totals.rebuild_flops_per_forward:
-            what = "FFNs: FLOPs per forward pass to rebuild all experts"
+            what = "FFNs: FLOPs to rebuild experts, per pass"
             blank: dict[str, Cell] = dict.fromkeys(rows[0], "")
             rows.append(blank | {"": what, "this model": flops})
         return Table("Totals", tuple(rows))
@@ -325,15 +362,19 @@ class Plan(Shown):
         """See `Shown`."""
         recipe, dense = self.recipe, self.kept_dense
         yield (
-            f"[bold]{escape(self.source)}[/] ({self.model_type}): {len(self.ffns)} FFNs -> {recipe.experts} "
-            f"experts of kind {recipe.kind}, top {recipe.top_k}"
+            f"[bold]{escape(self.source)}[/] ({self.model_type}): {count(len(self.ffns), 'FFN')} -> "
+            f"{recipe.experts} experts of kind {recipe.kind}, top {recipe.top_k}"
         )
         if dense:
-            names = dense if limit is None else (*dense[:limit], *(["…"] if len(dense) > limit else []))
-            yield f"{len(dense)} FFNs stay dense: {', '.join(names)}"
+            names = [name for name, _ in merge_names([(name, None) for name in dense])]
+            names = names if limit is None or len(names) <= limit else [*names[:limit], "…"]
+            stay = "1 FFN stays" if len(dense) == 1 else f"{len(dense):,} FFNs stay"
+            yield f"{stay} dense: {', '.join(names)}"
         left = ("matrix", "size", "sites (in x out)", "bonds", "full bonds")
-        yield Table("Matrices", tuple(matrix.row() for matrix in self.matrices), left).head(limit)
+        rows = tuple(matrix.row() for matrix in self.matrices)
+        yield Table("Matrices", rows, left).short().head(limit)
         yield self.totals_table()
+        yield self.savings
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
         if self.budget:
@@ -342,4 +383,4 @@ class Plan(Shown):
         else:
             exact = "nothing is truncated" if self.is_exact else "truncated: bonds are below the full ones"
             yield f"Bonds: {exact}."
-        yield from map(warning, self.warnings)
+        yield from map(warning, [*self.warnings, *self.forecasts])

@@ -42,6 +42,7 @@ from .checkpoints import (
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
 from .interrupts import StopOnSignal
+from .option_names import check_arguments, check_options
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .room import bytes_in, disk_bytes
@@ -118,7 +119,7 @@ def finetune(
             cannot be written; this is tried before the first step.
         Interrupted: a signal ended the run, and its checkpoint is saved; a KeyboardInterrupt.
     """
-    need("finetune", "datasets", extra="train")
+    need("finetune", "accelerate", "datasets", extra="train")
     texts.check_sources((*run.data, *run.eval_data))
 
     output = Path(output)
@@ -362,7 +363,7 @@ def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.T
 
 
 def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
-    options = dict(run.options)
+    options = check_options(run.options, load_config(run.model, token, **run.trust), run.model)
     if data.routes is not None:
         options["router_tasks"] = list(data.routes.names)
     model = _load(run.model, data, token, run.trust | options)
@@ -444,6 +445,6 @@ def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArgumen
         values |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     try:
-        return TrainingArguments(**(values | dict(run.arguments)))
+        return TrainingArguments(**(values | check_arguments(run.arguments)))
     except (TypeError, ValueError) as error:
         raise TrainingError(f"transformers refuses these training arguments: {error}") from error

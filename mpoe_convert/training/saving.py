@@ -22,6 +22,7 @@ from ..artifact.layout import (
     files_in_folders,
     is_artifact,
     is_weights,
+    move_base_path,
     register_files,
 )
 from ..errors import OutputError, one_line
@@ -146,6 +147,7 @@ class Result:
         describe_training(card, report)
         names = file_names(folder)
         made = {name for name in names if "/" not in name or fnmatchcase(name, CHAT_TEMPLATES)}
+        move_base_path(folder, companions, self.folder)
         register_files(folder, made - self.preexisting | {TRAINING_REPORT_FILE, *in_folders})
 
     def _publish(self, folder: Path) -> None:

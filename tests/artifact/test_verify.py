@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from mpoe_convert import Export, Recipe, convert, export
 from mpoe_convert.artifact import verify as verification
 from mpoe_convert.artifact.fingerprint import weights_of
+from mpoe_convert.artifact.layout import move_base_path
 from mpoe_convert.artifact.verify import verify
 from mpoe_convert.artifact.verify_child import (
     compare,
@@ -330,6 +331,47 @@ def test_an_artifact_encodes_as_its_source_and_verification_sees_where_it_does_n
 def test_without_a_tokenizer_none_is_compared(artifact):
     found = verify(artifact, against="./dense", tolerance=10.0)
     assert (found.tokenizer_agreement, found.tokenizer_difference, found.ok) == (None, None, True)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """What the verifying process is asked; it is not run."""
+    found: list = []
+    monkeypatch.setattr(verification, "_run_child", lambda request: found.append(request) or STUB)
+    return found
+
+
+def test_a_relative_base_is_found_from_anywhere(tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    save_tiny("gpt2", "AutoModelForCausalLM", Path("models/dense"))
+    convert(Recipe("models/dense", experts=2, bond_dim=4), "out")
+    assert str(tmp_path) not in Path("out/README.md").read_text()
+    assert json.loads(Path("out/conversion_report.json").read_text())["base_path"] == "../models/dense"
+    assert verify("out").against == "models/dense"
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "models/dense").mkdir(parents=True)  # not the one that was converted
+    monkeypatch.chdir(elsewhere)
+    assert verify("../out").against == str(tmp_path / "models/dense")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("models", "out"):
+        (tmp_path / name).rename(moved / name)
+    assert verify(moved / "out").against == str(moved / "models/dense") == asked[-1].against
+    (moved / "models/dense").rename(moved / "models/gone")
+    monkeypatch.chdir(moved)
+    with pytest.raises(VerifyError, match="models/dense is not a folder here.* --against"):
+        verify("out")
+
+
+def test_a_copy_of_a_report_points_to_the_same_base(tmp_path, artifact):
+    copy = tmp_path / "deep/er/copy"
+    copy.parent.mkdir(parents=True)
+    shutil.copytree(artifact, copy)
+    move_base_path(copy, artifact, copy)
+    report = json.loads((copy / "conversion_report.json").read_text())
+    assert (copy / report["base_path"]).samefile("dense")
+    move_base_path(copy, tmp_path / "nowhere/else", copy)
+    assert json.loads((copy / "conversion_report.json").read_text())["base_path"] is None
 
 
 def test_a_tokenizer_that_is_damaged_is_told(artifact):

@@ -1,6 +1,7 @@
 """Every row of the family table, by every head of its Auto classes, against the stock model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +24,32 @@ from mpoe_convert.source.architecture import heads
 SMALL = {"experts": 3, "bond_dim": 4}
 
 
+def check_gradients(model, model_type: str, inputs: dict) -> None:
+    """They reach every expert tensor."""
+    model(**inputs).logits.square().mean().backward()
+    experts = [(n, p) for n, p in model.named_parameters() if ".aux_" in n or ".central_" in n]
+    assert len(experts) >= 3 * 2 * LAYERS or model_type == "albert"
+    assert [name for name, parameter in experts if parameter.grad is None] == []
+
+
+def check_config(model, model_type: str, out: Path) -> None:
+    """It names our types and all heads, and the model has it."""
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == f"mpoe_{model_type}"
+    assert set(config["auto_map"]) == {"AutoConfig", *heads(model_type)}
+    assert model.config.mpoe == config["mpoe"]
+
+
 @pytest.mark.parametrize(("model_type", "auto_class"), HEADS)
-def test_every_head_computes_what_the_stock_head_computes(model_type, auto_class, tmp_path):
+def test_every_head_computes_and_learns_as_the_stock_head(model_type, auto_class, tmp_path):
     folder = save_tiny(model_type, auto_class, tmp_path / "dense")
     convert(Recipe(str(folder), noise=0.0, **SMALL), tmp_path / "out")
     dense, model = load_pair(folder, tmp_path / "out", auto_class)
     inputs = make_inputs(dense, auto_class)
     assert_same_outputs(dense, model, inputs)
+    if auto_class == generative(model_type):
+        check_gradients(model, model_type, inputs)
+        check_config(model, model_type, tmp_path / "out")
     break_one_ffn(model)
     with pytest.raises(AssertionError):
         assert_same_outputs(dense, model, inputs)
@@ -62,28 +82,3 @@ def test_half_precision_is_as_close_to_float32_as_the_stock_model(model_type, dt
 
     assert model.get_parameter(router_name(model)).dtype == torch.float32
     assert distance(model) < 4 * distance(dense) + torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_gradients_reach_every_expert_tensor(model_type, tmp_path):
-    auto_class = generative(model_type)
-    folder = save_tiny(model_type, auto_class, tmp_path / "dense")
-    convert(Recipe(str(folder), experts=2, bond_dim=4), tmp_path / "out")
-    _, model = load_pair(folder, tmp_path / "out", auto_class)
-    logits = model(**make_inputs(model, auto_class)).logits
-    logits.square().mean().backward()
-    experts = [(n, p) for n, p in model.named_parameters() if ".aux_" in n or ".central_" in n]
-    assert len(experts) >= 3 * 2 * LAYERS or model_type == "albert"
-    without = [name for name, parameter in experts if parameter.grad is None]
-    assert not without
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_config_of_the_artifact(model_type, tmp_path):
-    folder = save_tiny(model_type, "AutoModel", tmp_path / "dense")
-    convert(Recipe(str(folder), **SMALL), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == f"mpoe_{model_type}"
-    assert set(config["auto_map"]) == {"AutoConfig", *heads(model_type)}
-    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert loaded.mpoe == config["mpoe"]

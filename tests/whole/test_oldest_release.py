@@ -1,22 +1,23 @@
-"""Artifacts in the oldest transformers that is declared, in a folder named by MPOE_OLDEST_TRANSFORMERS.
+"""Artifacts and this package with the oldest releases that are declared, in the folder MPOE_OLDEST_RELEASES.
 
-pip install --no-deps --target oldest transformers==5.18.0
-MPOE_OLDEST_TRANSFORMERS=oldest python -m pytest tests/whole/test_oldest_release.py
+python tests/helpers/bounds.py > oldest.txt && pip install --no-deps --target oldest -r oldest.txt
+MPOE_OLDEST_RELEASES=oldest python -m pytest tests/whole/test_oldest_release.py
 """
 
 import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from helpers.artifacts import converted
+from helpers.bounds import declared, tried
 from helpers.models import generative
 from helpers.tiny import outputs
+from packaging.version import Version
 
 from mpoe_convert import Export, export
 from mpoe_convert.exports.moe_architectures import MOE_TARGETS
@@ -68,9 +69,9 @@ FAMILIES = ("gpt2", "llama", "gpt_neox", "bloom", "opt", "t5", "bart", "bert")
 @pytest.fixture
 def oldest() -> Path:
     """The folder with the oldest release."""
-    folder = os.environ.get("MPOE_OLDEST_TRANSFORMERS")
+    folder = os.environ.get("MPOE_OLDEST_RELEASES")
     if not folder:
-        pytest.skip("MPOE_OLDEST_TRANSFORMERS is not set")
+        pytest.skip("MPOE_OLDEST_RELEASES is not set")
     return Path(folder)
 
 
@@ -86,14 +87,10 @@ def run_in(folder: Path, code: str, cases: list) -> list[dict]:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
-    floors = [
-        d.partition(">=")[2] for d in project["project"]["dependencies"] if d.startswith("transformers>=")
-    ]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == len(cases)
     for result in results:
-        assert floors == [".".join(result["version"].split(".")[:2])] and not result["converter"]
+        assert Version(result["version"]) == Version(declared()["transformers"]) and not result["converter"]
     return results
 
 
@@ -141,3 +138,60 @@ def test_exports_compute_what_they_do_in_this_release(oldest, tmp_path):
             cases.append([str(folder), generative(name), logits])
     for case, result in zip(cases, run_in(oldest, EXPORTS, cases), strict=True):
         assert not result["amiss"] and result["difference"] < 1e-4, case[0]
+
+
+def test_every_dependency_has_a_lower_bound():
+    assert {"numpy", "pyyaml", "torch", "transformers", "accelerate", "onnx"} <= declared().keys()
+
+
+# The whole way: convert with calibration, verify, train, score, draw.
+WHOLE = """
+import json, sys, warnings
+from importlib.metadata import version
+from pathlib import Path
+warnings.simplefilter("ignore")
+from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune, verify
+from mpoe_convert.artifact.pictures import draw_pictures
+from mpoe_convert.cli.tables import console, print_evaluation, print_report
+from transformers import AutoModelForCausalLM
+
+names, dense = json.load(sys.stdin)
+text = Path("text.txt")
+text.write_text("One word and another word, and then the word that was the first one. " * 40)
+calibration = {"keep": 0.8, "calibrate": ("text.txt",), "calibration_tokens": 512}
+report = convert(Recipe(dense, experts=2, bond_dim=8, **calibration), "out")
+print_report(report, "out", console(stderr=True), per_matrix=True)
+AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+run = Finetuning("out", "text.txt", eval_data="text.txt", steps=2, save_every=1, batch_size=2, length=16)
+steps = finetune(run, "tuned")["steps"]
+found = evaluate("tuned", "text.txt", length=16, limit=4)
+print_evaluation(found, console(stderr=True))
+for name in ("sklearn.metrics", "sacrebleu.metrics", "rouge_score.rouge_scorer", "peft"):
+    __import__(name)
+print(json.dumps({
+    "versions": {name: version(name) for name in names},
+    "ok": verify("out").ok,
+    "steps": steps,
+    "perplexity": found.metrics["perplexity"].value,
+    "pictures": len(draw_pictures("tuned")),
+}))
+"""
+
+
+def test_this_package_runs_with_the_oldest_releases_of_all(oldest, tmp_path):
+    dense = Path(__file__).parents[2] / "examples/tiny-gpt2"
+    package = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", WHOLE],
+        input=json.dumps([list(tried()), str(dense)]),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(oldest.resolve()), package))},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = {name: Version(version) for name, version in result["versions"].items()}
+    assert found == {name: Version(bound) for name, bound in tried().items()}
+    assert result["ok"] and result["steps"] == 2 and result["pictures"] > 0
+    assert 1 < result["perplexity"] < float("inf")
