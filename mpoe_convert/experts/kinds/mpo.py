@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 GAUGES = ("canonical", "identity")
+# Layouts whose centre is as large as the matrix and can be factored itself.
+WHOLE_CENTRES = ("blocks", "one-sided")
 NEURON_ORDERS = ("auto", "source")
 # MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
-DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
+DEFAULT_SITES = MappingProxyType({"blocks": 2, "one-sided": 3, "two-sided": 3, "balanced": 5})
 
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 1.0
@@ -94,13 +96,13 @@ class Options(experts.Options):
             )
 
     def resolved(self) -> dict[str, Any]:
-        return {"sites": num_sites(self)}
+        return {} if self.layout == "blocks" else {"sites": num_sites(self)}
 
     def may_truncate(self) -> bool:
         return self.layout == "balanced" or self.factors is not None
 
     def check_budget(self) -> None:
-        if self.layout != "one-sided" or self.factors is not None:
+        if self.layout not in WHOLE_CENTRES or self.factors is not None:
             what = f"layout {self.layout}" if self.factors is None else "explicit factors"
             raise RecipeError(
                 f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
@@ -141,17 +143,22 @@ def terms(
         "bonds": list(sites.bonds),
         "shared": [k == sites.centre for k in range(sites.num_sites)],
     }
+    if sites.untied:
+        shape["untied"] = list(sites.untied)
     return [shape if rank is None else factored(shape, sites.centre, rank)], sites
 
 
 def fit(target: Target, sites: Sites, options: Options, generator: Generator) -> Fitted:
-    """See `matrixwise`. In the canonical gauge the orthogonality centre is the core in the middle.
+    """See `matrixwise`. In the canonical gauge the orthogonality centre is the central core.
 
     Factors go where their side's outer cores leave them: for the one-sided layout, whose outer cores are
     orthogonal and carry one side only.
     """
+    from ...decomposition.blocks import fit_blocks
     from ...decomposition.mpo import fit as fit_mpo
 
+    if sites.untied:
+        return Fitted([fit_blocks(target.matrix, sites, target.factors, gauge=options.gauge)])
     decompose = partial(fit_mpo, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge)
     if target.factors is None:
         mpo = decompose(target.matrix)
