@@ -213,7 +213,9 @@ def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Si
     if block == 1:
         raise SitesError(
             f"the blocks layout cannot split {rows} x {cols}: {side} has no divisor between 2 and the bond "
-            f"limit {limits[0]}, so every expert would own single numbers; {_suggestion(rows, cols, 'blocks')}"
+            f"limit {limits[0]}, so experts would own no matrices; use "
+            + (f"--bond-dim {_prime_factors(side)[0]} or more, " if side > 1 else "")
+            + "--layout one-sided or --kind dense"
         )
     if rows <= cols:
         return Sites((block, rows // block), (1, cols), (block,), (True, False))
@@ -286,8 +288,8 @@ def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int 
 # How `mpo` computes singular vectors.
 SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
-    "blocks": blocks,
     "one-sided": one_sided,
+    "blocks": blocks,
     "two-sided": two_sided,
     "balanced": balanced,
 }

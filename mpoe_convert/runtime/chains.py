@@ -39,29 +39,32 @@ def contract_chain(cores: Sequence[Tensor], copies: Sequence[int] | None = None)
 
     `copies`: per core, see `count_copies`; None: no core is untied.
     """
-    copies = copies or [1] * len(cores)
-    inputs = next((k for k, number in enumerate(copies) if number == 1), 0)  # cores that are untied inputs
-    outputs = next((k for k in range(inputs, len(cores)) if copies[k] > 1), len(cores))
-    merged = merge_cores(cores[inputs:outputs])  # (..., l, I, O, r)
-    for k in reversed(range(inputs)):  # the site's inputs i stand before those to its right
-        untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-2)  # (..., I, l, i, r)
-        merged = torch.einsum("...Ilir,...rIOR->...liIOR", untied, merged).flatten(-4, -3)
-    for k in range(outputs, len(cores)):  # the site's outputs o stand behind those to its left
-        untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-3)  # (..., O, l, o, r)
-        merged = torch.einsum("...LIOl,...Olor->...LIOor", merged, untied).flatten(-3, -2)
+    if copies is None or max(copies) == 1:
+        return merge_cores(cores).squeeze(-1).squeeze(-3)
+    centre = next((k for k, core in enumerate(cores) if core.shape[-2] > 1), len(cores) - 1)
+    merged = cores[centre]  # (..., l, I, O, r)
+    for k in reversed(range(centre)):  # its inputs i stand before those to its right
+        if copies[k] == 1:
+            merged = merge_cores([cores[k], merged])
+        else:
+            untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-2)  # (..., I, l, i, r)
+            merged = torch.einsum("...Ilir,...rIOR->...liIOR", untied, merged).flatten(-4, -3)
+    for k in range(centre + 1, len(cores)):  # its outputs o stand behind those to its left
+        if copies[k] == 1:
+            merged = merge_cores([merged, cores[k]])
+        else:
+            untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-3)  # (..., O, l, o, r)
+            merged = torch.einsum("...LIOl,...Olor->...LIOor", merged, untied).flatten(-3, -2)
     return merged.squeeze(-1).squeeze(-3)
 
 
 def count_copies(term: dict) -> list[int]:
-    """P per core of a term: how many matrices it has, one for every value of the inputs to its right or of
-    the outputs to its left, if it is untied; else 1."""
+    """P per core of a term: how many matrices it has. 1, unless it is untied."""
     ins, outs = term["in_dims"], term["out_dims"]
     untied = term.get("untied") or [False] * len(ins)
-    found = []
-    for k, apart in enumerate(untied):
-        carries_input = outs[k] == 1 and math.prod(outs[:k]) == 1
-        found.append((math.prod(ins[k + 1 :]) if carries_input else math.prod(outs[:k])) if apart else 1)
-    return found
+    later = [math.prod(ins[k + 1 :]) for k in range(len(ins))]  # inputs to the right of a core
+    earlier = [math.prod(outs[:k]) for k in range(len(outs))]  # outputs to its left
+    return [max(i, o) if apart else 1 for i, o, apart in zip(later, earlier, untied, strict=True)]
 
 
 def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
@@ -260,6 +263,8 @@ class Chain(nn.Module):
         inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
         outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
         self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
+        if max(self.copies) > 1 and not self.acts:
+            raise ValueError("a chain with an untied core has to carry its inputs left of its outputs")
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
@@ -311,13 +316,12 @@ class Chain(nn.Module):
         """
         num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
         x = rows.unsqueeze(-1)  # (N, in, 1)
-        for core, (_, i, o, _), copies, shared in zip(
-            cores, self.shapes, self.copies, self.shared, strict=True
-        ):
-            is_input = inputs > 1 and o == 1
+        steps = zip(cores, self.shapes, self.copies, self.shared, strict=True)
+        for core, (left, i, o, _), copies, shared in steps:
+            is_input, width = inputs > 1 and o == 1, left // copies * i  # l * i
             inputs //= i
             if is_input:
-                x = x.reshape(num_rows, -1, inputs)  # (N, l * i, inputs)
+                x = x.reshape(num_rows, width, inputs)
                 if copies > 1:
                     x = _multiply_untied(x.mT, core, copies, picks, shared).mT  # (N, r, inputs)
                 elif shared and inputs == 1:
@@ -325,7 +329,7 @@ class Chain(nn.Module):
                 else:
                     x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
                 continue
-            x = x.reshape(num_rows, outputs, -1)  # (N, outputs, l * i)
+            x = x.reshape(num_rows, outputs, width)
             if copies > 1:
                 x = _multiply_untied(x, core, copies, picks, shared)
             else:
@@ -379,5 +383,5 @@ class Chain(nn.Module):
 
 def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:
     """x (N, P, l * i) with an untied core (P * l * i, q), or (E, P * l * i, q) -> (N, P, q)."""
-    core = core.unflatten(-2, (copies, -1))
+    core = core.unflatten(-2, (copies, x.shape[-1]))
     return multiply_blocks(x, core) if shared else picks.blocks(x, core)

@@ -45,8 +45,9 @@ class Options(experts.Options):
     )
     layout: str = option(
         "one-sided",
-        "How the inputs and outputs of a matrix are split among the cores. one-sided and two-sided chains "
-        "are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it.",
+        "How the inputs and outputs of a matrix are split among the cores. one-sided, blocks and two-sided "
+        "chains are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it. blocks: "
+        "an expert has a matrix of its own for every block of the smaller side, of --bond-dim features.",
         group="Decomposition",
         choices=LAYOUTS,
     )
@@ -56,7 +57,7 @@ class Options(experts.Options):
         group="Decomposition",
         valid=lambda sites: sites >= 3 and sites % 2 == 1,
         expected="an odd number of at least 3",
-        default_text="3; 5 for --layout balanced",
+        default_text="3; 5 for --layout balanced, 2 for blocks",
     )
     factors: str | None = option(
         None,
@@ -105,8 +106,8 @@ class Options(experts.Options):
         if self.layout not in WHOLE_CENTRES or self.factors is not None:
             what = f"layout {self.layout}" if self.factors is None else "explicit factors"
             raise RecipeError(
-                f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
-                "--kind (chains of other layouts are truncated by --bond-dim)"
+                f"--keep and --max-error given with {what}; expected with --layout one-sided or blocks, "
+                "or another --kind (chains of other layouts are truncated by --bond-dim)"
             )
 
 
