@@ -254,8 +254,10 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
         "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
     }
+    block = own // (2 * hidden)
     free = {
         LIKE: ({"bond_dim": 64}, {}),
+        f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }

@@ -6,6 +6,7 @@
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
     apply, rebuild, cached, auto    this project's schedules, one-sided layout, bond 64
+    blocks                          layout blocks, bond 64, by the schedule that `auto` chooses
     dense                           the base model's FFN (one expert's work: the floor)
     eager, batched_mm, grouped_mm   a plain mixture of dense experts by transformers' own experts code,
                                     holding the same experts as matrices, behind the same router
@@ -45,6 +46,7 @@ def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict
         "out_dims": list(found.out_dims),
         "bonds": list(found.bonds),
         "shared": [k == found.centre for k in range(found.num_sites)],
+        "untied": list(found.untied) or None,
     }
     return {"terms": [term], "bias": None}
 
@@ -181,6 +183,8 @@ def contenders(shape: str, dtype, device, train: bool, with_paper: bool) -> tupl
         found[name] = module
     groups = dict.fromkeys(found, "ours")
     found["dense"], groups["dense"] = Dense(ffn), "dense"
+    untied = make_ffn(shape, "blocks", 2).to(dtype=dtype, device=device)
+    found["blocks"], groups["blocks"] = Scheduled(untied, "auto", cache), "blocks"
     if with_paper:
         balanced = make_ffn(shape, "balanced", 5, 10**9).to(dtype=dtype, device=device)
         found["paper"], groups["paper"] = Paper(balanced), "paper"
@@ -256,6 +260,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
         # What has to be stored; gradients take as many numbers again in training, AdamW twice as many.
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()},
         "auto_over_fastest_plain": median["auto"] / plain,
+        "blocks_over_fastest_plain": median["blocks"] / plain,
         "auto_over_dense": median["auto"] / median["dense"],
         "paper_over_auto": median["paper"] / median["auto"] if "paper" in median else None,
     }
@@ -263,7 +268,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
 
 def table_of(results: list[dict]) -> Table:
     names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
-    table = Table("case", *names, "auto/plain", "paper/auto", title="milliseconds, medians")
+    table = Table("case", *names, "auto/plain", "blocks/plain", "paper/auto", title="milliseconds, medians")
     for result in results:
         case = f"{result['shape']} {result['tokens']} {'train' if result['train'] else ''}"
         times = [result["seconds"].get(name) for name in names]
@@ -272,6 +277,7 @@ def table_of(results: list[dict]) -> Table:
             case.strip(),
             *("" if t is None else f"{1e3 * t:.3g}" for t in times),
             f"{result['auto_over_fastest_plain']:.2f}",
+            f"{result['blocks_over_fastest_plain']:.2f}",
             "" if paper is None else f"{paper:.1f}",
         )
     return table

@@ -135,11 +135,12 @@ def finish_projection(
             bias.repeat(recipe.experts, 1) if plan.spec["bias"] == "per-expert" else bias.clone()
         )
     dense = targets.dense(role)
-    made = _matrix_of(exact, dense.dtype)
+    copies = [functions().count_copies(term) for term in plan.spec["terms"]]
+    made = _matrix_of(exact, copies, dense.dtype)
     error = before = relative_error(dense, made)
     if stored != fitted.terms[0][0].dtype:
-        before = relative_error(dense, _matrix_of(unrounded, dense.dtype))
-    drift = _drift(exact, clone, dense.dtype) if recipe.noise else 0.0
+        before = relative_error(dense, _matrix_of(unrounded, copies, dense.dtype))
+    drift = _drift(exact, clone, copies, dense.dtype) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
     output_error = None if targets.moments is None else targets.moments.output_error(plan, dense, made)
@@ -178,7 +179,9 @@ def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> Mat
     )
 
 
-def _drift(exact: list[list[Tensor]], clone: list[list[Tensor]], dtype: torch.dtype) -> float:
+def _drift(
+    exact: list[list[Tensor]], clone: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype
+) -> float:
     """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows where there are 8.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
@@ -186,14 +189,16 @@ def _drift(exact: list[list[Tensor]], clone: list[list[Tensor]], dtype: torch.dt
 
     def some_rows(terms: list[list[Tensor]]) -> Tensor:
         pieces = [[cores[0][:, : max(cores[0].shape[1] // 8, 1)], *cores[1:]] for cores in terms]
-        return _matrix_of(pieces, dtype)
+        return _matrix_of(pieces, copies, dtype)
 
     return relative_error(some_rows(exact), some_rows(clone))
 
 
-def _matrix_of(terms: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
-    contract: Callable[[list[Tensor]], Tensor] = functions().contract_chain
-    first, *others = (contract([core.to(dtype) for core in cores]) for cores in terms)
+def _matrix_of(terms: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype) -> Tensor:
+    """The sum of the terms; `copies`: per term, see `count_copies`."""
+    contract: Callable[[list[Tensor], list[int]], Tensor] = functions().contract_chain
+    pairs = zip(terms, copies, strict=True)
+    first, *others = (contract([core.to(dtype) for core in cores], numbers) for cores, numbers in pairs)
     return sum(others, first)
 
 

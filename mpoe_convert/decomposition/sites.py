@@ -30,6 +30,10 @@ Dims = tuple[int, ...]
 class Sites:
     """Sites and bonds of one matrix; ``bonds`` has one entry fewer than the lists of dimensions.
 
+    Attributes:
+        untied: per site, whether its core has a matrix for every value of the inputs to its right, or of the
+            outputs to its left; see `blocks`. Empty: no core has.
+
     Raises:
         SitesError: the lists do not fit together, or a dimension is below 1.
     """
@@ -37,6 +41,7 @@ class Sites:
     in_dims: Dims
     out_dims: Dims
     bonds: Dims
+    untied: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.in_dims) != len(self.out_dims):
@@ -45,7 +50,8 @@ class Sites:
                 f"the output into {len(self.out_dims)} {self.out_dims}: give both as many "
                 "(1 is a valid factor)"
             )
-        _check_num_sites(len(self.in_dims))
+        if not self.untied:
+            _check_num_sites(len(self.in_dims))
         _check_bond_count(self.bonds, len(self.in_dims))
         for name, values in (
             ("in_dims", self.in_dims),
@@ -62,8 +68,8 @@ class Sites:
 
     @property
     def centre(self) -> int:
-        """Index of the central site."""
-        return self.num_sites // 2
+        """Index of the central site: the one in the middle, or the one that is not untied."""
+        return self.untied.index(False) if self.untied else self.num_sites // 2
 
     @property
     def rows(self) -> int:
@@ -92,9 +98,19 @@ class Sites:
         return tuple(zip(bonds[:-1], self.in_dims, self.out_dims, bonds[1:], strict=True))
 
     @property
+    def copies(self) -> Dims:
+        """How many matrices every core has: one, or one per block if it is untied."""
+        ins, outs = self.in_dims, self.out_dims
+        apart = self.untied or (False,) * self.num_sites
+        return tuple(
+            (prod(ins[k + 1 :]) if k < self.centre else prod(outs[:k])) if is_untied else 1
+            for k, is_untied in enumerate(apart)
+        )
+
+    @property
     def core_params(self) -> Dims:
         """Parameters of every core."""
-        return tuple(prod(shape) for shape in self.core_shapes)
+        return tuple(n * prod(shape) for n, shape in zip(self.copies, self.core_shapes, strict=True))
 
     @property
     def central_params(self) -> int:
@@ -164,6 +180,48 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
     return _wide("one-sided", rows, cols, (left, 1), (1, right), limits)
 
 
+def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Sites:
+    """An untied core on the matrix's smaller side, one square matrix per block of it; exact at any bond limit.
+
+    ::
+
+        64    12                  768 x 3072 at bond 64: in_dims (64, 12), out_dims (1, 3072), bond 64;
+         |    |                   the 768 inputs are 12 blocks, W[block p] = R_p C[block p]
+        [R]-64-[C]-- 3072         with R 12 matrices of 64 x 64, and C as large as W
+         |____|
+           12: R has a matrix for each of them
+
+    The block tensor train of two cores (BTT, arXiv 2406.06248), with the small core per expert as in FuRA
+    (arXiv 2605.22869). A `one_sided` chain multiplies all blocks by the same matrix.
+
+    Args:
+        rows, cols: size of the matrix, input features first. Of equal sizes the input is split.
+        max_bond: limit for the bond.
+        num_sites: 2.
+
+    Raises:
+        SitesError: the smaller size has no divisor between 2 and the limit, or ``num_sites`` is not 2.
+    """
+    if num_sites != 2:
+        raise SitesError(f"the blocks layout has 2 sites, found {num_sites}: omit --sites")
+    limits = (max_bond,) if isinstance(max_bond, int) else tuple(max_bond)
+    _check_bond_count(limits, 2)
+    if limits[0] < 1:
+        raise SitesError(f"bond dimension {limits[0]} is below 1: use a limit from 1 on")
+    side = min(rows, cols)
+    block = max(size for size in _divisors(side) if size <= limits[0])
+    if block == 1:
+        raise SitesError(
+            f"the blocks layout cannot split {rows} x {cols}: {side} has no divisor between 2 and the bond "
+            f"limit {limits[0]}, so experts would own no matrices; use "
+            + (f"--bond-dim {_prime_factors(side)[0]} or more, " if side > 1 else "")
+            + "--layout one-sided or --kind dense"
+        )
+    if rows <= cols:
+        return Sites((block, rows // block), (1, cols), (block,), (True, False))
+    return Sites((rows, 1), (cols // block, block), (block,), (False, True))
+
+
 def two_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sites:
     """Outer sites carry input and output together, as in MPOE; exact at any bond limit.
 
@@ -231,6 +289,7 @@ def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int 
 SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
     "one-sided": one_sided,
+    "blocks": blocks,
     "two-sided": two_sided,
     "balanced": balanced,
 }

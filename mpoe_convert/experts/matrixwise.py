@@ -62,7 +62,12 @@ def factored(term: dict, k: int, rank: int) -> dict:
     ins[k : k + 1], outs[k : k + 1] = [ins[k], 1], [1, outs[k]]
     bonds.insert(k, rank)
     shared.insert(k, shared[k])
-    return {"in_dims": ins, "out_dims": outs, "bonds": bonds, "shared": shared}
+    made = {"in_dims": ins, "out_dims": outs, "bonds": bonds, "shared": shared}
+    if "untied" not in term:
+        return made
+    untied = list(term["untied"])
+    untied.insert(k, untied[k])
+    return made | {"untied": untied}
 
 
 def whole_cores(target: Target) -> list[Tensor]:

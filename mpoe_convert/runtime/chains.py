@@ -3,6 +3,11 @@
 A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
 shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
 (l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
+
+A core that carries only inputs multiplies the features of its site alike for every value p of the inputs to
+its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. If it is *untied*, it
+has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor train
+(BTT, arXiv 2406.06248). It then has the shape (P * l, i, o, r), p slowest, and is stored as (P * l * i, o * r).
 """
 
 import math
@@ -29,15 +34,44 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-def contract_chain(cores: Sequence[Tensor]) -> Tensor:
-    """Contract a whole chain, whose outer bonds are 1: (in, out), or (E, in, out) if any core has experts."""
-    return merge_cores(cores).squeeze(-1).squeeze(-3)
+def contract_chain(cores: Sequence[Tensor], copies: Sequence[int] | None = None) -> Tensor:
+    """Contract a whole chain, whose outer bonds are 1: (in, out), or (E, in, out) if any core has experts.
+
+    `copies`: per core, see `count_copies`; None: no core is untied.
+    """
+    if copies is None or max(copies) == 1:
+        return merge_cores(cores).squeeze(-1).squeeze(-3)
+    centre = next((k for k, core in enumerate(cores) if core.shape[-2] > 1), len(cores) - 1)
+    merged = cores[centre]  # (..., l, I, O, r)
+    for k in reversed(range(centre)):  # its inputs i stand before those to its right
+        if copies[k] == 1:
+            merged = merge_cores([cores[k], merged])
+        else:
+            untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-2)  # (..., I, l, i, r)
+            merged = torch.einsum("...Ilir,...rIOR->...liIOR", untied, merged).flatten(-4, -3)
+    for k in range(centre + 1, len(cores)):  # its outputs o stand behind those to its left
+        if copies[k] == 1:
+            merged = merge_cores([merged, cores[k]])
+        else:
+            untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-3)  # (..., O, l, o, r)
+            merged = torch.einsum("...LIOl,...Olor->...LIOor", merged, untied).flatten(-3, -2)
+    return merged.squeeze(-1).squeeze(-3)
+
+
+def count_copies(term: dict) -> list[int]:
+    """P per core of a term: how many matrices it has. 1, unless it is untied."""
+    ins, outs = term["in_dims"], term["out_dims"]
+    untied = term.get("untied") or [False] * len(ins)
+    later = [math.prod(ins[k + 1 :]) for k in range(len(ins))]  # inputs to the right of a core
+    earlier = [math.prod(outs[:k]) for k in range(len(outs))]  # outputs to its left
+    return [max(i, o) if apart else 1 for i, o, apart in zip(later, earlier, untied, strict=True)]
 
 
 def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
-    """Core shapes (bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
+    """Core shapes (P * bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
     bonds = [1, *term["bonds"], 1]
-    return list(zip(bonds[:-1], term["in_dims"], term["out_dims"], bonds[1:], strict=True))
+    lefts = [copies * bond for copies, bond in zip(count_copies(term), bonds[:-1], strict=True)]
+    return list(zip(lefts, term["in_dims"], term["out_dims"], bonds[1:], strict=True))
 
 
 def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
@@ -64,6 +98,11 @@ def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
     return x @ weight
+
+
+def multiply_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """Every x (N, P, l) times the P matrices of weight (P, l, q) -> (N, P, q)."""
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
 
 class Picks(NamedTuple):
@@ -110,8 +149,23 @@ class Picks(NamedTuple):
             return multiply_left(weight[self.experts], x)
         return torch.bmm(weight.index_select(0, self.experts).mT, x)
 
+    def blocks(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (N, P, l) times the P matrices of its expert in (E, P, l, q) -> (N, P, q)."""
+        if self.sizes is not None:
+            return self._by_segment(x, weight, multiply_blocks)
+        if self.ends is not None:  # P * E groups: a block's rows, expert by expert
+            num_rows, num_blocks, _ = x.shape
+            starts = torch.arange(num_blocks, dtype=torch.int32, device=x.device) * num_rows  # (P,)
+            ends = (starts.unsqueeze(-1) + self.ends).flatten()  # (P * E,)
+            grouped = weight.transpose(0, 1).flatten(0, 1)  # (P * E, l, q)
+            product = _multiply_groups(x.transpose(0, 1).flatten(0, 1), grouped, ends)  # (P * N, q)
+            return product.unflatten(0, (num_blocks, num_rows)).transpose(0, 1)
+        if isinstance(self.experts, int):
+            return multiply_blocks(x, weight[self.experts])
+        return (x.unsqueeze(-2) @ weight.index_select(0, self.experts)).squeeze(-2)
+
     def _by_segment(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """One product per expert: its rows of x (N, ...) with its matrix of (E, l, q)."""
+        """One product per expert: its rows of x (N, ...) with what is its own in (E, ...)."""
         # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
         segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
         products = [product(part, own) for part, own in segments if len(part)]
@@ -201,7 +255,7 @@ class Chain(nn.Module):
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        self.shapes = chain_shapes(term)
+        self.shapes, self.copies = chain_shapes(term), count_copies(term)
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(bool(shared) for shared in term["shared"])
         self.is_common = all(self.shared)
@@ -209,6 +263,8 @@ class Chain(nn.Module):
         inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
         outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
         self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
+        if max(self.copies) > 1 and not self.acts:
+            raise ValueError("a chain with an untied core has to carry its inputs left of its outputs")
         for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
@@ -248,9 +304,8 @@ class Chain(nn.Module):
     def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
         """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
         chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
-        return contract_chain(
-            [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
-        )
+        shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
+        return contract_chain(shaped, self.copies)
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
         """Core after core: rows (N, in) -> (N, out).
@@ -261,18 +316,24 @@ class Chain(nn.Module):
         """
         num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
         x = rows.unsqueeze(-1)  # (N, in, 1)
-        for core, (l, i, o, _), shared in zip(cores, self.shapes, self.shared, strict=True):  # noqa: E741
-            if inputs > 1 and o == 1:
-                inputs //= i
-                x = x.reshape(num_rows, l * i, inputs)
-                if shared and inputs == 1:
+        steps = zip(cores, self.shapes, self.copies, self.shared, strict=True)
+        for core, (left, i, o, _), copies, shared in steps:
+            is_input, width = inputs > 1 and o == 1, left // copies * i  # l * i
+            inputs //= i
+            if is_input:
+                x = x.reshape(num_rows, width, inputs)
+                if copies > 1:
+                    x = _multiply_untied(x.mT, core, copies, picks, shared).mT  # (N, r, inputs)
+                elif shared and inputs == 1:
                     x = multiply_right(x.mT, core).mT  # (N, r, 1)
                 else:
                     x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
                 continue
-            inputs //= i
-            x = x.reshape(num_rows, outputs, l * i)
-            x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
+            x = x.reshape(num_rows, outputs, width)
+            if copies > 1:
+                x = _multiply_untied(x, core, copies, picks, shared)
+            else:
+                x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
             outputs *= o
         return x.reshape(num_rows, self.out_features)
 
@@ -294,18 +355,20 @@ class Chain(nn.Module):
         if not self.acts:
             return 2 * self.in_features * self.out_features
         flops, inputs, outputs = 0, self.in_features, 1
-        for l, i, o, r in self.shapes:  # noqa: E741  (a matrix (l * i, o * r) for every input and output)
-            inputs //= i
-            flops += 2 * inputs * outputs * l * i * o * r
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            inputs //= i  # a matrix (l * i, o * r) for every input and output
+            flops += 2 * inputs * outputs * math.prod(shape) // copies
             outputs *= o
         return flops
 
     def _count_rebuild_flops(self) -> int:
         flops, rows, cols = 0, 1, 1
-        for l, i, o, r in self.shapes:  # noqa: E741  (rows * cols: what is contracted so far)
-            flops += 2 * rows * cols * l * i * o * r
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            flops += 2 * rows * cols * math.prod(shape) // copies  # rows * cols: what is contracted so far
             rows, cols = rows * i, cols * o
-        return flops - 2 * math.prod(self.shapes[0])  # the first core costs nothing
+        return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -314,5 +377,11 @@ class Chain(nn.Module):
         centre = sizes.index(max(sizes))
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741
-            fan = l * i * o if k < centre else i * o * r
+            fan = l // self.copies[k] * i * o if k < centre else i * o * r
             init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
+
+
+def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:
+    """x (N, P, l * i) with an untied core (P * l * i, q), or (E, P * l * i, q) -> (N, P, q)."""
+    core = core.unflatten(-2, (copies, x.shape[-1]))
+    return multiply_blocks(x, core) if shared else picks.blocks(x, core)

@@ -13,7 +13,9 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
   Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis if there is one per
   expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
-  arXiv 2212.05055) are one chain of one per-expert core.
+  arXiv 2212.05055) are one chain of one per-expert core. An outer core may be untied: it then has a matrix for
+  every value of the inputs (outputs) that lie between it and the other end of the chain, as in a block tensor
+  train (arXiv 2406.06248).
 * Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
   ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
   all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the
@@ -35,7 +37,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
-                       "bias": "shared", "per-expert" or null};
+                       "bias": "shared", "per-expert" or null}; "untied", one of a term's lists, is absent
+                       where no core is untied;
                        "adapter": size, if the experts are adapters behind a shared FFN;
                        `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:

@@ -50,7 +50,7 @@ class Part(nn.Module):
 class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
-    `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
+    `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"[, "untied"]}, ...],
              "bias": "shared" | "per-expert" | None}
     `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
     experts it has.

@@ -114,7 +114,7 @@ def test_a_folder_named_like_a_command_is_reached_by_its_path(here):
         (["dense", "more", "-o", "out"], "unexpected extra argument"),
         (["dense", "-o", "out", "--expert", "4"], "No such option '--expert'"),
         (["dense", "-o", "out", "--experts", "many"], "'many' is not a valid integer"),
-        (["dense", "-o", "out", "--layout", "flat"], "'flat' is not one of 'one-sided', 'two-sided'"),
+        (["dense", "-o", "out", "--layout", "flat"], "'flat' is not one of 'one-sided', 'blocks', 'two-sided'"),
         (["dense", "-o", "out", "--kind", "lora"], "'lora' is not one of"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
         ),
         ("bond_dim: 2.5", "bond_dim is 2.5; expected a whole number"),
         ("layers: 3-1", "layers is '3-1'; the range 3-1 runs backwards"),
-        ("layout: flat", "layout is 'flat'; expected one of one-sided, two-sided, balanced"),
+        ("layout: flat", "layout is 'flat'; expected one of one-sided, blocks, two-sided, balanced"),
         ("max_shard_size: big", "max_shard_size is 'big'; expected a size such as 2GB"),
     ],
 )

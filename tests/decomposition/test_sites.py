@@ -22,6 +22,7 @@ from mpoe_convert.decomposition.sites import (
 from mpoe_convert.errors import SitesError
 
 WIDE = ("one-sided", "two-sided")
+TIED = tuple(layout for layout in LAYOUTS if layout != "blocks")  # with an odd number of sites
 AWKWARD = (11008, 13696, 4864, 172, 5632, 18944, 896)
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
@@ -46,7 +47,7 @@ def try_layout(layout, rows, cols, bond_dim, num_sites):
 # --- what every layout has to fulfil ---
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 @SETTINGS
 @given(rows=sizes, cols=sizes, num_sites=odd_sites, data=st.data())
 def test_products_limits_and_counts(layout, rows, cols, num_sites, data):
@@ -70,7 +71,7 @@ def test_products_limits_and_counts(layout, rows, cols, num_sites, data):
     assert sites.auxiliary_params == sum(counts) - sites.central_params
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 @SETTINGS
 @given(rows=sizes, cols=sizes, num_sites=odd_sites, data=st.data())
 def test_no_bond_is_wider_than_its_neighbourhood(layout, rows, cols, num_sites, data):
@@ -91,7 +92,7 @@ def test_wide_layouts_are_exact_at_any_limit(layout, rows, cols, num_sites, limi
 
 
 @pytest.mark.parametrize("num_sites", [3, 5, 7])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 def test_full_bonds_against_their_definition(layout, num_sites):
     sites = LAYOUTS[layout](768, 3072, 10**9, num_sites)
     sizes = [i * o for i, o in zip(sites.in_dims, sites.out_dims, strict=True)]
@@ -160,7 +161,7 @@ def test_missing_factors_become_trivial_sites():
 
 
 @pytest.mark.parametrize("num_sites", [3, 5])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 @pytest.mark.parametrize(
     "rows, cols", [(4096, 11008), (13696, 4864), (896, 4864), (172, 64), (64, 172), (43, 8)]
 )
@@ -210,7 +211,7 @@ def test_reference_bonds_of_gpt2():
 # --- choosing and parsing ---
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 def test_choose_calls_the_layout(layout):
     chosen = choose(768, 3072, layout=layout, num_sites=5, bond_dim=64)
     assert chosen == LAYOUTS[layout](768, 3072, 64, 5)
@@ -287,7 +288,7 @@ def test_bad_factor_text(text, said):
         (lambda: two_sided(768, 3072, (64,), 3), "3 sites, which have 2 bonds"),
         (
             lambda: choose(8, 8, layout="square", num_sites=3, bond_dim=4),
-            "no layout is called 'square': choose one of one-sided, two-sided, balanced",
+            "no layout is called 'square': choose one of one-sided, blocks, two-sided, balanced",
         ),
         (
             lambda: choose(0, 8, layout="balanced", num_sites=3, bond_dim=4),
@@ -328,7 +329,7 @@ def test_two_primes_cannot_be_balanced():
     assert one_sided(43, 53, 43, 5).is_exact
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TIED)
 def test_only_dense_copies_are_left_for_a_prime_vector(layout):
     with pytest.raises(SitesError, match="; use --kind dense$"):
         LAYOUTS[layout](1, 7, 64, 3)

@@ -12,6 +12,7 @@ from mpoe_convert.experts.ffn import FFNShape, Fitted, Form, MatrixShape, Target
 from mpoe_convert.runtime.modeling_mpoe import FeedForward, matrix_shape, name_cores
 
 HIDDEN, INNER, EXPERTS = 12, 18, 3
+WIDE = ("blocks", "two-sided")  # layouts beside the default that are exact at any bond limit
 SHAPES = {"gate": (HIDDEN, INNER), "up": (HIDDEN, INNER), "down": (INNER, HIDDEN)}
 FFN = FFNShape("h.0.mlp", {role: MatrixShape(*size, has_bias=False) for role, size in SHAPES.items()})
 
@@ -58,9 +59,11 @@ def module(form: Form, parts) -> FeedForward:
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_expert_starts_as_the_dense_ffn(kind):
-    options = Recipe("dense", kind=kind, experts=EXPERTS, bond_dim=3, bias="shared").own_options
+@pytest.mark.parametrize(
+    ("kind", "more"), [*((kind, {}) for kind in KINDS), *(("mpo", {"layout": layout}) for layout in WIDE)]
+)
+def test_every_expert_starts_as_the_dense_ffn(kind, more):
+    options = Recipe("dense", kind=kind, experts=EXPERTS, bond_dim=3, bias="shared", **more).own_options
     ffn, kind = Given(), load(kind)
     form = kind.describe(FFN, options)
     made = module(form, kind.build(ffn, form, options))

@@ -27,6 +27,8 @@ UNCHECKED = Export(check=False)
 EXACT = {"gauge": "identity", "noise": 0.0, "experts": 3, "bond_dim": 4}
 KINDS = {
     "one-sided": {},
+    "blocks": {"layout": "blocks"},
+    "blocks, compressed": {"layout": "blocks", "keep": 0.95, "bond_dim": 2},
     "two-sided": {"layout": "two-sided"},
     "five sites": {"sites": 5},
     "truncated": {"layout": "balanced", "bond_dim": 6},

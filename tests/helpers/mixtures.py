@@ -13,8 +13,9 @@ from mpoe_convert.runtime import modeling_mpoe as modeling
 from mpoe_convert.runtime.modeling_mpoe import Chain, FeedForward, Picks, Projection
 
 
-def chain(in_dims, out_dims, bonds, shared) -> dict:
-    return {"in_dims": in_dims, "out_dims": out_dims, "bonds": bonds, "shared": shared}
+def chain(in_dims, out_dims, bonds, shared, untied=None) -> dict:
+    found = {"in_dims": in_dims, "out_dims": out_dims, "bonds": bonds, "shared": shared}
+    return found if untied is None else found | {"untied": untied}
 
 
 # Input features 12, output features 10, by the way their experts are applied.
@@ -25,6 +26,14 @@ TERMS = {
     "one-sided, five sites": chain([2, 3, 2, 1, 1], [1, 1, 5, 2, 1], [2, 5, 2, 1], [0, 0, 1, 0, 0]),
     "one-sided, shared centre of two": chain(
         [3, 4, 1, 1], [1, 1, 5, 2], [3, 2, 2], [False, True, True, False]
+    ),
+    "blocks of inputs": chain([3, 4], [1, 10], [3], [False, True], [True, False]),
+    "blocks of outputs": chain([12, 1], [5, 2], [2], [True, False], [False, True]),
+    "blocks of both, shared centre of two": chain(
+        [3, 4, 1, 1], [1, 1, 5, 2], [2, 4, 3], [0, 1, 1, 0], [1, 0, 0, 1]
+    ),
+    "blocks, tied beside untied": chain(
+        [2, 2, 3, 1], [1, 1, 5, 2], [2, 3, 2], [0, 0, 1, 0], [0, 1, 0, 1]
     ),
     "two-sided": chain([2, 3, 2], [2, 1, 5], [3, 4], [False, True, False]),
     "balanced": chain([2, 2, 3, 1, 1], [1, 2, 1, 1, 5], [2, 3, 3, 4], [0, 0, 1, 0, 0]),
@@ -56,8 +65,8 @@ def randn(*shape, seed: int = 1, dtype=torch.float64) -> torch.Tensor:
 
 def mirrored(term: dict) -> dict:
     """The same kind of chain for a matrix of the transposed shape."""
-    names = ("out_dims", "in_dims", "bonds", "shared")
-    return chain(*[term[name][::-1] for name in names])
+    names = ("out_dims", "in_dims", "bonds", "shared", "untied")
+    return chain(*[term[name][::-1] for name in names if name in term])
 
 
 def make_ffn(name="one-sided", top_k=2, bias=None) -> FeedForward:
@@ -81,21 +90,26 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def chain_matrix(module: Chain, expert: int) -> torch.Tensor:
-    """One expert's matrix: a single einsum over all bonds, then input indices before output indices."""
-    names = iter(LETTERS)
-    bond, operands, ins, outs = next(names), [], "", ""
-    first = bond
-    for name, shape, shared in zip(module.core_names, module.shapes, module.shared, strict=True):
+    """One expert's matrix: a single einsum over all bonds, then input indices before output indices.
+
+    An untied core carries the indices of the inputs to its right, or of the outputs to its left, as well.
+    """
+    sites, in_dims = len(module.shapes), [shape[1] for shape in module.shapes]
+    out_dims = [shape[2] for shape in module.shapes]
+    ins, outs, bonds = LETTERS[:sites], LETTERS[sites : 2 * sites], LETTERS[2 * sites :]
+    operands = []
+    for k, (name, shared) in enumerate(zip(module.core_names, module.shared, strict=True)):
         core = getattr(module, name)
-        core = core.reshape(shape if shared else (-1, *shape))
-        i, o, right = next(names), next(names), next(names)
-        operands.append((bond + i + o + right, core if shared else core[expert]))
-        ins, outs, bond = ins + i, outs + o, right
-    expression = ",".join(indices for indices, _ in operands) + f"->{first}{ins}{outs}{bond}"
+        core, copied, dims = core if shared else core[expert], "", []
+        if module.copies[k] > 1:
+            from_right = prod(out_dims[: k + 1]) == 1
+            copied = ins[k + 1 :] if from_right else outs[:k]
+            dims = in_dims[k + 1 :] if from_right else out_dims[:k]
+        shape = (module.shapes[k][0] // module.copies[k], *module.shapes[k][1:])
+        operands.append((copied + bonds[k] + ins[k] + outs[k] + bonds[k + 1], core.reshape(*dims, *shape)))
+    expression = ",".join(indices for indices, _ in operands) + f"->{bonds[0]}{ins}{outs}{bonds[sites]}"
     tensor = torch.einsum(expression, *[core for _, core in operands])
-    return tensor.reshape(
-        prod(shape[1] for shape in module.shapes), prod(shape[2] for shape in module.shapes)
-    )
+    return tensor.reshape(prod(in_dims), prod(out_dims))
 
 
 def project(module: Projection, row: torch.Tensor, expert: int) -> torch.Tensor:
@@ -164,12 +178,13 @@ def factors(draw, size: int, sites: int):
 @st.composite
 def terms(draw, rows: int, cols: int):
     sites = draw(st.integers(1, 4))
-    return chain(
-        draw(factors(rows, sites)),
-        draw(factors(cols, sites)),
-        [draw(st.integers(1, 3)) for _ in range(sites - 1)],
-        [draw(st.booleans()) for _ in range(sites)],
-    )
+    ins, outs = draw(factors(rows, sites)), draw(factors(cols, sites))
+    bonds = [draw(st.integers(1, 3)) for _ in range(sites - 1)]
+    shared = [draw(st.booleans()) for _ in range(sites)]
+    carrying = [k for k in range(sites) if ins[k] > 1], [k for k in range(sites) if outs[k] > 1]
+    if carrying[0] and carrying[1] and carrying[0][-1] > carrying[1][0]:
+        return chain(ins, outs, bonds, shared)
+    return chain(ins, outs, bonds, shared, [draw(st.booleans()) for _ in range(sites)])
 
 
 @st.composite

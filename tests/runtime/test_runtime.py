@@ -352,8 +352,8 @@ def test_random_initialisation_keeps_the_scale(name):
 
 @pytest.mark.parametrize(
     ("name", "autocast"),
-    [(name, False) for name in ("one-sided", "two-sided", "balanced", "dense", "lora")]
-    + [("one-sided", True)],
+    [(name, False) for name in ("one-sided", "blocks of inputs", "two-sided", "balanced", "dense", "lora")]
+    + [("one-sided", True), ("blocks of inputs", True)],
 )
 def test_compiles_whole_for_any_number_of_tokens(name, autocast):
     """One graph, forward and backward, for few tokens or many, whichever experts they choose."""

@@ -11,6 +11,7 @@ from mpoe_convert import Recipe, convert
 
 WAYS = {
     "one-sided": {"layout": "one-sided"},
+    "blocks": {"layout": "blocks"},
     "two-sided": {"layout": "two-sided"},
     "balanced, full bonds": {"layout": "balanced", "bond_dim": 10_000},
     "dense": {"kind": "dense"},

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 GAUGES = ("canonical", "identity")
+# Layouts whose centre is as large as the matrix and can be factored itself.
+WHOLE_CENTRES = ("blocks", "one-sided")
 NEURON_ORDERS = ("auto", "source")
 # MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
-DEFAULT_SITES = MappingProxyType({"one-sided": 3, "two-sided": 3, "balanced": 5})
+DEFAULT_SITES = MappingProxyType({"blocks": 2, "one-sided": 3, "two-sided": 3, "balanced": 5})
 
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 1.0
@@ -43,8 +45,9 @@ class Options(experts.Options):
     )
     layout: str = option(
         "one-sided",
-        "How the inputs and outputs of a matrix are split among the cores. one-sided and two-sided chains "
-        "are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it.",
+        "How the inputs and outputs of a matrix are split among the cores. one-sided, blocks and two-sided "
+        "chains are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it. blocks: "
+        "an expert has a matrix of its own for every block of the smaller side, of --bond-dim features.",
         group="Decomposition",
         choices=LAYOUTS,
     )
@@ -54,7 +57,7 @@ class Options(experts.Options):
         group="Decomposition",
         valid=lambda sites: sites >= 3 and sites % 2 == 1,
         expected="an odd number of at least 3",
-        default_text="3; 5 for --layout balanced",
+        default_text="3; 5 for --layout balanced, 2 for blocks",
     )
     factors: str | None = option(
         None,
@@ -94,17 +97,17 @@ class Options(experts.Options):
             )
 
     def resolved(self) -> dict[str, Any]:
-        return {"sites": num_sites(self)}
+        return {} if self.layout == "blocks" else {"sites": num_sites(self)}
 
     def may_truncate(self) -> bool:
         return self.layout == "balanced" or self.factors is not None
 
     def check_budget(self) -> None:
-        if self.layout != "one-sided" or self.factors is not None:
+        if self.layout not in WHOLE_CENTRES or self.factors is not None:
             what = f"layout {self.layout}" if self.factors is None else "explicit factors"
             raise RecipeError(
-                f"--keep and --max-error given with {what}; expected with --layout one-sided or another "
-                "--kind (chains of other layouts are truncated by --bond-dim)"
+                f"--keep and --max-error given with {what}; expected with --layout one-sided or blocks, "
+                "or another --kind (chains of other layouts are truncated by --bond-dim)"
             )
 
 
@@ -141,17 +144,22 @@ def terms(
         "bonds": list(sites.bonds),
         "shared": [k == sites.centre for k in range(sites.num_sites)],
     }
+    if sites.untied:
+        shape["untied"] = list(sites.untied)
     return [shape if rank is None else factored(shape, sites.centre, rank)], sites
 
 
 def fit(target: Target, sites: Sites, options: Options, generator: Generator) -> Fitted:
-    """See `matrixwise`. In the canonical gauge the orthogonality centre is the core in the middle.
+    """See `matrixwise`. In the canonical gauge the orthogonality centre is the central core.
 
     Factors go where their side's outer cores leave them: for the one-sided layout, whose outer cores are
     orthogonal and carry one side only.
     """
+    from ...decomposition.blocks import fit_blocks
     from ...decomposition.mpo import fit as fit_mpo
 
+    if sites.untied:
+        return Fitted([fit_blocks(target.matrix, sites, target.factors, gauge=options.gauge)])
     decompose = partial(fit_mpo, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge)
     if target.factors is None:
         mpo = decompose(target.matrix)

@@ -1,0 +1,80 @@
+"""Decompose a matrix into a block tensor train of two cores: a square matrix per block, and one large core.
+
+Sources: block tensor trains (BTT), arXiv 2406.06248; a block SVD whose small core belongs to a task: FuRA,
+arXiv 2605.22869.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensors import check_finite
+from .sites import Sites
+
+
+def fit_blocks(
+    matrix: Tensor, sites: Sites, factors: tuple[Tensor, Tensor] | None = None, *, gauge: str = "canonical"
+) -> list[Tensor]:
+    """The cores of a matrix over sites of the layout `blocks`; exact to rounding.
+
+    ::
+
+        W[block p] = R_p C[block p]         p: blocks of the inputs     (b, out) = (b, b) (b, out)
+        W[:, block p] = C[:, block p] R_p      or of the outputs        (in, b) = (in, b) (b, b)
+
+    Args:
+        matrix: (in, out), float32 or float64.
+        sites: what `sites.blocks` gives for its size.
+        factors: (in, rank) and (rank, out), whose product is decomposed instead; the large core becomes two
+            cores with that bond.
+        gauge: "canonical": R_p holds the singular vectors of a block, so that the block's rows (columns) of C
+            are orthogonal and have its singular values as norms; "identity": R_p is the identity, C is W.
+
+    Returns:
+        The cores as `modeling_mpoe.Chain` has them; the untied one is (P * l, i, o, r) with P blocks.
+
+    Raises:
+        CheckpointError: the matrix holds NaN or Inf.
+    """
+    check_finite(matrix)
+    whole = (matrix,) if factors is None else factors
+    return _of_inputs(whole, sites, gauge) if sites.untied[0] else _of_outputs(whole, sites, gauge)
+
+
+def _of_inputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tensor]:
+    """`whole`: the matrix, or the two thin ones that it is the product of."""
+    block, number = sites.in_dims
+    split = whole[0].reshape(block, number, -1).transpose(0, 1)  # (P, b, out or rank)
+    basis = _basis(split @ whole[1] if len(whole) > 1 else split, gauge)  # (P, b, b)
+    inner = (basis.mT @ split).transpose(0, 1)  # (b, P, out or rank)
+    if len(whole) > 1:
+        centre = [inner.unsqueeze(2), whole[1][:, None, :, None]]
+    else:
+        centre = [inner.unsqueeze(3)]
+    return [core.contiguous() for core in (basis.unsqueeze(2), *centre)]
+
+
+def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tensor]:
+    """The same for blocks of the outputs."""
+    number, block = sites.out_dims
+    split = whole[-1].reshape(-1, number, block).transpose(0, 1)  # (P, in or rank, b)
+    basis = _basis((whole[0] @ split if len(whole) > 1 else split).mT, gauge)  # (P, b, b)
+    inner = (split @ basis).transpose(0, 1)  # (in or rank, P, b)
+    if len(whole) > 1:
+        centre = [whole[0][None, :, None, :], inner.unsqueeze(1)]
+    else:
+        centre = [inner.unsqueeze(0)]
+    untied = basis.mT.flatten(0, 1)[:, None, :, None]  # (P * b, 1, b, 1)
+    return [core.contiguous() for core in (*centre, untied)]
+
+
+def _basis(blocks: Tensor, gauge: str) -> Tensor:
+    """Per block (P, b, n) the left singular vectors, by descending singular value, or the identity: (P, b, b)."""
+    if gauge == "identity":
+        number, size, _ = blocks.shape
+        return torch.eye(size, dtype=blocks.dtype, device=blocks.device).repeat(number, 1, 1)
+    wide = blocks.cpu() if blocks.device.type == "mps" else blocks  # MPS has no float64
+    grams = torch.stack([block.double() @ block.double().mT for block in wide])  # no float64 copy of all
+    _, vectors = torch.linalg.eigh(grams)  # ascending
+    return vectors.flip(-1).to(blocks)
