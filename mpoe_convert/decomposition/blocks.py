@@ -48,10 +48,8 @@ def _of_inputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tens
     split = whole[0].reshape(block, number, -1).transpose(0, 1)  # (P, b, out or rank)
     basis = _basis(split @ whole[1] if len(whole) > 1 else split, gauge)  # (P, b, b)
     inner = (basis.mT @ split).transpose(0, 1)  # (b, P, out or rank)
-    if len(whole) > 1:
-        centre = [inner.unsqueeze(2), whole[1][:, None, :, None]]
-    else:
-        centre = [inner.unsqueeze(3)]
+    outside = [second[:, None, :, None] for second in whole[1:]]
+    centre = [inner.unsqueeze(2 if outside else 3), *outside]
     return [core.contiguous() for core in (basis.unsqueeze(2), *centre)]
 
 
@@ -61,16 +59,14 @@ def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Ten
     split = whole[-1].reshape(-1, number, block).transpose(0, 1)  # (P, in or rank, b)
     basis = _basis((whole[0] @ split if len(whole) > 1 else split).mT, gauge)  # (P, b, b)
     inner = (split @ basis).transpose(0, 1)  # (in or rank, P, b)
-    if len(whole) > 1:
-        centre = [whole[0][None, :, None, :], inner.unsqueeze(1)]
-    else:
-        centre = [inner.unsqueeze(0)]
+    outside = [first[None, :, None, :] for first in whole[:-1]]
+    centre = [*outside, inner.unsqueeze(1 if outside else 0)]
     untied = basis.mT.flatten(0, 1)[:, None, :, None]  # (P * b, 1, b, 1)
     return [core.contiguous() for core in (*centre, untied)]
 
 
 def _basis(blocks: Tensor, gauge: str) -> Tensor:
-    """Per block (P, b, n) the left singular vectors, by descending singular value, or the identity: (P, b, b)."""
+    """Of blocks (P, b, n) the left singular vectors, by descending singular value, or identities: (P, b, b)."""
     if gauge == "identity":
         number, size, _ = blocks.shape
         return torch.eye(size, dtype=blocks.dtype, device=blocks.device).repeat(number, 1, 1)

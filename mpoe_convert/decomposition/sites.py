@@ -181,7 +181,7 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
 
 
 def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Sites:
-    """An untied core on the matrix's smaller side, one square matrix per block of it; exact at any bond limit.
+    """An untied core on the smaller side, with a square matrix per block of it; exact at any bond limit.
 
     ::
 

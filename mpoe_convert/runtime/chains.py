@@ -5,9 +5,9 @@ shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It
 (l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
 
 A core that carries only inputs multiplies the features of its site alike for every value p of the inputs to
-its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. If it is *untied*, it
-has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor train
-(BTT, arXiv 2406.06248). It then has the shape (P * l, i, o, r), p slowest, and is stored as (P * l * i, o * r).
+its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. An *untied* core has a
+matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor train (BTT,
+arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest, and it is stored as (P * l * i, o * r).
 """
 
 import math

@@ -13,9 +13,9 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
   Core k has shape (bond_left, in_dim, out_dim, bond_right), with a leading expert axis if there is one per
   expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
-  arXiv 2212.05055) are one chain of one per-expert core. An outer core may be untied: it then has a matrix for
-  every value of the inputs (outputs) that lie between it and the other end of the chain, as in a block tensor
-  train (arXiv 2406.06248).
+  arXiv 2212.05055) are one chain of one per-expert core. An outer core may be untied: it then has a matrix
+  for every value of the inputs (or outputs) between it and the chain's other end, as in a block tensor train
+  (arXiv 2406.06248).
 * Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
   ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
   all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the

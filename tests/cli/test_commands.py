@@ -114,7 +114,10 @@ def test_a_folder_named_like_a_command_is_reached_by_its_path(here):
         (["dense", "more", "-o", "out"], "unexpected extra argument"),
         (["dense", "-o", "out", "--expert", "4"], "No such option '--expert'"),
         (["dense", "-o", "out", "--experts", "many"], "'many' is not a valid integer"),
-        (["dense", "-o", "out", "--layout", "flat"], "'flat' is not one of 'one-sided', 'blocks', 'two-sided'"),
+        (
+            ["dense", "-o", "out", "--layout", "flat"],
+            "'flat' is not one of 'one-sided', 'blocks', 'two-sided'",
+        ),
         (["dense", "-o", "out", "--kind", "lora"], "'lora' is not one of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Block tensor trains of two cores: sites by brute force, cores against numpy's SVD and a product per block."""
+"""Block tensor trains of two cores: sites by brute force, cores by numpy's SVD and a product per block."""
 
 import numpy as np
 import pytest

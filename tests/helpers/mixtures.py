@@ -32,9 +32,7 @@ TERMS = {
     "blocks of both, shared centre of two": chain(
         [3, 4, 1, 1], [1, 1, 5, 2], [2, 4, 3], [0, 1, 1, 0], [1, 0, 0, 1]
     ),
-    "blocks, tied beside untied": chain(
-        [2, 2, 3, 1], [1, 1, 5, 2], [2, 3, 2], [0, 0, 1, 0], [0, 1, 0, 1]
-    ),
+    "blocks, tied beside untied": chain([2, 2, 3, 1], [1, 1, 5, 2], [2, 3, 2], [0, 0, 1, 0], [0, 1, 0, 1]),
     "two-sided": chain([2, 3, 2], [2, 1, 5], [3, 4], [False, True, False]),
     "balanced": chain([2, 2, 3, 1, 1], [1, 2, 1, 1, 5], [2, 3, 3, 4], [0, 0, 1, 0, 0]),
     "dense": chain([12], [10], [], [False]),
