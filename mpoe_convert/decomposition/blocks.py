@@ -66,7 +66,7 @@ def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Ten
 
 
 def _basis(blocks: Tensor, gauge: str) -> Tensor:
-    """Of blocks (P, b, n) the left singular vectors, by descending singular value, or identities: (P, b, b)."""
+    """(P, b, b) of blocks (P, b, n): left singular vectors, by descending value, or identities."""
     if gauge == "identity":
         number, size, _ = blocks.shape
         return torch.eye(size, dtype=blocks.dtype, device=blocks.device).repeat(number, 1, 1)

@@ -253,10 +253,10 @@ class Cost(NamedTuple):
 # shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
 # (l * i, o * r), which optimizers, LoRA and kernels know; one per expert in a stack (E, l * i, o * r).
 #
-# A core that carries only inputs multiplies the features of its site alike for every value p of the inputs to
-# its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. An *untied* core has a
-# matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor train (BTT,
-# arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest, and it is stored as (P * l * i, o * r).
+# A core that carries only inputs multiplies the features of its site alike for every value p of the inputs
+# to its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. An *untied* core
+# has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor
+# train (BTT, arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest; stored as (P * l * i, o * r).
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
