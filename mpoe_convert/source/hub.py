@@ -135,12 +135,12 @@ def asked_once(name: str) -> Iterator[None]:
     before, and without one they go by the cache alone.
 
     Args:
-        name: of what they load, a Hub id.
+        name: of what they load, a Hub id; for a folder nothing is asked.
 
     Raises:
         HubError: there is no connection, or offline mode is on, and the cache lacks what the block needs.
     """
-    reason = _why_not_asked()
+    reason = None if Path(name).is_dir() else _why_not_asked()
     with _by_the_cache(reason is not None):
         try:
             yield

@@ -130,7 +130,8 @@ def instead(tmp_path):
 
     def make(name: str, code: str) -> dict[str, str]:
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-        return {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
 
     return make
 
