@@ -63,10 +63,8 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
             lacks weights of layers.
     """
     check_model_name(name)
-    if not Path(name).is_dir():
-        with asked_once(name):
-            return _from_pretrained(auto, name, trust_remote_code, options)
-    return _from_pretrained(auto, name, trust_remote_code, options)
+    with asked_once(name):
+        return _from_pretrained(auto, name, trust_remote_code, options)
 
 
 def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:

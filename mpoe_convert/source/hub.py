@@ -135,12 +135,12 @@ def asked_once(name: str) -> Iterator[None]:
     before, and without one they go by the cache alone.
 
     Args:
-        name: of what they load, a Hub id.
+        name: of what they load, a Hub id; for a folder nothing is asked.
 
     Raises:
         HubError: there is no connection, or offline mode is on, and the cache lacks what the block needs.
     """
-    reason = _why_not_asked()
+    reason = None if Path(name).is_dir() else _why_not_asked()
     with _by_the_cache(reason is not None):
         try:
             yield
@@ -171,14 +171,17 @@ def check_dataset_available(dataset_id: str) -> None:
     """Check that a cache knows a dataset, or that there is a Hub to ask for it. Raises HubError: neither."""
     from huggingface_hub import constants
 
-    prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
-    homes = (
-        Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}"),
-        Path(prepared, dataset_id.replace("/", "___").lower()),
-        Path(prepared, dataset_id.replace("/", "___")),
-    )
-    if not any(home.is_dir() for home in homes) and (reason := _why_not_asked()):
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+    downloaded = Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}")
+    known = [path.name for path in prepared.iterdir()] if prepared.is_dir() else []
+    # `datasets` writes owner___some_name for owner/SomeName.
+    is_prepared = any(_plain(name) == _plain(dataset_id) for name in known)
+    if not (is_prepared or downloaded.is_dir()) and (reason := _why_not_asked()):
         raise explain(reason, dataset_id)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("/", "").lower()
 
 
 def _why_not_asked() -> Exception | None:
@@ -194,14 +197,19 @@ def variables_for(model: str) -> dict[str, str]:
     return {} if Path(model).is_dir() or unreachable() is None else {"HF_HUB_OFFLINE": "1"}
 
 
+# Hubs that have answered this process: they are not asked again whether they do.
+_REACHED: set[str] = set()
+
+
 def unreachable() -> Exception | None:
     """Why the Hub cannot be reached now; None: it can, or offline mode is on and nobody will ask it."""
     from huggingface_hub import constants, get_session, is_offline_mode
 
-    if is_offline_mode():
+    if is_offline_mode() or constants.ENDPOINT in _REACHED:
         return None
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        _REACHED.add(constants.ENDPOINT)
     except Exception as exc:
         slow = type(exc).__name__.startswith(("Read", "Write"))
         return exc if is_connection(exc) and not slow else None

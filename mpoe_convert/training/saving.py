@@ -26,7 +26,7 @@ from ..artifact.layout import (
     register_files,
 )
 from ..errors import OutputError, one_line
-from ..source.hub import CHAT_TEMPLATES, download_except_weights
+from ..source.hub import CHAT_TEMPLATES, asked_once, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
 from .checkpoints import SCRATCH, find_checkpoint
@@ -189,7 +189,10 @@ def set_generation_aside(model: PreTrainedModel, name: str, token: str | None) -
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
-        path = cached_file(name, GENERATION_FILE, token=token, _raise_exceptions_for_missing_entries=False)
+        with asked_once(name):
+            path = cached_file(
+                name, GENERATION_FILE, token=token, _raise_exceptions_for_missing_entries=False
+            )
         if path is not None:
             model.generation_config = GenerationConfig.from_model_config(model.config)
             return Path(path).read_bytes()

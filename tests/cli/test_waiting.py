@@ -130,7 +130,8 @@ def instead(tmp_path):
 
     def make(name: str, code: str) -> dict[str, str]:
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-        return {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
 
     return make
 
@@ -175,7 +176,7 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(code, sent, made,
 
 @pytest.mark.parametrize("code", IMPORTS.values(), ids=IMPORTS)
 def test_an_interrupt_while_the_command_itself_is_imported_is_one_line(code, made, instead):
-    variables = instead("rich", code.format("SIGINT") + "\nimport os\nos._exit(7)  # it went on")
+    variables = instead("click", code.format("SIGINT") + "\nimport os\nos._exit(7)  # it went on")
     command = [sys.executable, "-c", "from mpoe_convert.__main__ import main; main()", "plan", "dense"]
     done = subprocess.run(command, cwd=made, env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")

@@ -65,6 +65,17 @@ def test_data_that_nobody_can_be_asked_for_are_told_at_once(online, tmp_path, mo
         texts.read(["o/absent:part"], texts.Columns(), "causal")
 
 
+def test_data_that_are_prepared_need_no_connection(online, tmp_path, monkeypatch):
+    online(NOBODY)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "datasets" / "o___some_name").mkdir(parents=True)
+    (tmp_path / "hub" / "datasets--o--other").mkdir(parents=True)
+    texts.check_sources(["o/SomeName:part", "o/other"])
+    with pytest.raises(DataError, match="^o/some is no file here; no connection"):
+        texts.check_sources(["o/some"])
+
+
 def test_what_is_in_the_cache_needs_no_connection(online, cached):
     online(NOBODY)
     check_model(cached)
@@ -90,6 +101,7 @@ def test_a_hub_that_answers_is_asked(online, tmp_path):
             assert constants.HF_HUB_OFFLINE is False
             raise ConnectionError("of another kind")
         assert hub.variables_for("o/absent") == {}
+    assert len(server.requests) == 1  # once is enough
 
 
 def test_a_hub_that_is_slow_is_no_missing_one(online, monkeypatch):
