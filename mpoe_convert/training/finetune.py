@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..artifact.folder import check_space
 from ..artifact.layout import file_names
 from ..artifact.limits import (
     block_length,
@@ -43,7 +42,7 @@ from .fingerprints import hash_of_examples, hash_of_model
 from .interrupts import StopOnSignal
 from .request import Finetuning
 from .roles import freeze, has_centre
-from .room import bytes_in, disk_bytes
+from .room import check_room
 from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
 from .trainer import (
@@ -134,6 +133,8 @@ def _finetune(
     state = PartialState()
     watch = watch if state.is_main_process else _silent
     if state.is_main_process:
+        if checkpoint is not None:
+            check_same_run(checkpoint, Record.of(run, None, state.num_processes))
         for name in remove_leftovers(output):
             watch(f"removed {output / name}, which a run that ended had not finished", 0, 0)
     preexisting = frozenset(file_names(output))
@@ -174,9 +175,7 @@ def _finetune(
         record=record,
     )
     if state.is_main_process:
-        needed = disk_bytes(trainer, stored.num_bytes(model))
-        check_space(output, None, needed - bytes_in(output), "the run")
-        watch(f"needs up to {needed / 1e6:,.1f} MB in {output}", 0, 0)
+        check_room(trainer, output, stored.num_bytes(model), watch)
     with _failing_into(output), stop.listening():
         report = _train(trainer, data, checkpoint and str(checkpoint), progress)
         check_weights(cast("nn.Module", trainer.model), trainer.state.global_step)
