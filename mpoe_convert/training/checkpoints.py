@@ -39,16 +39,17 @@ class Record:
 
     Attributes:
         request: the fields of `Finetuning`, as JSON has them.
-        contents: {field that names files: hash of what was read from them}; their names may change.
+        contents: {field that names files: hash of what was read from them}; their names may change. None:
+            nothing was read yet.
         processes: how many processes train together.
     """
 
     request: Mapping[str, Any]
-    contents: Mapping[str, str]
+    contents: Mapping[str, str] | None
     processes: int
 
     @classmethod
-    def of(cls, run: Finetuning, contents: Mapping[str, str], processes: int) -> Record:
+    def of(cls, run: Finetuning, contents: Mapping[str, str] | None, processes: int) -> Record:
         return cls(json.loads(json.dumps(asdict(run), default=str)), contents, processes)
 
     def differences(self, before: Record) -> list[str]:
@@ -58,10 +59,12 @@ class Record:
         examples of the same files.
         """
         found, unnamed = [], []
+        then = before.contents or {}
+        contents = then if self.contents is None else self.contents
         for name, now in self.request.items():
             was = before.request.get(name, _plain(default_of(by_name(Finetuning)[name])))
-            is_read = name in self.contents and name in before.contents
-            hashes = (self.contents[name], before.contents[name]) if is_read else ("", "")
+            is_read = name in contents and name in then
+            hashes = (contents[name], then[name]) if is_read else ("", "")
             if name in FREE or (hashes[0] == hashes[1] and (is_read or now == was)):
                 continue
             said = [f" (sha256 {digest[:8]})" if is_read else "" for digest in hashes]

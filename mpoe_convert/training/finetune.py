@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..artifact.folder import check_space
 from ..artifact.layout import file_names
 from ..artifact.limits import (
     block_length,
@@ -45,7 +44,7 @@ from .interrupts import StopOnSignal
 from .option_names import check_arguments, check_options
 from .request import Finetuning
 from .roles import freeze, has_centre
-from .room import bytes_in, disk_bytes
+from .room import check_room
 from .router_stats import router_stats
 from .saving import Result, companions_of, set_generation_aside
 from .tasks import TASKS, Task, class_names
@@ -138,6 +137,8 @@ def _finetune(
     state = PartialState()
     watch = watch if state.is_main_process else _silent
     if state.is_main_process:
+        if checkpoint is not None:
+            check_same_run(checkpoint, Record.of(run, None, state.num_processes))
         for name in remove_leftovers(output):
             watch(f"removed {output / name}, which a run that ended had not finished", 0, 0)
     preexisting = frozenset(file_names(output))
@@ -177,9 +178,7 @@ def _finetune(
         record=record,
     )
     if state.is_main_process:
-        needed = disk_bytes(trainer, stored.num_bytes(model))
-        check_space(output, None, needed - bytes_in(output), "the run")
-        watch(f"needs up to {needed / 1e6:,.1f} MB in {output}", 0, 0)
+        check_room(trainer, output, stored.num_bytes(model), watch)
     with _failing_into(output), stop.listening():
         report = _train(trainer, data, checkpoint and str(checkpoint), progress)
         check_weights(cast("nn.Module", trainer.model), trainer.state.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ class StopOnSignal(TrainerCallback):
         self.number = 0  # of the signal that came
         self._is_training = False
         self._before: dict[int, Any] = {}
+        self._pid = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -68,6 +70,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a worker that loads data, which is needed for the rest of the step
         if self._is_training and not self.number:
             self.number = number
             if self.told is not None:

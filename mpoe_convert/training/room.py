@@ -6,13 +6,32 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artifact.folder import check_space
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from .trainer import MpoeTrainer
+    from .trainer import MpoeTrainer, Watch
 
 # Bytes per parameter in a checkpoint: weights are float32, and so are Adam's two moments of what is trained.
 WEIGHT_BYTES, MOMENT_BYTES = 4, 8
+
+
+def check_room(trainer: MpoeTrainer, output: Path, result_bytes: int, watch: Watch) -> None:
+    """Say how much disk a run takes at most.
+
+    Args:
+        trainer, result_bytes: as of `disk_bytes`.
+        output: folder to write; what it holds has its room.
+        watch: is told.
+
+    Raises:
+        OutputError: there is less.
+    """
+    needed = disk_bytes(trainer, result_bytes)
+    held = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    check_space(output, None, needed - held, "the run")
+    watch(f"needs up to {needed / 1e6:,.1f} MB in {output}", 0, 0)
 
 
 def disk_bytes(trainer: MpoeTrainer, result_bytes: int) -> int:
@@ -45,8 +64,3 @@ def num_saves(args: TrainingArguments, num_examples: int) -> int:
         return math.ceil(steps / per_epoch)
     every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
     return math.ceil(steps / every)
-
-
-def bytes_in(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

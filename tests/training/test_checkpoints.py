@@ -92,6 +92,13 @@ def test_whatever_differs_is_told_with_both_values(name, checkpoint):
         assert "(sha256 cccccccc), was" in str(told.value)
 
 
+def test_options_are_compared_before_anything_is_read(checkpoint):
+    made = checkpoint(1)
+    check_same_run(made, Record.of(RUN.replace(data="moved.txt"), None, 1))
+    with pytest.raises(OutputError, match="another run: --seed is 3, was 0; go on"):
+        check_same_run(made, Record.of(RUN.replace(data="moved.txt", seed=3), None, 1))
+
+
 def test_the_number_of_processes_and_weights_alone(checkpoint):
     with pytest.raises(OutputError, match="the number of processes is 2, was 1"):
         check_same_run(checkpoint(1), replace(RECORD, processes=2))

@@ -40,6 +40,17 @@ def test_the_second_ends_at_once():
     assert not isinstance(stopped.value, Interrupted)
 
 
+def test_workers_go_on(monkeypatch):
+    """A terminal sends Ctrl-C to the processes that load data as well, which were born with the handler."""
+    told = []
+    stop = StopOnSignal(told.append)
+    with stop.listening():
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.undo()
+    assert not told and not stop.number
+
+
 @pytest.mark.parametrize("moment", ["before the first step", "after the last"])
 def test_without_a_step_to_wait_for(moment):
     stop = StopOnSignal()
