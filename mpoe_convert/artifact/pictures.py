@@ -173,7 +173,7 @@ def _sizes(folder: Path, report: dict) -> Figure:
     return figure
 
 
-def _count(number: float, _: int) -> str:
+def _count(number: float, _: float) -> str:
     """A tick of an axis of counts: 2500000 -> "2.5 M"."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= size:

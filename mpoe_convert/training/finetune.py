@@ -82,7 +82,9 @@ def finetune(
         progress: called as progress(step, steps, logged values) whenever something is logged.
 
     Returns:
-        The contents of training_report.json: settings, the log, seconds, and the last evaluation.
+        The contents of training_report.json: settings, the log, seconds, and of the weights that were written
+        their step, evaluation, experts' load on the held-out data, and change of perplexity since before the
+        first step.
 
     Raises:
         TrainingError: model and options do not fit.
