@@ -195,7 +195,7 @@ def _losses(log: list[dict], written: int | None) -> Figure:
             axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker if few else None)
     axes.set(xlabel="optimizer step", ylabel="loss (nats)")
     _steps(axes, log, written)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

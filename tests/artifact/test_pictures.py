@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.data import QUICK, words
 from huggingface_hub import ModelCard
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.torch import load_file
 
 from mpoe_convert import Finetuning, Recipe, convert, draw_pictures, finetune
@@ -110,8 +111,11 @@ def test_every_picture_can_be_read(num_experts, num_layers, artifact):
     _, out = artifact("gpt2", noise=0.1)
     found = _figures(out, read(out / REPORT_FILE), training_report(num_experts, num_layers))
     for name, caption, figure in found:
-        figure.canvas.draw()
-        assert figure.get_suptitle() and figure.legends and caption
+        FigureCanvasAgg(figure).draw()
+        assert figure.get_suptitle() and caption
+        [legend] = figure.legends
+        (left, _), (right, _) = legend.get_window_extent().get_points()
+        assert 0 <= left < right <= figure.bbox.width, name
         for axes in figure.axes:
             assert not axes.xaxis.get_offset_text().get_text()
             assert not axes.yaxis.get_offset_text().get_text()
