@@ -125,7 +125,7 @@ def test_every_picture_can_be_read(num_experts, num_layers, artifact):
         assert figure.get_supylabel() == "share of the choices"
         shown = [axes for axes in figure.axes if axes.get_title()]
         assert sum(axes.get_xlabel() == "optimizer step" for axes in shown) == min(num_layers, 4)
-        assert all(line.get_ydata().max() < axes.get_ylim()[1] for axes in shown for line in axes.lines[:-1])
+        assert all(max(line.get_ydata()) < axes.get_ylim()[1] for axes in shown for line in axes.lines[:-1])
         assert len(shown) == min(num_layers, 14)
         assert ("one of every 3 layers" in figure.get_suptitle()) == (num_layers == 40)
         looks = [
