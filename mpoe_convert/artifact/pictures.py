@@ -173,7 +173,7 @@ def _sizes(folder: Path, report: dict) -> Figure:
     return figure
 
 
-def _count(number: float, _: int) -> str:
+def _count(number: float, _: float) -> str:
     """A tick of an axis of counts: 2500000 -> "2.5 M"."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= size:
@@ -195,7 +195,7 @@ def _losses(log: list[dict], written: int | None) -> Figure:
             axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker if few else None)
     axes.set(xlabel="optimizer step", ylabel="loss (nats)")
     _steps(axes, log, written)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

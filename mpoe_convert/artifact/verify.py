@@ -99,8 +99,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether it is sound and near, and the tokenizers agree."""
-        return self.is_sound and self.is_near and self.same_tokens
+        """Whether it is sound and near, and the tokenizers agree; training may bring another tokenizer."""
+        return self.is_sound and self.is_near and (self.same_tokens or self.trained)
 
     def problems(self) -> list[str]:
         """Why it is not `ok`, as sentences; what the most follows from comes first."""
@@ -111,7 +111,7 @@ class Verification:
             shares = ", ".join(f"{share:.1%} of {name}" for name, share in self.damaged_outputs.items())
             found.append(f"it computes NaN or infinities: {shares}.")
         found += self.contradictions
-        if not self.same_tokens:
+        if not (self.same_tokens or self.trained):
             found.append(
                 f"the tokenizers do not agree, for example on {self.tokenizer_difference!r}: convert again, "
                 "or compare with the model that was converted."
@@ -133,7 +133,8 @@ class Verification:
             found["  allowed"] = "any, for it was trained" if allowed is None else f"{allowed:.2e}"
             found["largest absolute difference"] = f"{self.max_difference:.2e}"
         if self.trained:
-            found["weights and outputs"] = "finite" if self.is_sound else "see below"
+            finite = not (self.damaged_weights or self.damaged_outputs)
+            found["weights and outputs"] = "finite" if finite else "see below"
         if self.trained and self.generates is not None:
             found["generates"] = "yes"
         for name, share in (
@@ -260,10 +261,12 @@ def verify(
         token=token,
         key_mapping=report.get("key_mapping", {}),
         has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
-        is_trained=training is not None and not is_named,
+        is_trained=training is not None,
         absent=absent,
     )
     result = _run_child(request)
+    if is_named and (reason := result.get("reference_error")):
+        raise VerifyError(f"{folder} cannot be compared with {against}: {reason}")
     if tolerance is None and training is None:
         tolerance = _tolerance(report)
     return Verification(

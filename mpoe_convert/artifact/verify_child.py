@@ -108,13 +108,16 @@ def values_of(model: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
 
 def lacking(missing: Iterable[str], made_up: dict[str, torch.Tensor] | None) -> list[str]:
-    """The weights that a model lacks and its reference has, such as none of the pooler that neither has.
+    """The weights that a model may not lack.
 
-    Without a reference (None): the weights of layers, whose paths hold numbers.
+    They are those of layers, whose paths hold numbers, and those that its reference has: neither may have a
+    pooler, for example. Without a reference (None) only the layers are known to be needed.
     """
-    if made_up is None:
-        return sorted(name for name in missing if re.search(r"\.\d+\.", name))
-    return sorted(set(missing) - made_up.keys())
+    return sorted(
+        name
+        for name in missing
+        if re.search(r"\.\d+\.", name) or (made_up is not None and name not in made_up)
+    )
 
 
 def fill(model: Any, made_up: dict[str, torch.Tensor], names: Iterable[str]) -> None:

@@ -51,16 +51,15 @@ def held_out(log: list[dict]) -> dict[int, dict]:
 
 
 def _weights(report: Mapping) -> list[str]:
-    written, steps, evaluated = report["written_step"], report["steps"], held_out(report["log"])
-    if written == steps and len(evaluated) < 2:
+    written, steps = report["written_step"], report["steps"]
+    losses = {step: entry["eval_loss"] for step, entry in held_out(report["log"]).items() if step}
+    if written == steps and len(losses) < 2:
         return [f"The weights are those of the last step, {steps}."]
-    if written not in evaluated:  # another rule than that of --eval-data was asked for
-        return [f"The weights are those of step {written} of {steps}."]
-    found = [f"The weights are those of step {written} of {steps}, the best on held-out data."]
-    trained = len(evaluated) - (0 in evaluated)
-    if trained > 1:
-        found.append(f"It was chosen on these data among {trained} evaluations, which flatters it.")
-    return found
+    found = f"The weights are those of step {written} of {steps}"
+    if written not in losses or losses[written] > min(losses.values()):  # chosen by something else
+        return [f"{found}."]
+    chosen = f"which had the lowest loss of {len(losses)} evaluations on held-out data"
+    return [f"{found}, {chosen}; this choice flatters it."]
 
 
 def _training_loss(report: Mapping) -> list[str]:

@@ -109,7 +109,9 @@ def finetune(
             many) after every batch of an evaluation, and watch(note, 0, 0) before what takes time.
 
     Returns:
-        The contents of training_report.json: settings, the log, seconds, and the last evaluation.
+        The contents of training_report.json: settings, the log, seconds, and of the weights that were written
+        their step, evaluation, experts' load on the held-out data, and change of perplexity since before the
+        first step.
 
     Raises:
         TrainingError: model and options do not fit.

@@ -11,7 +11,7 @@ import torch
 import transformers
 from helpers.artifacts import perturb
 from helpers.models import HEADS
-from helpers.tiny import make_config, make_model, save_tiny
+from helpers.tiny import make_config, make_model, save_tiny, save_tokenizer
 from helpers.vocabularies import save_vocabulary
 from safetensors.torch import load_file, save_file
 
@@ -202,7 +202,9 @@ def test_the_backbone_of_a_checkpoint_for_masked_tokens(in_process, tmp_path):
 def test_without_a_reference_layers_may_not_be_missing():
     missing = ["encoder.layer.0.mlp.up.bias", "pooler.dense.weight"]
     assert lacking(missing, None) == ["encoder.layer.0.mlp.up.bias"]
-    assert lacking(missing, {"pooler.dense.weight": torch.ones(1)}) == ["encoder.layer.0.mlp.up.bias"]
+    assert lacking(missing, {}) == missing
+    made_up = {name: torch.ones(1) for name in missing}  # a source that lacks layers is no model
+    assert lacking(missing, made_up) == ["encoder.layer.0.mlp.up.bias"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -249,6 +251,15 @@ def test_a_new_head_is_not_compared(trained):
     mark_trained(trained)
     found = verify(trained)
     assert found.ok and found.auto_class == auto.__name__ and "score.weight" in found.reference_error
+    with pytest.raises(VerifyError, match="cannot be compared with .*: its checkpoint lacks .*score.weight"):
+        verify(trained, against=str(trained.parent / "dense"))
+
+
+def test_training_may_bring_another_tokenizer(trained):
+    save_vocabulary(trained.parent / "dense", "GPT2Tokenizer")
+    save_tokenizer(trained)
+    found = verify(trained)
+    assert found.ok and found.tokenizer_agreement < 1
 
 
 @pytest.mark.parametrize("was_trained", [True, False])

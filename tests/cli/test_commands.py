@@ -623,6 +623,7 @@ def test_verify_accepts_clones_that_are_exact(here):
     assert (code, said["ok"], said["top1_agreement"], said["greedy_agreement"]) == (0, True, 1.0, 1.0)
     assert said["relative_difference"] < 1e-5 < said["tolerance"] == pytest.approx(1e-4, rel=0.1)
     assert (said["model_class"], said["auto_class"]) == ("MPOEGPT2LMHeadModel", "AutoModelForCausalLM")
+    assert (said["problems"], said["trained"]) == ([], False)
 
 
 def test_verify_accepts_the_default_noise(here):

@@ -126,6 +126,7 @@ def test_a_recorded_evaluation_is_in_report_card_and_metadata(out, text, artifac
     (recorded,) = json.loads((out / "evaluation_report.json").read_text())["evaluations"]
     expected = json.loads(json.dumps(found.to_json())) | {"data": ["text.txt"], "other": "dense"}
     expected |= {"sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+    expected["weights_sha256"] = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert recorded == {key: value for key, value in expected.items() if key != "model"}
     card = (out / "README.md").read_text()
     assert f"| Perplexity | {found.metrics['perplexity'].value:.4g} (" in card
