@@ -128,8 +128,9 @@ def print_summary(summary: Summary, out: Console) -> None:
     block, recipe = summary.config["mpoe"], summary.report["recipe"]
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
-        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, {count(len(block['ffns']), 'FFN')} "
-        f"of {block['num_experts']} experts, top {block['top_k']}; from {escape(recipe['model'])}{revision}"
+        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
+        f"{count(len(block['ffns']), 'FFN')} of {block['num_experts']} experts, top {block['top_k']}; from "
+        f"{escape(recipe['model'])}{revision}"
     )
     parts = tuple(
         {"part": part, "tensors": count, "parameters": params, "bytes": size(num_bytes)}
