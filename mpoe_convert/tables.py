@@ -264,6 +264,13 @@ def _joined(pattern: str, others: tuple[int | None, ...], found: str) -> str:
     return "".join(parts)[:-1]
 
 
+def short_paths(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders that all share; Hub ids, which share one part at most, stay whole."""
+    split = [path.split("/") for path in paths]
+    shared = commonprefix([parts[:-1] for parts in split])
+    return ["/".join(parts[len(shared) :]) for parts in split] if len(shared) > 1 else list(paths)
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
     runs: list[list[int]] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..tables import Cell, Table, drawn, escape, listed, size, warning
+from ..tables import Cell, Table, count, drawn, escape, listed, short_paths, size, warning
 
 if TYPE_CHECKING:
     from ..artifact.inspect import Summary
@@ -48,11 +48,12 @@ def print_export(result: Exported, output: str, out: Console) -> None:
 def print_evaluation(result: Evaluation, out: Console) -> None:
     unit = "tokens" if result.task in ("causal", "masked") else "examples"
     rows = []
+    model, other_model = short_paths([result.model, str(result.other or result.model)])
     for name, metric in result.metrics.items():
-        found = {result.model: metric}
+        found = {model: metric}
         if result.against and result.differences:
             other = result.differences.get(name) or result.differences[f"{name} ratio"]
-            header = f"{result.other} (against)" if result.other == result.model else str(result.other)
+            header = f"{other_model} (against)" if other_model == model else other_model
             found |= {header: result.against[name], "difference": other}
         texts = {column: m.in_words() for column, m in found.items()}
         rows.append({"": name} | texts)
@@ -114,8 +115,9 @@ def print_summary(summary: Summary, out: Console) -> None:
     block, recipe = summary.config["mpoe"], summary.report["recipe"]
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
-        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, {len(block['ffns'])} FFNs of "
-        f"{block['num_experts']} experts, top {block['top_k']}; from {escape(recipe['model'])}{revision}"
+        f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
+        f"{count(len(block['ffns']), 'FFN')} of {block['num_experts']} experts, top {block['top_k']}; from "
+        f"{escape(recipe['model'])}{revision}"
     )
     parts = tuple(
         {"part": part, "tensors": count, "parameters": params, "bytes": size(num_bytes)}

@@ -10,6 +10,7 @@ Marchenko and Pastur says (Math. USSR Sb. 1, 457, 1967). With c = p / q, and x =
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import cos, pi, prod, sin, sqrt
 
 from .sites import Sites
@@ -18,6 +19,7 @@ from .sites import Sites
 _STEPS = 2000
 
 
+@lru_cache(maxsize=4096)
 def random_error(sites: Sites) -> float:
     """Relative error of a matrix of independent normal numbers, decomposed by TT-SVD at these bonds.
 

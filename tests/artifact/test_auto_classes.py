@@ -23,7 +23,7 @@ TEXTS = make_texts([])[-20:]
 
 
 def looked_at(model_type: str) -> tuple:
-    """What AutoTokenizer looks at of a model type: its class in the table, and whether files may name another."""
+    """What AutoTokenizer looks at of a model type: its class, and whether that of the files is doubted."""
     doubted = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     return tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type), model_type in doubted
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.cli import main
-from mpoe_convert.tables import FEW, Shown, Table, listed, merge_names, shared_prefix, size
+from mpoe_convert.tables import FEW, Shown, Table, listed, merge_names, shared_prefix, short_paths, size
 
 ROWS = tuple({"name": f"row {k}", "count": 1000 * k, "rank": None} for k in range(9))
 
@@ -136,6 +136,12 @@ def test_a_table_of_any_words_keeps_to_the_width(width):
     cells = ["12 x 34", "layer.0-13 mlp.up_proj", "1,234,567", "x", ""]
     rows = tuple({header: draw.choice(cells) for header in headers} for _ in range(6))
     check_drawn(Table("Some rows", rows, left=tuple(headers[:2])), width)
+
+
+def test_paths_lose_the_folders_that_all_share():
+    assert short_paths(["/a/b/out", "/a/b/dense"]) == ["out", "dense"]
+    assert short_paths(["/a/b/out", "/a/c/out"]) == ["b/out", "c/out"]
+    assert short_paths(["me/one", "me/two"]) == ["me/one", "me/two"]
 
 
 def test_a_word_wider_than_the_paper_is_broken_behind_a_separator():

@@ -145,8 +145,14 @@ def test_some_layers_only(tmp_path):
     assert_same_outputs(stock, model, inputs_with_image(stock))
 
 
-def test_everything_beside_the_ffns_keeps_its_name(tmp_path):
-    dense, out = converted("llava", tmp_path)
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """(folder of the dense model, folder of the artifact), which nobody changes."""
+    return converted("llava", tmp_path_factory.mktemp("llava"))
+
+
+def test_everything_beside_the_ffns_keeps_its_name(llava):
+    dense, out = llava
     before, after = stored(dense), stored(out)
     rest = {name for name in before if ".mlp.up_proj" not in name and ".mlp.down_proj" not in name}
     rest = {name for name in rest if "mlp.gate_proj" not in name}
@@ -187,9 +193,8 @@ def test_verify_shows_both_an_image(tmp_path):
     assert not verify(out).ok  # text alone would not show it
 
 
-def test_gradients_reach_every_expert_tensor(tmp_path):
-    dense, out = converted("llava", tmp_path)
-    _, model = load_pair(dense, out, IMAGE_TO_TEXT)
+def test_gradients_reach_every_expert_tensor(llava):
+    _, model = load_pair(*llava, IMAGE_TO_TEXT)
     inputs = inputs_with_image(model)
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     experts = [p for n, p in model.named_parameters() if ".aux_" in n or ".central_" in n or "router" in n]

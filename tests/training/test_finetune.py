@@ -357,7 +357,7 @@ def test_command_line_wins_over_the_file(artifact, text, tmp_path):
         ({"task": "classification"}, DataError, r"needs \['label'\]"),
         ({"length": 1000}, TrainingError, "at most"),
         ({"data": "short"}, DataError, "no whole block of 16"),
-        ({"arguments": {"nonsense": 1}}, TrainingError, "refuses"),
+        ({"arguments": {"nonsense": 1}}, TrainingError, "no such field"),
         ({"precision": "float16"}, TrainingError, "needs an accelerator"),
         ({"model": "./missing"}, TrainingError, "is not a folder"),
         ({"teacher": "./missing"}, TrainingError, "is not a folder"),
