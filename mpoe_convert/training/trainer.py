@@ -291,9 +291,7 @@ class MpoeTrainer(Trainer):
         shutil.rmtree(output / name, ignore_errors=True)  # saved twice: after the step and after the epoch
         os.replace(made, output / name)
         made.parent.rmdir()
-        rotate_checkpoints(
-            str(output), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
-        )
+        rotate_checkpoints(str(output), self.args.save_total_limit, state.best_model_checkpoint)
 
     def compute_loss(
         self,
