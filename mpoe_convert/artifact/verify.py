@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from numbers import Real
+from os import PathLike
 from pathlib import Path
 
-from ..errors import VerifyError
+from ..errors import RequestError, VerifyError
+from ..options import called
+from ..request import as_path, as_text, check_token
 from ..source.architecture import custom_heads, main_auto_class
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .layout import base_config, read_artifact
@@ -107,7 +112,7 @@ class ChildRequest:
 def verify(
     artifact: str | Path,
     *,
-    against: str | None = None,
+    against: str | PathLike[str] | None = None,
     tolerance: float | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
@@ -133,7 +138,10 @@ def verify(
     >>> verify("out").ok
     True
     """
-    folder = Path(artifact)
+    folder = as_path("artifact", artifact)
+    against = None if against is None else as_text("against", against)
+    check_token(token)
+    check_tolerance(tolerance)
     config, report = read_artifact(folder)
     is_named = against is not None
     revision = None if is_named else report["revision"]
@@ -173,6 +181,16 @@ def verify(
         tolerance=_tolerance(report) if tolerance is None else tolerance,
         **result,
     )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises RequestError unless it is None or a finite number of at least 0."""
+    is_number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
+        raise RequestError(
+            f"{called('tolerance')} is {tolerance!r}; expected a relative difference of at least 0, such as "
+            "0.01"
+        )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..artifact.loading import (
 )
 from ..errors import OutputError, TrainingError, few
 from ..extras import need
+from ..request import as_path, check_token
 from ..source import texts
 from .request import Finetuning
 from .roles import freeze, has_centre
@@ -90,7 +91,8 @@ def finetune(
     """
     need("finetune", "datasets", extra="train")
 
-    output = Path(output)
+    run, output = Finetuning.of(run), as_path("output", output)
+    check_token(token)
     checkpoint = _last_checkpoint(output, resume)
     preexisting = frozenset(file_names(output))
     state = PartialState()

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback
 
 from .. import experts
 from ..artifact.loading import HoldsMixtures
 from ..errors import TrainingError
+from ..extras import need
 from .request import Finetuning
 from .roles import mask_centre, param_groups
 from .router_stats import router_stats
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError:
+    need("fine-tuning", "accelerate", "datasets", extra="train")
+    raise
 
 if TYPE_CHECKING:
     from torch import nn

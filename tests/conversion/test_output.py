@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_writable_is_told_and_untouched(open_folder, server
     for output in ("out", "deep/er/out"):
         run = server.run(["dense", "-o", output, *ARGS], open_folder, uid=NOBODY)
         assert run.code == 1
-        expected = f"Error: cannot write {output}: {open_folder} is not writable; choose another output\n"
+        expected = f"Error: cannot write '{output}': '{open_folder}' is not writable; choose another output\n"
         assert one_line(run.stderr) == expected
     assert tree(open_folder) == before
 
@@ -278,9 +278,9 @@ def test_an_unreadable_source_is_told(open_folder, server):
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        ("file", "file exists and is not a folder; choose another output"),
-        ("file/out", "is not writable; choose another output"),
-        ("link", "link exists and is not a folder; choose another output"),
+        ("file", "'file' exists and is not a folder; choose another output"),
+        ("file/out", "file' is a file; choose another output"),
+        ("link", "nowhere', which is not there; make that folder, or choose another output"),
         ("dense", "dense is not empty and not an artifact of mpoe-convert; nothing in it is touched"),
         ("dense/out", "lie inside each other; choose a folder outside the source"),
         ("dense/empty", "lie inside each other; choose a folder outside the source"),
