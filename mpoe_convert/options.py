@@ -297,7 +297,7 @@ def _fits(value: Any, hint: Any, about: Description) -> bool:
         return False
     if about.choices and value not in about.choices:
         return False
-    if hint in (int, float) and not (_is_finite(value) and _in_range(value, about)):
+    if isinstance(value, (int, float)) and not (_is_finite(value) and _in_range(value, about)):
         return False
     return about.valid is None or about.valid(value)
 

@@ -39,9 +39,8 @@ class Choice(click.Choice):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            if meant := nearest(str(value), self.choices):
-                error.message += f" Did you mean {meant!r}?"
-            raise
+            meant = nearest(str(value), self.choices)
+            self.fail(f"{error.message} Did you mean {meant!r}?" if meant else error.message, param, ctx)
 
 
 class GroupedOption(click.Option):

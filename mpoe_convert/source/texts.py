@@ -94,8 +94,8 @@ def read(
             if name in (columns.text, columns.target) and not _holds_text(part, name):
                 feature = part.features[name]
                 kind = getattr(feature, "dtype", type(feature).__name__)
-                where = first_fault(source, [name]) or f"column {name} holds {kind}"
-                raise DataError(f"'{source}': {where}; expected text")
+                where = f" ({fault})" if (fault := first_fault(source, [name])) else ""
+                raise DataError(f"column {name} of '{source}' holds {kind}{where}; expected text")
             if missing := part.data.column(name).null_count:
                 rows = counted(missing, "row")
                 where = first_fault(source, [name]) or _first_without(part, name)

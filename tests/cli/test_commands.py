@@ -416,7 +416,7 @@ def test_a_recipe_that_is_not_there_is_told(here):
             "mlp.up (16 x 24): 63 sites (--sites) are too many for 16 x 24 in the one-sided",
         ),
         (["--keep", "60"], 2, "--keep is 60 with 8 experts; expected a share of the dense FFNs'"),
-        (["--keep", "2"], 2, "expected less, such as 0.6 for 60 %"),
+        (["--keep", "2", "--bond-dim", "2", "--experts", "2"], 2, "expected less, such as 0.6 for 60 %"),
         (
             ["--layers", "1-7"],
             2,

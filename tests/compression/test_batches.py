@@ -89,9 +89,9 @@ def test_without_targets_texts_are_read(case, llama, tmp_path):
 
 
 BROKEN_TARGETS = {
-    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "calibration needs ['targte'] as well"),
-    "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 rows without target"),
-    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs ['target'] as well"),
+    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "calibration needs targte as well"),
+    "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 row without target"),
+    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs target as well"),
     "no room": ([[row | {"text": "w3 " * 99} for row in TEXTS]], {}, "every text alone fills 64 tokens"),
 }
 
