@@ -102,7 +102,7 @@ def counted(number: int, noun: str) -> str:
     >>> counted(1, "FFN"), counted(2000, "expert"), counted(2, "class")
     ('1 FFN', '2,000 experts', '2 classes')
     """
-    plural = "es" if noun.endswith("s") else "s"
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..artifact.limits import block_length, check_token_ids, embedding_rows, positions
 from ..artifact.loading import load_tokenizer
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, one_line
 from ..options import called
 from ..planning.recipe import BUILTIN_TEXT
 from ..source import texts
@@ -66,7 +66,13 @@ def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None =
 def check_batches(
     batches: Sequence[Batch], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raises DataError if batches hold token ids that the model does not embed."""
+    """Raises DataError if one is no batch of inputs, or holds token ids that the model does not embed."""
+    for batch in batches:
+        if not (isinstance(batch, Mapping) and batch and all(map(torch.is_tensor, batch.values()))):
+            raise DataError(
+                f"calibration holds {one_line(repr(batch), 60)}; expected batches of the model's inputs, as "
+                "[{'input_ids': tensor}, ...] (texts go into Recipe(calibrate=...))"
+            )
     names = ("input_ids", "decoder_input_ids")
     ids = [batch[name] for batch in batches for name in names if name in batch]
     if largest := max((int(each.max()) for each in ids if each.numel()), default=0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from os import PathLike
@@ -319,6 +319,7 @@ def _open_run(
     if batches is None:
         batches = make_batches(recipe, checkpoint, token)
     else:
+        batches = (batches,) if isinstance(batches, (str, Mapping)) else tuple(batches)
         check_batches(batches, checkpoint)
     return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
 

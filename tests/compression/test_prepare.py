@@ -26,7 +26,7 @@ ONCE_PER_LAYER = [name for name in ONE_OF_EACH if name != "albert"]
 @pytest.mark.parametrize("model_type", ONCE_PER_LAYER)
 def test_with_room_for_everything_nothing_changes(model_type, tmp_path):
     """Corrected, too: what reaches a matrix is then what reached the dense one."""
-    dense, made, report = pair(model_type, tmp_path, keep=9.0, correct=True, metric="outputs")
+    dense, made, report = pair(model_type, tmp_path, max_error=1e-6, correct=True, metric="outputs")
     assert all(matrix.rank is None for matrix in report.plan.matrices)
     inputs = make_inputs(dense, generative(model_type))
     for name, expected in outputs(dense, inputs).items():
@@ -282,7 +282,7 @@ def test_divergence_is_measured_on_held_out_batches(given, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["t5", "bert", "vit", "bart"])
 def test_divergence_of_other_heads(model_type, tmp_path):
-    _, _, whole = pair(model_type, tmp_path / "whole", keep=9.0)
+    _, _, whole = pair(model_type, tmp_path / "whole", max_error=1e-6)
     _, _, cut = pair(model_type, tmp_path / "cut", keep=0.6)
     name = "nats" if whole.divergence.nats is not None else "difference"
     assert abs(getattr(whole.divergence, name)) < 1e-3 < getattr(cut.divergence, name)
@@ -322,7 +322,7 @@ def test_warnings_follow_what_was_measured(tmp_path):
     blind = replace(report, divergence=None)
     noisy = replace(near, matrices=[replace(matrix, clone_drift=0.5) for matrix in near.matrices])
     assert "Lower --noise" in noisy.warnings[0]
-    _, _, whole = pair("gpt2", tmp_path / "whole", keep=9.0, metric="weights")
+    _, _, whole = pair("gpt2", tmp_path / "whole", max_error=1e-6, metric="weights")
     assert not whole.warnings
     assert not near.warnings
     assert "far from the dense one" in far.warnings[0]
@@ -347,7 +347,7 @@ def test_command_line_for_cut_chains(tmp_path):
     assert [order["ffn"] for order in orders] == report["ffns"]
     applied = [order for order in orders if order["applied"]]
     assert all(order["bisected_error"] < order["source_error"] for order in applied)
-    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFNs" if applied else "Neurons: no order"
+    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFN" if applied else "Neurons: no order"
     assert words in done.output and "nats of divergence" in done.output
     assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
     card = (tmp_path / "out/README.md").read_text()
