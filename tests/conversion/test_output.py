@@ -306,6 +306,26 @@ def test_impossible_outputs_are_refused_and_lose_nothing(output, expected, sourc
 # ------------------------------------------------------------------------------------------- overwriting
 
 
+def test_a_link_to_a_folder_stays_one_and_its_folder_is_written(source, tmp_path):
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/empty")
+    convert(Recipe(str(source), **SMALL), tmp_path / "link")
+    with pytest.raises(OutputError, match="link already holds an artifact; pass --overwrite to replace it"):
+        convert(Recipe(str(source), **SMALL), tmp_path / "link")
+    convert(Recipe(str(source), **SMALL), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/empty/config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["empty"]
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "to-file").symlink_to("file")
+    for output, said in (
+        ("loop", "which is not there"),
+        ("to-file", "file', which exists and is not a folder"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            convert(Recipe(str(source), **SMALL), tmp_path / output)
+
+
 def test_overwrite_replaces_an_artifact_and_only_when_asked(source, tmp_path):
     out = tmp_path / "out"
     convert(Recipe(str(source), **SMALL), out)
