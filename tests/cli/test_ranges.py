@@ -32,7 +32,7 @@ NUMBERS = {
         "sites": (3, 63),
         "noise": (0, 10),
         "seed": (0, 2**63 - 1),
-        "keep": (ABOVE_0, 8),  # a plan knows that less is nothing: test_budget
+        "keep": (ABOVE_0, 8),  # a plan knows how much less is the most: tests/compression/test_prepare.py
         "max_error": (ABOVE_0, math.nextafter(1, 0)),
         "calibration_tokens": COUNT,
     },
