@@ -56,6 +56,10 @@ _HOME = {
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  (names that are found on demand)
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 def __getattr__(name: str):
     # On demand: torch takes seconds to import, and `--help` needs none of it.
     if name not in _HOME:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .errors import RequestError
+from .options import assigned, called
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,12 @@ def is_device(name: str) -> bool:
     return re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is not None
 
 
+def check_device(name: str) -> None:
+    """Raise RequestError unless `pick_device` finds it. Does not import torch for those that always exist."""
+    if name not in ("auto", "cpu"):
+        pick_device(name)
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device of that name; "auto" is CUDA where there is one, else the CPU.
 
@@ -30,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if not is_device(name):
-        raise RequestError(f"device is {name!r}; expected {DEVICES}")
+        raise RequestError(f"{called('device')} is {name!r}; expected {DEVICES}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -40,5 +47,8 @@ def pick_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available[device.type]:
-        raise RequestError(f"device {name} is not available here; --device auto picks one that is")
+        raise RequestError(
+            f"{assigned('device', name)} is not available here; {assigned('device', 'auto')} picks one that "
+            "is"
+        )
     return device

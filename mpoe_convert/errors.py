@@ -6,10 +6,11 @@ with 1.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class MpoeError(Exception):
@@ -93,3 +94,28 @@ def few(names: Sequence[str], limit: int = 3) -> str:
     """
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + rest
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what is counted, in the singular or the plural.
+
+    >>> counted(1, "FFN"), counted(2000, "expert"), counted(2, "class")
+    ('1 FFN', '2,000 experts', '2 classes')
+    """
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the one that is most like it, if one is like it.
+
+    >>> did_you_mean("expert", ["experts", "seed"])
+    "; did you mean 'experts'?"
+    """
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """The known word that is most like a word, if they are alike (1: equal)."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=alike)), None)

@@ -10,13 +10,49 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, ClassVar, dataclass_transform, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform, get_args, get_origin
 
-from .errors import MpoeError, RecipeError
+from .errors import MpoeError, RecipeError, did_you_mean
+
+# The largest count of anything: the libraries below keep counts in 32 bits.
+LARGEST_COUNT = 2**31 - 1
+
+if TYPE_CHECKING:
+    # Fields whose constructor takes more than they hold: type checkers read what `__set__` takes.
+    class Text:
+        """Text; also a path."""
+
+        def __get__(self, instance: object, owner: Any) -> str: ...
+        def __set__(self, instance: object, value: str | PathLike[str]) -> None: ...
+
+    class OptionalText:
+        """Text, or a path; or nothing."""
+
+        def __get__(self, instance: object, owner: Any) -> str | None: ...
+        def __set__(self, instance: object, value: str | PathLike[str] | None) -> None: ...
+
+    class Texts:
+        """Texts; also one alone, or a list, and paths."""
+
+        def __get__(self, instance: object, owner: Any) -> tuple[str, ...]: ...
+        def __set__(
+            self, instance: object, value: str | PathLike[str] | Sequence[str | PathLike[str]]
+        ) -> None: ...
+
+    class Numbers:
+        """One whole number, or several; also as text, separated by commas."""
+
+        def __get__(self, instance: object, owner: Any) -> int | tuple[int, ...]: ...
+        def __set__(self, instance: object, value: int | str | Sequence[int]) -> None: ...
+else:
+    Text, OptionalText, Texts, Numbers = str, str | None, tuple[str, ...], int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,13 +63,14 @@ class Description:
         help: one sentence or two.
         group: the heading in `--help`.
         choices: what it may be, or, of a list, what may be in it.
-        at_least / above / at_most / below: range of a number, or of the numbers in a list.
+        at_least / above / at_most / below: range of a number, or of the numbers in a list; a number needs
+            both ends, `math.inf` for one that may be anything finite.
         valid: whether a value of the right type is a good one; `expected` says in words which are.
         such_as: a good value, for messages.
         item: what a list holds, for messages.
         read: turns what was given into a value of the type; raises in words of its own.
         metavar: the value in `--help`.
-        flag: the option's name, if it is not that of the field.
+        flag: the option's name on the command line, if it is not that of the field.
         default_text: the default in words, where the field says None.
         only: the plug-ins that declare it; empty: all do.
     """
@@ -56,8 +93,8 @@ class Description:
     only: tuple[str, ...] = ()
 
 
-def option(default: Any = MISSING, help: str = "", *, kw_only: bool = True, **description: Any) -> Any:
-    """A dataclass field that is an option.
+def option(*, default: Any = MISSING, help: str = "", kw_only: bool = True, **description: Any) -> Any:
+    """A dataclass field that is an option. Type checkers read `default` and `kw_only` where it is called.
 
     Args:
         default: a class, such as `dict`, makes a new one every time; none: the option has to be given.
@@ -73,7 +110,7 @@ def again(cls: type, name: str, help: str, **changes: Any) -> Any:
     """An option of a base class, declared again in other words."""
     each = by_name(cls)[name]
     about = dataclasses.replace(description(each), help=help, **changes)
-    return option(default_of(each), kw_only=each.kw_only is True, **vars(about))
+    return option(default=default_of(each), kw_only=each.kw_only is True, **vars(about))
 
 
 def description(each: Field) -> Description:
@@ -99,24 +136,70 @@ def default_in_words(each: Field) -> str | None:
     return None if nothing else str(default)
 
 
+# ---------------------------------------------------------------------------------------------------
+# Names in messages
+
+
+_BY_FLAG: ContextVar[bool] = ContextVar("_BY_FLAG", default=False)
+
+
+@contextmanager
+def named_by_flags() -> Iterator[None]:
+    """Messages inside the block call options as the command line does."""
+    before = _BY_FLAG.set(True)
+    try:
+        yield
+    finally:
+        _BY_FLAG.reset(before)
+
+
+def called(name: str | Field) -> str:
+    """The name of a field in messages: "bond_dim" from Python, "--bond-dim" on the command line."""
+    each, name = (None, name) if isinstance(name, str) else (name, name.name)
+    if not _BY_FLAG.get():
+        return name
+    return (each and description(each).flag) or f"--{name.replace('_', '-')}"
+
+
+def assigned(name: str, *values: object) -> str:
+    """An option with a value, or with one of several: "kind='mpo'"; "--kind mpo" on the command line."""
+    if _BY_FLAG.get():
+        return f"{called(name)} {' or '.join(map(str, values))}"
+    return f"{name}={' or '.join(map(repr, values))}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Classes of options
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def described(cls: type) -> Any:
     """A frozen dataclass of options; its docstring lists them, its fields know their types as objects.
 
     Raises:
-        TypeError: a field is no option or has no help.
+        TypeError: a field is no option, has no help, or is a number without a range.
     """
     hints = inspect.get_annotations(cls, eval_str=True)
     made = dataclass(frozen=True, repr=False)(cls)
     for each in fields(made):
         each.type = hints.get(each.name, each.type)
         if "option" not in each.metadata or not description(each).help:
-            raise TypeError(f"{each.name} says nothing of itself; expected option(default, help)")
+            raise TypeError(f"{each.name} says nothing of itself; expected option(default=..., help=...)")
+        if not _has_range(each):
+            raise TypeError(f"{each.name} has no range; expected both ends, math.inf where there is none")
     listed = "".join(f"\n    {each.name}: {_for_python(made, each)}" for each in in_order(made))
     intro, raises, errors = inspect.cleandoc(made.__doc__ or "").partition("\n\nRaises:")
     listed = f"\n\nAttributes:{listed}" if listed else ""
     made.__doc__ = f"{intro}{listed}{raises}{errors}\n"
     return made
+
+
+def _has_range(each: Field) -> bool:
+    """Whether a number says how small and how large it may be."""
+    members = {hint for member in types_of(each.type) for hint in (member, *get_args(member))}
+    about = description(each)
+    ends = (about.at_least, about.above), (about.at_most, about.below)
+    return not members & {int, float} or all(end != (None, None) for end in ends)
 
 
 def in_order(cls: Any) -> list[Field]:
@@ -168,8 +251,9 @@ class OptionGroup:
         """The value of a field in its type. Raises `ERROR`: it has another one, or is out of range."""
         about, given = description(each), getattr(self, each.name)
         value = _read(each, given)
-        if not any(_fits(value, member, about) for member in types_of(each.type)):
-            raise self.ERROR(f"{each.name} is {given!r}; expected {_expected(each)}")
+        fits = any(_fits(value, member, about) for member in types_of(each.type))
+        if not fits or (value == () and default_of(each) is MISSING):
+            raise self.ERROR(f"{called(each)} is {given!r}; expected {_expected(each, given)}")
         return value
 
 
@@ -179,16 +263,26 @@ def types_of(hint: Any) -> tuple:
 
 
 def _read(each: Field, value: Any) -> Any:
-    """A path as text, one value of a list as a list; anything else as its description says."""
+    """Paths as text, one value of a list as a list, other libraries' numbers as Python's; or as described."""
     members, about = types_of(each.type), description(each)
     is_list = any(get_origin(member) is tuple for member in members)
-    if isinstance(value, PathLike):
-        value = str(value)
     if value is not None and about.read:
-        value = about.read(value)
-    if isinstance(value, list) and is_list:
-        return tuple(value)
+        value = about.read(_plain(value))
+    if isinstance(value, (list, tuple)) and is_list:
+        return tuple(map(_plain, value))
+    value = _plain(value)
     return (value,) if isinstance(value, str) and is_list and str not in members else value
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, a number of NumPy as one of Python; anything else as it is."""
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _fits(value: Any, hint: Any, about: Description) -> bool:
@@ -199,11 +293,17 @@ def _fits(value: Any, hint: Any, about: Description) -> bool:
     types = (int, float) if hint is float else get_origin(hint) or hint
     if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
         return False
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        return False
     if about.choices and value not in about.choices:
         return False
-    if hint in (int, float) and not (math.isfinite(value) and _in_range(value, about)):
+    if isinstance(value, (int, float)) and not (_is_finite(value) and _in_range(value, about)):
         return False
     return about.valid is None or about.valid(value)
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # huge integers are no floats
 
 
 def _in_range(value: float, about: Description) -> bool:
@@ -215,15 +315,18 @@ def _in_range(value: float, about: Description) -> bool:
     )
 
 
-def _expected(each: Field) -> str:
-    """What a field may be, in words."""
+def _expected(each: Field, given: Any) -> str:
+    """What a field may be, in words; for a choice also what may have been meant."""
     about = description(each)
     if about.expected:
         return about.expected
     members = [member for member in types_of(each.type) if member is not NoneType]
     is_list = get_origin(members[0]) is tuple
     if about.choices:
-        return f"{'some' if is_list else 'one'} of {', '.join(about.choices)}"
+        words = f"{'some' if is_list else 'one'} of {', '.join(about.choices)}"
+        items = given if isinstance(given, (list, tuple)) else (given,)
+        wrong = [item for item in items if isinstance(item, str) and item not in about.choices]
+        return words + (did_you_mean(wrong[0], about.choices) if wrong else "")
     if is_list:
         return f"a {about.item} or a list of {about.item}s"
     words = {
@@ -232,15 +335,24 @@ def _expected(each: Field) -> str:
         float: "a number",
         str: "text (quote it in a YAML file)",
     }
+    if isinstance(given, str) and members[0] is str:
+        words[str] = "some text"
     noun = words.get(members[0], "names and values, as {name: value}")
     such_as = "" if about.such_as is None else f", such as {about.such_as}"
-    return f"{noun}{_range_in_words(about)}{such_as}"
+    return f"{noun}{_range_in_words(about, given)}{such_as}"
 
 
-def _range_in_words(about: Description) -> str:
-    if about.at_least is not None and about.at_most is not None:
-        return f" from {about.at_least:g} to {about.at_most:g}"
-    limits = {"of at least": about.at_least, "above": about.above, "of at most": about.at_most}
+def _range_in_words(about: Description, given: Any) -> str:
+    """The range; that of a count ends at a number that is said only to who is beyond it."""
+    is_beyond = isinstance(given, int) and given > LARGEST_COUNT
+    at_most = None if about.at_most in (math.inf, None if is_beyond else LARGEST_COUNT) else about.at_most
+    if about.at_least is not None and at_most is not None:
+        return f" from {_number(about.at_least)} to {_number(at_most)}"
+    limits = {"of at least": about.at_least, "above": about.above, "of at most": at_most}
     limits["below"] = about.below
-    parts = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+    parts = [f"{words} {_number(limit)}" for words, limit in limits.items() if limit is not None]
     return f" {' and '.join(parts)}" if parts else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

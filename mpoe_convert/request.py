@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, make_dataclass
 from functools import cached_property, reduce
 from operator import or_
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from .errors import RecipeError
-from .options import OptionGroup, by_name, default_in_words, default_of, description, in_order
+from .errors import RecipeError, RequestError, did_you_mean, one_line
+from .options import (
+    OptionGroup,
+    assigned,
+    by_name,
+    called,
+    default_in_words,
+    default_of,
+    description,
+    in_order,
+)
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
@@ -53,8 +64,8 @@ class Request(OptionGroup):
             chosen = getattr(self, self.CHOOSER) if only else None
             if chosen not in (None, *only) and getattr(self, each.name) != default_of(each):
                 raise self.ERROR(
-                    f"{each.name} given with --{self.CHOOSER} {chosen}; expected with --{self.CHOOSER} "
-                    f"{' or '.join(only)} only"
+                    f"{called(each)} given with {assigned(self.CHOOSER, chosen)}; expected with "
+                    f"{assigned(self.CHOOSER, *only)} only"
                 )
 
     @classmethod
@@ -67,11 +78,31 @@ class Request(OptionGroup):
         known = by_name(cls)
         values = {name: value for name, value in normalised(values).items() if value is not None}
         if unknown := sorted(set(values) - set(known)):
-            raise cls.ERROR(f"unknown {cls.NOUN} keys {unknown}; known are {sorted(known)}")
+            meant = did_you_mean(unknown[0], known) or "; its keys are the options that --help lists"
+            raise cls.ERROR(f"the {cls.NOUN} has no key {unknown[0]!r}{meant}")
         for name, each in known.items():
             if default_of(each) is MISSING and not values.get(name):
-                raise cls.ERROR(f"the {cls.NOUN} gives no {name}")
+                raise cls.ERROR(f"the {cls.NOUN} gives no {called(each)}")
         return cls(**values)
+
+    @classmethod
+    def of(cls, given: Any) -> Self:
+        """The request itself, or one of its first value alone: a model, an export's target, or None for none.
+
+        Raises:
+            MpoeError: it is neither, or the request needs more values.
+        """
+        if isinstance(given, cls):
+            return given
+        known = by_name(cls).values()
+        needed = [each.name for each in known if default_of(each) is MISSING]
+        first = next(each.name for each in known if not each.kw_only)
+        if given is None and not needed:
+            return cls()
+        if isinstance(given, (str, PathLike)) and set(needed) <= {first}:
+            return cls(**{first: given})
+        usage = f"{cls.__name__}({', '.join(f'{name}=...' for name in needed or [first])})"
+        raise cls.ERROR(f"the {cls.NOUN} is {one_line(repr(given), 60)}; expected {usage}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked again."""
@@ -157,6 +188,33 @@ def takes_options(cls: type[Request]) -> Callable[[AnyFunction], AnyFunction]:
         return function
 
     return decorate
+
+
+# ---------------------------------------------------------------------------------------------------
+# Arguments that are no options
+
+
+def as_path(name: str, given: Any) -> Path:
+    """A path that was given as text or as a path. Raises RequestError."""
+    return Path(as_text(name, given))
+
+
+def as_text(name: str, given: Any) -> str:
+    """The same as text, where "./model" is a path and "model" may be a Hub id. Raises RequestError."""
+    if not isinstance(given, (str, PathLike)) or not str(given).strip() or "\0" in str(given):
+        raise RequestError(f"{called(name)} is {one_line(repr(given), 60)}; expected a path")
+    return str(given)
+
+
+def check_token(token: Any) -> None:
+    """Check what is to be sent as a Hub token. Raises RequestError, which does not show it."""
+    if token is None or (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
+        return
+    what = "text with blanks or empty" if isinstance(token, str) else f"of type {type(token).__name__}"
+    raise RequestError(
+        f"{called('token')} is {what}; expected a Hub token, as hf_..., or none for HF_TOKEN or the stored "
+        "login"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import CheckpointError, HubError, RequestError, one_line
+from ..options import called
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
 from ..source.json_files import read_json_object
@@ -50,10 +51,16 @@ class Destination:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
+        if not isinstance(self.repo_id, str):
+            raise RequestError(f"the repository is {self.repo_id!r}; expected USER/NAME")
+        if self.branch is not None and not (isinstance(self.branch, str) and self.branch.strip()):
+            raise RequestError(f"{called('branch')} is {self.branch!r}; expected the name of a branch")
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise RequestError(f"'{self.repo_id}' cannot be a repository: {one_line(error)}") from error
+            raise RequestError(
+                f"'{self.repo_id}' cannot be a repository: {one_line(error, 120)}; expected USER/NAME"
+            ) from error
         if "/" not in self.repo_id:
             raise RequestError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
         if self.create_pr and self.branch:

@@ -38,18 +38,29 @@ def check_output(output: Path, overwrite: bool) -> None:
         OutputError: it would replace files that this tool did not write, or its parent is not writable.
     """
     try:
-        target = output.resolve()
-        if output.is_symlink() or (output.exists() and not output.is_dir()):
-            raise OutputError(f"{output} exists and is not a folder; choose another output")
+        target = Path(os.path.realpath(output))  # which takes a loop of links as it is
+        _check_kind(output, target)
         if target == Path.cwd():
             raise OutputError(f"the output {output} is the current folder; name one that can be replaced")
         if output.is_dir() and any(output.iterdir()):
             _check_replaceable(output, overwrite)
         parent = _existing_parent(target)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write {output}: {parent} is not writable; choose another output")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write '{output}': '{parent}' is not writable; choose another output")
     except OSError as error:
         raise _output_error(error, output) from error
+
+
+def _check_kind(output: Path, target: Path) -> None:
+    """Raises OutputError if the output or a folder on its path is a file, or the output a link to nothing."""
+    link = f"'{output}' is a link to '{target}', which" if output.is_symlink() else f"'{output}'"
+    if output.is_symlink() and not output.exists():
+        raise OutputError(f"{link} is not there; make that folder, or choose another output")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{link} exists and is not a folder; choose another output")
+    parent = _existing_parent(target)
+    if not parent.is_dir():
+        raise OutputError(f"cannot write '{output}': '{parent}' is a file; choose another output")
 
 
 def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "the artifact") -> None:
@@ -117,6 +128,7 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
+    output = output.resolve() if output.is_symlink() else output  # the folder itself is replaced
     with scratch(output) as folder:
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner

@@ -14,7 +14,7 @@ from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.hub import CHAT_TEMPLATES
 from ..source.json_files import read_json_object, write_json
-from ..source.paths import did_you_mean, stays_inside
+from ..source.paths import stays_inside, suggest_path
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 from ..source.sentence_encoder import module_files
@@ -51,7 +51,7 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
         what = "is not an artifact of mpoe-convert" if folder.is_dir() else "is not a folder"
         raise CheckpointError(
             f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
-            f"config.json with an mpoe block{'' if folder.exists() else did_you_mean(str(folder))}"
+            f"config.json with an mpoe block{'' if folder.exists() else suggest_path(str(folder))}"
         )
     path = folder / REPORT_FILE
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import TrainingError, few
+from ..errors import TrainingError, few, one_line
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
@@ -81,12 +81,22 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
                 f"{name} has custom code: read it, and pass --trust-remote-code "
                 "(trust_remote_code=True) to run it"
             ) from error
-        raise TrainingError(f"{name} cannot be loaded: {error}") from error
+        raise TrainingError(f"{name} cannot be loaded: {_reason(error)}") from error
     if not is_model:
         return found
     model, info = found
     _check_layers(name, model, info["missing_keys"])
     return model
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers does not load something, without the names of all that it would."""
+    found = re.match(
+        r"Unrecognized configuration class .*?\.(\w+)'> for this kind of AutoModel: (\w+)", str(error)
+    )
+    if found:
+        return f"transformers has no {found[2]} for its {found[1]}; expected another task, or another model"
+    return one_line(re.split(r",? or contain one of the following strings", str(error))[0], 400)
 
 
 def _check_layers(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from ..extras import need
+from ..request import as_path
 from ..source.json_files import read_json_object
 from .card_file import set_section
 from .fingerprint import check_is_about
@@ -57,7 +58,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
     ('pictures/error.png', 'pictures/error.svg')
     """
     need("report", "matplotlib", extra="report")
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     _, report = read_artifact(folder)
     training = None
     if (folder / TRAINING_REPORT_FILE).is_file():

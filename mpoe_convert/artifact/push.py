@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
+from ..request import as_path, check_token
 from .card_file import for_repository
 from .destination import Destination, check_nothing_hides, explained, left_by_an_artifact, make_api, survey
 from .layout import CARD_FILE, file_names, own_files, read_artifact
@@ -75,7 +76,8 @@ def push(
     from huggingface_hub import CommitOperationDelete
 
     to = Destination(repo_id, private, create_pr, branch, overwrite)
-    folder = Path(folder)
+    folder = as_path("folder", folder)
+    check_token(token)
     files = own_files(folder)
     api = make_api(token)
     found = survey(to, api)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, VerifyError, few
+from ..errors import HubError, RequestError, VerifyError, few
+from ..options import called
+from ..request import as_path, as_text, check_token
 from ..source.architecture import custom_heads, main_auto_class
 from ..source.hub import check_available, variables_for
 from ..source.json_files import read_json_object
-from ..source.paths import did_you_mean, is_path
+from ..source.paths import is_path, suggest_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .fingerprint import is_about, weights_of
@@ -188,7 +193,7 @@ class ChildRequest:
 def verify(
     artifact: str | Path,
     *,
-    against: str | None = None,
+    against: str | PathLike[str] | None = None,
     tolerance: float | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
@@ -217,7 +222,10 @@ def verify(
     >>> verify("out").ok
     True
     """
-    folder = Path(artifact)
+    folder = as_path("artifact", artifact)
+    against = None if against is None else as_text("against", against)
+    check_token(token)
+    check_tolerance(tolerance)
     config, report = read_artifact(folder)
     is_named = against is not None
     revision = None if is_named else report["revision"]
@@ -231,7 +239,7 @@ def verify(
         absent = (
             f"the dense model {against} is not a folder here; expected "
             f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
-            f"{did_you_mean(against)}"
+            f"{suggest_path(against)}"
         )
         if training is None or is_named:
             raise VerifyError(absent)
@@ -303,6 +311,16 @@ def _contradictions(folder: Path, config: dict, report: dict, training: dict | N
         yield f"config.json names the FFNs {few([*block['ffns']])}, {REPORT_FILE} {few(converted)}."
     if training is not None and not is_about(training, weights_of(folder)):
         yield f"{TRAINING_REPORT_FILE} is about other weights than those in the folder."
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises RequestError unless it is None or a finite number of at least 0."""
+    is_number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
+        raise RequestError(
+            f"{called('tolerance')} is {tolerance!r}; expected a relative difference of at least 0, such as "
+            "0.01"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from .. import __version__
-from ..errors import MpoeError, RequestError
+from ..errors import MpoeError, RequestError, nearest
+from ..options import named_by_flags
 from .options import format_options_by_heading
 
 if TYPE_CHECKING:
@@ -36,8 +37,20 @@ class ConvertByDefault(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for param in self.get_params(ctx) for name in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
+            self._refuse_misspelled(ctx, args)
             args = ["convert", *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelled(self, ctx: click.Context, args: list[str]) -> None:
+        """Raises UsageError for the name of no folder that is nearly a command's and stands like one.
+
+        A conversion takes one word, and an output or a dry run.
+        """
+        meant = nearest(args[0], self.commands, alike=0.8)
+        has_output = any(name in args for name in ("-o", "--output", "--dry-run", "--config"))
+        is_alone = len(args) == 1 or args[1].startswith("-")
+        if meant and not os.path.exists(args[0]) and not (has_output and is_alone):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
 
     def invoke(self, ctx: click.Context) -> Any:
         with handle_signals():
@@ -78,7 +91,8 @@ def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():  # read by huggingface_hub when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        yield
+        with named_by_flags():
+            yield
     except MpoeError as error:
         if _STOPPED_BY:  # an interrupt that came out as something else
             raise KeyboardInterrupt from error

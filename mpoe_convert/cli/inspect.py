@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from .app import announce, echo_json, main, one_line_errors
-from .options import COMMON, GroupedCommand, option, token_option
+from .options import COMMON, Choice, GroupedCommand, option, token_option
 
 
 @click.command(cls=GroupedCommand)
@@ -120,7 +120,7 @@ def families(as_json: bool, quiet: bool, verbose: int) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.argument("shell", type=Choice(("bash", "zsh", "fish")))
 def completion(shell: str) -> None:
     """Print a script for shell completion.
 

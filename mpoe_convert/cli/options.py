@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
+from ..errors import nearest
 from ..options import by_name, default_in_words, default_of, description, in_order, types_of
 from ..request import Request, normalised, read_recipe
 
@@ -29,6 +30,17 @@ FIRST = (
 )
 LAST = "General"
 TYPES = {int: click.INT, float: click.FLOAT}
+
+
+class Choice(click.Choice):
+    """A choice that knows what was meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            meant = nearest(str(value), self.choices)
+            self.fail(f"{error.message} Did you mean {meant!r}?" if meant else error.message, param, ctx)
 
 
 class GroupedOption(click.Option):
@@ -104,7 +116,7 @@ def _option(each: Field, from_file: bool) -> Decorator:
         settings = {"multiple": True, "metavar": "NAME=VALUE", "callback": _assignments}
     else:
         settings["multiple"] = origin is tuple
-        settings["type"] = click.Choice(about.choices) if about.choices else TYPES.get(kind)
+        settings["type"] = Choice(tuple(about.choices)) if about.choices else TYPES.get(kind)
     return option(
         flag,
         each.name,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..artifact.limits import block_length, check_token_ids, embedding_rows, positions
 from ..artifact.loading import load_tokenizer
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, one_line
+from ..options import called
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = 4096
 # One batch in `HELD_OUT` is left out of the moments; it measures the result.
 HELD_OUT = 16
+# One to fit to, and one that is held out.
+SMALLEST_BLOCKS = 2
 # An example that is not made of tokens, such as an image, counts as so many.
 TOKENS_PER_IMAGE = 256
 
@@ -62,7 +65,13 @@ def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None =
 def check_batches(
     batches: Sequence[Batch], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raises DataError if batches hold token ids that the model does not embed."""
+    """Raises DataError if one is no batch of inputs, or holds token ids that the model does not embed."""
+    for batch in batches:
+        if not (isinstance(batch, Mapping) and batch and all(map(torch.is_tensor, batch.values()))):
+            raise DataError(
+                f"calibration holds {one_line(repr(batch), 60)}; expected batches of the model's inputs, as "
+                "[{'input_ids': tensor}, ...] (texts go into Recipe(calibrate=...))"
+            )
     names = ("input_ids", "decoder_input_ids")
     ids = [batch[name] for batch in batches for name in names if name in batch]
     if largest := max((int(each.max()) for each in ids if each.numel()), default=0):
@@ -79,12 +88,17 @@ def _batches_of_text(
         pad = padding_token(tokenizer, embedding_rows(checkpoint.architecture.base))
         columns = texts.Columns(text=recipe.text_column, target=recipe.target_column)
         return _pair_batches(encode(rows, tokenizer, columns, length), recipe.calibration_tokens, pad)
+    wanted = recipe.calibration_tokens // length
+    if wanted < SMALLEST_BLOCKS:
+        raise RecipeError(
+            f"{called('calibration_tokens')} is {recipe.calibration_tokens}; expected at least "
+            f"{SMALLEST_BLOCKS * length}: {SMALLEST_BLOCKS} blocks of {length}, of which one is held out"
+        )
     blocks = texts.language_blocks(rows, tokenizer, recipe.text_column, length)
-    wanted = max(recipe.calibration_tokens // length, 2)
     if len(blocks) < wanted:
         raise DataError(
             f"the calibration text has {len(blocks) * length:,} tokens in blocks of {length}; expected the "
-            f"{wanted * length:,} of --calibration-tokens: give more text or ask for fewer"
+            f"{wanted * length:,} of {called('calibration_tokens')}: give more text or ask for fewer"
         )
     chosen = blocks.select(evenly_spread(len(blocks), wanted))
     ids = torch.tensor(chosen["input_ids"])
@@ -166,7 +180,7 @@ def _pair_batches(encoded: Dataset, num_tokens: int, pad: int) -> Sequence[Batch
     if sum(sizes) < num_tokens:
         raise DataError(
             f"the calibration pairs have {sum(sizes):,} tokens that the model reads; expected the "
-            f"{num_tokens:,} of --calibration-tokens: give more text or ask for fewer"
+            f"{num_tokens:,} of {called('calibration_tokens')}: give more text or ask for fewer"
         )
     chosen = sorted(
         evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i)

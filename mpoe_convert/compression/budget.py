@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import RecipeError
+from ..options import called
 from ..planning.plan import Budget, BudgetPoint, MatrixPlan, Plan
 from ..planning.recipe import Recipe
 from . import allocation
@@ -23,6 +24,8 @@ _LEAST = 0.01
 _NOTHING = 1e-6
 # Sensitivities are measured where matrices keep at most this fraction, whatever the budget.
 _LARGEST_MEASURED = 0.9
+# Of a share that is computed.
+_ROUNDING = 1e-9
 # Allocations whose losses are nats per token.
 _IN_NATS = ("loss", "measured")
 
@@ -126,8 +129,18 @@ def _copies(matrix: MatrixPlan) -> int:
     return 1 if matrix.shares_whole else matrix.num_experts
 
 
-def check_smallest(recipe: Recipe, uncompressed: Plan) -> None:
-    """Check that rank 1 of every matrix fits, before anything is read. Raises RecipeError."""
+def check_share(recipe: Recipe, uncompressed: Plan) -> None:
+    """Check before anything is read that `keep` compresses, and that rank 1 of every matrix fits.
+
+    Raises:
+        RecipeError: it is above what the uncompressed experts store, or below the smallest.
+    """
+    whole = uncompressed.ffn_totals.stored_params / uncompressed.ffn_totals.dense_params
+    if recipe.keep is not None and recipe.keep > whole + _ROUNDING:
+        raise RecipeError(
+            f"{called('keep')} is {recipe.keep:g}, and uncompressed the experts store only {whole:.3f} times "
+            "the parameters of the dense FFNs; expected less, such as 0.6 for 60 %"
+        )
     dense, fixed = uncompressed.ffn_totals.dense_params, _fixed(uncompressed)
     least = (fixed + sum(_copies(m) * (m.rows + m.cols) for m in uncompressed.matrices)) / dense
     if recipe.keep is not None and recipe.keep < least:
@@ -142,12 +155,12 @@ def _point(keep: float, candidates: list[Candidate], ranks: Ranks, recipe: Recip
 
 
 def _too_small(recipe: Recipe, least: float, fixed: float, *, limited: bool) -> str:
-    limit = f" with max_error {recipe.max_error:g}" if limited else ""
-    other = "--max-error" if limited else "--keep"
+    limit = f" with {called('max_error')} {recipe.max_error:g}" if limited else ""
+    other = called("max_error" if limited else "keep")
     return (
-        f"keep is {recipe.keep:g}, and the smallest that can be met{limit} is {_round_up(least):g}: the "
-        f"experts' own tensors, biases and routers alone take {fixed:.3f} of the dense FFNs; raise {other}, "
-        "or lower --bond-dim or --experts"
+        f"{called('keep')} is {recipe.keep:g}, and the smallest that can be met{limit} is "
+        f"{_round_up(least):g}: the experts' own tensors, biases and routers alone take {fixed:.3f} of the "
+        f"dense FFNs; raise {other}, or lower {called('bond_dim')} or {called('experts')}"
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..source.matrices import read_bias
 from .batches import NOTHING_COUNTS, is_held_out, num_tokens, token_rows
@@ -132,7 +132,9 @@ class MomentsWalk(LockstepWalk):
 def _check_enough(run: DenseRun) -> None:
     """A moment of n features needs n tokens, and one batch has to be held out."""
     if len(run.batches) < 2:
-        raise DataError(f"calibration has {len(run.batches)} batch; expected two or more: one is held out")
+        raise DataError(
+            f"calibration has {counted(len(run.batches), 'batch')}; expected two or more: one is held out"
+        )
     for part, what in ((run.fitted_to, "beside those held out"), (run.held_out, "that are held out")):
         labels = [batch.get("labels") for batch in part]
         if all(each is not None and each.dim() == 2 and not (each != -100).any() for each in labels):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import TYPE_CHECKING
 
+from ..devices import check_device
 from ..errors import RecipeError
+from ..options import called
 from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
+from ..request import check_token
 from ..source.checkpoint import open_checkpoint
 from ..source.texts import check_sources
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Recipe,
+    recipe: Recipe | str | PathLike[str],
     *,
     token: str | None = None,
     calibration: Sequence[Batch] | None = None,
@@ -38,10 +42,13 @@ def plan(
     >>> planned.is_exact, planned.totals.stored_params > planned.totals.dense_params
     (True, True)
     """
+    recipe = Recipe.of(recipe)
+    check_token(token)
     if recipe.search:
         raise RecipeError(
-            "search given to a plan; it compares artifacts, and a plan writes none: leave it out"
+            f"{called('search')} given to a plan; it compares artifacts, and a plan writes none: leave it out"
         )
+    check_device(recipe.device)
     check_sources(recipe.calibrate)
     headers_only = not recipe.compresses
     checkpoint = open_checkpoint(

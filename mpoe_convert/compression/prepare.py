@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..decomposition.low_rank import spectrum
 from ..devices import pick_device
 from ..errors import MpoeError, RecipeError
 from ..extras import need
+from ..options import assigned, called
 from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import METRICS, Recipe
@@ -23,7 +24,7 @@ from ..source.matrices import read_wide
 from . import dense_run, metrics
 from .allocation import Candidate, Ranks
 from .batches import Batch, check_batches, make_batches
-from .budget import blend_measured, check_smallest, make_candidates, measured_ranks, ranks_in_budget
+from .budget import blend_measured, check_share, make_candidates, measured_ranks, ranks_in_budget
 from .calibrate import calibrate
 from .correction import Corrections, check_correctable, correct
 from .dense_run import DenseRun
@@ -103,7 +104,10 @@ def prepare_each(
 ) -> Iterator[Prepared]:
     """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
     if not recipe.calibrate and batches is None:
-        raise RecipeError("search given without --calibrate; variants are compared on calibration text")
+        raise RecipeError(
+            f"{called('search')} given without {called('calibrate')}; variants are compared on calibration "
+            "text"
+        )
     resolved = resolve_recipe(recipe, checkpoint, calibrated=True)
     variants = [
         resolved.recipe.replace(search=False, **{name: getattr(variant, name) for name in SEARCHED})
@@ -146,7 +150,7 @@ class _Compressor:
         self.resolved, self.checkpoint, self.report = resolved, checkpoint, report
         self.uncompressed = plan_checkpoint(resolved, checkpoint)
         self.device = _device(resolved.recipe)
-        check_smallest(resolved.recipe, self.uncompressed)
+        check_share(resolved.recipe, self.uncompressed)
         self.run: DenseRun | None = None
         self.calibration: Calibration | None = None
         self.spectra: dict[str, list[np.ndarray]] = {}
@@ -242,12 +246,13 @@ def _prepare_chains(
         return Prepared(plan)
     if not any(matrix.is_truncated for matrix in plan.matrices):
         raise RecipeError(
-            "calibration given, and nothing is truncated; expected --keep, --max-error or, with "
-            "--layout balanced, a lower --bond-dim"
+            f"{called('calibrate')} given, and nothing is truncated; expected {called('keep')}, "
+            f"{called('max_error')} or, with {assigned('layout', 'balanced')}, a lower {called('bond_dim')}"
         )
     if not _metric(recipe).takes_chains:
         raise RecipeError(
-            f"metric {recipe.metric} given without --keep or --max-error; chains do not take it"
+            f"{assigned('metric', recipe.metric)} given without {called('keep')} or {called('max_error')}; "
+            "chains do not take it"
         )
     if only_plan:
         return Prepared(plan)
@@ -258,7 +263,10 @@ def _prepare_chains(
 def _device(recipe: Recipe) -> torch.device:
     device = pick_device(recipe.device)
     if device.type == "mps":
-        raise RecipeError("device mps lacks the float64 that compression needs; expected --device cpu")
+        raise RecipeError(
+            f"{assigned('device', 'mps')} lacks the float64 that compression needs; expected "
+            f"{assigned('device', 'cpu')}"
+        )
     return device
 
 
@@ -271,6 +279,7 @@ def _open_run(
     if batches is None:
         batches = make_batches(recipe, checkpoint, token)
     else:
+        batches = (batches,) if isinstance(batches, (str, Mapping)) else tuple(batches)
         check_batches(batches, checkpoint)
     return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
 
@@ -301,7 +310,8 @@ def _check_metric(recipe: Recipe, calibrated: bool) -> None:
     if metric.takes_calibration and not calibrated:
         raise RecipeError(needs_calibration("metric", recipe.metric))
     if recipe.correct and not metric.is_correctable:
-        correctable = " or ".join(name for name in METRICS if metrics.load(name).is_correctable)
+        correctable = assigned("metric", *(name for name in METRICS if metrics.load(name).is_correctable))
         raise RecipeError(
-            f"correct given with metric {recipe.metric}; expected --calibrate and metric {correctable}"
+            f"{called('correct')} given with {assigned('metric', recipe.metric)}; expected "
+            f"{called('calibrate')} and {correctable}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
+from ..request import as_path, check_token
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
@@ -40,7 +42,7 @@ Progress = Callable[[str, int, int, MatrixReport | None], None]
 
 
 def convert(
-    recipe: Recipe,
+    recipe: Recipe | str | PathLike[str],
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -51,7 +53,7 @@ def convert(
     """Convert a dense checkpoint into an artifact folder that plain transformers loads.
 
     Args:
-        recipe: what to convert and how.
+        recipe: what to convert and how; or a model alone, which is converted by the defaults.
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
         token: Hub token for gated or private models and data; by default the stored login.
@@ -70,7 +72,8 @@ def convert(
     >>> report.max_error < 1e-5
     True
     """
-    output = Path(output)
+    recipe, output = Recipe.of(recipe), as_path("output", output)
+    check_token(token)
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
@@ -116,6 +119,7 @@ def _search(
         if all(divergence.distance < trial.divergence.distance for trial in trials):
             nearest = prepared
         variant = prepared.plan.recipe
+        assert variant.metric and variant.allocation, "variants name both"
         trials.append(Trial(variant.metric, variant.allocation, variant.correct, divergence))
     assert nearest is not None, "a search has a variant"
     return nearest, tuple(trials)

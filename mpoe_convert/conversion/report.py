@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..compression.divergence import Divergence
+from ..errors import counted
 from ..planning.plan import BROKEN_ERROR, NOTICEABLE_ERROR, Plan
 from ..tables import Cell, Shown, Table, listed, warning
 
@@ -232,9 +233,9 @@ class Report(Shown):
         source = sum(order.source_error for order in applied) / len(applied)
         found = sum(order.bisected_error for order in applied) / len(applied)
         return (
-            f"Neurons: reordered in {len(applied)} of {len(self.neuron_orders)} FFNs, where truncating the "
-            f"bonds then loses {found:.3f} instead of {source:.3f} (relative error of the weights, before "
-            "any metric)."
+            f"Neurons: reordered in {len(applied)} of {counted(len(self.neuron_orders), 'FFN')}, where "
+            f"truncating the bonds then loses {found:.3f} instead of {source:.3f} (relative error of the "
+            "weights, before any metric)."
         )
 
     def shown(self, limit: int | None = None, *, per_matrix: bool = False) -> Iterator[Table | str]:

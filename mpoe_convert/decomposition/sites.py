@@ -22,6 +22,7 @@ from functools import lru_cache
 from math import isqrt, prod
 
 from ..errors import SitesError
+from ..options import assigned, called
 
 Dims = tuple[int, ...]
 
@@ -51,7 +52,7 @@ class Sites:
                 "(1 is a valid factor)"
             )
         if not self.untied:
-            _check_num_sites(len(self.in_dims))
+            check_num_sites(len(self.in_dims))
         _check_bond_count(self.bonds, len(self.in_dims))
         for name, values in (
             ("in_dims", self.in_dims),
@@ -203,7 +204,7 @@ def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Si
         SitesError: the smaller size has no divisor between 2 and the limit, or ``num_sites`` is not 2.
     """
     if num_sites != 2:
-        raise SitesError(f"the blocks layout has 2 sites, found {num_sites}: omit --sites")
+        raise SitesError(f"the blocks layout has 2 sites, found {num_sites}: omit {called('sites')}")
     limits = (max_bond,) if isinstance(max_bond, int) else tuple(max_bond)
     _check_bond_count(limits, 2)
     if limits[0] < 1:
@@ -214,8 +215,8 @@ def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Si
         raise SitesError(
             f"the blocks layout cannot split {rows} x {cols}: {side} has no divisor between 2 and the bond "
             f"limit {limits[0]}, so experts would own no matrices; use "
-            + (f"--bond-dim {_prime_factors(side)[0]} or more, " if side > 1 else "")
-            + "--layout one-sided or --kind dense"
+            + (f"{called('bond_dim')} {_prime_factors(side)[0]} or more, " if side > 1 else "")
+            + f"{assigned('layout', 'one-sided')} or {assigned('kind', 'dense')}"
         )
     if rows <= cols:
         return Sites((block, rows // block), (1, cols), (block,), (True, False))
@@ -285,6 +286,10 @@ def explicit(rows: int, cols: int, in_dims: Dims, out_dims: Dims, bond_dim: int 
     return _build(tuple(in_dims), tuple(out_dims), _limits(bond_dim, len(in_dims)))
 
 
+# Every site but the central one carries a factor of at least 2, and no matrix has 2 ** 63 entries.
+MOST_SITES = 63
+# As many are cut without asking: the paper's number.
+_USUAL_SITES = 5
 # How `mpo` computes singular vectors.
 SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
@@ -327,7 +332,14 @@ def choose(
         return explicit(rows, cols, first, second, bond_dim)
     if layout not in LAYOUTS:
         raise SitesError(f"no layout is called {layout!r}: choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout](rows, cols, bond_dim, num_sites)
+    sites = LAYOUTS[layout](rows, cols, bond_dim, num_sites)
+    if num_sites > _USUAL_SITES and (empty := _num_empty(sites)):
+        raise SitesError(
+            f"{num_sites} sites ({called('sites')}) are too many for {rows} x {cols} in the {layout} layout: "
+            f"{empty} of them would be single numbers, which compute nothing; use "
+            f"{_most_sites(layout, rows, cols, bond_dim, num_sites)} at most"
+        )
+    return sites
 
 
 def parse_factors(text: str) -> tuple[Dims, Dims]:
@@ -356,7 +368,10 @@ def parse_factors(text: str) -> tuple[Dims, Dims]:
     return parsed[0], parsed[1]
 
 
-def _check_num_sites(num_sites: int) -> None:
+def check_num_sites(num_sites: int) -> None:
+    """Raises SitesError for a number of sites without a central one, or that no matrix fills."""
+    if num_sites > MOST_SITES:
+        raise SitesError(f"{num_sites} sites are more than any matrix fills: use {MOST_SITES} at most")
     if num_sites < 3 or num_sites % 2 == 0:
         raise SitesError(
             f"{num_sites} sites have no central one with as many neighbours on both sides: "
@@ -373,7 +388,7 @@ def _check_bond_count(bonds: Dims, num_sites: int) -> None:
 
 
 def _limits(bond_dim: int | Dims, num_sites: int) -> Dims:
-    _check_num_sites(num_sites)
+    check_num_sites(num_sites)
     limits = (bond_dim,) * (num_sites - 1) if isinstance(bond_dim, int) else tuple(bond_dim)
     _check_bond_count(limits, num_sites)
     if min(limits) < 1:
@@ -383,7 +398,7 @@ def _limits(bond_dim: int | Dims, num_sites: int) -> Dims:
 
 def _build(in_dims: Dims, out_dims: Dims, limits: Dims) -> Sites:
     """Sites with the widest bonds that the limits and the neighbouring bonds leave room for."""
-    _check_num_sites(len(in_dims))
+    check_num_sites(len(in_dims))
     sizes = [i * o for i, o in zip(in_dims, out_dims, strict=True)]
     # A bond has at most (neighbour) * (site between them) states: one pass each way settles it.
     bonds, last = list(limits), len(limits) - 1
@@ -452,18 +467,33 @@ def _is_trivial(sites: Sites) -> bool:
     return sites.auxiliary_params == sites.num_sites - 1
 
 
+def _num_empty(sites: Sites) -> int:
+    """How many cores carry neither input nor output."""
+    return sum(i * o == 1 for i, o in zip(sites.in_dims, sites.out_dims, strict=True))
+
+
+def _most_sites(layout: str, rows: int, cols: int, bond_dim: int | Dims, asked: int) -> int:
+    """The largest number of sites, below what was asked for, all of which carry something."""
+    limit = bond_dim if isinstance(bond_dim, int) else max(bond_dim)
+    for count in range(asked - 2, _USUAL_SITES, -2):
+        if not _num_empty(LAYOUTS[layout](rows, cols, limit, count)):
+            return count
+    return _USUAL_SITES
+
+
 def _suggestion(rows: int, cols: int, layout: str) -> str:
     """The end of an error message: options that work for this size."""
     primes = [p for size in (rows, cols) for p in _prime_factors(size)[:1] if p * p <= rows * cols]
     options = []
     if primes:
-        wide = "" if layout != "balanced" else "--layout one-sided with "
-        options.append(f"{wide}--bond-dim {min(primes)} or more")
+        wide = "" if layout != "balanced" else f"{assigned('layout', 'one-sided')} with "
+        options.append(f"{wide}{called('bond_dim')} {min(primes)} or more")
     if layout != "balanced" and not (_is_prime_or_one(rows) and _is_prime_or_one(cols)):
-        options.append("--layout balanced")
+        options.append(assigned("layout", "balanced"))
     if primes:
-        options.append("explicit --factors")
-    return f"use {', '.join([*options, '--kind dense'])}".replace(", --kind", " or --kind")
+        options.append(f"explicit {called('factors')}")
+    last = assigned("kind", "dense")
+    return f"use {', '.join(options)} or {last}" if options else f"use {last}"
 
 
 def _is_prime_or_one(number: int) -> bool:

@@ -23,7 +23,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ..options import OptionGroup, described, option
+from ..options import LARGEST_COUNT, Numbers, OptionGroup, described, option
 from . import kinds
 
 KINDS: tuple[str, ...] = tuple(
@@ -70,34 +70,38 @@ class Options(OptionGroup):
     The hooks below are about a recipe as a whole; `recipe.own_options` has those of its kind.
     """
 
-    experts: int = option(8, "Experts per FFN.", group="Experts", at_least=2)
-    bond_dim: int | tuple[int, ...] = option(
-        64,
-        "Size of what an expert owns.",
+    experts: int = option(
+        default=8, help="Experts per FFN.", group="Experts", at_least=2, at_most=LARGEST_COUNT
+    )
+    bond_dim: Numbers = option(
+        default=64,
+        help="Size of what an expert owns.",
         group="Experts",
         metavar="INT|LIST",
         read=_read_bonds,
         at_least=1,
+        at_most=LARGEST_COUNT,
         expected="a whole number of at least 1, or one for every bond, such as 12,64,64,16",
     )
     noise: float = option(
-        0.01,
-        "Standard deviation of the noise in the cores of all experts but expert 0, relative to the root mean "
-        "square of the core; 0 makes exact copies.",
+        default=0.01,
+        help="Standard deviation of the noise in the cores of all experts but expert 0, relative to the root "
+        "mean square of the core; 0 makes exact copies.",
         group="Experts",
         at_least=0,
+        at_most=10,
         such_as=0.01,
     )
     bias: str | None = option(
-        None,
-        "Whether the experts of an FFN share its biases or each have their own.",
+        default=None,
+        help="Whether the experts of an FFN share its biases or each have their own.",
         group="Experts",
         choices=BIASES,
         default_text=lambda: by_kind("DEFAULT_BIAS"),
     )
     seed: int = option(
-        0,
-        "Seed of the noise and of the routers' first weights.",
+        default=0,
+        help="Seed of the noise and of the routers' first weights.",
         group="Experts",
         at_least=0,
         below=2**63,

@@ -17,6 +17,7 @@ from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison,
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..extras import need
 from ..planning.recipe import parse_size
+from ..request import as_path, as_text, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from ..source.texts import check_sources
@@ -67,7 +68,7 @@ class Exported:
 def export(
     model: str | Path,
     output: str | Path,
-    request: Export | None = None,
+    request: Export | str | None = None,
     *,
     overwrite: bool = False,
     revision: str | None = None,
@@ -84,7 +85,7 @@ def export(
     Args:
         model: artifact, a folder or a Hub id; before or after training.
         output: the folder to write; appears whole or not at all.
-        request: what to write; by default the first expert, dense.
+        request: what to write, or its target alone; by default the first expert, dense.
         overwrite: replace an artifact or an export of this tool that is already there.
         revision: branch, tag or commit of a Hub id.
         token: for models of the Hub; by default the stored login.
@@ -98,7 +99,9 @@ def export(
         VerifyError: the outputs of the export differ from the model's; nothing is left behind.
         MpoeError: the model or the output is wrong in another way.
     """
-    request, output = request or Export(), Path(output)
+    request, output = Export.of(request), as_path("output", output)
+    model = as_text("model", model)
+    check_token(token)
     check_output(output, overwrite)
     check_sources(request.calibrate)
     shard_bytes = parse_size(request.max_shard_size)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .. import experts
-from ..errors import RecipeError
+from ..errors import RecipeError, counted
+from ..options import called
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
@@ -86,25 +87,38 @@ def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
 def needs_calibration(name: str, value: str) -> str:
     """The message for an option that needs calibration data where there are none."""
     return (
-        f"{name} is {value!r}; expected --calibrate with it (from Python: calibration, if batches were given "
-        "the first time)"
+        f"{called(name)} is {value!r}; expected {called('calibrate')} with it (from Python: calibration, if "
+        "batches were given the first time)"
     )
 
 
 def _select(recipe: Recipe, found: Sequence[FFN]) -> list[FFN]:
-    """The FFNs to convert. Raises RecipeError if a part of the choice matches nothing, or nothing is left."""
+    """The FFNs to convert.
+
+    Raises:
+        RecipeError: a part of the choice matches nothing or ends behind the last layer, or nothing is left.
+    """
     paths = [ffn.path for ffn in found]
     names = ", ".join(paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]])
-    has = f"this model has {len(found)}: {names}"
-    for part in parse_layers(recipe.layers) if recipe.layers is not None else ():
-        if not any(ffn.index in part for ffn in found):
-            number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
-            raise RecipeError(f"layers is {recipe.layers!r}, and {number} matches no FFN; {has}")
+    has = f"this model has {counted(len(found), 'FFN')}: {names}"
+    _check_layers(recipe.layers, [ffn.index for ffn in found], has)
     for option in ("include", "exclude"):
         for pattern in getattr(recipe, option):
             if not any(fnmatchcase(path, pattern) for path in paths):
-                raise RecipeError(f"{option} {pattern!r} matches no FFN; {has}")
+                raise RecipeError(f"{called(option)} {pattern!r} matches no FFN; {has}")
     chosen = [ffn for ffn in found if recipe.selects(ffn.path, ffn.index)]
     if not chosen:
-        raise RecipeError(f"layers/include/exclude leave no FFN to convert; {has}")
+        names = "/".join(map(called, ("layers", "include", "exclude")))
+        raise RecipeError(f"{names} leave no FFN to convert; {has}")
     return chosen
+
+
+def _check_layers(layers: str | None, indices: Sequence[int], has: str) -> None:
+    """Raises RecipeError if a number or a range names layers that are not there."""
+    for part in parse_layers(layers) if layers is not None else ():
+        number = f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0])
+        asked = f"{called('layers')} is {layers!r}, and {number}"
+        if not any(index in part for index in indices):
+            raise RecipeError(f"{asked} matches no FFN; {has}")
+        if part[-1] > max(indices):
+            raise RecipeError(f"{asked} ends behind the last FFN, in layer {max(indices)}; {has}")

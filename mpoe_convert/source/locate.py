@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import FamilyError
+from ..errors import FamilyError, counted
 from .architecture import Architecture, knows
 from .families import FAMILIES, Family, Spelling, _inside
 from .ffn import FFN, Source
@@ -141,14 +141,14 @@ def _check_complete(
     if missing := [i for i in range(expected) if i not in indices and has_ffn(i)]:
         some = ", ".join(f"{layer.format(i)}.{up}.weight" for i in missing[:3])
         raise FamilyError(
-            f"the checkpoint is incomplete: {some} missing; found {len(indices)} FFNs, expected "
+            f"the checkpoint is incomplete: {some} missing; found {counted(len(indices), 'FFN')}, expected "
             f"{len(indices) + len(missing)} by "
             f"{'the layers that have tensors' if count is None else 'config.json'}"
         )
     if len(indices) > expected:
         raise FamilyError(
-            f"found {len(indices)} FFNs up to {layer.format(max(indices))}, expected {expected} by "
-            "config.json; correct the number of layers there"
+            f"found {counted(len(indices), 'FFN')} up to {layer.format(max(indices))}, expected {expected} "
+            "by config.json; correct the number of layers there"
         )
 
 

@@ -43,7 +43,7 @@ def check_model_name(name: str) -> None:
     """Check that a name which means a model's folder names one that is there. Raises TrainingError."""
     if is_path(name) and not Path(name).is_dir():
         raise TrainingError(
-            f"{name} is not a folder; expected the folder of a model, or a Hub id{did_you_mean(name)}"
+            f"{name} is not a folder; expected the folder of a model, or a Hub id{suggest_path(name)}"
         )
 
 
@@ -52,10 +52,10 @@ def local(name: str) -> Path:
     return Path(name).expanduser() if name.startswith("~") else Path(name)
 
 
-def did_you_mean(name: str) -> str:
+def suggest_path(name: str) -> str:
     """ "; did you mean 'topics.txt'?" for a name that is not there, or "" if nothing near is like it.
 
-    >>> did_you_mean("examples/tiny-gtp2")
+    >>> suggest_path("examples/tiny-gtp2")
     "; did you mean 'examples/tiny-gpt2'?"
     """
     path = local(name)

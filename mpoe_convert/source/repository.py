@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..errors import CheckpointError, HubError
 from . import hub
-from .paths import did_you_mean, is_written_like_a_path, local
+from .paths import is_written_like_a_path, local, suggest_path
 from .safetensors_file import TensorInfo, tensor_info
 
 
@@ -143,7 +143,7 @@ def suggesting(model: str) -> Iterator[None]:
     try:
         yield
     except HubError as error:
-        raise HubError(f"{error}{did_you_mean(model)}") from error
+        raise HubError(f"{error}{suggest_path(model)}") from error
 
 
 def local_folder(model: str) -> Path | None:
@@ -162,6 +162,6 @@ def local_folder(model: str) -> Path | None:
         )
     if is_written_like_a_path(model):
         raise CheckpointError(
-            f"there is no folder {model!r}: check the path, or pass a Hub id{did_you_mean(model)}"
+            f"there is no folder {model!r}: check the path, or pass a Hub id{suggest_path(model)}"
         )
     return None

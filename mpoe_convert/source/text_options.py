@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..options import OptionGroup, described, option
+from ..options import LARGEST_COUNT, OptionalText, OptionGroup, Texts, described, option
 from .texts import TASKS, Columns
 
 
@@ -10,26 +10,29 @@ from .texts import TASKS, Columns
 class TextSource(OptionGroup):
     """Calibration text: which, and how much of it."""
 
-    calibrate: tuple[str, ...] = option(
-        (),
-        "Calibration text: files or Hub datasets, as for `finetune --data`, or builtin (the language "
+    calibrate: Texts = option(
+        default=(),
+        help="Calibration text: files or Hub datasets, as for `finetune --data`, or builtin (the language "
         "reference of Python). Repeatable.",
         group="Calibration",
         metavar="FILE|ID",
         item="source",
     )
     calibration_tokens: int = option(
-        65536,
-        "Tokens to take from the calibration text, evenly spread over it.",
+        default=65536,
+        help="Tokens to take from the calibration text, evenly spread over it.",
         group="Calibration",
         at_least=1,
+        at_most=LARGEST_COUNT,
     )
-    calibration_split: str = option("train", "Split of Hub datasets to calibrate on.", group="Calibration")
-    text_column: str = option(Columns.text, "Column with the text.", group="Calibration")
+    calibration_split: str = option(
+        default="train", help="Split of Hub datasets to calibrate on.", group="Calibration"
+    )
+    text_column: str = option(default=Columns.text, help="Column with the text.", group="Calibration")
     target_column: str = option(
-        Columns.target,
-        "Column with the expected output: the target of an encoder-decoder, or the reply that follows the "
-        "text in a causal model. Where the data have it, only its tokens are scored.",
+        default=Columns.target,
+        help="Column with the expected output: the target of an encoder-decoder, or the reply that follows "
+        "the text in a causal model. Where the data have it, only its tokens are scored.",
         group="Calibration",
     )
 
@@ -38,35 +41,37 @@ class TextSource(OptionGroup):
 class TaskData(OptionGroup):
     """What the rows of training or evaluation data hold, and who reads them."""
 
-    text_column: str = option(Columns.text, "Column with the text.", group="Data")
+    text_column: str = option(default=Columns.text, help="Column with the text.", group="Data")
     target_column: str = option(
-        Columns.target, "Column with the expected output, for task seq2seq.", group="Data"
+        default=Columns.target, help="Column with the expected output, for task seq2seq.", group="Data"
     )
-    label_column: str = option(Columns.label, "Column with the class, for task classification.", group="Data")
+    label_column: str = option(
+        default=Columns.label, help="Column with the class, for task classification.", group="Data"
+    )
     routed_by: str | None = option(
-        None,
-        "Column that names the task of a row: the routers then choose experts by task, not by token.",
+        default=None,
+        help="Column that names the task of a row: the routers then choose experts by task, not by token.",
         group="Data",
         metavar="COLUMN",
     )
     task: str | None = option(
-        None,
-        "What the data are for.",
+        default=None,
+        help="What the data are for.",
         group="Data",
         choices=TASKS,
         default_text="what the model's head is for",
     )
-    tokenizer: str | None = option(
-        None,
-        "Folder or Hub id of the tokenizer.",
+    tokenizer: OptionalText = option(
+        default=None,
+        help="Folder or Hub id of the tokenizer.",
         group="Data",
         metavar="MODEL",
         default_text="the model's own",
     )
     trust_remote_code: bool = option(
-        False,
-        "Run custom code that a model or its tokenizer brings along. The `modeling_mpoe.py` of this release "
-        "is run without it.",
+        default=False,
+        help="Run custom code that a model or its tokenizer brings along. The `modeling_mpoe.py` of this "
+        "release is run without it.",
         group="Data",
     )
 

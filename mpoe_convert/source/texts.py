@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError, HubError
+from ..errors import DataError, HubError, counted, did_you_mean, few, one_line
+from ..options import called
 from .hub import asked_once, check_dataset_available
-from .paths import did_you_mean, is_path
+from .paths import is_path, suggest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,21 +90,95 @@ def read(
     for source, part in zip(sources, parts, strict=True):
         if lacks := [name for name in needed if name not in part.column_names]:
             raise DataError(
-                f"{source} has the columns {part.column_names}; {who} needs {lacks} as well (name "
-                "others with --text-column, --target-column, --label-column, --routed-by)"
+                f"'{source}' has {_few(part.column_names, 'column')}; {who} needs {', '.join(lacks)} as well "
+                f"(name others with {called('text_column')}, {called('target_column')}, "
+                f"{called('label_column')}, {called('routed_by')}){did_you_mean(lacks[0], part.column_names)}"
             )
         for name in needed:
             if name in (columns.text, columns.target) and not _holds_text(part, name):
                 feature = part.features[name]
                 kind = getattr(feature, "dtype", type(feature).__name__)
-                raise DataError(f"column {name} of {source} holds {kind}; expected text")
+                where = f" ({fault})" if (fault := first_fault(source, [name])) else ""
+                raise DataError(f"column {name} of '{source}' holds {kind}{where}; expected text")
             if missing := part.data.column(name).null_count:
-                raise DataError(f"{source} has {missing} rows without {name}; expected one in every row")
+                rows = counted(missing, "row")
+                where = first_fault(source, [name]) or _first_without(part, name)
+                raise DataError(f"'{source}' has {rows} without {name} ({where}); expected one in every row")
+            _check_encoding(part, source, name)
             if name in (columns.label, columns.routed_by):
                 _check_names(part, source, name)
         if task == "classification":
             _check_classes(part, source, columns.label)
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _first_without(part: Dataset, name: str) -> str:
+    """The row of the first null in a column, which has one."""
+    return f"row {part.data.column(name).is_null().index(True).as_py() + 1}"
+
+
+def _check_encoding(part: Dataset, source: str, name: str) -> None:
+    """Raises DataError if a column of text is not in UTF-8; pyarrow looks only when it is asked."""
+    from pyarrow import ArrowInvalid
+
+    try:
+        part.data.column(name).validate(full=True)
+    except ArrowInvalid as error:
+        where = first_fault(source) or one_line(error)
+        raise DataError(f"'{source}' cannot be read: {where}") from None
+
+
+def first_fault(source: str, columns: Sequence[str] = ()) -> str | None:
+    """Where a local file of one JSON object per line goes wrong first, as "line 3 is not JSON (...)".
+
+    Args:
+        source: a file; of another kind, there is nothing to say.
+        columns: that every line has to have, with text in them.
+    """
+    path = Path(source)
+    if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
+        return None
+    content = path.read_bytes()
+    if not content.strip():
+        return "it is empty"
+    if path.suffix.lower() == ".json" and _is_document(content):
+        return None
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip() and (fault := _fault(line, columns)):
+            return f"line {number} {fault}"
+    return None
+
+
+def _is_document(content: bytes) -> bool:
+    """Whether it is one JSON value as a whole, not one per line."""
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
+
+
+def _fault(line: bytes, columns: Sequence[str]) -> str | None:
+    """What is wrong with a line that should be a JSON object with text in these columns."""
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"is not in UTF-8 (byte {error.start + 1})"
+    except json.JSONDecodeError as error:
+        return f"is not JSON ({error.msg}, character {error.colno})"
+    if not isinstance(value, dict):
+        return f'holds a {type(value).__name__}, expected an object such as {{"text": ...}}'
+    for name in columns:
+        if value.get(name) is None:
+            return f"has no {name}"
+        if not isinstance(value[name], str):
+            return f"holds {one_line(json.dumps(value[name]), 40)} as {name}"
+    return None
+
+
+def _few(names: Sequence[str], noun: str) -> str:
+    """How many names there are, and the first of them."""
+    return f"{counted(len(names), noun)} ({few(names, 8)})"
 
 
 def _holds_text(part: Dataset, name: str) -> bool:
@@ -115,18 +191,18 @@ def _check_names(part: Dataset, source: str, name: str) -> None:
     kind = getattr(feature, "dtype", type(feature).__name__)
     if kind not in (*TEXT, "bool") and not kind.startswith(("int", "uint")):
         raise DataError(
-            f"column {name} of {source} holds {kind}; expected one name in every row: text, a whole number, "
-            "or true and false"
+            f"column {name} of '{source}' holds {kind}; expected one name in every row: text, a whole "
+            "number, or true and false"
         )
     if "" in part.unique(name):
-        raise DataError(f"{source} has rows with an empty {name}; expected one in every row")
+        raise DataError(f"'{source}' has rows with an empty {name}; expected one in every row")
 
 
 def _check_classes(part: Dataset, source: str, name: str) -> None:
     """Raises DataError if classes are numbered from below 0. Splits of the Hub without labels hold -1."""
     if negative := [value for value in part.unique(name) if not isinstance(value, str) and value < 0]:
         raise DataError(
-            f"{source} has rows whose {name} is {negative[0]}, which stands for an unknown class in splits "
+            f"'{source}' has rows whose {name} is {negative[0]}, which stands for an unknown class in splits "
             "without labels; expected classes from 0: name another split, or leave these rows out"
         )
 
@@ -143,7 +219,7 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def _unavailable(source: str, error: HubError) -> DataError:
-    return DataError(f"{source} is no file here; {error}{did_you_mean(source)}")
+    return DataError(f"{source} is no file here; {error}{suggest_path(source)}")
 
 
 def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
@@ -156,7 +232,7 @@ def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
     if path.is_file():
         raise DataError(f"{source} is of an unknown kind; {expected}")
     if path.exists() or known or is_path(source.partition(":")[0]):
-        raise DataError(f"{source} is no file; {expected}, or a Hub dataset{did_you_mean(source)}")
+        raise DataError(f"{source} is no file; {expected}, or a Hub dataset{suggest_path(source)}")
     return None
 
 
@@ -176,11 +252,11 @@ def _read_one(source: str, split: str, token: str | None) -> Dataset:
         raise _unavailable(source, error) from error
     except DatasetNotFoundError as error:
         raise DataError(
-            f"{source} is neither a file nor a dataset that can be reached: {error}{did_you_mean(source)}"
+            f"{source} is neither a file nor a dataset that can be reached: {error}{suggest_path(source)}"
         ) from None
-    except (DatasetGenerationError, ConnectionError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{source} cannot be read: {cause}") from error
+    except (DatasetGenerationError, ConnectionError, ValueError, OSError, StopIteration) as error:
+        cause = first_fault(source) or error.__cause__ or error
+        raise DataError(f"'{source}' cannot be read: {cause}") from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -197,7 +273,10 @@ class Tasks:
     def indices(self, values: Sequence) -> list[int]:
         """The index in `names` of each value. Raises DataError for a name that is not known."""
         if strange := sorted({str(value) for value in values} - set(self.names)):
-            raise DataError(f"column {self.column} names {strange}; the routers know {list(self.names)}")
+            raise DataError(
+                f"column {self.column} names {few(strange)}; the routers know {_few(self.names, 'task')}"
+                f"{did_you_mean(strange[0], self.names)}"
+            )
         return [self.names.index(str(value)) for value in values]
 
     def add_to(self, encoded: Mapping, batch: Mapping) -> dict:
@@ -369,7 +448,7 @@ def labelled(
     def encode(batch: dict) -> dict:
         found = [feature.int2str(v) if hasattr(feature, "names") else str(v) for v in batch[columns.label]]
         if strange := sorted(set(found) - set(number)):
-            raise DataError(f"labels {strange} are not among the model's, {list(names)}")
+            raise DataError(f"the labels {few(strange)} are not among the model's {_few(names, 'class')}")
         texts = tokenizer(batch[columns.text], truncation=True, max_length=length)
         encoded = {**texts, "labels": [number[name] for name in found]}
         return tasks.add_to(encoded, batch) if tasks else encoded

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ from ..artifact.loading import (
 from ..devices import pick_device
 from ..errors import DataError, TrainingError, few
 from ..extras import need
-from ..request import takes_options
+from ..request import check_token, takes_options
 from ..source import texts
 from ..source.texts import Columns
 from .intervals import Metric, bootstrap, bootstrap_interval, draw_samples, notes, rate_interval
@@ -81,8 +82,8 @@ class Evaluation:
 
 @takes_options(Scoring)
 def evaluate(
-    model: str,
-    data: str | Sequence[str],
+    model: str | PathLike[str],
+    data: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     columns: Columns | None = None,
     token: str | None = None,
@@ -102,8 +103,7 @@ def evaluate(
     ('causal', 1.0)
     """
     names = {} if columns is None else columns.as_options()
-    sources = (data,) if isinstance(data, str) else tuple(data)
-    return score_models(Scoring(model, sources, **names, **options), token=token, progress=progress)
+    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
 
 
 def score_models(
@@ -135,6 +135,7 @@ def score_models(
         LibraryError: a library that scores the task is not installed.
         RequestError: there is no such device here.
     """
+    check_token(token)
     texts.check_sources(request.data)
     where = pick_device(request.device)
     model, against, columns, trust = request.model, request.against, request.columns, request.trust

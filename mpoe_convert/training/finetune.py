@@ -29,6 +29,7 @@ from ..artifact.loading import (
 )
 from ..errors import TrainingError
 from ..extras import need
+from ..request import as_path, check_token
 from ..source import texts
 from .checkpoints import (
     Record,
@@ -123,7 +124,8 @@ def finetune(
     need("finetune", "accelerate", "datasets", extra="train")
     texts.check_sources((*run.data, *run.eval_data))
 
-    output = Path(output)
+    run, output = Finetuning.of(run), as_path("output", output)
+    check_token(token)
     with writing_into(output):
         return _finetune(run, output, resume, token, progress, watch or _silent)
 

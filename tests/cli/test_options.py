@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from dataclasses import fields
 
@@ -14,6 +15,7 @@ from mpoe_convert.cli import main
 from mpoe_convert.errors import LibraryError, RecipeError, RunError
 from mpoe_convert.exports import targets as exports
 from mpoe_convert.options import (
+    LARGEST_COUNT,
     OptionGroup,
     again,
     by_name,
@@ -124,7 +126,15 @@ def test_a_field_without_help_is_no_option():
 
         @described
         class Silent(OptionGroup):
-            size: int = option(3)
+            size: int = option(default=3, at_least=1, at_most=9)
+
+    with pytest.raises(
+        TypeError, match="size has no range; expected both ends, math.inf where there is none"
+    ):
+
+        @described
+        class Boundless(OptionGroup):
+            size: int = option(default=3, help="Size.", at_least=1)
 
 
 # -------------------------------------------------------------------------------------------------- values
@@ -158,7 +168,7 @@ def test_a_value_of_another_type_is_told_in_one_line(request_class):
 def test_a_request_is_what_its_mapping_says(request_class):
     made = request_class(*REQUESTS[request_class])
     assert request_class.from_mapping(json.loads(json.dumps(made.to_mapping()))) == made
-    with pytest.raises((RecipeError, RunError), match=r"unknown .* keys \['no_such'\]; known are \['"):
+    with pytest.raises((RecipeError, RunError), match=r"the .* has no key 'no_such'; its keys are"):
         request_class.from_mapping({"no-such": 1})
     assert made.replace() == made
     assert repr(made).count("=") == len(REQUESTS[request_class])
@@ -167,11 +177,13 @@ def test_a_request_is_what_its_mapping_says(request_class):
 def test_ranges_choices_and_lists():
     @described
     class Sample(OptionGroup):
-        share: float = option(0.5, "A share.", above=0, at_most=1, such_as=0.3)
-        names: tuple[str, ...] = option((), "Names.", choices=("a", "b"))
-        size: int | tuple[int, ...] = option(1, "Size.", at_least=1, expected="sizes")
-        more: int | None = option(None, "More.", at_least=2, below=9)
-        weight: float = option(0.0, "Weight.")
+        share: float = option(default=0.5, help="A share.", above=0, at_most=1, such_as=0.3)
+        names: tuple[str, ...] = option(default=(), help="Names.", choices=("a", "b"))
+        size: int | tuple[int, ...] = option(
+            default=1, help="Size.", at_least=1, at_most=99, expected="sizes"
+        )
+        more: int | None = option(default=None, help="More.", at_least=2, below=9)
+        weight: float = option(default=0.0, help="Weight.", at_least=-math.inf, at_most=math.inf)
 
     assert Sample(names="a").names == ("a",) and Sample(names=["a", "b"]).names == ("a", "b")
     assert Sample(size=[3, 4]).size == (3, 4) and Sample(more=8).more == 8 and Sample(share=1).share == 1
@@ -180,6 +192,7 @@ def test_ranges_choices_and_lists():
         ({"share": float("nan")}, "share is nan; expected a number above 0"),
         ({"share": True}, "share is True; expected a number"),
         ({"names": ("a", "c")}, "names is ('a', 'c'); expected some of a, b"),
+        ({"names": "bb"}, "names is 'bb'; expected some of a, b; did you mean 'b'?"),
         ({"names": 3}, "names is 3; expected some of a, b"),
         ({"size": (3, 0)}, "size is (3, 0); expected sizes"),
         ({"weight": float("inf")}, "weight is inf; expected a number"),
@@ -230,11 +243,11 @@ def test_an_option_of_one_plug_in_is_refused_with_another():
     for name, value in given.items():
         Recipe("gpt2", kind="mpo", **{name: value})
         for kind in set(experts.KINDS) - {"mpo"}:
-            said = f"{name} given with --kind {kind}; expected with --kind mpo only"
+            said = f"{name} given with kind={kind!r}; expected with kind='mpo' only"
             with pytest.raises(RecipeError, match=said):
                 Recipe("gpt2", kind=kind, **{name: value})
     assert "Only with --kind mpo." in params("convert")["gauge"].help
-    with pytest.raises(RecipeError, match="base given with --to moe; expected with --to lora only"):
+    with pytest.raises(RecipeError, match="base given with to='moe'; expected with to='lora' only"):
         Export("moe", base="gpt2")
 
 
@@ -252,28 +265,28 @@ def test_plug_ins_that_read_an_option_each_in_their_way_say_so():
 def test_a_new_plug_in_is_a_class_with_options():
     @described
     class Common(OptionGroup):
-        size: int = option(1, "Size.")
+        size: int = option(default=1, help="Size.", at_least=1, at_most=9)
 
     @described
     class Round(Common):
-        radius: int = option(2, "Radius.", at_least=1)
+        radius: int = option(default=2, help="Radius.", at_least=1, at_most=LARGEST_COUNT)
         size: int = again(Common, "size", "Diameter.")
 
     @described
     class Square(Common):
-        edge: int = option(3, "Edge.")
+        edge: int = option(default=3, help="Edge.", at_least=1, at_most=9)
 
     @described
     class Draw(plugin_options("shape", Common, {"round": Round, "square": Square}), Request):
         """What to draw."""
 
-        shape: str = option("round", "The shape.", choices=("round", "square"))
+        shape: str = option(default="round", help="The shape.", choices=("round", "square"))
 
     assert Draw(radius=5).own_options == Round(radius=5)
     assert description(by_name(Draw)["size"]).help == "Size. round: diameter."
     assert description(by_name(Draw)["edge"]).help == "Edge. Only with --shape square."
     with pytest.raises(
-        RecipeError, match="radius given with --shape square; expected with --shape round only"
+        RecipeError, match="radius given with shape='square'; expected with shape='round' only"
     ):
         Draw(shape="square", radius=5)
     with pytest.raises(RecipeError, match="radius is 0; expected a whole number of at least 1"):
@@ -281,7 +294,7 @@ def test_a_new_plug_in_is_a_class_with_options():
 
     @described
     class Other(Common):
-        edge: int = option(4, "Edge.")
+        edge: int = option(default=4, help="Edge.", at_least=1, at_most=9)
 
     with pytest.raises(TypeError, match="the defaults of edge differ between square, other"):
         plugin_options("shape", Common, {"square": Square, "other": Other})

@@ -21,7 +21,7 @@ def test_text_becomes_blocks_spread_over_all_files(llama, tmp_path):
     for number in (3, 4):
         paths.append(tmp_path / f"{number}.txt")
         paths[-1].write_text(f"w{number} " * 6400)
-    recipe = Recipe(str(folder), keep=2.5, calibrate=tuple(map(str, paths)), calibration_tokens=640)
+    recipe = Recipe(str(folder), keep=1.2, calibrate=tuple(map(str, paths)), calibration_tokens=640)
     batches = make_batches(recipe, open_checkpoint(str(folder)))
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert ids.shape == (10, 64)
@@ -67,7 +67,7 @@ def test_only_the_targets_of_prompts_are_scored(llama, tmp_path):
         assert ((labels == 2).sum(1) == 1).all()  # the end belongs to the target
     report = convert(recipe, tmp_path / "out")
     assert report.divergence.tokens == sum(int((b["labels"] != -100).sum()) for b in split(batches)[1])
-    with pytest.raises(DataError, match="expected the 65,536 of --calibration-tokens"):
+    with pytest.raises(DataError, match="expected the 65,536 of calibration_tokens"):
         make_batches(Recipe(str(folder), **options), checkpoint)
 
 
@@ -89,9 +89,9 @@ def test_without_targets_texts_are_read(case, llama, tmp_path):
 
 
 BROKEN_TARGETS = {
-    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "calibration needs ['targte'] as well"),
-    "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 rows without target"),
-    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs ['target'] as well"),
+    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "calibration needs targte as well"),
+    "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 row without target"),
+    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs target as well"),
     "no room": ([[row | {"text": "w3 " * 99} for row in TEXTS]], {}, "every text alone fills 64 tokens"),
 }
 
@@ -133,13 +133,13 @@ def test_an_encoder_decoder_that_classifies(tmp_path):
     folder = save_tiny("bart", "AutoModelForSequenceClassification", tmp_path / "dense")
     save_tokenizer(folder)
     with pytest.raises(RecipeError, match="BartForSequenceClassification reads texts as a whole"):
-        plan(Recipe(str(folder), bond_dim=4, keep=2.0, calibrate=("builtin",)))
+        plan(Recipe(str(folder), bond_dim=4, keep=1.2, calibrate=("builtin",)))
 
 
 def test_a_model_that_reads_no_text(tmp_path):
     folder = save_tiny("vit", "AutoModelForImageClassification", tmp_path / "dense")
     with pytest.raises(RecipeError, match="reads pixel_values"):
-        plan(Recipe(str(folder), bond_dim=4, keep=2.0, calibrate=("builtin",)))
+        plan(Recipe(str(folder), bond_dim=4, keep=1.2, calibrate=("builtin",)))
 
 
 def test_labels_that_leave_nothing_to_score(llama, tmp_path):
@@ -156,7 +156,7 @@ def test_labels_that_leave_nothing_to_score(llama, tmp_path):
     first[:, 0] = 7  # no position predicts it
     found = {"loss": "that gradients are taken of", "outputs": "on which models are compared"}
     for number, (metric, where) in enumerate(found.items()):
-        recipe = Recipe(str(folder), bond_dim=2, keep=2.0, metric=metric)
+        recipe = Recipe(str(folder), bond_dim=2, keep=1.2, metric=metric)
         with pytest.raises(DataError, match=f"{where} are -100"):
             convert(recipe, tmp_path / str(number), calibration=[b | {"labels": first} for b in batches])
         assert not (tmp_path / str(number)).exists()

@@ -94,5 +94,5 @@ def test_a_metric_that_chains_do_not_take(tmp_path, monkeypatch):
     from mpoe_convert.compression.metrics import outputs
 
     monkeypatch.setattr(outputs, "FIT", replace(outputs.FIT, takes_chains=False))
-    with pytest.raises(RecipeError, match="metric outputs given without --keep or --max-error; chains"):
+    with pytest.raises(RecipeError, match="metric='outputs' given without keep or max_error; chains"):
         plan(asked)

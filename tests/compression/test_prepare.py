@@ -26,7 +26,7 @@ ONCE_PER_LAYER = [name for name in ONE_OF_EACH if name != "albert"]
 @pytest.mark.parametrize("model_type", ONCE_PER_LAYER)
 def test_with_room_for_everything_nothing_changes(model_type, tmp_path):
     """Corrected, too: what reaches a matrix is then what reached the dense one."""
-    dense, made, report = pair(model_type, tmp_path, keep=9.0, correct=True, metric="outputs")
+    dense, made, report = pair(model_type, tmp_path, max_error=1e-6, correct=True, metric="outputs")
     assert all(matrix.rank is None for matrix in report.plan.matrices)
     inputs = make_inputs(dense, generative(model_type))
     for name, expected in outputs(dense, inputs).items():
@@ -108,26 +108,33 @@ CUT = {"layout": "balanced", "sites": 3}
 WRONG = [
     ({"keep": 0.1}, r"keep is 0\.1, and the smallest that can be met is 0\.\d+"),
     ({"keep": 0.8, "max_error": 0.01}, r"that can be met with max_error 0\.01 is \d"),
-    ({"keep": 0}, "keep is 0; expected a number above 0"),
+    ({"keep": 0}, "keep is 0; expected a share above 0, such as 0.6 for 60 %"),
+    (
+        {"keep": 1.5},
+        r"keep is 1\.5, and uncompressed the experts store only 1\.\d+ times the parameters of the",
+    ),
     ({"max_error": 1.5}, "max_error is 1.5; expected a number above 0 and below 1"),
-    ({"keep": 0.8, "layout": "balanced"}, "given with layout balanced"),
-    ({"keep": 0.8, "metric": "outputs"}, "metric is 'outputs'; expected --calibrate"),
-    ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected --calibrate"),
-    ({"keep": 0.8, "allocation": "measured"}, "allocation is 'measured'; expected --calibrate"),
-    ({"max_error": 0.5, "allocation": "measured"}, "allocation measured given without --keep"),
-    ({"keep": 0.8, "correct": True}, "correct given with metric weights"),
-    ({"calibrate": ("builtin",)}, "calibrate given without --keep or --max-error"),
-    ({"metric": "loss"}, "metric given without --keep or --max-error"),
+    ({"keep": 0.8, "layout": "balanced"}, "given with layout='balanced'"),
+    ({"keep": 0.8, "metric": "outputs"}, "metric is 'outputs'; expected calibrate"),
+    ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected calibrate"),
+    ({"keep": 0.8, "allocation": "measured"}, "allocation is 'measured'; expected calibrate"),
+    ({"max_error": 0.5, "allocation": "measured"}, "allocation='measured' given without keep"),
+    ({"keep": 0.8, "correct": True}, "correct given with metric='weights'"),
+    ({"calibrate": ("builtin",)}, "calibrate given without keep or max_error"),
+    ({"metric": "loss"}, "metric given without keep or max_error"),
     (CUT | {"gauge": "identity"}, "the identity gauge needs full bonds"),
-    (CUT | {"metric": "loss"}, "metric loss given without --keep or --max-error; expected outputs"),
-    (CUT | {"metric": "outputs"}, "metric is 'outputs'; expected --calibrate with it"),
-    (CUT | {"allocation": "energy"}, "allocation given without --keep or --max-error"),
-    (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without --keep or --max-error"),
+    (CUT | {"metric": "loss"}, "metric='loss' given without keep or max_error; expected outputs"),
+    (CUT | {"metric": "outputs"}, "metric is 'outputs'; expected calibrate with it"),
+    (CUT | {"allocation": "energy"}, "allocation given without keep or max_error"),
+    (CUT | {"correct": True, "calibrate": "builtin"}, "correct given without keep or max_error"),
     (
         CUT | {"bond_dim": 10**6, "calibrate": "builtin"},
-        "calibration given, and nothing is truncated; expected --keep, --max-error or, with",
+        "calibrate given, and nothing is truncated; expected keep, max_error or, with layout='balanced'",
     ),
-    ({"keep": 0.8, "allocation": "loss", "metric": "outputs"}, "allocation loss given with metric outputs"),
+    (
+        {"keep": 0.8, "allocation": "loss", "metric": "outputs"},
+        "allocation='loss' given with metric='outputs'",
+    ),
     ({"keep": 0.8, "calibration_tokens": 0}, "calibration_tokens is 0"),
 ]
 
@@ -136,6 +143,15 @@ WRONG = [
 def test_requests_that_cannot_be_met(wrong, message, tiny_gpt2):
     with pytest.raises(RecipeError, match=message):
         plan(Recipe(str(tiny_gpt2), **{"experts": 2, "bond_dim": 2} | wrong))
+
+
+def test_the_share_of_the_uncompressed_experts_is_the_largest(tiny_gpt2):
+    recipe = Recipe(str(tiny_gpt2), experts=2, bond_dim=2)
+    totals = plan(recipe).ffn_totals
+    whole = totals.stored_params / totals.dense_params
+    assert all(matrix.rank is None for matrix in plan(recipe.replace(keep=whole)).matrices)
+    with pytest.raises(RecipeError, match=f"store only {whole:.3f} times"):
+        plan(recipe.replace(keep=whole + 0.001))
 
 
 def test_the_smallest_share_that_is_told_can_be_met(tiny_gpt2):
@@ -282,7 +298,7 @@ def test_divergence_is_measured_on_held_out_batches(given, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["t5", "bert", "vit", "bart"])
 def test_divergence_of_other_heads(model_type, tmp_path):
-    _, _, whole = pair(model_type, tmp_path / "whole", keep=9.0)
+    _, _, whole = pair(model_type, tmp_path / "whole", max_error=1e-6)
     _, _, cut = pair(model_type, tmp_path / "cut", keep=0.6)
     name = "nats" if whole.divergence.nats is not None else "difference"
     assert abs(getattr(whole.divergence, name)) < 1e-3 < getattr(cut.divergence, name)
@@ -322,7 +338,7 @@ def test_warnings_follow_what_was_measured(tmp_path):
     blind = replace(report, divergence=None)
     noisy = replace(near, matrices=[replace(matrix, clone_drift=0.5) for matrix in near.matrices])
     assert "Lower --noise" in noisy.warnings[0]
-    _, _, whole = pair("gpt2", tmp_path / "whole", keep=9.0, metric="weights")
+    _, _, whole = pair("gpt2", tmp_path / "whole", max_error=1e-6, metric="weights")
     assert not whole.warnings
     assert not near.warnings
     assert "far from the dense one" in far.warnings[0]
@@ -347,7 +363,7 @@ def test_command_line_for_cut_chains(tmp_path):
     assert [order["ffn"] for order in orders] == report["ffns"]
     applied = [order for order in orders if order["applied"]]
     assert all(order["bisected_error"] < order["source_error"] for order in applied)
-    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFNs" if applied else "Neurons: no order"
+    words = f"Neurons: reordered in {len(applied)} of {len(orders)} FFN" if applied else "Neurons: no order"
     assert words in done.output and "nats of divergence" in done.output
     assert report["recipe"]["metric"] == "outputs" and report["divergence"]["nats"] > 0
     card = (tmp_path / "out/README.md").read_text()

@@ -91,8 +91,8 @@ def test_models_without_logits_are_compared_by_their_hidden_states(tmp_path):
 
 
 WRONG = [
-    ({"keep": None}, "search given without --keep; expected --keep alone"),
-    ({"max_error": 0.5}, "search given with --max-error; expected --keep alone"),
+    ({"keep": None}, "search given without keep; expected keep alone"),
+    ({"max_error": 0.5}, "search given with max_error; expected keep alone"),
     ({"search": "yes"}, "search is 'yes'; expected true or false"),
     ({"metric": "weights", "correct": True, "calibrate": "builtin"}, "correct given with metric weights"),
     ({}, "search given without --calibrate"),

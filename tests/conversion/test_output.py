@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_writable_is_told_and_untouched(open_folder, server
     for output in ("out", "deep/er/out"):
         run = server.run(["dense", "-o", output, *ARGS], open_folder, uid=NOBODY)
         assert run.code == 1
-        expected = f"Error: cannot write {output}: {open_folder} is not writable; choose another output\n"
+        expected = f"Error: cannot write '{output}': '{open_folder}' is not writable; choose another output\n"
         assert one_line(run.stderr) == expected
     assert tree(open_folder) == before
 
@@ -278,9 +278,9 @@ def test_an_unreadable_source_is_told(open_folder, server):
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        ("file", "file exists and is not a folder; choose another output"),
-        ("file/out", "is not writable; choose another output"),
-        ("link", "link exists and is not a folder; choose another output"),
+        ("file", "'file' exists and is not a folder; choose another output"),
+        ("file/out", "file' is a file; choose another output"),
+        ("link", "nowhere', which is not there; make that folder, or choose another output"),
         ("dense", "dense is not empty and not an artifact of mpoe-convert; nothing in it is touched"),
         ("dense/out", "lie inside each other; choose a folder outside the source"),
         ("dense/empty", "lie inside each other; choose a folder outside the source"),
@@ -304,6 +304,26 @@ def test_impossible_outputs_are_refused_and_lose_nothing(output, expected, sourc
 
 
 # ------------------------------------------------------------------------------------------- overwriting
+
+
+def test_a_link_to_a_folder_stays_one_and_its_folder_is_written(source, tmp_path):
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/empty")
+    convert(Recipe(str(source), **SMALL), tmp_path / "link")
+    with pytest.raises(OutputError, match="link already holds an artifact; pass --overwrite to replace it"):
+        convert(Recipe(str(source), **SMALL), tmp_path / "link")
+    convert(Recipe(str(source), **SMALL), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/empty/config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["empty"]
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "to-file").symlink_to("file")
+    for output, said in (
+        ("loop", "which is not there"),
+        ("to-file", "file', which exists and is not a folder"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            convert(Recipe(str(source), **SMALL), tmp_path / output)
 
 
 def test_overwrite_replaces_an_artifact_and_only_when_asked(source, tmp_path):
@@ -417,7 +437,7 @@ def assert_same_tensors(found: dict, expected: dict) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", ["20kB", "4kB", "1B"])
+@pytest.mark.parametrize("size", ["20kB", "4kB", "1kB"])
 def test_shards_hold_the_tensors_of_the_whole(size, source, tmp_path):
     convert(Recipe(str(source), **SMALL), tmp_path / "whole")
     convert(Recipe(str(source), max_shard_size=size, **SMALL), tmp_path / "shards")

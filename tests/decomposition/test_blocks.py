@@ -61,7 +61,7 @@ def test_the_smaller_side_is_split_into_the_largest_blocks(rows, cols, limit):
     ("limit", "sites", "error"),
     [
         (0, 2, "bond dimension 0 is below 1"),
-        (8, 3, "the blocks layout has 2 sites, found 3: omit --sites"),
+        (8, 3, "the blocks layout has 2 sites, found 3: omit sites"),
         ((8, 8), 2, "2 bond dimensions"),
     ],
 )

@@ -1,5 +1,6 @@
 """Sites: products, limits and counts against brute force; the wording of every error."""
 
+import re
 from dataclasses import replace
 from math import prod
 
@@ -314,7 +315,7 @@ def test_nothing_to_share_names_a_way_out_that_works(layout, num_sites):
     message = str(error.value)
     assert f"{layout} layout cannot split 473 x 689" in message
     assert "neither size has a divisor between 2 and the bond limit 8" in message
-    assert "use --bond-dim 11 or more, --layout balanced, explicit --factors or --kind dense" in (message)
+    assert "use bond_dim 11 or more, layout='balanced', explicit factors or kind='dense'" in message
     assert LAYOUTS[layout](473, 689, 11, num_sites).is_exact
     with pytest.raises(SitesError):
         LAYOUTS[layout](473, 689, 10, num_sites)
@@ -325,11 +326,28 @@ def test_two_primes_cannot_be_balanced():
     with pytest.raises(SitesError) as error:
         balanced(43, 53, 64, 5)
     assert "each size is prime or 1" in str(error.value)
-    assert "--layout one-sided with --bond-dim 43 or more" in str(error.value)
+    assert "layout='one-sided' with bond_dim 43 or more" in str(error.value)
     assert one_sided(43, 53, 43, 5).is_exact
 
 
 @pytest.mark.parametrize("layout", TIED)
+def test_sites_that_would_hold_nothing_are_refused(layout):
+    """The number that is told is the largest whose cores all carry something."""
+
+    def empty(count: int) -> bool:
+        sites = LAYOUTS[layout](512, 768, 8, count)
+        return any(i == o == 1 for i, o in zip(sites.in_dims, sites.out_dims, strict=True))
+
+    with pytest.raises(SitesError, match=r"63 sites \(sites\) are too many for 512 x 768 in the") as error:
+        choose(512, 768, layout=layout, num_sites=63, bond_dim=8)
+    most = int(re.search(r"use (\d+) at most", str(error.value))[1])
+    assert most == max(count for count in range(3, 63, 2) if not empty(count)) > 5
+    assert choose(512, 768, layout=layout, num_sites=most, bond_dim=8).num_sites == most
+    with pytest.raises(SitesError, match="65 sites are more than any matrix fills: use 63 at most"):
+        choose(512, 768, layout=layout, num_sites=65, bond_dim=8)
+
+
+@pytest.mark.parametrize("layout", TIED)
 def test_only_dense_copies_are_left_for_a_prime_vector(layout):
-    with pytest.raises(SitesError, match="; use --kind dense$"):
+    with pytest.raises(SitesError, match="; use kind='dense'$"):
         LAYOUTS[layout](1, 7, 64, 3)

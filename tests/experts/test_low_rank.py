@@ -42,7 +42,7 @@ def test_left_factors_differ_and_separate_the_experts(artifact):
 
 
 def test_a_rank_that_is_none(tiny_gpt2, tmp_path):
-    with pytest.raises(SitesError, match=r"the rank \(--bond-dim\) is 17; expected at most 16"):
+    with pytest.raises(SitesError, match=r"the rank \(bond_dim\) is 17; expected at most 16"):
         convert(Recipe(str(tiny_gpt2), kind="low-rank", bond_dim=17), tmp_path / "out")
     with pytest.raises(RecipeError, match="expected a whole number of at least 1, the rank"):
         Recipe(str(tiny_gpt2), kind="low-rank", bond_dim=(2, 2))

@@ -280,7 +280,7 @@ def test_what_is_there_is_replaced_only_if_it_is_ours_and_only_when_asked(tmp_pa
     [
         ({"expert": 3}, "expert is 3; .* has 3, expected 0 to 2"),
         ({"expert": 1, "calibrate": "builtin"}, "expert and calibrate given"),
-        ({"base": "gpt2"}, "base given with --to dense; expected with --to lora only"),
+        ({"base": "gpt2"}, "base given with to='dense'; expected with to='lora' only"),
         ({"calibrate": "builtin", "calibration_tokens": 0}, "calibration_tokens is 0; expected a whole"),
         ({"calibration_tokens": 10}, "calibration_tokens given without calibrate"),
         ({"to": "gguf"}, "to is 'gguf'; expected one of dense"),

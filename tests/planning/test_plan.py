@@ -91,17 +91,25 @@ def test_an_ffn_that_layers_share_works_once_for_each(tmp_path):
 
 
 def test_layers_are_ranges_and_not_lists(tiny_gpt2):
-    assert len(planned(tiny_gpt2, layers="0-9999999999").ffns) == 2
+    with pytest.raises(
+        RecipeError, match="0-9999999999 ends behind the last FFN, in layer 1; this model has 2"
+    ):
+        planned(tiny_gpt2, layers="0-9999999999")
+    assert len(planned(tiny_gpt2, layers="0-1").ffns) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"layers": "0,99"}, "layers is '0,99', and 99 matches no FFN; this model has 2: h.0, h.1"),
+        ({"layers": "0,99"}, "layers is '0,99', and 99 matches no FFN; this model has 2 FFNs: h.0, h.1"),
         ({"layers": "1,5-8"}, "and 5-8 matches no FFN"),
-        ({"include": ("h.*", "x.*")}, "include 'x.*' matches no FFN; this model has 2: h.0, h.1"),
+        (
+            {"layers": "0,1-2"},
+            "and 1-2 ends behind the last FFN, in layer 1; this model has 2 FFNs: h.0, h.1",
+        ),
+        ({"include": ("h.*", "x.*")}, "include 'x.*' matches no FFN; this model has 2 FFNs: h.0, h.1"),
         ({"exclude": "h.7"}, "exclude 'h.7' matches no FFN"),
-        ({"exclude": "h.?"}, "leave no FFN to convert; this model has 2: h.0, h.1"),
+        ({"exclude": "h.?"}, "leave no FFN to convert; this model has 2 FFNs: h.0, h.1"),
     ],
     ids=str,
 )
@@ -117,9 +125,15 @@ def test_a_choice_that_matches_nothing_is_told(options, said, tiny_gpt2):
         ({"seed": -1}, "seed is -1; expected a whole number from 0 to 2**63 - 1"),
         ({"seed": 2**63}, "expected a whole number from 0 to 2**63 - 1"),
         ({"noise": True}, "noise is True; expected a number"),
-        ({"kind": "dense", "sites": 3}, "sites given with --kind dense; expected with --kind mpo only"),
-        ({"kind": "dense", "factors": "2,2,2x2,2,2"}, "factors given with --kind dense"),
-        ({"kind": "low-rank", "sites": 3}, "sites given with --kind low-rank"),
+        (
+            {"keep": 60},
+            "keep is 60 with 8 experts; expected a share of the dense FFNs' parameters, such as 0.6",
+        ),
+        ({"factors": "2,2x2,2"}, "factors is '2,2x2,2': 2 sites have no central one"),
+        ({"factors": "2,2,2"}, "factors is '2,2,2': the factors '2,2,2' have 0 x instead of one"),
+        ({"kind": "dense", "sites": 3}, "sites given with kind='dense'; expected with kind='mpo' only"),
+        ({"kind": "dense", "factors": "2,2,2x2,2,2"}, "factors given with kind='dense'"),
+        ({"kind": "low-rank", "sites": 3}, "sites given with kind='low-rank'"),
         ({"sites": 5, "factors": "2,2,2x2,2,2"}, "sites is 5 but factors '2,2,2x2,2,2' has 3; give one"),
     ],
     ids=str,

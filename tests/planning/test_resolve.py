@@ -49,7 +49,7 @@ def test_what_is_fitted_to(name, llama):
 @pytest.mark.parametrize("allocation", ["loss", "measured"])
 def test_allocations_that_need_data(allocation, llama):
     recipe = Recipe(llama.source, keep=0.9, allocation=allocation, **SMALL)
-    with pytest.raises(RecipeError, match=f"allocation is '{allocation}'; expected --calibrate with it"):
+    with pytest.raises(RecipeError, match=f"allocation is '{allocation}'; expected calibrate with it"):
         resolve_recipe(recipe, llama)
 
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mpoe_convert.source.paths import did_you_mean, is_path, is_written_like_a_path
+from mpoe_convert.source.paths import is_path, is_written_like_a_path, suggest_path
 
 IDS = ["gpt2", "owner/name", "o/name-v1.5", "openai/whisper-tiny.en", "Qwen/Qwen2.5-0.5B", "a_b/c.d_e-f"]
 LIKE_PATHS = ["", "  ", "./x", "../x", "/x/y", "~/x", "x/", "topics.tx", "data.jsonl"]
@@ -51,4 +51,4 @@ def test_the_nearest_name_in_that_folder(name, near, tmp_path, monkeypatch):
     Path(".hidden").touch()
     Path("data").mkdir()
     Path("data/rows.csv").touch()
-    assert did_you_mean(name) == ("" if near is None else f"; did you mean {near!r}?")
+    assert suggest_path(name) == ("" if near is None else f"; did you mean {near!r}?")

@@ -298,7 +298,7 @@ def test_wrappers_are_taken_off(wrapper, tmp_path):
 def test_a_wrapped_source_is_verified_and_calibrated_by_its_own_numbers(wrapper, tmp_path):
     dense = save_changed("llama", tmp_path / "dense", WRAPPERS[wrapper])
     batches = [{"input_ids": token_ids(2, 9, seed=seed)} for seed in range(4)]
-    report = convert(Recipe(str(dense), keep=9.0, **SMALL), tmp_path / "out", calibration=batches)
+    report = convert(Recipe(str(dense), max_error=1e-6, **SMALL), tmp_path / "out", calibration=batches)
     assert report.divergence.nats < 1e-5
     convert(Recipe(str(dense), **SMALL), tmp_path / "exact")
     assert verify(tmp_path / "exact").ok

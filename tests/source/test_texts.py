@@ -27,15 +27,45 @@ def test_words_that_look_like_nothing(suffix, separator, tmp_path):
 def test_what_is_missing_is_told(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": word}) for word in ["a", None, "b", None]))
-    with pytest.raises(DataError, match=r"rows.jsonl has 2 rows without text"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl' has 2 rows without text \(line 2 has no text\); expected one"
+    ):
         corpus.read([str(path)], Columns(), "causal")
+
+
+GOOD = '{"text": "a"}\n\n{"text": "b"}\n'
+BAD_LINES = {
+    "cut off": (
+        GOOD + '{"text": "c"\n{"text": "d"}\n',
+        r"line 4 is not JSON \(Expecting ',' delimiter, character 13\)",
+    ),
+    "a list": (GOOD + '["c"]\n', "line 4 holds a list, expected an object such as"),
+    "a text": ('"c"\n', "line 1 holds a str, expected an object such as"),
+    "nothing": ("", "it is empty"),
+    "blanks": ("\n\n", "it is empty"),
+    "no text": (GOOD + '{"txt": "c"}\n', r"1 row without text \(line 4 has no text\)"),
+    "a number": (GOOD + '{"text": 7}\n', r"line 4 holds 7 as text\); expected text"),
+    "another encoding": (GOOD + '{"text": "\udce9"}\n', r"line 4 is not in UTF-8 \(byte 11\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_told_by_its_number(case, tmp_path):
+    content, said = BAD_LINES[case]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=said) as error:
+        corpus.read([str(path)], Columns(), "causal")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("cell", "kind"), [(1, "int64"), ([2], "List"), ({"a": "b"}, "dict")])
 def test_columns_that_hold_no_text(cell, kind, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": "a", "target": cell}) for _ in range(2)))
-    with pytest.raises(DataError, match=f"column target of .*rows.jsonl holds {kind}; expected text"):
+    with pytest.raises(
+        DataError, match=f"column target of .*rows.jsonl' holds {kind} .line 1 holds .*; expected text"
+    ):
         corpus.read([str(path)], Columns(), "seq2seq")
     assert corpus.read([str(path)], Columns(), "causal")["text"][:] == ["a", "a"]
 
@@ -72,7 +102,7 @@ def test_columns_that_name_no_class_or_task(what, tmp_path):
     values, kind = NO_NAMES[what]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": "a", "label": value}) for value in values))
-    message = f"^column label of .*rows.jsonl holds ({kind}); expected one name in every row: text, a whole"
+    message = f"^column label of .*rows.jsonl' holds ({kind}); expected one name in every row: text, a whole"
     with pytest.raises(DataError, match=message):
         corpus.read([str(path)], Columns(), "classification")
     with pytest.raises(DataError, match=message):
@@ -107,7 +137,7 @@ def test_a_split_without_labels(named, tmp_path):
     rows = corpus.read([path], Columns(), "classification")
     assert corpus.label_names(rows, "label") == (["x", "y"] if named else ["1"])
     Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=features).to_parquet(path)
-    with pytest.raises(DataError, match=r"^.*test.parquet has rows whose label is -1, which stands for an"):
+    with pytest.raises(DataError, match=r"^.*test.parquet' has rows whose label is -1, which stands for an"):
         corpus.read([path], Columns(), "classification")
     assert len(corpus.read([path], Columns(), "causal")) == 2
 
@@ -137,7 +167,7 @@ def test_a_dataset_on_the_hub(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert lines[:2] == ["['train text']", "['validation text']"], done.stderr[-3000:]
-    assert lines[2].startswith("DataError: me/texts cannot be read: Unknown split") and "dev" in lines[2]
+    assert lines[2].startswith("DataError: 'me/texts' cannot be read: Unknown split") and "dev" in lines[2]
     assert lines[3].startswith("DataError: me/absent is neither a file nor a dataset that can be reached")
     assert hub.fetched("train.jsonl")
 

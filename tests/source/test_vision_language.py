@@ -366,7 +366,7 @@ def test_calibration_on_texts_with_images(model_type, tmp_path):
     stock = getattr(transformers, IMAGE_TO_TEXT).from_pretrained(dense).eval()
     batches = [inputs_with_image(stock, seed) for seed in range(6)]
     recipe = Recipe(str(dense), experts=2, bond_dim=2, noise=0.0)
-    report = convert(recipe.replace(keep=9.0), tmp_path / "out", calibration=batches)
+    report = convert(recipe.replace(max_error=1e-6), tmp_path / "out", calibration=batches)
     assert report.divergence.tokens == batches[-1]["input_ids"].numel()
     assert report.divergence.perplexity is None  # places of images are no text to predict
     assert report.divergence.nats < 1e-6
@@ -380,7 +380,7 @@ def test_calibration_on_text_alone(tmp_path):
     save_tokenizer(dense)
     (tmp_path / "text.txt").write_text(words(2000))
     text = {"calibrate": (str(tmp_path / "text.txt"),), "calibration_tokens": 512}
-    recipe = Recipe(str(dense), experts=2, bond_dim=2, noise=0.0, keep=9.0, **text)
+    recipe = Recipe(str(dense), experts=2, bond_dim=2, noise=0.0, max_error=1e-6, **text)
     found = convert(recipe, tmp_path / "out").divergence
     assert found.nats < 1e-6 and found.perplexity == pytest.approx(found.dense_perplexity, rel=1e-3)
 

@@ -23,8 +23,8 @@ LEVELS = (
     ("artifact", "decomposition"),
     ("source",),
     ("runtime",),
-    ("request",),
-    ("options", "tables", "tensors", "devices", "extras"),
+    ("devices", "request"),
+    ("options", "tables", "tensors", "extras"),
     ("errors",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

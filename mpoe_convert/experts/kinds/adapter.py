@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import experts
 from ...errors import RecipeError
-from ...options import again, described
+from ...options import again, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
 
@@ -29,7 +29,7 @@ ABOUT = "the dense FFN, which they share, and behind it a small adapter each (PE
 class Options(experts.Options):
     """Adapters know no bonds; they start equal, whatever the noise."""
 
-    bond_dim: int = again(
+    bond_dim: int = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
         "bond_dim",
         "Hidden width of an expert's adapter.",
@@ -39,7 +39,9 @@ class Options(experts.Options):
 
     def check_together(self) -> None:
         if self.bias == "per-expert":
-            raise RecipeError("bias is 'per-expert'; kind adapter shares the whole FFN: expected shared")
+            raise RecipeError(
+                f"{called('bias')} is 'per-expert'; kind adapter shares the whole FFN: expected shared"
+            )
 
 
 def terms(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ... import experts
 from ...errors import SitesError
-from ...options import again, described
+from ...options import again, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
 
@@ -28,7 +28,7 @@ ABOUT = "the dense FFN, which they share, plus a low-rank matrix each (LoRA)"
 class Options(experts.Options):
     """Low-rank experts know no bonds; they start equal, whatever the noise."""
 
-    bond_dim: int = again(
+    bond_dim: int = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
         "bond_dim",
         "Rank of an expert's two thin matrices.",
@@ -43,7 +43,7 @@ def terms(
     """See `matrixwise`: the whole matrix, and (in, r) times (r, out) per expert."""
     own = options.bond_dim
     if own > min(rows, cols):
-        raise SitesError(f"the rank (--bond-dim) is {own}; expected at most {min(rows, cols)}")
+        raise SitesError(f"the rank ({called('bond_dim')}) is {own}; expected at most {min(rows, cols)}")
     thin = whole_term(rows, cols, own, shared=False)
     return [whole_term(rows, cols, rank, shared=True), thin], None
 

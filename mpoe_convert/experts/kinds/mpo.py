@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ... import experts
 from ...decomposition import sites as site_layouts
-from ...decomposition.sites import LAYOUTS, SVDS
-from ...errors import RecipeError
-from ...options import again, described, option
+from ...decomposition.sites import LAYOUTS, MOST_SITES, SVDS
+from ...errors import RecipeError, SitesError
+from ...options import Numbers, again, assigned, called, described, option
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, factored
 
@@ -33,58 +33,71 @@ STARTS_EQUAL = False
 ABOUT = "matrix product operators with a shared central tensor and auxiliary tensors of their own"
 
 
+def _read_factors(value: Any) -> Any:
+    """Raises RecipeError for a text that cannot be parsed."""
+    if isinstance(value, str):
+        try:
+            site_layouts.check_num_sites(len(site_layouts.parse_factors(value)[0]))
+        except SitesError as error:
+            raise RecipeError(f"{called('factors')} is {value!r}: {error}") from None
+    return value
+
+
 @described
 class Options(experts.Options):
     """How a matrix becomes a chain of cores."""
 
-    bond_dim: int | tuple[int, ...] = again(
+    bond_dim: Numbers = again(
         experts.Options,
         "bond_dim",
         "Largest bond dimension, the size that neighbouring cores share: one number, or one per bond, such "
         "as 12,64,64,16.",
     )
     layout: str = option(
-        "one-sided",
-        "How the inputs and outputs of a matrix are split among the cores. one-sided, blocks and two-sided "
-        "chains are exact at any --bond-dim; balanced ones, those of the paper, are truncated by it. blocks: "
-        "an expert has a matrix of its own for every block of the smaller side, of --bond-dim features.",
+        default="one-sided",
+        help="How the inputs and outputs of a matrix are split among the cores. one-sided, blocks and "
+        "two-sided chains are exact at any --bond-dim; balanced ones, those of the paper, are truncated by "
+        "it. blocks: an expert has a matrix for every block of --bond-dim features of the smaller side.",
         group="Decomposition",
         choices=LAYOUTS,
     )
     sites: int | None = option(
-        None,
-        "Cores per chain, an odd number.",
+        default=None,
+        help="Cores per chain, an odd number.",
         group="Decomposition",
-        valid=lambda sites: sites >= 3 and sites % 2 == 1,
-        expected="an odd number of at least 3",
+        at_least=3,
+        at_most=MOST_SITES,
+        valid=lambda sites: sites % 2 == 1,
+        expected=f"an odd number from 3 to {MOST_SITES}",
         default_text="3; 5 for --layout balanced, 2 for blocks",
     )
     factors: str | None = option(
-        None,
-        "Sizes that the cores carry, in place of --layout: factors of the hidden size, an x, factors of the "
-        "inner size. 768 x 3072 is 3,4,4,4,4x4,4,8,6,4.",
+        default=None,
+        help="Sizes that the cores carry, in place of --layout: factors of the hidden size, an x, factors of "
+        "the inner size. 768 x 3072 is 3,4,4,4,4x4,4,8,6,4.",
         group="Decomposition",
         metavar="LISTxLIST",
+        read=_read_factors,
     )
     svd: str = option(
-        "auto",
-        "How singular vectors are computed: exact; randomized, faster at truncated bonds and nearly as good; "
-        "or auto, randomized for large matrices with small bonds.",
+        default="auto",
+        help="How singular vectors are computed: exact; randomized, faster at truncated bonds and nearly as "
+        "good; or auto, randomized for large matrices with small bonds.",
         group="Decomposition",
         choices=SVDS,
     )
     gauge: str = option(
-        "canonical",
-        "Which of the equivalent chains is stored. canonical: that of TT-SVD, whose orthogonality centre is "
-        "the central core; identity: the central core is the matrix itself, the outer cores are identities "
-        "(where no bond is truncated).",
+        default="canonical",
+        help="Which of the equivalent chains is stored. canonical: that of TT-SVD, whose orthogonality "
+        "centre is the central core; identity: the central core is the matrix itself, the outer cores "
+        "are identities (where no bond is truncated).",
         group="Decomposition",
         choices=GAUGES,
     )
     neuron_order: str = option(
-        "auto",
-        "Order of an FFN's hidden neurons in truncated chains: auto puts similar neurons next to each other "
-        "where that lowers the error, source leaves them in place.",
+        default="auto",
+        help="Order of an FFN's hidden neurons in truncated chains: auto puts similar neurons next to each "
+        "other where that lowers the error, source leaves them in place.",
         group="Decomposition",
         choices=NEURON_ORDERS,
     )
@@ -93,7 +106,8 @@ class Options(experts.Options):
         given = self.sites is not None and self.factors is not None
         if given and self.sites != num_sites(self):
             raise RecipeError(
-                f"sites is {self.sites} but factors {self.factors!r} has {num_sites(self)}; give one of them"
+                f"{called('sites')} is {self.sites} but {called('factors')} {self.factors!r} has "
+                f"{num_sites(self)}; give one of them"
             )
 
     def resolved(self) -> dict[str, Any]:
@@ -104,17 +118,18 @@ class Options(experts.Options):
 
     def check_budget(self) -> None:
         if self.layout not in WHOLE_CENTRES or self.factors is not None:
-            what = f"layout {self.layout}" if self.factors is None else "explicit factors"
+            what = assigned("layout", self.layout) if self.factors is None else called("factors")
             raise RecipeError(
-                f"--keep and --max-error given with {what}; expected with --layout one-sided or blocks, "
-                "or another --kind (chains of other layouts are truncated by --bond-dim)"
+                f"{called('keep')} and {called('max_error')} given with {what}; expected with "
+                f"{assigned('layout', 'one-sided')} or blocks, or another {called('kind')} (chains of other "
+                f"layouts are truncated by {called('bond_dim')})"
             )
 
 
 def num_sites(options: Options) -> int:
     """Cores per chain."""
     if options.factors is not None:
-        return options.factors.split("x")[0].count(",") + 1
+        return len(site_layouts.parse_factors(options.factors)[0])
     return options.sites or DEFAULT_SITES[options.layout]
 
 
@@ -136,7 +151,7 @@ def terms(
     if options.gauge == "identity" and not sites.is_exact:
         raise RecipeError(
             f"the identity gauge needs full bonds {sites.full_bonds}, found {sites.bonds}; expected a larger "
-            "--bond-dim or --gauge canonical"
+            f"{called('bond_dim')} or {assigned('gauge', 'canonical')}"
         )
     shape = {
         "in_dims": list(sites.in_dims),

@@ -122,11 +122,17 @@ class ExportPlan:
 
 
 # Last: the targets import what stands above.
-_TARGET_OPTIONS = plugin_options("to", Options, {target: load(target).Options for target in TARGETS})
+if TYPE_CHECKING:  # of all targets
+    from .dense import Options as _DenseOptions
+    from .lora import Options as _LoraOptions
+
+    class _TargetOptions(_DenseOptions, _LoraOptions): ...
+else:
+    _TargetOptions = plugin_options("to", Options, {target: load(target).Options for target in TARGETS})
 
 
 @described
-class Export(_TARGET_OPTIONS, WeightFiles, Request):
+class Export(_TargetOptions, WeightFiles, Request):
     """What to write. The options of the targets are fields as well.
 
     Raises:
@@ -136,15 +142,15 @@ class Export(_TARGET_OPTIONS, WeightFiles, Request):
     NOUN = "export"
 
     to: str = option(
-        "dense",
-        f"What to write. {'; '.join(f'{target}: {load(target).ABOUT}' for target in TARGETS)}.",
+        default="dense",
+        help=f"What to write. {'; '.join(f'{target}: {load(target).ABOUT}' for target in TARGETS)}.",
         group="Target",
         choices=TARGETS,
         kw_only=False,
     )
     check: bool = option(
-        True,
-        "Load what was written and compare its outputs with the artifact's.",
+        default=True,
+        help="Load what was written and compare its outputs with the artifact's.",
         group="General",
         default_text="check",
     )

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...errors import ExportError, RequestError
-from ...options import again, default_of, described, in_order, option
+from ...options import LARGEST_COUNT, Texts, again, called, default_of, described, in_order, option
 from ...source.text_options import TextSource
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
@@ -32,9 +32,14 @@ class Options(targets.Options, TextSource):
     """Which expert, or which average of them."""
 
     expert: int | None = option(
-        None, "Number of the expert to write.", group="Target", at_least=0, default_text="0"
+        default=None,
+        help="Number of the expert to write.",
+        group="Target",
+        at_least=0,
+        at_most=LARGEST_COUNT,
+        default_text="0",
     )
-    calibrate: tuple[str, ...] = again(
+    calibrate: Texts = again(
         TextSource,
         "calibrate",
         "Write the average of the experts, weighted by the combine weights that the routers give them on "
@@ -44,10 +49,15 @@ class Options(targets.Options, TextSource):
 
     def check_together(self) -> None:
         if self.expert is not None and self.calibrate:
-            raise RequestError("expert and calibrate given; expected one expert, or the average by a text")
+            raise RequestError(
+                f"{called('expert')} and {called('calibrate')} given; expected one expert, or the average "
+                "by a text"
+            )
         given = [each.name for each in in_order(TextSource) if getattr(self, each.name) != default_of(each)]
         if given and not self.calibrate:
-            raise RequestError(f"{given[0]} given without calibrate; expected the text that it is about")
+            raise RequestError(
+                f"{called(given[0])} given without {called('calibrate')}; expected the text that it is about"
+            )
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ...errors import ExportError, RequestError
-from ...options import described, option
+from ...options import OptionalText, called, described, option
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, dense_tensors, loading, read_bias
@@ -34,19 +34,22 @@ TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SE
 class Options(targets.Options):
     """Which model the adapters go on."""
 
-    base: str | None = option(
-        None,
-        "Folder or Hub id of the model that the adapters go on; its weights have to be what the experts "
+    base: OptionalText = option(
+        default=None,
+        help="Folder or Hub id of the model that the adapters go on; its weights have to be what the experts "
         "share.",
         group="Target",
         metavar="MODEL",
         default_text="written beside them",
     )
-    base_revision: str | None = option(None, "Revision of a --base on the Hub.", group="Target")
+    base_revision: str | None = option(default=None, help="Revision of a --base on the Hub.", group="Target")
 
     def check_together(self) -> None:
         if self.base_revision is not None and self.base is None:
-            raise RequestError("base_revision given without base; expected the revision of a base on the Hub")
+            raise RequestError(
+                f"{called('base_revision')} given without {called('base')}; expected the revision of a "
+                "base on the Hub"
+            )
 
 
 def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None, output: Path) -> ExportPlan:
