@@ -16,6 +16,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from mpoe_convert import Export, Recipe, convert, export, plan, verify
+from mpoe_convert.artifact.verify_child import compare, make_inputs, run
 from mpoe_convert.errors import FamilyError, RecipeError
 from mpoe_convert.source.checkpoint import open_checkpoint
 from mpoe_convert.source.families import FAMILY_OF
@@ -181,16 +182,18 @@ def test_the_artifact_in_bfloat16(tmp_path):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_verify_shows_both_an_image(tmp_path):
-    _, out = converted("llava", tmp_path)
+def test_verify_shows_both_an_image(llava):
+    dense, out = llava
     found = verify(out)
     assert found.ok and found.greedy_agreement == 1 and found.auto_class == IMAGE_TO_TEXT
     assert "in place of an image" in found.inputs
-    path = out / "model.safetensors"
-    tensors = load_file(path)
-    projector = "multi_modal_projector.linear_2.weight"
-    save_file(tensors | {projector: 2 * tensors[projector]}, path, metadata={"format": "pt"})
-    assert not verify(out).ok  # text alone would not show it
+    stock, model = load_pair(dense, out, IMAGE_TO_TEXT)
+    inputs, _ = make_inputs(stock)
+    with torch.no_grad():
+        model.get_parameter("model.multi_modal_projector.linear_2.weight").mul_(2)
+    (ours, tokens), (theirs, expected) = run(model, inputs), run(stock, inputs)
+    difference = compare(ours, theirs, tokens, expected)["relative_difference"]
+    assert difference > found.tolerance  # text alone would not show it
 
 
 def test_gradients_reach_every_expert_tensor(llava):
