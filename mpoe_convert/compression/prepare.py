@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -279,7 +280,8 @@ def _open_run(
     if batches is None:
         batches = make_batches(recipe, checkpoint, token)
     else:
-        batches = (batches,) if isinstance(batches, (str, Mapping)) else tuple(batches)
+        is_one = isinstance(batches, (str, Mapping))  # which is told as no list, or as too few
+        batches = [cast("Batch", batches)] if is_one else list(batches)
         check_batches(batches, checkpoint)
     return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
 

@@ -28,6 +28,16 @@ def test_text_becomes_blocks_spread_over_all_files(llama, tmp_path):
     assert (ids == 3).all(1).sum() == 5 and (ids == 4).any(1).sum() == 5
 
 
+def test_as_many_tokens_are_read_as_asked_or_the_smallest_number_is_told(llama, tmp_path):
+    folder, checkpoint, _, _ = llama
+    (tmp_path / "text.txt").write_text("w3 " * 640)
+    recipe = Recipe(str(folder), keep=1.0, calibrate=tmp_path / "text.txt", calibration_tokens=128)
+    assert sum(batch["input_ids"].numel() for batch in make_batches(recipe, checkpoint)) == 128
+    said = "calibration_tokens is 127; expected at least 128: 2 blocks of 64, of which one is held out"
+    with pytest.raises(RecipeError, match=said):
+        make_batches(recipe.replace(calibration_tokens=127), checkpoint)
+
+
 def test_pairs_for_an_encoder_decoder(tmp_path):
     folder = save_tiny("t5", "AutoModelForSeq2SeqLM", tmp_path / "dense")
     save_tokenizer(folder)
@@ -140,6 +150,18 @@ def test_a_model_that_reads_no_text(tmp_path):
     folder = save_tiny("vit", "AutoModelForImageClassification", tmp_path / "dense")
     with pytest.raises(RecipeError, match="reads pixel_values"):
         plan(Recipe(str(folder), bond_dim=4, keep=1.2, calibrate=("builtin",)))
+
+
+def test_what_is_no_batch_is_told(llama):
+    folder, _, _, batches = llama
+    recipe = Recipe(str(folder), bond_dim=2, keep=1.0)
+    for wrong in ("text.txt", batches[0]["input_ids"], ["text.txt"], [{}], [{"input_ids": [[1, 2]]}], [3]):
+        with pytest.raises(DataError, match="calibration holds .*; expected batches of the model's inputs"):
+            plan(recipe, calibration=wrong)
+    for few, said in ((batches[0], "1 batch;"), ([], "0 batches;")):
+        with pytest.raises(DataError, match=f"calibration has {said} expected two or more"):
+            plan(recipe, calibration=few)
+    assert plan(recipe, calibration=iter(batches)).budget
 
 
 def test_labels_that_leave_nothing_to_score(llama, tmp_path):

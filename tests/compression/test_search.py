@@ -94,8 +94,8 @@ WRONG = [
     ({"keep": None}, "search given without keep; expected keep alone"),
     ({"max_error": 0.5}, "search given with max_error; expected keep alone"),
     ({"search": "yes"}, "search is 'yes'; expected true or false"),
-    ({"metric": "weights", "correct": True, "calibrate": "builtin"}, "correct given with metric weights"),
-    ({}, "search given without --calibrate"),
+    ({"metric": "weights", "correct": True, "calibrate": "builtin"}, "correct given with metric='weights'"),
+    ({}, "search given without calibrate"),
 ]
 
 

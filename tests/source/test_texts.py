@@ -44,7 +44,7 @@ BAD_LINES = {
     "nothing": ("", "it is empty"),
     "blanks": ("\n\n", "it is empty"),
     "no text": (GOOD + '{"txt": "c"}\n', r"1 row without text \(line 4 has no text\)"),
-    "a number": (GOOD + '{"text": 7}\n', r"line 4 holds 7 as text\); expected text"),
+    "a number": ('{"text": "a"}\n{"text": 7}\n', r"line 2 holds 7 as text\); expected text"),
     "another encoding": (GOOD + '{"text": "\udce9"}\n', r"line 4 is not in UTF-8 \(byte 11\)"),
 }
 
