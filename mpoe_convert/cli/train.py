@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..source.texts import check_sources
+from ..training.record import recorded_evaluations
 from ..training.request import Finetuning, Scoring
 from .app import announce, echo_json, one_line_errors
 from .checks import check_models_first
@@ -89,6 +91,8 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
+        if request.record:
+            recorded_evaluations(Path(model))
         check_models_first((model, request.against, request.tokenizer))
         check_sources(request.data)
         announce(f"Scoring {model}", quiet)
