@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ..artifact.layout import read_artifact
 from ..source.texts import check_sources
-from ..training.record import recorded_evaluations
 from ..training.request import Finetuning, Scoring
 from .app import announce, echo_json, one_line_errors
 from .checks import check_models_first
@@ -92,7 +92,7 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
         if request.record:
-            recorded_evaluations(Path(model))
+            read_artifact(Path(model))
         check_models_first((model, request.against, request.tokenizer))
         check_sources(request.data)
         announce(f"Scoring {model}", quiet)
