@@ -319,11 +319,6 @@ def listed(values: Iterable[object]) -> str | None:
     return ",".join(map(str, values)) or None
 
 
-def count(number: int, noun: str) -> str:
-    """(1, "FFN") -> "1 FFN"; (2, "FFN") -> "2 FFNs"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def size(num_bytes: int) -> str:
     """1234567 -> "1.2 MB" (powers of 1,000, as safetensors and the Hub count)."""
     value = float(num_bytes)

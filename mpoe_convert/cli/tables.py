@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..tables import Cell, Table, count, drawn, escape, listed, short_paths, size, warning
+from ..errors import counted
+from ..tables import Cell, Table, drawn, escape, listed, short_paths, size, warning
 
 if TYPE_CHECKING:
     from ..artifact.inspect import Summary
@@ -116,7 +117,7 @@ def print_summary(summary: Summary, out: Console) -> None:
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
         f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
-        f"{count(len(block['ffns']), 'FFN')} of {block['num_experts']} experts, top {block['top_k']}; from "
+        f"{counted(len(block['ffns']), 'FFN')} of {block['num_experts']} experts, top {block['top_k']}; from "
         f"{escape(recipe['model'])}{revision}"
     )
     parts = tuple(

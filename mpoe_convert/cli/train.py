@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..artifact.layout import read_artifact
 from ..source.texts import check_sources
 from ..training.request import Finetuning, Scoring
 from .app import announce, echo_json, one_line_errors
@@ -150,6 +151,8 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
+        if request.record:
+            read_artifact(Path(model))
         check_models_first((model, request.against, request.tokenizer))
         check_sources(request.data)
         announce(f"Scoring {model}", quiet)

@@ -34,7 +34,7 @@ The method is MPOE, [arXiv 2203.01104](https://arxiv.org/abs/2203.01104):
 
 def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
     """Write the card. Front matter that describes the model itself is carried over from the source."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     front = source_front_matter(checkpoint.folder)
     auto = main_auto_class(checkpoint.config, report.plan.model_type)
@@ -46,8 +46,9 @@ def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
         pipeline_tag=carried.pop("pipeline_tag", PIPELINE_TAGS.get(auto)),
         **carried,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}")
-    path.write_text(str(card), encoding="utf-8")
+    # Not by `ModelCard`, which imports the client of the Hub to write the same.
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}"
+    path.write_text(text, encoding="utf-8")
 
 
 def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:

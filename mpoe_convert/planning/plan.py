@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ..artifact.weight_files import num_bytes
 from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
+from ..errors import counted
 from ..experts.ffn import FFNShape, Form
 from ..runtime.shapes import modeling
 from ..source.families import Family
 from ..source.ffn import FFN, Source
-from ..tables import Cell, Shown, Table, count, escape, listed, merge_names, size, warning
+from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warning
 from .recipe import Recipe
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
@@ -362,7 +363,7 @@ class Plan(Shown):
         """See `Shown`."""
         recipe, dense = self.recipe, self.kept_dense
         yield (
-            f"[bold]{escape(self.source)}[/] ({self.model_type}): {count(len(self.ffns), 'FFN')} -> "
+            f"[bold]{escape(self.source)}[/] ({self.model_type}): {counted(len(self.ffns), 'FFN')} -> "
             f"{recipe.experts} experts of kind {recipe.kind}, top {recipe.top_k}"
         )
         if dense:

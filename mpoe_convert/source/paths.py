@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..errors import TrainingError
+from ..errors import TrainingError, nearest
 
 # "name" or "owner/name", as huggingface_hub takes them.
 _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b")
@@ -68,5 +67,5 @@ def suggest_path(name: str) -> str:
     except OSError:
         return ""
     by_lower = {Path(each).stem.lower(): each for each in there} | {each.lower(): each for each in there}
-    near = get_close_matches(path.name.lower(), by_lower, n=1, cutoff=0.7)
-    return f"; did you mean {str(path.with_name(by_lower[near[0]]))!r}?" if near else ""
+    near = nearest(path.name.lower(), by_lower, alike=0.7)
+    return f"; did you mean {str(path.with_name(by_lower[near]))!r}?" if near else ""

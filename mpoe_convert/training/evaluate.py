@@ -136,11 +136,11 @@ def score_models(
         RequestError: there is no such device here.
     """
     check_token(token)
-    texts.check_sources(request.data)
     where = pick_device(request.device)
     model, against, columns, trust = request.model, request.against, request.columns, request.trust
     if request.record:
         recorded_evaluations(Path(model))
+    texts.check_sources(request.data)
     config = load_config(model, token, **trust)
     kind = TASKS[request.task or task_of(config, model, **trust)]
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from ..errors import TrainingError, one_line
+from ..errors import TrainingError, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,7 +37,7 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig, model: s
 def _checked(name: str, value: Any, known: Collection[str], config: PretrainedConfig, model: str) -> Any:
     if name not in known:
         raise TrainingError(
-            f"--option {name}: the config of {model} has no such option{nearest(name, known)}"
+            f"--option {name}: the config of {model} has no such option{_nearest(name, known)}"
         )
     kind = _types(config).get(name)
     if kind is not None:
@@ -73,7 +72,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in arguments.items():
         if name not in defaults:
-            known = nearest(name, defaults)
+            known = _nearest(name, defaults)
             raise TrainingError(f"--set {name}: transformers.TrainingArguments has no such field{known}")
         default = defaults[name]
         kind = type(default)
@@ -85,10 +84,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """ "; nearest is ...": the end of a message about an unknown name."""
-    found = get_close_matches(str(name), sorted(known), n=1, cutoff=0.0)
-    return f"; nearest is {found[0]}" if found else ""
+def _nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    found = nearest(str(name), sorted(known), alike=0.0)
+    return f"; nearest is {found}" if found else ""
 
 
 def _types(config: PretrainedConfig) -> dict[str, type | UnionType]:
