@@ -13,6 +13,7 @@ import click
 
 from ..artifact.layout import read_artifact
 from ..source.texts import check_sources
+from ..training.checkpoints import check_place
 from ..training.request import Finetuning, Scoring
 from .app import announce, echo_json, one_line_errors
 from .checks import check_models_first
@@ -69,6 +70,7 @@ def finetune(
         output = output or named
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
+        check_place(Path(output), resume)
         check_models_first((run.model, run.teacher, run.tokenizer))
         check_sources((*run.data, *run.eval_data))
         announce(f"Fine-tuning {run.model}", quiet)
@@ -78,10 +80,8 @@ def finetune(
 def run_finetuning(
     run: Finetuning, output: str, resume: bool, token: str | None, as_json: bool, quiet: bool
 ) -> None:
-    from ..training.checkpoints import check_place
     from .progress import is_main_process, training_progress
 
-    check_place(Path(output), resume)  # before the imports, which take seconds
     again = continuing_command(click.get_current_context())
     with _told_how_to_go_on(Path(output), again), training_progress(not quiet) as shown:
         report = _train(run, output, resume, token, shown)

@@ -42,6 +42,7 @@ from .checkpoints import (
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
 from .interrupts import StopOnSignal
+from .library import PartialState, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from .option_names import check_arguments, check_options
 from .request import Finetuning
 from .roles import freeze, has_centre
@@ -62,13 +63,6 @@ from .trainer import (
     Watch,
     check_weights,
 )
-
-try:
-    from accelerate import PartialState
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-except ImportError:
-    need("finetune", "accelerate", "datasets", extra="train")
-    raise
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,10 +116,9 @@ def finetune(
         Interrupted: a signal ended the run, and its checkpoint is saved; a KeyboardInterrupt.
     """
     need("finetune", "accelerate", "datasets", extra="train")
-    texts.check_sources((*run.data, *run.eval_data))
-
     run, output = Finetuning.of(run), as_path("output", output)
     check_token(token)
+    texts.check_sources((*run.data, *run.eval_data))
     with writing_into(output):
         return _finetune(run, output, resume, token, progress, watch or _silent)
 

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import pyarrow
 import torch
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from torch import Tensor, nn
 
@@ -47,6 +47,8 @@ def hash_of_examples(examples: Dataset) -> str:
 
 def _numbers(column: pyarrow.ChunkedArray) -> Iterator[pyarrow.Array]:
     """The numbers of a column in order; of lists their lengths before."""
+    import pyarrow
+
     if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
         yield from (chunk.value_lengths() for chunk in column.chunks)
         yield from (chunk.flatten() for chunk in column.chunks)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from ..errors import TrainingError
 from .intervals import bootstrap, bootstrap_interval, draw_samples
+from .library import TrainerCallback
 from .tasks import PERPLEXITY, Task
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+
+from .library import TrainerCallback
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -18,18 +18,11 @@ from torch.nn import functional as F
 from .. import experts
 from ..artifact.loading import HoldsMixtures
 from ..errors import OutputError, TrainingError, few, one_line
-from ..extras import need
 from .checkpoints import PARTIAL, Record, find_checkpoint, what_is_left, write_record
+from .library import Trainer, TrainerCallback, rotate_checkpoints
 from .request import Finetuning
 from .roles import mask_centre, param_groups
 from .router_stats import router_stats
-
-try:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_utils import rotate_checkpoints
-except ImportError:
-    need("fine-tuning", "accelerate", "datasets", extra="train")
-    raise
 
 if TYPE_CHECKING:
     from torch import nn

@@ -60,7 +60,7 @@ REFUSED = {
     "a full output": (["dense", "-o", "full"], "full is not empty and not an artifact", None),
     "an output that is a file": (
         ["dense", "-o", "topics.txt"],
-        "topics.txt exists and is not a folder",
+        "'topics.txt' exists and is not a folder",
         None,
     ),
     "an option": (["dense", "-o", "out", "--experts", "1"], "expected", None),

@@ -13,7 +13,7 @@ from tensorly.tt_matrix import TTMatrix
 
 from mpoe_convert.decomposition import mpo
 from mpoe_convert.decomposition.mpo import fit, relative_error
-from mpoe_convert.decomposition.sites import LAYOUTS, SVDS, Sites, choose, explicit
+from mpoe_convert.decomposition.sites import LAYOUTS, SVDS, Sites, balanced, choose, explicit
 from mpoe_convert.errors import CheckpointError, SitesError
 from mpoe_convert.runtime.modeling_mpoe import contract_chain
 
@@ -218,7 +218,7 @@ def test_bonds_that_cannot_exist_are_clipped(method):
 @pytest.mark.parametrize("limit", [5, FULL])
 @pytest.mark.parametrize("num_sites", [3, 5, 7])
 def test_the_gram_shortcut_changes_nothing(monkeypatch, num_sites, limit):
-    sites = choose(96, 144, layout="balanced", num_sites=num_sites, bond_dim=limit)
+    sites = balanced(96, 144, limit, num_sites)
     matrix = decaying(sites, 0.5)
     short = fit(matrix, sites)
     monkeypatch.setattr(mpo, "_MAX_GRAM", 0)

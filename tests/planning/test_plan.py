@@ -190,7 +190,7 @@ def edit(folder: Path, drop: str = "\0", **config) -> None:
 @pytest.mark.parametrize(
     ("model_type", "drop", "config", "said"),
     [
-        ("gpt2", "h.1.mlp.", {}, "transformer.h.1.mlp.c_fc.weight missing; found 1 FFNs, expected 2"),
+        ("gpt2", "h.1.mlp.", {}, "transformer.h.1.mlp.c_fc.weight missing; found 1 FFN, expected 2"),
         ("gpt2", "h.1.mlp.", {"n_layer": None}, "expected 2 by the layers that have tensors"),
         ("gpt2", "h.0.", {"n_layer": None}, "transformer.h.0.mlp.c_fc.weight missing"),
         ("gpt2", "h.1.", {}, "expected 2 by config.json"),

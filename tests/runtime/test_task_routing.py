@@ -214,7 +214,7 @@ def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path)
         )
     with pytest.raises(TrainingError, match="no routers that choose by task"):
         finetune(Finetuning(str(dense), data, **QUICK | {"routed_by": "about"}), tmp_path / "no")
-    with pytest.raises(DataError, match="needs \\['about'\\]"):
+    with pytest.raises(DataError, match="needs about"):
         plain = write(tmp_path / "plain.jsonl", rows(task))
         finetune(Finetuning(str(out), plain, **QUICK | {"routed_by": "about"}), tmp_path / "no")
 

@@ -313,7 +313,7 @@ def test_a_missing_ffn_is_named(tmp_path):
     path = dense / "model.safetensors"
     tensors = {k: v for k, v in load_file(path).items() if "layers.1.mlp.up_proj" not in k}
     save_file(tensors, path, metadata={"format": "pt"})
-    told = r"model\.language_model\.layers\.1\.mlp\.up_proj\.weight missing; found 1 FFNs, expected 2"
+    told = r"model\.language_model\.layers\.1\.mlp\.up_proj\.weight missing; found 1 FFN, expected 2"
     with pytest.raises(FamilyError, match=told):
         plan(Recipe(str(dense), **SMALL))
 
@@ -334,7 +334,7 @@ def test_layers_without_an_ffn_stay_as_they_are(tmp_path):
     dense, out = tmp_path / "dense", tmp_path / "out"
     transformers.NemotronHForCausalLM(config).save_pretrained(dense)
     recipe = Recipe(str(dense), ffn="layers.{}.mixer:up_proj,down_proj", **SMALL)
-    with pytest.raises(RecipeError, match=r"2 matches no FFN; this model has 2: layers\.1, layers\.3"):
+    with pytest.raises(RecipeError, match=r"2 matches no FFN; this model has 2 FFNs: layers\.1, layers\.3"):
         plan(recipe.replace(layers="2"))
     convert(recipe, out)
     ffns = json.loads((out / "config.json").read_text())["mpoe"]["ffns"]
