@@ -31,6 +31,28 @@ def quiet_transformers():
     transformers.logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def verification_in_process():
+    """Exports and verification compare in this process, not in one of their own, which takes seconds."""
+    from helpers.verification import in_process
+
+    from mpoe_convert.artifact import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_run_child", in_process)
+        yield
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """Verification in a process of its own, as users run it."""
+    from helpers.verification import in_a_process
+
+    from mpoe_convert.artifact import verify
+
+    monkeypatch.setattr(verify, "_run_child", in_a_process)
+
+
 @pytest.fixture
 def test_data() -> Path:
     """The folder with real checkpoints and text; tests that need it are skipped without it."""

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from mpoe_convert.artifact.verify_child import (
     damaged_outputs,
     encode,
     lacking,
-    main,
     make_inputs,
     make_texts,
     run,
@@ -144,24 +142,6 @@ def test_against_takes_the_folder(artifact, monkeypatch):
 # Checkpoints that lack what their class has
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The comparison runs here, not in a process of its own, which takes seconds."""
-
-    def run_child(request):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(request.to_json()))
-        hooks = list(sys.meta_path)
-        try:
-            result = json.loads(json.dumps(main()))
-        finally:
-            sys.meta_path[:] = hooks
-        if "error" in result:
-            raise VerifyError(result["error"])
-        return result
-
-    monkeypatch.setattr(verification, "_run_child", run_child)
-
-
 def save_without(model_type: str, folder: Path) -> Path:
     """A checkpoint that AutoModel loads with weights that it makes up, or without its decoder."""
     if model_type == "t5":
@@ -174,7 +154,7 @@ def save_without(model_type: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "vit", "t5"])
-def test_a_checkpoint_without_a_pooler_is_whole(model_type, in_process, tmp_path):
+def test_a_checkpoint_without_a_pooler_is_whole(model_type, tmp_path):
     """Both loads make a pooler up; the artifact is given the dense model's, so that all outputs compare."""
     source = save_without(model_type, tmp_path / "dense")
     convert(Recipe(str(source), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")
@@ -190,7 +170,7 @@ def test_a_checkpoint_without_a_pooler_is_whole(model_type, in_process, tmp_path
         verify(tmp_path / "out")
 
 
-def test_the_backbone_of_a_checkpoint_for_masked_tokens(in_process, tmp_path):
+def test_the_backbone_of_a_checkpoint_for_masked_tokens(tmp_path):
     folder = save_tiny("bert", "AutoModelForMaskedLM", tmp_path / "dense")
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]  # so that AutoModel is what loads it
@@ -213,7 +193,7 @@ def test_without_a_reference_layers_may_not_be_missing():
 
 
 @pytest.fixture
-def trained(tmp_path, in_process) -> Path:
+def trained(tmp_path) -> Path:
     """An artifact as `finetune` leaves it."""
     source = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
     convert(Recipe(str(source), experts=2, bond_dim=4, noise=0.0), tmp_path / "out")

@@ -647,7 +647,7 @@ def verified(*args: str):
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_verify_accepts_clones_that_are_exact(here):
+def test_verify_accepts_clones_that_are_exact(here, own_process):
     ok("dense", "-o", "out", "--noise", "0", *SMALL)
     code, said = verified("out")
     assert (code, said["ok"], said["top1_agreement"], said["greedy_agreement"]) == (0, True, 1.0, 1.0)

@@ -198,10 +198,10 @@ def test_chains_fitted_to_outputs_keep_perplexity_lower(test_data, tmp_path):
     """At the same bonds: TT-SVD, inputs weighed by their size, and the alternating fit."""
     source = test_data / "checkpoints/llama-stories260k"
     text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
-    held_out = windows_of(source, text[:40_000], 256, 24)
+    held_out = windows_of(source, text[:40_000], 256, 12)
     train = str(test_data / "text/mix/train_tinystories.txt")
     common = {"experts": 2, "noise": 0.0, "layout": "balanced", "sites": 3, "bond_dim": 7}
-    common |= {"calibration_tokens": 16384}
+    common |= {"calibration_tokens": 8192}
     dense = perplexity(load(source), held_out)
     found, reports = [], []
     for metric in ("weights", "diagonal", "outputs"):
@@ -221,8 +221,8 @@ def test_better_metrics_keep_perplexity_lower(test_data, tmp_path):
     """On held-out text: plain SVD, then SVD-LLM's whitening, then the loss's metric, then corrected."""
     source = test_data / "checkpoints/llama-stories260k"
     text = (test_data / "text/mix/heldout_tinystories_heldout.txt").read_text(encoding="utf-8")
-    held_out = windows_of(source, text[:40_000], 256, 24)
-    common = {"experts": 2, "bond_dim": 2, "noise": 0.0, "keep": 0.6, "calibration_tokens": 16384}
+    held_out = windows_of(source, text[:40_000], 256, 12)
+    common = {"experts": 2, "bond_dim": 2, "noise": 0.0, "keep": 0.6, "calibration_tokens": 8192}
     common["calibrate"] = (str(test_data / "text/mix/train_tinystories.txt"),)
     ways = [
         {"metric": "weights", "allocation": "uniform"},

@@ -2,8 +2,9 @@
 
 An artifact wrapped by DDP or FSDP2 against the bare model.
 
-Every process prints the relative differences of the loss, of the worst gradient, and of the logits after an
-optimizer's step, with matrices cached before it.
+Arguments: a folder and a way to wrap its model, and so on. Of each every process prints the relative
+differences of the loss, of the worst gradient, and of the logits after an optimizer's step, with matrices
+cached before it.
 """
 
 import sys
@@ -64,9 +65,7 @@ def trained(model, batches: list[torch.Tensor]) -> tuple[float, dict, torch.Tens
     return float(loss.detach()), gradients, logits
 
 
-def main() -> None:
-    folder, how = Path(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo")
+def compare(folder: Path, how: str) -> None:
     rank = dist.get_rank()
     bare = load(str(folder), how)
     batches = [batch_of(r, bare.config.vocab_size) for r in range(dist.get_world_size())]
@@ -80,8 +79,14 @@ def main() -> None:
         "logits": difference(found[2], expected[2]),
     }
     text = " ".join(f"{name}={value:.3e}" for name, value in numbers.items())
-    sys.stdout.write(f"rank {rank}: {text}\n")  # in one piece: the other rank writes as well
+    sys.stdout.write(f"{how} rank {rank}: {text}\n")  # in one piece: the other rank writes as well
     sys.stdout.flush()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for folder, how in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        compare(Path(folder), how)
     dist.destroy_process_group()
 
 

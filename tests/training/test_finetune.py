@@ -144,7 +144,7 @@ def test_the_rate_of_what_experts_own(kind, factor, artifact, text, tmp_path):
 def test_steps_that_are_masked_are_those_of_the_seed(artifact, text, tmp_path):
     _, out = artifact("gpt2")
     moved, expected = [], []
-    for seed in range(6):
+    for seed in range(3):
         run = Finetuning(str(out), text, **QUICK | {"steps": 2, "warmup": 0}, skip_centre=0.75, seed=seed)
         finetune(run, tmp_path / str(seed))
         roles = {role_of(n) for n in changed(weights(out), weights(tmp_path / str(seed)))}
@@ -175,7 +175,7 @@ def test_a_teacher_heals(artifact, tmp_path):
 
     goal = logits(dense)
     distances = {"before": (logits(out) - goal).norm()}
-    options = QUICK | {"steps": 60, "batch_size": 8, "save_every": 100, "learning_rate": 3e-3}
+    options = QUICK | {"steps": 30, "batch_size": 8, "save_every": 100, "learning_rate": 3e-3}
     for name, weight in (("labels", None), ("logits", 0.0), ("hidden", 1.0)):
         teacher = {} if weight is None else {"teacher": str(dense), "hidden_weight": weight}
         run = Finetuning(str(out), str(path), **options, **teacher, teacher_weight=0.9)
