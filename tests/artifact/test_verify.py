@@ -138,6 +138,13 @@ def test_against_takes_the_folder(artifact, monkeypatch):
     ]
 
 
+def test_the_code_that_is_verified_cannot_import_this_package(artifact, own_process):
+    with (artifact / "modeling_mpoe.py").open("a") as file:
+        file.write("\nimport mpoe_convert\n")
+    with pytest.raises(VerifyError, match="the artifact does not load or run: .*mpoe_convert"):
+        verify(artifact, against="./dense")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints that lack what their class has
 

@@ -234,7 +234,7 @@ def test_half_precision_says_that_routers_are_computed_in_it(tmp_path):
     assert {str(t.dtype) for n, t in tensors.items() if ".experts." in n} == {"torch.bfloat16"}
 
 
-def test_a_trained_llama_as_a_mixtral(test_data, tmp_path, own_process):
+def test_a_trained_llama_as_a_mixtral(test_data, tmp_path):
     """On a real checkpoint, checked by `export` itself."""
     source = test_data / "checkpoints" / "llama-stories260k"
     convert(Recipe(str(source), experts=4, bond_dim=16, noise=0.3), tmp_path / "out")

@@ -37,7 +37,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, T
 
 def execute(program, args):
     if program == "mpoe-convert":
-        main(args, prog_name=program)
+        sys.argv = [program, *args]
+        main()
     elif args[0] == "-c":
         sys.argv = ["-c", *args[2:]]
         sys.path.insert(0, "")

@@ -99,10 +99,15 @@ def test_which_chains_act_on_the_activations(name):
     assert module.acts == (name not in ("two-sided", "balanced", "two shared runs"))
 
 
-@pytest.mark.parametrize("bias", [None, "shared", "per-expert"])
+# Every term in every way with a bias; a bias is added alike to all of them.
+GRADIENTS = [
+    (name, way, "per-expert") for name in (*TERMS, "lora") for way in ("each", "sizes", "ends", "one")
+]
+GRADIENTS += [("lora", way, bias) for way in ("each", "one") for bias in (None, "shared")]
+
+
 @pytest.mark.parametrize("rebuild", [False, True], ids=["apply", "rebuild"])
-@pytest.mark.parametrize("way", ["each", "sizes", "ends", "one"])
-@pytest.mark.parametrize("name", [*TERMS, "lora"])
+@pytest.mark.parametrize(("name", "way", "bias"), GRADIENTS)
 def test_gradients_of_a_projection(name, way, rebuild, bias):
     """Finite differences in float64, for the rows and for every core; one expert has no row."""
     spec = {"terms": LORA if name == "lora" else [TERMS[name]], "bias": bias}

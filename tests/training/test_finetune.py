@@ -237,7 +237,6 @@ def kill_while_saving(step: int, monkeypatch) -> dict:
     ("model_type", "how", "at"),
     [
         ("gpt2", kill(3), 2),
-        ("llama", kill(6), 4),
         ("gpt2", interrupt(3, signal.SIGINT), 3),
         ("llama", interrupt(5, signal.SIGTERM), 5),
         ("gpt2", kill_while_saving, 2),
