@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,6 +256,13 @@ class OptionGroup:
         if not fits or (value == () and default_of(each) is MISSING):
             raise self.ERROR(f"{called(each)} is {given!r}; expected {_expected(each, given)}")
         return value
+
+
+def in_home(given: Any) -> Any:
+    """A name, or each of a list, with the user's home for a "~" at its beginning; anything else as it is."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(in_home, given))
+    return os.path.expanduser(given) if isinstance(given, str) else _plain(given)
 
 
 def types_of(hint: Any) -> tuple:

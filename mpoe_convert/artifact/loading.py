@@ -16,7 +16,7 @@ from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.hub import asked_once
-from ..source.paths import check_model_name
+from ..source.repository import local_folder
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
 from .reader import Artifact
@@ -59,10 +59,12 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
             without it, if there is no other code.
 
     Raises:
-        TrainingError: `name` is a missing folder, does not load, has custom code that is not trusted, or
+        CheckpointError: `name` is a missing folder.
+        HubError: it is no Hub id either, or is on the Hub, which cannot be reached.
+        TrainingError: it does not load, has custom code that is not trusted, or
             lacks weights of layers.
     """
-    check_model_name(name)
+    local_folder(name)  # which raises
     with asked_once(name):
         return _from_pretrained(auto, name, trust_remote_code, options)
 

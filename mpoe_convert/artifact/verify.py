@@ -21,7 +21,7 @@ from ..request import as_path, as_text, check_token
 from ..source.architecture import custom_heads, main_auto_class
 from ..source.hub import check_available, variables_for
 from ..source.json_files import read_json_object
-from ..source.paths import is_path, suggest_path
+from ..source.paths import exists, is_dir, is_path, suggest_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .fingerprint import is_about, weights_of
@@ -232,7 +232,7 @@ def verify(
     was_local = not is_named and revision is None
     against = against or base_of(folder, report)
     # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
-    is_local = revision is None and Path(against).is_dir()
+    is_local = revision is None and is_dir(against)
     training = _training_report(folder)
     absent = None
     if not is_local and (was_local or is_path(against)):
@@ -387,7 +387,7 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
 
 def _is_shadowed(model: str) -> bool:
     """Whether a folder here has the name of this Hub id, so that transformers would load it instead."""
-    return not Path(model).is_absolute() and Path(model).exists()
+    return not Path(model).is_absolute() and exists(model)
 
 
 def _tolerance(report: dict) -> float:

@@ -20,6 +20,7 @@ from ..planning.recipe import parse_size
 from ..request import as_path, as_text, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
+from ..source.paths import is_dir
 from ..source.texts import check_sources
 from . import targets
 from .card import write_export
@@ -183,7 +184,7 @@ def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
     request = ChildRequest(
         against=str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
         revision=checkpoint.revision,
-        artifact=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        artifact=str(Path(model).resolve()) if is_dir(model) else model,
         artifact_revision=checked.base_revision,
         auto_class=main_auto_class(source.config, source.model_type),
         trust_remote_code=(True, source.architecture.code is not None),

@@ -26,6 +26,14 @@ def damaged(repo: str, what: str) -> str:
     )
 
 
+def no_id(model_id: str | None) -> str:
+    """The message about a name that is of no folder and cannot be an id."""
+    return (
+        f"{one_line(repr(model_id))} is neither a folder here nor a Hub id "
+        f"(expected 'name' or 'owner/name'): check the path ({RELATIVE}) or the id"
+    )
+
+
 def explain(exc: BaseException, model_id: str | None = None, revision: str | None = None) -> HubError:
     """Turn anything that `huggingface_hub` raises while reading into one HubError of one line.
 
@@ -45,10 +53,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     if isinstance(exc, HubError):
         return exc
     if isinstance(exc, errors.HFValidationError):
-        return HubError(
-            f"{repo} is neither a folder here nor a Hub id (expected 'name' or 'owner/name'): "
-            f"check the path ({RELATIVE}) or the id"
-        )
+        return HubError(no_id(model_id))
     if isinstance(exc, errors.LocalEntryNotFoundError) and _reason(exc) is not exc:
         return explain(_reason(exc), model_id, revision)
     if isinstance(exc, errors.HfHubHTTPError):

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from ..errors import CheckpointError, HubError
 from . import hub
-from .paths import is_written_like_a_path, local, suggest_path
+from .hub_errors import no_id
+from .paths import is_dir, is_file, is_path, is_written_like_a_path, local, suggest_path
 from .safetensors_file import TensorInfo, tensor_info
 
 
@@ -151,11 +152,12 @@ def local_folder(model: str) -> Path | None:
 
     Raises:
         CheckpointError: there is a file of that name, or the name means a folder that is not there.
+        HubError: it is no folder, and cannot be an id.
     """
     path = local(model)
-    if path.is_dir() and model.strip():  # Path("") would be the current folder
+    if is_dir(path) and model.strip():  # Path("") would be the current folder
         return path
-    if path.is_file():
+    if is_file(path):
         raise CheckpointError(
             f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
             f"pass its folder, {path.parent}"
@@ -164,4 +166,6 @@ def local_folder(model: str) -> Path | None:
         raise CheckpointError(
             f"there is no folder {model!r}: check the path, or pass a Hub id{suggest_path(model)}"
         )
+    if is_path(model):
+        raise HubError(f"{no_id(model)}{suggest_path(model)}")
     return None

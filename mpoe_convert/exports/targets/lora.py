@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ...errors import ExportError, RequestError
-from ...options import OptionalText, called, described, option
+from ...options import OptionalText, called, described, in_home, option
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, dense_tensors, loading, read_bias
@@ -40,6 +40,7 @@ class Options(targets.Options):
         "share.",
         group="Target",
         metavar="MODEL",
+        read=in_home,
         default_text="written beside them",
     )
     base_revision: str | None = option(default=None, help="Revision of a --base on the Hub.", group="Target")
