@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TrainingError, few, one_line
+from ..options import switched
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
@@ -80,8 +81,7 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     except (OSError, ValueError, RuntimeError) as error:
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
-                f"{name} has custom code: read it, and pass --trust-remote-code "
-                "(trust_remote_code=True) to run it"
+                f"{name} has custom code: read it, and pass {switched('trust_remote_code')} to run it"
             ) from error
         raise TrainingError(f"{name} cannot be loaded: {_reason(error)}") from error
     if not is_model:

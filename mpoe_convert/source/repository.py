@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import CheckpointError, HubError
+from ..options import called
 from . import hub
 from .hub_errors import no_id
 from .paths import is_dir, is_file, is_path, is_written_like_a_path, local, suggest_path
@@ -120,8 +121,8 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
         raise CheckpointError(
-            f"--revision {revision!r} was given, but {model} is a local folder: "
-            "drop --revision, or pass a Hub id"
+            f"{called('revision')} {revision!r} was given, but {model} is a local folder: "
+            f"drop {called('revision')}, or pass a Hub id"
         )
     return Folder(model, folder)
 

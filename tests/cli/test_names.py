@@ -1,5 +1,7 @@
 """Names that users give: too long for a file, or with "~" for their home; every command tells alike."""
 
+import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from helpers.tiny import save_tiny
 from mpoe_convert import Export, Finetuning, Recipe
 from mpoe_convert.artifact.inspect import inspect
 from mpoe_convert.cli import main
+from mpoe_convert.cli.checks import check_output_first
+from mpoe_convert.cli.progress import silence_libraries
 from mpoe_convert.errors import RequestError
 from mpoe_convert.training.request import Scoring
 
@@ -109,3 +113,26 @@ def test_the_same_mistake_has_one_wording(home):
 def test_python_s_callers_are_told_of_long_names_too(home):
     with pytest.raises(RequestError, match=r"^folder is 'a pasted sentence.*\.\.\., too long a name"):
         inspect(SENTENCE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_what_a_killed_run_left_beside_a_link_s_target_is_named(home, capsys):
+    (home / "disk" / ".out.abcdefgh.partial").mkdir(parents=True)
+    (home / "disk" / ".out.abcdefgh.partial" / "lock").touch()
+    (home / "disk" / "out").mkdir()
+    (home / "out").symlink_to("disk/out")
+    check_output_first("out", overwrite=False, quiet=False)
+    left = home / "disk" / ".out.abcdefgh.partial"
+    assert capsys.readouterr().err == f"Removed {left}, which a run that was killed had left.\n"
+    assert not left.exists()
+
+
+def test_datasets_does_not_tell_of_errors_beside_us():
+    """It logs what it raises, which is told in one line of our own."""
+    logger = logging.getLogger("datasets")
+    before = logger.level
+    try:
+        silence_libraries()
+        assert not logging.getLogger("datasets.packaged_modules.json.json").isEnabledFor(logging.ERROR)
+    finally:
+        logger.setLevel(before)
