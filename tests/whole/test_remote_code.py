@@ -318,7 +318,7 @@ def test_code_does_not_run_without_trust(tmp_path):
     folder, mark = marked("minstrel", tmp_path)
     source, text = str(folder), tmp_path / "text.txt"
     text.write_text(TEXT)
-    told = r"(?s)minstrel.*configuration_minstrel.py, modeling_minstrel.py.*--trust-remote-code"
+    told = r"(?s)minstrel.*configuration_minstrel.py, modeling_minstrel.py.*trust_remote_code=True"
     for ask in (lambda: plan(Recipe(source)), lambda: convert(Recipe(source), tmp_path / "out")):
         with pytest.raises(FamilyError, match=told) as error:
             ask()
