@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,6 +169,16 @@ def assigned(name: str, *values: object) -> str:
     return f"{name}={' or '.join(map(repr, values))}"
 
 
+def switched(name: str) -> str:
+    """An option that is switched on: "overwrite=True"; "--overwrite" on the command line."""
+    return called(name) if _BY_FLAG.get() else f"{name}=True"
+
+
+def switched_off(name: str) -> str:
+    """An option that is switched off: "check=False"; "--no-check" on the command line."""
+    return called(f"no_{name}") if _BY_FLAG.get() else f"{name}=False"
+
+
 # ---------------------------------------------------------------------------------------------------
 # Classes of options
 
@@ -257,6 +268,13 @@ class OptionGroup:
         return value
 
 
+def in_home(given: Any) -> Any:
+    """A name, or each of a list, with the user's home for a "~" at its beginning; anything else as it is."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(in_home, given))
+    return os.path.expanduser(given) if isinstance(given, str) else _plain(given)
+
+
 def types_of(hint: Any) -> tuple:
     """The types of a union, or the one type."""
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -333,10 +351,10 @@ def _expected(each: Field, given: Any) -> str:
         bool: "true or false",
         int: "a whole number",
         float: "a number",
-        str: "text (quote it in a YAML file)",
+        str: "some text" if isinstance(given, str) else "text",
     }
-    if isinstance(given, str) and members[0] is str:
-        words[str] = "some text"
+    if members[0] is str and isinstance(given, (bool, int, float)):
+        words[str] = "text (quote it in a YAML file)"
     noun = words.get(members[0], "names and values, as {name: value}")
     such_as = "" if about.such_as is None else f", such as {about.such_as}"
     return f"{noun}{_range_in_words(about, given)}{such_as}"

@@ -7,7 +7,9 @@ options of all plug-ins as flat fields (`plugin_options`) and refuses those that
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, make_dataclass
@@ -200,10 +202,20 @@ def as_path(name: str, given: Any) -> Path:
 
 
 def as_text(name: str, given: Any) -> str:
-    """The same as text, where "./model" is a path and "model" may be a Hub id. Raises RequestError."""
+    """The same as text, where "./model" is a path and "model" may be a Hub id; "~" is the user's home.
+
+    Raises:
+        RequestError: it is something else, or a name that no file can have.
+    """
     if not isinstance(given, (str, PathLike)) or not str(given).strip() or "\0" in str(given):
         raise RequestError(f"{called(name)} is {one_line(repr(given), 60)}; expected a path")
-    return str(given)
+    text = os.path.expanduser(given)
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(f"{called(name)} is {one_line(repr(given), 60)}, too long a name") from error
+    return text
 
 
 def check_token(token: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .options import called
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,7 +25,8 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if largest > torch.finfo(dtype).max:
             short = str(dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{name} holds values up to {largest:.3g}, too large for {short}; use another --dtype"
+                f"{name} holds values up to {largest:.3g}, too large for {short}; use another "
+                f"{called('dtype')}"
             )
     return tensor.to(dtype)
 
@@ -37,3 +39,16 @@ def check_finite(tensor: Tensor, name: str = "the matrix") -> None:
         raise CheckpointError(
             f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places; repair the source first"
         )
+
+
+def broken_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold NaN or infinities."""
+    return [name for name, parameter in model.named_parameters() if _num_broken(parameter)]
+
+
+def _num_broken(parameter: torch.Tensor) -> int:
+    """How many values are NaN or infinite; of a shard those of all processes."""
+    from torch.distributed.tensor import DTensor
+
+    found = (~torch.isfinite(parameter)).sum()
+    return int(found.full_tensor() if isinstance(found, DTensor) else found)

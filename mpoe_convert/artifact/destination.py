@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import CheckpointError, HubError, RequestError, one_line
-from ..options import called
+from ..options import called, switched
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
 from ..source.json_files import read_json_object
@@ -65,7 +65,8 @@ class Destination:
             raise RequestError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")
         if self.create_pr and self.branch:
             raise RequestError(
-                "a pull request is opened against the main branch: leave out --branch or --create-pr"
+                "a pull request is opened against the main branch: leave out "
+                f"{called('branch')} or {called('create_pr')}"
             )
 
 
@@ -125,8 +126,8 @@ def survey(to: Destination, api: HfApi) -> Found:
     if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
         there = ", ".join(sorted(files - OF_THE_HUB)[:4])
         raise HubError(
-            f"'{to.repo_id}' holds something else ({there}): choose another name, or pass --overwrite to "
-            "commit over it"
+            f"'{to.repo_id}' holds something else ({there}): choose another name, or pass "
+            f"{switched('overwrite')} to commit over it"
         )
     return found
 
@@ -136,7 +137,7 @@ def _check_role(user: dict, to: Destination) -> None:
     if token.get("role") == "read":  # the Hub itself checks fine-grained tokens
         raise HubError(
             f"the token of {user['name']} may only read, and a push writes to '{to.repo_id}': make one with "
-            "write permission and use it by `hf auth login` or --token"
+            f"write permission and use it by `hf auth login` or {called('token')}"
         )
 
 
@@ -144,14 +145,15 @@ def _check_visibility(info: ModelInfo, to: Destination) -> None:
     if to.private and not info.private:
         raise HubError(
             f"'{to.repo_id}' is there already and public: make it private on its settings page, or leave "
-            "--private out"
+            f"{called('private')} out"
         )
 
 
 def _check_new(user: dict, to: Destination) -> None:
     if to.create_pr:
         raise HubError(
-            f"there is no repository '{to.repo_id}' to propose anything to: leave out --create-pr to make it"
+            f"there is no repository '{to.repo_id}' to propose anything to: leave out "
+            f"{called('create_pr')} to make it"
         )
     owner = to.repo_id.partition("/")[0]
     owners = [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, OutputError
+from ..options import switched
 from ..source.json_files import read_json_object
 from .layout import EXPORT_REPORT_FILE, is_artifact, read_artifact
 
@@ -105,7 +106,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         what = "export" if is_export else "artifact"
-        raise OutputError(f"{output} already holds an {what}; pass --overwrite to replace it")
+        raise OutputError(f"{output} already holds an {what}; pass {switched('overwrite')} to replace it")
     try:
         report = read_json_object(output / EXPORT_REPORT_FILE) if is_export else read_artifact(output)[1]
         files = [Path(name) for name in report.get("files", ())]

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..request import as_path
 from ..source.safetensors_file import TensorInfo, read_header
 from .layout import MODELING_FILE, file_names, read_artifact
 
@@ -61,7 +62,7 @@ def inspect(folder: str | Path) -> Summary:
     Raises:
         CheckpointError: the folder is no artifact of this tool, or a weight file is damaged.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     config, report = read_artifact(folder)
     tensors: list[TensorInfo] = []
     for path in sorted(folder.glob("*.safetensors")):

@@ -14,7 +14,7 @@ from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
 from ..source.hub import CHAT_TEMPLATES
 from ..source.json_files import read_json_object, write_json
-from ..source.paths import stays_inside, suggest_path
+from ..source.paths import exists, is_dir, is_file, stays_inside, suggest_path
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 from ..source.sentence_encoder import module_files
@@ -38,7 +38,7 @@ def is_artifact(folder: Path) -> bool:
         config = read_json_object(folder / "config.json")
     except (OSError, CheckpointError):
         return False
-    return "mpoe" in config and (folder / REPORT_FILE).is_file()
+    return "mpoe" in config and is_file(folder / REPORT_FILE)
 
 
 def read_artifact(folder: Path) -> tuple[dict, dict]:
@@ -48,10 +48,10 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
         CheckpointError: the folder is no artifact of this tool, or its report is damaged.
     """
     if not is_artifact(folder):
-        what = "is not an artifact of mpoe-convert" if folder.is_dir() else "is not a folder"
+        what = "is not an artifact of mpoe-convert" if is_dir(folder) else "is not a folder"
         raise CheckpointError(
             f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
-            f"config.json with an mpoe block{'' if folder.exists() else suggest_path(str(folder))}"
+            f"config.json with an mpoe block{'' if exists(folder) else suggest_path(str(folder))}"
         )
     path = folder / REPORT_FILE
     try:
@@ -82,7 +82,7 @@ def base_of(artifact: Path, report: dict) -> str:
     """
     named = report["base_model"]
     place = artifact / str(report["base_path"]) if report.get("base_path") else None
-    if place is None or not place.is_dir() or (os.path.isdir(named) and os.path.samefile(named, place)):
+    if place is None or not is_dir(place) or (is_dir(named) and os.path.samefile(named, place)):
         return named
     return str(place.resolve())
 

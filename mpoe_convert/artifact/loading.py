@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TrainingError, few, one_line
+from ..options import switched
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.hub import asked_once
-from ..source.paths import check_model_name
+from ..source.repository import local_folder
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
 from .reader import Artifact
@@ -59,10 +60,12 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
             without it, if there is no other code.
 
     Raises:
-        TrainingError: `name` is a missing folder, does not load, has custom code that is not trusted, or
+        CheckpointError: `name` is a missing folder.
+        HubError: it is no Hub id either, or is on the Hub, which cannot be reached.
+        TrainingError: it does not load, has custom code that is not trusted, or
             lacks weights of layers.
     """
-    check_model_name(name)
+    local_folder(name)  # which raises
     with asked_once(name):
         return _from_pretrained(auto, name, trust_remote_code, options)
 
@@ -78,8 +81,7 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     except (OSError, ValueError, RuntimeError) as error:
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
-                f"{name} has custom code: read it, and pass --trust-remote-code "
-                "(trust_remote_code=True) to run it"
+                f"{name} has custom code: read it, and pass {switched('trust_remote_code')} to run it"
             ) from error
         raise TrainingError(f"{name} cannot be loaded: {_reason(error)}") from error
     if not is_model:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FamilyError
+from ..options import called
 from ..runtime.shapes import functions, modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
@@ -299,8 +300,8 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     if family is None:
         raise FamilyError(
             f"{model_type} is not in the table of families or has custom code, and {checkpoint.source} "
-            f"has no {REPORT_FILE} that says where its FFNs were (--ffn): put the report of the conversion "
-            "beside the weights"
+            f"has no {REPORT_FILE} that says where its FFNs were ({called('ffn')}): put the report of the "
+            "conversion beside the weights"
         )
     return family
 

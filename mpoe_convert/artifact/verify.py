@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, RequestError, VerifyError, few
-from ..options import called
+from ..options import called, switched, switched_off
 from ..request import as_path, as_text, check_token
 from ..source.architecture import custom_heads, main_auto_class
 from ..source.hub import check_available, variables_for
 from ..source.json_files import read_json_object
-from ..source.paths import is_path, suggest_path
+from ..source.paths import exists, is_dir, is_path, suggest_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .fingerprint import is_about, weights_of
@@ -232,13 +232,14 @@ def verify(
     was_local = not is_named and revision is None
     against = against or base_of(folder, report)
     # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
-    is_local = revision is None and Path(against).is_dir()
+    is_local = revision is None and is_dir(against)
     training = _training_report(folder)
     absent = None
     if not is_local and (was_local or is_path(against)):
         absent = (
-            f"the dense model {against} is not a folder here; expected "
-            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with --against"
+            f"the dense model {against} is not a folder here{_nor_there(folder, report, against)}; expected "
+            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with "
+            f"{called('against')}"
             f"{suggest_path(against)}"
         )
         if training is None or is_named:
@@ -255,8 +256,8 @@ def verify(
     has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
         raise VerifyError(
-            f"the dense model {against} has custom code: read it, and pass --trust-remote-code "
-            "(trust_remote_code=True) to run it"
+            f"the dense model {against} has custom code: read it, and pass "
+            f"{switched('trust_remote_code')} to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
     trusted = trust_remote_code and (has_own_code or has_own_tokenizer(folder) or is_named)
@@ -286,6 +287,14 @@ def verify(
         contradictions=tuple(_contradictions(folder, config, report, training)),
         **_NOT_COMPARED | result,
     )
+
+
+def _nor_there(folder: Path, report: dict, against: str) -> str:
+    """Where else the dense model was looked for, for a message."""
+    if against != report["base_model"] or not report.get("base_path"):
+        return ""
+    place = os.path.normpath(folder.resolve() / str(report["base_path"]))
+    return "" if place == os.path.abspath(against) else f", nor is {place}"
 
 
 # Of an artifact without a dense model to compare it with.
@@ -373,21 +382,24 @@ def compare_export(request: ChildRequest, tolerance: float | None) -> Comparison
     if tolerance is not None and not found.relative_difference <= tolerance:
         raise VerifyError(
             "the export does not compute what the artifact does: the outputs differ by a relative "
-            f"{found.relative_difference:.2g}, expected at most {tolerance:g}; nothing was kept (--no-check "
-            "keeps it all the same)"
+            f"{found.relative_difference:.2g}, expected at most {tolerance:g}; {_unchecked()}"
         )
     if found.tokenizer_difference is not None:
         raise VerifyError(
             f"the export's tokenizer encodes {found.tokenizer_agreement:.1%} of the texts as the artifact's, "
             f"expected all, and not {found.tokenizer_difference!r}: transformers loads another class for its "
-            "model type; nothing was kept (--no-check keeps it all the same)"
+            f"model type; {_unchecked()}"
         )
     return found
 
 
+def _unchecked() -> str:
+    return f"nothing was kept ({switched_off('check')} keeps it all the same)"
+
+
 def _is_shadowed(model: str) -> bool:
     """Whether a folder here has the name of this Hub id, so that transformers would load it instead."""
-    return not Path(model).is_absolute() and Path(model).exists()
+    return not Path(model).is_absolute() and exists(model)
 
 
 def _tolerance(report: dict) -> float:

@@ -69,7 +69,7 @@ def main() -> dict:
     except Exception as error:
         if not request["is_trained"]:
             return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
-        expected, found["reference_error"] = None, _line(error)
+        expected, found["reference_error"] = None, request["absent"] or _line(error)
     try:
         revision = request["artifact_revision"] or "main"
         model, info = auto.from_pretrained(

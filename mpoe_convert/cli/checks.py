@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,16 +10,14 @@ import click
 
 from ..artifact.folder import check_output, remove_leftovers
 from ..errors import OutputError
-from ..source.hub import check_available
-from ..source.paths import check_model_name
-from ..source.repository import suggesting
+from ..source.repository import check_model
 
 
 def check_output_first(output: str, overwrite: bool, quiet: bool) -> None:
     """Check the output, and name and remove what a killed run left beside it. Raises OutputError."""
     check_output(Path(output), overwrite)
     try:
-        leftovers = remove_leftovers(Path(output))
+        leftovers = remove_leftovers(Path(os.path.realpath(output)))
     except OSError as error:
         raise OutputError(f"the folder of the output {output} cannot be read: {error.strerror}") from error
     if not quiet:
@@ -29,7 +28,4 @@ def check_output_first(output: str, overwrite: bool, quiet: bool) -> None:
 def check_models_first(models: Iterable[str | None]) -> None:
     """Check that models are folders, or Hub ids that could be looked up. Raises MpoeError."""
     for model in filter(None, models):
-        check_model_name(model)
-        if not Path(model).is_dir():
-            with suggesting(model):
-                check_available(model)
+        check_model(model)

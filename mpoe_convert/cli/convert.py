@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..planning.recipe import Recipe
+from ..request import as_text
 from ..source.repository import check_model
 from ..source.texts import check_sources
 from .app import announce, echo_json, one_line_errors
@@ -70,7 +71,7 @@ def convert(
     with one_line_errors(verbose, quiet):
         pushing = {name: options.pop(name) for name in PUSH_NAMES}
         recipe, named = request_of(Recipe, options, config, model)
-        output = output or named or ""
+        output = as_text("output", output or named) if output or named else ""
         if not (output or dry_run):
             raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
         check_model(recipe.model, recipe.revision)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..exports.targets import Export
+from ..request import as_text
 from ..source.repository import check_model
 from ..source.texts import check_sources
 from .app import announce, echo_json, one_line_errors
@@ -42,6 +43,7 @@ def export(
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Export, options)
+        artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
         check_model(artifact, revision)
         check_sources(request.calibrate)

@@ -60,6 +60,7 @@ def silence_libraries() -> None:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are told in our words
 
 
 def silence_hub() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..artifact.layout import read_artifact
+from ..request import as_text
 from ..source.texts import check_sources
 from ..training.checkpoints import check_place
 from ..training.request import Finetuning, Scoring
@@ -70,6 +71,7 @@ def finetune(
         output = output or named
         if not output:
             raise click.UsageError("Missing option '-o' / '--output'.")
+        output = as_text("output", output)
         check_place(Path(output), resume)
         check_models_first((run.model, run.teacher, run.tokenizer))
         check_sources((*run.data, *run.eval_data))
@@ -152,8 +154,8 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
         if request.record:
-            read_artifact(Path(model))
-        check_models_first((model, request.against, request.tokenizer))
+            read_artifact(Path(request.model))
+        check_models_first((request.model, request.against, request.tokenizer))
         check_sources(request.data)
         announce(f"Scoring {model}", quiet)
         from ..training.evaluate import score_models

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..decomposition.low_rank import factor, thin_side
 from ..errors import DataError, RecipeError
+from ..options import called
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..source.matrices import read_matrix
 from .batches import num_tokens, token_rows
@@ -79,7 +80,8 @@ def check_correctable(run: DenseRun) -> None:
     if tokens is not None and tokens < needed:
         raise DataError(
             f"correct was asked for with {tokens:,} calibration tokens beside those held out; expected "
-            f"the {needed:,} that least squares of {needed:,} inputs need: raise --calibration-tokens"
+            f"the {needed:,} that least squares of {needed:,} inputs need: raise "
+            f"{called('calibration_tokens')}"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..artifact.loading import from_pretrained
 from ..errors import CheckpointError
+from ..options import called
 from ..planning.plan import FFNPlan
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
@@ -35,7 +36,8 @@ def check_activations(values: Tensor, where: str) -> None:
     if not torch.isfinite(values.sum()):
         raise CheckpointError(
             f"the dense model's activations at {where} hold NaN or Inf; expected a model that computes "
-            "finite numbers on the calibration text (try the --dtype of its training, or other text)"
+            f"finite numbers on the calibration text (try the {called('dtype')} of its training, or other "
+            "text)"
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from .. import __version__
 from ..compression.divergence import Divergence
 from ..errors import counted
-from ..planning.plan import BROKEN_ERROR, NOTICEABLE_ERROR, Plan
+from ..options import called
+from ..planning.plan import BROKEN_ERROR, NOTICEABLE_ERROR, Plan, works_at_once
 from ..tables import Cell, Shown, Table, listed, warning
 
 # Above this divergence from the dense model, in nats per token, a compressed model has lost much of it.
@@ -165,7 +166,7 @@ class Report(Shown):
             warnings.append(
                 f"truncation lost most of the model: the relative error of {worst.name} is "
                 f"{worst.relative_error:.2f}. The converted model will not work before it is retrained. "
-                "For a model that works at once, use --layout one-sided or two-sided, or larger bonds."
+                + works_at_once()
             )
         elif worst.relative_error > NOTICEABLE_ERROR:
             warnings.append(
@@ -179,7 +180,7 @@ class Report(Shown):
             return []
         return [
             f"the noise changed the clones by {self.max_drift:.2f} of their norm. The model may not work "
-            "before it is retrained. Lower --noise."
+            f"before it is retrained. Lower {called('noise')}."
         ]
 
     def _compression_warnings(self) -> list[str]:
@@ -190,10 +191,11 @@ class Report(Shown):
         if found is None:
             return [
                 "matrices were truncated without calibration. Expect worse outputs until the model is "
-                "fine-tuned; --calibrate keeps what matters on your text."
+                f"fine-tuned; {called('calibrate')} keeps what matters on your text."
             ]
         far = found.distance > (BROKEN_ERROR if found.nats is None else BROKEN_NATS)
-        heal = f"Raise {'--keep' if self.plan.budget else '--bond-dim'}, or heal it with finetune --teacher."
+        size = called("keep" if self.plan.budget else "bond_dim")
+        heal = f"Raise {size}, or heal it with finetune, {called('teacher')}."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 
     def matrices_table(self) -> Table:

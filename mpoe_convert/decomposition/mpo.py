@@ -27,6 +27,7 @@ from tensorly.tt_matrix import TTMatrix
 from torch import Tensor
 
 from ..errors import SitesError
+from ..options import assigned, called
 from ..tensors import check_finite
 from .sites import SVDS, Sites
 
@@ -205,7 +206,7 @@ def _identity(unfolding: Tensor, block: _Block) -> tuple[list[Tensor], list[floa
         if bond != width * in_dim * out_dim:
             raise SitesError(
                 f"the identity gauge needs full bonds, and one is {bond} of {width * in_dim * out_dim}; "
-                "expected a larger --bond-dim or --gauge canonical"
+                f"expected a larger {called('bond_dim')} or {assigned('gauge', 'canonical')}"
             )
         core = torch.eye(bond, dtype=unfolding.dtype, device=unfolding.device)
         shape = (bond, in_dim, out_dim, width) if block.from_right else (width, in_dim, out_dim, bond)

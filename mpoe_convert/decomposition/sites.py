@@ -23,6 +23,7 @@ from math import isqrt, prod
 
 from ..errors import SitesError
 from ..options import assigned, called
+from ..runtime.shapes import modeling
 
 Dims = tuple[int, ...]
 
@@ -101,12 +102,8 @@ class Sites:
     @property
     def copies(self) -> Dims:
         """How many matrices every core has: one, or one per block if it is untied."""
-        ins, outs = self.in_dims, self.out_dims
-        apart = self.untied or (False,) * self.num_sites
-        return tuple(
-            (prod(ins[k + 1 :]) if k < self.centre else prod(outs[:k])) if is_untied else 1
-            for k, is_untied in enumerate(apart)
-        )
+        term = {"in_dims": self.in_dims, "out_dims": self.out_dims, "untied": self.untied}
+        return tuple(modeling().count_copies(term))
 
     @property
     def core_params(self) -> Dims:

@@ -15,6 +15,7 @@ from ..artifact.reader import Artifact
 from ..compression.batches import Batch, make_batches, token_rows
 from ..compression.stream import keep_no_cache, run_batch
 from ..errors import ExportError
+from ..options import called
 from .targets import Export
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def measure_expert_weights(source: Artifact, request: Export) -> dict[str, Mappi
     if source.options["router_tasks"] is not None:
         raise ExportError(
             f"the routers of {source.checkpoint.source} choose by task, so a text does not say how much "
-            "weight they give an expert; expected one --expert"
+            f"weight they give an expert; expected one {called('expert')}"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
     model = load_artifact(source, dtype="auto")

@@ -16,10 +16,12 @@ from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..extras import need
+from ..options import assigned, called
 from ..planning.recipe import parse_size
 from ..request import as_path, as_text, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
+from ..source.paths import is_dir
 from ..source.texts import check_sources
 from . import targets
 from .card import write_export
@@ -109,7 +111,7 @@ def export(
     source = open_artifact(str(model), revision=revision, token=token)
     expert_weights = None
     if request.calibrate:
-        need("export --calibrate", "datasets", extra="calibrate")
+        need(f"export, {called('calibrate')},", "datasets", extra="calibrate")
         from .average import measure_expert_weights
 
         expert_weights = measure_expert_weights(source, request)
@@ -118,7 +120,7 @@ def export(
     tensors = [tensor for part in plan.parts for tensor in part.tensors]
     check_space(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
     for extra, libraries in target.NEEDS.items():
-        need(f"export --to {request.to}", *libraries, extra=extra)
+        need(f"export, {assigned('to', request.to)},", *libraries, extra=extra)
     with staged(output, overwrite) as folder:
         for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
             if progress:
@@ -183,7 +185,7 @@ def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:
     request = ChildRequest(
         against=str(checkpoint.folder.resolve()) if checkpoint.revision is None else checkpoint.source,
         revision=checkpoint.revision,
-        artifact=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        artifact=str(Path(model).resolve()) if is_dir(model) else model,
         artifact_revision=checked.base_revision,
         auto_class=main_auto_class(source.config, source.model_type),
         trust_remote_code=(True, source.architecture.code is not None),

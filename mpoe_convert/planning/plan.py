@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..artifact.weight_files import num_bytes
 from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
 from ..errors import counted
 from ..experts.ffn import FFNShape, Form
+from ..options import assigned, called
 from ..runtime.shapes import modeling
 from ..source.families import Family
 from ..source.ffn import FFN, Source
@@ -19,14 +20,16 @@ from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warn
 from .recipe import Recipe
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
-if TYPE_CHECKING:
-    pass
-
-
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
 # weights, 0.76 turns text into noise (see examples/benchmarks, "How much error is too much").
 BROKEN_ERROR = 0.4
 NOTICEABLE_ERROR = 0.02
+
+
+def works_at_once() -> str:
+    """The advice about truncation that loses most of a model."""
+    exact = assigned("layout", "one-sided", "two-sided", "blocks")
+    return f"For a model that works at once, use {exact}, or larger bonds."
 
 
 @dataclass(frozen=True)
@@ -293,14 +296,15 @@ class Plan(Shown):
             warnings.append(
                 f"an expert owns less than a thousandth of the parameters of {alone[0]}"
                 f"{f' and {len(alone) - 1} others' if len(alone) > 1 else ''}: experts can hardly differ. "
-                "Raise --bond-dim."
+                f"Raise {called('bond_dim')}."
             )
         experts = self.recipe.experts
         grown = [m.name for m in self.matrices if m.sites and m.stored_params > experts * m.dense_params]
         if grown:
             warnings.append(
                 f"{grown[0]} stores more parameters than {experts} dense copies would: the auxiliary tensors "
-                "are too large for this matrix. Lower --bond-dim, or use --kind dense."
+                f"are too large for this matrix. Lower {called('bond_dim')}, or use "
+                f"{assigned('kind', 'dense')}."
             )
         return warnings
 
@@ -320,8 +324,7 @@ class Plan(Shown):
             return [f"truncation will change the weights: {estimate}. {words}"]
         return [
             f"truncation will lose most of the model: {estimate}. The converted model will not work before "
-            "it is retrained. For a model that works at once, use --layout one-sided or two-sided, or larger "
-            "bonds."
+            f"it is retrained. {works_at_once()}"
         ]
 
     def to_json(self) -> dict[str, Any]:

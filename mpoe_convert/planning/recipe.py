@@ -11,7 +11,7 @@ from .. import experts
 from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
-from ..options import LARGEST_COUNT, OptionGroup, Text, Texts, assigned, called, described, option
+from ..options import LARGEST_COUNT, OptionGroup, Text, Texts, assigned, called, described, in_home, option
 from ..request import Request, plugin_options
 from ..source.text_options import TextSource
 
@@ -98,7 +98,9 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
 
     NOUN = "recipe"
 
-    model: Text = option(help="Hub id or local folder of a dense checkpoint.", kw_only=False, flag="MODEL")
+    model: Text = option(
+        help="Hub id or local folder of a dense checkpoint.", kw_only=False, flag="MODEL", read=in_home
+    )
     revision: str | None = option(default=None, help="Branch, tag or commit of a Hub model.", group="Source")
     trust_remote_code: bool = option(
         default=False,

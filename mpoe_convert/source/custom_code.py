@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FamilyError
+from ..options import called, switched
 from . import hub
 from .architecture import Architecture, custom_heads, knows
 from .sentence_encoder import module_code
@@ -45,7 +46,7 @@ def admit(
             files = ", ".join(sorted({f"{module}.py" for _, module in names}))
             raise FamilyError(
                 f"transformers has no model type {config['model_type']!r}, and {source} has custom code "
-                f"({files}): read it, and pass --trust-remote-code (trust_remote_code=True) to run it"
+                f"({files}): read it, and pass {switched('trust_remote_code')} to run it"
             )
         _check_has_stock_head(source, config, names)
         return {key: value for key, value in config.items() if key != "auto_map"}, None
@@ -56,7 +57,7 @@ def admit(
     if "AutoConfig" in auto_map and not custom_heads(auto_map):
         raise FamilyError(
             f"{source} has a custom config ({auto_map['AutoConfig']}) and no custom model that uses it; "
-            "leave out --trust-remote-code to use the classes of transformers"
+            f"leave out {called('trust_remote_code')} to use the classes of transformers"
         )
     return config | {"auto_map": localised(auto_map)}, _gather(folder, names, token)
 
@@ -83,7 +84,7 @@ def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]
         files = ", ".join(sorted({f"{module}.py" for _, module in names}))
         raise FamilyError(
             f"{source} is a {heads[0]} of custom code ({files}); transformers' {config['model_type']} "
-            "may compute something else: read it, and pass --trust-remote-code (trust_remote_code=True)"
+            f"may compute something else: read it, and pass {switched('trust_remote_code')}"
         )
 
 

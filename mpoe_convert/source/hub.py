@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import HubError, one_line
 from .hub_errors import damaged, explain, is_connection, is_offline
+from .paths import is_dir
 from .sentence_encoder import ENCODER_PATTERNS, module_files
 
 # Companions: files that travel with the weights unchanged. The Hub matches case-sensitively, hence the
@@ -140,7 +141,7 @@ def asked_once(name: str) -> Iterator[None]:
     Raises:
         HubError: there is no connection, or offline mode is on, and the cache lacks what the block needs.
     """
-    reason = None if Path(name).is_dir() else _why_not_asked()
+    reason = None if is_dir(name) else _why_not_asked()
     with _by_the_cache(reason is not None):
         try:
             yield
@@ -194,7 +195,7 @@ def _why_not_asked() -> Exception | None:
 
 def variables_for(model: str) -> dict[str, str]:
     """Environment variables for a process that loads a model: offline mode, if the Hub cannot be reached."""
-    return {} if Path(model).is_dir() or unreachable() is None else {"HF_HUB_OFFLINE": "1"}
+    return {} if is_dir(model) or unreachable() is None else {"HF_HUB_OFFLINE": "1"}
 
 
 # Hubs that have answered this process: they are not asked again whether they do.

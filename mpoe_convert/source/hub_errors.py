@@ -9,6 +9,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..errors import HubError, one_line
+from ..options import called
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -23,6 +24,14 @@ def damaged(repo: str, what: str) -> str:
     return (
         f"{repo} holds a safetensors file whose header is not valid ({what}): the upload is "
         "damaged, tell its owner"
+    )
+
+
+def no_id(model_id: str | None) -> str:
+    """The message about a name that is of no folder and cannot be an id."""
+    return (
+        f"{one_line(repr(model_id))} is neither a folder here nor a Hub id "
+        f"(expected 'name' or 'owner/name'): check the path ({RELATIVE}) or the id"
     )
 
 
@@ -45,10 +54,7 @@ def explain(exc: BaseException, model_id: str | None = None, revision: str | Non
     if isinstance(exc, HubError):
         return exc
     if isinstance(exc, errors.HFValidationError):
-        return HubError(
-            f"{repo} is neither a folder here nor a Hub id (expected 'name' or 'owner/name'): "
-            f"check the path ({RELATIVE}) or the id"
-        )
+        return HubError(no_id(model_id))
     if isinstance(exc, errors.LocalEntryNotFoundError) and _reason(exc) is not exc:
         return explain(_reason(exc), model_id, revision)
     if isinstance(exc, errors.HfHubHTTPError):
@@ -85,7 +91,7 @@ def _http(exc: HfHubHTTPError, repo: str, revision: str | None) -> str:
     if isinstance(exc, errors.GatedRepoError):
         return (
             f"{repo} is gated: accept its conditions on its Hub page, then run `hf auth login` "
-            "or pass --token of that account"
+            f"or pass {called('token')} of that account"
         )
     if isinstance(exc, errors.DisabledRepoError):
         return f"{repo} has been disabled on the Hub: choose another source"
@@ -96,18 +102,18 @@ def _http(exc: HfHubHTTPError, repo: str, revision: str | None) -> str:
         )
     if isinstance(exc, errors.EntryNotFoundError):
         file = str(exc.response.request.url).split("/resolve/")[-1].partition("/")[2] or "a requested file"
-        return f"{repo} has no file '{file}': check the id and --revision"
+        return f"{repo} has no file '{file}': check the id and {called('revision')}"
     if status == 401 and "credentials" in str(exc):
-        return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
+        return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid {called('token')}"
     if isinstance(exc, errors.RepositoryNotFoundError):
         return (
             f"{repo} is neither a folder here nor a repository on the Hub that you can see: check the "
-            f"spelling ({RELATIVE}); if it is private, run `hf auth login` or pass --token"
+            f"spelling ({RELATIVE}); if it is private, run `hf auth login` or pass {called('token')}"
         )
     if status in (401, 403):
         return (
-            f"the Hub refused access to {repo} (HTTP {status}): run `hf auth login` or pass --token of "
-            "an account that may read it"
+            f"the Hub refused access to {repo} (HTTP {status}): run `hf auth login` or pass "
+            f"{called('token')} of an account that may read it"
         )
     if status == 429:
         return f"the Hub's rate limit is reached (HTTP 429) for {repo}: log in, or wait and try again"
@@ -125,7 +131,8 @@ def explain_writing(exc: BaseException, repo_id: str) -> HubError:
     repo = f"'{repo_id}'"
     if isinstance(exc, errors.LocalTokenNotFoundError):
         return HubError(
-            f"nobody is logged in to write to {repo}: run `hf auth login`, set HF_TOKEN or pass --token"
+            f"nobody is logged in to write to {repo}: run `hf auth login`, set HF_TOKEN or pass "
+            f"{called('token')}"
         )
     if isinstance(exc, errors.HfHubHTTPError):
         return HubError(_http_writing(exc, repo))
@@ -147,7 +154,7 @@ def _http_writing(exc: HfHubHTTPError, repo: str) -> str:
     if isinstance(exc, errors.RevisionNotFoundError):
         return f"{repo} has no such branch{said}: expected one that is there, or a name for a new one"
     if status == 401 and not isinstance(exc, errors.RepositoryNotFoundError):
-        return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid --token"
+        return f"the Hub refused the token for {repo}: run `hf auth login` or pass a valid {called('token')}"
     if isinstance(exc, errors.RepositoryNotFoundError) or status == 404:
         return (
             f"there is no repository {repo} that this token may see: check the name, and the account by "
@@ -156,14 +163,14 @@ def _http_writing(exc: HfHubHTTPError, repo: str) -> str:
     if status in (402, 403):
         return (
             f"the Hub does not let this token write to {repo} (HTTP {status}{said}): use one with the "
-            "permission to write there, by `hf auth login` or --token"
+            f"permission to write there, by `hf auth login` or {called('token')}"
         )
     if status in (409, 412):
         return f"{repo} was changed meanwhile (HTTP {status}{said}): look at it, then run again"
     if status == 413:
         return (
             f"the Hub refused a file for {repo} as too large (HTTP 413): convert again with a smaller "
-            "--max-shard-size"
+            + called("max_shard_size")
         )
     if status == 429:
         return (

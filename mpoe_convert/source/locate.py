@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import FamilyError, counted
+from ..options import called
 from .architecture import Architecture, knows
 from .families import FAMILIES, Family, Spelling, _inside
 from .ffn import FFN, Source
@@ -241,10 +242,11 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
     if nearest is not None:
         message += f"; nearest is {nearest[0].model_types[0]}"
     if found := proposals(architecture, {*names, *module_names(architecture, names).values()}):
-        return f"{message}; to name the FFNs by hand: " + " or ".join(f'--ffn "{each}"' for each in found)
+        texts = " or ".join(f'{called("ffn")} "{each}"' for each in found)
+        return f"{message}; to name the FFNs by hand: {texts}"
     return (
         f"{message}; no module in its layers computes down(act(up(x))) or down(act(gate(x)) * up(x)) and "
-        "nothing else, so there is none that --ffn could name"
+        f"nothing else, so there is none that {called('ffn')} could name"
     )
 
 
@@ -307,7 +309,7 @@ def check_alike(architecture: Architecture, family: Family, chosen: Iterable[FFN
         if row != expected:
             raise FamilyError(
                 f"the FFN of {ffn.path} is built differently from that of {first} ({row}, not {expected}); "
-                f"convert only layers that are built like {first}: --layers"
+                f"convert only layers that are built like {first}: {called('layers')}"
             )
 
 
@@ -369,7 +371,8 @@ def _parse_by_hand(ffn: str) -> tuple[str, str, tuple[str, ...]]:
     match = re.fullmatch(r"([\w.]+\.)?(\w*\{\}\w*)\.([\w.]+):(\w+),(\w+)(?:,(\w+))?", ffn)
     if not match:
         raise FamilyError(
-            f'--ffn is "{ffn}"; expected "LAYERS.{{}}.SLOT:up,down" or "LAYERS.{{}}.SLOT:gate,up,down"'
+            f'{called("ffn")} is "{ffn}"; expected "LAYERS.{{}}.SLOT:up,down" or '
+            '"LAYERS.{}.SLOT:gate,up,down"'
         )
     return (match[1] or "") + match[2], match[3], tuple(name for name in match.groups()[3:] if name)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..errors import TrainingError, nearest
+from ..errors import nearest
+from ..options import in_home
+
+# Of a name that no file can have, because it is too long or holds a NUL, these say False; `Path`'s raise.
+exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile
 
 # "name" or "owner/name", as huggingface_hub takes them.
 _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b")
@@ -38,17 +43,9 @@ def is_written_like_a_path(name: str) -> bool:
     return bool(PureWindowsPath(plain).drive or _ENDING.fullmatch(plain))
 
 
-def check_model_name(name: str) -> None:
-    """Check that a name which means a model's folder names one that is there. Raises TrainingError."""
-    if is_path(name) and not Path(name).is_dir():
-        raise TrainingError(
-            f"{name} is not a folder; expected the folder of a model, or a Hub id{suggest_path(name)}"
-        )
-
-
 def local(name: str) -> Path:
     """The path that a name stands for; "~" is the user's home."""
-    return Path(name).expanduser() if name.startswith("~") else Path(name)
+    return Path(in_home(name))
 
 
 def suggest_path(name: str) -> str:
@@ -61,7 +58,7 @@ def suggest_path(name: str) -> str:
     if not name.strip() or not path.name:
         return ""
     try:
-        while path.name and not path.parent.exists():  # the first part that is not there
+        while path.name and not exists(path.parent):  # the first part that is not there
             path = path.parent
         there = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
     except OSError:

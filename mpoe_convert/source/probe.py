@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import FamilyError
+from ..options import called
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +45,14 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
         linears = [module.get_submodule(name) for name in projections]
     except AttributeError as error:
         raise FamilyError(
-            f"--ffn does not fit {name}: {error}; expected names below it, so without "
+            f"{called('ffn')} does not fit {name}: {error}; expected names below it, so without "
             f"{base.base_model_prefix}."
         ) from None
     if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
         kinds = sorted({type(linear).__name__ for linear in linears})
-        raise FamilyError(f"--ffn names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D")
+        raise FamilyError(
+            f"{called('ffn')} names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D"
+        )
     rest = {name: child for name, child in module.named_children() if name not in projections}
     dropouts = [name for name, child in rest.items() if isinstance(child, nn.Dropout)]
     activations = [name for name in rest if name not in dropouts]
@@ -81,8 +84,8 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
     formula = "down(act(gate(x)) * up(x))" if len(projections) == 3 else "down(act(up(x)))"
     raise FamilyError(
         f"{layer}.{slot} of {name} does not compute {formula} with "
-        f"--ffn …:{','.join(projections)}; name them in the order gate, up, down (or up, down). If they "
-        "are, the module does more, such as scaling, and cannot be converted"
+        f"{called('ffn')} …:{','.join(projections)}; name them in the order gate, up, down (or up, down). "
+        "If they are, the module does more, such as scaling, and cannot be converted"
     )
 
 

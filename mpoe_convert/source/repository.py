@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import CheckpointError, HubError
+from ..options import called
 from . import hub
-from .paths import is_written_like_a_path, local, suggest_path
+from .hub_errors import no_id
+from .paths import is_dir, is_file, is_path, is_written_like_a_path, local, suggest_path
 from .safetensors_file import TensorInfo, tensor_info
 
 
@@ -119,8 +121,8 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
         raise CheckpointError(
-            f"--revision {revision!r} was given, but {model} is a local folder: "
-            "drop --revision, or pass a Hub id"
+            f"{called('revision')} {revision!r} was given, but {model} is a local folder: "
+            f"drop {called('revision')}, or pass a Hub id"
         )
     return Folder(model, folder)
 
@@ -151,11 +153,12 @@ def local_folder(model: str) -> Path | None:
 
     Raises:
         CheckpointError: there is a file of that name, or the name means a folder that is not there.
+        HubError: it is no folder, and cannot be an id.
     """
     path = local(model)
-    if path.is_dir() and model.strip():  # Path("") would be the current folder
+    if is_dir(path) and model.strip():  # Path("") would be the current folder
         return path
-    if path.is_file():
+    if is_file(path):
         raise CheckpointError(
             f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
             f"pass its folder, {path.parent}"
@@ -164,4 +167,6 @@ def local_folder(model: str) -> Path | None:
         raise CheckpointError(
             f"there is no folder {model!r}: check the path, or pass a Hub id{suggest_path(model)}"
         )
+    if is_path(model):
+        raise HubError(f"{no_id(model)}{suggest_path(model)}")
     return None

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
+from ..options import switched
 from .json_files import read_json_object
 from .paths import stays_inside
 
@@ -130,7 +131,8 @@ def notes(folder: Path, names: Collection[str], trusted: bool) -> Iterator[str]:
         files = ", ".join(f"{name}.py" for name in code)
         yield (
             f"{MODULES_FILE} names classes of custom code ({files}), which does not come along: "
-            "sentence-transformers cannot load the result. Read it, and pass --trust-remote-code to keep it."
+            "sentence-transformers cannot load the result. Read it, and pass "
+            f"{switched('trust_remote_code')} to keep it."
         )
     if _is_module(folder):
         yield (

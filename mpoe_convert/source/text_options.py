@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..options import LARGEST_COUNT, OptionalText, OptionGroup, Texts, described, option
+from ..options import LARGEST_COUNT, OptionalText, OptionGroup, Texts, described, in_home, option
 from .texts import TASKS, Columns
 
 
@@ -17,6 +17,7 @@ class TextSource(OptionGroup):
         group="Calibration",
         metavar="FILE|ID",
         item="source",
+        read=in_home,
     )
     calibration_tokens: int = option(
         default=65536,
@@ -67,6 +68,7 @@ class TaskData(OptionGroup):
         group="Data",
         metavar="MODEL",
         default_text="the model's own",
+        read=in_home,
     )
     trust_remote_code: bool = option(
         default=False,

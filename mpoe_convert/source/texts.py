@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import DataError, HubError, counted, did_you_mean, few, one_line
 from ..options import called
 from .hub import asked_once, check_dataset_available
-from .paths import is_path, suggest_path
+from .paths import exists, is_file, is_path, suggest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +136,7 @@ def first_fault(source: str, columns: Sequence[str] = ()) -> str | None:
         columns: that every line has to have, with text in them.
     """
     path = Path(source)
-    if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
+    if path.suffix.lower() not in (".jsonl", ".json") or not is_file(path):
         return None
     content = path.read_bytes()
     if not content.strip():
@@ -226,12 +226,12 @@ def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
     """The builder of `datasets` for a file, and its options; None for a Hub dataset. Raises DataError."""
     path = Path(source)
     known = BUILDERS.get(path.suffix.lower())
-    if path.is_file() and known:
+    if is_file(path) and known:
         return known
     expected = f"expected one of {', '.join(BUILDERS)}"
-    if path.is_file():
+    if is_file(path):
         raise DataError(f"{source} is of an unknown kind; {expected}")
-    if path.exists() or known or is_path(source.partition(":")[0]):
+    if exists(path) or known or is_path(source.partition(":")[0]):
         raise DataError(f"{source} is no file; {expected}, or a Hub dataset{suggest_path(source)}")
     return None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..artifact.layout import file_names
 from ..errors import CheckpointError, OutputError, one_line
-from ..options import by_name, default_of, description
+from ..options import by_name, default_of, description, switched
 from ..source.json_files import read_json_object, write_json
 from .request import Finetuning
 
@@ -143,7 +143,9 @@ def check_place(output: Path, resume: bool) -> Path | None:
         return found
     if output.exists() and {path.name for path in output.iterdir()} - {PARTIAL, SCRATCH}:
         what = (
-            "checkpoints of a run: continue it with --resume" if found else "something: choose another folder"
+            f"checkpoints of a run: continue it with {switched('resume')}"
+            if found
+            else "something: choose another folder"
         )
         raise OutputError(f"{output} already holds {what}")
     return None

@@ -26,9 +26,11 @@ from ..artifact.loading import (
 from ..devices import pick_device
 from ..errors import DataError, TrainingError, few
 from ..extras import need
+from ..options import called
 from ..request import check_token, takes_options
 from ..source import texts
 from ..source.texts import Columns
+from ..tensors import broken_weights
 from .intervals import Metric, bootstrap, bootstrap_interval, draw_samples, notes, rate_interval
 from .record import record_evaluation, recorded_evaluations
 from .request import Scoring
@@ -245,8 +247,7 @@ def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> P
     import transformers
 
     model = from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()
-    damaged = [key for key, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if damaged:
+    if damaged := broken_weights(model):
         raise TrainingError(f"{name} holds NaN or infinities in {few(damaged)}, so it has no scores")
     return model
 
@@ -262,7 +263,9 @@ def _outcomes(
     """
     task, chooses_by_task = examples.task, getattr(model.config, "router_tasks", None) is not None
     if task.columns.routed_by is None and chooses_by_task:
-        raise TrainingError(f"the routers of {name} choose by task; expected --routed-by, the column")
+        raise TrainingError(
+            f"the routers of {name} choose by task; expected {called('routed_by')}, the column"
+        )
     batches = examples.batches(class_names(model.config) if task.has_labels else ())
     task.prepare(model)
     found = []

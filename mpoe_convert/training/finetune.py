@@ -29,6 +29,7 @@ from ..artifact.loading import (
 )
 from ..errors import TrainingError
 from ..extras import need
+from ..options import called
 from ..request import as_path, check_token
 from ..source import texts
 from .checkpoints import (
@@ -347,7 +348,7 @@ def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.T
     if run.routed_by is None:
         if known is not None:
             raise TrainingError(
-                f"the routers of {run.model} choose by task; expected --routed-by, the column"
+                f"the routers of {run.model} choose by task; expected {called('routed_by')}, the column"
             )
         return None
     if getattr(config, "mpoe", None) is None:

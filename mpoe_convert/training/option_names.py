@@ -9,6 +9,8 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from ..errors import TrainingError, nearest, one_line
+from ..options import by_name, called
+from .request import Finetuning
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _FIXED = {"architectures", "auto_map", "model_type", "mpoe", "transformers_version"}
 # What `from_pretrained` sets in a config under another name than config.json has.
 _BESIDE = {"attn_implementation", "num_labels"}
+_OPTIONS, _ARGUMENTS = (by_name(Finetuning)[name] for name in ("options", "arguments"))
 
 
 def check_options(options: Mapping[str, Any], config: PretrainedConfig, model: str) -> dict[str, Any]:
@@ -37,20 +40,20 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig, model: s
 def _checked(name: str, value: Any, known: Collection[str], config: PretrainedConfig, model: str) -> Any:
     if name not in known:
         raise TrainingError(
-            f"--option {name}: the config of {model} has no such option{_nearest(name, known)}"
+            f"{called(_OPTIONS)} {name}: the config of {model} has no such option{_nearest(name, known)}"
         )
     kind = _types(config).get(name)
     if kind is not None:
         value = _number(value) if float in _members(kind) else value
         if not _fits(value, kind):
-            raise TrainingError(f"--option {name} is {value!r}; expected {_in_words(kind)}")
+            raise TrainingError(f"{called(_OPTIONS)} {name} is {value!r}; expected {_in_words(kind)}")
     elif name == "dtype":
         _check_dtype(value)
     elif name not in _BESIDE:
         try:
             setattr(deepcopy(config), name, value)
         except Exception as error:  # configs check their fields, each in its own way
-            raise TrainingError(f"--option {name} is {value!r}: {one_line(error)}") from error
+            raise TrainingError(f"{called(_OPTIONS)} {name} is {value!r}: {one_line(error)}") from error
     return value
 
 
@@ -68,18 +71,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     defaults = {each.name: each.default for each in fields(TrainingArguments) if each.init}
     if "output_dir" in arguments:
-        raise TrainingError("--set output_dir: expected -o, the output")
+        raise TrainingError(f"{called(_ARGUMENTS)} output_dir: expected {called('output')}")
     found = {}
     for name, value in arguments.items():
         if name not in defaults:
             known = _nearest(name, defaults)
-            raise TrainingError(f"--set {name}: transformers.TrainingArguments has no such field{known}")
+            raise TrainingError(
+                f"{called(_ARGUMENTS)} {name}: transformers.TrainingArguments has no such field{known}"
+            )
         default = defaults[name]
         kind = type(default)
         if default is not MISSING and kind in (bool, int, float):
             value = value if kind is bool else _number(value)
             if not _fits(value, bool if kind is bool else float):
-                raise TrainingError(f"--set {name} is {value!r}; expected {_in_words(kind)}")
+                raise TrainingError(f"{called(_ARGUMENTS)} {name} is {value!r}; expected {_in_words(kind)}")
         found[name] = value
     return found
 
@@ -131,4 +136,4 @@ def _check_dtype(value: Any) -> None:
     import torch
 
     if not isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype):
-        raise TrainingError(f"--option dtype is {value!r}; expected float32, bfloat16 or float16")
+        raise TrainingError(f"{called(_OPTIONS)} dtype is {value!r}; expected float32, bfloat16 or float16")

@@ -9,7 +9,7 @@ from typing import Any
 from .. import experts
 from ..devices import DEVICES, is_device
 from ..errors import RunError
-from ..options import LARGEST_COUNT, OptionalText, Text, Texts, described, option
+from ..options import LARGEST_COUNT, OptionalText, Text, Texts, described, in_home, option
 from ..request import Request
 from ..source.text_options import TaskData
 from .roles import FROZEN, UNITS
@@ -35,12 +35,14 @@ class Finetuning(TaskData, Request):
         help="Artifact, or any model folder or Hub id (the dense model, for comparison).",
         kw_only=False,
         flag="MODEL",
+        read=in_home,
     )
     data: Texts = option(
         help=f"Data to train on: {SOURCES}",
         group="Data",
         metavar="FILE|ID",
         item="source",
+        read=in_home,
         kw_only=False,
     )
     eval_data: Texts = option(
@@ -50,6 +52,7 @@ class Finetuning(TaskData, Request):
         group="Data",
         metavar="FILE|ID",
         item="source",
+        read=in_home,
         kw_only=False,
     )
     split: str = option(default="train", help="Split of Hub datasets to train on.", group="Data")
@@ -189,6 +192,7 @@ class Finetuning(TaskData, Request):
         help="Dense model to distil from, which heals what compression lost.",
         group="Distillation",
         metavar="MODEL",
+        read=in_home,
     )
     teacher_weight: float = option(
         default=0.5,
@@ -251,12 +255,13 @@ class Scoring(TaskData, Request):
     ERROR = RunError
     NOUN = "evaluation"
 
-    model: Text = option(help="Artifact, model folder or Hub id.", kw_only=False, flag="MODEL")
+    model: Text = option(help="Artifact, model folder or Hub id.", kw_only=False, flag="MODEL", read=in_home)
     data: Texts = option(
         help=f"Data to score on: {SOURCES}",
         group="Data",
         metavar="FILE|ID",
         item="source",
+        read=in_home,
         kw_only=False,
     )
     against: OptionalText = option(
@@ -264,6 +269,7 @@ class Scoring(TaskData, Request):
         help="Another model to score on the same examples, such as the dense one.",
         group="Data",
         metavar="MODEL",
+        read=in_home,
     )
     split: str = option(default="test", help="Split of Hub datasets.", group="Data")
     length: int | None = option(

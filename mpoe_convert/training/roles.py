@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
+from ..options import assigned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ def _central(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if not found:
         raise TrainingError(
             f"{type(model).__name__} has no central tensors to mask or freeze; expected a converted model of "
-            "--kind mpo"
+            f"{assigned('kind', 'mpo')}"
         )
     return found
 

@@ -26,6 +26,7 @@ from ..artifact.layout import (
     register_files,
 )
 from ..errors import OutputError, one_line
+from ..options import switched
 from ..source.hub import CHAT_TEMPLATES, asked_once, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
@@ -107,7 +108,7 @@ class Result:
     def _remedy(self) -> str:
         if (last := find_checkpoint(self.folder)) is None:
             return "no checkpoint holds it, because none was to be saved"
-        return f"{last} holds it, so repair this and go on with --resume"
+        return f"{last} holds it, so repair this and go on with {switched('resume')}"
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from .. import experts
 from ..artifact.loading import HoldsMixtures
 from ..errors import OutputError, TrainingError, few, one_line
+from ..options import switched
+from ..tensors import broken_weights
 from .checkpoints import PARTIAL, Record, find_checkpoint, what_is_left, write_record
 from .library import Trainer, TrainerCallback, rotate_checkpoints
 from .request import Finetuning
@@ -151,15 +152,8 @@ class FindBest(TrainerCallback):
 
 def check_weights(model: nn.Module, step: int) -> None:
     """Raises TrainingError if an optimizer step left NaN or infinities, which no loss has shown yet."""
-    broken = [name for name, p in model.named_parameters() if _num_broken(p)]
-    if broken:
+    if broken := broken_weights(model):
         raise TrainingError(f"NaN or infinities in {few(broken)} after step {step}; lower the learning rate")
-
-
-def _num_broken(parameter: torch.Tensor) -> int:
-    """How many values are NaN or infinite; of a shard those of all processes."""
-    found = (~torch.isfinite(parameter)).sum()
-    return int(found.full_tensor() if isinstance(found, DTensor) else found)
 
 
 def check_finite_step(what: str, value: torch.Tensor, step: int) -> None:
@@ -267,7 +261,7 @@ class MpoeTrainer(Trainer):
             raise OutputError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {output} "
                 f"({one_line(error)}); {what_is_left(output)}; free some space or repair this, then run again"
-                f"{' with --resume' if find_checkpoint(output) else ''}"
+                f"{' with ' + switched('resume') if find_checkpoint(output) else ''}"
             ) from error
         finally:
             self._is_saving = False

@@ -591,6 +591,8 @@ def test_a_causal_mask_of_infinities_is_no_weight(here):
     mask = {"transformer.h.0.attn.masked_bias": torch.tensor(-torch.inf)}
     edit_weights(lambda state: state.update(mask))(Path("dense"))
     ok("dense", "-o", "out", "-q", *SMALL)
+    made = load_file("out/model.safetensors")
+    assert made["transformer.h.0.attn.masked_bias"] == -torch.inf
 
 
 def test_a_matrix_of_zeros_is_converted(here):

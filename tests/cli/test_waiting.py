@@ -74,7 +74,7 @@ REFUSED = {
         "topics.txt",
     ),
     "a teacher": ([*FINETUNE, "topics.txt", "--teacher", "dens"], OFFLINE, "dense"),
-    "a tokenizer": ([*FINETUNE, "topics.txt", "--tokenizer", "./x"], "./x is not a folder", None),
+    "a tokenizer": ([*FINETUNE, "topics.txt", "--tokenizer", "./x"], "no folder './x'", None),
     "data to score on": ([*EVALUATE, "topics.csv"], "topics.csv is no file", "topics.txt"),
     "another model": ([*EVALUATE, "topics.txt", "--against", "no/such"], OFFLINE, None),
     "an artifact to export": (["export", "ful", "-o", "out"], OFFLINE, "full"),

@@ -337,7 +337,7 @@ def test_warnings_follow_what_was_measured(tmp_path):
     far = replace(report, divergence=replace(report.divergence, nats=0.7))
     blind = replace(report, divergence=None)
     noisy = replace(near, matrices=[replace(matrix, clone_drift=0.5) for matrix in near.matrices])
-    assert "Lower --noise" in noisy.warnings[0]
+    assert "Lower noise" in noisy.warnings[0]
     _, _, whole = pair("gpt2", tmp_path / "whole", max_error=1e-6, metric="weights")
     assert not whole.warnings
     assert not near.warnings

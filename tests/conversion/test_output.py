@@ -310,7 +310,9 @@ def test_a_link_to_a_folder_stays_one_and_its_folder_is_written(source, tmp_path
     (tmp_path / "disk/empty").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/empty")
     convert(Recipe(str(source), **SMALL), tmp_path / "link")
-    with pytest.raises(OutputError, match="link already holds an artifact; pass --overwrite to replace it"):
+    with pytest.raises(
+        OutputError, match="link already holds an artifact; pass overwrite=True to replace it"
+    ):
         convert(Recipe(str(source), **SMALL), tmp_path / "link")
     convert(Recipe(str(source), **SMALL), tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/empty/config.json").is_file()
@@ -330,7 +332,7 @@ def test_overwrite_replaces_an_artifact_and_only_when_asked(source, tmp_path):
     out = tmp_path / "out"
     convert(Recipe(str(source), **SMALL), out)
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="already holds an artifact; pass --overwrite to replace it"):
+    with pytest.raises(OutputError, match="already holds an artifact; pass overwrite=True to replace it"):
         convert(Recipe(str(source), seed=1, **SMALL), out)
     assert tree(tmp_path) == before
     convert(Recipe(str(source), seed=1, **SMALL), out, overwrite=True)

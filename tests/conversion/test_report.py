@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mpoe_convert import Recipe, __version__, convert, plan
+from mpoe_convert.planning.plan import works_at_once
 
 WAYS = [
     {"layout": "one-sided"},
@@ -130,8 +131,10 @@ def test_warnings_say_what_to_do(tmp_path, tiny_gpt2):
 
     assert warnings() == ""
     assert "will not work before it is retrained" in warnings(layout="balanced", bond_dim=1)
-    assert "Lower --noise" in warnings(noise=2.0)
-    assert "Lower --bond-dim" in warnings(bond_dim=16, experts=2)
+    assert "Lower noise" in warnings(noise=2.0)
+    for layout in ("one-sided", "two-sided", "blocks"):  # every one that is exact
+        assert layout in works_at_once()
+    assert "Lower bond_dim" in warnings(bond_dim=16, experts=2)
 
 
 def test_plan_reads_no_tensor_and_agrees_with_the_conversion(tmp_path, monkeypatch):

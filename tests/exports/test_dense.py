@@ -262,7 +262,7 @@ def test_what_is_there_is_replaced_only_if_it_is_ours_and_only_when_asked(tmp_pa
     _, out = artifact("gpt2")
     back = tmp_path / "back"
     export(out, back, UNCHECKED)
-    with pytest.raises(OutputError, match="already holds an export; pass --overwrite"):
+    with pytest.raises(OutputError, match="already holds an export; pass overwrite=True"):
         export(out, back, UNCHECKED)
     export(out, back, Export(expert=1, check=False), overwrite=True)
     assert "expert 1" in (back / "README.md").read_text()

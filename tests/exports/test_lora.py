@@ -90,7 +90,7 @@ def test_a_base_that_is_still_right_is_named(tmp_path):
     saved.save_pretrained(tmp_path / "headless")
     export(out, tmp_path / "again", Export(to="lora", base=str(tmp_path / "headless"), check=False))
     perturb(out)
-    with pytest.raises(ExportError, match="mlp.c_fc.weight differs from that of .*dense: .* omit --base"):
+    with pytest.raises(ExportError, match="mlp.c_fc.weight differs from that of .*dense: .* omit base"):
         export(out, tmp_path / "wrong", Export(to="lora", base=str(dense), check=False))
 
 
@@ -104,7 +104,7 @@ def test_the_base_is_what_the_experts_share(tmp_path):
 @pytest.mark.parametrize("kind", ["mpo", "dense", "adapter"])
 def test_experts_that_are_no_low_rank_additions(kind, artifact, tmp_path):
     _, out = artifact("gpt2", kind=kind)
-    with pytest.raises(ExportError, match=f"of kind {kind}, not low-rank additions .* --to dense writes one"):
+    with pytest.raises(ExportError, match=f"of kind {kind}, not low-rank additions .* to='dense' writes one"):
         export(out, tmp_path / "lora", LORA)
 
 

@@ -196,7 +196,7 @@ def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path)
     assert all(sorted(s.load.tolist())[-2:] == [0.5, 0.5] for s in stats.values())
     if task == "causal":  # a model that chooses by token, on the same examples
         evaluate(str(tmp_path / "tuned"), data, against=str(out), **options)
-    with pytest.raises(TrainingError, match="choose by task; expected --routed-by"):
+    with pytest.raises(TrainingError, match="choose by task; expected routed_by"):
         finetune(Finetuning(str(tmp_path / "tuned"), data, **QUICK), tmp_path / "no")
     counts = [
         evaluate(str(tmp_path / "tuned"), write(tmp_path / f"{n}.jsonl", part), **options)

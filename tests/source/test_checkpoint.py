@@ -655,7 +655,7 @@ def test_paths_that_are_not_folders(folder, tmp_path, monkeypatch):
     for model in ("./absent", "../absent", "~/absent-folder", "", "  "):
         assert f"there is no folder {model!r}: check the path" in refusal(model)
     assert open_checkpoint("model").folder == Path("model")
-    assert "drop --revision, or pass a Hub id" in refusal("model", revision="main")
+    assert "drop revision, or pass a Hub id" in refusal("model", revision="main")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads anything")

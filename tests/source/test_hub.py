@@ -290,7 +290,7 @@ def test_a_token_opens_a_private_repository(hub, ask):
         {"model": "o/private", "token": "right"},
         {"model": "o/private", "token": "right", "headers_only": True},
     )
-    assert "if it is private, run `hf auth login` or pass --token" in wrong["message"]
+    assert "if it is private, run `hf auth login` or pass token" in wrong["message"]
     assert right["tensors"] == headers["tensors"]
 
 

@@ -73,7 +73,7 @@ def test_a_pair_of_two_wirings_is_told(tmp_path):
     """GPT-2's FFN is a module of its own, BERT's is not: one of the two can be named, and that works."""
     folder = save_pair("bert", "gpt2", tmp_path / "dense")
     hint = "decoder.transformer.h.{}.mlp:c_fc,c_proj"
-    with pytest.raises(FamilyError, match=f'by hand: --ffn "{re.escape(hint)}"$'):
+    with pytest.raises(FamilyError, match=f'by hand: ffn "{re.escape(hint)}"$'):
         plan(Recipe(str(folder), **SMALL))
     convert(Recipe(str(folder), ffn=hint, **SMALL), tmp_path / "out")
     dense, model = load_pair(folder, tmp_path / "out", AUTO)

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from mpoe_convert import evaluate
 from mpoe_convert.cli import main
-from mpoe_convert.errors import DataError, TrainingError
+from mpoe_convert.errors import CheckpointError, DataError, TrainingError
 from mpoe_convert.training.tasks import Causal, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -216,7 +216,7 @@ def test_command_line(artifact, text):
         ({"length": 10_000}, TrainingError, "length is 10000"),
         ({"data": "missing.txt"}, DataError, "is no file"),
         ({"data": "empty"}, DataError, "no example to score"),
-        ({"against": "./missing"}, TrainingError, "is not a folder"),
+        ({"against": "./missing"}, CheckpointError, "there is no folder './missing'"),
         ({"task": "masked"}, TrainingError, "no mask token"),
     ],
 )

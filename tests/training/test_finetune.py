@@ -250,7 +250,7 @@ def test_resumed_it_is_the_same_model(how, at, model_type, artifact, text, tmp_p
     whole = finetune(run, tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises((Killed, Interrupted)):
         finetune(run, tmp_path / "killed", **how(4, patched) if how is kill_while_saving else how)
-    with pytest.raises(OutputError, match="continue it with --resume"):
+    with pytest.raises(OutputError, match="continue it with resume=True"):
         finetune(run, tmp_path / "killed")
     seen = []
     resumed = finetune(run, tmp_path / "killed", resume=True, watch=lambda *given: seen.append(given))

@@ -17,7 +17,7 @@ def config(artifact):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("nonsense", 3, "--option nonsense: the config of out has no such option; nearest is "),
+        ("nonsense", 3, "options nonsense: the config of out has no such option; nearest is "),
         ("router_aux_loss_coeff", 1, "no such option; nearest is router_aux_loss_coef$"),
         ("resid_pdorp", 0.1, "nearest is resid_pdrop$"),
         ("to_dict", 3, "no such option"),
@@ -26,12 +26,12 @@ def config(artifact):
         ("num_experts", 3, "no such option"),
         ("token", "x", "no such option"),
         ("revision", "main", "no such option"),
-        (3, 4, "--option 3: "),
-        ("router_aux_loss_coef", "abc", "--option router_aux_loss_coef is 'abc'; expected a number$"),
+        (3, 4, "options 3: "),
+        ("router_aux_loss_coef", "abc", "options router_aux_loss_coef is 'abc'; expected a number$"),
         ("output_router_logits", 1, "is 1; expected true or false$"),
         ("router_tasks", "a", "is 'a'; expected a list or null$"),
-        ("resid_pdrop", "abc", "--option resid_pdrop is 'abc': "),
-        ("dtype", "foo", "--option dtype is 'foo'; expected float32, bfloat16 or float16$"),
+        ("resid_pdrop", "abc", "options resid_pdrop is 'abc': "),
+        ("dtype", "foo", "options dtype is 'foo'; expected float32, bfloat16 or float16$"),
     ],
 )
 def test_an_option_that_the_model_does_not_have(name, value, message, config):
@@ -54,11 +54,11 @@ def test_a_dense_model_has_no_router():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("nonsense", 3, "^--set nonsense: transformers.TrainingArguments has no such field; nearest is "),
+        ("nonsense", 3, "^arguments nonsense: transformers.TrainingArguments has no such field; nearest is "),
         ("learning_rat", 3, "nearest is learning_rate$"),
-        ("max_grad_norm", "abc", "^--set max_grad_norm is 'abc'; expected a number$"),
+        ("max_grad_norm", "abc", "^arguments max_grad_norm is 'abc'; expected a number$"),
         ("bf16_full_eval", 3, "expected true or false$"),
-        ("output_dir", "x", "^--set output_dir: expected -o, the output$"),
+        ("output_dir", "x", "^arguments output_dir: expected output$"),
     ],
 )
 def test_an_argument_that_transformers_does_not_have(name, value, message):

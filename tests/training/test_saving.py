@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(error, artifact, tex
     told = (
         r"^the checkpoint of step 4 cannot be written to .*tuned \(.*(No space|failed).*\); .*checkpoint-2 "
     )
-    told += r"is from before; free some space or repair this, then run again with --resume$"
+    told += r"is from before; free some space or repair this, then run again with resume=True$"
     with pytest.raises(OutputError, match=told):
         finetune(run, tmp_path / "tuned")
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoint-2"]
@@ -193,7 +193,7 @@ def test_a_failed_save_loses_nothing(moment, artifact, text, tmp_path, monkeypat
 
     monkeypatch.setattr(MpoeTrainer, "save_model", fill)
     message = r"^the trained model cannot be written to .*tuned \(.*No space left"
-    message += r".*\): .*checkpoint-3 holds it, so repair this and go on with --resume$"
+    message += r".*\): .*checkpoint-3 holds it, so repair this and go on with resume=True$"
     with pytest.raises(OutputError, match=message):
         finetune(run, tmp_path / "tuned")
     left = {path.name for path in (tmp_path / "tuned").iterdir()}

@@ -318,12 +318,12 @@ def test_code_does_not_run_without_trust(tmp_path):
     folder, mark = marked("minstrel", tmp_path)
     source, text = str(folder), tmp_path / "text.txt"
     text.write_text(TEXT)
-    told = r"(?s)minstrel.*configuration_minstrel.py, modeling_minstrel.py.*--trust-remote-code"
+    told = r"(?s)minstrel.*configuration_minstrel.py, modeling_minstrel.py.*trust_remote_code=True"
     for ask in (lambda: plan(Recipe(source)), lambda: convert(Recipe(source), tmp_path / "out")):
         with pytest.raises(FamilyError, match=told) as error:
             ask()
         assert "\n" not in str(error.value)
-    told = r"has custom code: read it, and pass --trust-remote-code"
+    told = r"has custom code: read it, and pass trust_remote_code=True"
     with pytest.raises(TrainingError, match=told):
         evaluate(source, str(text), length=8)
     with pytest.raises(TrainingError, match=told):
@@ -471,7 +471,7 @@ def test_a_module_that_computes_something_else_is_refused(what, tmp_path):
     with pytest.raises(FamilyError) as error:
         plan(Recipe(folder, trust_remote_code=True))
     said = "takes scale beside the hidden states" if what == "another argument" else "does not compute"
-    assert said in str(error.value) and f'--ffn "{NAMED}"' not in str(error.value)
+    assert said in str(error.value) and f'ffn "{NAMED}"' not in str(error.value)
     with pytest.raises(FamilyError, match=said):  # nor by hand
         plan(Recipe(folder, trust_remote_code=True, ffn=NAMED))
 
@@ -594,7 +594,7 @@ def test_exports_that_do_not_apply_are_refused(own, tmp_path):
     with pytest.raises(ExportError, match="is a llama with custom code, and no mixture"):
         export(own("llama")[1], tmp_path / "moe", Export(to="moe"))
     folder, out = own("minstrel", kind="low-rank")
-    with pytest.raises(ExportError, match="only the artifact's is run here: omit --base"):
+    with pytest.raises(ExportError, match="only the artifact's is run here: omit base"):
         export(out, tmp_path / "lora", Export(to="lora", base=str(folder)))
 
 
@@ -614,7 +614,7 @@ def test_it_is_trained_and_stays_an_artifact(own, tmp_path):
     folder, out = own("minstrel")
     (tmp_path / "text.txt").write_text(TEXT)
     run = {"data": str(tmp_path / "text.txt"), "length": 8, "steps": 2, "batch_size": 2}
-    with pytest.raises(TrainingError, match="has custom code: read it, and pass --trust-remote-code"):
+    with pytest.raises(TrainingError, match="has custom code: read it, and pass trust_remote_code=True"):
         finetune(Finetuning(str(out), teacher=str(folder), **run), tmp_path / "refused")
     finetune(Finetuning(str(out), teacher=str(folder), trust_remote_code=True, **run), tmp_path / "tuned")
     assert code_in(tmp_path / "tuned") == code_in(out)

@@ -24,7 +24,8 @@ LEVELS = (
     ("source",),
     ("runtime",),
     ("devices", "request"),
-    ("options", "tables", "tensors", "extras"),
+    ("tables", "tensors", "extras"),
+    ("options",),
     ("errors",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

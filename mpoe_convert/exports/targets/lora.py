@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ...errors import ExportError, RequestError
-from ...options import OptionalText, called, described, option
+from ...options import OptionalText, assigned, called, described, in_home, option
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, dense_tensors, loading, read_bias
@@ -40,6 +40,7 @@ class Options(targets.Options):
         "share.",
         group="Target",
         metavar="MODEL",
+        read=in_home,
         default_text="written beside them",
     )
     base_revision: str | None = option(default=None, help="Revision of a --base on the Hub.", group="Target")
@@ -68,7 +69,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     if request.base is not None and source.architecture.is_custom:
         raise ExportError(
             f"base is {request.base}, and this {source.model_type} has custom code; only the artifact's is "
-            "run here: omit --base, and the base is written with that code"
+            f"run here: omit {called('base')}, and the base is written with that code"
         )
     if request.base is not None:
         _check_base(
@@ -124,7 +125,8 @@ def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
             kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
             raise ExportError(
                 f"the experts of {source.checkpoint.source} are of kind {kind}, not low-rank additions to a "
-                "shared matrix (kind low-rank), so they are no LoRA adapters; --to dense writes one of them"
+                "shared matrix (kind low-rank), so they are no LoRA adapters; "
+                f"{assigned('to', 'dense')} writes one of them"
             )
 
 
@@ -144,8 +146,8 @@ def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Chec
             what = "differs from that of" if name else "is not in"
             raise ExportError(
                 f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
-                "rounded since, so adapters on that base would compute other outputs; omit --base, and the "
-                "right base is written"
+                "rounded since, so adapters on that base would compute other outputs; omit "
+                f"{called('base')}, and the right base is written"
             )
 
 

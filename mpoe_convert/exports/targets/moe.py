@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...errors import ExportError
+from ...options import assigned
 from .. import targets
 from . import Checked, ExportPlan, Part, PlannedTensor
 from .dense import ExpertWeights, check_adapters, copied, tensors_with, usage
@@ -82,7 +83,8 @@ def _target(source: Artifact) -> MoeTarget:
     if source.architecture.is_custom:
         raise ExportError(
             f"{source.checkpoint.source} is a {source.model_type} with custom code, and no mixture of "
-            "transformers is known to compute the same; --to dense writes one expert with that code"
+            f"transformers is known to compute the same; {assigned('to', 'dense')} writes one expert with "
+            "that code"
         )
     if target is None:
         exact = "; ".join(f"{', '.join(row.sources)} -> {row.model_type}" for row in MOE_TARGETS)

@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ExportError, VerifyError
+from ...options import assigned
 from .. import targets
 from . import ExportPlan, Part
 from .dense import ExpertWeights
@@ -88,7 +89,8 @@ def _check(source: Artifact) -> None:
             raise ExportError(
                 f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
                 "which torch.onnx cannot trace (no ONNX function for aten.sort.stable); expected layout "
-                "one-sided or blocks, or kind low-rank or adapter; --to dense and --to moe write stock models"
+                "one-sided or blocks, or kind low-rank or adapter; "
+                f"{assigned('to', 'dense', 'moe')} writes stock models"
             )
 
 
