@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(error, artifact, tex
     told = (
         r"^the checkpoint of step 4 cannot be written to .*tuned \(.*(No space|failed).*\); .*checkpoint-2 "
     )
-    told += r"is from before; free some space or repair this, then run again with --resume$"
+    told += r"is the newest; free some space or repair this, then run again with --resume$"
     with pytest.raises(OutputError, match=told):
         finetune(run, tmp_path / "tuned")
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoint-2"]
