@@ -93,7 +93,7 @@ def test_whatever_refuses_to_be_written(part, source, text, tmp_path, monkeypatc
 def test_an_output_that_is_no_place(artifact, text, tmp_path, monkeypatch):
     monkeypatch.setattr(MpoeTrainer, "training_step", refuse)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write .*file/tuned: .*file is not a folder"):
+    with pytest.raises(OutputError, match="cannot write .*file/tuned': .*file' is a file"):
         finetune(Finetuning(str(artifact("gpt2")[1]), text, **QUICK), tmp_path / "file" / "tuned")
 
 
