@@ -17,7 +17,7 @@ from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison,
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
 from ..extras import need
 from ..planning.recipe import parse_size
-from ..request import as_path, as_text, check_token
+from ..request import as_path, as_text, check_function, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from ..source.texts import check_sources
@@ -102,6 +102,7 @@ def export(
     request, output = Export.of(request), as_path("output", output)
     model = as_text("model", model)
     check_token(token)
+    check_function("progress", progress, "tensor, made, total")
     check_output(output, overwrite)
     check_sources(request.calibrate)
     shard_bytes = parse_size(request.max_shard_size)
