@@ -78,9 +78,9 @@ class Request(OptionGroup):
             MpoeError: a name is unknown or given twice, or one that is needed is missing.
         """
         known = by_name(cls)
-        values = {name: value for name, value in normalised(values).items() if value is not None}
+        values = {name: value for name, value in normalised(values, cls.NOUN).items() if value is not None}
         if unknown := sorted(set(values) - set(known)):
-            meant = did_you_mean(unknown[0], known) or "; its keys are the options that --help lists"
+            meant = _meant(unknown[0], known) or "; its keys are the options that --help lists"
             raise cls.ERROR(f"the {cls.NOUN} has no key {unknown[0]!r}{meant}")
         for name, each in known.items():
             if default_of(each) is MISSING and not values.get(name):
@@ -218,6 +218,15 @@ def as_text(name: str, given: Any) -> str:
     return text
 
 
+def check_function(name: str, given: Any, arguments: str) -> None:
+    """Check that something can be called while work goes on, or is None. Raises RequestError."""
+    if given is not None and not callable(given):
+        raise RequestError(
+            f"{called(name)} is {one_line(repr(given), 60)}; expected a function, called as "
+            f"{name}({arguments})"
+        )
+
+
 def check_token(token: Any) -> None:
     """Check what is to be sent as a Hub token. Raises RequestError, which does not show it."""
     if token is None or (isinstance(token, str) and re.fullmatch(r"[!-~]+", token)):
@@ -233,7 +242,14 @@ def check_token(token: Any) -> None:
 # YAML files
 
 
-def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+def _meant(key: str, known: Mapping[str, Field]) -> str:
+    """The end of a message about an unknown key: the one of that option, or one that is like it."""
+    flags = {description(each).flag: name for name, each in known.items()}
+    name = flags.get(f"--{key.replace('_', '-')}")
+    return did_you_mean(key, known) if name is None else f"; the key of --{key} is {name!r}"
+
+
+def normalised(values: Mapping[str, Any], noun: str = Request.NOUN) -> dict[str, Any]:
     """The same values under the names of fields: "bond-dim" -> "bond_dim".
 
     Raises:
@@ -243,13 +259,13 @@ def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in key2value:
-            raise RecipeError(f"the recipe gives {name} twice, as {spelled[name]!r} and {key!r}; keep one")
+            raise RecipeError(f"the {noun} gives {name} twice, as {spelled[name]!r} and {key!r}; keep one")
         key2value[name], spelled[name] = value, key
     return key2value
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+def read_recipe(path: str | Path, noun: str = "recipe") -> dict[str, Any]:
+    """The mapping in a YAML file; messages call it by the noun.
 
     Raises:
         RecipeError: the file cannot be read or does not hold a mapping.
@@ -259,7 +275,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"cannot read the {noun} {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"the recipe {path} holds {type(values).__name__}; expected `name: value`")
+        raise RecipeError(f"the {noun} {path} holds {type(values).__name__}; expected `name: value`")
     return values

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import mpoe_convert
 from mpoe_convert import (
+    CentreMask,
     Export,
     Finetuning,
     Recipe,
@@ -20,13 +22,26 @@ from mpoe_convert import (
     evaluate,
     export,
     finetune,
+    freeze,
+    mask_centre,
+    param_groups,
     plan,
     push,
+    router_stats,
     verify,
 )
 from mpoe_convert.artifact.destination import Destination
 from mpoe_convert.devices import pick_device
-from mpoe_convert.errors import LibraryError, MpoeError, RecipeError, RequestError, RunError, one_line
+from mpoe_convert.errors import (
+    HubError,
+    LibraryError,
+    MpoeError,
+    RecipeError,
+    RequestError,
+    RunError,
+    TrainingError,
+    one_line,
+)
 from mpoe_convert.extras import need
 
 BAD_REQUESTS = {
@@ -47,6 +62,7 @@ def test_a_bad_request_is_a_request_error(request_):
 NO_PATHS = [3, "", None, "a\0b", ["out"]]
 NO_TOKENS = [3, True, "", "hf_a b", "hf_\n"]
 GOOD = Recipe("model", keep=0.5)
+GOOD_RUN = Finetuning("none", "t.txt")
 # What is wrong, and how each function is called with it. No model is there: none is reached.
 FROM_PYTHON = {
     "recipe": (convert, [3, None, ["gpt2"], ""], lambda wrong: convert(wrong, "out")),
@@ -60,8 +76,15 @@ FROM_PYTHON = {
     "export's token": (export, NO_TOKENS, lambda wrong: export("none", "out", token=wrong)),
     "data": (evaluate, [3, "", None, [], [3], {"t.txt": 1}], lambda wrong: evaluate("none", wrong)),
     "evaluate's token": (evaluate, NO_TOKENS, lambda wrong: evaluate("none", "t.txt", token=wrong)),
-    "run": (finetune, [3, "none", None, GOOD], lambda wrong: finetune(wrong, "out")),
+    "run": (finetune, [3, "none", "art", None, GOOD], lambda wrong: finetune(wrong, "out")),
     "finetune's output": (finetune, NO_PATHS, lambda wrong: finetune(Finetuning("m", "t.txt"), wrong)),
+    "finetune's progress": (finetune, [3], lambda wrong: finetune(GOOD_RUN, "out", progress=wrong)),
+    "finetune's watch": (finetune, [3, "a"], lambda wrong: finetune(GOOD_RUN, "out", watch=wrong)),
+    "convert's progress": (convert, [3], lambda wrong: convert(GOOD, "out", progress=wrong)),
+    "plan's progress": (plan, [3], lambda wrong: plan(GOOD, progress=wrong)),
+    "export's progress": (export, [3], lambda wrong: export("none", "out", progress=wrong)),
+    "evaluate's progress": (evaluate, [3], lambda wrong: evaluate("none", "t.txt", progress=wrong)),
+    "columns": (evaluate, [3, "text"], lambda wrong: evaluate("none", "t.txt", columns=wrong)),
     "artifact": (verify, NO_PATHS, verify),
     "against": (verify, [3, "", ["m"]], lambda wrong: verify("none", against=wrong)),
     "verify's token": (verify, NO_TOKENS, lambda wrong: verify("none", token=wrong)),
@@ -91,6 +114,45 @@ def test_every_public_function_that_takes_paths_is_called_wrongly():
     of_models = {"freeze", "mask_centre", "param_groups", "router_stats"}
     functions = {name for name in mpoe_convert.__all__ if inspect.isfunction(getattr(mpoe_convert, name))}
     assert {function.__name__ for function, _, _ in FROM_PYTHON.values()} == functions - of_models
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: freeze("art", "centre"),
+        lambda: param_groups("art", 1e-3),
+        lambda: param_groups(nn.Linear(2, 2), "fast"),
+        lambda: param_groups(nn.Linear(2, 2), 1e-3, router=None),
+        lambda: mask_centre("art", 1, 0.5),
+        lambda: mask_centre(nn.Linear(2, 2), 1, "a"),
+        lambda: router_stats("art"),
+        lambda: router_stats(nn.Linear(2, 2)),
+        lambda: CentreMask("a"),
+        lambda: CentreMask(2.0),
+        lambda: CentreMask(0.5, per="x"),
+    ],
+)
+def test_a_wrong_model_or_rate_from_python_is_told(call):
+    with pytest.raises(TrainingError, match=r"; expected ") as told:
+        call()
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("wrong", ["art", None])
+def test_finetune_needs_data(wrong):
+    with pytest.raises(RunError, match=r"expected Finetuning\(model=..., data=...\)$"):
+        finetune(wrong, "o")
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: finetune(Finetuning("artt", "t.txt"), "o"), lambda: evaluate("artt", "t.txt")]
+)
+def test_a_model_that_was_meant_is_named_in_python_too(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "art").mkdir()
+    (tmp_path / "t.txt").write_text("w3 w4")
+    with pytest.raises(HubError, match="did you mean 'art'"):
+        call()
 
 
 def test_short_forms_stand_for_requests():

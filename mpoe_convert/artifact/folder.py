@@ -39,8 +39,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         OutputError: it would replace files that this tool did not write, or its parent is not writable.
     """
     try:
-        target = Path(os.path.realpath(output))  # which takes a loop of links as it is
-        _check_kind(output, target)
+        target = Path(os.path.realpath(output))
+        check_kind(output)
         if target == Path.cwd():
             raise OutputError(f"the output {output} is the current folder; name one that can be replaced")
         if output.is_dir() and any(output.iterdir()):
@@ -52,8 +52,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise _output_error(error, output) from error
 
 
-def _check_kind(output: Path, target: Path) -> None:
+def check_kind(output: Path) -> None:
     """Raises OutputError if the output or a folder on its path is a file, or the output a link to nothing."""
+    target = Path(os.path.realpath(output))  # which takes a loop of links as it is
     link = f"'{output}' is a link to '{target}', which" if output.is_symlink() else f"'{output}'"
     if output.is_symlink() and not output.exists():
         raise OutputError(f"{link} is not there; make that folder, or choose another output")

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import TrainingError, few, one_line
+import torch
+
+from ..errors import MpoeError, TrainingError, few, one_line
 from ..options import switched
 from ..runtime import MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.hub import asked_once
-from ..source.repository import local_folder
+from ..source.repository import local_folder, suggesting
 from ..source.texts import TASKS
 from .layout import MODELING_FILE, base_config
 from .reader import Artifact
@@ -61,12 +63,12 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
 
     Raises:
         CheckpointError: `name` is a missing folder.
-        HubError: it is no Hub id either, or is on the Hub, which cannot be reached.
-        TrainingError: it does not load, has custom code that is not trusted, or
-            lacks weights of layers.
+        HubError: it is no Hub id either, or is not here and cannot be asked for; names what may have been meant.
+        TrainingError: it does not load, has custom code that is not trusted, lacks weights of layers, or has
+            others than its config says.
     """
     local_folder(name)  # which raises
-    with asked_once(name):
+    with suggesting(name), asked_once(name):
         return _from_pretrained(auto, name, trust_remote_code, options)
 
 
@@ -75,10 +77,12 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
     is_model = auto.__name__.startswith("AutoModel")
     if is_model:
-        options["output_loading_info"] = True
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         found = auto.from_pretrained(name, trust_remote_code=trusted, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except MpoeError:
+        raise
+    except Exception as error:  # a config may say anything, and custom code do so
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
                 f"{name} has custom code: read it, and pass {switched('trust_remote_code')} to run it"
@@ -87,6 +91,7 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     if not is_model:
         return found
     model, info = found
+    _check_shapes(name, info["mismatched_keys"])
     _check_layers(name, model, info["missing_keys"])
     return model
 
@@ -101,6 +106,18 @@ def _reason(error: Exception) -> str:
     return one_line(re.split(r",? or contain one of the following strings", str(error))[0], 400)
 
 
+def _check_shapes(name: str, mismatched: Iterable[tuple]) -> None:
+    """Raises TrainingError if weights have other shapes than the model: they would be random numbers."""
+    found = sorted(mismatched)
+    if found:
+        key, stored, expected = found[0]
+        raise TrainingError(
+            f"{name} cannot be loaded: {few([key for key, *_ in found])} have other shapes than the model "
+            f"that was asked for ({key} is {[*stored]}, expected {[*expected]}); expected options and "
+            "classes that fit its weights"
+        )
+
+
 def _check_layers(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Raises TrainingError if parameters of the base model's layers are missing; those of a head may be."""
     learnt = {f".{key}" for key, parameter in model.base_model.named_parameters() if parameter.requires_grad}
@@ -111,6 +128,26 @@ def _check_layers(name: str, model: PreTrainedModel, missing: Iterable[str]) -> 
             f"{name} lacks {few(inside)}, which would be random numbers; expected a whole model, with the "
             "names of tensors that transformers gives them"
         )
+
+
+def shapes_of(
+    auto: Any,
+    name: str,
+    config: PretrainedConfig,
+    token: str | None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, tuple[int, ...]]:
+    """{name below the base model: shape} of the parameters that a config's model loads.
+
+    Nothing is loaded. What options may add to a mixture that has none of it is left out.
+    """
+    trusted = trust_remote_code or _has_our_code(name, None, token)
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=trusted, **options)
+    parameters = model.base_model.named_parameters()
+    return {key: tuple(each.shape) for key, each in parameters if not key.endswith(_MADE_NEW)}
 
 
 def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, RequestError, VerifyError, few
+from ..errors import CheckpointError, FamilyError, HubError, RequestError, VerifyError, few
 from ..options import called, switched, switched_off
 from ..request import as_path, as_text, check_token
 from ..source.architecture import custom_heads, main_auto_class
@@ -318,8 +318,25 @@ def _contradictions(folder: Path, config: dict, report: dict, training: dict | N
     converted = report.get("ffns", [*block["ffns"]])
     if {*converted} != block["ffns"].keys():
         yield f"config.json names the FFNs {few([*block['ffns']])}, {REPORT_FILE} {few(converted)}."
+    if lacking := _lacking(folder, config):
+        yield f"{lacking}."
     if training is not None and not is_about(training, weights_of(folder)):
         yield f"{TRAINING_REPORT_FILE} is about other weights than those in the folder."
+
+
+def _lacking(folder: Path, config: dict) -> str | None:
+    """Which mixtures of the config have no tensors among those that are stored; None: all have them."""
+    from .reader import open_artifact  # which needs torch
+
+    if config["mpoe"].get("base_auto_map"):
+        return None  # opening it would run that code here
+    try:
+        open_artifact(str(folder))
+    except FamilyError:
+        return None
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def check_tolerance(tolerance: float | None) -> None:

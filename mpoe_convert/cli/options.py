@@ -144,7 +144,7 @@ def request_of(
     cls: type[AnyRequest], options: Mapping[str, Any], config: str | None = None, model: str | None = None
 ) -> tuple[AnyRequest, str | None]:
     """(request, output) of a YAML file, overridden by what the command line gives."""
-    values = normalised(read_recipe(config)) if config else {}
+    values = normalised(read_recipe(config, cls.NOUN), cls.NOUN) if config else {}
     output = values.pop("output", None)
     given = {name: value for name, value in options.items() if value not in (None, (), {})}
     for name, value in given.items():

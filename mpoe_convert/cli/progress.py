@@ -37,7 +37,7 @@ def conversion_progress(enabled: bool, out: Console | None = None) -> Iterator:
 
     def update(name: str, done: int, total: int, report: MatrixReport | None) -> None:
         if not bar.tasks:  # not before: a download has bars of its own
-            bar.add_task("")
+            bar.add_task("", total=total, completed=done)
             bar.start()
         text = name if report is None else f"{name}  error {report.relative_error:.1e}"
         bar.update(bar.task_ids[0], description=escape(text), completed=done, total=total)
@@ -94,7 +94,7 @@ class TrainingProgress:
 
     def _move_bar(self, what: str, done: int, total: int) -> None:
         found = [task.id for task in self.bars.tasks if task.description == what]
-        bar = found[0] if found else self.bars.add_task(what)
+        bar = found[0] if found else self.bars.add_task(what, total=total, completed=done)
         self.bars.start()
         if what != "training" and done >= total:
             self.bars.remove_task(bar)
@@ -130,7 +130,7 @@ def evaluation_progress(enabled: bool) -> Iterator:
 
     def update(model: str, done: int, total: int) -> None:
         if model not in tasks:
-            tasks[model] = bar.add_task(escape(model))
+            tasks[model] = bar.add_task(escape(model), total=total, completed=done)
         bar.update(tasks[model], completed=done, total=total)
 
     with bar:
@@ -147,7 +147,7 @@ def export_progress(enabled: bool) -> Iterator:
     bar = Progress(
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=out, transient=True
     )
-    task = bar.add_task("")
+    task = bar.add_task("", total=None)
     with bar:
         yield lambda name, done, total: bar.update(
             task, description=escape(name), completed=done, total=total

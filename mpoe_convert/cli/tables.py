@@ -65,7 +65,7 @@ def print_evaluation(result: Evaluation, out: Console) -> None:
 
 
 def print_training(report: dict, output: str, out: Console) -> None:
-    from ..training.card import outcome
+    from ..training.card import outcome, steps_taken
 
     names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
     held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
@@ -76,7 +76,7 @@ def print_training(report: dict, output: str, out: Console) -> None:
     if rows:
         out.print(Table("Held-out data", rows).rich())
     out.print(*outcome(report), sep="\n", highlight=False)
-    out.print(f"{report['steps']} steps in {report['seconds']:.0f} s; written to {output}", highlight=False)
+    out.print(f"{steps_taken(report)}; written to {escape(output)}", highlight=False)
 
 
 def training_line(logs: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
-from ..request import check_token
+from ..request import check_function, check_token
 from ..source.checkpoint import open_checkpoint
 from ..source.texts import check_sources
 
@@ -44,6 +44,7 @@ def plan(
     """
     recipe = Recipe.of(recipe)
     check_token(token)
+    check_function("progress", progress, "what, done, total, report")
     if recipe.search:
         raise RecipeError(
             f"{called('search')} given to a plan; it compares artifacts, and a plan writes none: leave it out"

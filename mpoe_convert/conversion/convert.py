@@ -23,7 +23,7 @@ from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
-from ..request import as_path, check_token
+from ..request import as_path, check_function, check_token
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
@@ -74,6 +74,7 @@ def convert(
     """
     recipe, output = Recipe.of(recipe), as_path("output", output)
     check_token(token)
+    check_function("progress", progress, "what, done, total, report")
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)

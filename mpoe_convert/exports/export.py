@@ -18,7 +18,7 @@ from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, wr
 from ..extras import need
 from ..options import assigned, called
 from ..planning.recipe import parse_size
-from ..request import as_path, as_text, check_token
+from ..request import as_path, as_text, check_function, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from ..source.paths import is_dir
@@ -104,6 +104,7 @@ def export(
     request, output = Export.of(request), as_path("output", output)
     model = as_text("model", model)
     check_token(token)
+    check_function("progress", progress, "tensor, made, total")
     check_output(output, overwrite)
     check_sources(request.calibrate)
     shard_bytes = parse_size(request.max_shard_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..artifact import snippets
 from ..artifact.card_file import UNTRAINED, set_section
+from ..errors import counted
 from .intervals import Metric
 
 # Sections of a card that measure the weights before training.
@@ -22,10 +23,9 @@ def describe_training(path: Path, report: Mapping) -> None:
         report: of the training, as `finetune` returns it.
     """
     run = report["run"]
-    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"  # a resumed run knows its own only
     lines = [
-        f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): {report['steps']} "
-        f"steps{time}, {run['batch_size'] * run['accumulate']} examples per device "
+        f"This model was fine-tuned by `mpoe-convert finetune` (task {report['task']}): "
+        f"{steps_taken(report)}, {counted(run['batch_size'] * run['accumulate'], 'example')} per device "
         f"and step, learning rate {run['learning_rate']:g} ({run['schedule']}), seed {run['seed']}."
     ]
     if run["teacher"]:
@@ -38,6 +38,12 @@ def describe_training(path: Path, report: Mapping) -> None:
     for title in MEASURED_BEFORE:
         text = text.replace(f"\n## {title}\n", f"\n## {title}{BEFORE}\n")
     path.write_text(snippets.with_model_id(text, snippets.PLACEHOLDER), encoding="utf-8")
+
+
+def steps_taken(report: Mapping) -> str:
+    """How many steps a training took, and how long; one that was resumed knows a part of its time only."""
+    time = "" if report["resumed"] else f" in {report['seconds']:,.0f} s"
+    return f"{counted(report['steps'], 'step')}{time}"
 
 
 def outcome(report: Mapping) -> list[str]:
@@ -58,7 +64,7 @@ def _weights(report: Mapping) -> list[str]:
     found = f"The weights are those of step {written} of {steps}"
     if written not in losses or losses[written] > min(losses.values()):  # chosen by something else
         return [f"{found}."]
-    chosen = f"which had the lowest loss of {len(losses)} evaluations on held-out data"
+    chosen = f"which had the lowest loss of {counted(len(losses), 'evaluation')} on held-out data"
     return [f"{found}, {chosen}; this choice flatters it."]
 
 

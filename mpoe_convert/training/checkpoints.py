@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifact.folder import check_kind
 from ..artifact.layout import file_names
 from ..errors import CheckpointError, OutputError, one_line
 from ..options import by_name, default_of, description, switched
@@ -132,10 +133,10 @@ def check_place(output: Path, resume: bool) -> Path | None:
     Raises:
         OutputError: the folder cannot be written, holds something, or no checkpoint that can be continued.
     """
+    check_kind(output)
     place = output if output.exists() else next(p for p in output.absolute().parents if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = "not writable" if place.is_dir() else "not a folder"
-        raise OutputError(f"cannot write {output}: {place} is {what}; choose another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {output}: {place} is not writable; choose another output")
     found = find_checkpoint(output)
     if resume:
         if found is None:
@@ -186,10 +187,10 @@ def remove_leftovers(output: Path) -> list[str]:
     return [path.name for path in found]
 
 
-def what_is_left(output: Path) -> str:
-    """The end of a failed run's message."""
+def what_is_left(output: Path, *, may_be_spoilt: bool = False) -> str:
+    """The end of a failed run's message; a run that left the rails may have done so before it was seen."""
     if last := find_checkpoint(output):
-        return f"{last} is from before"
+        return f"{last} is the newest{'; it may be spoilt already' if may_be_spoilt else ''}"
     return "no checkpoint was saved before, so nothing is left"
 
 

@@ -24,10 +24,10 @@ from ..artifact.loading import (
     task_of,
 )
 from ..devices import pick_device
-from ..errors import DataError, TrainingError, few
+from ..errors import DataError, RequestError, TrainingError, few, one_line
 from ..extras import need
 from ..options import called
-from ..request import check_token, takes_options
+from ..request import check_function, check_token, takes_options
 from ..source import texts
 from ..source.texts import Columns
 from ..tensors import broken_weights
@@ -104,6 +104,8 @@ def evaluate(
     >>> found.task, found.differences["perplexity ratio"].value
     ('causal', 1.0)
     """
+    if columns is not None and not isinstance(columns, Columns):
+        raise RequestError(f"columns is {one_line(repr(columns), 60)}; expected Columns(text=...)")
     names = {} if columns is None else columns.as_options()
     return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
 
@@ -138,6 +140,7 @@ def score_models(
         RequestError: there is no such device here.
     """
     check_token(token)
+    check_function("progress", progress, "model, done, total")
     where = pick_device(request.device)
     model, against, columns, trust = request.model, request.against, request.columns, request.trust
     if request.record:

@@ -29,8 +29,8 @@ from ..artifact.loading import (
 )
 from ..errors import TrainingError
 from ..extras import need
-from ..options import called
-from ..request import as_path, check_token
+from ..options import by_name, called
+from ..request import as_path, check_function, check_token
 from ..source import texts
 from .checkpoints import (
     Record,
@@ -44,7 +44,13 @@ from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
 from .interrupts import StopOnSignal
 from .library import PartialState, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from .option_names import check_arguments, check_options
+from .option_names import (
+    check_arguments,
+    check_options,
+    check_schedule,
+    check_trackers,
+    check_weights_fit,
+)
 from .request import Finetuning
 from .roles import freeze, has_centre
 from .room import check_room
@@ -63,6 +69,7 @@ from .trainer import (
     TellLogs,
     Watch,
     check_weights,
+    refusals_told,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +126,8 @@ def finetune(
     need("finetune", "accelerate", "datasets", extra="train")
     run, output = Finetuning.of(run), as_path("output", output)
     check_token(token)
+    check_function("progress", progress, "step, steps, logs")
+    check_function("watch", watch, "what, done, total")
     texts.check_sources((*run.data, *run.eval_data))
     with writing_into(output):
         return _finetune(run, output, resume, token, progress, watch or _silent)
@@ -141,8 +150,10 @@ def _finetune(
             watch(f"removed {output / name}, which a run that ended had not finished", 0, 0)
     preexisting = frozenset(file_names(output))
     _check_precision(run, state)
+    arguments = _arguments(run, output)
     config = load_config(run.model, token, **run.trust)
     kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
+    options = _options(run, config, kind, token)
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
     watch("reading the data", 0, 0)
     with state.main_process_first():  # the others find the mapped rows in the cache
@@ -150,7 +161,7 @@ def _finetune(
         companions = companions_of(run.model, config, token)
     watch("loading the model", 0, 0)
     set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
-    model = _load_model(run, data, token)
+    model = _load_model(run, options, data, token)
     teacher = _load_teacher(run, data, token) if run.teacher else None
     record = Record.of(run, _contents(model, teacher, data), state.num_processes)
     if checkpoint is not None and state.is_main_process:
@@ -163,20 +174,22 @@ def _finetune(
     if state.is_main_process:
         result.rehearse(model, tokenizer, _report(run, data))
     stop = StopOnSignal(lambda number: watch(f"{signal.Signals(number).name}: {_STOPPING}", 0, 0))
-    trainer = MpoeTrainer(
-        model=model,
-        args=_arguments(run, output, has_eval=data.evaluation is not None),
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=data.task.collator(model),
-        processing_class=tokenizer,
-        callbacks=[*_callbacks(run, model), FindBest(), ShowSteps(watch), stop],
-        run=run,
-        teacher=teacher,
-        record=record,
-    )
-    if state.is_main_process:
-        check_room(trainer, output, stored.num_bytes(model), watch)
+    callbacks = [*_callbacks(run, model), FindBest(), ShowSteps(watch), stop]
+    with refusals_told("the training cannot be set up"):
+        trainer = MpoeTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.task.collator(model),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            run=run,
+            teacher=teacher,
+            record=record,
+        )
+        if state.is_main_process:
+            check_room(trainer, output, stored.num_bytes(model), watch)
     with _failing_into(output), stop.listening():
         report = _train(trainer, data, checkpoint and str(checkpoint), progress)
         check_weights(cast("nn.Module", trainer.model), trainer.state.global_step)
@@ -196,7 +209,7 @@ def _failing_into(output: Path) -> Iterator[None]:
     try:
         yield
     except TrainingError as error:
-        raise TrainingError(f"{error}; {what_is_left(output)}") from error
+        raise TrainingError(f"{error}; {what_is_left(output, may_be_spoilt=True)}") from error
 
 
 def _contents(model: PreTrainedModel, teacher: PreTrainedModel | None, data: _Data) -> dict[str, str]:
@@ -359,10 +372,21 @@ def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.T
     return texts.Tasks(run.routed_by, tuple(known or found))
 
 
-def _load_model(run: Finetuning, data: _Data, token: str | None) -> PreTrainedModel:
-    options = check_options(run.options, load_config(run.model, token, **run.trust), run.model)
+def _options(
+    run: Finetuning, config: PretrainedConfig, kind: type[Task], token: str | None
+) -> dict[str, Any]:
+    """The options of the model's config. Raises TrainingError: the model cannot have them."""
+    import transformers
+
+    options = check_options(run.options, config, run.model)
+    auto_class = getattr(transformers, AUTO_CLASSES[kind.name])
+    check_weights_fit(options, config, run.model, auto_class, token, **run.trust)
+    return options
+
+
+def _load_model(run: Finetuning, options: dict[str, Any], data: _Data, token: str | None) -> PreTrainedModel:
     if data.routes is not None:
-        options["router_tasks"] = list(data.routes.names)
+        options = options | {"router_tasks": list(data.routes.names)}
     model = _load(run.model, data, token, run.trust | options)
     found, own = data.task.tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None)
     if counts_from_padding(model) and found not in (None, own):  # the config would be given the tokenizer's
@@ -412,36 +436,46 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     return [StopAtNonFinite(), RouterLog(), FollowStep(model), *mask]
 
 
-def _arguments(run: Finetuning, output: Path, has_eval: bool) -> TrainingArguments:
+def own_arguments(run: Finetuning) -> dict[str, tuple[str, Any]]:
+    """{field of TrainingArguments: (the run's option that sets it, its value)}."""
+    every = run.eval_every or run.save_every
+    return {
+        "max_steps": ("steps", run.steps or -1),
+        "num_train_epochs": ("epochs", run.epochs),
+        "per_device_train_batch_size": ("batch_size", run.batch_size),
+        "gradient_accumulation_steps": ("accumulate", run.accumulate),
+        "learning_rate": ("learning_rate", run.learning_rate),
+        "weight_decay": ("weight_decay", run.weight_decay),
+        "lr_scheduler_type": ("schedule", run.schedule),
+        "warmup_steps": ("warmup", run.warmup),
+        "max_grad_norm": ("max_grad_norm", run.max_grad_norm),
+        "bf16": ("precision", run.precision == "bfloat16"),
+        "fp16": ("precision", run.precision == "float16"),
+        "seed": ("seed", run.seed),
+        "logging_steps": ("log_every", run.log_every),
+        "save_steps": ("save_every", every if run.eval_data else run.save_every),
+        "eval_steps": ("eval_every", every),
+        "report_to": ("report_to", list(run.report_to) or "none"),
+    }
 
-    values = {
+
+def _arguments(run: Finetuning, output: Path) -> TrainingArguments:
+    """The trainer's arguments. Raises TrainingError: transformers has no such argument, or refuses it."""
+    check_schedule(run.schedule)
+    check_trackers(run.report_to)
+    own, options = own_arguments(run), by_name(Finetuning)
+    named = {field: called(options[option]) for field, (option, _) in own.items()}
+    given = check_arguments(run.arguments, named | {"output_dir": "-o, the output"})
+    values = {field: value for field, (_, value) in own.items()} | {
         "output_dir": str(output),
-        "max_steps": run.steps or -1,
-        "num_train_epochs": run.epochs,
-        "per_device_train_batch_size": run.batch_size,
         "per_device_eval_batch_size": run.batch_size,
-        "gradient_accumulation_steps": run.accumulate,
-        "learning_rate": run.learning_rate,
-        "weight_decay": run.weight_decay,
-        "lr_scheduler_type": run.schedule,
-        "warmup_steps": run.warmup,
-        "max_grad_norm": run.max_grad_norm,
-        "bf16": run.precision == "bfloat16",
-        "fp16": run.precision == "float16",
-        "seed": run.seed,
-        "logging_steps": run.log_every,
-        "save_steps": run.save_every,
         "save_total_limit": 2,
-        "report_to": list(run.report_to) or "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": _is_on_cpu(PartialState()),
     }
-    if has_eval:
-        every = run.eval_every or run.save_every
-        values |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
-        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    try:
-        return TrainingArguments(**(values | check_arguments(run.arguments)))
-    except (TypeError, ValueError) as error:
-        raise TrainingError(f"transformers refuses these training arguments: {error}") from error
+    if run.eval_data:
+        values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
+        values |= {"metric_for_best_model": "eval_loss"}
+    with refusals_told("transformers refuses these training arguments"):
+        return TrainingArguments(**(values | given))

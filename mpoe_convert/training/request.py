@@ -219,14 +219,18 @@ class Finetuning(TaskData, Request):
     )
     eval_every: int | None = option(
         default=None,
-        help="Steps between evaluations.",
+        help="Steps between evaluations of --eval-data, with a checkpoint each.",
         group="Progress",
         at_least=1,
         at_most=LARGEST_COUNT,
         default_text="as --save-every",
     )
     save_every: int = option(
-        default=500, help="Steps between checkpoints.", group="Progress", at_least=1, at_most=LARGEST_COUNT
+        default=500,
+        help="Steps between checkpoints; with --eval-data those of --eval-every, if it is given.",
+        group="Progress",
+        at_least=1,
+        at_most=LARGEST_COUNT,
     )
     log_every: int = option(
         default=10,

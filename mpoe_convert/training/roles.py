@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from numbers import Real
 from typing import TYPE_CHECKING
 
-from ..errors import TrainingError
+from ..errors import TrainingError, one_line
 from ..options import assigned
 
 if TYPE_CHECKING:
@@ -101,12 +102,10 @@ def mask_centre(
         Names of the parameters whose gradient was dropped.
 
     Raises:
-        TrainingError: a value is out of range, or the model has no central cores.
+        TrainingError: it is no model, a value is out of range, or the model has no central cores.
     """
-    if not 0 <= probability <= 1:
-        raise TrainingError(f"the probability of skipping the centre is {probability}; expected 0 to 1")
-    if per not in UNITS:
-        raise TrainingError(f"the mask's unit is {per!r}; expected one of {', '.join(UNITS)}")
+    check_model(model)
+    check_mask(probability, per)
     units: dict[str, int] = {}
     masked = []
     for name, parameter in _central(model):
@@ -116,6 +115,28 @@ def mask_centre(
             parameter.grad = None
             masked.append(name)
     return masked
+
+
+def check_mask(probability: float, per: str) -> None:
+    """Raises TrainingError if a value of the gradient mask is out of range."""
+    if not (_is_number(probability) and 0 <= probability <= 1):
+        raise TrainingError(f"the probability of skipping the centre is {probability!r}; expected 0 to 1")
+    if per not in UNITS:
+        raise TrainingError(f"the mask's unit is {per!r}; expected one of {', '.join(UNITS)}")
+
+
+def check_model(model: object) -> None:
+    """Raises TrainingError if it is no model in memory."""
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise TrainingError(
+            f"the model is {one_line(repr(model), 60)}; expected one in memory, as from_pretrained loads it"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -157,10 +178,13 @@ def param_groups(
         [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
 
     Raises:
-        TrainingError: a factor is negative.
+        TrainingError: it is no model, or the learning rate or a factor is no number or negative.
     """
+    check_model(model)
+    if not (_is_number(lr) and lr >= 0):
+        raise TrainingError(f"the learning rate is {lr!r}; expected a number of at least 0")
     factors = {"central": central, "auxiliary": auxiliary, "router": router, "other": 1.0}
-    wrong = {name: factor for name, factor in factors.items() if not factor >= 0}
+    wrong = {name: factor for name, factor in factors.items() if not (_is_number(factor) and factor >= 0)}
     if wrong:
         raise TrainingError(f"learning rate factors are {wrong}; expected at least 0")
     no_decay = set(no_decay)
@@ -194,8 +218,9 @@ def freeze(model: nn.Module, what: str) -> int:
         How many parameters are still trained.
 
     Raises:
-        TrainingError: unknown `what`, or nothing would be left to train.
+        TrainingError: it is no model, `what` is unknown, or nothing would be left to train.
     """
+    check_model(model)
     if what not in FROZEN:
         raise TrainingError(f"asked to freeze {what!r}; expected one of {', '.join(FROZEN)}")
     if what == "centre":

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import TrainingError
 from ..runtime.modeling_mpoe import in_backward
+from .roles import check_model
 
 if TYPE_CHECKING:
     from ..runtime.modeling_mpoe import FeedForward, MixtureMixin, Routing
@@ -109,14 +111,17 @@ def router_stats(
         block every forward pass adds to them.
 
     Raises:
-        TypeError: there is no converted model in it.
+        TrainingError: it is no model, or holds no converted one.
     """
+    check_model(model)
     for module in model.modules():
         if hasattr(type(module), "router_stats"):  # the code of an earlier release brings its own
             return cast(Any, module).router_stats(similarity_tokens)
         if hasattr(type(module), "mixtures"):
             return _watch(cast("MixtureMixin", module), similarity_tokens)
-    raise TypeError(f"{type(model).__name__} holds no mixture made by mpoe-convert: load a converted model")
+    raise TrainingError(
+        f"{type(model).__name__} holds no mixture made by mpoe-convert; expected a converted model"
+    )
 
 
 @contextmanager

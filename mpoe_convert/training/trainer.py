@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,17 +16,18 @@ from torch.nn import functional as F
 
 from .. import experts
 from ..artifact.loading import HoldsMixtures
-from ..errors import OutputError, TrainingError, few, one_line
+from ..errors import MpoeError, OutputError, TrainingError, few, one_line
 from ..options import switched
 from ..tensors import broken_weights
-from .checkpoints import PARTIAL, Record, find_checkpoint, what_is_left, write_record
+from .checkpoints import PARTIAL, REFUSALS, Record, find_checkpoint, what_is_left, write_record
 from .library import Trainer, TrainerCallback, rotate_checkpoints
 from .request import Finetuning
-from .roles import mask_centre, param_groups
+from .roles import check_mask, mask_centre, param_groups
 from .router_stats import router_stats
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -37,9 +38,14 @@ Watch = Callable[[str, int, int], None]
 
 
 class CentreMask(TrainerCallback):
-    """MPOE's gradient mask for transformers' Trainer; see `mask_centre`."""
+    """MPOE's gradient mask for transformers' Trainer; see `mask_centre`.
+
+    Raises:
+        TrainingError: a value is out of range.
+    """
 
     def __init__(self, probability: float, *, seed: int = 0, per: str = "step"):
+        check_mask(probability, per)
         self.probability, self.seed, self.per = probability, seed, per
 
     def on_pre_optimizer_step(
@@ -150,6 +156,23 @@ class FindBest(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
 
+@contextmanager
+def refusals_told(what: str) -> Iterator[None]:
+    """Tell in one line whatever a library raises inside the block; elsewhere, what a full disk answers.
+
+    Raises:
+        TrainingError: it raised something.
+    """
+    try:
+        yield
+    except MpoeError:
+        raise
+    except Exception as error:  # every library that takes part may raise anything
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            raise
+        raise TrainingError(f"{what}: {one_line(error)}") from error
+
+
 def check_weights(model: nn.Module, step: int) -> None:
     """Raises TrainingError if an optimizer step left NaN or infinities, which no loss has shown yet."""
     if broken := broken_weights(model):
@@ -198,7 +221,8 @@ class MpoeTrainer(Trainer):
         """The optimizer with learning rates by role."""
         if self.optimizer is None:
             model = cast("PreTrainedModel", self.model if model is None else model)
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            with refusals_told("the optimizer cannot be made"):
+                cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decays = set(self.get_decay_parameter_names(model))
             auxiliary = self.run.auxiliary_lr
             if auxiliary is None:
@@ -213,8 +237,14 @@ class MpoeTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 no_decay={name for name, _ in model.named_parameters()} - decays,
             )
-            self.optimizer = cls(groups, **options)
+            with refusals_told("the optimizer cannot be made"):
+                self.optimizer = cls(groups, **options)
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches to train on. Raises TrainingError: an argument of theirs is refused."""
+        with refusals_told("the training data cannot be batched"):
+            return super().get_train_dataloader()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # transformers would take one step more

@@ -432,3 +432,17 @@ def test_tokenizers_that_differ_are_told():
     )
     assert lines[-1] == f"{told} model that was converted."
     assert not found.ok
+
+
+def test_a_mixture_without_tensors_is_told(artifact, tmp_path):
+    """As many layers as the config says load, and the mixtures that it names are more."""
+    folder = shutil.copytree(artifact, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    report = json.loads((folder / "conversion_report.json").read_text())
+    assert [*verification._contradictions(folder, config, report, None)] == []
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".h.1." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    (told,) = verification._contradictions(folder, config | {"n_layer": 1}, report, None)
+    assert "has no tensors of the mixtures that its config.json names (h.1)" in told

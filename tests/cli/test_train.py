@@ -9,10 +9,12 @@ from click.testing import CliRunner
 from helpers.data import words
 from helpers.tiny import save_tiny, save_tokenizer
 from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from mpoe_convert.cli import main
 from mpoe_convert.cli.progress import TrainingProgress, training_progress
+from mpoe_convert.cli.tables import print_training
 from mpoe_convert.cli.train import RepeatableCommand, continuing_command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -119,6 +121,38 @@ def test_bars_count_steps_and_batches():
         shown.bars.refresh()
     written = shown.out.file.getvalue()
     assert "reading the data" in written and "6/20" in written and "\x1b" in written
+
+
+def test_a_first_frame_shows_the_total(monkeypatch):
+    monkeypatch.setattr(Progress, "update", lambda *given, **kwargs: None)
+    with training_progress(True, screen(True)) as shown:
+        shown.watch("training", 0, 20)
+        (bar,) = shown.bars.tasks
+        assert (bar.completed, bar.total) == (0, 20)
+
+
+@pytest.mark.parametrize(
+    ("steps", "resumed", "line"),
+    [(1, False, "1 step in 1 s; written to [b]out"), (1200, True, "1,200 steps; written to [b]out")],
+)
+def test_the_last_line_counts_steps(steps, resumed, line):
+    report = {"steps": steps, "written_step": steps, "seconds": 1.2, "resumed": resumed, "log": []}
+    out = screen(False)
+    print_training(report | {"evaluation": None}, "[b]out", out)
+    assert out.file.getvalue().splitlines()[-1] == line
+
+
+def test_a_file_is_called_as_the_request(tmp_path):
+    done = call(["finetune", "--config", str(tmp_path / "nope.yaml"), "-o", "out"])
+    assert done.exit_code == 2 and "Error: cannot read the fine-tuning request " in done.stderr
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: t.txt\nset: {optim: sgd}")
+    done = call(["finetune", "--config", str(file), "-o", "out"])
+    told = "Error: the fine-tuning request has no key 'set'; the key of --set is 'arguments'\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+    file.write_text("max-grad-norm: 1\nmax_grad_norm: 2")
+    told = "Error: the fine-tuning request gives max_grad_norm twice"
+    assert call(["finetune", "--config", str(file), "-o", "out"]).stderr.startswith(told)
 
 
 def test_elsewhere_there_are_lines_alone():

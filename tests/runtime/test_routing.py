@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from mpoe_convert import router_stats
+from mpoe_convert.errors import TrainingError
 from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss, weigh
 
 AUX, Z = 0.3, 0.2
@@ -402,7 +403,7 @@ def test_equal_experts_are_similar_and_a_wrapped_model_is_watched(artifact):
         model(**make_inputs(model, generative("gpt2")))
     for layer in stats.values():
         torch.testing.assert_close(layer.similarity, torch.ones(EXPERTS, EXPERTS).double())
-    with pytest.raises(TypeError, match="no mixture"):
+    with pytest.raises(TrainingError, match="no mixture"):
         router_stats(nn.Linear(2, 2))
 
 

@@ -159,9 +159,17 @@ def test_places(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="continue it with resume=True"):
         check_place(tmp_path / "tuned", resume=False)
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
-        with pytest.raises(OutputError, match=f"cannot write {place}: .*file is not a folder"):
-            check_place(place, resume=False)
+    for name in ("nothing", "loop"):
+        (tmp_path / name).symlink_to(tmp_path / name.replace("nothing", "gone"))
+    places = {
+        "file": "file' exists and is not a folder; choose",
+        "file/below/it": "cannot write .*file' is a file; choose",
+        "nothing": "nothing' is a link to '.*gone', which is not there; make that folder",
+        "loop": "loop' is a link to '.*loop', which is not there; make that folder",
+    }
+    for place, told in places.items():
+        with pytest.raises(OutputError, match=told):
+            check_place(tmp_path / place, resume=False)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for place in (tmp_path / "killed", tmp_path / "new" / "tuned"):
         with pytest.raises(OutputError, match=r"cannot write .*is not writable; choose another"):

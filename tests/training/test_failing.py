@@ -1,14 +1,18 @@
 """Runs that fail: they say at which step, write nothing, and leave what was good before."""
 
+import errno
 import json
 
 import pytest
 import torch
 from helpers.data import words, write
 from helpers.tiny import save_tiny, save_tokenizer
+from transformers import AutoModelForCausalLM
 
 from mpoe_convert import Finetuning, evaluate, finetune
-from mpoe_convert.errors import TrainingError
+from mpoe_convert.artifact.loading import from_pretrained
+from mpoe_convert.errors import OutputError, TrainingError
+from mpoe_convert.training.trainer import refusals_told
 
 
 @pytest.fixture
@@ -54,7 +58,9 @@ def test_the_last_good_checkpoint_stays(dense, data, tmp_path, monkeypatch):
 
     load = module._load_model
     monkeypatch.setattr(module, "_load_model", lambda *given: spoil(load(*given)))
-    with pytest.raises(TrainingError, match=r"gradient norm is nan at step 4.*checkpoint-3 is from before"):
+    with pytest.raises(
+        TrainingError, match=r"gradient norm is nan at step 4.*checkpoint-3 is the newest; it may"
+    ):
         finetune(run(dense, data, steps=8, save_every=1), tmp_path / "tuned")
     left = sorted(path.name for path in (tmp_path / "tuned").iterdir())
     assert left == ["checkpoint-2", "checkpoint-3"]
@@ -80,6 +86,37 @@ def test_a_step_that_destroys_the_weights_is_no_checkpoint(steps, dense, data, t
     left = sorted(path.name for path in tmp_path.glob("tuned/*"))
     assert left == [f"checkpoint-{number}" for number in range(1, steps)]
     assert (tmp_path / "tuned").exists() == (steps > 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"save_strategy": "best"},
+        {"eval_strategy": "epoch"},
+        {"fsdp": "full_shard"},
+        {"adam_beta1": 3.0},
+        {"dataloader_num_workers": -1},
+    ],
+)
+def test_what_a_library_refuses_is_told_in_one_line(arguments, dense, data, tmp_path):
+    with pytest.raises(TrainingError, match=r"cannot be (set up|made|batched): ") as told:
+        finetune(run(dense, data, steps=1, arguments=arguments), tmp_path / "tuned")
+    assert "\n" not in str(told.value) and not (tmp_path / "tuned").exists()
+
+
+def test_refusals_are_told():
+    for error in (KeyError("geluu"), AttributeError("no loss"), ConnectionError("offline\nnow")):
+        with pytest.raises(TrainingError, match=r"^it fails: ['\w ]+$"), refusals_told("it fails"):
+            raise error
+    for passes in (OSError(errno.ENOSPC, "full"), OutputError("told"), KeyboardInterrupt()):
+        with pytest.raises(type(passes)) as told, refusals_told("it fails"):
+            raise passes
+        assert told.value is passes
+
+
+def test_tensors_of_another_shape_are_named(dense):
+    with pytest.raises(TrainingError, match=r"'transformer.wte.weight' have other shapes.*expected \[7, "):
+        from_pretrained(AutoModelForCausalLM, dense, vocab_size=7)
 
 
 def test_a_block_of_one_token_teaches_nothing(dense, data, tmp_path):

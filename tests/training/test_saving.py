@@ -93,7 +93,7 @@ def test_whatever_refuses_to_be_written(part, source, text, tmp_path, monkeypatc
 def test_an_output_that_is_no_place(artifact, text, tmp_path, monkeypatch):
     monkeypatch.setattr(MpoeTrainer, "training_step", refuse)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write .*file/tuned: .*file is not a folder"):
+    with pytest.raises(OutputError, match="cannot write .*file/tuned': .*file' is a file"):
         finetune(Finetuning(str(artifact("gpt2")[1]), text, **QUICK), tmp_path / "file" / "tuned")
 
 
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(error, artifact, tex
     told = (
         r"^the checkpoint of step 4 cannot be written to .*tuned \(.*(No space|failed).*\); .*checkpoint-2 "
     )
-    told += r"is from before; free some space or repair this, then run again with resume=True$"
+    told += r"is the newest; free some space or repair this, then run again with resume=True$"
     with pytest.raises(OutputError, match=told):
         finetune(run, tmp_path / "tuned")
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoint-2"]
