@@ -63,7 +63,7 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
 
     Raises:
         CheckpointError: `name` is a missing folder.
-        HubError: it is no Hub id either, or is not here and cannot be asked for; names what may have been meant.
+        HubError: it is no Hub id either, or the Hub cannot be asked; names what may have been meant.
         TrainingError: it does not load, has custom code that is not trusted, lacks weights of layers, or has
             others than its config says.
     """
