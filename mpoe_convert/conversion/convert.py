@@ -21,6 +21,7 @@ from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
+from ..options import named_by_flags
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..request import as_path, check_function, check_token
@@ -146,12 +147,19 @@ def _write(
     divergence = prepared.divergence(folder)
     license = source_license(checkpoint.folder)
     report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
+    with named_by_flags():  # files are the same, whoever called
+        _write_texts(folder, output, report, checkpoint)
+    return report
+
+
+def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpoint) -> None:
+    """The card, the recipe, and the report with the names of all files."""
+    plan = report.plan
     card.write(folder / CARD_FILE, report, checkpoint)
     _write_recipe(folder / RECIPE_FILE, plan.recipe)
     files = sorted({*file_names(folder), REPORT_FILE})
     place = None if checkpoint.revision else base_path(checkpoint.folder, output)
     write_json(folder / REPORT_FILE, report.to_json() | {"base_path": place, "files": files})
-    return report
 
 
 class _Builder:

@@ -43,7 +43,14 @@ from .checkpoints import (
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
 from .interrupts import StopOnSignal
-from .library import PartialState, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from .library import (
+    PartialState,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+    unset_hf_deepspeed_config,
+)
 from .option_names import (
     check_arguments,
     check_options,
@@ -478,4 +485,8 @@ def _arguments(run: Finetuning, output: Path) -> TrainingArguments:
         values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
         values |= {"metric_for_best_model": "eval_loss"}
     with refusals_told("transformers refuses these training arguments"):
-        return TrainingArguments(**(values | given))
+        try:
+            return TrainingArguments(**(values | given))
+        except Exception:
+            unset_hf_deepspeed_config()  # a refused one stays set, and models could no longer be loaded
+            raise

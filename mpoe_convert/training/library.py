@@ -7,6 +7,7 @@ from ..extras import need
 try:
     from accelerate import PartialState
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.trainer_utils import rotate_checkpoints
 except ImportError:
     need("fine-tuning", "accelerate", "datasets", extra="train")
@@ -20,4 +21,5 @@ __all__ = [
     "TrainingArguments",
     "rotate_checkpoints",
     "set_seed",
+    "unset_hf_deepspeed_config",
 ]

@@ -104,7 +104,8 @@ def test_a_plan_of_a_model_that_is_known_imports_nothing_slow(made, tmp_path, mo
     monkeypatch.setattr(memo, "_is_used", lambda: True)
     assert plan(Recipe("dense", experts=2, bond_dim=4)).to_json() == asked
     command = ["plan", "dense", "--experts", "2", "--bond-dim", "4", "--json"]
-    [[code, stdout, stderr, imported]] = run(made, command, HF_ASSETS_CACHE=str(tmp_path))
+    package = str(memo.PACKAGE.parent)  # what was learnt holds for these very files
+    [[code, stdout, stderr, imported]] = run(made, command, HF_ASSETS_CACHE=str(tmp_path), PYTHONPATH=package)
     assert (code, stderr, imported) == (0, "", [])
     assert json.loads(stdout) == json.loads(json.dumps(asked))
 

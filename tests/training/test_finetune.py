@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mpoe_convert import Finetuning, evaluate, finetune, verify
 from mpoe_convert.artifact.layout import file_names, is_artifact, own_files
 from mpoe_convert.cli import main
-from mpoe_convert.errors import DataError, OutputError, RunError, TrainingError
+from mpoe_convert.errors import CheckpointError, DataError, OutputError, RunError, TrainingError
 from mpoe_convert.training.interrupts import Interrupted
 from mpoe_convert.training.roles import role_of
 
@@ -359,8 +359,8 @@ def test_command_line_wins_over_the_file(artifact, text, tmp_path):
         ({"data": "short"}, DataError, "no whole block of 16"),
         ({"arguments": {"nonsense": 1}}, TrainingError, "no such field"),
         ({"precision": "float16"}, TrainingError, "needs an accelerator"),
-        ({"model": "./missing"}, TrainingError, "is not a folder"),
-        ({"teacher": "./missing"}, TrainingError, "is not a folder"),
+        ({"model": "./missing"}, CheckpointError, "there is no folder './missing'"),
+        ({"teacher": "./missing"}, CheckpointError, "there is no folder './missing'"),
     ],
 )
 def test_a_mistake_is_told(options, error, message, artifact, text, tmp_path):

@@ -32,13 +32,13 @@ def config(artifact):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("nonsense", 3, "options nonsense: the config of out has no such option$"),
+        ("nonsense", 3, "--option nonsense: the config of out has no such option$"),
         ("router_aux_loss_coeff", 1, "no such option; did you mean 'router_aux_loss_coef'\\?$"),
         ("resid_pdorp", 0.1, "did you mean 'resid_pdrop'\\?$"),
         ("to_dict", 3, "no such option"),
-        ("mpoe", 3, "options mpoe is fixed: with another value out would be another model"),
+        ("mpoe", 3, "--option mpoe is fixed: with another value out would be another model"),
         ("model_type", "llama", "is fixed"),
-        ("n_layer", 2, "options n_layer is fixed: "),
+        ("n_layer", 2, "--option n_layer is fixed: "),
         ("num_hidden_layers", 2, "is fixed"),
         ("n_head", 1, "is fixed"),
         ("vocab_size", 7, "is fixed"),
@@ -47,12 +47,12 @@ def config(artifact):
         ("num_experts", 3, "no such option"),
         ("token", "x", "no such option"),
         ("revision", "main", "no such option"),
-        (3, 4, "options 3: "),
-        ("router_aux_loss_coef", "abc", "options router_aux_loss_coef is 'abc'; expected a number$"),
+        (3, 4, "--option 3: "),
+        ("router_aux_loss_coef", "abc", "--option router_aux_loss_coef is 'abc'; expected a number$"),
         ("output_router_logits", 1, "is 1; expected true or false$"),
         ("router_tasks", "a", "is 'a'; expected a list or null$"),
-        ("resid_pdrop", "abc", "options resid_pdrop is 'abc': "),
-        ("dtype", "foo", "options dtype is 'foo'; expected float32, bfloat16 or float16$"),
+        ("resid_pdrop", "abc", "--option resid_pdrop is 'abc': "),
+        ("dtype", "foo", "--option dtype is 'foo'; expected float32, bfloat16 or float16$"),
     ],
 )
 def test_an_option_that_the_model_does_not_have(name, value, message, config):
@@ -75,9 +75,9 @@ def test_a_dense_model_has_no_router():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("nonsense", 3, "^arguments nonsense: transformers.TrainingArguments has no such field$"),
+        ("nonsense", 3, "^--set nonsense: transformers.TrainingArguments has no such field$"),
         ("adam_epsilo", 3, "did you mean 'adam_epsilon'\\?$"),
-        ("adam_epsilon", "abc", "^arguments adam_epsilon is 'abc'; expected a number$"),
+        ("adam_epsilon", "abc", "^--set adam_epsilon is 'abc'; expected a number$"),
         ("adam_epsilon", float("nan"), "is nan; expected a number$"),
         ("dataloader_num_workers", 1.5, "is 1.5; expected a whole number$"),
         ("save_total_limit", "1", "is '1'; expected (a whole number or null|null or a whole number)$"),
@@ -87,7 +87,7 @@ def test_a_dense_model_has_no_router():
             "is 'adamw_torc'; expected one of transformers' OptimizerNames; did you mean 'adamw_torch'",
         ),
         ("bf16_full_eval", 3, "expected true or false$"),
-        ("output_dir", "x", "^arguments output_dir: expected output$"),
+        ("output_dir", "x", "^--set output_dir: expected -o, the output$"),
     ],
 )
 def test_an_argument_that_transformers_does_not_have(name, value, message):
@@ -115,7 +115,7 @@ def test_an_argument_that_an_own_option_sets(field):
         ({"arguments": {"deepspeed": "nofile.json"}}, "refuses these training arguments: "),
         ({"schedule": "cosin"}, "--schedule is 'cosin'; .*; did you mean 'cosine'\\?$"),
         ({"report_to": "wandbb"}, "--report-to is 'wandbb'; .*; did you mean 'wandb'\\?$"),
-        ({"options": {"n_layer": 1}}, "options n_layer is fixed"),
+        ({"options": {"n_layer": 1}}, "--option n_layer is fixed"),
     ],
 )
 def test_a_run_tells_before_it_reads_data_and_model(run, message, artifact, tmp_path, monkeypatch):

@@ -527,7 +527,7 @@ def test_old_code_that_never_calls_post_init_is_checked_too(tmp_path):
 def test_other_names_are_asked_for(tmp_path):
     edits = [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"), ("mlp", "song")]
     folder = save_own("minstrel", "AutoModelForCausalLM", tmp_path, edits)
-    told = r'no row of the table of families is this model\'s.*--ffn "layers\.{}\.song:w1,w3,w2"$'
+    told = r'no row of the table of families is this model\'s.*ffn "layers\.{}\.song:w1,w3,w2"$'
     with pytest.raises(FamilyError, match=told):
         plan(Recipe(folder, trust_remote_code=True))
     convert(Recipe(folder, **SMALL, ffn="layers.{}.song:w1,w3,w2"), tmp_path / "out")
