@@ -254,7 +254,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
         "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
     }
-    block = own // (2 * hidden)
+    block = max(size for size in range(1, own // (2 * hidden) + 1) if hidden % size == 0)
     free = {
         LIKE: ({"bond_dim": 64}, {}),
         f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
