@@ -130,7 +130,7 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    output = output.resolve() if output.is_symlink() else output  # the folder itself is replaced
+    output = _behind_link(output)  # the folder itself is replaced
     with scratch(output) as folder:
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
@@ -150,6 +150,7 @@ def scratch(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: as `staged`.
     """
+    output = _behind_link(output)
     outer = lock = None
     made = [parent for parent in output.parents if not parent.exists()]
     try:
@@ -183,11 +184,17 @@ def remove_leftovers(output: Path) -> list[Path]:
     Raises:
         OSError: the folder that holds them cannot be read.
     """
+    output = _behind_link(output)
     name = re.compile(rf"\.{re.escape(output.name[:40])}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
     if fcntl is None or not output.parent.is_dir():
         return []
     found = [path for path in sorted(output.parent.iterdir()) if name.fullmatch(path.name) and path.is_dir()]
     return [path for path in found if not path.is_symlink() and _remove_leftover(path, output)]
+
+
+def _behind_link(output: Path) -> Path:
+    """The folder that is written: what an output links to, or the output itself."""
+    return output.resolve() if output.is_symlink() else output
 
 
 def _remove_leftover(folder: Path, output: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,9 +16,7 @@ def check_output_first(output: str, overwrite: bool, quiet: bool) -> None:
     """Check the output, and name and remove what a killed run left beside it. Raises OutputError."""
     check_output(Path(output), overwrite)
     try:
-        leftovers = remove_leftovers(
-            Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
-        )
+        leftovers = remove_leftovers(Path(output))
     except OSError as error:
         raise OutputError(f"the folder of the output {output} cannot be read: {error.strerror}") from error
     if not quiet:

@@ -16,7 +16,7 @@ from typing import Any
 from ..artifact.folder import check_kind
 from ..artifact.layout import file_names
 from ..errors import CheckpointError, OutputError, one_line
-from ..options import by_name, default_of, description, switched
+from ..options import by_name, called, default_of, switched
 from ..source.json_files import read_json_object, write_json
 from .request import Finetuning
 
@@ -54,7 +54,7 @@ class Record:
         return cls(json.loads(json.dumps(asdict(run), default=str)), contents, processes)
 
     def differences(self, before: Record) -> list[str]:
-        """What differs from an earlier run, with both values: "--seed is 1, was 0".
+        """What differs from an earlier run, with both values: "--seed is 1, was 0" on the command line.
 
         Other contents under the same names are told if nothing else differs: other options make other
         examples of the same files.
@@ -71,7 +71,7 @@ class Record:
             said = [f" (sha256 {digest[:8]})" if is_read else "" for digest in hashes]
             texts = f"{json.dumps(now)}{said[0]}", f"{json.dumps(was)}{said[1]}"
             told = unnamed if now == was else found
-            told.append(f"{_flag(name)} is {texts[0]}, was {texts[1]}")
+            told.append(f"{called(by_name(Finetuning)[name])} is {texts[0]}, was {texts[1]}")
         if self.processes != before.processes:
             found.append(f"the number of processes is {self.processes}, was {before.processes}")
         return found or unnamed
@@ -79,11 +79,6 @@ class Record:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _flag(name: str) -> str:
-    about = description(by_name(Finetuning)[name])
-    return "MODEL" if name == "model" else about.flag or f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------------------------------------------------------------------

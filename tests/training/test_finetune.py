@@ -277,12 +277,12 @@ def test_only_the_same_run_is_resumed(artifact, text, tmp_path):
     (tmp_path / "longer.txt").write_text(words(500) + " w3" * 100)
     (tmp_path / "same.txt").write_text(words(600))
     told = {
-        "--learning-rate is 0.1, was 0.0005; .*": {"learning_rate": 0.1},
-        r"--data is .*longer.txt.* \(sha256 .*\), was .*text.txt.* \(sha256 .*\); go": {
+        "learning_rate is 0.1, was 0.0005; .*": {"learning_rate": 0.1},
+        r"data is .*longer.txt.* \(sha256 .*\), was .*text.txt.* \(sha256 .*\); go": {
             "data": str(tmp_path / "longer.txt")
         },
-        r"MODEL is .*\(sha256 .*\), was .*\(sha256 .*\); go": {"model": str(other)},
-        "--length is 8, was 16; go": {"length": 8},
+        r"model is .*\(sha256 .*\), was .*\(sha256 .*\); go": {"model": str(other)},
+        "length is 8, was 16; go": {"length": 8},
     }
     for message, options in told.items():
         with pytest.raises(OutputError, match=f"checkpoint-2 belongs to another run: .*{message}"):
