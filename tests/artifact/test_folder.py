@@ -151,3 +151,11 @@ def test_where_there_are_no_locks_nothing_is_taken_for_a_leftover(tmp_path, monk
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert tree(tmp_path) == {}
+
+
+def test_temporary_folders_lie_beside_the_target_of_a_link(tmp_path):
+    (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/out")
+    with scratch(tmp_path / "link") as made:
+        assert made.parent.parent == tmp_path / "disk" and made.parent.name.startswith(".out.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
