@@ -6,6 +6,7 @@
 TASK is one of
 
     text            language modelling on four new domains; hours on two cores
+    stories         the same by a smaller model, for ten times as many steps
     phonemes        spelling to phonemes, words exactly right
     phonemes-bart   the same by a BART
     source          which source a line of text comes from
@@ -16,9 +17,10 @@ MPO experts take the rate that those chose; the table says how many pairs of rat
 own were tried. Every run leaves one JSON file in OUT/TASK/runs and is not
 repeated: interrupt it and start it again.
 
-Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m and t5-g2p-en-us; words with
-phonemes, outputs of another model, three sources of English), with Python's own sources and language topics
-beside them. Without it, text and source use examples/tiny-gpt2 and the latter alone.
+Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m, llama-stories260k,
+t5-g2p-en-us and bart-misaki-g2p-us; words with phonemes, outputs of another model, three sources of English),
+with Python's own sources and language topics beside them. Without it, text and source use examples/tiny-gpt2
+and the latter alone.
 Needs pip install "mpoe-convert[train]" matplotlib.
 """
 
@@ -75,11 +77,23 @@ def english() -> dict[str, str]:
 
 
 class Text:
-    """Language modelling on several domains; held-out loss in nats per token."""
+    """Language modelling on several domains; held-out loss in nats per token.
+
+    Attributes:
+        steps: of the fine-tuning, if --steps does not say.
+        rates: learning rates that every kind is tried at.
+        factors: on the rate, for what experts own around a shared centre.
+        bond: of one-sided chains.
+        own: numbers that an expert of the other kinds owns, at most, in all matrices of an FFN.
+        options: of the fine-tuning.
+    """
 
     unit = "loss, nats per token"
     rates = (1e-3, 2e-3)
-    factors = (1.0, 3.0)  # on the rate, for what experts own around a shared centre
+    factors = (1.0, 3.0)
+    bond = 64
+    own = 2 * 2 * 64**2  # as many as in the outer cores of two one-sided chains
+    steps = 250
     model = DATA / "checkpoints/gpt2-mix-2m" if DATA else EXAMPLES / "tiny-gpt2"
     options = {"length": 128, "batch_size": 4}
 
@@ -113,12 +127,24 @@ class Text:
         return [{"input_ids": ids} for ids in windows]
 
 
+class Stories(Text):
+    """The same by a Llama of 260,000 parameters, which learns for longer in the same time."""
+
+    rates = (2e-3, 4e-3)
+    factors = (1.0,)
+    bond = 32
+    own = 3 * 64 * (16 + 1)  # blocks of 16 and their scales in three matrices
+    steps = 2500
+    model = DATA and DATA / "checkpoints/llama-stories260k"
+
+
 class Phonemes:
     """A T5 that spells English words in phonemes; words not exactly right, in per cent."""
 
     unit = "words wrong, %"
     rates = (3e-4, 1e-3)
     factors = (1.0,)
+    bond, own, steps = Text.bond, Text.own, Text.steps
     model = DATA and DATA / "checkpoints/t5-g2p-en-us"
     options = {"length": 32, "batch_size": 64, "task": "seq2seq"}
 
@@ -185,6 +211,7 @@ class Source:
     unit = "lines wrong, %"
     rates = (3e-4, 1e-3)
     factors = (1.0,)
+    bond, own, steps = Text.bond, Text.own, Text.steps
     model = Text.model
     options = {"length": 32, "batch_size": 16, "task": "classification"}
 
@@ -217,26 +244,36 @@ class Source:
         return [dict(tokenizer(lines, padding=True, truncation=True, max_length=32, return_tensors="pt"))]
 
 
-TASKS = {"text": Text, "phonemes": Phonemes, "phonemes-bart": BartPhonemes, "source": Source}
+TASKS = {
+    "text": Text,
+    "stories": Stories,
+    "phonemes": Phonemes,
+    "phonemes-bart": BartPhonemes,
+    "source": Source,
+}
 
 
 # ---------------------------------------------------------------------------------------------------
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
-# MPO experts that others are variations of, run at the rate and the factor that these choose.
-LIKE = "one-sided 64"
+# Recipes of MPO experts that name no layout have this one.
+LAYOUT = "one-sided"
+
+
+def like(task) -> str:
+    """MPO experts that others are variations of, run at the rate and the factor that these choose."""
+    return f"one-sided {task.bond}"
 
 
 def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     """Name -> (recipe, None for the dense model itself; options of the fine-tuning; auxiliary factors)."""
     config = AutoConfig.from_pretrained(task.model)
-    hidden = config.hidden_size
-    sizes = (getattr(config, name, None) for name in ("d_ff", "encoder_ffn_dim", "n_inner"))
-    inner = next((size for size in sizes if size), 4 * hidden)
-    own = 2 * 2 * 64**2  # numbers of an expert in both matrices at bond 64
-    rank, width = own // (2 * (hidden + inner)), own // (2 * hidden)
-    like = {
+    hidden, matrices = config.hidden_size, 3 if config.model_type == "llama" else 2
+    names = ("d_ff", "encoder_ffn_dim", "n_inner", "intermediate_size")
+    inner = next((size for name in names if (size := getattr(config, name, None))), 4 * hidden)
+    rank, width = task.own // (matrices * (hidden + inner)), task.own // (2 * hidden)
+    variations = {
         "one-sided 64, mask 0.5": ({"bond_dim": 64}, {"skip_centre": 0.5}),
         "one-sided 64, mask 0.75": ({"bond_dim": 64}, {"skip_centre": 0.75}),
         "one-sided 64, frozen centre": ({"bond_dim": 64}, {"freeze": ("centre",)}),
@@ -254,16 +291,17 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         "two-sided 96": ({"layout": "two-sided", "bond_dim": 96}, {}),
         "balanced, full bonds": ({"layout": "balanced", "bond_dim": 4096}, {}),
     }
-    block = max(size for size in range(1, own // (2 * hidden) + 1) if hidden % size == 0)
+    most = task.own // (matrices * hidden) - 1  # beside the scales
+    block = max(size for size in range(1, most + 1) if hidden % size == 0)
     free = {
-        LIKE: ({"bond_dim": 64}, {}),
+        like(task): ({"bond_dim": task.bond}, {}),
         f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
     found |= {name: (*each, task.factors) for name, each in free.items()}
-    return found | {name: (*each, None) for name, each in like.items()}
+    return found | {name: (*each, None) for name, each in variations.items()}
 
 
 class Runs:
@@ -296,7 +334,8 @@ class Runs:
         start, options = str(self.task.model), {}
         if recipe is not None:
             start = str(work / "converted")
-            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | recipe), start)
+            layout = {} if "kind" in recipe else {"layout": LAYOUT}
+            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | layout | recipe), start)
             options = {"skip_centre": 0.0, "auxiliary_lr": factor}
         steps, tuned = self.options.steps, str(work / "tuned")
         report = finetune(
@@ -354,7 +393,7 @@ class Runs:
         """Rate and factor at which the first seed does best on the half to choose by."""
         factors = self.contenders[name][2]
         if factors is None:
-            return self.best(LIKE)
+            return self.best(like(self.task))
         pairs = [(rate, factor) for factor in factors for rate in self.rates]
         return min(pairs, key=lambda pair: mean(self.get(name, *pair, 0)["choose"]))
 
@@ -403,22 +442,34 @@ def spread(values: list[float]) -> float:
 def table(rows: list[dict], task) -> str:
     parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
     names = [f"perplexity, {part}" for part in parts]
-    head = ["contender", "rate", "x", "tried", task.unit, "spread", "less dense", "spread", *names]
+    head = ["contender", "rate", "x", "tried", "seeds", task.unit, "spread", "less dense", "95 %", *names]
     head += ["stored", "active", "s / step"]
     head += ["load entropy", "lowest", "similarity"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
-        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}", str(row["tried"] or "")]
+        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
+        cells += [str(row["tried"] or ""), str(row["seeds"])]
         cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
         gained = gains(row, dense) if dense else []
-        cells += [f"{mean(gained):+.4f}", f"{spread(gained):.4f}"] if gained else ["", ""]
+        cells += [f"{mean(gained):+.4f}", f"{interval(gained):.4f}"] if gained else ["", ""]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
         keys = ("load_entropy", "lowest_load_entropy", "similarity")
         cells += [f"{row[key]:.3f}" if key in row else "" for key in keys]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of the mean."""
+    if len(values) < 2:
+        return float("nan")
+    return STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def gains(row: dict, dense: list[float]) -> list[float]:
@@ -444,7 +495,7 @@ def plot(rows: list[dict], task, path: Path) -> None:
         grid[0, 0].errorbar(row["stored"], row["score"], row["spread"], label=name, **style)
         if dense is not None:
             gained = gains(row, dense)
-            grid[0, 1].errorbar(row["stored"], mean(gained), spread(gained), **style)
+            grid[0, 1].errorbar(row["stored"], mean(gained), interval(gained), **style)
     for axes, what in zip(grid.flat, ("held out", "held out, less dense with the same seed"), strict=False):
         axes.set(xscale="log", xlabel="FFN parameters stored (routers apart)", ylabel=f"{what}: {task.unit}")
         axes.grid(alpha=0.3)
@@ -460,7 +511,7 @@ def main() -> None:
     parser.add_argument("--only", help="contenders, as patterns of names, separated by semicolons")
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, help="250; 2500 for stories")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -468,6 +519,7 @@ def main() -> None:
     task = TASKS[options.task]()
     if task.model is None:
         raise SystemExit(f"{options.task} needs MPOE_TEST_DATA")
+    options.steps = options.steps or task.steps
     runs = Runs(task, options)
     patterns = options.only.split(";") if options.only else ["*"]
     names = [name for name in runs.contenders if any(fnmatch(name, pattern) for pattern in patterns)]

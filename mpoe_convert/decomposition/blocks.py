@@ -1,4 +1,4 @@
-"""Decompose a matrix into a block tensor train of two cores: a square matrix per block, and one large core.
+"""Decompose a matrix into a block tensor train: scales, a square matrix per block, and one large core.
 
 Sources: block tensor trains (BTT), arXiv 2406.06248; a block SVD whose small core belongs to a task: FuRA,
 arXiv 2605.22869.
@@ -20,8 +20,10 @@ def fit_blocks(
 
     ::
 
-        W[block p] = R_p C[block p]         p: blocks of the inputs     (b, out) = (b, b) (b, out)
-        W[:, block p] = C[:, block p] R_p      or of the outputs        (in, b) = (in, b) (b, b)
+        W[block p] = diag(s_p) R_p C[block p]         p: blocks of the inputs     (b, out) = (b, b) (b, out)
+        W[:, block p] = C[:, block p] R_p diag(s_p)      or of the outputs        (in, b) = (in, b) (b, b)
+
+    The scales s are 1.
 
     Args:
         matrix: (in, out), float32 or float64.
@@ -44,25 +46,32 @@ def fit_blocks(
 
 def _of_inputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tensor]:
     """`whole`: the matrix, or the two thin ones that it is the product of."""
-    block, number = sites.in_dims
+    _, block, number = sites.in_dims
     split = whole[0].reshape(block, number, -1).transpose(0, 1)  # (P, b, out or rank)
     basis = _basis(split @ whole[1] if len(whole) > 1 else split, gauge)  # (P, b, b)
     inner = (basis.mT @ split).transpose(0, 1)  # (b, P, out or rank)
     outside = [second[:, None, :, None] for second in whole[1:]]
     centre = [inner.unsqueeze(2 if outside else 3), *outside]
-    return [core.contiguous() for core in (basis.unsqueeze(2), *centre)]
+    cores = (_scales(basis, block * number), basis.unsqueeze(2), *centre)
+    return [core.contiguous() for core in cores]
 
 
 def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tensor]:
     """The same for blocks of the outputs."""
-    number, block = sites.out_dims
+    number, block, _ = sites.out_dims
     split = whole[-1].reshape(-1, number, block).transpose(0, 1)  # (P, in or rank, b)
     basis = _basis((whole[0] @ split if len(whole) > 1 else split).mT, gauge)  # (P, b, b)
     inner = (split @ basis).transpose(0, 1)  # (in or rank, P, b)
     outside = [first[None, :, None, :] for first in whole[:-1]]
     centre = [*outside, inner.unsqueeze(1 if outside else 0)]
     untied = basis.mT.flatten(0, 1)[:, None, :, None]  # (P * b, 1, b, 1)
-    return [core.contiguous() for core in (*centre, untied)]
+    cores = (*centre, untied, _scales(basis, number * block))
+    return [core.contiguous() for core in cores]
+
+
+def _scales(like: Tensor, number: int) -> Tensor:
+    """(P, 1, 1, 1) ones."""
+    return like.new_ones(number, 1, 1, 1)
 
 
 def _basis(blocks: Tensor, gauge: str) -> Tensor:

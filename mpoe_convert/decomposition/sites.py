@@ -178,46 +178,44 @@ def one_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sit
     return _wide("one-sided", rows, cols, (left, 1), (1, right), limits)
 
 
-def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 2) -> Sites:
-    """An untied core on the smaller side, with a square matrix per block of it; exact at any bond limit.
+def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 3) -> Sites:
+    """Untied cores on the smaller side, a square matrix per block and a scale per feature; always exact.
 
     ::
 
-        64    12                  768 x 3072 at bond 64: in_dims (64, 12), out_dims (1, 3072), bond 64;
-         |    |                   the 768 inputs are 12 blocks, W[block p] = R_p C[block p]
-        [R]-64-[C]-- 3072         with R 12 matrices of 64 x 64, and C as large as W
-         |____|
-           12: R has a matrix for each of them
+         1      64    12          768 x 3072 at bond 64: in_dims (1, 64, 12), out_dims (1, 1, 3072), bonds
+         |      |     |           (1, 64); the 768 inputs are 12 blocks, W[block p] = diag(s_p) R_p C[block p]
+        [s]--1--[R]-64-[C]--3072  with s 768 numbers, R 12 matrices of 64 x 64, and C as large as W
+         |______|_____|
+           768  |__12_|           s has a number for each input, R a matrix for each block of them
 
-    The block tensor train of two cores (BTT, arXiv 2406.06248), with the small core per expert as in FuRA
-    (arXiv 2605.22869). A `one_sided` chain multiplies all blocks by the same matrix.
+    The block tensor train of two cores (BTT, arXiv 2406.06248) with the small core per expert and scales
+    apart from it, as in FuRA (arXiv 2605.22869). A `one_sided` chain multiplies all blocks by the same one.
 
     Args:
         rows, cols: size of the matrix, input features first. Of equal sizes the input is split.
-        max_bond: limit for the bond.
-        num_sites: 2.
+        max_bond: limit for the size of a block. Of one number per bond the largest counts: the bond beside
+            the scales is 1.
+        num_sites: 3.
 
     Raises:
-        SitesError: the smaller size has no divisor between 2 and the limit, or ``num_sites`` is not 2.
+        SitesError: the smaller size has no divisor between 2 and the limit, or ``num_sites`` is not 3.
     """
-    if num_sites != 2:
-        raise SitesError(f"the blocks layout has 2 sites, found {num_sites}: omit {called('sites')}")
-    limits = (max_bond,) if isinstance(max_bond, int) else tuple(max_bond)
-    _check_bond_count(limits, 2)
-    if limits[0] < 1:
-        raise SitesError(f"bond dimension {limits[0]} is below 1: use a limit from 1 on")
+    if num_sites != 3:
+        raise SitesError(f"the blocks layout has 3 sites, found {num_sites}: omit {called('sites')}")
+    limit = max(_limits(max_bond, num_sites))
     side = min(rows, cols)
-    block = max(size for size in _divisors(side) if size <= limits[0])
+    block = max(size for size in _divisors(side) if size <= limit)
     if block == 1:
         raise SitesError(
             f"the blocks layout cannot split {rows} x {cols}: {side} has no divisor between 2 and the bond "
-            f"limit {limits[0]}, so experts would own no matrices; use "
+            f"limit {limit}, so experts would own no matrices; use "
             + (f"{called('bond_dim')} {_prime_factors(side)[0]} or more, " if side > 1 else "")
             + f"{assigned('layout', 'one-sided')} or {assigned('kind', 'dense')}"
         )
     if rows <= cols:
-        return Sites((block, rows // block), (1, cols), (block,), (True, False))
-    return Sites((rows, 1), (cols // block, block), (block,), (False, True))
+        return Sites((1, block, rows // block), (1, 1, cols), (1, block), (True, True, False))
+    return Sites((rows, 1, 1), (cols // block, block, 1), (block, 1), (False, True, True))
 
 
 def two_sided(rows: int, cols: int, max_bond: int | Dims, num_sites: int) -> Sites:

@@ -257,6 +257,7 @@ class Cost(NamedTuple):
 # to its right (`L (x) I`); one that carries only outputs alike for the outputs to its left. An *untied* core
 # has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor
 # train (BTT, arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest; stored as (P * l * i, o * r).
+# One at an end of a chain, with l = i = o = r = 1, is a vector that scales the inputs (or the outputs).
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -339,6 +340,8 @@ def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
 
 def multiply_blocks(x: Tensor, weight: Tensor) -> Tensor:
     """Every x (N, P, l) times the P matrices of weight (P, l, q) -> (N, P, q)."""
+    if weight.shape[-2:] == (1, 1):  # numbers that scale features
+        return x * weight.squeeze(-1)
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
 
@@ -388,6 +391,8 @@ class Picks(NamedTuple):
 
     def blocks(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (N, P, l) times the P matrices of its expert in (E, P, l, q) -> (N, P, q)."""
+        if weight.shape[-2:] == (1, 1) and self.sizes is None:
+            return x * weight.squeeze(-1)[self.experts]
         if self.sizes is not None:
             return self._by_segment(x, weight, multiply_blocks)
         if self.ends is not None:  # P * E groups: a block's rows, expert by expert
@@ -485,7 +490,8 @@ class Chain(nn.Module):
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
         shared_params, own_params: parameters that are stored once, and that each expert has for itself.
-        flops_per_row: operations per row (2 per multiply-add), the contraction of matrices not counted.
+        flops_per_row: operations per row (2 per multiply-add), but neither the contraction of matrices nor
+            scales.
         rebuild_flops: operations to contract one expert's matrix.
     """
 
@@ -595,7 +601,8 @@ class Chain(nn.Module):
         for shape, copies in zip(self.shapes, self.copies, strict=True):
             _, i, o, _ = shape
             inputs //= i  # a matrix (l * i, o * r) for every input and output
-            flops += 2 * inputs * outputs * math.prod(shape) // copies
+            if copies == 1 or math.prod(shape) > copies:
+                flops += 2 * inputs * outputs * math.prod(shape) // copies
             outputs *= o
         return flops
 
@@ -614,8 +621,12 @@ class Chain(nn.Module):
         centre = sizes.index(max(sizes))
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741
-            fan = l // self.copies[k] * i * o if k < centre else i * o * r
-            init.normal_(getattr(self, name), std=std if k == centre else fan**-0.5)
+            core, l = getattr(self, name), l // self.copies[k]  # noqa: E741
+            if l * i * o * r == 1:  # it scales features
+                init.ones_(core)
+                continue
+            fan = l * i * o if k < centre else i * o * r
+            init.normal_(core, std=std if k == centre else fan**-0.5)
 
 
 def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:

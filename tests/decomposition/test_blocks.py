@@ -1,4 +1,4 @@
-"""Block tensor trains of two cores: sites by brute force, cores by numpy's SVD and a product per block."""
+"""Block tensor trains: sites by brute force, cores by numpy's SVD, scales and a product per block."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def product(cores, sites) -> np.ndarray:
     """The matrix (in, out), block by block; a large core of two is multiplied out first."""
     cores = [core.numpy() for core in cores]
     if sites.untied[0]:
-        (size, number), untied, centre = sites.in_dims, cores[0], cores[1:]
+        (_, size, number), scales, untied, centre = sites.in_dims, cores[0], cores[1], cores[2:]
         small = untied.reshape(number, size, size)
         large = centre[0].reshape(size * number, -1)
         large = (large @ centre[1].reshape(large.shape[1], -1) if len(centre) > 1 else large).reshape(
@@ -29,13 +29,13 @@ def product(cores, sites) -> np.ndarray:
         found = np.empty((size, number, large.shape[-1]))
         for p in range(number):
             found[:, p] = small[p] @ large[:, p]
-        return found.reshape(size * number, -1)
-    (number, size), untied, centre = sites.out_dims, cores[-1], cores[:-1]
+        return scales.reshape(-1, 1) * found.reshape(size * number, -1)
+    (number, size, _), untied, scales, centre = sites.out_dims, cores[-2], cores[-1], cores[:-2]
     small = untied.reshape(number, size, size)
     large = centre[-1].reshape(-1, number * size)
     large = centre[0].reshape(-1, len(large)) @ large if len(centre) > 1 else large
     pieces = [large[:, p * size : (p + 1) * size] @ small[p] for p in range(number)]
-    return np.concatenate(pieces, axis=1)
+    return np.concatenate(pieces, axis=1) * scales.reshape(1, -1)
 
 
 @SETTINGS
@@ -49,20 +49,20 @@ def test_the_smaller_side_is_split_into_the_largest_blocks(rows, cols, limit):
         return
     found = blocks(rows, cols, limit)
     if rows <= cols:
-        assert (found.in_dims, found.out_dims) == ((size, rows // size), (1, cols))
+        assert (found.in_dims, found.out_dims) == ((1, size, rows // size), (1, 1, cols))
     else:
-        assert (found.in_dims, found.out_dims) == ((rows, 1), (cols // size, size))
-    assert found.bonds == (size,) == found.full_bonds and found.is_exact
-    assert found.central_params == rows * cols and found.auxiliary_params == side * size
-    assert found.untied[found.centre] is False and sum(found.untied) == 1
+        assert (found.in_dims, found.out_dims) == ((rows, 1, 1), (cols // size, size, 1))
+    assert sorted(found.bonds) == [1, size] and found.bonds == found.full_bonds and found.is_exact
+    assert found.central_params == rows * cols and found.auxiliary_params == side * size + side
+    assert found.untied[found.centre] is False and sum(found.untied) == 2
 
 
 @pytest.mark.parametrize(
     ("limit", "sites", "error"),
     [
-        (0, 2, "bond dimension 0 is below 1"),
-        (8, 3, "the blocks layout has 2 sites, found 3: omit sites"),
-        ((8, 8), 2, "2 bond dimensions"),
+        (0, 3, "bond dimension 0 is below 1"),
+        (8, 5, "the blocks layout has 3 sites, found 5: omit sites"),
+        ((8, 8, 8), 3, "3 bond dimensions"),
     ],
 )
 def test_limits_that_no_chain_has(limit, sites, error):
@@ -80,13 +80,18 @@ def test_the_cores_make_the_matrix(size, rank, gauge):
         factors = randn(size[0], rank, seed=2), randn(rank, size[1], seed=3)
         matrix = factors[0] @ factors[1]
     cores = fit_blocks(matrix, sites, factors, gauge=gauge)
+    scales = cores[0 if sites.untied[0] else -1]
+    assert torch.equal(scales, torch.ones_like(scales))
+    if gauge == "identity" and not rank:
+        assert torch.equal(contract_chain(cores, sites.copies), matrix)
+    scales.copy_(randn(*scales.shape, seed=4))
+    scaled = scales.flatten()
+    matrix = scaled[:, None] * matrix if sites.untied[0] else matrix * scaled
     copies = list(sites.copies)
     if rank:
         copies.insert(sites.centre, 1)
     np.testing.assert_allclose(product(cores, sites), matrix.numpy(), rtol=0, atol=1e-12)
     torch.testing.assert_close(contract_chain(cores, copies), matrix, rtol=0, atol=1e-12)
-    if gauge == "identity" and not rank:
-        assert torch.equal(contract_chain(cores, copies), matrix)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -95,10 +100,10 @@ def test_the_canonical_gauge_is_the_svd_of_every_block(size):
     matrix = randn(*size)
     cores = fit_blocks(matrix, sites)
     if sites.untied[0]:
-        large, pieces = cores[1].squeeze(-1), matrix.reshape(*sites.in_dims, -1)
-        found = [(large[:, p], pieces[:, p]) for p in range(sites.in_dims[1])]
+        large, pieces = cores[2].squeeze(-1), matrix.reshape(*sites.in_dims[1:], -1)
+        found = [(large[:, p], pieces[:, p]) for p in range(sites.in_dims[2])]
     else:
-        large, pieces = cores[0].squeeze(0), matrix.reshape(-1, *sites.out_dims)
+        large, pieces = cores[0].squeeze(0), matrix.reshape(-1, *sites.out_dims[:2])
         found = [(large[:, p].T, pieces[:, p].T) for p in range(sites.out_dims[0])]
     for rows, block in found:  # (b, n)
         values = np.zeros(len(rows))
@@ -111,7 +116,7 @@ def test_float32_stays_and_its_bases_are_orthogonal_to_rounding():
     sites = blocks(64, 256, 16)
     cores = fit_blocks(randn(64, 256, dtype=torch.float32), sites)
     assert {core.dtype for core in cores} == {torch.float32}
-    basis = cores[0].reshape(4, 16, 16).double()
+    basis = cores[1].reshape(4, 16, 16).double()
     assert (basis.mT @ basis - torch.eye(16)).abs().max() < 1e-5
 
 
@@ -124,6 +129,6 @@ def test_nan_is_refused():
 
 def test_a_zero_matrix_has_zero_cores_and_orthogonal_bases():
     cores = fit_blocks(torch.zeros(8, 16), blocks(8, 16, 4))
-    assert not cores[1].any()
-    basis = cores[0].reshape(2, 4, 4)
+    assert not cores[2].any()
+    basis = cores[1].reshape(2, 4, 4)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4).expand(2, 4, 4))

@@ -29,6 +29,8 @@ TERMS = {
     ),
     "blocks of inputs": chain([3, 4], [1, 10], [3], [False, True], [True, False]),
     "blocks of outputs": chain([12, 1], [5, 2], [2], [True, False], [False, True]),
+    "scales, blocks of inputs": chain([1, 3, 4], [1, 1, 10], [1, 3], [0, 0, 1], [1, 1, 0]),
+    "blocks of outputs, scales": chain([12, 1, 1], [5, 2, 1], [2, 1], [1, 0, 0], [0, 1, 1]),
     "blocks of both, shared centre of two": chain(
         [3, 4, 1, 1], [1, 1, 5, 2], [2, 4, 3], [0, 1, 1, 0], [1, 0, 0, 1]
     ),

@@ -25,7 +25,7 @@ GAUGES = ("canonical", "identity")
 WHOLE_CENTRES = ("blocks", "one-sided")
 NEURON_ORDERS = ("auto", "source")
 # MPOE's reference code splits every matrix into five near-equal sites; three are enough at full bonds.
-DEFAULT_SITES = MappingProxyType({"blocks": 2, "one-sided": 3, "two-sided": 3, "balanced": 5})
+DEFAULT_SITES = MappingProxyType({"blocks": 3, "one-sided": 3, "two-sided": 3, "balanced": 5})
 
 DEFAULT_BIAS = "shared"
 AUXILIARY_LR = 1.0
@@ -69,7 +69,7 @@ class Options(experts.Options):
         at_most=MOST_SITES,
         valid=lambda sites: sites % 2 == 1,
         expected=f"an odd number from 3 to {MOST_SITES}",
-        default_text="3; 5 for --layout balanced, 2 for blocks",
+        default_text="3; 5 for --layout balanced",
     )
     factors: str | None = option(
         default=None,
@@ -111,7 +111,7 @@ class Options(experts.Options):
             )
 
     def resolved(self) -> dict[str, Any]:
-        return {} if self.layout == "blocks" else {"sites": num_sites(self)}
+        return {"sites": num_sites(self)}
 
     def may_truncate(self) -> bool:
         return self.layout == "balanced" or self.factors is not None
