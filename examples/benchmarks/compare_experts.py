@@ -296,10 +296,16 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     free = {
         like(task): ({"bond_dim": task.bond}, {}),
         f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
+        f"blocks {block}, identity gauge": (
+            {"layout": "blocks", "bond_dim": block, "gauge": "identity"},
+            {},
+        ),
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
+    many = {"plain MoE": {"kind": "dense"}} | {name: recipe for name, (recipe, _) in free.items()}
+    free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
     return found | {name: (*each, None) for name, each in variations.items()}
 

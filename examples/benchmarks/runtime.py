@@ -5,8 +5,8 @@
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
-    apply, rebuild, cached, auto    this project's schedules, one-sided layout, bond 64
-    blocks                          layout blocks, bond 64, by the schedule that `auto` chooses
+    apply, rebuild, cached, auto    this project's schedules, layout blocks, bond 64
+    one-sided                       that layout, bond 64, by the schedule that `auto` chooses
     dense                           the base model's FFN (one expert's work: the floor)
     eager, batched_mm, grouped_mm   a plain mixture of dense experts by transformers' own experts code,
                                     holding the same experts as matrices, behind the same router
@@ -51,7 +51,7 @@ def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict
     return {"terms": [term], "bias": None}
 
 
-def make_ffn(shape: str, layout: str = "one-sided", sites: int = 3, bond: int = BOND) -> FeedForward:
+def make_ffn(shape: str, layout: str = "blocks", sites: int = 3, bond: int = BOND) -> FeedForward:
     """Random experts that differ, of the scale of trained ones."""
     hidden, inner, activation = SHAPES[shape]
     form = {
@@ -155,7 +155,8 @@ class Paper(nn.Module):
 
 def contract(chain, cores, expert: int) -> torch.Tensor:
     own = [core if shared else core[expert] for core, shared in zip(cores, chain.shared, strict=True)]
-    return contract_chain([core.reshape(shape) for core, shape in zip(own, chain.shapes, strict=True)])
+    shaped = [core.reshape(shape) for core, shape in zip(own, chain.shapes, strict=True)]
+    return contract_chain(shaped, chain.copies)
 
 
 class Scheduled(nn.Module):
@@ -183,8 +184,8 @@ def contenders(shape: str, dtype, device, train: bool, with_paper: bool) -> tupl
         found[name] = module
     groups = dict.fromkeys(found, "ours")
     found["dense"], groups["dense"] = Dense(ffn), "dense"
-    untied = make_ffn(shape, "blocks", 2).to(dtype=dtype, device=device)
-    found["blocks"], groups["blocks"] = Scheduled(untied, "auto", cache), "blocks"
+    tied = make_ffn(shape, "one-sided").to(dtype=dtype, device=device)
+    found["one-sided"], groups["one-sided"] = Scheduled(tied, "auto", cache), "one-sided"
     if with_paper:
         balanced = make_ffn(shape, "balanced", 5, 10**9).to(dtype=dtype, device=device)
         found["paper"], groups["paper"] = Paper(balanced), "paper"
@@ -260,7 +261,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
         # What has to be stored; gradients take as many numbers again in training, AdamW twice as many.
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()},
         "auto_over_fastest_plain": median["auto"] / plain,
-        "blocks_over_fastest_plain": median["blocks"] / plain,
+        "one_sided_over_fastest_plain": median["one-sided"] / plain,
         "auto_over_dense": median["auto"] / median["dense"],
         "paper_over_auto": median["paper"] / median["auto"] if "paper" in median else None,
     }
@@ -268,7 +269,8 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
 
 def table_of(results: list[dict]) -> Table:
     names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
-    table = Table("case", *names, "auto/plain", "blocks/plain", "paper/auto", title="milliseconds, medians")
+    ratios = ("auto/plain", "one-sided/plain", "paper/auto")
+    table = Table("case", *names, *ratios, title="milliseconds, medians")
     for result in results:
         case = f"{result['shape']} {result['tokens']} {'train' if result['train'] else ''}"
         times = [result["seconds"].get(name) for name in names]
@@ -277,7 +279,7 @@ def table_of(results: list[dict]) -> Table:
             case.strip(),
             *("" if t is None else f"{1e3 * t:.3g}" for t in times),
             f"{result['auto_over_fastest_plain']:.2f}",
-            f"{result['blocks_over_fastest_plain']:.2f}",
+            f"{result['one_sided_over_fastest_plain']:.2f}",
             "" if paper is None else f"{paper:.1f}",
         )
     return table

@@ -202,7 +202,10 @@ def blocks(rows: int, cols: int, max_bond: int | Dims, num_sites: int = 3) -> Si
         SitesError: the smaller size has no divisor between 2 and the limit, or ``num_sites`` is not 3.
     """
     if num_sites != 3:
-        raise SitesError(f"the blocks layout has 3 sites, found {num_sites}: omit {called('sites')}")
+        raise SitesError(
+            f"the blocks layout has 3 sites, found {num_sites}: omit {called('sites')}, or use "
+            f"{assigned('layout', 'one-sided')}"
+        )
     limit = max(_limits(max_bond, num_sites))
     side = min(rows, cols)
     block = max(size for size in _divisors(side) if size <= limit)
@@ -288,8 +291,8 @@ _USUAL_SITES = 5
 # How `mpo` computes singular vectors.
 SVDS = ("auto", "exact", "randomized")
 LAYOUTS: dict[str, Callable[[int, int, int | Dims, int], Sites]] = {
-    "one-sided": one_sided,
     "blocks": blocks,
+    "one-sided": one_sided,
     "two-sided": two_sided,
     "balanced": balanced,
 }

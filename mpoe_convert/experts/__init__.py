@@ -108,8 +108,11 @@ class Options(OptionGroup):
         expected="a whole number from 0 to 2**63 - 1, as the generators of torch take it",
     )
 
-    def resolved(self) -> dict[str, Any]:
-        """Values for options that were left to the kind, so that a recipe repeats a run."""
+    def resolved(self, compresses: bool) -> dict[str, Any]:
+        """Values for options that were left to the kind, so that a recipe repeats a run.
+
+        compresses: under a budget.
+        """
         return {}
 
     def may_truncate(self) -> bool:

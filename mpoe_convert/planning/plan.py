@@ -28,7 +28,7 @@ NOTICEABLE_ERROR = 0.02
 
 def works_at_once() -> str:
     """The advice about truncation that loses most of a model."""
-    exact = assigned("layout", "one-sided", "two-sided", "blocks")
+    exact = assigned("layout", "blocks", "one-sided", "two-sided")
     return f"For a model that works at once, use {exact}, or larger bonds."
 
 

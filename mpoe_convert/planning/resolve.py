@@ -62,7 +62,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
         metric=changes.metric,
         allocation=changes.allocation,
-        **recipe.own_options.resolved(),
+        **recipe.own_options.resolved(recipe.compresses),
     )
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)
     notes = (*checkpoint.notes, *told)

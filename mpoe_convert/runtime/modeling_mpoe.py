@@ -15,11 +15,11 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
   expert. MPOE (arXiv 2203.01104) is one chain with a shared central core; dense experts (sparse upcycling,
   arXiv 2212.05055) are one chain of one per-expert core. An outer core may be untied: it then has a matrix
   for every value of the inputs (or outputs) between it and the chain's other end, as in a block tensor train
-  (arXiv 2406.06248).
-* Schedules. If the cores left of the centre carry only inputs and those right of it only outputs
-  ("one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is ever built:
-  all experts go through one matrix product with C. Otherwise, or where it is cheaper, the matrices of the
-  experts that tokens go to are contracted first; in inference they can be kept.
+  (arXiv 2406.06248); matrices of 1 x 1 scale features.
+* Schedules. If the cores left of the centre carry only inputs and those right of it only outputs (layouts
+  "blocks" and "one-sided"), W_e = (L_e x I) C (I x R_e) acts on the activations, and no expert's matrix is
+  ever built: all experts go through one matrix product with C. Otherwise, or where it is cheaper, the
+  matrices of the experts that tokens go to are contracted first; in inference they can be kept.
 * The model is the stock transformers class. `MPOE<Name>` is made on demand as a subclass of
   `transformers.<Name>`; its FFNs are swapped after the stock constructor has run. `config.mpoe` says which
   submodules are swapped and how they are wired, so this file knows no model family. Classes from a source's

@@ -171,8 +171,8 @@ def param_groups(
 
     Args:
         lr: learning rate of all other parameters; `central`, `auxiliary` and `router` are factors on it.
-        weight_decay: of matrices. Vectors (biases, norms), the names in `no_decay` and routers have none:
-            weight decay would pull the router towards uniform choices.
+        weight_decay: of matrices. Vectors (biases, norms, scales of features), the names in `no_decay` and
+            routers have none: weight decay would pull the router towards uniform choices.
 
     Returns:
         [{"params": [...], "lr": ..., "weight_decay": ..., "role": ...}, ...]
@@ -193,7 +193,10 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         role = role_of(name)
-        decays = parameter.dim() > 1 and role != "router" and not _BIAS.match(name) and name not in no_decay
+        is_vector = (
+            parameter.dim() <= 1 or _BIAS.match(name) or (role == "auxiliary" and parameter.shape[-1] == 1)
+        )
+        decays = not is_vector and role != "router" and name not in no_decay
         groups.setdefault((role, weight_decay if decays else 0.0), []).append(parameter)
     return [
         {"params": parameters, "lr": lr * factors[role], "weight_decay": decay, "role": role}

@@ -116,7 +116,7 @@ def test_a_folder_named_like_a_command_is_reached_by_its_path(here):
         (["dense", "-o", "out", "--experts", "many"], "'many' is not a valid integer"),
         (
             ["dense", "-o", "out", "--layout", "flat"],
-            "'flat' is not one of 'one-sided', 'blocks', 'two-sided'",
+            "'flat' is not one of 'blocks', 'one-sided', 'two-sided'",
         ),
         (
             ["dense", "-o", "out", "--kind", "mp0"],
@@ -153,7 +153,7 @@ def test_the_defaults_in_the_help_are_those_of_the_recipe():
     recipe = Recipe("m")
     for option, value in (("--experts", recipe.experts), ("--top-k", recipe.top_k), ("--seed", recipe.seed)):
         assert re.search(rf"{option} INTEGER [^\[]+\[default: {value}\]", page), option
-    for text in (f"[default: {recipe.noise}]", f"[default: {recipe.layout}]", f"[default: {recipe.kind}]"):
+    for text in (f"[default: {recipe.noise}]", f"[default: {recipe.bond_dim}]", f"[default: {recipe.kind}]"):
         assert text in page
 
 
@@ -381,7 +381,7 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
         ),
         ("bond_dim: 2.5", "--bond-dim is 2.5; expected a whole number"),
         ("layers: 3-1", "layers is '3-1'; the range 3-1 runs backwards"),
-        ("layout: flat", "layout is 'flat'; expected one of one-sided, blocks, two-sided, balanced"),
+        ("layout: flat", "layout is 'flat'; expected one of blocks, one-sided, two-sided, balanced"),
         ("max_shard_size: big", "--max-shard-size is 'big'; expected a size such as 2GB"),
     ],
 )
@@ -666,7 +666,7 @@ def test_verify_accepts_the_default_noise(here):
 
 def test_verify_refuses_an_artifact_whose_centre_was_doubled(here):
     def double(state):
-        state["transformer.h.0.mlp.up.terms.0.central_1"] *= 2
+        state["transformer.h.0.mlp.up.terms.0.central_2"] *= 2
 
     edit_weights(double)(Path("done"))
     result = call("verify", "done")

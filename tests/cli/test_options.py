@@ -40,7 +40,7 @@ COMMANDS = {
 }
 # The command line as it was before it was made of fields: none of these may go, each keeps its default.
 STABLE = {
-    "convert": {"--experts": 8, "--top-k": 2, "--kind": "mpo", "--bond-dim": 64, "--layout": "one-sided"}
+    "convert": {"--experts": 8, "--top-k": 2, "--kind": "mpo", "--bond-dim": 64, "--layout": None}
     | {"--sites": None, "--noise": 0.01, "--seed": 0, "--svd": "auto", "--gauge": "canonical"}
     | {"--neuron-order": "auto", "--device": "auto", "--dtype": None, "--max-shard-size": "1GB"}
     | {"--keep": None, "--max-error": None, "--allocation": None, "--metric": None, "--correct": False}

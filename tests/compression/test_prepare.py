@@ -146,7 +146,7 @@ def test_requests_that_cannot_be_met(wrong, message, tiny_gpt2):
 
 
 def test_the_share_of_the_uncompressed_experts_is_the_largest(tiny_gpt2):
-    recipe = Recipe(str(tiny_gpt2), experts=2, bond_dim=2)
+    recipe = Recipe(str(tiny_gpt2), experts=2, bond_dim=2, layout="one-sided")
     totals = plan(recipe).ffn_totals
     whole = totals.stored_params / totals.dense_params
     assert all(matrix.rank is None for matrix in plan(recipe.replace(keep=whole)).matrices)

@@ -34,9 +34,27 @@ def converted(request, tmp_path):
     return source, tmp_path / "out", report
 
 
+def blocks_by_definition(tensors, name: str, expert: int, term: dict) -> torch.Tensor:
+    """The layout of blocks: scales, a matrix per block, and the shared one, for inputs or for outputs."""
+    of_inputs = term["shared"][-1]
+    order = (0, 1, 2) if of_inputs else (2, 1, 0)
+    scales, small = (tensors[f"{name}.terms.0.aux_{k}"][expert].double().flatten() for k in order[:2])
+    block = term["in_dims"][1] if of_inputs else term["out_dims"][1]
+    small = torch.block_diag(*small.reshape(-1, block, block))
+    centre = tensors[f"{name}.terms.0.central_{order[2]}"].double()
+    if not of_inputs:  # outputs are numbered (block, place in it)
+        return centre.reshape(-1, len(scales)) @ small * scales
+    rows = centre.reshape(block, -1, centre.shape[-1]).transpose(0, 1).reshape(len(scales), -1)
+    found = small @ rows  # inputs are numbered (place in the block, block)
+    found = found.reshape(-1, block, found.shape[-1]).transpose(0, 1).reshape(len(scales), -1)
+    return scales[:, None] * found
+
+
 def matrix_by_definition(tensors, name: str, expert: int, term: dict) -> torch.Tensor:
     """The expert's matrix by the definition: a product over the bonds, one entry of all sites at a time."""
     result, bonds = None, [1, *term["bonds"], 1]
+    if "untied" in term:
+        return blocks_by_definition(tensors, name, expert, term)
     for k, (in_dim, out_dim) in enumerate(zip(term["in_dims"], term["out_dims"], strict=True)):
         shared = f"{name}.terms.0.central_{k}"
         core = tensors[shared] if shared in tensors else tensors[f"{name}.terms.0.aux_{k}"][expert]

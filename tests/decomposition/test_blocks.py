@@ -61,7 +61,7 @@ def test_the_smaller_side_is_split_into_the_largest_blocks(rows, cols, limit):
     ("limit", "sites", "error"),
     [
         (0, 3, "bond dimension 0 is below 1"),
-        (8, 5, "the blocks layout has 3 sites, found 5: omit sites"),
+        (8, 5, "the blocks layout has 3 sites, found 5: omit sites, or use layout=.one-sided"),
         ((8, 8, 8), 3, "3 bond dimensions"),
     ],
 )

@@ -289,7 +289,7 @@ def test_bad_factor_text(text, said):
         (lambda: two_sided(768, 3072, (64,), 3), "3 sites, which have 2 bonds"),
         (
             lambda: choose(8, 8, layout="square", num_sites=3, bond_dim=4),
-            "no layout is called 'square': choose one of one-sided, blocks, two-sided, balanced",
+            "no layout is called 'square': choose one of blocks, one-sided, two-sided, balanced",
         ),
         (
             lambda: choose(0, 8, layout="balanced", num_sites=3, bond_dim=4),

@@ -111,7 +111,7 @@ def test_an_expert_computes_what_it_does_in_the_mixture(model_type, kind, tmp_pa
 def test_half_precision_is_rounded_once(dtype, tmp_path):
     """The matrix is the product of the stored cores in float32, rounded to the stored dtype."""
     dense = save_tiny("gpt2", "AutoModelForCausalLM", tmp_path / "dense")
-    convert(Recipe(str(dense), experts=3, bond_dim=4, dtype=dtype), tmp_path / "out")
+    convert(Recipe(str(dense), experts=3, bond_dim=4, dtype=dtype, layout="one-sided"), tmp_path / "out")
     export(tmp_path / "out", tmp_path / "back", Export(expert=1, check=False))
     cores, found = weights(tmp_path / "out"), weights(tmp_path / "back")
     left, centre, right = (
@@ -180,7 +180,7 @@ def test_experts_count_as_much_in_the_average_as_routers_let_them(model_type, wa
                 mask = batch["labels"] != -100 if path.startswith("decoder") else batch["attention_mask"] == 1
                 real = mask.flatten()
             totals[path] += odds[real].sum(0)
-    assert shares.keys() == set(paths) and max(max(each.values()) for each in shares.values()) > 0.4
+    assert shares.keys() == set(paths) and max(max(each.values()) for each in shares.values()) > 0.36
     for path, total in totals.items():
         expected = total / total.sum()
         assert list(shares[path].values()) == pytest.approx(expected.tolist(), abs=1e-6), path
@@ -307,11 +307,11 @@ def test_what_is_no_artifact(tiny_gpt2, artifact, tmp_path):
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config["mpoe"] |= {"format": FORMAT_VERSION}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"h.1.mlp.down.terms.0.aux_2 is missing, expected \[3, 4, 4\]"):
+    with pytest.raises(CheckpointError, match=r"mlp.down.terms.0.aux_2 is missing, expected \[3, 16, 1\]"):
         export(out, tmp_path / "back", UNCHECKED)
     tensors["transformer.h.1.mlp.down.terms.0.aux_2"] = core[:2].clone()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"aux_2 has the shape \[2, 4, 4\], expected \[3, 4, 4\]"):
+    with pytest.raises(CheckpointError, match=r"aux_2 has the shape \[2, 16, 1\], expected \[3, 16, 1\]"):
         export(out, tmp_path / "back", UNCHECKED)
     config["mpoe"]["ffns"] |= {"h.2": 0}
     (out / "config.json").write_text(json.dumps(config))

@@ -23,8 +23,26 @@ def test_what_is_left_to_the_kind_is_filled_in(kind, llama):
     recipe = Recipe(llama.source, kind=kind, **SMALL)
     found = resolve_recipe(recipe, llama).recipe
     assert recipe.bias is None and found.bias == load(kind).DEFAULT_BIAS
-    assert all(getattr(found, name) == value for name, value in found.own_options.resolved().items())
+    assert all(getattr(found, name) == value for name, value in found.own_options.resolved(False).items())
     assert found.sites == (3 if kind == "mpo" else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "sites"),
+    [
+        ({}, "blocks", 3),
+        ({"sites": 5}, "one-sided", 5),
+        ({"keep": 0.9}, "one-sided", 3),
+        ({"max_error": 0.9}, "one-sided", 3),
+        ({"keep": 0.9, "layout": "blocks"}, "blocks", 3),
+        ({"layout": "balanced"}, "balanced", 5),
+    ],
+)
+def test_a_chain_s_layout(options, layout, sites, llama):
+    """Blocks, but not where all parameters are counted or another number of cores is asked for."""
+    found = resolve_recipe(Recipe(llama.source, **SMALL | options), llama).recipe
+    assert (found.layout, found.sites) == (layout, sites)
+    assert resolve_recipe(found, llama).recipe == found
 
 
 # Of a recipe, with and without calibration data: metric and allocation.

@@ -32,7 +32,7 @@ def by_role(model) -> dict[str, list]:
 def test_roles(model):
     names = {name: role_of(name) for name, _ in model.named_parameters()}
     layer = "model.layers.0.mlp."
-    assert names[layer + "gate.terms.0.central_1"] == "central"
+    assert names[layer + "gate.terms.0.central_2"] == "central"
     assert names[layer + "down.terms.0.aux_2"] == "auxiliary"
     assert names[layer + "router.weight"] == "router"
     assert names["model.layers.0.self_attn.q_proj.weight"] == names["model.embed_tokens.weight"] == "other"
@@ -100,9 +100,14 @@ def test_groups_have_every_parameter_once(model):
     rates = {group["role"]: group["lr"] for group in groups}
     assert rates == {"central": 5e-4, "auxiliary": 5e-3, "router": 0.0, "other": 1e-3}
     for group in groups:
-        decays = group["role"] != "router" and all(p.dim() > 1 for p in group["params"])
-        assert group["weight_decay"] == (0.1 if decays else 0)
+        vectors = [
+            p.dim() == 1 or (group["role"] == "auxiliary" and p[0].numel() in p.shape)
+            for p in group["params"]
+        ]
+        assert any(vectors) == all(vectors)
+        assert group["weight_decay"] == (0 if group["role"] == "router" or any(vectors) else 0.1)
     assert any(group["weight_decay"] == 0 and group["role"] == "other" for group in groups)  # norms
+    assert any(group["weight_decay"] == 0 and group["role"] == "auxiliary" for group in groups)  # scales
 
 
 def test_per_expert_biases_do_not_decay(artifact):

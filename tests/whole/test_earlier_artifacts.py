@@ -22,7 +22,9 @@ EARLIER = Path(__file__).parents[1] / "helpers" / "earlier" / "modeling_mpoe.py"
 @pytest.fixture
 def earlier(artifact, tmp_path):
     def make(model_type: str = "gpt2", trained: bool = True, **recipe) -> tuple[Path, Path]:
-        """The same artifact with the earlier code and with today's."""
+        """The same artifact, with chains that the earlier code knows, with that code and with today's."""
+        if "kind" not in recipe:
+            recipe = {"layout": "one-sided"} | recipe
         _, out = artifact(model_type, **recipe)
         folders = [Path(shutil.copytree(out, tmp_path / name)) for name in ("earlier", "today")]
         shutil.copyfile(EARLIER, folders[0] / EARLIER.name)

@@ -581,7 +581,7 @@ PEFT = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "router": {"target_modules": [], "target_parameters": ["router.weight"]},
-    "central cores": {"target_modules": [], "target_parameters": ["terms.0.central_1"]},
+    "central cores": {"target_modules": [], "target_parameters": ["terms.0.central_2", "terms.0.central_0"]},
     "auxiliary cores": {"target_modules": [], "target_parameters": ["terms.0.aux_0", "terms.0.aux_2"]},
     "adapters": {"target_modules": [], "target_parameters": ["adapter.aux_0", "adapter.aux_1"]},
     "attention and mixture": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
@@ -780,7 +780,8 @@ def test_pieces_of_the_checkpoint_are_plain_safetensors(artifact):
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         names = {name for name in file.keys() if ".mlp." in name}  # noqa: SIM118 (not a mapping)
-    ffn = {f"{role}.terms.0.{core}" for role in ("up", "down") for core in ("aux_0", "central_1", "aux_2")}
+    ffn = {f"up.terms.0.{core}" for core in ("aux_0", "aux_1", "central_2")}
+    ffn |= {f"down.terms.0.{core}" for core in ("central_0", "aux_1", "aux_2")}
     ffn |= {"up.bias", "down.bias", "router.weight"}
     assert {name.partition(".mlp.")[2] for name in names} == ffn
     assert len(names) == LAYERS * len(ffn)

@@ -53,17 +53,19 @@ class Options(experts.Options):
         "Largest bond dimension, the size that neighbouring cores share: one number, or one per bond, such "
         "as 12,64,64,16.",
     )
-    layout: str = option(
-        default="one-sided",
-        help="How the inputs and outputs of a matrix are split among the cores. one-sided, blocks and "
+    layout: str | None = option(
+        default=None,
+        help="How the inputs and outputs of a matrix are split among the cores. blocks, one-sided and "
         "two-sided chains are exact at any --bond-dim; balanced ones, those of the paper, are truncated by "
-        "it. blocks: an expert has a matrix for every block of --bond-dim features of the smaller side.",
+        "it. blocks: an expert has a matrix for every block of --bond-dim features of the smaller side, and "
+        "scales of these features.",
         group="Decomposition",
         choices=LAYOUTS,
+        default_text="blocks; one-sided with --keep, --max-error or --sites",
     )
     sites: int | None = option(
         default=None,
-        help="Cores per chain, an odd number.",
+        help="Cores per chain, an odd number; 3 for --layout blocks.",
         group="Decomposition",
         at_least=3,
         at_most=MOST_SITES,
@@ -110,14 +112,16 @@ class Options(experts.Options):
                 f"{num_sites(self)}; give one of them"
             )
 
-    def resolved(self) -> dict[str, Any]:
-        return {"sites": num_sites(self)}
+    def resolved(self, compresses: bool) -> dict[str, Any]:
+        """Outer cores of one-sided chains are smaller: under a budget more is left for the centre."""
+        layout = self.layout or ("one-sided" if compresses else layout_of(self))
+        return {"layout": layout, "sites": num_sites(self, layout)}
 
     def may_truncate(self) -> bool:
         return self.layout == "balanced" or self.factors is not None
 
     def check_budget(self) -> None:
-        if self.layout not in WHOLE_CENTRES or self.factors is not None:
+        if self.layout not in (None, *WHOLE_CENTRES) or self.factors is not None:
             what = assigned("layout", self.layout) if self.factors is None else called("factors")
             raise RecipeError(
                 f"{called('keep')} and {called('max_error')} given with {what}; expected with "
@@ -126,11 +130,16 @@ class Options(experts.Options):
             )
 
 
-def num_sites(options: Options) -> int:
-    """Cores per chain."""
+def layout_of(options: Options) -> str:
+    """The layout without a budget."""
+    return options.layout or ("blocks" if options.sites is None else "one-sided")
+
+
+def num_sites(options: Options, layout: str | None = None) -> int:
+    """Cores per chain; of another layout than that of the options, if one is given."""
     if options.factors is not None:
         return len(site_layouts.parse_factors(options.factors)[0])
-    return options.sites or DEFAULT_SITES[options.layout]
+    return options.sites or DEFAULT_SITES[layout or layout_of(options)]
 
 
 def terms(
@@ -143,7 +152,7 @@ def terms(
     sites = site_layouts.choose(
         rows,
         cols,
-        layout=options.layout,
+        layout=layout_of(options),
         num_sites=num_sites(options),
         bond_dim=options.bond_dim,
         factors=factors,
