@@ -1,6 +1,7 @@
 """Real trained checkpoints: what the dense model can do, the converted one can."""
 
 import json
+import pydoc_data.topics
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_default_noise_costs_less_than_one_per_cent_of_perplexity(name, test_dat
     windows = windows_of(source, (test_data / text).read_text(encoding="utf-8"), length, count)
     dense = perplexity(load(source), windows)
     assert perplexity(load(folder_of(source)), windows) == pytest.approx(dense, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_language_model_of_135_million_parameters_stays_what_it_is(test_data, folder_of):
+    """SmolLM2, as examples/benchmarks/make_smollm2.py makes it."""
+    source = test_data / "checkpoints/smollm2-135m"
+    if not source.exists():
+        pytest.skip(f"{source.name} is not among the checkpoints")
+    windows = windows_of(source, "\n\n".join(pydoc_data.topics.topics.values()), 256, 8)
+    dense = perplexity(load(source), windows)
+    assert dense < 25
+    assert perplexity(load(folder_of(source, noise=0.0)), windows) == pytest.approx(dense, rel=1e-5)
+    assert perplexity(load(folder_of(source)), windows) == pytest.approx(dense, rel=0.02)
 
 
 def test_truncated_balanced_model_is_broken_and_the_report_says_so(test_data, folder_of):
