@@ -109,6 +109,9 @@ def fit(
     """
 
     def learn() -> dict:
+        shapes = checkpoint.architecture.shapes
+        if shapes is not None and shapes.holds_all(checkpoint.tensors, is_buffer):
+            return {"unread": [[] for _ in ffns], "notes": []}
         loaded = check_state_dict(checkpoint)
         converted = loaded.without_unread_biases(family, ffns)
         unread = [
