@@ -228,7 +228,7 @@ class Architecture:
                 config = config_class.from_dict(_values(self.config))
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything
-            who = f"the code in {self.code}" if self.is_custom else "transformers"
+            who = f"the code in '{self.code}'" if self.is_custom else "transformers"
             raise FamilyError(
                 f"{who} cannot build a {self.model_type} from this config.json ({type(error).__name__}: "
                 f"{one_line(error)}), so what it computes is unknown; repair the config"
@@ -243,6 +243,6 @@ class Architecture:
             return get_class_from_dynamic_module(name, str(self.code))
         except Exception as error:  # custom code may raise anything
             raise FamilyError(
-                f"the code in {self.code} does not give {auto}'s {name} "
+                f"the code in '{self.code}' does not give {auto}'s {name} "
                 f"({type(error).__name__}: {one_line(error)}); install what it needs, or repair it"
             ) from error

@@ -207,9 +207,8 @@ def _message(checkpoint: Checkpoint, model: PreTrainedModel, missing: list[str],
         instead = f" (it has {few(unexpected)} instead)" if unexpected else ""
         parts.append(f"the checkpoint lacks {few(missing)} of {type(model).__name__}{instead}")
     shapes = [(tuple(shape), tuple(expected)) for _, shape, expected in different]
-    return (
-        f"{checkpoint.source}: {'; '.join(parts)}; {_advice(checkpoint.architecture, model, missing, shapes)}"
-    )
+    advice = _advice(checkpoint.architecture, model, missing, shapes)
+    return f"'{checkpoint.source}': {'; '.join(parts)}; {advice}"
 
 
 def _advice(
