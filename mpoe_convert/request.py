@@ -275,7 +275,7 @@ def read_recipe(path: str | Path, noun: str = "recipe") -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the {noun} {path}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"cannot read the {noun} '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"the {noun} {path} holds {type(values).__name__}; expected `name: value`")
+        raise RecipeError(f"the {noun} '{path}' holds {type(values).__name__}; expected `name: value`")
     return values

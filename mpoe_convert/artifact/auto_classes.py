@@ -18,6 +18,7 @@ from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
 from ..source.json_files import read_json_object, write_json
 from ..source.memo import remembered
+from ..source.stock_shapes import stock_processors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -256,8 +257,10 @@ class _Processor(NamedTuple):
 
     def of_type(self, model_type: str) -> str | None:
         """The class of a model type, or None."""
-        module = import_module(f"transformers.models.auto.{self.table[0]}")
-        found = getattr(module, self.table[1]).get(model_type)
+        table = stock_processors() if self.auto == "AutoProcessor" else None
+        if table is None:
+            table = getattr(import_module(f"transformers.models.auto.{self.table[0]}"), self.table[1])
+        found = table.get(model_type)
         # One class per backend, of which the one of torchvision has the plain name.
         classes = [found.get("torchvision"), *found.values()] if isinstance(found, dict) else [found]
         return next((name for name in classes if name), None)
@@ -324,10 +327,12 @@ def _is_video_of_images(holders: list[dict]) -> bool:
 
 def _name_class(kind: _Processor, holders: list[dict], architecture: Architecture) -> None:
     """Write the class of the model type into the first of those that may name it, if none of them does."""
-    config, name = architecture.config, kind.of_type(architecture.model_type)
+    config = architecture.config
     autos = [each.get("auto_map") or {} for each in [config, *holders]]
     named = any(key in each for key in kind.keys for each in holders) or kind.keys[0] in config
-    if name and holders and not named and not any(kind.auto in auto_map for auto_map in autos):
+    if not holders or named or any(kind.auto in auto_map for auto_map in autos):
+        return
+    if name := kind.of_type(architecture.model_type):
         holders[0][kind.keys[0]] = name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import CheckpointError, HubError, RequestError, one_line
+from ..errors import CheckpointError, HubError, RequestError, few, one_line
 from ..options import called, switched
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
@@ -124,7 +124,7 @@ def survey(to: Destination, api: HfApi) -> Found:
     is_artifact = "config.json" in files and "mpoe" in _object(_fetch(to.repo_id, "config.json", found, api))
     found = replace(found, is_artifact=is_artifact)
     if not (found.is_artifact or files <= OF_THE_HUB or to.overwrite or to.create_pr):
-        there = ", ".join(sorted(files - OF_THE_HUB)[:4])
+        there = few(sorted(files - OF_THE_HUB), 4)
         raise HubError(
             f"'{to.repo_id}' holds something else ({there}): choose another name, or pass "
             f"{switched('overwrite')} to commit over it"

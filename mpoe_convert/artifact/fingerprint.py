@@ -38,6 +38,6 @@ def check_is_about(path: Path, report: Mapping) -> None:
     """Raises CheckpointError if a report is about other weights than those in its folder."""
     if not is_about(report, weights_of(path.parent)):
         raise CheckpointError(
-            f"{path} is about other weights than those in its folder: write both with finetune, or delete "
+            f"'{path}' is about other weights than those in its folder: write both with finetune, or delete "
             "the report"
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, few
 from ..options import switched
 from ..source.json_files import read_json_object
 from .layout import EXPORT_REPORT_FILE, is_artifact, read_artifact
@@ -42,7 +42,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         target = Path(os.path.realpath(output))
         check_kind(output)
         if target == Path.cwd():
-            raise OutputError(f"the output {output} is the current folder; name one that can be replaced")
+            raise OutputError(f"the output '{output}' is the current folder; name one that can be replaced")
         if output.is_dir() and any(output.iterdir()):
             _check_replaceable(output, overwrite)
         parent = _existing_parent(target)
@@ -82,7 +82,7 @@ def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "
         source = source.resolve()
         if target == source or source in target.parents or target in source.parents:
             raise OutputError(
-                f"the output {output} and the source {source} lie inside each other; choose a folder "
+                f"the output '{output}' and the source '{source}' lie inside each other; choose a folder "
                 "outside the source"
             )
     parent = _existing_parent(target)
@@ -102,12 +102,12 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     is_export = (output / EXPORT_REPORT_FILE).is_file()
     if not is_export and not is_artifact(output):
         raise OutputError(
-            f"{output} is not empty and not an artifact of mpoe-convert; nothing in it is touched, "
+            f"'{output}' is not empty and not an artifact of mpoe-convert; nothing in it is touched, "
             "choose another output"
         )
     if not overwrite:
         what = "export" if is_export else "artifact"
-        raise OutputError(f"{output} already holds an {what}; pass {switched('overwrite')} to replace it")
+        raise OutputError(f"'{output}' already holds an {what}; pass {switched('overwrite')} to replace it")
     try:
         report = read_json_object(output / EXPORT_REPORT_FILE) if is_export else read_artifact(output)[1]
         files = [Path(name) for name in report.get("files", ())]
@@ -118,7 +118,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     foreign = sorted(entry.as_posix() for entry in entries if entry not in written)
     if foreign:
         raise OutputError(
-            f"{output} also holds {', '.join(foreign[:4])}, which mpoe-convert did not write; move "
+            f"'{output}' also holds {few(foreign, 4)}, which mpoe-convert did not write; move "
             "them away or choose another output"
         )
 
@@ -268,9 +268,9 @@ def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
 
 def _output_error(error: OSError, output: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk is full; nothing was left at {output}: free some space and run again")
+        return OutputError(f"the disk is full; nothing was left at '{output}': free some space and run again")
     reason = error.strerror or str(error)
-    where = f" ({Path(error.filename).name})" if error.filename else ""
+    where = f" ('{Path(error.filename).name}')" if error.filename else ""
     return OutputError(
-        f"cannot write {output}: {reason}{where}; nothing was left there, repair this or choose another"
+        f"cannot write '{output}': {reason}{where}; nothing was left there, repair this or choose another"
     )

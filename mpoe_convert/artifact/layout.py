@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, few, one_line
 from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import weight_files
@@ -50,16 +50,16 @@ def read_artifact(folder: Path) -> tuple[dict, dict]:
     if not is_artifact(folder):
         what = "is not an artifact of mpoe-convert" if is_dir(folder) else "is not a folder"
         raise CheckpointError(
-            f"{folder} {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
+            f"'{folder}' {what}: expected a folder that a conversion wrote, with {REPORT_FILE} and a "
             f"config.json with an mpoe block{'' if exists(folder) else suggest_path(str(folder))}"
         )
     path = folder / REPORT_FILE
     try:
         report = read_json_object(path, "a conversion report", remedy="convert again")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+        raise CheckpointError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
     if lacks := sorted(_REPORT_KEYS - set(report)):
-        raise CheckpointError(f"{path} is damaged (it lacks {lacks}): convert again")
+        raise CheckpointError(f"'{path}' is damaged (it lacks {lacks}): convert again")
     return read_json_object(folder / "config.json"), report
 
 
@@ -145,15 +145,15 @@ def own_files(folder: Path) -> list[str]:
     listed = listed_files(report)
     if listed != report.get("files"):
         raise CheckpointError(
-            f"{folder / REPORT_FILE} lists as files {one_line(str(report.get('files')), 80)}; expected names "
-            "of files inside: convert again"
+            f"'{folder / REPORT_FILE}' lists as files {one_line(str(report.get('files')), 80)}; expected "
+            "names of files inside: convert again"
         )
     weights, _, index = weight_files(Folder(str(folder), folder))
     for name in weights:
         read_header(folder / name, name)
     needed = {*weights, *filter(None, [index]), *_code_files(folder), "config.json", REPORT_FILE}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which it needs to load: convert again")
+        raise CheckpointError(f"'{folder}' lacks {few(missing)}, which it needs to load: convert again")
     beside = {name for name in listed if not is_weights(name) and (folder / name).is_file()}
     return sorted(needed | beside)
 

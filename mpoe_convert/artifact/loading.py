@@ -216,7 +216,7 @@ def task_of(config: PretrainedConfig, model: str, **trust: bool) -> str:
         if name == auto_class:
             return task
     raise TrainingError(
-        f"the head of {model} ({values['architectures']}) is for none of {', '.join(TASKS)}; name a task"
+        f"the head of '{model}' ({values['architectures']}) is for none of {', '.join(TASKS)}; name a task"
     )
 
 

@@ -75,7 +75,7 @@ def draw_pictures(folder: str | Path) -> dict[str, tuple[str, ...]]:
         set_section(folder / CARD_FILE, "Pictures", "\n\n".join(texts))
         register_files(folder, [path for paths in written.values() for path in paths])
     except OSError as error:
-        raise OutputError(f"cannot write the pictures of {folder}: {error}") from error
+        raise OutputError(f"cannot write the pictures of '{folder}': {error}") from error
     return written
 
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..request import as_path, check_token
+from ..source.json_files import json_text, read_json_object
 from .card_file import for_repository
 from .destination import Destination, check_nothing_hides, explained, left_by_an_artifact, make_api, survey
-from .layout import CARD_FILE, file_names, own_files, read_artifact
+from .layout import (
+    CARD_FILE,
+    EVALUATION_REPORT_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    TRAINING_REPORT_FILE,
+    file_names,
+    own_files,
+    read_artifact,
+)
+
+REPORTS = {REPORT_FILE, TRAINING_REPORT_FILE, EVALUATION_REPORT_FILE}
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,8 @@ def push(
 
     Only the artifact's own files are sent (`layout.own_files`), in one commit, which also deletes the files
     of an earlier artifact that this one does not have. Weight files that have arrived are not sent again when
-    a failed push is repeated. In the card on the Hub the snippets load `repo_id`; the local card is not
-    changed.
+    a failed push is repeated. In the card on the Hub the snippets load `repo_id`, and reports and the recipe
+    name no folders of this machine; the local files are not changed.
 
     Args:
         folder: an artifact.
@@ -117,8 +130,35 @@ def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
         content: bytes | str = str(folder / name)
         if name == CARD_FILE:
             content = for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
+        elif name in REPORTS:
+            values = _without_folders(read_json_object(folder / name))
+            content = json_text(values | ({"base_path": None} if "base_path" in values else {})).encode()
+        elif name == RECIPE_FILE:
+            content = _recipe_without_folders((folder / name).read_text(encoding="utf-8")).encode()
         added.append(CommitOperationAdd(name, content))
     return added
+
+
+def _without_folders(value: Any) -> Any:
+    """The value of a report without the folders of this machine: an absolute path is its last name alone."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _recipe_without_folders(text: str) -> str:
+    """The same of a recipe; one that names no such path, or is damaged, stays as it is."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    kept = _without_folders(values)
+    comments = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    return text if kept == values else comments + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def _tops(names: Collection[str]) -> set[str]:

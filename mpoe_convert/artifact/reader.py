@@ -252,7 +252,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     block, runtime = checkpoint.config["mpoe"], modeling()
     if block.get("format") != runtime.FORMAT_VERSION:
         raise CheckpointError(
-            f"{checkpoint.source} has format {block.get('format')} of the mpoe block, expected "
+            f"'{checkpoint.source}' has format {block.get('format')} of the mpoe block, expected "
             f"{runtime.FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
         )
     config = base_config(checkpoint.config)
@@ -278,7 +278,7 @@ def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Che
         config = read_config(repository)
         if not isinstance(config.get("mpoe"), dict):
             raise CheckpointError(
-                f"{repository.folder / 'config.json'} describes no converted model (model type "
+                f"'{repository.folder / 'config.json'}' describes no converted model (model type "
                 f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
                 "conversion or finetune writes it"
             )
@@ -299,7 +299,7 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
     family = None if architecture.is_custom else family_of(architecture)
     if family is None:
         raise FamilyError(
-            f"{model_type} is not in the table of families or has custom code, and {checkpoint.source} "
+            f"{model_type} is not in the table of families or has custom code, and '{checkpoint.source}' "
             f"has no {REPORT_FILE} that says where its FFNs were ({called('ffn')}): put the report of the "
             "conversion beside the weights"
         )
@@ -325,8 +325,8 @@ def _mixtures(
     if missing or not found:
         lacks = ", ".join((missing or list(block["ffns"]))[:3])
         raise CheckpointError(
-            f"{checkpoint.source} has no tensors of the mixtures that its config.json names ({lacks}): fetch "
-            "or save it again"
+            f"'{checkpoint.source}' has no tensors of the mixtures that its config.json names ({lacks}): "
+            "fetch or save it again"
         )
     for mixture in found:
         _check_complete(checkpoint, mixture, block)
@@ -347,8 +347,8 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
         if found is None or found.shape != tuple(tensor.shape):
             what = "is missing" if found is None else f"has the shape {list(found.shape)}"
             raise CheckpointError(
-                f"{checkpoint.source}: {name} {what}, expected {list(tensor.shape)} by config.json: fetch or "
-                "save it again"
+                f"'{checkpoint.source}': {name} {what}, expected {list(tensor.shape)} by config.json: "
+                "fetch or save it again"
             )
 
 

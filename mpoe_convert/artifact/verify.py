@@ -237,8 +237,8 @@ def verify(
     absent = None
     if not is_local and (was_local or is_path(against)):
         absent = (
-            f"the dense model {against} is not a folder here{_nor_there(folder, report, against)}; expected "
-            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with "
+            f"the dense model '{against}' is not a folder here{_nor_there(folder, report, against)}; "
+            f"expected {'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with "
             f"{called('against')}"
             f"{suggest_path(against)}"
         )
@@ -256,7 +256,7 @@ def verify(
     has_own_code = bool(custom_heads(base.get("auto_map") or {}))
     if has_own_code and not trust_remote_code:
         raise VerifyError(
-            f"the dense model {against} has custom code: read it, and pass "
+            f"the dense model '{against}' has custom code: read it, and pass "
             f"{switched('trust_remote_code')} to run it"
         )
     auto_class = main_auto_class(base, report["model_type"])
@@ -275,7 +275,7 @@ def verify(
     )
     result = _run_child(request)
     if is_named and (reason := result.get("reference_error")):
-        raise VerifyError(f"{folder} cannot be compared with {against}: {reason}")
+        raise VerifyError(f"'{folder}' cannot be compared with '{against}': {reason}")
     if tolerance is None and training is None:
         tolerance = _tolerance(report)
     return Verification(
@@ -294,7 +294,7 @@ def _nor_there(folder: Path, report: dict, against: str) -> str:
     if against != report["base_model"] or not report.get("base_path"):
         return ""
     place = os.path.normpath(folder.resolve() / str(report["base_path"]))
-    return "" if place == os.path.abspath(against) else f", nor is {place}"
+    return "" if place == os.path.abspath(against) else f", nor is '{place}'"
 
 
 # Of an artifact without a dense model to compare it with.

@@ -18,10 +18,10 @@ def check_output_first(output: str, overwrite: bool, quiet: bool) -> None:
     try:
         leftovers = remove_leftovers(Path(output))
     except OSError as error:
-        raise OutputError(f"the folder of the output {output} cannot be read: {error.strerror}") from error
+        raise OutputError(f"the folder of the output '{output}' cannot be read: {error.strerror}") from error
     if not quiet:
         for folder in leftovers:
-            click.echo(f"Removed {folder}, which a run that was killed had left.", err=True)
+            click.echo(f"Removed '{folder}', which a run that was killed had left.", err=True)
 
 
 def check_models_first(models: Iterable[str | None]) -> None:

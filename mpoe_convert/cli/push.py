@@ -84,7 +84,7 @@ def check_push(repo_id: str | None, pushing: Mapping[str, Any], overwrite: bool,
 def run_push(
     artifact: str, repo_id: str, pushing: Mapping[str, Any], overwrite: bool, token: str | None, silent: bool
 ) -> dict[str, Any]:
-    announce(f"Pushing {artifact} to {repo_id}", silent)
+    announce(f"Pushing '{artifact}' to {repo_id}", silent)
     from ..artifact.push import push as push_artifact
     from .progress import silence_hub
     from .tables import console, print_push
@@ -103,7 +103,7 @@ def resumable_push(output: str, repo_id: str, pushing: Mapping[str, Any], overwr
     for name, value in {**pushing, "overwrite": overwrite}.items():
         if value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    left = f"the artifact is in {output}, go on with: {shlex.join(words)}"
+    left = f"the artifact is in '{output}', go on with: {shlex.join(words)}"
     try:
         yield
     except HubError as error:

@@ -32,7 +32,7 @@ def measure_expert_weights(source: Artifact, request: Export) -> dict[str, Mappi
     """
     if source.options["router_tasks"] is not None:
         raise ExportError(
-            f"the routers of {source.checkpoint.source} choose by task, so a text does not say how much "
+            f"the routers of '{source.checkpoint.source}' choose by task, so a text does not say how much "
             f"weight they give an expert; expected one {called('expert')}"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)

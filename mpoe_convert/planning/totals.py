@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -161,17 +161,26 @@ def dense_flops_per_token(architecture: Architecture) -> int:
 
 
 def _flops_per_token(architecture: Architecture) -> int:
+    return sum(
+        2 * numbers * runs_per_token(architecture.config, path) for path, numbers in _products(architecture)
+    )
+
+
+def _products(architecture: Architecture) -> Iterable[tuple[str, int]]:
+    """(path, numbers in the weight) of all layers that multiply with one."""
+    if architecture.shapes is not None:
+        return architecture.shapes.products
     from torch import nn
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
     cls = architecture.model_class
     model = architecture.build(cls if cls and issubclass(cls, PreTrainedModel) else None)
-    return sum(
-        2 * module.weight.numel() * runs_per_token(architecture.config, path)
+    return [
+        (path, module.weight.numel())
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
-    )
+    ]
 
 
 def mixture(form: dict, recipe: Recipe) -> FeedForward:

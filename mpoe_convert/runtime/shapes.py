@@ -27,7 +27,7 @@ def modeling() -> Any:
 
 def functions() -> Any:
     """The modelling file as a module, for its functions of tensors; it does not import transformers."""
-    if "transformers" in sys.modules:
+    if "transformers.modeling_utils" in sys.modules:  # what takes seconds is there already
         return import_module(f"{__package__}.{MODELING_PATH.stem}")
     return _functions()
 

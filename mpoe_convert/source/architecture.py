@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FamilyError, one_line
 from .memo import remembered
+from .stock_shapes import StockShapes, stock_config_name, stock_heads, stock_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,7 +57,7 @@ def knows(model_type: str) -> bool:
 
 def heads(model_type: str) -> dict[str, str]:
     """Auto class -> stock class name, for every Auto class that has a head on this very model type."""
-    return remembered("heads", model_type, lambda: _heads(model_type))
+    return remembered("heads", model_type, lambda: stock_heads(model_type) or _heads(model_type))
 
 
 def _heads(model_type: str) -> dict[str, str]:
@@ -152,7 +153,16 @@ class Architecture:
         """The name of `config_class`. Raises FamilyError."""
         if self.is_custom:
             return self.config_class.__name__
-        return remembered("config class", self.model_type, lambda: self.config_class.__name__)
+
+        def learn() -> str:
+            return stock_config_name(self.model_type) or self.config_class.__name__
+
+        return remembered("config class", self.model_type, learn)
+
+    @cached_property
+    def shapes(self) -> StockShapes | None:
+        """The stock model's tensors, where they are certain without importing transformers."""
+        return None if self.is_custom else stock_shapes(_values(self.config))
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel] | None:
@@ -218,7 +228,7 @@ class Architecture:
                 config = config_class.from_dict(_values(self.config))
                 return cls(config) if cls else AutoModel.from_config(config)
         except Exception as error:  # the model's code may raise anything
-            who = f"the code in {self.code}" if self.is_custom else "transformers"
+            who = f"the code in '{self.code}'" if self.is_custom else "transformers"
             raise FamilyError(
                 f"{who} cannot build a {self.model_type} from this config.json ({type(error).__name__}: "
                 f"{one_line(error)}), so what it computes is unknown; repair the config"
@@ -233,6 +243,6 @@ class Architecture:
             return get_class_from_dynamic_module(name, str(self.code))
         except Exception as error:  # custom code may raise anything
             raise FamilyError(
-                f"the code in {self.code} does not give {auto}'s {name} "
+                f"the code in '{self.code}' does not give {auto}'s {name} "
                 f"({type(error).__name__}: {one_line(error)}); install what it needs, or repair it"
             ) from error

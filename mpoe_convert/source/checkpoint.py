@@ -94,12 +94,12 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(
-                f"{self.source} has no tensor {name!r}, expected one of its "
+                f"'{self.source}' has no tensor {name!r}, expected one of its "
                 f"{len(self.tensors)} names: look them up in `tensors`"
             )
         if self.headers_only:
             raise CheckpointError(
-                f"cannot read tensor {name!r}: only the headers of {self.source} were fetched; "
+                f"cannot read tensor {name!r}: only the headers of '{self.source}' were fetched; "
                 "open it without headers_only to download the weights"
             )
         path, stored = self.folder / info.file, self.stored_names.get(name, name)
@@ -111,7 +111,7 @@ class Checkpoint:
         found = (dtype_name(tensor), tuple(tensor.shape))
         if found != (info.dtype, info.shape):
             raise CheckpointError(
-                f"{path}: tensor {name!r} is now {found[0]} {list(found[1])}, expected "
+                f"'{path}': tensor {name!r} is now {found[0]} {list(found[1])}, expected "
                 f"{info.dtype} {list(info.shape)}: the file changed meanwhile, run again"
             )
         return tensor
@@ -226,7 +226,7 @@ def readable(model: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise CheckpointError(
-            f"{exc.filename or model} cannot be read ({exc.strerror or exc}): check the path and "
+            f"'{exc.filename or model}' cannot be read ({exc.strerror or exc}): check the path and "
             "its permissions"
         ) from exc
 
@@ -244,8 +244,8 @@ def _reject_broken_links(folder: Path) -> None:
 def _reject_broken_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise CheckpointError(
-            f"{path} is a link to {path.readlink()}, which is not there: download the model again, or copy "
-            "it with what its links point to (cp -rL)"
+            f"'{path}' is a link to '{path.readlink()}', which is not there: download the model again, or "
+            "copy it with what its links point to (cp -rL)"
         )
 
 
@@ -254,13 +254,13 @@ def read_config(repository: Repository) -> dict:
     names = repository.names()
     if "adapter_config.json" in names:
         raise CheckpointError(
-            f"{repository.source} is a PEFT adapter (it has adapter_config.json), not a whole model: "
+            f"'{repository.source}' is a PEFT adapter (it has adapter_config.json), not a whole model: "
             "merge it into its base model (merge_and_unload), save that, and convert the result"
         )
     path = repository.folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{repository.source} has no config.json, expected a transformers checkpoint"
+            f"'{repository.source}' has no config.json, expected a transformers checkpoint"
             f"{_hint(repository.folder, names)}"
         )
     return read_json_object(path, "an object with 'model_type'")
@@ -271,17 +271,17 @@ def _hint(folder: Path, names: list[str]) -> str:
     subfolders = {str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")}
     subfolders |= {name for name in names if (folder / name / "config.json").is_file()}
     if subfolders:
-        found = ", ".join(sorted(subfolders)[:5])
+        found = few(sorted(subfolders), 5)
         first = "" if folder.joinpath(min(subfolders)).is_dir() else "download the repository and "
         return f"; found a config.json in its subfolder {found}: {first}pass that folder"
-    found = ", ".join(sorted(names)[:8]) or "nothing"
+    found = few(sorted(names), 8) or "nothing"
     return f"; found {found}: check the path or the id"
 
 
 def _reject_artifact(config: dict, repository: Repository) -> None:
     if "mpoe" in config or str(config.get("model_type")).startswith("mpoe_"):
         raise CheckpointError(
-            f"{repository.folder / 'config.json'} describes an already converted model: convert its dense "
+            f"'{repository.folder / 'config.json'}' describes an already converted model: convert its dense "
             "base instead"
         )
 
@@ -291,7 +291,7 @@ def check_config(config: dict, repository: Repository) -> None:
     path, model_type = repository.folder / "config.json", config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
-            f"{path} has no 'model_type' (old checkpoints lack it): add the architecture's name, "
+            f"'{path}' has no 'model_type' (old checkpoints lack it): add the architecture's name, "
             'for example "model_type": "bert", and run again'
         )
     parts = [value for key, value in config.items() if isinstance(value, dict) and key != "mpoe"]
@@ -299,13 +299,13 @@ def check_config(config: dict, repository: Repository) -> None:
         if quantized := part.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else None
             raise CheckpointError(
-                f"{path} says the weights are quantised ({method or 'unnamed method'}): dequantise first, "
+                f"'{path}' says the weights are quantised ({method or 'unnamed method'}): dequantise first, "
                 "or convert the original full-precision checkpoint"
             )
         for key in MOE_KEYS:
             if _most(part.get(key)) > 1:
                 raise CheckpointError(
-                    f"{path} describes a mixture of experts already ({key} = {part[key]}), "
+                    f"'{path}' describes a mixture of experts already ({key} = {part[key]}), "
                     "expected a dense model: choose a dense checkpoint"
                 )
 
@@ -330,7 +330,7 @@ def _weight_choices(config: dict, repository: Repository) -> Sequence[str]:
     safe = isinstance(named, str) and named.removesuffix(hub.INDEX).endswith(".safetensors")
     if not safe or not stays_inside(named):
         raise CheckpointError(
-            f"{repository.folder / 'config.json'} names the weights {named!r} (transformers_weights), "
+            f"'{repository.folder / 'config.json'}' names the weights {named!r} (transformers_weights), "
             "expected a .safetensors file, or an index of such files, inside the folder: correct the entry, "
             "or leave it out"
         )
@@ -355,7 +355,7 @@ def _read_headers(
         for name, info in infos.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{folder}: tensor {name!r} is in both {tensors[name].file} and {file}, "
+                    f"'{folder}': tensor {name!r} is in both '{tensors[name].file}' and '{file}', "
                     "expected it once: fetch the checkpoint again"
                 )
             tensors[name] = info
@@ -389,13 +389,13 @@ def weight_files(
         return sorted(set(weight_map.values())), weight_map, choice
     if choices != hub.WEIGHT_FILES:
         raise CheckpointError(
-            f"{repository.source} lacks {choices[0]}, the weights that its config.json names "
+            f"'{repository.source}' lacks {choices[0]}, the weights that its config.json names "
             "(transformers_weights): fetch them, or leave the entry out"
         )
     names = [name for name in repository.names() if name != "config.json"]
     raise CheckpointError(
-        f"{repository.source} has no weights that can be read, expected model.safetensors, pytorch_model.bin "
-        f"or an index of shards{_foreign(names) or _hint(folder, names)}"
+        f"'{repository.source}' has no weights that can be read, expected model.safetensors, "
+        f"pytorch_model.bin or an index of shards{_foreign(names) or _hint(folder, names)}"
     )
 
 
@@ -403,7 +403,7 @@ def _foreign(names: list[str]) -> str:
     top = sorted(name for name in names if "/" not in name and Path(name).suffix in FOREIGN)
     if not top:
         return ""
-    found = ", ".join(f"{name} ({FOREIGN[Path(name).suffix]})" for name in top[:5])
+    found = ", ".join(f"'{name}' ({FOREIGN[Path(name).suffix]})" for name in top[:5])
     return f"; found only {found}: save the model with transformers as safetensors first"
 
 
@@ -415,20 +415,20 @@ def _read_index(folder: Path, index: str, suffix: str) -> dict[str, str]:
             raise ValueError("its weight_map is empty or names something other than files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise CheckpointError(
-            f"{path} is not an index of shards ({exc}), expected an object with "
+            f"'{path}' is not an index of shards ({exc}), expected an object with "
             "'weight_map': {tensor: file}: fetch it again"
         ) from exc
     files = sorted(set(weight_map.values()))
     for file in files:
         if not stays_inside(file) or PurePosixPath(file).suffix != suffix:
             raise CheckpointError(
-                f"{path} names the file {file!r}, expected a {suffix} file inside the folder: "
+                f"'{path}' names the file {file!r}, expected a {suffix} file inside the folder: "
                 "do not trust this checkpoint"
             )
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(files)} shards that {index} names: "
+            f"'{folder}' lacks {len(missing)} of the {len(files)} shards that '{index}' names: "
             f"{few(missing)}: finish the download"
         )
     return weight_map
@@ -446,7 +446,7 @@ def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, 
         ]
         if lost:
             raise CheckpointError(
-                f"{folder / file} lacks {len(lost)} tensors that {index} promises in it: "
+                f"'{folder / file}' lacks {len(lost)} tensors that '{index}' promises in it: "
                 f"{few(lost)}: fetch the checkpoint again"
             )
 
@@ -454,19 +454,19 @@ def _check_index(folder: Path, weight_map: dict, index: str, tensors: dict[str, 
 def _reject_tensors(source: str, tensors: dict[str, TensorInfo]) -> None:
     if not tensors:
         raise CheckpointError(
-            f"{source} holds weight files without a single tensor: fetch the checkpoint again"
+            f"'{source}' holds weight files without a single tensor: fetch the checkpoint again"
         )
     for name, info in tensors.items():
         if ".experts." in name or "block_sparse_moe" in name:
             raise CheckpointError(
-                f"{source} is a mixture of experts already (tensor {name!r} in {info.file}), "
+                f"'{source}' is a mixture of experts already (tensor {name!r} in '{info.file}'), "
                 "expected a dense model: choose a dense checkpoint"
             )
         small = info.dtype in ("int8", "uint8") or info.dtype.startswith("float8")
         matrix = len(info.shape) >= 2 and name.endswith(".weight")
         if (small and matrix) or name.endswith(".qweight"):
             raise CheckpointError(
-                f"{source} is quantised (tensor {name!r} in {info.file} is {info.dtype}), expected "
+                f"'{source}' is quantised (tensor {name!r} in '{info.file}' is {info.dtype}), expected "
                 "floating-point weights: dequantise first, or convert the original checkpoint"
             )
 

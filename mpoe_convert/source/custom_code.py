@@ -45,7 +45,7 @@ def admit(
         if names and not knows(config["model_type"]):
             files = ", ".join(sorted({f"{module}.py" for _, module in names}))
             raise FamilyError(
-                f"transformers has no model type {config['model_type']!r}, and {source} has custom code "
+                f"transformers has no model type {config['model_type']!r}, and '{source}' has custom code "
                 f"({files}): read it, and pass {switched('trust_remote_code')} to run it"
             )
         _check_has_stock_head(source, config, names)
@@ -56,7 +56,7 @@ def admit(
         return config, None
     if "AutoConfig" in auto_map and not custom_heads(auto_map):
         raise FamilyError(
-            f"{source} has a custom config ({auto_map['AutoConfig']}) and no custom model that uses it; "
+            f"'{source}' has a custom config ({auto_map['AutoConfig']}) and no custom model that uses it; "
             f"leave out {called('trust_remote_code')} to use the classes of transformers"
         )
     return config | {"auto_map": localised(auto_map)}, _gather(folder, names, token)
@@ -65,12 +65,12 @@ def admit(
 def _check_entries(source: str, auto_map: object) -> None:
     if not isinstance(auto_map, Mapping):
         raise CheckpointError(
-            f"the auto_map of {source} is {auto_map!r}; expected Auto classes and their names"
+            f"the auto_map of '{source}' is {auto_map!r}; expected Auto classes and their names"
         )
     for auto, name in auto_map.items():
         named = isinstance(name, str) and all(name.rpartition("--")[2].rpartition(".")[::2])
         if auto.startswith(("AutoModel", "AutoConfig")) and not named:
-            raise CheckpointError(f'{source} maps {auto} to {name!r}; expected "module.Class"')
+            raise CheckpointError(f"'{source}' maps {auto} to {name!r}; expected 'module.Class'")
 
 
 def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]]) -> None:
@@ -83,7 +83,7 @@ def _check_has_stock_head(source: str, config: dict, names: list[tuple[str, str]
     if not any(hasattr(transformers, str(head)) for head in heads):
         files = ", ".join(sorted({f"{module}.py" for _, module in names}))
         raise FamilyError(
-            f"{source} is a {heads[0]} of custom code ({files}); transformers' {config['model_type']} "
+            f"'{source}' is a {heads[0]} of custom code ({files}); transformers' {config['model_type']} "
             f"may compute something else: read it, and pass {switched('trust_remote_code')}"
         )
 
@@ -145,8 +145,8 @@ def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -
             content = path.read_bytes()
             if contents.setdefault(path.name, content) != content:
                 raise CheckpointError(
-                    f"the custom code that {folder} names has two different files {path.name}: put all of it "
-                    "beside the weights, and rename one"
+                    f"the custom code that '{folder}' names has two different files '{path.name}': put all "
+                    "of it beside the weights, and rename one"
                 )
     if not any(homes):
         return folder
@@ -176,7 +176,7 @@ def with_imports(code: Path, modules: Iterable[str]) -> list[Path]:
             found |= {path, *map(Path, get_relative_import_files(path))}
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{code} lacks {Path(error.filename).name}, which its code needs: fetch the model again"
+                f"'{code}' lacks '{Path(error.filename).name}', which its code needs: fetch the model again"
             ) from None
     return sorted(found)
 

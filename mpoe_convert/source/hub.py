@@ -350,7 +350,7 @@ def remote_headers(
     for file, header in sorted(found.items()):
         for name, tensor in header.tensors.items():
             if not all(type(count) is int and count >= 0 for count in tensor.shape):
-                what = f"{file}: tensor {name!r} has the shape {tensor.shape}"
+                what = f"'{file}': tensor {name!r} has the shape {tensor.shape}"
                 raise HubError(damaged(f"'{model_id}'", what))
             headers[name] = (tensor.dtype, tuple(tensor.shape), file)
     return headers

@@ -10,7 +10,12 @@ from ..errors import CheckpointError
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON in UTF-8. Raises OSError."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
+    """A value as `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json_object(
@@ -30,7 +35,7 @@ def read_json_object(
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is not JSON ({exc}): {remedy}") from exc
+        raise CheckpointError(f"'{path}' is not JSON ({exc}): {remedy}") from exc
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected {expected}: {remedy}")
+        raise CheckpointError(f"'{path}' holds a JSON {type(value).__name__}, expected {expected}: {remedy}")
     return value

@@ -121,7 +121,7 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
         raise CheckpointError(
-            f"{called('revision')} {revision!r} was given, but {model} is a local folder: "
+            f"{called('revision')} {revision!r} was given, but {model!r} is a local folder: "
             f"drop {called('revision')}, or pass a Hub id"
         )
     return Folder(model, folder)
@@ -160,8 +160,8 @@ def local_folder(model: str) -> Path | None:
         return path
     if is_file(path):
         raise CheckpointError(
-            f"{model} is a file, expected a folder with config.json and weights, or a Hub id: "
-            f"pass its folder, {path.parent}"
+            f"{model!r} is a file, expected a folder with config.json and weights, or a Hub id: "
+            f"pass its folder, '{path.parent}'"
         )
     if is_written_like_a_path(model):
         raise CheckpointError(

@@ -104,11 +104,11 @@ def read_header(path: Path, file: str) -> dict[str, TensorInfo]:
         if start == b"version ":
             raise CheckpointError(lfs_pointer(path))
         if len(start) < 8:
-            raise CheckpointError(f"{path} has {size} bytes, expected at least 8: {again}")
+            raise CheckpointError(f"'{path}' has {size} bytes, expected at least 8: {again}")
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path} announces a header of {length} bytes, expected at most "
+                f"'{path}' announces a header of {length} bytes, expected at most "
                 f"{min(size - 8, MAX_HEADER_BYTES)} in a file of {size} bytes: {again}"
             )
         raw = stream.read(length)
@@ -117,7 +117,7 @@ def read_header(path: Path, file: str) -> dict[str, TensorInfo]:
         if not isinstance(header, dict):
             raise ValueError(f"a {type(header).__name__}, not an object")
     except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} has a header that is not valid ({exc}): {again}") from exc
+        raise CheckpointError(f"'{path}' has a header that is not valid ({exc}): {again}") from exc
     header.pop("__metadata__", None)
     spans = []
     infos = {}
@@ -146,13 +146,13 @@ def _entry(path: Path, file: str, name: str, entry: Any) -> tuple[TensorInfo, tu
             raise ValueError("a size or an offset is not a natural number")
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(
-            f"{path}: the header's entry for tensor {name!r} is not valid ({type(exc).__name__}: "
+            f"'{path}': the header's entry for tensor {name!r} is not valid ({type(exc).__name__}: "
             f"{exc}), expected dtype, shape and data_offsets: fetch the file again"
         ) from exc
     info = tensor_info(path, name, code, shape, file)
     if end - begin != info.num_bytes:
         raise CheckpointError(
-            f"{path}: tensor {name!r} spans {end - begin} bytes, expected {info.num_bytes} for "
+            f"'{path}': tensor {name!r} spans {end - begin} bytes, expected {info.num_bytes} for "
             f"{info.dtype} {list(shape)}: fetch the file again"
         )
     return info, (begin, end)
@@ -164,13 +164,13 @@ def _check_tiling(path: Path, spans: list[tuple[int, int, str]], data_bytes: int
         if begin != reached:
             what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: tensor {name!r} starts at data byte {begin}, expected {reached} (it "
+                f"'{path}': tensor {name!r} starts at data byte {begin}, expected {reached} (it "
                 f"{what}): {again}"
             )
         reached = end
     if reached != data_bytes:
         raise CheckpointError(
-            f"{path} holds {data_bytes} bytes of tensor data, expected {reached} by its header "
+            f"'{path}' holds {data_bytes} bytes of tensor data, expected {reached} by its header "
             f"({'truncated' if data_bytes < reached else 'trailing bytes'}): {again}"
         )
 
@@ -184,15 +184,15 @@ def _check_with_library(path: Path, infos: dict[str, TensorInfo], again: str) ->
         with safe_open(path, framework="numpy", backend="pread") as file:
             names = set(file.keys())
     except SafetensorError as exc:
-        raise CheckpointError(f"{path} is refused by safetensors ({exc}): {again}") from exc
+        raise CheckpointError(f"'{path}' is refused by safetensors ({exc}): {again}") from exc
     if names != set(infos):
-        raise CheckpointError(f"{path} changed while it was being read: run again")
+        raise CheckpointError(f"'{path}' changed while it was being read: run again")
 
 
 def lfs_pointer(path: Path) -> str:
     """The message for a file that Git LFS has not downloaded."""
     return (
-        f"{path} is a Git LFS pointer, expected the file itself: run `git lfs pull` in the folder, "
+        f"'{path}' is a Git LFS pointer, expected the file itself: run `git lfs pull` in the folder, "
         "or pass the Hub id"
     )
 
@@ -209,5 +209,5 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as exc:
         raise CheckpointError(
-            f"{path}: tensor {name!r} cannot be read any more ({exc}): check the file and run again"
+            f"'{path}': tensor {name!r} cannot be read any more ({exc}): check the file and run again"
         ) from exc

@@ -41,8 +41,8 @@ def module_folders(folder: Path) -> list[str]:
     for path in paths:
         if path and not stays_inside(path):
             raise CheckpointError(
-                f"{folder / MODULES_FILE} names the folder {path!r}, expected one inside the model's: do not "
-                "trust this checkpoint"
+                f"'{folder / MODULES_FILE}' names the folder {path!r}, expected one inside the model's: do "
+                "not trust this checkpoint"
             )
     return [inside for path in paths if (inside := PurePosixPath(path).as_posix()) != "."]
 
@@ -72,8 +72,8 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
             raise ValueError("an entry has a 'type' or a 'path' that is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not a list of modules ({type(error).__name__}: {error}), expected 'type' and 'path' "
-            "of each: fetch it again, or remove it"
+            f"'{path}' is not a list of modules ({type(error).__name__}: {error}), expected 'type' and "
+            "'path' of each: fetch it again, or remove it"
         ) from error
     return found
 
@@ -136,7 +136,7 @@ def notes(folder: Path, names: Collection[str], trusted: bool) -> Iterator[str]:
         )
     if _is_module(folder):
         yield (
-            f"{folder.parent / MODULES_FILE} lists this folder as a module of a sentence encoder, whose "
+            f"'{folder.parent / MODULES_FILE}' lists this folder as a module of a sentence encoder, whose "
             "other modules do not come along. Load the encoder with SentenceTransformer, save it, and "
             "convert that: there the transformer lies beside its modules."
         )

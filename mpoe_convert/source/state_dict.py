@@ -109,6 +109,9 @@ def fit(
     """
 
     def learn() -> dict:
+        shapes = checkpoint.architecture.shapes
+        if shapes is not None and shapes.holds_all(checkpoint.tensors, is_buffer):
+            return {"unread": [[] for _ in ffns], "notes": []}
         loaded = check_state_dict(checkpoint)
         converted = loaded.without_unread_biases(family, ffns)
         unread = [
@@ -204,9 +207,8 @@ def _message(checkpoint: Checkpoint, model: PreTrainedModel, missing: list[str],
         instead = f" (it has {few(unexpected)} instead)" if unexpected else ""
         parts.append(f"the checkpoint lacks {few(missing)} of {type(model).__name__}{instead}")
     shapes = [(tuple(shape), tuple(expected)) for _, shape, expected in different]
-    return (
-        f"{checkpoint.source}: {'; '.join(parts)}; {_advice(checkpoint.architecture, model, missing, shapes)}"
-    )
+    advice = _advice(checkpoint.architecture, model, missing, shapes)
+    return f"'{checkpoint.source}': {'; '.join(parts)}; {advice}"
 
 
 def _advice(

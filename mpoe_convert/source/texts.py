@@ -219,7 +219,7 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def _unavailable(source: str, error: HubError) -> DataError:
-    return DataError(f"{source} is no file here; {error}{suggest_path(source)}")
+    return DataError(f"'{source}' is no file here; {error}{suggest_path(source)}")
 
 
 def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
@@ -230,9 +230,9 @@ def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
         return known
     expected = f"expected one of {', '.join(BUILDERS)}"
     if is_file(path):
-        raise DataError(f"{source} is of an unknown kind; {expected}")
+        raise DataError(f"'{source}' is of an unknown kind; {expected}")
     if exists(path) or known or is_path(source.partition(":")[0]):
-        raise DataError(f"{source} is no file; {expected}, or a Hub dataset{suggest_path(source)}")
+        raise DataError(f"'{source}' is no file; {expected}, or a Hub dataset{suggest_path(source)}")
     return None
 
 
@@ -252,7 +252,7 @@ def _read_one(source: str, split: str, token: str | None) -> Dataset:
         raise _unavailable(source, error) from error
     except DatasetNotFoundError as error:
         raise DataError(
-            f"{source} is neither a file nor a dataset that can be reached: {error}{suggest_path(source)}"
+            f"'{source}' is neither a file nor a dataset that can be reached: {error}{suggest_path(source)}"
         ) from None
     except (DatasetGenerationError, ConnectionError, ValueError, OSError, StopIteration) as error:
         cause = first_fault(source) or error.__cause__ or error

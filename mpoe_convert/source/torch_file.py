@@ -62,7 +62,7 @@ class BinReader:
             self._forget()
             self._load(path)
         if name not in self._state:
-            raise CheckpointError(f"{path} has lost tensor {name!r} since it was opened: run again")
+            raise CheckpointError(f"'{path}' has lost tensor {name!r} since it was opened: run again")
         tensor = self._state[name]
         self._touched += tensor.nbytes
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -99,13 +99,13 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
         cause = re.search(r"WeightsUnpickler error: ([^\n]{1,200})", str(exc))
         what = f"it asks for {asked[1]}" if asked else cause[1] if cause else "an unknown pickle"
         raise CheckpointError(
-            f"{path} holds more than tensors ({what}) and only tensors are loaded: convert it to "
+            f"'{path}' holds more than tensors ({what}) and only tensors are loaded: convert it to "
             "safetensors with a transformers version you trust"
         ) from exc
     except Exception as exc:  # a damaged pickle may fail in any way at all
         first = (str(exc).strip().splitlines() or ["no details"])[0][:200]
         raise CheckpointError(
-            f"{path} cannot be read as a PyTorch checkpoint ({type(exc).__name__}: {first}): the "
+            f"'{path}' cannot be read as a PyTorch checkpoint ({type(exc).__name__}: {first}): the "
             "file is damaged or incomplete, fetch it again"
         ) from exc
     _check_state(path, state)
@@ -117,19 +117,19 @@ def _check_state(path: Path, state: object) -> None:
 
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"{path} holds a {type(state).__name__}, expected a flat dict of tensors: save "
+            f"'{path}' holds a {type(state).__name__}, expected a flat dict of tensors: save "
             "model.state_dict() alone"
         )
     for name, value in state.items():
         if isinstance(value, dict):
             raise CheckpointError(
-                f"{path} holds a dict under {name!r}, expected a flat dict of tensors: it looks "
+                f"'{path}' holds a dict under {name!r}, expected a flat dict of tensors: it looks "
                 "like a training checkpoint, save the inner state dict alone"
             )
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
         if not isinstance(name, str) or not plain or value.device.type != "cpu":
             raise CheckpointError(
-                f"{path} holds a {type(value).__name__} under {name!r}, expected plain tensors "
+                f"'{path}' holds a {type(value).__name__} under {name!r}, expected plain tensors "
                 "with string names: save model.state_dict() alone"
             )
         if dtype_name(value) not in DTYPE2BYTES:

@@ -68,7 +68,7 @@ def unwrap(source: str, architecture: Architecture, names: Collection[str]) -> U
         plain = _plain(name, own, taken)
         if plain in stored:
             raise CheckpointError(
-                f"{source} holds {stored[plain]!r} and {name!r}, two tensors for {plain}; expected one "
+                f"'{source}' holds {stored[plain]!r} and {name!r}, two tensors for {plain}; expected one "
                 "model: save one state dict alone"
             )
         stored[plain] = name
@@ -80,8 +80,8 @@ def unwrap(source: str, architecture: Architecture, names: Collection[str]) -> U
     for plain, name in stored.items():
         if (found := _as_loaded(name, patterns)) != plain:
             raise CheckpointError(
-                f"{source}: transformers would load {name!r} as {found!r}, expected {plain!r}: the names mix "
-                "several wrappers; save the state dict of the model inside them"
+                f"'{source}': transformers would load {name!r} as {found!r}, expected {plain!r}: the names "
+                "mix several wrappers; save the state dict of the model inside them"
             )
     return Unwrapping(stored, patterns)
 
@@ -121,6 +121,6 @@ def _reject_adapters(source: str, names: Iterable[str], own: set[str]) -> None:
     ]
     if beside:
         raise CheckpointError(
-            f"{source} holds a model and a PEFT adapter beside it ({few(beside, 2)}), expected a whole "
+            f"'{source}' holds a model and a PEFT adapter beside it ({few(beside, 2)}), expected a whole "
             "model: merge it (merge_and_unload), save that, and convert the result"
         )

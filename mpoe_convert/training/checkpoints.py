@@ -131,7 +131,7 @@ def check_place(output: Path, resume: bool) -> Path | None:
     check_kind(output)
     place = output if output.exists() else next(p for p in output.absolute().parents if p.exists())
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {output}: {place} is not writable; choose another output")
+        raise OutputError(f"cannot write '{output}': '{place}' is not writable; choose another output")
     found = find_checkpoint(output)
     if resume:
         if found is None:
@@ -143,7 +143,7 @@ def check_place(output: Path, resume: bool) -> Path | None:
             if found
             else "something: choose another folder"
         )
-        raise OutputError(f"{output} already holds {what}")
+        raise OutputError(f"'{output}' already holds {what}")
     return None
 
 
@@ -154,7 +154,7 @@ def _why_none(output: Path) -> str:
             f"tell whether it belongs to this run; finish it with that release, or train on from its weights "
             "as MODEL, into another folder"
         )
-    return f"{output} holds no checkpoint to resume from; expected one that a run has left"
+    return f"'{output}' holds no checkpoint to resume from; expected one that a run has left"
 
 
 def check_same_run(checkpoint: Path, record: Record) -> None:
@@ -163,14 +163,14 @@ def check_same_run(checkpoint: Path, record: Record) -> None:
         values = _read(checkpoint)
         before = Record(values["request"], values["contents"], values["processes"])
     except (KeyError, CheckpointError) as error:
-        raise OutputError(f"{checkpoint} has no record of its run ({one_line(error)})") from None
+        raise OutputError(f"'{checkpoint}' has no record of its run ({one_line(error)})") from None
     if differences := record.differences(before):
         raise OutputError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences)}; go on with the values from "
+            f"'{checkpoint}' belongs to another run: {'; '.join(differences)}; go on with the values from "
             "before, or start anew in another folder"
         )
     if record.request["arguments"].get("save_only_model"):
-        raise OutputError(f"{checkpoint} holds weights alone (save_only_model), so it cannot be continued")
+        raise OutputError(f"'{checkpoint}' holds weights alone (save_only_model), so it cannot be continued")
 
 
 def remove_leftovers(output: Path) -> list[str]:

@@ -154,7 +154,7 @@ def _finetune(
         if checkpoint is not None:
             check_same_run(checkpoint, Record.of(run, None, state.num_processes))
         for name in remove_leftovers(output):
-            watch(f"removed {output / name}, which a run that ended had not finished", 0, 0)
+            watch(f"removed '{output / name}', which a run that ended had not finished", 0, 0)
     preexisting = frozenset(file_names(output))
     _check_precision(run, state)
     arguments = _arguments(run, output)
@@ -368,14 +368,14 @@ def _routes(run: Finetuning, rows: Dataset, config: PretrainedConfig) -> texts.T
     if run.routed_by is None:
         if known is not None:
             raise TrainingError(
-                f"the routers of {run.model} choose by task; expected {called('routed_by')}, the column"
+                f"the routers of '{run.model}' choose by task; expected {called('routed_by')}, the column"
             )
         return None
     if getattr(config, "mpoe", None) is None:
-        raise TrainingError(f"{run.model} is not a converted model: it has no routers that choose by task")
+        raise TrainingError(f"'{run.model}' is not a converted model: it has no routers that choose by task")
     found = texts.task_names(rows, run.routed_by)
     if known and not set(found) <= set(known):
-        raise TrainingError(f"the rows name the tasks {found}, the routers of {run.model} know {known}")
+        raise TrainingError(f"the rows name the tasks {found}, the routers of '{run.model}' know {known}")
     return texts.Tasks(run.routed_by, tuple(known or found))
 
 
@@ -398,8 +398,8 @@ def _load_model(run: Finetuning, options: dict[str, Any], data: _Data, token: st
     found, own = data.task.tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None)
     if counts_from_padding(model) and found not in (None, own):  # the config would be given the tokenizer's
         raise TrainingError(
-            f"the tokenizer's padding token is {found}, and {run.model} counts positions from its own, {own};"
-            " expected a tokenizer with the same"
+            f"the tokenizer's padding token is {found}, and '{run.model}' counts positions from its own, "
+            f"{own}; expected a tokenizer with the same"
         )
     return model
 
@@ -435,10 +435,10 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     block = getattr(model.config, "mpoe", None)
     if block is None:
         if run.skip_centre:
-            raise TrainingError(f"{run.model} is not a converted model: it has no centre to skip")
+            raise TrainingError(f"'{run.model}' is not a converted model: it has no centre to skip")
         return [StopAtNonFinite()]
     if run.skip_centre and not has_centre(model):
-        raise TrainingError(f"the experts of {run.model} share no centre to skip")
+        raise TrainingError(f"the experts of '{run.model}' share no centre to skip")
     mask = [CentreMask(run.skip_centre, seed=run.seed, per=run.skip_unit)] if run.skip_centre else []
     return [StopAtNonFinite(), RouterLog(), FollowStep(model), *mask]
 

@@ -47,12 +47,12 @@ def _checked(name: str, value: Any, known: Collection[str], config: PretrainedCo
     shown = f"{_flag('options')} {name}"
     if name not in known:
         raise TrainingError(
-            f"{shown}: the config of {model} has no such option{did_you_mean(str(name), known)}"
+            f"{shown}: the config of '{model}' has no such option{did_you_mean(str(name), known)}"
         )
     if config.attribute_map.get(name, name) in {config.attribute_map.get(each, each) for each in _FIXED}:
         raise TrainingError(
-            f"{shown} is fixed: with another value {model} would be another model, or could not be trained; "
-            "expected another option"
+            f"{shown} is fixed: with another value '{model}' would be another model, or could not be "
+            "trained; expected another option"
         )
     kind = _types(config).get(name)
     if kind is not None:
@@ -102,12 +102,12 @@ def check_weights_fit(
             ) from error
         if lost := [tensor for tensor, shape in own.items() if found.get(tensor) != shape]:
             raise TrainingError(
-                f"{shown}: that model has no place for {few(lost)} of {model}, or another shape for them; "
+                f"{shown}: that model has no place for {few(lost)} of '{model}', or another shape for them; "
                 "expected an option that leaves the weights what they are"
             )
         if new := [tensor for tensor in found if tensor not in own]:
             raise TrainingError(
-                f"{shown}: {model} lacks {few(new)} of that model; expected an option that leaves the "
+                f"{shown}: '{model}' lacks {few(new)} of that model; expected an option that leaves the "
                 "weights what they are"
             )
 

@@ -56,7 +56,7 @@ def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
         _set_results(folder, results, gone)
         register_files(folder, [EVALUATION_REPORT_FILE])
     except OSError as error:
-        raise OutputError(f"cannot write the evaluation into {folder}: {error}") from error
+        raise OutputError(f"cannot write the evaluation into '{folder}': {error}") from error
 
 
 def recorded_evaluations(folder: Path) -> list[dict]:
@@ -74,7 +74,7 @@ def recorded_evaluations(folder: Path) -> list[dict]:
     if not isinstance(found, list) or not all(
         isinstance(each, dict) and each.keys() >= _KEYS for each in found
     ):
-        raise CheckpointError(f"{path} holds no evaluations as this tool writes them: delete it")
+        raise CheckpointError(f"'{path}' holds no evaluations as this tool writes them: delete it")
     return found
 
 
@@ -87,7 +87,7 @@ def _open_card(path: Path) -> ModelCard:
         return ModelCard(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError) as error:
         raise CheckpointError(
-            f"{path} is no model card with front matter ({one_line(error)}): repair it"
+            f"'{path}' is no model card with front matter ({one_line(error)}): repair it"
         ) from None
 
 

@@ -77,8 +77,8 @@ class Result:
                 self._complete(folder, report)
         except Exception as error:  # custom code, and every library that writes, may raise anything
             raise OutputError(
-                f"{self.folder} could not be written after training ({one_line(error)}): repair this first; "
-                "nothing was trained"
+                f"'{self.folder}' could not be written after training ({one_line(error)}): repair this "
+                "first; nothing was trained"
             ) from error
 
     def write(self, trainer: MpoeTrainer, report: dict) -> None:
@@ -98,7 +98,8 @@ class Result:
                     self._publish(folder)
         except Exception as error:  # as in a rehearsal
             raise OutputError(
-                f"the trained model cannot be written to {self.folder} ({one_line(error)}): {self._remedy()}"
+                f"the trained model cannot be written to '{self.folder}' ({one_line(error)}): "
+                f"{self._remedy()}"
             ) from error
         if is_main:
             for path in self.folder.glob("checkpoint-*"):

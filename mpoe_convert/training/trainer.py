@@ -289,7 +289,7 @@ class MpoeTrainer(Trainer):
             if writes:
                 shutil.rmtree(output / PARTIAL, ignore_errors=True)
             raise OutputError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {output} "
+                f"the checkpoint of step {self.state.global_step} cannot be written to '{output}' "
                 f"({one_line(error)}); {what_is_left(output)}; free some space or repair this, then run again"
                 f"{' with ' + switched('resume') if find_checkpoint(output) else ''}"
             ) from error

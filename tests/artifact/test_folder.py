@@ -88,7 +88,7 @@ def test_the_command_names_what_it_removes(writer):
     assert partial.exists() and "there is no folder './absent'" in done.stderr  # nothing is begun
     Path("empty").mkdir()
     done = CliRunner().invoke(main, ["convert", "empty", "-o", "out"])
-    assert done.stderr.splitlines()[0] == f"Removed {partial}, which a run that was killed had left."
+    assert done.stderr.splitlines()[0] == f"Removed '{partial}', which a run that was killed had left."
     assert not partial.exists() and done.stdout == ""
 
 

@@ -104,7 +104,7 @@ def test_code_that_is_not_copied_is_not_referred_to(source):
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
 def test_a_damaged_file_is_told_in_one_line(name, text, said, source):
     (source / name).write_text(text)
-    with pytest.raises(CheckpointError, match=f"{name} {said}") as caught:
+    with pytest.raises(CheckpointError, match=f"{name}' {said}") as caught:
         converted(source)
     assert "\n" not in str(caught.value)
     assert os.listdir(source.parent) == ["dense"]
@@ -136,7 +136,7 @@ def test_an_artifact_with_a_folder_is_replaced_only_where_it_is_ours(source):
     change(out / "conversion_report.json", files=file_names(out))
     check_output(out, overwrite=True)
     (out / RAG).with_name("mine.jinja").write_text("precious")
-    with pytest.raises(OutputError, match="also holds additional_chat_templates/mine.jinja, which"):
+    with pytest.raises(OutputError, match="also holds 'additional_chat_templates/mine.jinja', which"):
         check_output(out, overwrite=True)
 
 

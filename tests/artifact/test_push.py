@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.commands import DRIVER, tree
 from helpers.data import words
 from helpers.loopback_hub import LoopbackHub, User, environment
@@ -23,8 +24,11 @@ from mpoe_convert.artifact.layout import file_names, is_artifact, own_files
 from mpoe_convert.cli.push import resumable_push
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.source.hub_errors import explain_writing
+from mpoe_convert.source.json_files import write_json
 
 ME = {"hf_me": User("me", orgs=("lab",)), "hf_reader": User("me", role="read"), "hf_other": User("other")}
+# What names the repository on the Hub, or no folders of this machine.
+REWRITTEN = {"README.md", "conversion_report.json", "mpoe_recipe.yaml"}
 OTHER_MODEL = {"config.json": b'{"model_type": "gpt2"}', "model.gguf": b"gguf", "README.md": b"# Other"}
 
 
@@ -129,9 +133,9 @@ def test_only_the_artifacts_own_files_go(hub, push, out):
     repo = hub.repos["me/moe"]
     found = dict(repo.revisions["main"])
     card = found.pop("README.md").decode()
-    assert found == {name: data for name, data in files.items() if name != "README.md"} | {
-        ".gitattributes": found[".gitattributes"]
-    }
+    unchanged = files.keys() - REWRITTEN
+    assert {name: found[name] for name in unchanged} == {name: files[name] for name in unchanged}
+    assert found.keys() == {*files, ".gitattributes"} - {"README.md"}
     assert len([name for name in files if name.endswith(".safetensors")]) > 2
     assert repo.private
     assert repo.messages[repo.commit("main")] == "The first"
@@ -145,6 +149,37 @@ def test_only_the_artifacts_own_files_go(hub, push, out):
     assert done["num_bytes"] == sum(map(len, files.values()))
     local = files["README.md"].decode()
     assert local.replace("path/to/this", "me/moe") == card != local
+
+
+def test_folders_of_this_machine_stay_here(hub, push, out):
+    """Where the dense model lies, and what it was calibrated on; names of the Hub go along."""
+    report, recipe = out / "conversion_report.json", out / "mpoe_recipe.yaml"
+    base = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+    assert Path(base).is_absolute() and base in recipe.read_text(encoding="utf-8")
+    training = {
+        "data": [f"{base}/../my data/a.txt", "org/data", "b.txt"],
+        "run": {"teacher": base},
+        "log": [1.5],
+    }
+    write_json(out / "training_report.json", training)
+    push(out, "me/moe")
+    found = hub.repos["me/moe"].revisions["main"]
+    assert not [name for name, data in found.items() if str(Path(base).parent).encode() in data]
+    there = json.loads(found["conversion_report.json"])
+    local = json.loads(report.read_text(encoding="utf-8"))
+    assert (there["base_model"], there["recipe"]["model"]) == (Path(base).name,) * 2
+    assert there["base_path"] is None and local["base_path"] is not None
+    same = local.keys() - {"base_model", "base_path", "recipe"}
+    assert {key: there[key] for key in same} == {key: local[key] for key in same}
+    assert json.loads(found["training_report.json"]) == {
+        "data": ["a.txt", "org/data", "b.txt"],
+        "run": {"teacher": Path(base).name},
+        "log": [1.5],
+    }
+    first, *_ = recipe.read_text(encoding="utf-8").splitlines()
+    assert found["mpoe_recipe.yaml"].decode().splitlines()[0] == first
+    expected = yaml.safe_load(recipe.read_text(encoding="utf-8")) | {"model": Path(base).name}
+    assert yaml.safe_load(found["mpoe_recipe.yaml"]) == expected
 
 
 def test_pushed_again_nothing_is_sent(hub, push, ask, out):
@@ -249,7 +284,7 @@ def test_something_else_is_only_committed_over_when_asked(hub, push, refused, ou
     hub.add("me/gpt", OTHER_MODEL)
     before = dict(hub.repos["me/gpt"].revisions["main"])
     said = refused("push", out, "me/gpt", "--token", "hf_me")
-    assert "'me/gpt' holds something else (config.json, model.gguf): choose another name, or pass" in said
+    assert "'me/gpt' holds something else ('config.json', 'model.gguf'): choose another name, or pass" in said
     assert hub.repos["me/gpt"].revisions["main"] == before and not puts(hub)
     push(out, "me/gpt", "--overwrite")
     found = hub.repos["me/gpt"].revisions["main"]
@@ -396,7 +431,7 @@ def edit_report(folder: Path, **values) -> None:
 
 SPOILED = {
     "is not an artifact": lambda folder: (folder / "conversion_report.json").unlink(),
-    "lacks modeling_mpoe.py": lambda folder: (folder / "modeling_mpoe.py").unlink(),
+    "lacks 'modeling_mpoe.py'": lambda folder: (folder / "modeling_mpoe.py").unlink(),
     "lacks 1 of the": lambda folder: next(folder.glob("model-00002*")).unlink(),
     "lists as files ['../dense/config.json']; expected names of": lambda folder: edit_report(
         folder, files=["../dense/config.json"]
@@ -459,7 +494,7 @@ def test_converted_from_the_hub_pushed_to_it_and_loaded_from_it(hub, ask, artifa
     code, printed, err = ask(*convert, "--token", "hf_me", "--json")
     assert (code, printed) == (1, "") and is_artifact(tmp_path / "out")
     said, _, command = err.partition(" go on with: ")
-    assert "HTTP 503" in said and f"the artifact is in {tmp_path / 'out'}," in said
+    assert "HTTP 503" in said and f"the artifact is in '{tmp_path / 'out'}'," in said
     words = shlex.split(command)
     assert words == ["mpoe-convert", "push", str(tmp_path / "out"), "me/moe", "--private"]
     assert ask(*words[1:], "--token", "hf_me", "-q") == (0, "", "")
@@ -507,7 +542,7 @@ def test_results_that_were_recorded_go_along_under_the_repositorys_name(hub, pus
 def test_a_push_that_is_stopped_says_how_to_go_on():
     with (
         pytest.raises(
-            KeyboardInterrupt, match="the artifact is in o u t, go on with: mpoe-convert push 'o u t' me/m"
+            KeyboardInterrupt, match="the artifact is in 'o u t', go on with: mpoe-convert push 'o u t' me/m"
         ),
         resumable_push("o u t", "me/m", {"private": False}, overwrite=False),
     ):

@@ -360,7 +360,7 @@ def test_a_relative_base_is_found_from_anywhere(tmp_path, monkeypatch, asked):
     assert verify(moved / "out").against == str(moved / "models/dense") == asked[-1].against
     (moved / "models/dense").rename(moved / "models/gone")
     monkeypatch.chdir(moved)
-    with pytest.raises(VerifyError, match="models/dense is not a folder here.* against"):
+    with pytest.raises(VerifyError, match="models/dense' is not a folder here.* against"):
         verify("out")
 
 

@@ -360,9 +360,9 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
     [
         ("expert: 4", "the recipe has no key 'expert'; did you mean 'experts'?"),
         ("colour: 4", "the recipe has no key 'colour'; its keys are the options that --help lists"),
-        ("- experts", "the recipe r.yaml holds list; expected `name: value`"),
-        ("", "the recipe r.yaml holds NoneType; expected `name: value`"),
-        ("experts: [", "cannot read the recipe r.yaml: "),
+        ("- experts", "the recipe 'r.yaml' holds list; expected `name: value`"),
+        ("", "the recipe 'r.yaml' holds NoneType; expected `name: value`"),
+        ("experts: [", "cannot read the recipe 'r.yaml': "),
         ("experts: 1", "--experts is 1; expected a whole number of at least 2"),
         ("experts: four", "experts is 'four'; expected a whole number"),
         ("experts: true", "experts is True; expected a whole number"),
@@ -391,7 +391,7 @@ def test_a_wrong_recipe_is_told(text, said, here):
 
 
 def test_a_recipe_that_is_not_there_is_told(here):
-    assert "cannot read the recipe no.yaml: " in refused("--config", "no.yaml", "-o", "out", code=2)
+    assert "cannot read the recipe 'no.yaml': " in refused("--config", "no.yaml", "-o", "out", code=2)
 
 
 # --------------------------------------------------------------------------------------- what goes wrong
@@ -437,7 +437,7 @@ def test_a_recipe_that_is_not_there_is_told(here):
             "--include 'encoder.*' matches no FFN; this model has 2 FFNs: h.0, h.1",
         ),
         (["--device", "cuda:99"], 2, "--device cuda:99 is not available here; --device auto picks one"),
-        (["--revision", "v1"], 1, "--revision 'v1' was given, but dense is a local folder"),
+        (["--revision", "v1"], 1, "--revision 'v1' was given, but 'dense' is a local folder"),
         (
             ["--max-shard-size", "0"],
             2,
@@ -513,7 +513,7 @@ DAMAGE = {
     "moe": (config_change(num_local_experts=8), "mixture of experts already (num_local_experts = 8)"),
     "moe-tensors": (
         edit_weights(lambda state: state.update({"h.0.experts.0.w": torch.ones(2, 2)})),
-        "is a mixture of experts already (tensor 'h.0.experts.0.w' in model.safetensors)",
+        "is a mixture of experts already (tensor 'h.0.experts.0.w' in 'model.safetensors')",
     ),
     "quantised": (
         config_change(quantization_config={"quant_method": "gptq"}),
@@ -530,7 +530,7 @@ DAMAGE = {
     ),
     "index-missing": (
         index(a="model-1.safetensors"),
-        "dense lacks 1 of the 1 shards that model.safetensors.index.json names: 'model-1.safetensors'",
+        "'dense' lacks 1 of the 1 shards that 'model.safetensors.index.json' names: 'model-1.safetensors'",
     ),
     "nan-in-an-ffn": (
         put("transformer.h.1.mlp.c_fc.weight", float("nan")),
@@ -552,7 +552,7 @@ DAMAGE = {
         hostile_pickle,
         "holds more than tensors (it asks for posix.system) and only tensors are loaded",
     ),
-    "no-config": (remove("config.json"), "dense has no config.json, expected a transformers checkpoint"),
+    "no-config": (remove("config.json"), "'dense' has no config.json, expected a transformers checkpoint"),
     "no-weights": (
         remove("model.safetensors"),
         "has no weights that can be read, expected model.safetensors",
@@ -611,8 +611,8 @@ def test_a_matrix_of_zeros_is_converted(here):
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_what_is_no_artifact_is_told(command, here):
     expected = "expected a folder that a conversion wrote, with conversion_report.json and a config.json"
-    assert f"dense is not an artifact of mpoe-convert: {expected}" in refused(command, "dense")
-    assert f"nothing is not a folder: {expected}" in refused(command, "nothing")
+    assert f"'dense' is not an artifact of mpoe-convert: {expected}" in refused(command, "dense")
+    assert f"'nothing' is not a folder: {expected}" in refused(command, "nothing")
     report = Path("done/conversion_report.json")
     for text, said in (
         ("{", "is not JSON (Expecting"),
@@ -625,7 +625,7 @@ def test_what_is_no_artifact_is_told(command, here):
 
 def test_a_damaged_artifact_is_told(here):
     truncate(Path("done"))
-    assert "model.safetensors holds" in refused("inspect", "done")
+    assert "model.safetensors' holds" in refused("inspect", "done")
 
 
 def test_running_out_of_memory_is_told(here, monkeypatch):
@@ -693,10 +693,10 @@ def test_verify_refuses_an_artifact_that_lacks_a_tensor(here):
 def test_verify_tells_that_the_dense_model_is_gone(here):
     Path("dense").rename("moved")
     said = refused("verify", "done")
-    assert "the dense model dense is not a folder here; expected the one that was converted" in said
+    assert "the dense model 'dense' is not a folder here; expected the one that was converted" in said
     for against in ("./nothing", "/nothing", "a/b/c"):
         said = refused("verify", "done", "--against", against)
-        assert f"the dense model {against} is not a folder here; expected a folder or a Hub id" in said
+        assert f"the dense model '{against}' is not a folder here; expected a folder or a Hub id" in said
 
 
 def test_verify_tells_that_the_dense_model_does_not_load(here):

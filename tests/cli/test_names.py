@@ -92,16 +92,16 @@ def test_commands_find_what_lies_in_the_user_s_home(home):
     """Each goes on to say what the folder is, not that it is not there."""
     for command in (["verify"], ["inspect"], ["report"], ["push"]):
         said = told([*command, "~/dense", *["me/model"][: command == ["push"]]])
-        assert f"{home / 'dense'} is not an artifact of mpoe-convert" in said
+        assert f"'{home / 'dense'}' is not an artifact of mpoe-convert" in said
     said = told(["evaluate", "~/dense", "--data", "~/topics.txt", "--record"])
-    assert f"{home / 'dense'} is not an artifact of mpoe-convert" in said
+    assert f"'{home / 'dense'}' is not an artifact of mpoe-convert" in said
     full = home / "full"
     full.mkdir()
     (full / "notes").write_text("mine", encoding="utf-8")
     Path("run.yaml").write_text("model: ~/dense\noutput: ~/full\n", encoding="utf-8")
     for args in (["~/dense", "-o", "~/full"], ["convert", "--config", "run.yaml"], [*TRAIN, "-o", "~/full"]):
         assert str(full) in told(args)
-    assert "full is not empty" in told(["export", "~/dense", "-o", "~/full"])
+    assert "full' is not empty" in told(["export", "~/dense", "-o", "~/full"])
 
 
 def test_the_same_mistake_has_one_wording(home):
@@ -123,7 +123,7 @@ def test_what_a_killed_run_left_beside_a_link_s_target_is_named(home, capsys):
     (home / "out").symlink_to("disk/out")
     check_output_first("out", overwrite=False, quiet=False)
     left = home / "disk" / ".out.abcdefgh.partial"
-    assert capsys.readouterr().err == f"Removed {left}, which a run that was killed had left.\n"
+    assert capsys.readouterr().err == f"Removed '{left}', which a run that was killed had left.\n"
     assert not left.exists()
 
 

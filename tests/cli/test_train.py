@@ -76,7 +76,10 @@ def test_what_is_in_the_way_is_told_before_anything_is_read(command, tmp_path):
     (tmp_path / "out" / "notes").write_text("")
     command[1] = "no model"
     done = call([*command, "-o", "out"])
-    assert (done.exit_code, done.stderr) == (1, "Error: out already holds something: choose another folder\n")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "Error: 'out' already holds something: choose another folder\n",
+    )
 
 
 @pytest.mark.parametrize(

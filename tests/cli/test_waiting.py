@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,21 @@ import pytest
 from helpers.tiny import save_tiny
 from huggingface_hub import constants
 
-from mpoe_convert import Recipe, plan
+from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.cli import app
 from mpoe_convert.source import memo
 
-SLOW = ("torch", "transformers", "datasets", "accelerate")
+MODELS = ("transformers.modeling_utils", "transformers.models.gpt2.modeling_gpt2")
+SLOW = ("torch", "transformers", "datasets", "accelerate", *MODELS)
+# Families of which a plan is made without their models: one of each kind.
+KNOWN = {
+    "gpt2": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "bert": "AutoModelForMaskedLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-gpt2"
 # Runs commands one after the other; says of each its exit code, what it printed, and what is imported then.
 CHILD = f"""
 import json, sys
@@ -57,30 +68,30 @@ REFUSED = {
     "a path of the model": (["./dnese", "-o", "out"], "no folder './dnese'", "dense"),
     "the same of a plan": (["plan", "dense/"[:-1] + "s/"], "there is no folder 'denses/'", "dense"),
     "an id of the model": (["dens", "-o", "out"], OFFLINE, "dense"),
-    "a full output": (["dense", "-o", "full"], "full is not empty and not an artifact", None),
+    "a full output": (["dense", "-o", "full"], "'full' is not empty and not an artifact", None),
     "an output that is a file": (
         ["dense", "-o", "topics.txt"],
         "'topics.txt' exists and is not a folder",
         None,
     ),
     "an option": (["dense", "-o", "out", "--experts", "1"], "expected", None),
-    "a calibration text": (["dense", "-o", "out", *KEEP, "topics.tx"], "topics.tx is no file", "topics.txt"),
+    "a calibration text": (["dense", "-o", "out", *KEEP, "topics.tx"], "topics.tx' is no file", "topics.txt"),
     "the same of a plan of weights": (["plan", "dense", *KEEP, "topic.txt"], "is no file", "topics.txt"),
-    "training data": ([*FINETUNE, "topics.tx"], "topics.tx is no file; expected one of", "topics.txt"),
+    "training data": ([*FINETUNE, "topics.tx"], "topics.tx' is no file; expected one of", "topics.txt"),
     "training data that may be an id": ([*FINETUNE, "topics"], OFFLINE, "topics.txt"),
     "held-out data": (
         [*FINETUNE, "topics.txt", "--eval-data", "./topic"],
-        "./topic is no file",
+        "./topic' is no file",
         "topics.txt",
     ),
     "a teacher": ([*FINETUNE, "topics.txt", "--teacher", "dens"], OFFLINE, "dense"),
     "a tokenizer": ([*FINETUNE, "topics.txt", "--tokenizer", "./x"], "no folder './x'", None),
-    "data to score on": ([*EVALUATE, "topics.csv"], "topics.csv is no file", "topics.txt"),
+    "data to score on": ([*EVALUATE, "topics.csv"], "topics.csv' is no file", "topics.txt"),
     "another model": ([*EVALUATE, "topics.txt", "--against", "no/such"], OFFLINE, None),
     "an artifact to export": (["export", "ful", "-o", "out"], OFFLINE, "full"),
-    "the output of an export": (["export", "dense", "-o", "full"], "full is not empty and not", None),
-    "an artifact to verify": (["verify", "dnese"], "dnese is not a folder", "dense"),
-    "an artifact to push": (["push", "dnese", "me/model"], "dnese is not a folder", "dense"),
+    "the output of an export": (["export", "dense", "-o", "full"], "'full' is not empty and not", None),
+    "an artifact to verify": (["verify", "dnese"], "'dnese' is not a folder", "dense"),
+    "an artifact to push": (["push", "dnese", "me/model"], "'dnese' is not a folder", "dense"),
 }
 
 
@@ -96,14 +107,41 @@ def test_what_is_not_there_is_told_before_anything_slow_is_imported(made):
     assert sorted(made.rglob("*")) == before
 
 
-def test_a_plan_of_a_model_that_is_known_imports_nothing_slow(made, tmp_path, monkeypatch):
+def test_a_first_plan_of_a_known_family_imports_nothing_slow(made, tmp_path):
+    """It is the plan that is made with the model itself, which this process has imported."""
+    for model_type, auto in KNOWN.items():
+        save_tiny(model_type, auto, tmp_path / model_type)
+    options = ["--experts", "2", "--bond-dim", "4", "--json"]
+    commands = [["plan", str(tmp_path / model_type), *options] for model_type in KNOWN]
+    got = run(made, *commands, HF_HOME=str(tmp_path / "empty"), HF_ASSETS_CACHE=str(tmp_path / "empty"))
+    for model_type, (code, stdout, stderr, imported) in zip(KNOWN, got, strict=True):
+        assert (code, stderr, imported) == (0, "", []), model_type
+        expected = plan(Recipe(str(tmp_path / model_type), experts=2, bond_dim=4)).to_json()
+        assert json.loads(stdout) == json.loads(json.dumps(expected)), model_type
+
+
+def test_a_first_conversion_of_a_known_family_imports_no_model(tmp_path):
+    """Its files are those of a conversion in this process, which has imported the models."""
+    shutil.copytree(EXAMPLE, tmp_path / "dense")
+    command = ["dense", "-o", "fresh", "--experts", "2", "--bond-dim", "4", "-q"]
+    [[code, _, stderr, imported]] = run(tmp_path, command, HF_ASSETS_CACHE=str(tmp_path / "empty"))
+    assert (code, stderr) == (0, "") and not {*MODELS} & {*imported}
+    convert(Recipe(str(tmp_path / "dense"), experts=2, bond_dim=4), tmp_path / "here")
+    here, fresh = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("here", "fresh"))
+    assert here.keys() == fresh.keys()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json"):
+        assert here[name].read_bytes() == fresh[name].read_bytes(), name
+
+
+def test_a_plan_of_a_model_that_was_asked_before_imports_nothing_slow(made, tmp_path, monkeypatch):
     """What is learnt of the stock model here is read there, and the plans are equal."""
-    monkeypatch.chdir(made)
+    save_tiny("gpt_neo", "AutoModelForCausalLM", tmp_path / "neo")  # no family whose files are read instead
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
-    asked = plan(Recipe("dense", experts=2, bond_dim=4)).to_json()
+    recipe = Recipe(str(tmp_path / "neo"), experts=2, bond_dim=4)
+    asked = plan(recipe).to_json()
     monkeypatch.setattr(memo, "_is_used", lambda: True)
-    assert plan(Recipe("dense", experts=2, bond_dim=4)).to_json() == asked
-    command = ["plan", "dense", "--experts", "2", "--bond-dim", "4", "--json"]
+    assert plan(recipe).to_json() == asked
+    command = ["plan", recipe.model, "--experts", "2", "--bond-dim", "4", "--json"]
     package = str(memo.PACKAGE.parent)  # what was learnt holds for these very files
     [[code, stdout, stderr, imported]] = run(made, command, HF_ASSETS_CACHE=str(tmp_path), PYTHONPATH=package)
     assert (code, stderr, imported) == (0, "", [])

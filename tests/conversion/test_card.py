@@ -200,7 +200,7 @@ def test_all_metrics_of_a_task_are_recorded(artifact, tmp_path):
         (
             "evaluation_report.json",
             "[]",
-            "evaluation_report.json holds a JSON list, expected evaluations: delete",
+            "evaluation_report.json' holds a JSON list, expected evaluations: delete",
         ),
         (
             "evaluation_report.json",

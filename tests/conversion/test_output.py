@@ -178,7 +178,7 @@ def test_a_file_that_may_not_grow_is_told_and_leaves_nothing(source, tmp_path, s
     before = tree(tmp_path)
     run = server.run(["dense", "-o", "out", *ARGS], tmp_path, file_bytes=20_000)
     assert run.code == 1
-    assert "Error: cannot write out: " in one_line(run.stderr)
+    assert "Error: cannot write 'out': " in one_line(run.stderr)
     assert "File too large" in run.stderr and "nothing was left there" in run.stderr
     assert tree(tmp_path) == before
 
@@ -215,7 +215,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source, small_disk, ser
             filling.write(bytes(4096))
     run.wait()
     assert run.code == 1
-    assert one_line(run.stderr).startswith(f"Error: the disk is full; nothing was left at {small_disk}/out")
+    assert one_line(run.stderr).startswith(f"Error: the disk is full; nothing was left at '{small_disk}/out'")
     assert [path.name for path in small_disk.iterdir()] == ["filling"]
 
 
@@ -237,7 +237,7 @@ def test_no_space_is_noticed_wherever_it_ends(where, source, tmp_path, monkeypat
 
     before = tree(tmp_path)
     monkeypatch.setattr(*place[where], refuse)
-    with pytest.raises(OutputError, match="the disk is full; nothing was left at .*out: free some space"):
+    with pytest.raises(OutputError, match="the disk is full; nothing was left at '.*out': free some space"):
         convert(Recipe(str(source), **SMALL), tmp_path / "out")
     assert tree(tmp_path) == before
 
@@ -271,7 +271,7 @@ def test_an_unreadable_source_is_told(open_folder, server):
     open_folder.chmod(0o777)
     run = server.run(["dense", "-o", "out", *ARGS], open_folder, uid=NOBODY)
     assert run.code == 1
-    assert "dense/model.safetensors cannot be read (Permission denied)" in one_line(run.stderr)
+    assert "dense/model.safetensors' cannot be read (Permission denied)" in one_line(run.stderr)
     assert [path.name for path in open_folder.iterdir()] == ["dense"]
 
 
@@ -281,10 +281,10 @@ def test_an_unreadable_source_is_told(open_folder, server):
         ("file", "'file' exists and is not a folder; choose another output"),
         ("file/out", "file' is a file; choose another output"),
         ("link", "nowhere', which is not there; make that folder, or choose another output"),
-        ("dense", "dense is not empty and not an artifact of mpoe-convert; nothing in it is touched"),
+        ("dense", "'dense' is not empty and not an artifact of mpoe-convert; nothing in it is touched"),
         ("dense/out", "lie inside each other; choose a folder outside the source"),
         ("dense/empty", "lie inside each other; choose a folder outside the source"),
-        (".", "the output . is the current folder; name one that can be replaced"),
+        (".", "the output '.' is the current folder; name one that can be replaced"),
         ("..", "is not empty and not an artifact of mpoe-convert"),
         ("/", "is not empty and not an artifact of mpoe-convert"),
     ],
@@ -310,7 +310,7 @@ def test_a_link_to_a_folder_stays_one_and_its_folder_is_written(source, tmp_path
     (tmp_path / "link").symlink_to("disk/empty")
     convert(Recipe(str(source), **SMALL), tmp_path / "link")
     with pytest.raises(
-        OutputError, match="link already holds an artifact; pass overwrite=True to replace it"
+        OutputError, match="link' already holds an artifact; pass overwrite=True to replace it"
     ):
         convert(Recipe(str(source), **SMALL), tmp_path / "link")
     convert(Recipe(str(source), **SMALL), tmp_path / "link", overwrite=True)
@@ -370,7 +370,7 @@ SPOILS = {
     spoil_nothing_in_it: "is not empty and not an artifact of mpoe-convert; nothing in it is touched",
     spoil_other_config: "is not empty and not an artifact of mpoe-convert; nothing in it is touched",
     spoil_no_report: "is not empty and not an artifact of mpoe-convert; nothing in it is touched",
-    spoil_damaged_report: "conversion_report.json is not JSON",
+    spoil_damaged_report: "conversion_report.json' is not JSON",
     spoil_file_beside: "also holds notes.txt, which mpoe-convert did not write; move",
     spoil_folder_beside: "also holds checkpoint-100, which mpoe-convert did not write; move",
 }

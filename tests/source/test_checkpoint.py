@@ -318,7 +318,7 @@ def test_a_link_to_nothing_is_told(folder, file):
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).symlink_to(folder / "blobs" / "0123")
     said = refusal(folder)
-    assert f"{folder / file} is a link to {folder / 'blobs' / '0123'}, which is not there" in said
+    assert f"'{folder / file}' is a link to '{folder / 'blobs' / '0123'}', which is not there" in said
     assert "download the model again, or copy it with what its links point to" in said
 
 
@@ -456,7 +456,7 @@ def test_missing_shards_are_listed(folder):
     save_sharded(folder, tiny_tensors())
     (folder / "model-2-of-2.safetensors").unlink()
     message = refusal(folder)
-    assert "lacks 1 of the 2 shards that model.safetensors.index.json names" in message
+    assert "lacks 1 of the 2 shards that 'model.safetensors.index.json' names" in message
     assert "'model-2-of-2.safetensors': finish the download" in message
 
 
@@ -469,14 +469,14 @@ def test_tensors_that_a_shard_lacks_are_named(folder):
         {"model-1-of-2.safetensors": first, "model-2-of-2.safetensors": {**second, "lost": None}},
     )  # fmt: skip
     message = refusal(folder)
-    assert "model-2-of-2.safetensors lacks 1 tensors that model.safetensors.index.json" in message
+    assert "model-2-of-2.safetensors' lacks 1 tensors that 'model.safetensors.index.json'" in message
     assert "'lost'" in message
 
 
 def test_a_tensor_in_two_shards_is_refused(folder):
     save_sharded(folder, tiny_tensors())
     save_file(tiny_tensors(), folder / "model-2-of-2.safetensors")
-    assert "is in both model-1-of-2.safetensors and model-2-of-2.safetensors" in refusal(folder)
+    assert "is in both 'model-1-of-2.safetensors' and 'model-2-of-2.safetensors'" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -612,13 +612,13 @@ def test_tensors_that_cannot_be_converted(folder, name, tensor, expected):
 def test_a_folder_without_config_says_what_it_found(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     message = refusal(tmp_path)
-    assert "has no config.json, expected a transformers checkpoint; found notes.txt" in message
+    assert "has no config.json, expected a transformers checkpoint; found 'notes.txt'" in message
 
 
 def test_a_model_in_a_subfolder_is_pointed_at(tmp_path):
     save_single(write_config(tmp_path / "0_Transformer"), tiny_tensors())
     (tmp_path / "modules.json").write_text("[]")
-    expected = "found a config.json in its subfolder 0_Transformer: pass that folder"
+    expected = "found a config.json in its subfolder '0_Transformer': pass that folder"
     assert expected in refusal(tmp_path)
     assert expected in refusal(write_config(tmp_path))
 
@@ -642,14 +642,14 @@ def test_weights_of_other_kinds_are_named(folder, file, kind):
     (folder / file).write_bytes(b"")
     message = refusal(folder)
     assert "no weights that can be read, expected model.safetensors, pytorch_model.bin" in message
-    assert f"found only {file} ({kind}): save the model with transformers" in message
+    assert f"found only '{file}' ({kind}): save the model with transformers" in message
 
 
 def test_paths_that_are_not_folders(folder, tmp_path, monkeypatch):
     save_single(folder, tiny_tensors())
     file = folder / "model.safetensors"
     assert "is a file, expected a folder with config.json and weights" in refusal(file)
-    assert f"pass its folder, {folder}" in refusal(file)
+    assert f"pass its folder, '{folder}'" in refusal(file)
     assert "there is no folder" in refusal(tmp_path / "absent")
     monkeypatch.chdir(tmp_path)
     for model in ("./absent", "../absent", "~/absent-folder", "", "  "):

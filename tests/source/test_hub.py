@@ -202,7 +202,7 @@ def test_headers_only_leaves_the_weights_where_they_are(hub, ask):
     assert hub.bytes_sent() < 110_000 < len(WEIGHTS) / 20
     assert local_files(got) == ["config.json"]
     assert got["tensors"]["h.0.mlp.weight"] == ["float32", [300, 500], "model.safetensors"]
-    assert "only the headers of o/m were fetched" in got["read"]
+    assert "only the headers of 'o/m' were fetched" in got["read"]
     (whole,) = ask({"model": "o/m"})
     assert whole["tensors"] == got["tensors"]
     assert hub.bytes_sent() > len(WEIGHTS)
@@ -276,9 +276,9 @@ def test_a_refused_model_costs_no_weights(hub, ask):
     assert {outcome["kind"] for outcome in got} == {CheckpointError.__name__}
     messages = [outcome["message"] for outcome in got]
     assert "mixture of experts already (num_local_experts = 8)" in messages[0]
-    assert "o/adapter is a PEFT adapter" in messages[1]
-    assert "found only model.Q4.gguf (GGUF)" in messages[2] == messages[4]
-    assert "in its subfolder 0_Model: download the repository and pass that folder" in messages[3]
+    assert "'o/adapter' is a PEFT adapter" in messages[1]
+    assert "found only 'model.Q4.gguf' (GGUF)" in messages[2] == messages[4]
+    assert "in its subfolder '0_Model': download the repository and pass that folder" in messages[3]
     assert hub.bytes_sent() < 10_000
 
 

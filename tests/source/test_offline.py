@@ -59,9 +59,9 @@ def test_data_that_nobody_can_be_asked_for_are_told_at_once(online, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     Path("topics.txt").touch()
     told = NO_CONNECTION.format("topics") + ".*; did you mean 'topics.txt'"
-    with pytest.raises(DataError, match=rf"^topics is no file here; {told}"):
+    with pytest.raises(DataError, match=rf"^'topics' is no file here; {told}"):
         texts.check_sources(["builtin", "topics.txt", "topics"])
-    with pytest.raises(DataError, match="^o/absent:part is no file here; no connection to the Hub"):
+    with pytest.raises(DataError, match="^'o/absent:part' is no file here; no connection to the Hub"):
         texts.read(["o/absent:part"], texts.Columns(), "causal")
 
 
@@ -72,7 +72,7 @@ def test_data_that_are_prepared_need_no_connection(online, tmp_path, monkeypatch
     (tmp_path / "datasets" / "o___some_name").mkdir(parents=True)
     (tmp_path / "hub" / "datasets--o--other").mkdir(parents=True)
     texts.check_sources(["o/SomeName:part", "o/other"])
-    with pytest.raises(DataError, match="^o/some is no file here; no connection"):
+    with pytest.raises(DataError, match="^'o/some' is no file here; no connection"):
         texts.check_sources(["o/some"])
 
 

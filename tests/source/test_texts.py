@@ -168,7 +168,7 @@ def test_a_dataset_on_the_hub(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[:2] == ["['train text']", "['validation text']"], done.stderr[-3000:]
     assert lines[2].startswith("DataError: 'me/texts' cannot be read: Unknown split") and "dev" in lines[2]
-    assert lines[3].startswith("DataError: me/absent is neither a file nor a dataset that can be reached")
+    assert lines[3].startswith("DataError: 'me/absent' is neither a file nor a dataset that can be reached")
     assert hub.fetched("train.jsonl")
 
 

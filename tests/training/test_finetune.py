@@ -285,7 +285,7 @@ def test_only_the_same_run_is_resumed(artifact, text, tmp_path):
         "length is 8, was 16; go": {"length": 8},
     }
     for message, options in told.items():
-        with pytest.raises(OutputError, match=f"checkpoint-2 belongs to another run: .*{message}"):
+        with pytest.raises(OutputError, match=f"checkpoint-2' belongs to another run: .*{message}"):
             finetune(run.replace(**options), tmp_path / "tuned", resume=True)
     shutil.copytree(out, tmp_path / "copy")
     (tmp_path / "tuned").rename(tmp_path / "moved")

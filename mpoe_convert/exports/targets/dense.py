@@ -73,7 +73,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     expert = request.expert or 0
     if not 0 <= expert < source.num_experts:
         raise RequestError(
-            f"expert is {expert}; {source.checkpoint.source} has {source.num_experts}, expected 0 to "
+            f"expert is {expert}; '{source.checkpoint.source}' has {source.num_experts}, expected 0 to "
             f"{source.num_experts - 1}"
         )
     if expert_weights is None:

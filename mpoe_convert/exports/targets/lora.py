@@ -68,7 +68,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
     if request.base is not None and source.architecture.is_custom:
         raise ExportError(
-            f"base is {request.base}, and this {source.model_type} has custom code; only the artifact's is "
+            f"base is '{request.base}', and this {source.model_type} has custom code; only the artifact's is "
             f"run here: omit {called('base')}, and the base is written with that code"
         )
     if request.base is not None:
@@ -124,8 +124,8 @@ def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
         if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
             kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
             raise ExportError(
-                f"the experts of {source.checkpoint.source} are of kind {kind}, not low-rank additions to a "
-                "shared matrix (kind low-rank), so they are no LoRA adapters; "
+                f"the experts of '{source.checkpoint.source}' are of kind {kind}, not low-rank additions "
+                "to a shared matrix (kind low-rank), so they are no LoRA adapters; "
                 f"{assigned('to', 'dense')} writes one of them"
             )
 
@@ -145,7 +145,7 @@ def _check_base(source: Artifact, tensors: tuple[PlannedTensor, ...], base: Chec
         if name is None or not torch.equal(base.read(name), tensor.make()):
             what = "differs from that of" if name else "is not in"
             raise ExportError(
-                f"{tensor.name} {what} {base.source}: what experts share was trained, compressed or "
+                f"{tensor.name} {what} '{base.source}': what experts share was trained, compressed or "
                 "rounded since, so adapters on that base would compute other outputs; omit "
                 f"{called('base')}, and the right base is written"
             )

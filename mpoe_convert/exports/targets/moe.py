@@ -82,7 +82,7 @@ def _target(source: Artifact) -> MoeTarget:
     target = TARGET_OF.get(source.model_type)
     if source.architecture.is_custom:
         raise ExportError(
-            f"{source.checkpoint.source} is a {source.model_type} with custom code, and no mixture of "
+            f"'{source.checkpoint.source}' is a {source.model_type} with custom code, and no mixture of "
             f"transformers is known to compute the same; {assigned('to', 'dense')} writes one expert with "
             "that code"
         )
@@ -92,7 +92,7 @@ def _target(source: Artifact) -> MoeTarget:
         raise ExportError(f"no exact mixture of experts for {source.model_type}: {miss}; exact ones: {exact}")
     if obstacles := list(_obstacles(source, target)):
         raise ExportError(
-            f"{source.checkpoint.source} is no {target.model_type}, which has no "
+            f"'{source.checkpoint.source}' is no {target.model_type}, which has no "
             f"{'; and no '.join(obstacles)}"
         )
     for mixture in source.mixtures:

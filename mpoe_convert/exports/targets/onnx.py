@@ -87,7 +87,7 @@ def _check(source: Artifact) -> None:
         if _sorts(ffn, tokens):
             what = "own too much each" if ffn.acts else "have cores that cannot act on the activations"
             raise ExportError(
-                f"the experts of {source.checkpoint.source} {what}, so that tokens are sorted by expert, "
+                f"the experts of '{source.checkpoint.source}' {what}, so that tokens are sorted by expert, "
                 "which torch.onnx cannot trace (no ONNX function for aten.sort.stable); expected layout "
                 "one-sided or blocks, or kind low-rank or adapter; "
                 f"{assigned('to', 'dense', 'moe')} writes stock models"
