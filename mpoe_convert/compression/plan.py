@@ -14,7 +14,8 @@ from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
 from ..request import check_function, check_token
-from ..source.checkpoint import open_checkpoint
+from ..source.in_memory import InMemory
+from ..source.opening import open_source
 from ..source.texts import check_sources
 
 if TYPE_CHECKING:
@@ -52,13 +53,17 @@ def plan(
     check_device(recipe.device)
     check_sources(recipe.calibrate)
     headers_only = not recipe.compresses
-    checkpoint = open_checkpoint(
+    checkpoint = open_source(
         recipe.model,
         revision=recipe.revision,
         token=token,
         headers_only=headers_only,
         trust_remote_code=recipe.trust_remote_code,
     )
+    if isinstance(checkpoint, InMemory):
+        from .mixtures import prepare_mixture  # torch
+
+        return prepare_mixture(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
     if not (recipe.compresses or recipe.metric or recipe.calibrate or calibration is not None):
         return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)
     from .prepare import prepare  # torch, which plans of headers do without

@@ -19,12 +19,12 @@ from transformers.models.auto.configuration_auto import (
 
 from .choices import DEFAULT_RULE
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
+from .experts import MIXTURE, block_class, replace_experts
 from .header import (
     get_checkpoint_conversion_mapping,
     init,
     register_checkpoint_conversion_mapping,
 )
-from .experts import MIXTURE, block_class, replace_experts
 from .mixing import Mixing
 from .mixture import FeedForward
 from .parts import PARTS, Part, inner_size_of

@@ -1458,7 +1458,7 @@ class Mixing(nn.Module):
             self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
         return self._decided[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeedForward":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mixing":
         self._decided = (None, "apply")  # another dtype has other costs
         return super()._apply(fn, recurse)
 
