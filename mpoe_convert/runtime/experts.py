@@ -39,6 +39,17 @@ class Gating(nn.Module):
         return self.function(self, torch.stack([gate, up], dim=-1).flatten(-2))
 
 
+class Activation(nn.Module):
+    """A stock activation that is a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Experts(Mixing):
     """The experts of a stock mixture, in cores: called as the stock module is.
 
@@ -52,7 +63,8 @@ class Experts(Mixing):
         super().__init__(form, num_experts, top_k)
         self.gating = None
         if stock is not None:
-            self.act = stock.act_fn if hasattr(stock, "act_fn") else nn.Identity()
+            act = getattr(stock, "act_fn", None) or nn.Identity()
+            self.act = act if isinstance(act, nn.Module) else Activation(act)
             if self.gate is not None and has_own_gating(stock):
                 self.gating = Gating(stock)
 

@@ -258,7 +258,7 @@ class MixtureMixin(_Stock):
         base = self.base_model
         for path, form in present.items():
             if _keeps_routers(config):
-                stock = base.get_submodule(f"{path}.{block['family']['slot']}")
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
                 replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
             else:
                 initialise = _innermost_model(base, path)._init_weights
@@ -297,9 +297,8 @@ class MixtureMixin(_Stock):
 
     def _note_paths(self) -> None:
         """Note the paths of the mixtures below the base model."""
-        slot = self.config.mpoe["family"]["slot"]
-        slot += f".{MIXTURE}" if _keeps_routers(self.config) else ""
-        self.mixture_paths = [f"{path}.{slot}" for path in self._layer_paths()]
+        parts = [self.config.mpoe["family"]["slot"], MIXTURE if _keeps_routers(self.config) else ""]
+        self.mixture_paths = [".".join(filter(None, [path, *parts])) for path in self._layer_paths()]
 
     def _adopt(self, module: PreTrainedModel) -> None:
         """Let a stock model inside this one, the backbone of a head or a stack, be one of ours.

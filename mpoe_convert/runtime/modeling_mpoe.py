@@ -1683,6 +1683,17 @@ class Gating(nn.Module):
         return self.function(self, torch.stack([gate, up], dim=-1).flatten(-2))
 
 
+class Activation(nn.Module):
+    """A stock activation that is a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Experts(Mixing):
     """The experts of a stock mixture, in cores: called as the stock module is.
 
@@ -1696,7 +1707,8 @@ class Experts(Mixing):
         super().__init__(form, num_experts, top_k)
         self.gating = None
         if stock is not None:
-            self.act = stock.act_fn if hasattr(stock, "act_fn") else nn.Identity()
+            act = getattr(stock, "act_fn", None) or nn.Identity()
+            self.act = act if isinstance(act, nn.Module) else Activation(act)
             if self.gate is not None and has_own_gating(stock):
                 self.gating = Gating(stock)
 
@@ -1982,7 +1994,7 @@ class MixtureMixin(_Stock):
         base = self.base_model
         for path, form in present.items():
             if _keeps_routers(config):
-                stock = base.get_submodule(f"{path}.{block['family']['slot']}")
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
                 replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
             else:
                 initialise = _innermost_model(base, path)._init_weights
@@ -2021,9 +2033,8 @@ class MixtureMixin(_Stock):
 
     def _note_paths(self) -> None:
         """Note the paths of the mixtures below the base model."""
-        slot = self.config.mpoe["family"]["slot"]
-        slot += f".{MIXTURE}" if _keeps_routers(self.config) else ""
-        self.mixture_paths = [f"{path}.{slot}" for path in self._layer_paths()]
+        parts = [self.config.mpoe["family"]["slot"], MIXTURE if _keeps_routers(self.config) else ""]
+        self.mixture_paths = [".".join(filter(None, [path, *parts])) for path in self._layer_paths()]
 
     def _adopt(self, module: PreTrainedModel) -> None:
         """Let a stock model inside this one, the backbone of a head or a stack, be one of ours.

@@ -76,11 +76,28 @@ SPECIAL = {
         "mamba_n_groups": 1,
         "mamba_expand": 2,
     },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "flint": {"mlp_only_layers": []},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
     "hunyuan_v1_moe": {"moe_topk": TOP_K, "num_experts": EXPERTS},
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1},
-    "flex_olmo": {},
+    "dots1": {"n_shared_experts": 1},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
         "num_hidden_layers": 4,
@@ -98,6 +115,9 @@ def make_config(model_type: str):
     cls = transformers.CONFIG_MAPPING[model_type]
     known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
     values = {key: value for key, value in COMMON.items() if key in known}
+    if "qk_rope_head_dim" in known:  # which is the head dimension then
+        values.pop("head_dim", None)
+        values["num_key_value_heads"] = values["num_attention_heads"]
     return cls(**values | SPECIAL.get(model_type, {}))
 
 
