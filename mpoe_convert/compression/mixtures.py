@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from ..decomposition.stack_fit import choose_form
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
 from ..errors import RecipeError, counted
 from ..options import called
-from ..planning.mixtures import Chosen, MixturePlan, StackPlan, plan_mixture, resolve_mixture
+from ..planning.mixtures import MixturePlan, StackPlan, plan_mixture, resolve_mixture
 from ..planning.recipe import Recipe
 from ..source.in_memory import InMemory
 from ..source.mixtures import read_stack
@@ -48,7 +49,8 @@ def prepare_mixture(
 ) -> PreparedMixture:
     """The plan for an opened mixture, with forms and ranks if the recipe compresses.
 
-    A plan alone, without calibration, reads no weights: where the form is to be chosen it has the sizes that each
+    A plan alone, without calibration, reads no weights: where the form is to be chosen it has the sizes that
+        each
     expert would have alone. Other arguments as for `prepare`.
 
     Raises:
@@ -104,7 +106,7 @@ def _check_keep(recipe: Recipe, plan: MixturePlan) -> None:
     if recipe.keep < least:
         raise RecipeError(
             f"{called('keep')} is {recipe.keep:g}; the smallest that can be met with {called('share')} "
-            f"{recipe.share} is {least:.4f}, by {name}"
+            f"{recipe.share} is {ceil(1e4 * least) / 1e4:g}, by {name}"
         )
 
 
@@ -134,7 +136,9 @@ def _choices(
             assert isinstance(matrix, StackPlan)
             report(f"form of {matrix.name}", done, len(plan.ffns), None)
             stack = read_stack(checkpoint, matrix.source).to(device)
-            metric = None if moments is None else moments.metric("inner" if matrix.role == "down" else "inputs")
+            metric = (
+                None if moments is None else moments.metric("inner" if matrix.role == "down" else "inputs")
+            )
             found = choose_form(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
             assert found is not None, "the budget was checked"
             yield matrix.name, (found.form, found.ranks)
@@ -149,7 +153,8 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
         if unseen:
             numbers = ", ".join(map(str, unseen))
             yield (
-                f"{counted(len(unseen), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration token: fitted to "
+                f"{counted(len(unseen), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
+                f"token: fitted to "
                 "what its whole layer saw."
             )
 

@@ -156,7 +156,8 @@ class MixtureReport(Report):
         if measured:
             return []
         return [
-            "experts were cut without calibration. Expect worse outputs; --calibrate keeps what matters on your text."
+            "experts were cut without calibration. Expect worse outputs; --calibrate keeps what matters "
+            "on your text."
         ]
 
     def matrices_table(self) -> Table:

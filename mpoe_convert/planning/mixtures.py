@@ -157,14 +157,16 @@ class MixturePlan(Plan):
     def savings(self) -> str:
         own, all_of_it = self.ffn_totals, self.totals
         return (
-            f"The experts store {own.stored_params:,} numbers, {own.stored_params / own.dense_params:.1%} of the "
+            f"The experts store {own.stored_params:,} numbers, "
+            f"{own.stored_params / own.dense_params:.1%} of the "
             f"source's {own.dense_params:,}; the whole model {all_of_it.stored_params:,}, "
             f"{all_of_it.stored_params / all_of_it.dense_params:.1%}."
         )
 
     @property
     def peak_bytes(self) -> int:
-        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, and its largest stack.
+        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, and its largest
+        stack.
 
         A stack in work is held in float32, twice while it is fitted.
         """
@@ -193,7 +195,8 @@ class MixturePlan(Plan):
         recipe, kept = self.recipe, self.kept_dense
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
-            f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes {recipe.top_k}; "
+            f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes "
+            f"{recipe.top_k}; "
             "routers stay as they are"
         )
         if kept:
@@ -252,12 +255,14 @@ def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
         if name in own:
             if value != own[name]:
                 raise RecipeError(
-                    f"{called(name)} is {value}, and the source is a mixture of {num_experts} experts, {top_k} per "
+                    f"{called(name)} is {value}, and the source is a mixture of {num_experts} experts, "
+                    f"{top_k} per "
                     f"token; expected {own[name]}, or leave it out"
                 )
             continue
         raise RecipeError(
-            f"{called(name)} given with a mixture of experts as the source; it is about dense sources: leave it out"
+            f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
+            f"leave it out"
         )
 
 

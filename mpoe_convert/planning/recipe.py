@@ -201,10 +201,10 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     )
     share: str | None = option(
         default=None,
-        help="Of a mixture as the source, with --keep: what the experts of a layer share. none: nothing, each "
-        "is cut to a low rank alone; input, output: a basis of the inputs, of the outputs; both: bases on both "
-        "sides; base: a whole matrix, to which each adds a low rank; auto: for every matrix the one with the "
-        "smallest error.",
+        help="Of a mixture as the source, with --keep: what the experts of a layer share. none: nothing, "
+        "each is cut to a low rank alone; input, output: a basis of the inputs, of the outputs; both: bases "
+        "on both sides; base: a whole matrix, to which each adds a low rank; auto: for every matrix the one "
+        "with the smallest error.",
         group="Compression",
         choices=SHARED,
         default_text="auto",
@@ -235,7 +235,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             )
         if self.share is not None and self.keep is None:
             raise RecipeError(
-                f"{called('share')} given without {called('keep')}; experts stay whole then, and share nothing"
+                f"{called('share')} given without {called('keep')}; experts stay whole then, and share "
+                f"nothing"
             )
         if self.search and (self.keep is None or self.max_error is not None):
             keep = called("keep")

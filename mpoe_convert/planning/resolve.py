@@ -53,7 +53,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     """
     if recipe.share is not None:
         raise RecipeError(
-            f"{called('share')} given with a dense source; expected with a mixture of experts, whose experts share"
+            f"{called('share')} given with a dense source; expected with a mixture of experts, whose "
+            f"experts share"
         )
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = select_ffns(recipe, found)

@@ -1,8 +1,8 @@
 """Experts: what takes the place of the experts of a stock mixture, whose routers stay.
 
-The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`. That
-module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines replace
-every module named `experts` by their own; the block finds it through a property of its class.
+The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`.
+That module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines
+replace every module named `experts` by their own; the block finds it through a property of its class.
 """
 
 from collections.abc import Callable

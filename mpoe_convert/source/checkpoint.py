@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, few
+from ..errors import CheckpointError, FamilyError, few
 from . import custom_code, hub
 from .architecture import Architecture
+from .families import REFUSED, refusal
 from .json_files import read_json_object
 from .paths import stays_inside
 from .repository import Folder, HubSnapshot, Repository, find_repository
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 # How transformers itself dequantises a model, by the method that config.json names.
 DEQUANTISE = {
-    "mxfp4": " (AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=Mxfp4Config(dequantize=True)), "
-    "then save_pretrained)",
+    "mxfp4": " (AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=Mxfp4Config("
+    "dequantize=True)), then save_pretrained)",
     "fp8": " (AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=FineGrainedFP8Config("
     "dequantize=True)), then save_pretrained)",
 }
@@ -293,13 +294,20 @@ def _reject_artifact(config: dict, repository: Repository) -> None:
 
 
 def check_config(config: dict, repository: Repository) -> None:
-    """Raise CheckpointError for a config without model type, or of quantised weights."""
+    """Check a config.
+
+    Raises:
+        CheckpointError: it has no model type, or the weights are quantised.
+        FamilyError: it is of a mixture that cannot be converted.
+    """
     path, model_type = repository.folder / "config.json", config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"{path} has no 'model_type' (old checkpoints lack it): add the architecture's name, "
             'for example "model_type": "bert", and run again'
         )
+    if model_type in REFUSED:
+        raise FamilyError(refusal(model_type, REFUSED[model_type]))
     parts = [value for key, value in config.items() if isinstance(value, dict) and key != "mpoe"]
     for part in [config, *parts]:
         if quantized := part.get("quantization_config"):

@@ -17,7 +17,8 @@ class Source:
         bias: name of the bias tensor; None: the projection has none.
         transposed: the tensor is stored (in, out), as by Conv1D, instead of (out, in), as by nn.Linear.
         part: which half of a fused tensor, along its output features: 0 gate, 1 up; None: the whole tensor.
-        interleaved: the halves alternate, one output feature of each, instead of standing one behind the other.
+        interleaved: the halves alternate, one output feature of each, instead of standing one behind the
+            other.
         stacked: the tensor holds the matrices of all experts of a mixture, along its first axis.
     """
 

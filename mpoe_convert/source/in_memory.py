@@ -1,8 +1,9 @@
-"""A checkpoint under the names that its tensors have in the model, made as transformers makes them on loading.
+"""A checkpoint under the names that its tensors have in the model, made as transformers makes them on
+loading.
 
-Checkpoints of mixtures hold a matrix per expert (`block_sparse_moe.experts.3.w1.weight`) where the model has one
-tensor for all experts of a layer; others hold them fused in another way. transformers' table of conversions
-says how each is made, and its own code makes it: one tensor of the model at a time.
+Checkpoints of mixtures hold a matrix per expert (`block_sparse_moe.experts.3.w1.weight`) where the model has
+one tensor for all experts of a layer; others hold them fused in another way. transformers' table of
+conversions says how each is made, and its own code makes it: one tensor of the model at a time.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def in_memory(checkpoint: Checkpoint) -> InMemory:
     """The checkpoint under the model's names, from its headers.
 
     Raises:
-        CheckpointError: a conversion lacks a tensor (an expert's, for one), or its tensors do not fit together.
+        CheckpointError: a conversion lacks a tensor (an expert's, for one), or its tensors do not fit
+            together.
         FamilyError: as `Architecture.build`.
     """
     model = checkpoint.architecture.build(checkpoint.architecture.model_class)
@@ -197,13 +199,15 @@ def _check_experts(checkpoint: Checkpoint, group: Group, shape: tuple[int, ...])
     for pattern, names in by_pattern.items():
         if not names:
             raise CheckpointError(
-                f"{checkpoint.source}: tensors such as {pattern.rstrip('$')} are missing, while {fullest[0]} is "
+                f"{checkpoint.source}: tensors such as {pattern.rstrip('$')} are missing, while "
+                f"{fullest[0]} is "
                 "there; fetch the checkpoint again"
             )
         for expert, name in _experts_of(names, shape[0]):
             if name not in names:
                 raise CheckpointError(
-                    f"{checkpoint.source} lacks {name}, the matrix of expert {expert} of {shape[0]}; fetch the "
+                    f"{checkpoint.source} lacks {name}, the matrix of expert {expert} of {shape[0]}; "
+                    f"fetch the "
                     "checkpoint again"
                 )
         usual = Counter(checkpoint.tensors[name].shape for name in names).most_common(1)[0][0]

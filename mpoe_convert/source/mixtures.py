@@ -1,16 +1,16 @@
 """Mixtures as sources: where the experts of a stock model are, how its tensors hold them, and who is refused.
 
-Since transformers 5 the sparse blocks of some sixty families call a module `experts` with the hidden states, the
-chosen experts and their weights, and mark its class with flags: transposed, gate and up concatenated or
+Since transformers 5 the sparse blocks of some sixty families call a module `experts` with the hidden states,
+the chosen experts and their weights, and mark its class with flags: transposed, gate and up concatenated or
 interleaved, biases. These flags are the table of families here. The block's router, its rule and its shared
-experts are not looked at: they stay. Each kind of module is run on small random numbers beside ours, so that what
-the flags say is confirmed before anything is converted.
+experts are not looked at: they stay. Each kind of module is run on small random numbers beside ours, so that
+what the flags say is confirmed before anything is converted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ..errors import CheckpointError, FamilyError, few
 from ..options import called
 from ..runtime.shapes import functions
 from .checkpoint import Checkpoint
-from .families import Family
+from .families import Family, refusal
 from .ffn import FFN, Source
 from .in_memory import InMemory
 
@@ -34,18 +34,6 @@ _TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k"),
     *("num_selected_experts", "router_top_k", "top_k"),
 )
-# Mixtures whose experts are called in another way than all others': model type -> why.
-REFUSED: Mapping[str, str] = {
-    "llama4_text": "the router scales what an expert gets, not what it gives",
-    "llama4": "the router scales what an expert gets, not what it gives",
-    "jetmoe": "its attention has experts too, and they are sorted by its own code",
-    "dbrx": "its experts are one matrix, of which its own code cuts pieces",
-    "switch_transformers": "an expert takes a limited number of tokens, and the others are dropped",
-    "nllb-moe": "an expert takes a limited number of tokens, and the others are dropped",
-    "doge": "its experts are vectors that product keys retrieve",
-    "longcat_flash": "some of its experts are identities without weights",
-    "zaya": "its router keeps a state across layers, and one expert skips",
-}
 
 
 @dataclass(frozen=True)
@@ -91,15 +79,10 @@ def refuse(checkpoint: Checkpoint) -> None:
     model_type = checkpoint.config["model_type"]
     if checkpoint.architecture.is_custom:
         raise FamilyError(
-            f"{checkpoint.source} is a mixture of experts with custom code, and only those of transformers are "
+            f"{checkpoint.source} is a mixture of experts with custom code, and only those of "
+            f"transformers are "
             f"converted: leave out {called('trust_remote_code')}, if transformers has the type {model_type!r}"
         )
-    if model_type in REFUSED:
-        raise FamilyError(_refusal(model_type, REFUSED[model_type]))
-
-
-def _refusal(model_type: str, reason: str) -> str:
-    return f"a mixture of type {model_type} cannot be converted: {reason}"
 
 
 def locate_experts(memory: InMemory) -> Located:
@@ -154,11 +137,11 @@ def _why_not(model_type: str, base: PreTrainedModel) -> str:
     named = [path for path, _ in base.named_modules() if path.endswith(".experts")]
     if not named:
         return (
-            f"config.json of this {model_type} names experts, and no layer of {type(base).__name__} has any; "
-            "correct config.json"
+            f"this {model_type} names experts in config.json or in its tensors, and no layer of "
+            f"{type(base).__name__} has any; correct config.json"
         )
     who = f"{named[0]} of {type(base).__name__}"
-    return _refusal(model_type, f"{who} is not called as the experts of other families are")
+    return refusal(model_type, f"{who} is not called as the experts of other families are")
 
 
 def _flags(module: Any) -> tuple[bool, ...]:
@@ -224,7 +207,8 @@ def _check_tensors(memory: InMemory) -> None:
     missing = [name for name in learnt if name not in memory.tensors and name not in tied]
     if missing:
         raise CheckpointError(
-            f"{memory.source} lacks {few(missing)} of {type(memory.model).__name__}; correct config.json, or fetch "
+            f"{memory.source} lacks {few(missing)} of {type(memory.model).__name__}; correct "
+            f"config.json, or fetch "
             "the files that belong together"
         )
     for name, info in memory.tensors.items():
@@ -249,7 +233,8 @@ def read_stack(checkpoint: Checkpoint, source: Source) -> Tensor:
 
 
 def read_biases(checkpoint: Checkpoint, source: Source) -> Tensor:
-    """The biases of all experts (E, out), of a projection that has some. Raises CheckpointError as `read_stack`."""
+    """The biases of all experts (E, out), of a projection that has some. Raises CheckpointError as "
+    "`read_stack`."""
     assert source.bias is not None
     return _read(checkpoint, source.bias, biases_of, source)
 
@@ -293,7 +278,7 @@ def check_module(model_type: str, module: Any) -> None:
 
     name = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
-        raise FamilyError(_refusal(model_type, f"{name} has a norm behind every expert"))
+        raise FamilyError(refusal(model_type, f"{name} has a norm behind every expert"))
     try:
         small = _small(module)
         generator = torch.Generator().manual_seed(0)
@@ -306,11 +291,11 @@ def check_module(model_type: str, module: Any) -> None:
         same = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     except Exception as error:  # the model's code may need anything else
         raise FamilyError(
-            _refusal(model_type, f"{name} does not run on small numbers ({type(error).__name__})")
+            refusal(model_type, f"{name} does not run on small numbers ({type(error).__name__})")
         ) from error
     if not same:
         raise FamilyError(
-            _refusal(model_type, f"{name} computes something else than down(act(gate x) * up x)")
+            refusal(model_type, f"{name} computes something else than down(act(gate x) * up x)")
         )
 
 

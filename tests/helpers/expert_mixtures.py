@@ -10,6 +10,17 @@ from mpoe_convert.source.architecture import heads
 
 VOCAB, HIDDEN, WIDTH, EXPERTS, TOP_K = 48, 32, 24, 4, 2
 
+# Every type whose experts are converted and compared with the stock model's.
+TYPES = (
+    *("afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2"),
+    *("deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo"),
+    *("flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe"),
+    *("granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4"),
+    *("inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2_moe", "mellum"),
+    *("mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open"),
+)
+
 # What a config of any type is given, of the keys that it has.
 COMMON = {
     "vocab_size": VOCAB,
@@ -135,7 +146,7 @@ def make_mixture(model_type: str, seed: int = 0):
     torch.manual_seed(seed)
     model = getattr(transformers, stock_name(model_type)[1])(make_config(model_type)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
             elif (parameter == 0).all():
