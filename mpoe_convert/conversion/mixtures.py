@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..decomposition.stack_fit import fit_stack
+from ..options import called
 from ..planning.mixtures import StackPlan
 from ..runtime.shapes import functions
 from ..source.checkpoint import Checkpoint
@@ -156,8 +157,8 @@ class MixtureReport(Report):
         if measured:
             return []
         return [
-            "experts were cut without calibration. Expect worse outputs; --calibrate keeps what matters "
-            "on your text."
+            "experts were cut without calibration. Expect worse outputs; "
+            f"{called('calibrate')} keeps what matters on your text."
         ]
 
     def matrices_table(self) -> Table:

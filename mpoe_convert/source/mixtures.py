@@ -25,7 +25,6 @@ from .in_memory import InMemory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 # Config keys with the number of experts; more than one: a mixture.
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -118,7 +117,7 @@ def locate_experts(memory: InMemory) -> Located:
     return Located(family, ffns, next(iter(counts.values())), top_k)
 
 
-def _experts_modules(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+def _experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path below the base model, module) of those that transformers marks as experts."""
     for path, module in base.named_modules():
         if hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed"):
@@ -133,7 +132,7 @@ def _split(path: str) -> tuple[str, int, str]:
     return match[1], int(match[2]), match[3].removeprefix(".")
 
 
-def _why_not(model_type: str, base: PreTrainedModel) -> str:
+def _why_not(model_type: str, base: nn.Module) -> str:
     named = [path for path, _ in base.named_modules() if path.endswith(".experts")]
     if not named:
         return (
@@ -185,7 +184,7 @@ def _ffn(path: str, layer: str, number: int, slot: str, module: Any, prefix: str
     return FFN(layer, number, key + functions().MIXTURE, (sources,) * _size(module)[0])
 
 
-def _prefix(memory: InMemory, base: PreTrainedModel) -> str:
+def _prefix(memory: InMemory, base: nn.Module) -> str:
     """What stands in front of the base model's names in those of the model."""
     return "" if base is memory.model else f"{memory.model.base_model_prefix}."
 
@@ -306,7 +305,8 @@ def _small(module: Any) -> Any:
 
     own = vars(nn.Module()).keys()
     sizes = dict(zip(_size(module), (_EXPERTS, _HIDDEN, _INNER), strict=True))
-    small = type(module).__new__(type(module))
+    kind: Any = type(module)
+    small = kind.__new__(kind)
     nn.Module.__init__(small)
     for name, value in vars(module).items():
         if name not in own:
