@@ -22,9 +22,9 @@ from torch import Tensor
 
 FORMS = ("none", "input", "output", "both", "base", "whole")
 # Kernels for groups of products want ranks that are multiples of this. Ranks below `_FEW` are left as they
-# are: rounding them down would waste more than a fifth of the numbers.
+# are: rounding them down would waste more than a tenth of the numbers.
 MULTIPLE = 8
-_FEW = 4 * MULTIPLE
+_FEW = 8 * MULTIPLE
 
 Ranks = tuple[int, ...]
 
@@ -76,7 +76,7 @@ def ranks_within(
 ) -> Ranks | None:
     """The largest ranks with which a form stores at most so many numbers; None if even rank 1 stores more.
 
-    From 32 on they are multiples of `MULTIPLE`, except for a rank that is all there can be.
+    From 64 on they are multiples of `MULTIPLE`, except for a rank that is all there can be.
 
     Args:
         form, num_experts, in_dim, out_dim: as for `stack_terms`.
