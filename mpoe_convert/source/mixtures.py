@@ -161,7 +161,7 @@ def _names(module: Any) -> dict[str, str]:
     return ({"gate": up} if module.has_gate else {}) | {"up": up, "down": "down_proj"}
 
 
-def _sources(module: Any, prefix: str) -> dict[str, Source]:
+def sources_of(module: Any, prefix: str) -> dict[str, Source]:
     """Role -> where the matrices of all experts are."""
     found = {}
     for role, name in _names(module).items():
@@ -179,7 +179,7 @@ def _sources(module: Any, prefix: str) -> dict[str, Source]:
 
 
 def _ffn(path: str, layer: str, number: int, slot: str, module: Any, prefix: str) -> FFN:
-    sources = _sources(module, f"{prefix}{path}.")
+    sources = sources_of(module, f"{prefix}{path}.")
     key = f"{prefix}{layer}.{slot}." if slot else f"{prefix}{layer}."
     return FFN(layer, number, key + functions().MIXTURE, (sources,) * _size(module)[0])
 
@@ -333,7 +333,7 @@ def _ours(small: Any) -> Any:
     import torch
 
     roles = {"gate": (_HIDDEN, _INNER), "up": (_HIDDEN, _INNER), "down": (_INNER, _HIDDEN)}
-    sources = _sources(small, "")
+    sources = sources_of(small, "")
     bias = "per-expert" if small.has_bias else None
     form = {role: {"terms": [whole(*roles[role])], "bias": bias} for role in sources}
     made = functions().Experts(form, _EXPERTS, _CHOSEN, small)
