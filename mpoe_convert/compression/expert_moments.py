@@ -169,9 +169,13 @@ def _run_by(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
     for path, module in modules.items():
         signature = inspect.signature(getattr(module, names[path]))
         setattr(module, names[path], partial(_call, walk, path, module, signature))
+    # Before accelerate loads the weights: whoever is through takes them away.
+    handles = [m.register_forward_pre_hook(lambda *_: walk.lockstep.wait()) for m in modules.values()]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for path, module in modules.items():
             if kept[path] is None:
                 delattr(module, names[path])
@@ -203,7 +207,6 @@ class _Walk:
 
     def meet(self, path: str, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the module computes; x (tokens, in), experts and weights (tokens, k)."""
-        self.lockstep.wait()
         current = self.lockstep.current
         if self.sums is None:
             self.path, self.sums = path, _Sums(module, x, self.dtype)
