@@ -109,6 +109,10 @@ class MixturePlan(Plan):
     """The resolved work on a mixture: routers and blocks stay, the experts' matrices become stacks."""
 
     @property
+    def source_in_words(self) -> str:
+        return "the source"
+
+    @property
     def kind(self) -> str:
         return "experts"
 
@@ -189,6 +193,10 @@ class MixturePlan(Plan):
     @property
     def forecasts(self) -> list[str]:
         return []
+
+    def totals_table(self) -> Table:
+        """The source beside the artifact, for the experts and for the whole model."""
+        return Table("Totals", (*self.ffn_totals.rows("experts"), *self.totals.rows("whole model")))
 
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""

@@ -242,6 +242,11 @@ class Plan(Shown):
     key_mapping: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
+    def source_in_words(self) -> str:
+        """What an artifact is compared with, in a sentence."""
+        return "the dense model"
+
+    @property
     def kind(self) -> str:
         """What experts are made of, as config.json names it."""
         return self.recipe.kind

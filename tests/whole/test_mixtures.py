@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 import transformers
+from helpers.data import QUICK, words
 from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, save_mixture, stock_name, token_ids
 from helpers.models import stored
+from helpers.tiny import save_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from mpoe_convert import Recipe, convert, plan, verify
+from mpoe_convert import Export, Finetuning, Recipe, convert, evaluate, export, finetune, plan, verify
+from mpoe_convert.errors import ExportError
 
 
 def load_pair(source, out, **options):
@@ -234,6 +237,77 @@ def test_the_form_is_chosen_by_the_error(mixtral, tmp_path):
 def test_everything_kept_is_whole(mixtral, tmp_path):
     report = convert(Recipe(str(mixtral[0]), keep=1.0), tmp_path / "out")
     assert {matrix.form for matrix in report.matrices} == {"whole"} and report.plan.is_exact
+
+
+# ------------------------------------------------------------------------- calibrated, exported, trained
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory):
+    """(source with a tokenizer, text)"""
+    root = tmp_path_factory.mktemp("readable")
+    source = save_mixture("qwen3_moe", root / "source")
+    save_tokenizer(source)
+    text = root / "text.txt"
+    text.write_text(words(4000))
+    return source, str(text)
+
+
+def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
+    source, text = readable
+    recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=2048)
+    report = convert(recipe, tmp_path / "out")
+    plain = convert(recipe.replace(calibrate=()), tmp_path / "plain")
+    stock, model = load_pair(source, tmp_path / "out")
+    ids = token_ids((8, 32), seed=5)
+    assert difference(model, stock, ids) < difference(load_pair(source, tmp_path / "plain")[1], stock, ids)
+    for ours, other in zip(report.matrices, plain.matrices, strict=True):
+        assert ours.output_error < ours.relative_error and ours.relative_error >= other.relative_error
+    words_of_it = report.divergence_in_words()
+    assert "nats of divergence from the source" in words_of_it
+
+
+def test_experts_that_no_token_reached_are_named(readable, tmp_path):
+    source = save_mixture("deepseek_v3", tmp_path / "source")
+    save_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100
+    model.save_pretrained(source)
+    told = plan(Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=2048)).warnings
+    assert told == ["1 expert of layers.1 (2) saw no calibration token: fitted to what its whole layer saw."]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe", "nemotron_h", "ernie4_5_moe"])
+def test_an_export_is_the_source_again(model_type, tmp_path):
+    source = save_mixture(model_type, tmp_path / "source")
+    convert(Recipe(str(source)), tmp_path / "out")
+    exported = export(tmp_path / "out", tmp_path / "again", Export(to="moe"))
+    assert exported.model_type == model_type and exported.comparison.relative_difference < 2e-6
+    expected, found = stored(source), stored(tmp_path / "again")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "again")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("target", ["dense", "lora", "onnx"])
+def test_other_exports_are_refused(mixtral, tmp_path, target):
+    with pytest.raises(ExportError, match="none of its experts is a model by itself; expected to='moe'"):
+        export(mixtral[1], tmp_path / "again", Export(to=target))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_smaller_mixture_is_trained_scored_and_exported(readable, tmp_path):
+    source, text = readable
+    convert(Recipe(str(source), keep=0.7), tmp_path / "out")
+    finetune(Finetuning(model=str(tmp_path / "out"), data=text, **QUICK), tmp_path / "tuned")
+    before, after = stored(tmp_path / "out"), stored(tmp_path / "tuned")
+    still = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert before.keys() == after.keys() and not still
+    assert evaluate(str(tmp_path / "tuned"), data=text, limit=4).metrics["perplexity"].value > 1
+    assert verify(tmp_path / "tuned").problems() == []
+    exported = export(tmp_path / "tuned", tmp_path / "again", Export(to="moe"))
+    assert exported.comparison.relative_difference < 5e-6
 
 
 # ---------------------------------------------------------------------------------------- a trained one
