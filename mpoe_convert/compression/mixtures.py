@@ -189,4 +189,5 @@ def _load(calibration: Calibration, path: str) -> ExpertMoments:
     from .expert_moments import ExpertMoments
 
     tensors = load_file(calibration.file(path, "experts"))
-    return ExpertMoments(**tensors | {"total": int(tensors["total"])})
+    total = int(tensors.pop("total"))
+    return ExpertMoments(total=total, **tensors)

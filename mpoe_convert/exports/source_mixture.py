@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .targets import Checked, ExportPlan, Part, PlannedTensor
-from .targets.dense import usage
+from .targets.dense import read_bias, usage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +117,7 @@ class _Tensors:
             part = (biases_of if name == source.bias else matrices_of)(tensor, source)
             for expert in range(self.source.num_experts):
                 if name == source.bias:
-                    part[expert] = self.source.bias(mixture, role, {expert: 1.0})
+                    part[expert] = read_bias(self.source, mixture, role, {expert: 1.0})
                 else:
                     part[expert] = self.source.matrix(mixture, role, {expert: 1.0})
         return tensor
