@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -114,20 +114,20 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _FLAGS)
 
 
-def hidden_neurons(module: nn.Module, expert: int, rows: Tensor) -> Tensor:
+def hidden_neurons(module: Any, expert: int, rows: Tensor) -> Tensor:
     """h of one expert for rows (N, in) -> (N, inner)."""
     if module.has_gate:
         return module._apply_gate(_project(module, "gate_up_proj", expert, rows))
     return module.act_fn(_project(module, "up_proj", expert, rows))
 
 
-def expert_outputs(module: nn.Module, expert: int, inner: Tensor) -> Tensor:
+def expert_outputs(module: Any, expert: int, inner: Tensor) -> Tensor:
     """What an expert gives for its hidden neurons (N, inner) -> (N, in), before its combine weight."""
     y = _project(module, "down_proj", expert, inner)
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
-def _project(module: nn.Module, name: str, expert: int, rows: Tensor) -> Tensor:
+def _project(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
     weight = getattr(module, name)[expert]
     y = rows @ (weight if module.is_transposed else weight.mT)
     return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
@@ -154,7 +154,8 @@ def collect(
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
-    modules = {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
+    modules: dict[str, nn.Module] = {}
+    modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
     walk = _Walk(model, batches, save, dtype, len(modules))
     with torch.no_grad(), _run_by(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batch) for batch in batches], walk.release)
@@ -166,6 +167,7 @@ def _run_by(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
     # accelerate keeps the module's own forward under this name, and calls it once the weights are there.
     names = {path: "_old_forward" if hasattr(m, "_old_forward") else "forward" for path, m in modules.items()}
     kept = {path: m.__dict__.get(names[path]) for path, m in modules.items()}
+    handles = [m.register_forward_pre_hook(walk.wait, with_kwargs=True) for m in modules.values()]
     for path, module in modules.items():
         signature = inspect.signature(getattr(module, names[path]))
         setattr(module, names[path], partial(_call, walk, path, module, signature))
@@ -200,6 +202,10 @@ class _Walk:
         self.path, self.sums = "", None
         self.calls_left = [count] * len(batches)
 
+    def wait(self, *_: object) -> None:
+        """In front of a module's own forward pass, where streamed weights are not there yet."""
+        self.lockstep.wait()
+
     def release(self) -> None:
         if self.sums is not None:
             self.save(self.path, self.sums.finish())
@@ -226,7 +232,7 @@ class _Walk:
 class _Sums:
     """Sums over batches that become the `ExpertMoments` of one layer."""
 
-    def __init__(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, x: Tensor, dtype: torch.dtype) -> None:
         count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
         if not module.is_transposed:
             inner, outer = outer, inner

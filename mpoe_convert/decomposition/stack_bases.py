@@ -102,8 +102,7 @@ class Bases(Shared):
         inner = leading(stack.input_importance(root, self.target), rank)
         self.shared = torch.linalg.solve_triangular(root.mT, inner, upper=True).to(stack.dtype)
         self.inverse = torch.cholesky_inverse(root).to(stack.dtype)
-        images = ((stack.matrix(e), stack.moment(e)) for e in experts)
-        self.energy = sum(dot(matrix, moment @ matrix) for matrix, moment in images) / len(experts)
+        self.energy = sum(stack.energy(e) for e in experts) / len(experts)
         self.own: list[Tensor] = []
         self._solve_own()
 

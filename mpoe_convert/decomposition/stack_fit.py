@@ -30,8 +30,8 @@ from .stack_bases import PROBED, Base, Bases, Shared, alone, spread
 from .stack_metric import SMALL, Cores, Stack, dot, expand, leading, side_spectra
 from .stacks import FORMS, Ranks, count_stack, ranks_within
 
-# The largest number of sweeps over stacks of up to `SMALL` entries. Larger ones get fewer, in proportion, and
-# at least one: every sweep is as long as the closed form, which is near the minimum already.
+# The largest number of sweeps. Every sweep takes as long as the closed form, which is near the minimum
+# already, so that larger stacks get fewer; from ten times `SMALL` entries on none.
 MAX_SWEEPS = 20
 
 
@@ -151,7 +151,7 @@ def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> Stack
     count_stack(form, ranks, len(stack), *stack.size)  # checks both
     if max_sweeps is None:
         entries = len(stack) * stack.size[0] * stack.size[1]
-        max_sweeps = max(MAX_SWEEPS * SMALL // max(entries, SMALL), 1)
+        max_sweeps = min(MAX_SWEEPS, 10 * SMALL // entries)
     cores = _FITS[form](stack, ranks, max_sweeps)
     stored = tuple(tuple(core.to(stack.result).contiguous() for core in term) for term in cores)
     rows = [_errors(stack, stored, expert) for expert in range(len(stack))]
@@ -161,10 +161,10 @@ def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> Stack
 
 def _errors(stack: Stack, cores: Cores, expert: int) -> list[float]:
     """Squared error and size of an expert's outputs, and of its entries."""
-    weight, moment = stack.matrix(expert), stack.moment(expert)
+    weight = stack.matrix(expert)
     difference = weight - expand(cores, expert).to(weight)
-    outputs = [dot(part, moment @ part) for part in (difference, weight)]
-    return [*outputs, dot(difference, difference), dot(weight, weight)]
+    lost = dot(difference, stack.moment(expert) @ difference)
+    return [lost, stack.energy(expert), dot(difference, difference), dot(weight, weight)]
 
 
 def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:

@@ -44,6 +44,7 @@ class Stack:
         # Directions that calibration never saw count a little, and so do experts that it never reached.
         level = sum(self.levels()) / len(self)
         self.ridge = RIDGE * (level if level > 0 else 1.0)
+        self._energies: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -61,6 +62,13 @@ class Stack:
         moment = self.moments[expert].to(device, self.dtype) * weight
         moment.diagonal().add_(self.ridge)
         return moment
+
+    def energy(self, expert: int) -> float:
+        """tr(W_e^T M_e W_e): the expected squared size of an expert's outputs."""
+        if expert not in self._energies:
+            matrix = self.matrix(expert)
+            self._energies[expert] = dot(matrix, self.moment(expert) @ matrix)
+        return self._energies[expert]
 
     def levels(self) -> list[float]:
         """The mean of the diagonal of every M_e, without the ridge."""
