@@ -171,8 +171,6 @@ def _run_by(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
     for path, module in modules.items():
         signature = inspect.signature(getattr(module, names[path]))
         setattr(module, names[path], partial(_call, walk, path, module, signature))
-    # Before accelerate loads the weights: whoever is through takes them away.
-    handles = [m.register_forward_pre_hook(lambda *_: walk.lockstep.wait()) for m in modules.values()]
     try:
         yield
     finally:
