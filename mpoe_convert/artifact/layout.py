@@ -41,6 +41,10 @@ def is_artifact(folder: Path) -> bool:
     return "mpoe" in config and is_file(folder / REPORT_FILE)
 
 
+# What the configs of stock mixtures call as we do.
+STOCK_OPTIONS = {"router_aux_loss_coef", "router_z_loss_coef", "output_router_logits", "router_jitter_noise"}
+
+
 def read_artifact(folder: Path) -> tuple[dict, dict]:
     """(config, conversion report) of an artifact.
 
@@ -185,10 +189,18 @@ def is_weights(name: str) -> bool:
     return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
+def keeps_routers(config: dict) -> bool:
+    """Whether the config.json is of an artifact whose source was a mixture: its routers are the stock "
+    "ones."""
+    return bool((config.get("mpoe") or {}).get("family", {}).get("experts"))
+
+
 def base_config(config: dict) -> dict:
     """config.json of the dense base, reconstructed from the config.json of an artifact."""
     runtime = modeling()
     ours = {"auto_map", "mpoe", *runtime.OPTIONS}
+    if keeps_routers(config):
+        ours -= STOCK_OPTIONS
     base = {key: value for key, value in config.items() if key not in ours}
     base["model_type"] = config["model_type"].removeprefix(runtime.MODEL_TYPE_PREFIX)
     base["architectures"] = [

@@ -23,11 +23,12 @@ from ..source.custom_code import code_of_artifact
 from ..source.families import Family, Spelling
 from ..source.json_files import read_json_object
 from ..source.locate import family_by_hand
+from ..source.mixtures import MixtureFamily
 from ..source.pairs import family_of
 from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
-from .layout import REPORT_FILE, base_config
+from .layout import REPORT_FILE, base_config, keeps_routers
 
 ROLES = ("gate", "up", "down")
 # The empty share: selects the shared terms alone, to which low-rank experts are added.
@@ -40,7 +41,7 @@ class Mixture:
 
     Attributes:
         key: prefix of its tensors: "transformer.h.0.mlp".
-        layer: the same of its layer: "transformer.h.0".
+        layer: the same of its layer: "transformer.h.0"; where the source was a mixture, of the block.
         path: the layer's module path below the base model: "h.0".
         form: as `modeling_mpoe.FeedForward` reads it.
         spelling: how a dense checkpoint of the family names the FFN's tensors in this layer.
@@ -117,8 +118,13 @@ class Artifact:
         return Architecture(self.config, self.checkpoint.code)
 
     @property
+    def keeps_routers(self) -> bool:
+        """Whether the source was a mixture, whose routers stayed."""
+        return keeps_routers(self.checkpoint.config)
+
+    @property
     def model_type(self) -> str:
-        """The model type of the dense base."""
+        """The model type of the base."""
         return self.config["model_type"]
 
     def dtype(self, mixture: Mixture, role: str) -> str:
@@ -257,7 +263,14 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         )
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
-    family = _family(checkpoint, architecture)
+    if keeps_routers(checkpoint.config):
+        family: Family = MixtureFamily(
+            (config["model_type"],), (), block["family"]["slot"], (), activation=""
+        )
+        mixtures = tuple(_experts(checkpoint, block))
+    else:
+        family = _family(checkpoint, architecture)
+        mixtures = _mixtures(checkpoint, block, family, architecture)
     return Artifact(
         checkpoint=checkpoint,
         config=config,
@@ -266,7 +279,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         top_k=block["top_k"],
         rule=block.get("rule", runtime.DEFAULT_RULE),
         family=family,
-        mixtures=_mixtures(checkpoint, block, family, architecture),
+        mixtures=mixtures,
         token=token,
     )
 
@@ -333,6 +346,25 @@ def _mixtures(
     return tuple(found)
 
 
+def _experts(checkpoint: Checkpoint, block: dict) -> Iterator[Mixture]:
+    """The experts of an artifact whose source was a mixture. Raises CheckpointError if a tensor is "
+    "missing."""
+    for path, number in block["ffns"].items():
+        layer = ".".join(filter(None, [path, block["family"]["slot"]]))
+        tail = f"{layer}.{modeling().MIXTURE}"
+        start = next((name.partition(tail)[0] for name in checkpoint.tensors if f"{tail}." in name), None)
+        if start is None:
+            raise CheckpointError(
+                f"{checkpoint.source} has no tensors of the experts that its config.json names "
+                f"({path}): fetch "
+                "or save it again"
+            )
+        spelling = Spelling((), "", "")
+        mixture = Mixture(f"{start}{tail}", f"{start}{layer}", path, block["forms"][number], spelling)
+        _check_complete(checkpoint, mixture, block)
+        yield mixture
+
+
 def _numbered(layer: str) -> str:
     """A regular expression for "h.{}" under any prefix, with the number as its group."""
     return r"(?:.*\.)?" + re.escape(layer).replace(r"\{\}", r"(\d+)")
@@ -340,7 +372,8 @@ def _numbered(layer: str) -> str:
 
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
     """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
-    module = modeling().FeedForward(mixture.form, block["num_experts"], block["top_k"])
+    kind = modeling().Experts if block["family"].get("experts") else modeling().FeedForward
+    module = kind(mixture.form, block["num_experts"], block["top_k"])
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)

@@ -421,7 +421,7 @@ def _is_shadowed(model: str) -> bool:
 
 def _tolerance(report: dict) -> float:
     explained = report["max_relative_error"] + report["max_clone_drift"]
-    compressed = report.get("budget") or report.get("divergence")
+    compressed = report.get("budget") or report.get("divergence") or report["recipe"].get("keep")
     largest = MAX_COMPRESSED_TOLERANCE if compressed else MAX_TOLERANCE
     return min(ROUNDING + AMPLIFICATION * explained, largest)
 

@@ -14,7 +14,8 @@ from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
 from ..request import check_function, check_token
-from ..source.checkpoint import open_checkpoint
+from ..source.in_memory import InMemory
+from ..source.opening import open_source
 from ..source.texts import check_sources
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def plan(
     """Plan a conversion; nothing is written.
 
     Without `keep` and `max_error` only headers are read: of a Hub id no weights are downloaded. With one of
-    them the weights are read, and calibrated if the recipe asks for it. Arguments as for `convert`.
+    them the weights are read, except those of a mixture, and calibrated if the recipe asks for it. Arguments
+    as for `convert`.
 
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
@@ -51,14 +53,15 @@ def plan(
         )
     check_device(recipe.device)
     check_sources(recipe.calibrate)
-    headers_only = not recipe.compresses
-    checkpoint = open_checkpoint(
-        recipe.model,
-        revision=recipe.revision,
-        token=token,
-        headers_only=headers_only,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    options = {"revision": recipe.revision, "token": token, "trust_remote_code": recipe.trust_remote_code}
+    calibrated = bool(recipe.calibrate) or calibration is not None
+    checkpoint = open_source(recipe.model, headers_only=not (recipe.compresses and calibrated), **options)
+    if recipe.compresses and not isinstance(checkpoint, InMemory):  # of a mixture the sizes are enough
+        checkpoint = open_source(recipe.model, **options)
+    if isinstance(checkpoint, InMemory):
+        from .mixtures import prepare_mixture  # torch
+
+        return prepare_mixture(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
     if not (recipe.compresses or recipe.metric or recipe.calibrate or calibration is not None):
         return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)
     from .prepare import prepare  # torch, which plans of headers do without

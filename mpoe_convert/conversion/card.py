@@ -10,10 +10,13 @@ from ..artifact.auto_classes import has_tokenizer
 from ..artifact.card_file import CARRIED, UNTRAINED, source_front_matter
 from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
+from ..errors import counted
+from ..planning.mixtures import MixturePlan
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import files
 from ..source.sentence_encoder import encoder_class
+from .mixtures import StackReport
 from .report import Report
 
 CITATION = """\
@@ -80,6 +83,8 @@ def _networks(number: int, of: str = "") -> str:
 
 
 def _introduction(report: Report, checkpoint: Checkpoint) -> str:
+    if isinstance(report.plan, MixturePlan):
+        return _introduction_of_experts(report, report.plan, checkpoint)
     recipe, plan = report.plan.recipe, report.plan
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
@@ -90,17 +95,43 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
         start = f"Expert 0 is {dense}; the others are perturbed by relative noise of {recipe.noise:g}."
     else:
         start = f"Expert 0 is {dense}; the others are exact copies of it."
-    named = source_front_matter(checkpoint.folder).get("license_name") or report.license
-    base, licence = name, f"The licence is that of its base: {named}."
-    if checkpoint.revision:
-        base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
-    if named is None:
-        licence = "The card of its base names no licence; the terms of the base apply."
+    base, licence = _base_and_licence(report, checkpoint)
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
         f"{_networks(len(plan.ffns), f' of {base}')} converted by mpoe-convert into mixtures of "
         f"{recipe.experts} experts, of which {recipe.top_k} are chosen per token. "
         f"The experts are {kind.ABOUT}. {start} {UNTRAINED}\n\n{licence}"
+    )
+
+
+def _base_and_licence(report: Report, checkpoint: Checkpoint) -> tuple[str, str]:
+    """The source, as the text names it, and a sentence about its licence."""
+    name = base = _name(report, checkpoint)
+    named = source_front_matter(checkpoint.folder).get("license_name") or report.license
+    if checkpoint.revision:
+        base = f"[{name}](https://huggingface.co/{name}), revision `{checkpoint.revision}`"
+    if named is None:
+        return base, "The card of its base names no licence; the terms of the base apply."
+    return base, f"The licence is that of its base: {named}."
+
+
+def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Checkpoint) -> str:
+    """Of a mixture as the source."""
+    base, licence = _base_and_licence(report, checkpoint)
+    name, layers = _name(report, checkpoint), counted(len(plan.ffns), "layer")
+    if plan.is_exact:
+        how, title = "stored whole: the model computes what its base does.", name
+    else:
+        kept = plan.ffn_totals.stored_params / plan.ffn_totals.dense_params
+        forms = ", ".join(
+            dict.fromkeys(matrix.form for matrix in report.matrices if isinstance(matrix, StackReport))
+        )
+        how, title = f"stored in {kept:.1%} of their numbers (shared: {forms}).", f"{name}, smaller"
+    return (
+        f"# {title}\n\nThe experts of {layers} of {base} are {how} There are {plan.recipe.experts} per "
+        f"layer, of which "
+        f"a token takes {plan.recipe.top_k}. Routers and all else are those of the base. Made by "
+        f"mpoe-convert.\n\n{licence}"
     )
 
 
@@ -141,24 +172,39 @@ def _own_code(checkpoint: Checkpoint) -> str:
 
 
 def _limits(report: Report, checkpoint: Checkpoint) -> str:
+    if isinstance(report.plan, MixturePlan):
+        lines = _shared_limits(_name(report, checkpoint))
+        if report.plan.kept_dense:
+            lines.insert(
+                0, f"The experts of {counted(len(report.plan.kept_dense), 'layer')} were left as they are."
+            )
+        return "\n".join(f"* {line}" for line in lines)
     totals, name = report.plan.totals, _name(report, checkpoint)
     stored = totals.stored_params / totals.dense_params
     flops = totals.flops_per_token / totals.dense_flops_per_token
     lines = [
         f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
         "token. It gains nothing from this until its experts are trained.",
-        f"It has the errors of {name}, and the biases of its training data.",
-        "Quality was not evaluated beyond the measurements in this card.",
-        "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
-        "cannot load it; see `mpoe-convert export`.",
+        *_shared_limits(name),
     ]
     if report.plan.kept_dense:
         lines.insert(1, f"{_networks(len(report.plan.kept_dense))} left dense.")
     return "\n".join(f"* {line}" for line in lines)
 
 
+def _shared_limits(name: str) -> list[str]:
+    return [
+        f"It has the errors of {name}, and the biases of its training data.",
+        "Quality was not evaluated beyond the measurements in this card.",
+        "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
+        "cannot load it; see `mpoe-convert export`.",
+    ]
+
+
 def _compression(report: Report) -> str:
     """What the FFNs store, and the divergence from the dense model."""
+    if isinstance(report.plan, MixturePlan):
+        return report.divergence_in_words()
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
     totals = report.plan.ffn_totals
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"

@@ -17,22 +17,27 @@ from ..artifact.folder import check_output, check_space, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
+from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
 from ..options import named_by_flags
+from ..planning.mixtures import StackPlan
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..request import as_path, check_function, check_token
-from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint
+from ..source.in_memory import InMemory
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
+from ..source.opening import open_source
 from ..source.state_dict import is_buffer
 from ..source.texts import check_sources
 from ..tensors import cast, check_finite
 from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
+from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
 from .write import _write_recipe, write_companions
 
@@ -51,7 +56,7 @@ def convert(
     calibration: Sequence[Batch] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert a dense checkpoint into an artifact folder that plain transformers loads.
+    """Convert a checkpoint, dense or a mixture, into an artifact folder that plain transformers loads.
 
     Args:
         recipe: what to convert and how; or a model alone, which is converted by the defaults.
@@ -79,10 +84,13 @@ def convert(
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
-    checkpoint = open_checkpoint(
+    checkpoint = open_source(
         recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
     )
-    if recipe.search:
+    if isinstance(checkpoint, InMemory):
+        prepared = prepare_mixture(recipe, checkpoint, calibration, progress, token=token)
+        trials = ()
+    elif recipe.search:
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
     else:
         prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
@@ -146,7 +154,8 @@ def _write(
         write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
     divergence = prepared.divergence(folder)
     license = source_license(checkpoint.folder)
-    report = Report(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
+    kind = MixtureReport if isinstance(prepared, PreparedMixture) else Report
+    report = kind(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
     with named_by_flags():  # files are the same, whoever called
         _write_texts(folder, output, report, checkpoint)
     return report
@@ -196,6 +205,28 @@ class _Builder:
         return tensor.to(dtype).contiguous()
 
     def _build(self, plan: FFNPlan) -> dict[str, Tensor]:
+        if isinstance(self.prepared, PreparedMixture):
+            tensors = self._build_experts(plan, self.prepared)
+        else:
+            tensors = self._build_ffn(plan)
+        for name, (shape, dtype) in plan.tensors.items():
+            assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
+        return tensors
+
+    def _build_experts(self, plan: FFNPlan, prepared: PreparedMixture) -> dict[str, Tensor]:
+        """The experts of a layer of a mixture."""
+        self.at, tensors = plan.ffn.path, {}
+        moments = prepared.expert_moments(plan.ffn.path)
+        with _naming(lambda: self.at):
+            for matrix in plan.matrices:
+                assert isinstance(matrix, StackPlan)
+                self._begin(matrix)
+                made, report = build_stack(matrix, self.checkpoint, self.device, moments)
+                tensors |= {f"{matrix.name}.{tail}": tensor for tail, tensor in made.items()}
+                self._report(report, is_last=matrix is plan.matrices[-1])
+        return tensors
+
+    def _build_ffn(self, plan: FFNPlan) -> dict[str, Tensor]:
         recipe, order, corrections = self.plan.recipe, self._neuron_order(plan), self.prepared.corrections
         moments = self.prepared.moments(plan.ffn.path)
         targets = FFNTargets(
@@ -219,8 +250,6 @@ class _Builder:
                 for tail, tensor in built.items():
                     name = f"{plan.ffn.key}.{part}.{tail}"
                     tensors[name] = tensor.to(getattr(torch, self.out[name].dtype))
-        for name, (shape, dtype) in plan.tensors.items():
-            assert tensors[name].shape == shape and str(tensors[name].dtype) == f"torch.{dtype}", name
         return tensors
 
     def _begin(self, matrix: MatrixPlan) -> None:
@@ -229,10 +258,13 @@ class _Builder:
 
     def _finish(self, targets: FFNTargets, role: str, fitted: Fitted) -> dict[str, Tensor]:
         tensors, report = finish_projection(targets, role, fitted)
-        self.reports.append(report)
-        self.ffns_done += role == targets.plan.matrices[-1].role
-        self.progress(report.name, self.ffns_done, len(self.ffns), report)
+        self._report(report, is_last=role == targets.plan.matrices[-1].role)
         return tensors
+
+    def _report(self, report: MatrixReport, is_last: bool) -> None:
+        self.reports.append(report)
+        self.ffns_done += is_last
+        self.progress(report.name, self.ffns_done, len(self.ffns), report)
 
     def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
         """An order in which truncated chains lose less; None: that of the source."""

@@ -144,7 +144,7 @@ class Report(Shown):
     def divergence_in_words(self) -> str:
         """The measured divergence, and the one that the plan expected."""
         assert self.divergence is not None, "nothing was measured"
-        words = self.divergence.in_words()
+        words = self.divergence.in_words(self.plan.source_in_words)
         if self.trials:
             words += " The search selected this variant on the same tokens, so the number is optimistic."
         if self.divergence.nats is None or not self.plan.budget or self.plan.budget.chosen.loss is None:

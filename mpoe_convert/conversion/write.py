@@ -49,7 +49,7 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
         "mpoe": {
             "format": runtime.FORMAT_VERSION,
             "base_model_type": plan.model_type,
-            "kind": plan.recipe.kind,
+            "kind": plan.kind,
             "num_experts": plan.recipe.experts,
             "top_k": plan.recipe.top_k,
             "family": plan.family.runtime(),

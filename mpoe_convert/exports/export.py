@@ -15,6 +15,7 @@ from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
 from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
+from ..errors import ExportError
 from ..extras import need
 from ..options import assigned, called
 from ..planning.recipe import parse_size
@@ -110,6 +111,12 @@ def export(
     shard_bytes = parse_size(request.max_shard_size)
     target = targets.load(request.to)
     source = open_artifact(str(model), revision=revision, token=token)
+    if source.keeps_routers and request.to != "moe":
+        raise ExportError(
+            f"{source.checkpoint.source} was made of a mixture, a {source.model_type}, and none of its "
+            f"experts is a "
+            f"model by itself; expected {assigned('to', 'moe')}"
+        )
     expert_weights = None
     if request.calibrate:
         need(f"export, {called('calibrate')},", "datasets", extra="calibrate")

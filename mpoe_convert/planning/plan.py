@@ -242,6 +242,16 @@ class Plan(Shown):
     key_mapping: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
+    def source_in_words(self) -> str:
+        """What an artifact is compared with, in a sentence."""
+        return "the dense model"
+
+    @property
+    def kind(self) -> str:
+        """What experts are made of, as config.json names it."""
+        return self.recipe.kind
+
+    @property
     def matrices(self) -> Iterable[MatrixPlan]:
         return (matrix for ffn in self.ffns for matrix in ffn.matrices)
 

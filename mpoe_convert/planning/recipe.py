@@ -17,6 +17,7 @@ from ..source.text_options import TextSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 ALLOCATIONS = ("loss", "measured", "energy", "uniform")
+SHARED = ("auto", "none", "input", "output", "both", "base")
 METRICS = ("loss", "outputs", "diagonal", "weights")
 # Bytes: what is smaller was meant in another unit, as 2 for 2GB.
 SMALLEST_FILE = 1000
@@ -99,7 +100,10 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     NOUN = "recipe"
 
     model: Text = option(
-        help="Hub id or local folder of a dense checkpoint.", kw_only=False, flag="MODEL", read=in_home
+        help="Hub id or local folder of a dense checkpoint, or of a mixture of experts.",
+        kw_only=False,
+        flag="MODEL",
+        read=in_home,
     )
     revision: str | None = option(default=None, help="Branch, tag or commit of a Hub model.", group="Source")
     trust_remote_code: bool = option(
@@ -195,6 +199,16 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         choices=METRICS,
         default_text="loss with --calibrate (outputs for truncated chains), else weights",
     )
+    share: str | None = option(
+        default=None,
+        help="Of a mixture as the source, with --keep: what the experts of a layer share. none: nothing, "
+        "each is cut to a low rank alone; input, output: a basis of the inputs, of the outputs; both: bases "
+        "on both sides; base: a whole matrix, to which each adds a low rank; auto: for every matrix the one "
+        "with the smallest error.",
+        group="Compression",
+        choices=SHARED,
+        default_text="auto",
+    )
     correct: bool = option(
         default=False,
         help="Fit the matrices one after another, each to the dense model's outputs on the inputs that the "
@@ -218,6 +232,11 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             raise RecipeError(
                 f"{called('keep')} is {self.keep:g} with {self.experts} experts; expected a share of the "
                 "dense FFNs' parameters, such as 0.6 for 60 %"
+            )
+        if self.share is not None and self.keep is None:
+            raise RecipeError(
+                f"{called('share')} given without {called('keep')}; experts stay whole then, and share "
+                f"nothing"
             )
         if self.search and (self.keep is None or self.max_error is not None):
             keep = called("keep")

@@ -51,8 +51,13 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     Raises:
         MpoeError: the checkpoint's FFNs cannot be located or converted, or the recipe does not fit them.
     """
+    if recipe.share is not None:
+        raise RecipeError(
+            f"{called('share')} given with a dense source; expected with a mixture of experts, whose "
+            f"experts share"
+        )
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
-    chosen = _select(recipe, found)
+    chosen = select_ffns(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)
     converted, told = fit(checkpoint, family, chosen)
     changes = with_fit(recipe, calibrated)
@@ -92,7 +97,7 @@ def needs_calibration(name: str, value: str) -> str:
     )
 
 
-def _select(recipe: Recipe, found: Sequence[FFN]) -> list[FFN]:
+def select_ffns(recipe: Recipe, found: Sequence[FFN]) -> list[FFN]:
     """The FFNs to convert.
 
     Raises:

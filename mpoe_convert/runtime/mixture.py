@@ -1,158 +1,38 @@
-"""The mixture: the FFN of several experts, its schedules and what they cost."""
-
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+"""The mixture: the FFN of several experts with a router of its own."""
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .chains import MatrixCache, Picks
 from .choices import DEFAULT_RULE, Choices, Routing
 from .config import read_option
-from .costs import Cost, Work
-from .parts import PARTS, Part, Projection, hidden_size_of
+from .mixing import Mixing
+from .parts import hidden_size_of
 from .passes import Repeatable, RouterPass, in_backward
 from .routers import Router
 
-# What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
-_FLOPS = 1e11  # per second
-_BANDWIDTH = 1e10  # bytes per second
-# Up to so many parameters in all, every row gets a copy of its own expert's cores.
-_FEW_COPIED_PARAMS = 1 << 23
-# From so many rows per expert on, a processor computes expert by expert ...
-_MANY_ROWS = 384
-# ... and with gradients only if an expert owns no more parameters than this: the gradient of every
-# weight[expert] is as large as all experts together.
-_FEW_OWN_PARAMS = 1 << 18
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
-class Inputs(NamedTuple):
-    """What experts start from, per token (M = T) or per choice (M = N), once the common terms are done."""
-
-    rows: Tensor  # (M, H); what a common FFN made of the tokens, if the experts are behind it
-    up: Tensor | None = (
-        None  # (M, inner) what the common terms of `up` made of the rows; None: there are none
-    )
-    gate: Tensor | None = None  # (M, inner) the same of `gate`
-
-    def take(self, index: Tensor) -> "Inputs":
-        """Those at `index`, in its order."""
-        return self._each(lambda part: part[index])
-
-    def spread(self, choices: Choices) -> "Inputs":
-        """From one per token to one per choice."""
-        return self._each(choices.spread)
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
-        rows = function(self.rows)
-        up = None if self.up is None else function(self.up)
-        return Inputs(rows, up, None if self.gate is None else function(self.gate))
-
-
-class FeedForward(nn.Module):
+class FeedForward(Mixing):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
-    `form`: {"up": spec, "down": spec, "gate": spec if gated}, and parts behind the FFN; `PARTS` says which
-    class reads which key. `rule`: the name of a selection rule in `RULES`.
-
-    Schedules, the same function in different operations:
-        apply     the cores act on the activations; matrices are built for chains that cannot act
-        rebuild   the matrices of the experts that are hit are contracted, then used as dense experts
-        cached    rebuild, with the matrices kept between calls; where no gradient is needed
-    Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
-
     Attributes:
-        parts: the router, and those of the form, in the order of `PARTS`.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
-        top_k: choices per token; for rules where it varies, what estimates go by.
+        router: chooses the experts, by the selection rule of that name in `RULES`.
     """
 
-    up: Projection
-    down: Projection
-    gate: Projection | None
+    router: Router
 
     def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
-        super().__init__()
-        if unknown := sorted(form.keys() - PARTS.keys()):
-            raise ValueError(f"a form in config.mpoe has the parts {unknown}: this file knows {list(PARTS)}")
-        self.num_experts, self.top_k = num_experts, top_k
-        self.router = Router(hidden_size_of(form), num_experts, top_k, rule)
-        for key, part in PARTS.items():
-            setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
-        # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
-        self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
-        self.own_params = sum(part.own_params for part in self.parts)
-        self.acts = all(part.acts for part in self.parts)
-        self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
-        # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
-        self._is_common = not any(part.own_params for part in self.parts if not part.behind)
-        self.act: nn.Module = nn.Identity()
-        self.inner_dropout: nn.Module = nn.Identity()
+        super().__init__(form, num_experts, top_k, Router(hidden_size_of(form), num_experts, top_k, rule))
         self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
-        self.schedule = "auto"
-        self.cache: MatrixCache | None = None
-        self._decided: tuple[tuple | None, str] = (None, "apply")  # what `auto` decided last, and for what
         self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
         self.task: Tensor | None = None  # see Router; a pass may bring its own
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
-
-    # ------------------------------------------------------------------------------------- cost
-
-    @property
-    def shared_params(self) -> int:
-        return sum(part.shared_params for part in self.parts)
-
-    def cost(self, work: Work, schedule: str = "apply") -> Cost:
-        """Of a forward pass: the sum over the parts."""
-        if not self._is_common:
-            return Cost.total([part.cost(work, schedule) for part in self.parts])
-        once = Work(work.tokens, work.tokens, 1)
-        return Cost.total(
-            [part.cost(work, schedule) if part.behind else part.cost(once, "apply") for part in self.parts]
-        )
-
-    def work(self, num_tokens: int, num_choices: int | None = None) -> Work:
-        """A call with so many tokens and choices (by default `top_k` each), all experts equally likely."""
-        rows = num_tokens * self.top_k if num_choices is None else num_choices
-        share = rows / max(num_tokens, 1) / self.num_experts  # of the tokens, that an expert gets
-        return Work(num_tokens, rows, self.num_experts * (1 - (1 - share) ** num_tokens))
-
-    def flops(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Floating-point operations of a forward pass (2 per multiply-add) in products with weights."""
-        cost = self.cost(self.work(num_tokens, num_choices), schedule)
-        return cost.flops + cost.rebuild_flops
-
-    def bytes_read(self, num_tokens: int, schedule: str = "apply", num_choices: int | None = None) -> float:
-        """Bytes of weights that a forward pass moves, matrices it builds included."""
-        return self.cost(self.work(num_tokens, num_choices), schedule).nbytes
-
-    def seconds(self, num_tokens: int, schedule: str, num_choices: int | None = None) -> float:
-        """An estimate of a forward pass's time, for comparing schedules."""
-        return _seconds(self.cost(self.work(num_tokens, num_choices), schedule))
-
-    def choose_schedule(self, num_tokens: int, num_choices: int | None = None) -> str:
-        """The schedule that will run."""
-        if self.schedule != "auto":
-            return self.schedule
-        if torch.compiler.is_compiling():
-            return "apply"
-        free = self.cache is not None and not torch.is_grad_enabled()
-        case = (num_tokens, num_choices, free)
-        if self._decided[0] != case:  # in decoding each call is like the last one
-            work = self.work(num_tokens, num_choices)
-            schedules = ("apply", "rebuild", "cached") if free else ("apply", "rebuild")
-            self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
-        return self._decided[1]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeedForward":
-        self._decided = (None, "apply")  # another dtype has other costs
-        return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------- options
 
@@ -170,12 +50,7 @@ class FeedForward(nn.Module):
         if config.router_bias_update_rate or config.router_balance_bias:
             config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
             self.add_balance_bias()
-        self.schedule = read_option(config, "mpoe_schedule")
-        keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
-        if keep == "off":
-            keep = "hit" if self.schedule == "cached" else None
-        limit = None if limit is None else float(limit) / num_mixtures
-        self.cache = None if keep is None else MatrixCache(keep, limit)
+        self.configure_schedule(config, num_mixtures)
 
     def add_balance_bias(self) -> None:
         """Let there be a bias (E,), zero at first; one that is there stays."""
@@ -186,8 +61,6 @@ class FeedForward(nn.Module):
     # ------------------------------------------------------------------------------------- forward
 
     def train(self, mode: bool = True):
-        if mode and self.cache is not None:
-            self.cache.entries.clear()  # FSDP may gather changed cores into the memory of the old ones
         self.repeatable.clear()
         return super().train(mode)
 
@@ -231,88 +104,3 @@ class FeedForward(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
-
-    def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
-        """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
-        num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
-        schedule = self.choose_schedule(num_tokens, num_rows)
-        inputs = self._prepare(tokens)
-        applies = schedule == "apply" and self.acts
-        if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
-            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
-            return choices.combine(rows, num_tokens)
-        order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
-        # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
-        on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
-        on_device = on_device or tokens.is_meta
-        picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
-        if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
-            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
-        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), in that order
-        if choices.per_token is None:
-            return choices.take(order).combine(rows, num_tokens)
-        return choices.combine(rows[order.argsort()], num_tokens)
-
-    def _mix_by_expert(
-        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
-    ) -> Tensor:
-        """The same, one expert after the other; `parts`: the indices of each expert's choices."""
-        output: Tensor | None = None
-        dtype = inputs.rows.dtype
-        for expert, part in enumerate(parts):
-            if len(part) == 0:
-                continue
-            own = choices.take(part)  # M of the N
-            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (M, H)
-            rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
-            if output is None:
-                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
-            output.index_add_(0, own.tokens, rows)
-        assert output is not None, "there is at least one choice"
-        return output.to(dtype)
-
-    def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
-        """Whether one expert's whole FFN runs at a time: its activations stay in the processor's cache."""
-        modules = (module for part in self.parts for module in part.modules())
-        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
-            return False  # accelerate would load an offloaded module once per expert
-        if schedule == "cached" and self.cache is not None:
-            return True
-        if torch.is_grad_enabled() and self.own_params > _FEW_OWN_PARAMS:
-            return False
-        return not applies or num_rows >= _MANY_ROWS * self.num_experts
-
-    def _prepare(self, tokens: Tensor) -> Inputs:
-        """Do what is the same for all experts of a token, once: tokens (T, H)."""
-        if self._is_common:
-            return Inputs(self._ffn(Inputs(tokens), Picks(0)))
-        return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
-
-    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
-        """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
-        for key in self._behind:
-            rows = getattr(self, key)(rows, picks)
-        return rows
-
-    def run_all_experts(self, tokens: Tensor) -> Tensor:
-        """(E, T, H) what every expert makes of tokens (T, H), whatever the router decides."""
-        inputs = self._prepare(tokens)
-        return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
-
-    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
-        """The FFN itself: rows (N, H) -> (N, H)."""
-        rebuild = schedule != "apply"
-        cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
-        up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
-        if self.gate is None:
-            inner = self.act(up)
-        else:
-            gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
-            inner = self.act(gate) * up
-        return self.down(self.inner_dropout(inner), picks, rebuild, cache)
-
-
-def _seconds(cost: Cost) -> float:
-    """On the machine of `_FLOPS` and `_BANDWIDTH`."""
-    return (cost.flops + cost.rebuild_flops) / _FLOPS + cost.nbytes / _BANDWIDTH

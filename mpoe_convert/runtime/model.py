@@ -19,11 +19,13 @@ from transformers.models.auto.configuration_auto import (
 
 from .choices import DEFAULT_RULE
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
+from .experts import MIXTURE, block_class, replace_experts
 from .header import (
     get_checkpoint_conversion_mapping,
     init,
     register_checkpoint_conversion_mapping,
 )
+from .mixing import Mixing
 from .mixture import FeedForward
 from .parts import PARTS, Part, inner_size_of
 from .passes import RouterPass, add_losses, show_routers
@@ -122,6 +124,11 @@ def swap_ffn(
         _put(layer, path, nn.Identity())
 
 
+def _keeps_routers(config: PretrainedConfig) -> bool:
+    """Whether the source was a mixture: its blocks and their routers stay, only experts are replaced."""
+    return bool(config.mpoe) and bool(config.mpoe["family"].get("experts"))
+
+
 def _innermost_model(model: nn.Module, path: str) -> PreTrainedModel:
     """The innermost of the models that hold the module at this path: it initialises the module."""
     names = path.split(".")
@@ -181,9 +188,12 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     named = [*positional, *keyword_only]
     given = ", ".join(f"{p.name}={p.name}" for p in named)
     called = f"functools.partial(stock, self, *{more})" if more else "functools.partial(stock, self)"
-    body = f"return self._run_recording({called}, defaults, dict({given}), {rest or '{}'})"
+    body = f"return self._run_recording({called}, defaults, dict({given}), {rest or '{}'}, added)"
     defaults = {p.name: p.default for p in named}
-    namespace: dict[str, Any] = {"stock": stock, "defaults": defaults, "functools": functools}
+    # A stock mixture takes `output_router_logits`, or hands it on.
+    added = {name for name in _OUR_ARGUMENTS if all(p.name != name for p in parameters)}
+    added -= {"output_router_logits"} if rest else set()
+    namespace: dict[str, Any] = {"stock": stock, "defaults": defaults, "added": added, "functools": functools}
     exec(f"def forward(self, {', '.join(written)}):\n    {body}\n", namespace)
     made: Any = functools.update_wrapper(namespace["forward"], stock)
     del vars(made)["__wrapped__"]  # its signature is its own
@@ -247,12 +257,19 @@ class MixtureMixin(_Stock):
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
         base = self.base_model
         for path, form in present.items():
-            initialise = _innermost_model(base, path)._init_weights
-            swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+            if _keeps_routers(config):
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
+                replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
+            else:
+                initialise = _innermost_model(base, path)._init_weights
+                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
-        for path, ffn in self.mixtures():
-            ffn.configure(config, len(present))
-            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+        for path, ffn in self._mixings():
+            if isinstance(ffn, FeedForward):
+                ffn.configure(config, len(present))
+                ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+            else:
+                ffn.configure_schedule(config, len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
@@ -280,8 +297,8 @@ class MixtureMixin(_Stock):
 
     def _note_paths(self) -> None:
         """Note the paths of the mixtures below the base model."""
-        slot = self.config.mpoe["family"]["slot"]
-        self.mixture_paths = [f"{path}.{slot}" for path in self._layer_paths()]
+        parts = [self.config.mpoe["family"]["slot"], MIXTURE if _keeps_routers(self.config) else ""]
+        self.mixture_paths = [".".join(filter(None, [path, *parts])) for path in self._layer_paths()]
 
     def _adopt(self, module: PreTrainedModel) -> None:
         """Let a stock model inside this one, the backbone of a head or a stack, be one of ours.
@@ -290,7 +307,7 @@ class MixtureMixin(_Stock):
         """
         if isinstance(module, MixtureMixin) or getattr(module.config, "mpoe", None) is None:
             return
-        if not any(isinstance(child, FeedForward) for child in module.modules()):
+        if not any(isinstance(child, Mixing) for child in module.modules()):
             return
         kept = next(cls.__module__ for cls in type(self).__mro__ if MixtureMixin in cls.__bases__)
         adopted: Any = subclass(type(module), kept)
@@ -317,12 +334,14 @@ class MixtureMixin(_Stock):
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
 
+        None where the source was a mixture: its blocks are the stock ones, with our `Experts` in them.
         Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
         """
+        return [(path, ffn) for path, ffn in self._mixings() if isinstance(ffn, FeedForward)]
+
+    def _mixings(self) -> list[tuple[str, Mixing]]:
         found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
-        return [
-            (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
-        ]
+        return [(path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, Mixing)]
 
     def route_by(self, task: _Task | None) -> None:
         """Let the routers choose by this task from now on; for models with `config.router_tasks`.
@@ -357,7 +376,9 @@ class MixtureMixin(_Stock):
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
         return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
 
-    def _run_recording(self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict) -> Any:
+    def _run_recording(
+        self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
+    ) -> Any:
         """A forward pass whose outputs carry the router losses.
 
         Args:
@@ -365,9 +386,12 @@ class MixtureMixin(_Stock):
             defaults: of `arguments`.
             arguments: by name, those of `_OUR_ARGUMENTS` among them.
             more: other keyword arguments.
+            added: those of `_OUR_ARGUMENTS` that the stock forward does not take.
         """
         config = self.config
         given = {name: value for name, value in arguments.items() if value is not defaults[name]} | more
+        if _keeps_routers(config):  # and their losses
+            return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
         show = config.output_router_logits if show is None else show
         if not (self.training or show or config.router_tasks is not None or task is not None):
@@ -480,7 +504,9 @@ class MixtureMixin(_Stock):
             plan = getattr(self, attribute, None) or {}
             setattr(self, attribute, {name: way for name, way in plan.items() if name in patterns})
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            kept = getattr(self, attribute) or ()
+            kept = set(getattr(self, attribute) or ())
+            if _keeps_routers(self.config):  # in the dtype of the stock ones
+                kept -= {"router"} - set(getattr(self._base_class, attribute, None) or ())
             setattr(self, attribute, {part for part in kept if any(_is_in(part, name) for name in names)})
 
     @classmethod
@@ -491,6 +517,11 @@ class MixtureMixin(_Stock):
         own, which is where GPT-2 scales its residual projections and T5 draws its attention.
         """
         return cls._base_class.is_custom_code()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Whether the stock class can; layers that were not converted compute as it says."""
+        return cls._base_class._can_set_experts_implementation()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -543,11 +574,13 @@ def _config_class(base: type, name: str, module: str) -> type:
 
     It also has `_NUMBERS`, except those that the stock class has itself.
     """
-    options = {"mpoe": None, **OPTIONS}
+    # What a stock mixture has of the same name has its own default.
+    options = {"mpoe": None} | {name: value for name, value in OPTIONS.items() if not hasattr(base, name)}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         **options,
-        "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
+        "__annotations__": {"mpoe": dict | None}
+        | {option.name: option.type for option in CONFIG_OPTIONS if option.name in options},
         "__module__": module,
     }
     body |= {name: _number(name) for name in _NUMBERS if not hasattr(base, name)}
@@ -562,7 +595,7 @@ def _config_class(base: type, name: str, module: str) -> type:
         body["__init__"] = __init__
     # Key renames of a whole model type (LLaVA's text tower and head) are looked up by that type.
     renames = get_checkpoint_conversion_mapping(base.model_type) if module == __name__ else None
-    if renames is not None:
+    if renames is not None and not _renames_experts(renames):
         register_checkpoint_conversion_mapping(body["model_type"], renames, overwrite=True)
     return type(name, (base,), body)
 
@@ -600,10 +633,15 @@ def _model_class(base: type, name: str, module: str) -> type:
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)
-    if renames is not None:
+    if renames is not None and not _renames_experts(renames):
         register_checkpoint_conversion_mapping(name, renames, overwrite=True)
     _name_task(base.__name__, config_class.model_type, name)
     return cls
+
+
+def _renames_experts(renames: list) -> bool:
+    """Whether these are for a mixture, whose artifact has the names of the model itself."""
+    return any("experts" in pattern for transform in renames for pattern in transform.target_patterns)
 
 
 def _name_task(base: str, model_type: str, name: str) -> None:
@@ -661,6 +699,8 @@ def __getattr__(name: str) -> type:
     base = _stock_class(name.removeprefix(CLASS_PREFIX)) if name.startswith(CLASS_PREFIX) else None
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not issubclass(base, (PretrainedConfig, PreTrainedModel)):
+    if issubclass(base, nn.Module) and not issubclass(base, PreTrainedModel):
+        return block_class(base, globals())
+    if not issubclass(base, PretrainedConfig | PreTrainedModel):
         raise AttributeError(f"{name!r}: transformers.{base.__name__} is neither config nor model")
     return subclass(base)

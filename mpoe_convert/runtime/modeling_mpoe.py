@@ -62,8 +62,10 @@ Contents:
     6. Rule top-k: every token goes to the k experts with the largest logits
     7. Routers: which experts a token goes to, and the losses that routers learn from
     8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    9. The mixture: the FFN of several experts, its schedules and what they cost
-    10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+    10. The mixture: the FFN of several experts with a router of its own
+    11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+    12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -1318,7 +1320,7 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. The mixture: the FFN of several experts, its schedules and what they cost
+# 9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -1331,7 +1333,6 @@ _MANY_ROWS = 384
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
 # weight[expert] is as large as all experts together.
 _FEW_OWN_PARAMS = 1 << 18
-_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
 class Inputs(NamedTuple):
@@ -1357,11 +1358,11 @@ class Inputs(NamedTuple):
         return Inputs(rows, up, None if self.gate is None else function(self.gate))
 
 
-class FeedForward(nn.Module):
-    """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
+class Mixing(nn.Module):
+    """Experts of one form: down(act(up x)) or down(act(gate x) * up x), for rows that each have one of them.
 
     `form`: {"up": spec, "down": spec, "gate": spec if gated}, and parts behind the FFN; `PARTS` says which
-    class reads which key. `rule`: the name of a selection rule in `RULES`.
+    class reads which key. `router`: None where the choices are made elsewhere.
 
     Schedules, the same function in different operations:
         apply     the cores act on the activations; matrices are built for chains that cannot act
@@ -1370,25 +1371,27 @@ class FeedForward(nn.Module):
     Which one runs is `schedule`, "auto" for the one that `seconds` says is fastest.
 
     Attributes:
-        parts: the router, and those of the form, in the order of `PARTS`.
+        parts: the router, if there is one, and those of the form, in the order of `PARTS`.
         shared_params, own_params: parameters that are stored once, and that each expert has for itself.
-        top_k: choices per token; for rules where it varies, what estimates go by.
+        top_k: choices per token; where it varies, what estimates go by.
     """
 
     up: Projection
     down: Projection
     gate: Projection | None
 
-    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
+    def __init__(self, form: dict, num_experts: int, top_k: int, router: Router | None = None):
         super().__init__()
         if unknown := sorted(form.keys() - PARTS.keys()):
             raise ValueError(f"a form in config.mpoe has the parts {unknown}: this file knows {list(PARTS)}")
         self.num_experts, self.top_k = num_experts, top_k
-        self.router = Router(hidden_size_of(form), num_experts, top_k, rule)
+        if router is not None:
+            self.router = router
         for key, part in PARTS.items():
             setattr(self, key, part.from_form(form, key, num_experts) if key in form else None)
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
-        self.parts: tuple[Part, ...] = (self.router, *(getattr(self, key) for key in PARTS if key in form))
+        parts = tuple(getattr(self, key) for key in PARTS if key in form)
+        self.parts: tuple[Part, ...] = parts if router is None else (router, *parts)
         self.own_params = sum(part.own_params for part in self.parts)
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
@@ -1396,17 +1399,27 @@ class FeedForward(nn.Module):
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
-        self.outer_dropout: nn.Module = nn.Identity()
-        self.adds_residual = False
-        self.in_decoder = False
         self.schedule = "auto"
         self.cache: MatrixCache | None = None
         self._decided: tuple[tuple | None, str] = (None, "apply")  # what `auto` decided last, and for what
-        self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
-        self.task: Tensor | None = None  # see Router; a pass may bring its own
-        self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
-        self.router_pass: RouterPass | None = None  # of the model, while it runs
-        self.repeatable = Repeatable(maxlen=_REPEATABLE)
+
+    def configure_schedule(self, config: PretrainedConfig, num_mixtures: int) -> None:
+        """Take over the config's schedule options, overruled by the environment.
+
+        Raises:
+            ValueError: an option has a value that it cannot have.
+        """
+        self.schedule = read_option(config, "mpoe_schedule")
+        keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
+        if keep == "off":
+            keep = "hit" if self.schedule == "cached" else None
+        limit = None if limit is None else float(limit) / num_mixtures
+        self.cache = None if keep is None else MatrixCache(keep, limit)
+
+    def train(self, mode: bool = True):
+        if mode and self.cache is not None:
+            self.cache.entries.clear()  # FSDP may gather changed cores into the memory of the old ones
+        return super().train(mode)
 
     # ------------------------------------------------------------------------------------- cost
 
@@ -1456,87 +1469,11 @@ class FeedForward(nn.Module):
             self._decided = (case, min(schedules, key=lambda schedule: _seconds(self.cost(work, schedule))))
         return self._decided[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeedForward":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mixing":
         self._decided = (None, "apply")  # another dtype has other costs
         return super()._apply(fn, recurse)
 
-    # ------------------------------------------------------------------------------------- options
-
-    def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
-        """Take over the config's router and schedule options, the latter overruled by the environment.
-
-        Raises:
-            ValueError: an option has a value that it cannot have.
-        """
-        self.router.combine = read_option(config, "router_combine")
-        self.router.jitter_noise = config.router_jitter_noise
-        self.router.capacity_factor = config.router_capacity_factor
-        if config.router_tasks is not None:
-            self.router.add_tasks(len(config.router_tasks))
-        if config.router_bias_update_rate or config.router_balance_bias:
-            config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
-            self.add_balance_bias()
-        self.schedule = read_option(config, "mpoe_schedule")
-        keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
-        if keep == "off":
-            keep = "hit" if self.schedule == "cached" else None
-        limit = None if limit is None else float(limit) / num_mixtures
-        self.cache = None if keep is None else MatrixCache(keep, limit)
-
-    def add_balance_bias(self) -> None:
-        """Let there be a bias (E,), zero at first; one that is there stays."""
-        if self.balance_bias is None:
-            device = next(self.parameters()).device
-            self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
-
     # ------------------------------------------------------------------------------------- forward
-
-    def train(self, mode: bool = True):
-        if mode and self.cache is not None:
-            self.cache.entries.clear()  # FSDP may gather changed cores into the memory of the old ones
-        self.repeatable.clear()
-        return super().train(mode)
-
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
-        output = self.outer_dropout(output)
-        return output + residual if self.adds_residual else output
-
-    def _route(self, tokens: Tensor) -> Choices:
-        """The choices for tokens (T, H) that are to be computed."""
-        running = self.router_pass
-        if running is not None:
-            mask = running.mask(self, len(tokens))  # (T,)
-            task = self.task if running.task is None else running.task
-            routing = self.router(tokens, self.balance_bias, mask, task)
-            return running.add(self, routing, mask, task).served()
-        if self.training and not torch.compiler.is_compiling():
-            if not in_backward():
-                self.repeatable.clear()  # this call adds nothing when it is repeated
-            elif self.repeatable:
-                # the backward pass repeats the last call first
-                repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task)
-                return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task).served()
-
-    @torch.no_grad()
-    def note_load(self, routing: Routing, mask: Tensor | None) -> None:
-        """Count the choices of a call, without padding, until the balancing bias moves."""
-        load = routing.choices.load(self.num_experts, mask)  # (E,)
-        self.load = load if self.load is None else self.load + load
-
-    @torch.no_grad()
-    def update_bias(self, rate: float) -> None:
-        """One step of DeepSeek-V3's balancing: up for experts with too little load, down for the others."""
-        if self.load is None or self.balance_bias is None:
-            return
-        load, self.load = self.load, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
-        self.balance_bias += rate * (load.mean() - load).sign()
 
     def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
         """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
@@ -1611,12 +1548,14 @@ class FeedForward(nn.Module):
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
         up = self.up(inputs.rows, picks, rebuild, cache, inputs.up)  # (N, inner)
-        if self.gate is None:
-            inner = self.act(up)
-        else:
+        gate = None
+        if self.gate is not None:
             gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
-            inner = self.act(gate) * up
-        return self.down(self.inner_dropout(inner), picks, rebuild, cache)
+        return self.down(self.inner_dropout(self._activate(up, gate)), picks, rebuild, cache)
+
+    def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """(N, inner) what the activation makes of the projections."""
+        return self.act(up) if gate is None else self.act(gate) * up
 
 
 def _seconds(cost: Cost) -> float:
@@ -1625,7 +1564,217 @@ def _seconds(cost: Cost) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 10. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 10. The mixture: the FFN of several experts with a router of its own
+
+
+_REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
+
+
+class FeedForward(Mixing):
+    """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
+
+    Attributes:
+        router: chooses the experts, by the selection rule of that name in `RULES`.
+    """
+
+    router: Router
+
+    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
+        super().__init__(form, num_experts, top_k, Router(hidden_size_of(form), num_experts, top_k, rule))
+        self.outer_dropout: nn.Module = nn.Identity()
+        self.adds_residual = False
+        self.in_decoder = False
+        self.register_buffer("balance_bias", None)  # (E,) see Router; None: not used
+        self.task: Tensor | None = None  # see Router; a pass may bring its own
+        self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
+        self.router_pass: RouterPass | None = None  # of the model, while it runs
+        self.repeatable = Repeatable(maxlen=_REPEATABLE)
+
+    # ------------------------------------------------------------------------------------- options
+
+    def configure(self, config: PretrainedConfig, num_mixtures: int) -> None:
+        """Take over the config's router and schedule options, the latter overruled by the environment.
+
+        Raises:
+            ValueError: an option has a value that it cannot have.
+        """
+        self.router.combine = read_option(config, "router_combine")
+        self.router.jitter_noise = config.router_jitter_noise
+        self.router.capacity_factor = config.router_capacity_factor
+        if config.router_tasks is not None:
+            self.router.add_tasks(len(config.router_tasks))
+        if config.router_bias_update_rate or config.router_balance_bias:
+            config.router_balance_bias = True  # so that it is loaded again, whatever the rate then is
+            self.add_balance_bias()
+        self.configure_schedule(config, num_mixtures)
+
+    def add_balance_bias(self) -> None:
+        """Let there be a bias (E,), zero at first; one that is there stays."""
+        if self.balance_bias is None:
+            device = next(self.parameters()).device
+            self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+
+    # ------------------------------------------------------------------------------------- forward
+
+    def train(self, mode: bool = True):
+        self.repeatable.clear()
+        return super().train(mode)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
+        output = self.outer_dropout(output)
+        return output + residual if self.adds_residual else output
+
+    def _route(self, tokens: Tensor) -> Choices:
+        """The choices for tokens (T, H) that are to be computed."""
+        running = self.router_pass
+        if running is not None:
+            mask = running.mask(self, len(tokens))  # (T,)
+            task = self.task if running.task is None else running.task
+            routing = self.router(tokens, self.balance_bias, mask, task)
+            return running.add(self, routing, mask, task).served()
+        if self.training and not torch.compiler.is_compiling():
+            if not in_backward():
+                self.repeatable.clear()  # this call adds nothing when it is repeated
+            elif self.repeatable:
+                # the backward pass repeats the last call first
+                repeated, mask, task, lacks_shown = self.repeatable.pop()
+                routing = self.router(tokens, self.balance_bias, mask, task)
+                return repeated.repeat(routing, mask, lacks_shown).served()
+        return self.router(tokens, self.balance_bias, task=self.task).served()
+
+    @torch.no_grad()
+    def note_load(self, routing: Routing, mask: Tensor | None) -> None:
+        """Count the choices of a call, without padding, until the balancing bias moves."""
+        load = routing.choices.load(self.num_experts, mask)  # (E,)
+        self.load = load if self.load is None else self.load + load
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """One step of DeepSeek-V3's balancing: up for experts with too little load, down for the others."""
+        if self.load is None or self.balance_bias is None:
+            return
+        load, self.load = self.load, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        self.balance_bias += rate * (load.mean() - load).sign()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+#
+# The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`.
+# That module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines
+# replace every module named `experts` by their own; the block finds it through a property of its class.
+
+
+# The name in the stock block of what replaces its `experts`.
+MIXTURE = "mixture"
+
+
+class Gating(nn.Module):
+    """The stock experts' own way from gate and up to the hidden neurons, such as gpt-oss' clamped one.
+
+    It has the attributes of the stock module, without its parameters.
+    """
+
+    def __init__(self, stock: Any):
+        super().__init__()
+        own = vars(nn.Module()).keys()
+        vars(self).update({name: value for name, value in vars(stock).items() if name not in own})
+        self._modules.update(stock._modules)
+        self.function: Callable[..., Tensor] = type(stock)._apply_gate
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(N, inner) each -> (N, inner)."""
+        if self.is_concatenated:
+            return self.function(self, torch.cat([gate, up], dim=-1))
+        return self.function(self, torch.stack([gate, up], dim=-1).flatten(-2))
+
+
+class Activation(nn.Module):
+    """A stock activation that is a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Experts(Mixing):
+    """The experts of a stock mixture, in cores: called as the stock module is.
+
+    Attributes:
+        gating: the stock module's own, where it has one; None: act(gate) * up.
+    """
+
+    gating: Gating | None
+
+    def __init__(self, form: dict, num_experts: int, top_k: int, stock: Any = None):
+        super().__init__(form, num_experts, top_k)
+        self.gating = None
+        if stock is not None:
+            act = getattr(stock, "act_fn", None) or nn.Identity()
+            self.act = act if isinstance(act, nn.Module) else Activation(act)
+            if self.gate is not None and has_own_gating(stock):
+                self.gating = Gating(stock)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), the experts (T, k) and the combine weights (T, k) of every token -> (T, H)."""
+        num_tokens, per_token = top_k_index.shape
+        tokens = torch.arange(num_tokens, device=top_k_index.device).repeat_interleave(per_token)
+        choices = Choices(tokens, top_k_index.flatten(), top_k_weights.flatten(), per_token)
+        return self._mix(hidden_states.reshape(num_tokens, -1), choices).reshape(hidden_states.shape)
+
+    def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        if self.gating is None or gate is None:
+            return super()._activate(up, gate)
+        return self.gating(gate, up)
+
+
+def has_own_gating(stock: Any) -> bool:
+    """Whether stock experts compute something else than act(gate) * up of gate and up."""
+    return type(stock)._apply_gate.__name__ != "_default_apply_gate"
+
+
+class HoldsExperts(nn.Module):
+    """What a stock block becomes a subclass of, when its experts are replaced."""
+
+    @property
+    def experts(self) -> nn.Module:
+        """What the stock code calls."""
+        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]
+
+
+def replace_experts(block: nn.Module, form: dict, num_experts: int, top_k: int, namespace: dict) -> None:
+    """Put `Experts` of this form in the place of a stock block's; nothing to do if it has them.
+
+    Args:
+        namespace: of the module that keeps the block's class, so that the block can be pickled.
+    """
+    if isinstance(block, HoldsExperts):
+        return
+    made = Experts(form, num_experts, top_k, block.experts)
+    del block.experts
+    setattr(block, MIXTURE, made)
+    block.__class__ = block_class(type(block), namespace)
+
+
+def block_class(stock: type[nn.Module], namespace: dict) -> type[nn.Module]:
+    """The subclass of a stock block's class. It has the stock name, by which transformers finds blocks."""
+    name = CLASS_PREFIX + stock.__name__
+    if name not in namespace:
+        body = {"__module__": namespace["__name__"], "__qualname__": name}
+        namespace[name] = type(stock.__name__, (HoldsExperts, stock), body)
+    return namespace[name]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -1722,6 +1871,11 @@ def swap_ffn(
         _put(layer, path, nn.Identity())
 
 
+def _keeps_routers(config: PretrainedConfig) -> bool:
+    """Whether the source was a mixture: its blocks and their routers stay, only experts are replaced."""
+    return bool(config.mpoe) and bool(config.mpoe["family"].get("experts"))
+
+
 def _innermost_model(model: nn.Module, path: str) -> PreTrainedModel:
     """The innermost of the models that hold the module at this path: it initialises the module."""
     names = path.split(".")
@@ -1781,9 +1935,12 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     named = [*positional, *keyword_only]
     given = ", ".join(f"{p.name}={p.name}" for p in named)
     called = f"functools.partial(stock, self, *{more})" if more else "functools.partial(stock, self)"
-    body = f"return self._run_recording({called}, defaults, dict({given}), {rest or '{}'})"
+    body = f"return self._run_recording({called}, defaults, dict({given}), {rest or '{}'}, added)"
     defaults = {p.name: p.default for p in named}
-    namespace: dict[str, Any] = {"stock": stock, "defaults": defaults, "functools": functools}
+    # A stock mixture takes `output_router_logits`, or hands it on.
+    added = {name for name in _OUR_ARGUMENTS if all(p.name != name for p in parameters)}
+    added -= {"output_router_logits"} if rest else set()
+    namespace: dict[str, Any] = {"stock": stock, "defaults": defaults, "added": added, "functools": functools}
     exec(f"def forward(self, {', '.join(written)}):\n    {body}\n", namespace)
     made: Any = functools.update_wrapper(namespace["forward"], stock)
     del vars(made)["__wrapped__"]  # its signature is its own
@@ -1847,12 +2004,19 @@ class MixtureMixin(_Stock):
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
         base = self.base_model
         for path, form in present.items():
-            initialise = _innermost_model(base, path)._init_weights
-            swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+            if _keeps_routers(config):
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
+                replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
+            else:
+                initialise = _innermost_model(base, path)._init_weights
+                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
-        for path, ffn in self.mixtures():
-            ffn.configure(config, len(present))
-            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+        for path, ffn in self._mixings():
+            if isinstance(ffn, FeedForward):
+                ffn.configure(config, len(present))
+                ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+            else:
+                ffn.configure_schedule(config, len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
@@ -1880,8 +2044,8 @@ class MixtureMixin(_Stock):
 
     def _note_paths(self) -> None:
         """Note the paths of the mixtures below the base model."""
-        slot = self.config.mpoe["family"]["slot"]
-        self.mixture_paths = [f"{path}.{slot}" for path in self._layer_paths()]
+        parts = [self.config.mpoe["family"]["slot"], MIXTURE if _keeps_routers(self.config) else ""]
+        self.mixture_paths = [".".join(filter(None, [path, *parts])) for path in self._layer_paths()]
 
     def _adopt(self, module: PreTrainedModel) -> None:
         """Let a stock model inside this one, the backbone of a head or a stack, be one of ours.
@@ -1890,7 +2054,7 @@ class MixtureMixin(_Stock):
         """
         if isinstance(module, MixtureMixin) or getattr(module.config, "mpoe", None) is None:
             return
-        if not any(isinstance(child, FeedForward) for child in module.modules()):
+        if not any(isinstance(child, Mixing) for child in module.modules()):
             return
         kept = next(cls.__module__ for cls in type(self).__mro__ if MixtureMixin in cls.__bases__)
         adopted: Any = subclass(type(module), kept)
@@ -1917,12 +2081,14 @@ class MixtureMixin(_Stock):
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
 
+        None where the source was a mixture: its blocks are the stock ones, with our `Experts` in them.
         Where PEFT trains a copy of the whole FFN (`modules_to_save`), original and copies have one path.
         """
+        return [(path, ffn) for path, ffn in self._mixings() if isinstance(ffn, FeedForward)]
+
+    def _mixings(self) -> list[tuple[str, Mixing]]:
         found = [(path, self.base_model.get_submodule(path)) for path in self.mixture_paths]
-        return [
-            (path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, FeedForward)
-        ]
+        return [(path, ffn) for path, module in found for ffn in module.modules() if isinstance(ffn, Mixing)]
 
     def route_by(self, task: _Task | None) -> None:
         """Let the routers choose by this task from now on; for models with `config.router_tasks`.
@@ -1957,7 +2123,9 @@ class MixtureMixin(_Stock):
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
         return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
 
-    def _run_recording(self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict) -> Any:
+    def _run_recording(
+        self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
+    ) -> Any:
         """A forward pass whose outputs carry the router losses.
 
         Args:
@@ -1965,9 +2133,12 @@ class MixtureMixin(_Stock):
             defaults: of `arguments`.
             arguments: by name, those of `_OUR_ARGUMENTS` among them.
             more: other keyword arguments.
+            added: those of `_OUR_ARGUMENTS` that the stock forward does not take.
         """
         config = self.config
         given = {name: value for name, value in arguments.items() if value is not defaults[name]} | more
+        if _keeps_routers(config):  # and their losses
+            return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
         show = config.output_router_logits if show is None else show
         if not (self.training or show or config.router_tasks is not None or task is not None):
@@ -2080,7 +2251,9 @@ class MixtureMixin(_Stock):
             plan = getattr(self, attribute, None) or {}
             setattr(self, attribute, {name: way for name, way in plan.items() if name in patterns})
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            kept = getattr(self, attribute) or ()
+            kept = set(getattr(self, attribute) or ())
+            if _keeps_routers(self.config):  # in the dtype of the stock ones
+                kept -= {"router"} - set(getattr(self._base_class, attribute, None) or ())
             setattr(self, attribute, {part for part in kept if any(_is_in(part, name) for name in names)})
 
     @classmethod
@@ -2091,6 +2264,11 @@ class MixtureMixin(_Stock):
         own, which is where GPT-2 scales its residual projections and T5 draws its attention.
         """
         return cls._base_class.is_custom_code()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Whether the stock class can; layers that were not converted compute as it says."""
+        return cls._base_class._can_set_experts_implementation()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -2143,11 +2321,13 @@ def _config_class(base: type, name: str, module: str) -> type:
 
     It also has `_NUMBERS`, except those that the stock class has itself.
     """
-    options = {"mpoe": None, **OPTIONS}
+    # What a stock mixture has of the same name has its own default.
+    options = {"mpoe": None} | {name: value for name, value in OPTIONS.items() if not hasattr(base, name)}
     body = {
         "model_type": MODEL_TYPE_PREFIX + base.model_type,
         **options,
-        "__annotations__": {"mpoe": dict | None} | {option.name: option.type for option in CONFIG_OPTIONS},
+        "__annotations__": {"mpoe": dict | None}
+        | {option.name: option.type for option in CONFIG_OPTIONS if option.name in options},
         "__module__": module,
     }
     body |= {name: _number(name) for name in _NUMBERS if not hasattr(base, name)}
@@ -2162,7 +2342,7 @@ def _config_class(base: type, name: str, module: str) -> type:
         body["__init__"] = __init__
     # Key renames of a whole model type (LLaVA's text tower and head) are looked up by that type.
     renames = get_checkpoint_conversion_mapping(base.model_type) if module == __name__ else None
-    if renames is not None:
+    if renames is not None and not _renames_experts(renames):
         register_checkpoint_conversion_mapping(body["model_type"], renames, overwrite=True)
     return type(name, (base,), body)
 
@@ -2200,10 +2380,15 @@ def _model_class(base: type, name: str, module: str) -> type:
     cls = type(name, bases, body)
     # Key renames (GPT-NeoX's embed_out, ViT's old layer names) are looked up by class name.
     renames = get_checkpoint_conversion_mapping(base.__name__)
-    if renames is not None:
+    if renames is not None and not _renames_experts(renames):
         register_checkpoint_conversion_mapping(name, renames, overwrite=True)
     _name_task(base.__name__, config_class.model_type, name)
     return cls
+
+
+def _renames_experts(renames: list) -> bool:
+    """Whether these are for a mixture, whose artifact has the names of the model itself."""
+    return any("experts" in pattern for transform in renames for pattern in transform.target_patterns)
 
 
 def _name_task(base: str, model_type: str, name: str) -> None:
@@ -2261,6 +2446,8 @@ def __getattr__(name: str) -> type:
     base = _stock_class(name.removeprefix(CLASS_PREFIX)) if name.startswith(CLASS_PREFIX) else None
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not issubclass(base, (PretrainedConfig, PreTrainedModel)):
+    if issubclass(base, nn.Module) and not issubclass(base, PreTrainedModel):
+        return block_class(base, globals())
+    if not issubclass(base, PretrainedConfig | PreTrainedModel):
         raise AttributeError(f"{name!r}: transformers.{base.__name__} is neither config nor model")
     return subclass(base)

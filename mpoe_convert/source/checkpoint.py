@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, few
+from ..errors import CheckpointError, FamilyError, few
 from . import custom_code, hub
 from .architecture import Architecture
+from .families import REFUSED, refusal
 from .json_files import read_json_object
 from .paths import stays_inside
 from .repository import Folder, HubSnapshot, Repository, find_repository
@@ -32,7 +33,13 @@ if TYPE_CHECKING:
     import torch
 
 
-MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# How transformers itself dequantises a model, by the method that config.json names.
+DEQUANTISE = {
+    "mxfp4": " (AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=Mxfp4Config("
+    "dequantize=True)), then save_pretrained)",
+    "fp8": " (AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=FineGrainedFP8Config("
+    "dequantize=True)), then save_pretrained)",
+}
 FOREIGN = {
     ".h5": "TensorFlow",
     ".msgpack": "Flax",
@@ -145,7 +152,7 @@ def open_checkpoint(
     headers_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Open a dense model: check the config and every tensor header, read no data.
+    """Open a model: check the config and every tensor header, read no data.
 
     A Hub source is judged by its config before its weights are downloaded.
 
@@ -158,7 +165,7 @@ def open_checkpoint(
         trust_remote_code: custom code may run, here or later.
 
     Raises:
-        CheckpointError: it is not a readable checkpoint of a dense model.
+        CheckpointError: it is not a readable checkpoint of a model.
         FamilyError: it needs custom code, which is not trusted, or its model cannot be built.
         HubError: the Hub refuses or cannot be reached.
     """
@@ -187,7 +194,7 @@ def open_weights(
         headers_only: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: weights are missing, damaged, quantised or those of a mixture of experts.
+        CheckpointError: weights are missing, damaged or quantised.
         HubError: the Hub refuses or cannot be reached.
     """
     source, folder, revision = repository.source, repository.folder, repository.revision
@@ -287,33 +294,28 @@ def _reject_artifact(config: dict, repository: Repository) -> None:
 
 
 def check_config(config: dict, repository: Repository) -> None:
-    """Raise CheckpointError for a config without model type, of quantised weights, or of a mixture."""
+    """Check a config.
+
+    Raises:
+        CheckpointError: it has no model type, or the weights are quantised.
+        FamilyError: it is of a mixture that cannot be converted.
+    """
     path, model_type = repository.folder / "config.json", config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"'{path}' has no 'model_type' (old checkpoints lack it): add the architecture's name, "
             'for example "model_type": "bert", and run again'
         )
+    if model_type in REFUSED:
+        raise FamilyError(refusal(model_type, REFUSED[model_type]))
     parts = [value for key, value in config.items() if isinstance(value, dict) and key != "mpoe"]
     for part in [config, *parts]:
         if quantized := part.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else None
             raise CheckpointError(
                 f"'{path}' says the weights are quantised ({method or 'unnamed method'}): dequantise first, "
-                "or convert the original full-precision checkpoint"
+                f"or convert the original full-precision checkpoint{DEQUANTISE.get(str(method), '')}"
             )
-        for key in MOE_KEYS:
-            if _most(part.get(key)) > 1:
-                raise CheckpointError(
-                    f"'{path}' describes a mixture of experts already ({key} = {part[key]}), "
-                    "expected a dense model: choose a dense checkpoint"
-                )
-
-
-def _most(count: object) -> int:
-    """The largest integer in a config value that is an integer or a list of one per layer."""
-    counts = count if isinstance(count, list) else [count]
-    return max((item for item in counts if isinstance(item, int)), default=0)
 
 
 # -------------------------------------------------------------------------------------- the weights
@@ -457,11 +459,6 @@ def _reject_tensors(source: str, tensors: dict[str, TensorInfo]) -> None:
             f"'{source}' holds weight files without a single tensor: fetch the checkpoint again"
         )
     for name, info in tensors.items():
-        if ".experts." in name or "block_sparse_moe" in name:
-            raise CheckpointError(
-                f"'{source}' is a mixture of experts already (tensor {name!r} in '{info.file}'), "
-                "expected a dense model: choose a dense checkpoint"
-            )
         small = info.dtype in ("int8", "uint8") or info.dtype.startswith("float8")
         matrix = len(info.shape) >= 2 and name.endswith(".weight")
         if (small and matrix) or name.endswith(".qweight"):

@@ -356,3 +356,22 @@ def families_json() -> list[dict]:
         }
         for row in FAMILIES
     ]
+
+
+# Mixtures whose experts are called in another way than all others': model type -> why.
+REFUSED: Mapping[str, str] = {
+    "llama4_text": "the router scales what an expert gets, not what it gives",
+    "llama4": "the router scales what an expert gets, not what it gives",
+    "jetmoe": "its attention has experts too, and they are sorted by its own code",
+    "dbrx": "its experts are one matrix, of which its own code cuts pieces",
+    "switch_transformers": "an expert takes a limited number of tokens, and the others are dropped",
+    "nllb-moe": "an expert takes a limited number of tokens, and the others are dropped",
+    "doge": "its experts are vectors that product keys retrieve",
+    "longcat_flash": "some of its experts are identities without weights",
+    "zaya": "its router keeps a state across layers, and one expert skips",
+}
+
+
+def refusal(model_type: str, reason: str) -> str:
+    """The message for a mixture that cannot be converted."""
+    return f"a mixture of type {model_type} cannot be converted: {reason}"

@@ -17,35 +17,33 @@ class Source:
         bias: name of the bias tensor; None: the projection has none.
         transposed: the tensor is stored (in, out), as by Conv1D, instead of (out, in), as by nn.Linear.
         part: which half of a fused tensor, along its output features: 0 gate, 1 up; None: the whole tensor.
+        interleaved: the halves alternate, one output feature of each, instead of standing one behind the
+            other.
+        stacked: the tensor holds the matrices of all experts of a mixture, along its first axis.
     """
 
     weight: str
     bias: str | None
     transposed: bool
     part: int | None = None
+    interleaved: bool = False
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
 class FFN:
-    """One FFN of a checkpoint: the matrices of E experts by role, with a router and a shared expert if any.
+    """One FFN of a checkpoint: the matrices of E experts by role.
 
-    A dense FFN is the case E = 1: `experts` has one entry, `router` and `shared` are None. The table of
-    families describes dense FFNs only, so that is what `locate.resolve` returns.
+    A dense FFN is the case E = 1; `locate.resolve` finds these, `mixtures.locate_experts` the others.
 
-    A mixture as the source (Mixtral, Qwen3-MoE, DeepSeek) fills in the same fields:
-
-    * `experts`: one entry per expert, all with the same roles and sizes. Where one tensor stacks all experts,
-      `Source` needs the expert's index beside `part`, and `read_matrix` has to take that slice.
-    * `router`: the weight tensor (E, hidden size) whose logits choose among `experts`, in their order.
-    * `shared`: the expert that every token passes beside the chosen ones, with the same roles.
+    A mixture as the source has an entry per expert, and since its tensors stack the experts, all entries are
+    the same; its routers and shared experts stay what they are.
 
     Attributes:
         path: the layer's module path below the base model: "h.0".
         index: the layer's number in its stack.
         key: the checkpoint's prefix for the tensors of the slot: "transformer.h.0.mlp".
         experts: per expert, role ("gate" if gated, "up" and "down") -> matrix.
-        router: name of the router's weight tensor.
-        shared: role -> matrix of the shared expert.
         unread: tensors of the checkpoint that the stock FFN does not have, such as biases that the config
             switches off.
     """
@@ -54,8 +52,6 @@ class FFN:
     index: int
     key: str
     experts: tuple[Mapping[str, Source], ...]
-    router: str | None = None
-    shared: Mapping[str, Source] | None = None
     unread: tuple[str, ...] = ()
 
     @property
@@ -65,6 +61,5 @@ class FFN:
 
     @property
     def projections(self) -> Mapping[str, Source]:
-        """Role -> matrix, of a dense FFN."""
-        assert self.num_experts == 1 and self.router is None, "a mixture has projections per expert"
+        """Role -> matrix; of a mixture, what holds the matrices of all experts."""
         return self.experts[0]

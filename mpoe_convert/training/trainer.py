@@ -227,7 +227,8 @@ class MpoeTrainer(Trainer):
             auxiliary = self.run.auxiliary_lr
             if auxiliary is None:
                 block = getattr(cast("PreTrainedModel", self.model).config, "mpoe", None)
-                auxiliary = experts.load(block["kind"]).AUXILIARY_LR if block else 1.0
+                kind = block["kind"] if block else None  # experts of a mixture are of no kind
+                auxiliary = experts.load(kind).AUXILIARY_LR if kind in experts.KINDS else 1.0
             groups = param_groups(
                 model,
                 self.args.learning_rate,

@@ -510,10 +510,13 @@ def remove(name: str):
 
 DAMAGE = {
     "converted": (config_change(model_type="mpoe_gpt2"), "describes an already converted model: convert its"),
-    "moe": (config_change(num_local_experts=8), "mixture of experts already (num_local_experts = 8)"),
+    "moe": (
+        config_change(num_local_experts=8),
+        "this gpt2 names experts in config.json or in its tensors, and no layer of GPT2Model has any",
+    ),
     "moe-tensors": (
         edit_weights(lambda state: state.update({"h.0.experts.0.w": torch.ones(2, 2)})),
-        "is a mixture of experts already (tensor 'h.0.experts.0.w' in 'model.safetensors')",
+        "this gpt2 names experts in config.json or in its tensors, and no layer of GPT2Model has any",
     ),
     "quantised": (
         config_change(quantization_config={"quant_method": "gptq"}),

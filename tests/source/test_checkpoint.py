@@ -564,15 +564,15 @@ CONFIGS = {
         {**CONFIG, "quantization_config": {"quant_method": "gptq"}},
         "the weights are quantised (gptq): dequantise first",
     ),
+    "mxfp4": (
+        {**CONFIG, "quantization_config": {"quant_method": "mxfp4"}},
+        "full-precision checkpoint (AutoModelForCausalLM.from_pretrained(MODEL, "
+        "quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained)",
+    ),
     "nested": (
         {**CONFIG, "text_config": {"quantization_config": {"bits": 4}}},
         "quantised (unnamed method)",
     ),
-    **{
-        key: ({**CONFIG, key: 8}, f"mixture of experts already ({key} = 8), expected a dense model")
-        for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    },
-    "experts per layer": ({**CONFIG, "num_experts": [0, 4]}, "(num_experts = [0, 4])"),
 }
 
 
@@ -598,8 +598,6 @@ def test_a_dense_model_may_count_one_expert(folder, count):
         ("h.0.weight", torch.ones(2, 2, dtype=torch.uint8), "dequantise first"),
         ("h.0.weight", torch.ones(2, 2).to(torch.float8_e4m3fn), "is float8_e4m3fn)"),
         ("h.0.qweight", torch.ones(2, 2, dtype=torch.int32), "expected floating-point weights"),
-        ("h.0.mlp.experts.0.w1.weight", torch.ones(2, 2), "is a mixture of experts already"),
-        ("h.0.block_sparse_moe.gate.weight", torch.ones(2, 2), "choose a dense checkpoint"),
     ],
 )
 def test_tensors_that_cannot_be_converted(folder, name, tensor, expected):

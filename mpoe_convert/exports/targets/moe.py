@@ -41,6 +41,10 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     Raises:
         ExportError: no mixture of transformers computes the same function; the message says why.
     """
+    if source.keeps_routers:
+        from ..source_mixture import plan_source
+
+        return plan_source(source)
     target = _target(source)
     config = target_config(source, target)
     tensors = tuple(tensors_with(source, partial(_mixture, source, target, config)))

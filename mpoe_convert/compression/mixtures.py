@@ -1,0 +1,193 @@
+"""Decide what the experts of a mixture become: which form, at which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..decomposition.stack_fit import choose_form
+from ..decomposition.stacks import FORMS, count_stack, ranks_within
+from ..errors import RecipeError, counted
+from ..options import called
+from ..planning.mixtures import MixturePlan, StackPlan, plan_mixture, resolve_mixture
+from ..planning.recipe import Recipe
+from ..source.in_memory import InMemory
+from ..source.mixtures import read_stack
+from . import dense_run
+from .batches import Batch
+from .moment_cache import Calibration
+from .prepare import Prepared, Progress, _device, _labelled, _open_run
+
+if TYPE_CHECKING:
+    from .expert_moments import ExpertMoments
+
+# The smallest ranks of a form.
+_LEAST = {"whole": (), "both": (1, 1)}
+
+
+@dataclass(frozen=True)
+class PreparedMixture(Prepared):
+    """The plan for a mixture, and the data that its experts are fitted to."""
+
+    def expert_moments(self, path: str) -> ExpertMoments | None:
+        """At the experts in the layer at that path; None without calibration."""
+        return None if self.calibration is None else _load(self.calibration, path)
+
+
+def prepare_mixture(
+    recipe: Recipe,
+    checkpoint: InMemory,
+    batches: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+    *,
+    only_plan: bool = False,
+    token: str | None = None,
+) -> PreparedMixture:
+    """The plan for an opened mixture, with forms and ranks if the recipe compresses.
+
+    A plan alone, without calibration, reads no weights: where the form is to be chosen it has the sizes that
+        each
+    expert would have alone. Other arguments as for `prepare`.
+
+    Raises:
+        MpoeError: the recipe does not fit the mixture, or its budget cannot be met.
+    """
+    resolved = resolve_mixture(recipe, checkpoint)
+    whole = plan_mixture(resolved, checkpoint)
+    if resolved.recipe.keep is None:
+        return PreparedMixture(whole)
+    _check_keep(resolved.recipe, whole)
+    report = progress or (lambda *_: None)
+    run = calibration = None
+    if resolved.recipe.calibrate or batches is not None:
+        run = _open_run(whole, resolved.recipe, checkpoint, batches, token)
+        calibration = _calibrated(run, _labelled(report, "calibrating"))
+    if only_plan and calibration is None:
+        chosen = {matrix.name: _from_size(resolved.recipe, matrix) for matrix in _stacks(whole)}
+        return PreparedMixture(plan_mixture(resolved, checkpoint, chosen))
+    chosen = dict(_choices(resolved.recipe, whole, checkpoint, calibration, report))
+    notes = (*resolved.notes, *_unseen(whole, calibration))
+    plan = plan_mixture(replace(resolved, notes=notes), checkpoint, chosen)
+    return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
+
+
+def _stacks(plan: MixturePlan) -> Iterator[StackPlan]:
+    for matrix in plan.matrices:
+        assert isinstance(matrix, StackPlan)
+        yield matrix
+
+
+def _forms(recipe: Recipe) -> tuple[str, ...]:
+    """What a matrix may become."""
+    return FORMS if recipe.share == "auto" else (str(recipe.share), "whole")
+
+
+def _numbers(recipe: Recipe, matrix: StackPlan) -> int:
+    """How many numbers may be stored for a matrix of all experts."""
+    assert recipe.keep is not None
+    return int(recipe.keep * matrix.numbers)
+
+
+def _check_keep(recipe: Recipe, plan: MixturePlan) -> None:
+    """Raises RecipeError if a matrix cannot be stored in so few numbers in any form."""
+    assert recipe.keep is not None
+    least, name = 0.0, ""
+    for matrix in _stacks(plan):
+        sizes = [
+            count_stack(form, _LEAST.get(form, (1,)), matrix.num_experts, matrix.rows, matrix.cols)
+            for form in _forms(recipe)
+        ]
+        if min(sizes) / matrix.numbers > least:
+            least, name = min(sizes) / matrix.numbers, matrix.name
+    if recipe.keep < least:
+        raise RecipeError(
+            f"{called('keep')} is {recipe.keep:g}; the smallest that can be met with {called('share')} "
+            f"{recipe.share} is {ceil(1e4 * least) / 1e4:g}, by {name}"
+        )
+
+
+def _from_size(recipe: Recipe, matrix: StackPlan) -> tuple[str, tuple[int, ...]]:
+    """A form and its ranks where nothing is read; that of the recipe, or each expert alone."""
+    numbers, size = _numbers(recipe, matrix), (matrix.num_experts, matrix.rows, matrix.cols)
+    first = "none" if recipe.share == "auto" else str(recipe.share)
+    for form in ("whole", first, *_forms(recipe)):
+        ranks = ranks_within(form, *size, numbers)
+        if ranks is not None:
+            return form, ranks
+    raise AssertionError("the budget was checked")
+
+
+def _choices(
+    recipe: Recipe,
+    plan: MixturePlan,
+    checkpoint: InMemory,
+    calibration: Calibration | None,
+    report: Progress,
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """(matrix, (form, ranks)): the form that loses least, one layer in memory at a time."""
+    device = _device(recipe)
+    for done, ffn in enumerate(plan.ffns):
+        moments = None if calibration is None else _load(calibration, ffn.ffn.path)
+        for matrix in ffn.matrices:
+            assert isinstance(matrix, StackPlan)
+            report(f"form of {matrix.name}", done, len(plan.ffns), None)
+            stack = read_stack(checkpoint, matrix.source).to(device)
+            metric = (
+                None if moments is None else moments.metric("inner" if matrix.role == "down" else "inputs")
+            )
+            found = choose_form(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
+            assert found is not None, "the budget was checked"
+            yield matrix.name, (found.form, found.ranks)
+
+
+def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]:
+    """What calibration did not reach, for people."""
+    if calibration is None:
+        return
+    for ffn in plan.ffns:
+        unseen = _load(calibration, ffn.ffn.path).unseen
+        if unseen:
+            numbers = ", ".join(map(str, unseen))
+            yield (
+                f"{counted(len(unseen), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
+                f"token: fitted to "
+                "what its whole layer saw."
+            )
+
+
+def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibration:
+    """The moments at all experts, of this run or of an earlier one over the same."""
+    from .expert_moments import collect
+
+    found = Calibration.of(run)
+    if missing := found.missing("experts"):
+        with run.streamed() as model:
+            base = "" if model.base_model is model else f"{model.base_model_prefix}."
+            experts = {f"{base}{_experts_path(ffn.ffn.path, run)}": ffn.ffn.path for ffn in run.plan.ffns}
+
+            def save(path: str, moments: ExpertMoments) -> None:
+                tensors = {each.name: getattr(moments, each.name) for each in fields(moments)}
+                tensors["total"] = torch.tensor(moments.total)
+                found.save(experts[path], {name: t.contiguous() for name, t in tensors.items()}, "experts")
+                report(experts[path], len(found.paths) - len(found.missing("experts")), len(found.paths))
+
+            collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
+    return found
+
+
+def _experts_path(layer: str, run: dense_run.DenseRun) -> str:
+    return ".".join(filter(None, [layer, run.plan.family.slot, "experts"]))
+
+
+def _load(calibration: Calibration, path: str) -> ExpertMoments:
+    from safetensors.torch import load_file
+
+    from .expert_moments import ExpertMoments
+
+    tensors = load_file(calibration.file(path, "experts"))
+    total = int(tensors.pop("total"))
+    return ExpertMoments(total=total, **tensors)

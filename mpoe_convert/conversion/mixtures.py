@@ -1,0 +1,186 @@
+"""The experts of a mixture: read, fitted, cast, measured, reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..decomposition.stack_fit import fit_stack
+from ..options import called
+from ..planning.mixtures import StackPlan
+from ..runtime.shapes import functions
+from ..source.checkpoint import Checkpoint
+from ..source.mixtures import read_biases, read_stack
+from ..tables import Cell, Table, listed
+from ..tensors import cast
+from .report import MatrixReport, Report
+
+if TYPE_CHECKING:
+    from ..compression.expert_moments import ExpertMoments
+
+
+@dataclass(frozen=True)
+class StackReport(MatrixReport):
+    """One projection of all experts of a layer.
+
+    Attributes:
+        form, ranks: see `decomposition.stacks`.
+        experts: how many.
+        relative_error: of all experts together, as stored; `expert_errors` of each.
+        output_error: relative difference of the experts' expected outputs, in the metric of what each gets.
+        alike: the share of the matrices' energy that their mean has: 1 for copies, 1 / experts for strangers.
+    """
+
+    form: str = "whole"
+    ranks: tuple[int, ...] = ()
+    experts: int = 1
+    expert_errors: tuple[float, ...] = ()
+    alike: float = 0.0
+
+    def row(self) -> dict[str, Cell]:
+        return {
+            "experts' matrix": self.name,
+            "size": f"{self.experts} x {self.shape[0]} x {self.shape[1]}",
+            "shared": self.form,
+            "ranks": listed(self.ranks),
+            "alike": f"{self.alike:.2f}",
+            "relative error": f"{self.relative_error:.2e}",
+            "worst expert": f"{max(self.expert_errors):.2e}",
+            "of outputs": None if self.output_error is None else f"{self.output_error:.2e}",
+            "source": self.dense_params,
+            "stored": self.stored_params,
+        }
+
+
+def build_stack(
+    plan: StackPlan, checkpoint: Checkpoint, device: torch.device, moments: ExpertMoments | None
+) -> tuple[dict[str, Tensor], StackReport]:
+    """A projection's tensors, named below the projection and on the CPU, and their report.
+
+    Raises:
+        CheckpointError: an expert's matrix holds NaN or Inf, or is too large for the stored dtype.
+    """
+    stack = read_stack(checkpoint, plan.source).to(device)
+    stored = getattr(torch, plan.dtype)
+    terms = plan.spec["terms"]
+    if plan.form == "whole":
+        cores: Sequence[Sequence[Tensor]] = [[stack]]
+    else:
+        metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
+        cores = fit_stack(stack, plan.form, plan.ranks, metric).cores
+    tensors: dict[str, Tensor] = {}
+    for number, (term, made) in enumerate(zip(terms, cores, strict=True)):
+        for name, core in zip(functions().name_cores(term), made, strict=True):
+            core = cast(f"{plan.name} (core {name})", core, stored).contiguous().cpu()
+            tensors[f"terms.{number}.{name}"] = core
+    report = _measure(plan, stack, tensors, moments)
+    if plan.source.bias is not None:
+        tensors["bias"] = cast(f"{plan.name}.bias", read_biases(checkpoint, plan.source), stored).contiguous()
+    return tensors, report
+
+
+def _measure(
+    plan: StackPlan, stack: Tensor, tensors: dict[str, Tensor], moments: ExpertMoments | None
+) -> StackReport:
+    """The errors of a stack (E, in, out), from its tensors as stored, one expert at a time."""
+    terms = plan.spec["terms"]
+    with torch.device("meta"):
+        chains = [functions().Chain(term, len(stack)) for term in terms]
+    metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
+    lost, energy, outputs_lost, outputs_energy = [], [], 0.0, 0.0
+    mean = torch.zeros(stack.shape[1:], dtype=torch.float64, device=stack.device)
+    for expert, matrix in enumerate(stack):
+        exact = matrix.double()
+        mean += exact / len(stack)
+        made = torch.zeros_like(exact)
+        for number, chain in enumerate(chains):
+            cores = [tensors[f"terms.{number}.{name}"].to(exact) for name in chain.core_names]
+            own = [
+                c if shared else c[expert : expert + 1] for c, shared in zip(cores, chain.shared, strict=True)
+            ]
+            made += chain.matrix(own, 0)
+        error = exact - made
+        lost.append(float(error.square().sum()))
+        energy.append(float(exact.square().sum()))
+        if metric is not None:
+            moment = metric[expert].to(exact)
+            outputs_lost += float((error * (moment @ error)).sum())
+            outputs_energy += float((exact * (moment @ exact)).sum())
+    total = sum(energy)
+    return StackReport(
+        name=plan.name,
+        kind="experts",
+        shape=(plan.rows, plan.cols),
+        in_dims=(plan.rows,),
+        out_dims=(plan.cols,),
+        bonds=plan.ranks,
+        full_bonds=(),
+        rank=None,
+        relative_error=_root(sum(lost), total),
+        relative_error_before_cast=_root(sum(lost), total),
+        output_error=None if metric is None else _root(outputs_lost, outputs_energy),
+        discarded_weight=(),
+        clone_drift=0.0,
+        dense_params=plan.dense_params,
+        stored_params=plan.stored_params,
+        dtype=plan.dtype,
+        form=plan.form,
+        ranks=plan.ranks,
+        experts=len(stack),
+        expert_errors=tuple(_root(one, of) for one, of in zip(lost, energy, strict=True)),
+        alike=float(mean.square().sum()) * len(stack) / total if total else 0.0,
+    )
+
+
+def _root(lost: float, energy: float) -> float:
+    """A relative error of two squared norms."""
+    return (max(lost, 0.0) / energy) ** 0.5 if energy else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class MixtureReport(Report):
+    """The conversion of a mixture."""
+
+    @property
+    def stacks(self) -> tuple[StackReport, ...]:
+        return tuple(matrix for matrix in self.matrices if isinstance(matrix, StackReport))
+
+    def _error_warnings(self) -> list[str]:
+        if self.plan.is_exact:
+            return []
+        measured = [matrix.output_error for matrix in self.stacks if matrix.output_error is not None]
+        if measured:
+            return []
+        return [
+            "experts were cut without calibration. Expect worse outputs; "
+            f"{called('calibrate')} keeps what matters on your text."
+        ]
+
+    def matrices_table(self) -> Table:
+        rows = tuple(matrix.row() for matrix in self.stacks)
+        return Table("Experts", rows, left=("experts' matrix", "size", "shared", "ranks"))
+
+    def layers_table(self) -> Table:
+        groups = groupby(self.stacks, key=lambda matrix: matrix.name.rpartition(".")[0])
+        return Table(
+            "Layers", tuple(_layer(name, list(stacks)) for name, stacks in groups), left=("layer", "shared")
+        )
+
+
+def _layer(name: str, stacks: Sequence[StackReport]) -> dict[str, Cell]:
+    """A layer as a table shows it: its worst matrix counts."""
+    of_outputs = [each.output_error for each in stacks if each.output_error is not None]
+    return {
+        "layer": name,
+        "shared": ", ".join(dict.fromkeys(each.form for each in stacks)),
+        "alike": f"{min(each.alike for each in stacks):.2f}",
+        "largest error": f"{max(each.relative_error for each in stacks):.2e}",
+        "of outputs": f"{max(of_outputs):.2e}" if of_outputs else None,
+        "source": sum(each.dense_params for each in stacks),
+        "stored": sum(each.stored_params for each in stacks),
+    }

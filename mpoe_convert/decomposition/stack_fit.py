@@ -1,0 +1,260 @@
+"""Fit a stack of matrices, one per expert, in the metric of what each expert gets.
+
+::
+
+        in         in          in
+         |          |           |        minimise  sum_e tr((W_e - V_e)^T M_e (W_e - V_e))
+        [A]        [A_e]       [A]
+         |          |           |        M_e = E[g^2 x^T x] over the tokens x that are routed to expert e
+        [B_e]      [B]         [C_e]     with combine weight g: the expected squared change of the output
+         |          |           |
+        out        out         [B]
+                                |        V_e = A B_e (input), A_e B (output), A C_e B (both)
+                               out
+
+A projection of the outputs, V_e = W_e P, is best with the leading eigenvectors of sum_e W_e^T M_e W_e
+whatever the metrics are, so "none" and "output" are solved in closed form. A basis of the inputs is not, as
+every expert has a metric of its own: "input", "both" and "base" start from the closed form for metrics that
+are alike up to their size and descend (`stack_bases`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stack_bases import PROBED, Base, Bases, Shared, alone, spread
+from .stack_metric import SMALL, Cores, Stack, dot, expand, leading, side_spectra
+from .stacks import FORMS, Ranks, count_stack, ranks_within
+
+# The largest number of sweeps. Every sweep takes as long as the closed form, which is near the minimum
+# already, so that larger stacks get fewer; from ten times `SMALL` entries on none.
+MAX_SWEEPS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class StackFit:
+    """Cores of a stack, and what they lose.
+
+    Attributes:
+        form, ranks: see `stacks`.
+        cores: per term the cores as `modeling_mpoe.Chain` stores them: (l * i, o * r) if shared, with a
+            leading expert axis if owned; float64 for a float64 stack, else float32.
+        weight_errors: (E,) relative squared error of the entries, float64.
+        lost, energy: (E,) squared error and squared size of the expected outputs, in the unit of the
+            moments, float64.
+    """
+
+    form: str
+    ranks: Ranks
+    cores: tuple[tuple[Tensor, ...], ...]
+    weight_errors: Tensor
+    lost: Tensor
+    energy: Tensor
+
+    @property
+    def output_errors(self) -> Tensor:
+        """(E,) relative squared error of the expected outputs."""
+        return _ratio(self.lost, self.energy)
+
+    @property
+    def error(self) -> float:
+        """Relative squared error of the expected outputs of all experts together."""
+        return float(_ratio(self.lost.sum(), self.energy.sum()))
+
+    def matrix(self, expert: int) -> Tensor:
+        """One expert's matrix (in, out)."""
+        return expand(self.cores, expert)
+
+
+def fit_stack(
+    matrices: Sequence[Tensor] | Tensor,
+    form: str,
+    ranks: Ranks,
+    moments: Sequence[Tensor] | Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    max_sweeps: int | None = None,
+) -> StackFit:
+    """The cores of a form that lose least of a stack's expected outputs.
+
+    Args:
+        matrices, moments, weights: as for `Stack`.
+        form, ranks: see `stacks.stack_terms`.
+        max_sweeps: of the descent; 0: the closed-form start. None: what suits the size.
+
+    Raises:
+        ValueError: unknown form, or another number of ranks.
+    """
+    return _fit(Stack(matrices, moments, weights), form, ranks, max_sweeps)
+
+
+def choose_form(
+    matrices: Sequence[Tensor] | Tensor,
+    numbers: int,
+    moments: Sequence[Tensor] | Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    forms: Sequence[str] = FORMS,
+) -> StackFit | None:
+    """The form whose expected outputs lose least among those that store at most so many numbers.
+
+    Stacks of up to `SMALL` entries are fitted in every form. Of larger ones the closed-form starts are
+    compared on some of the experts, and only the best form is fitted.
+
+    Args:
+        matrices, moments, weights: as for `Stack`.
+        numbers: of all experts together.
+        forms: to choose from.
+
+    Returns:
+        The fit, or None if no form stores so few numbers.
+    """
+    stack = Stack(matrices, moments, weights)
+    spectra = side_spectra(stack) if "both" in forms else None
+    found = {form: ranks_within(form, len(stack), *stack.size, numbers, spectra) for form in forms}
+    choices = [(form, ranks) for form, ranks in found.items() if ranks is not None]
+    if ("whole", ()) in choices:
+        choices = [("whole", ())]
+    if not choices:
+        return None
+    if stack.is_small or len(choices) == 1:
+        return min((_fit(stack, *choice, None) for choice in choices), key=lambda fit: fit.error)
+    probed = spread(len(stack), PROBED)
+    best = min(choices, key=lambda choice: _start_error(stack, *choice, probed))
+    return _fit(stack, *best, None)
+
+
+def alikeness(
+    matrices: Sequence[Tensor] | Tensor,
+    moments: Sequence[Tensor] | Tensor | None = None,
+    weights: Tensor | None = None,
+) -> float:
+    """How much of the experts' outputs their mean explains: 1 for clones, about 1 / E for independent ones.
+
+    The squared size of the mean matrix over the mean squared size of the matrices, both in the mean metric.
+
+    Args:
+        matrices, moments, weights: as for `Stack`.
+    """
+    stack = Stack(matrices, moments, weights)
+    metric = stack.mean_moment()
+    mean = stack.mean(stack.matrix)
+    sizes = stack.mean(lambda e: _scalar(dot(stack.matrix(e), metric.to(stack.dtype) @ stack.matrix(e))))
+    return float(_ratio(_scalar(dot(mean, metric @ mean)), sizes))
+
+
+def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> StackFit:
+    count_stack(form, ranks, len(stack), *stack.size)  # checks both
+    if max_sweeps is None:
+        entries = len(stack) * stack.size[0] * stack.size[1]
+        max_sweeps = min(MAX_SWEEPS, 10 * SMALL // entries)
+    cores = _FITS[form](stack, ranks, max_sweeps)
+    stored = tuple(tuple(core.to(stack.result).contiguous() for core in term) for term in cores)
+    rows = [_errors(stack, stored, expert) for expert in range(len(stack))]
+    lost, energy, weight_lost, weight_energy = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return StackFit(form, ranks, stored, _ratio(weight_lost, weight_energy), lost, energy)
+
+
+def _errors(stack: Stack, cores: Cores, expert: int) -> list[float]:
+    """Squared error and size of an expert's outputs, and of its entries."""
+    weight = stack.matrix(expert)
+    difference = weight - expand(cores, expert).to(weight)
+    lost = dot(difference, stack.moment(expert) @ difference)
+    return [lost, stack.energy(expert), dot(difference, difference), dot(weight, weight)]
+
+
+def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    return [[torch.stack([stack.matrices[e].to(stack.result) for e in range(len(stack))])]]
+
+
+def _fit_none(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    own = (alone(stack.matrix(e), stack.moment(e), ranks[0]) for e in range(len(stack)))
+    return [_stacked([[part.to(stack.result) for part in pair] for pair in own])]
+
+
+def _fit_output(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    basis = leading(stack.output_importance(), ranks[0]).to(stack.dtype)
+    own = [[(stack.matrix(e) @ basis).to(stack.result)] for e in range(len(stack))]
+    return [[*_stacked(own), basis.mT]]
+
+
+def _fit_input(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    fit = _input_bases(stack, ranks, _all(stack))
+    fit.descend(max_sweeps)
+    return [[fit.shared, torch.stack(fit.own)]]
+
+
+def _fit_both(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    fit = _both_bases(stack, ranks, _all(stack))
+    fit.descend(max_sweeps)
+    assert fit.right is not None  # there from the start
+    return [[fit.shared, torch.stack(fit.own), fit.right]]
+
+
+def _fit_base(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
+    fit = Base(stack, ranks[0], _all(stack))
+    fit.descend(max_sweeps)
+    return [[fit.shared], _stacked(fit.own)]
+
+
+_FITS: dict[str, Callable[[Stack, Ranks, int], Cores]] = {
+    "none": _fit_none,
+    "input": _fit_input,
+    "output": _fit_output,
+    "both": _fit_both,
+    "base": _fit_base,
+    "whole": _fit_whole,
+}
+
+
+def _start_error(stack: Stack, form: str, ranks: Ranks, experts: list[int]) -> float:
+    """What the closed form loses of the outputs of some experts, per expert."""
+    starts: dict[str, Callable[[Stack, Ranks, list[int]], Shared]] = {
+        "input": _input_bases,
+        "both": _both_bases,
+        "base": lambda stack, ranks, experts: Base(stack, ranks[0], experts),
+    }
+    if form in starts:
+        return starts[form](stack, ranks, experts).error
+    basis = leading(stack.output_importance(), ranks[0]).to(stack.dtype) if form == "output" else None
+    lost = 0.0
+    for expert in experts:
+        weight, moment = stack.matrix(expert), stack.moment(expert)
+        if basis is None:
+            first, second = alone(weight, moment, ranks[0])
+        else:
+            first, second = weight @ basis, basis.mT
+        rest = weight - first @ second
+        lost += dot(rest, moment @ rest)
+    return lost / len(experts)
+
+
+def _input_bases(stack: Stack, ranks: Ranks, experts: list[int]) -> Bases:
+    return Bases(stack, ranks[0], None, experts)
+
+
+def _both_bases(stack: Stack, ranks: Ranks, experts: list[int]) -> Bases:
+    right = leading(stack.output_importance(), ranks[1]).mT.to(stack.dtype)
+    return Bases(stack, ranks[0], right, experts)
+
+
+def _all(stack: Stack) -> list[int]:
+    return list(range(len(stack)))
+
+
+def _stacked(own: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Per expert its cores -> per core a stack of the experts'."""
+    return [torch.stack(parts) for parts in zip(*own, strict=True)]
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """0 where nothing is there to be lost."""
+    return torch.where(whole > 0, part.clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)

@@ -1,0 +1,343 @@
+"""Plans for mixtures as sources: the experts of a layer as stacks of matrices, whole or shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from ..artifact.weight_files import split_into_shards
+from ..decomposition.stacks import Ranks, count_stack, stack_terms
+from ..errors import RecipeError, counted
+from ..experts.ffn import FFNShape, Form, MatrixShape
+from ..options import by_name, called, default_of
+from ..runtime.shapes import modeling
+from ..source import sentence_encoder
+from ..source.ffn import FFN
+from ..source.in_memory import InMemory
+from ..source.mixtures import locate_experts
+from ..source.safetensors_file import DTYPE2BYTES
+from ..source.state_dict import is_buffer
+from ..source.text_options import TextSource
+from ..tables import Cell, Table, escape, listed, merge_names, size, warning
+from .plan import FFNPlan, MatrixPlan, Plan
+from .planner import _out_tensors
+from .recipe import Recipe, parse_size
+from .resolve import Resolved, select_ffns
+from .totals import Totals, dense_flops_per_token
+
+# What can be chosen where the source is a mixture.
+USED = frozenset(
+    {
+        *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
+        *("max_shard_size", "keep", "share", "experts", "top_k"),
+    }
+)
+# Matrix -> what it becomes; a matrix that is not named stays whole.
+Chosen = Mapping[str, tuple[str, Ranks]]
+
+
+@dataclass(frozen=True)
+class StackPlan(MatrixPlan):
+    """One projection of all experts of a layer.
+
+    Attributes:
+        form, ranks: see `decomposition.stacks`.
+    """
+
+    form: str = "whole"
+    ranks: Ranks = ()
+
+    @property
+    def is_exact(self) -> bool:
+        return self.form == "whole"
+
+    @property
+    def numbers(self) -> int:
+        """Entries of the matrices of all experts."""
+        return self.num_experts * self.rows * self.cols
+
+    @property
+    def dense_params(self) -> int:
+        return self.numbers + (self.num_experts * self.cols if self.source.bias else 0)
+
+    @property
+    def stored_numbers(self) -> int:
+        """What is stored in their place."""
+        return count_stack(self.form, self.ranks, self.num_experts, self.rows, self.cols)
+
+    def row(self) -> dict[str, Cell]:
+        return {
+            "experts' matrix": self.name,
+            "size": f"{self.num_experts} x {self.rows} x {self.cols}",
+            "shared": self.form,
+            "ranks": listed(self.ranks),
+            "source": self.dense_params,
+            "stored": self.stored_params,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "experts": self.num_experts,
+            "shape": [self.rows, self.cols],
+            "form": self.form,
+            "ranks": list(self.ranks),
+            "dense_params": self.dense_params,
+            "stored_params": self.stored_params,
+        }
+
+
+class MixtureTotals(Totals):
+    """Totals beside one reference: the source, which takes the place of both."""
+
+    def rows(self, label: str) -> Iterator[dict[str, Cell]]:
+        for row in super().rows(label):
+            share = row["of plain MoE"]
+            yield {
+                "": row[""],
+                "source": row["plain MoE"],
+                "this model": row["this model"],
+                "of the source": share,
+            }
+
+
+@dataclass(frozen=True, repr=False)
+class MixturePlan(Plan):
+    """The resolved work on a mixture: routers and blocks stay, the experts' matrices become stacks."""
+
+    @property
+    def source_in_words(self) -> str:
+        return "the source"
+
+    @property
+    def kind(self) -> str:
+        return "experts"
+
+    @cached_property
+    def ffn_totals(self) -> Totals:
+        experts, top_k = self.recipe.experts, self.recipe.top_k
+        modules = [experts_module(ffn.form.parts, self.recipe) for ffn in self.ffns]
+        shared, own = (sum(getattr(m, f"{kind}_params") for m in modules) for kind in ("shared", "own"))
+        source = sum(matrix.dense_params for matrix in self.matrices)
+        num_bytes = sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in self.matrices)
+        costs = [module.cost(modeling().Work(tokens=1, rows=top_k, experts=experts)) for module in modules]
+        flops = sum(2 * top_k * matrix.rows * matrix.cols for matrix in self.matrices)
+        return MixtureTotals(
+            **_twice(params=source, active_params=top_k * source // experts, bytes=num_bytes),
+            stored_params=shared + experts * own,
+            active_params=shared + top_k * own,
+            stored_bytes=sum(tensor.num_bytes for tensor in self.tensors if tensor.ffn is not None),
+            dense_flops_per_token=flops,
+            plain_moe_flops_per_token=flops,
+            flops_per_token=int(sum(cost.flops for cost in costs)),
+            rebuild_flops_per_forward=int(sum(cost.rebuild_flops for cost in costs)),
+        )
+
+    @cached_property
+    def totals(self) -> Totals:
+        own, copied = self.ffn_totals, [tensor for tensor in self.tensors if tensor.ffn is None]
+        params = sum(prod(tensor.shape) for tensor in copied if not is_buffer(tensor.name))
+        num_bytes = sum(tensor.num_bytes for tensor in copied)
+        flops = self.dense_flops_per_token  # of all but the experts
+        return MixtureTotals(
+            **_twice(
+                params=own.dense_params + params,
+                active_params=own.plain_moe_active_params + params,
+                bytes=own.dense_bytes + num_bytes,
+            ),
+            stored_params=own.stored_params + params,
+            active_params=own.active_params + params,
+            stored_bytes=own.stored_bytes + num_bytes,
+            dense_flops_per_token=own.dense_flops_per_token + flops,
+            plain_moe_flops_per_token=own.dense_flops_per_token + flops,
+            flops_per_token=own.flops_per_token + flops,
+            rebuild_flops_per_forward=own.rebuild_flops_per_forward,
+        )
+
+    @property
+    def savings(self) -> str:
+        own, all_of_it = self.ffn_totals, self.totals
+        return (
+            f"The experts store {own.stored_params:,} numbers, "
+            f"{own.stored_params / own.dense_params:.1%} of the "
+            f"source's {own.dense_params:,}; the whole model {all_of_it.stored_params:,}, "
+            f"{all_of_it.stored_params / all_of_it.dense_params:.1%}."
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, and its largest
+        stack.
+
+        A stack in work is held in float32, twice while it is fitted.
+        """
+        by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
+        shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
+        layer = max(
+            sum(by_name[name] for name in ffn.tensors)
+            + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
+            for ffn in self.ffns
+        )
+        return shard + layer + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
+
+    def seeks_order(self, ffn: FFNPlan) -> bool:
+        return False
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.notes)
+
+    @property
+    def forecasts(self) -> list[str]:
+        return []
+
+    def totals_table(self) -> Table:
+        """The source beside the artifact, for the experts and for the whole model."""
+        return Table("Totals", (*self.ffn_totals.rows("experts"), *self.totals.rows("whole model")))
+
+    def shown(self, limit: int | None = None) -> Iterator[Table | str]:
+        """See `Shown`."""
+        recipe, kept = self.recipe, self.kept_dense
+        yield (
+            f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
+            f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes "
+            f"{recipe.top_k}; "
+            "routers stay as they are"
+        )
+        if kept:
+            names = [name for name, _ in merge_names([(name, None) for name in kept])]
+            names = names if limit is None or len(names) <= limit else [*names[:limit], "…"]
+            yield f"Left as they are: {', '.join(names)}"
+        rows = tuple(matrix.row() for matrix in self.matrices)
+        yield Table("Experts", rows, ("experts' matrix", "size", "shared", "ranks")).short().head(limit)
+        yield self.totals_table()
+        yield self.savings
+        yield self.shards_table().head(limit)
+        yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
+        if recipe.keep is None:
+            yield "Experts: whole, nothing is lost."
+        yield from map(warning, self.warnings)
+
+
+def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:
+    """The source's numbers, as both references."""
+    return {
+        "dense_params": params,
+        "plain_moe_params": params,
+        "plain_moe_active_params": active_params,
+        "dense_bytes": bytes,
+        "plain_moe_bytes": bytes,
+    }
+
+
+def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
+    """Resolve a recipe for a mixture, from its headers.
+
+    Raises:
+        MpoeError: the experts cannot be located or replaced, or the recipe does not fit them.
+    """
+    located = locate_experts(checkpoint)
+    _check_options(recipe, located.num_experts, located.top_k)
+    chosen = select_ffns(recipe, located.ffns)
+    full = recipe.replace(
+        revision=checkpoint.revision,
+        experts=located.num_experts,
+        top_k=located.top_k,
+        share=(recipe.share or "auto") if recipe.keep is not None else None,
+    )
+    kept = tuple(ffn.path for ffn in located.ffns if ffn not in chosen)
+    return Resolved(full, located.family, tuple(chosen), kept, checkpoint.notes)
+
+
+def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
+    """Raises RecipeError for an option that has no meaning where the source is a mixture."""
+    own = {"experts": num_experts, "top_k": top_k}
+    used = USED | {*by_name(TextSource)}
+    for name, each in by_name(Recipe).items():
+        value = getattr(recipe, name)
+        if value == default_of(each) or (name in used and name not in own):
+            continue
+        if name in own:
+            if value != own[name]:
+                raise RecipeError(
+                    f"{called(name)} is {value}, and the source is a mixture of {num_experts} experts, "
+                    f"{top_k} per "
+                    f"token; expected {own[name]}, or leave it out"
+                )
+            continue
+        raise RecipeError(
+            f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
+            f"leave it out"
+        )
+
+
+def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None = None) -> MixturePlan:
+    """The plan of a resolved recipe, from headers.
+
+    Args:
+        chosen: what matrices become, by their names; the others stay whole.
+    """
+    recipe = resolved.recipe
+    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, chosen or {}) for ffn in resolved.ffns)
+    tensors = _out_tensors(recipe, checkpoint, ffns)
+    return MixturePlan(
+        recipe=recipe,
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        model_type=checkpoint.config["model_type"],
+        family=resolved.family,
+        ffns=ffns,
+        kept_dense=resolved.kept_dense,
+        tensors=tensors,
+        shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
+        dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
+        notes=(
+            *resolved.notes,
+            *sentence_encoder.notes(checkpoint.folder, checkpoint.names(), checkpoint.code is not None),
+        ),
+        key_mapping=checkpoint.key_mapping,
+    )
+
+
+def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) -> FFNPlan:
+    matrices, parts, shapes = [], {}, {}
+    for role, source in ffn.projections.items():
+        info, name = checkpoint.tensors[source.weight], f"{ffn.key}.{role}"
+        rows, cols = info.shape[1:] if source.transposed else info.shape[:0:-1]
+        cols //= 1 if source.part is None else 2
+        form, ranks = chosen.get(name, ("whole", ()))
+        terms = stack_terms(form, ranks, rows, cols)
+        parts[role] = {"terms": terms, "bias": "per-expert" if source.bias else None}
+        shapes[role] = MatrixShape(rows, cols, source.bias is not None)
+        dtype = recipe.dtype or info.dtype
+        matrices.append(
+            StackPlan(
+                name,
+                role,
+                source,
+                rows,
+                cols,
+                None,
+                parts[role],
+                dtype,
+                ffn.num_experts,
+                form=form,
+                ranks=ranks,
+            )
+        )
+    module = experts_module(parts, recipe)
+    dtypes = {matrix.role: matrix.dtype for matrix in matrices}
+    tensors = {
+        f"{ffn.key}.{name}": (tuple(tensor.shape), dtypes[name.partition(".")[0]])
+        for name, tensor in module.state_dict().items()
+    }
+    shape = FFNShape(ffn.key, shapes, ffn.num_experts)
+    return FFNPlan(ffn, shape, tuple(matrices), Form(parts), tensors)
+
+
+def experts_module(form: dict, recipe: Recipe) -> Any:
+    """The shipped module of a form without tensors: it knows names, shapes and costs."""
+    return modeling().Experts(form, recipe.experts, recipe.top_k)

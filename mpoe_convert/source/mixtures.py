@@ -1,0 +1,351 @@
+"""Mixtures as sources: where the experts of a stock model are, how its tensors hold them, and who is refused.
+
+Since transformers 5 the sparse blocks of some sixty families call a module `experts` with the hidden states,
+the chosen experts and their weights, and mark its class with flags: transposed, gate and up concatenated or
+interleaved, biases. These flags are the table of families here. The block's router, its rule and its shared
+experts are not looked at: they stay. Each kind of module is run on small random numbers beside ours, so that
+what the flags say is confirmed before anything is converted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, FamilyError, few
+from ..options import called
+from ..runtime.shapes import functions
+from .checkpoint import Checkpoint
+from .families import Family, refusal
+from .ffn import FFN, Source
+from .in_memory import InMemory
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Config keys with the number of experts; more than one: a mixture.
+NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Config keys with the number of experts per token.
+_TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k"),
+    *("num_selected_experts", "router_top_k", "top_k"),
+)
+
+
+@dataclass(frozen=True)
+class MixtureFamily(Family):
+    """How the blocks of a mixture stand in their layers; found in the model, not in the table of families."""
+
+    def runtime(self) -> dict:
+        return {"slot": self.slot, "experts": "experts"}
+
+
+@dataclass(frozen=True)
+class Located:
+    """The experts of a model.
+
+    Attributes:
+        family: where the blocks are.
+        ffns: one per layer with experts, in layer order.
+        num_experts, top_k: of all of them.
+    """
+
+    family: MixtureFamily
+    ffns: tuple[FFN, ...]
+    num_experts: int
+    top_k: int
+
+
+def is_mixture(checkpoint: Checkpoint) -> bool:
+    """Whether config.json or the names of tensors speak of experts. Imports nothing."""
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    if any(_most(part.get(key)) > 1 for part in parts for key in NUMBERS):
+        return True
+    return any(".experts." in name or "block_sparse_moe" in name for name in checkpoint.tensors)
+
+
+def _most(count: object) -> int:
+    """The largest integer in a config value that is an integer or a list of one per layer."""
+    counts = count if isinstance(count, list) else [count]
+    return max((item for item in counts if isinstance(item, int)), default=0)
+
+
+def refuse(checkpoint: Checkpoint) -> None:
+    """Raises FamilyError for a mixture that is known to be of no use here, before anything is built."""
+    model_type = checkpoint.config["model_type"]
+    if checkpoint.architecture.is_custom:
+        raise FamilyError(
+            f"{checkpoint.source} is a mixture of experts with custom code, and only those of "
+            f"transformers are "
+            f"converted: leave out {called('trust_remote_code')}, if transformers has the type {model_type!r}"
+        )
+
+
+def locate_experts(memory: InMemory) -> Located:
+    """Find the experts of a mixture, and check that its tensors are complete; reads headers only.
+
+    Raises:
+        FamilyError: transformers' code for this model calls its experts in a way that is not known here.
+        CheckpointError: tensors are missing or have another shape than config.json says.
+    """
+    model_type, base = memory.config["model_type"], memory.model.base_model
+    found = dict(_experts_modules(base))
+    if not found:
+        raise FamilyError(_why_not(model_type, base))
+    slots = {path: _split(path) for path in found}
+    slot = next(iter(slots.values()))[2]
+    if any(each[2] != slot for each in slots.values()):
+        raise FamilyError(
+            f"experts in blocks of several names ({few([*found])}); expected one name in all layers"
+        )
+    for kind in {(type(module), _flags(module)): module for module in found.values()}.values():
+        check_module(model_type, kind)
+    counts = {path: _size(module)[0] for path, module in found.items()}
+    if len({*counts.values()}) > 1:
+        raise FamilyError(
+            f"the layers have {sorted({*counts.values()})} experts; expected one number in all layers"
+        )
+    _check_tensors(memory)
+    prefix = _prefix(memory, base)
+    ffns = tuple(_ffn(path, *slots[path], module, prefix) for path, module in found.items())
+    blocks = [base.get_submodule(path.rpartition(".")[0]) for path in found]
+    top_k = max(_top_k(block, memory.config) for block in blocks)
+    family = MixtureFamily((model_type,), (), slot, (), activation="")
+    return Located(family, ffns, next(iter(counts.values())), top_k)
+
+
+def _experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path below the base model, module) of those that transformers marks as experts."""
+    for path, module in base.named_modules():
+        if hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed"):
+            yield path, module
+
+
+def _split(path: str) -> tuple[str, int, str]:
+    """(path of the layer, its number, the block's path in it) of an experts module."""
+    match = re.fullmatch(r"((?:\w+\.)*?(\d+))((?:\.\w+)*?)\.experts", path)
+    if match is None:
+        raise FamilyError(f"experts at {path}; expected in numbered layers, in a module named experts")
+    return match[1], int(match[2]), match[3].removeprefix(".")
+
+
+def _why_not(model_type: str, base: nn.Module) -> str:
+    named = [path for path, _ in base.named_modules() if path.endswith(".experts")]
+    if not named:
+        return (
+            f"this {model_type} names experts in config.json or in its tensors, and no layer of "
+            f"{type(base).__name__} has any; correct config.json"
+        )
+    who = f"{named[0]} of {type(base).__name__}"
+    return refusal(model_type, f"{who} is not called as the experts of other families are")
+
+
+def _flags(module: Any) -> tuple[bool, ...]:
+    names = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    return tuple(bool(getattr(module, name, False)) for name in names)
+
+
+def _size(module: Any) -> tuple[int, int, int]:
+    """(experts, hidden size, inner size) of an experts module."""
+    experts, *sizes = module.down_proj.shape
+    inner, hidden = sizes if module.is_transposed else sizes[::-1]
+    return experts, hidden, inner
+
+
+def _names(module: Any) -> dict[str, str]:
+    """Role -> name of the tensor in an experts module."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return ({"gate": up} if module.has_gate else {}) | {"up": up, "down": "down_proj"}
+
+
+def sources_of(module: Any, prefix: str) -> dict[str, Source]:
+    """Role -> where the matrices of all experts are."""
+    found = {}
+    for role, name in _names(module).items():
+        weight = prefix + name
+        part = None if role == "down" or not module.has_gate else ("gate", "up").index(role)
+        found[role] = Source(
+            weight,
+            f"{weight}_bias" if module.has_bias else None,
+            module.is_transposed,
+            part,
+            interleaved=part is not None and not module.is_concatenated,
+            stacked=True,
+        )
+    return found
+
+
+def _ffn(path: str, layer: str, number: int, slot: str, module: Any, prefix: str) -> FFN:
+    sources = sources_of(module, f"{prefix}{path}.")
+    key = f"{prefix}{layer}.{slot}." if slot else f"{prefix}{layer}."
+    return FFN(layer, number, key + functions().MIXTURE, (sources,) * _size(module)[0])
+
+
+def _prefix(memory: InMemory, base: nn.Module) -> str:
+    """What stands in front of the base model's names in those of the model."""
+    return "" if base is memory.model else f"{memory.model.base_model_prefix}."
+
+
+def _top_k(block: nn.Module, config: dict) -> int:
+    """Experts per token, as the block or its router knows it, or config.json."""
+    for module in (block, *block.children()):
+        for name in ("top_k", "num_experts_per_tok", "topk", "num_experts_per_token", "moe_topk"):
+            if isinstance(found := getattr(module, name, None), int):
+                return found
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((most for part in parts for key in _TOP_K if (most := _most(part.get(key)))), 1)
+
+
+def _check_tensors(memory: InMemory) -> None:
+    """Raises CheckpointError if a tensor of the model is missing, or has another shape."""
+    learnt = {name: each for name, each in memory.model.named_parameters(remove_duplicate=False)}
+    tied = {*(getattr(memory.model, "all_tied_weights_keys", None) or ())}
+    missing = [name for name in learnt if name not in memory.tensors and name not in tied]
+    if missing:
+        raise CheckpointError(
+            f"{memory.source} lacks {few(missing)} of {type(memory.model).__name__}; correct "
+            f"config.json, or fetch "
+            "the files that belong together"
+        )
+    for name, info in memory.tensors.items():
+        if name in learnt and info.shape != tuple(learnt[name].shape):
+            raise CheckpointError(
+                f"{memory.source}: {name} has the shape {list(info.shape)}, and config.json asks for "
+                f"{list(learnt[name].shape)}; correct config.json, or fetch the files that belong together"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_stack(checkpoint: Checkpoint, source: Source) -> Tensor:
+    """The matrices of all experts (E, in, out), in the dtype of the source.
+
+    Raises:
+        CheckpointError: one holds NaN or Inf; names the expert.
+    """
+    return _read(checkpoint, source.weight, matrices_of, source)
+
+
+def read_biases(checkpoint: Checkpoint, source: Source) -> Tensor:
+    """The biases of all experts (E, out), of a projection that has some. Raises CheckpointError as "
+    "`read_stack`."""
+    assert source.bias is not None
+    return _read(checkpoint, source.bias, biases_of, source)
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, part: Callable[[Tensor, Source], Tensor], source: Source
+) -> Tensor:
+    from ..tensors import check_finite
+
+    tensor = part(checkpoint.read(name), source).contiguous()
+    for expert, own in enumerate(tensor):
+        check_finite(own, f"{name} (expert {expert})")
+    return tensor
+
+
+def matrices_of(tensor: Tensor, source: Source) -> Tensor:
+    """A view (E, in, out) of the tensor that holds the matrices of all experts."""
+    stack = tensor if source.transposed else tensor.mT
+    if source.part is None:
+        return stack
+    return stack[..., source.part :: 2] if source.interleaved else stack.chunk(2, dim=-1)[source.part]
+
+
+def biases_of(tensor: Tensor, source: Source) -> Tensor:
+    """A view (E, out) of the tensor that holds the biases of all experts."""
+    if source.part is None:
+        return tensor
+    return tensor[..., source.part :: 2] if source.interleaved else tensor.chunk(2, dim=-1)[source.part]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Confirmed by running it
+
+# Sizes of a trial: all different, so that a wrong order fails.
+_EXPERTS, _HIDDEN, _INNER, _TOKENS, _CHOSEN = 3, 6, 10, 7, 2
+
+
+def check_module(model_type: str, module: Any) -> None:
+    """Run a small copy of stock experts beside ours. Raises FamilyError if they compute different things."""
+    import torch
+
+    name = type(module).__name__
+    if getattr(module, "has_post_expert_norm", False):
+        raise FamilyError(refusal(model_type, f"{name} has a norm behind every expert"))
+    try:
+        small = _small(module)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(_TOKENS, _HIDDEN, generator=generator)
+        index = torch.rand(_TOKENS, _EXPERTS, generator=generator).argsort(-1)[:, :_CHOSEN]
+        weights = torch.rand(_TOKENS, _CHOSEN, generator=generator)
+        with torch.no_grad():
+            expected = small(tokens, index, weights)
+            found = _ours(small)(tokens, index, weights)
+        same = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    except Exception as error:  # the model's code may need anything else
+        raise FamilyError(
+            refusal(model_type, f"{name} does not run on small numbers ({type(error).__name__})")
+        ) from error
+    if not same:
+        raise FamilyError(
+            refusal(model_type, f"{name} computes something else than down(act(gate x) * up x)")
+        )
+
+
+def _small(module: Any) -> Any:
+    """A small copy of stock experts with random parameters."""
+    import torch
+    from torch import nn
+
+    own = vars(nn.Module()).keys()
+    sizes = dict(zip(_size(module), (_EXPERTS, _HIDDEN, _INNER), strict=True))
+    kind: Any = type(module)
+    small = kind.__new__(kind)
+    nn.Module.__init__(small)
+    for name, value in vars(module).items():
+        if name not in own:
+            is_size = isinstance(value, int) and not isinstance(value, bool)
+            vars(small)[name] = sizes.get(value, value) if is_size else value
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if name in vars(small):
+            vars(small)[name] = _EXPERTS
+    small._modules.update(module._modules)
+    small.config = SimpleNamespace(_experts_implementation="eager")
+    generator = torch.Generator().manual_seed(1)
+    width = 2 * _INNER if module.has_gate else _INNER
+    for name, shape in ((_names(module)["up"], (_HIDDEN, width)), ("down_proj", (_INNER, _HIDDEN))):
+        shape = shape if module.is_transposed else shape[::-1]
+        setattr(small, name, nn.Parameter(torch.randn(_EXPERTS, *shape, generator=generator)))
+        if module.has_bias:
+            out = _HIDDEN if name == "down_proj" else width
+            setattr(small, f"{name}_bias", nn.Parameter(torch.randn(_EXPERTS, out, generator=generator)))
+    return small
+
+
+def _ours(small: Any) -> Any:
+    """Our experts with the parameters of stock ones."""
+    import torch
+
+    roles = {"gate": (_HIDDEN, _INNER), "up": (_HIDDEN, _INNER), "down": (_INNER, _HIDDEN)}
+    sources = sources_of(small, "")
+    bias = "per-expert" if small.has_bias else None
+    form = {role: {"terms": [whole(*roles[role])], "bias": bias} for role in sources}
+    made = functions().Experts(form, _EXPERTS, _CHOSEN, small)
+    with torch.no_grad():
+        for role, source in sources.items():
+            projection = getattr(made, role)
+            projection.terms[0].aux_0.copy_(matrices_of(getattr(small, source.weight), source))
+            if source.bias:
+                projection.bias.copy_(biases_of(getattr(small, source.bias), source))
+    return made
+
+
+def whole(rows: int, cols: int) -> dict:
+    """The term of experts that are whole matrices."""
+    return {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}

@@ -1,0 +1,33 @@
+"""Open a source: a dense model under the names on disk, a mixture under those of the model."""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .in_memory import in_memory
+from .mixtures import is_mixture, refuse
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    headers_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open the source of a conversion. Arguments and errors as for `open_checkpoint`.
+
+    Raises:
+        FamilyError: also if it is a mixture whose experts cannot be replaced.
+    """
+    checkpoint = open_checkpoint(
+        model,
+        revision=revision,
+        token=token,
+        headers_only=headers_only,
+        trust_remote_code=trust_remote_code,
+    )
+    if not is_mixture(checkpoint):
+        return checkpoint
+    refuse(checkpoint)
+    return in_memory(checkpoint)

@@ -1,0 +1,90 @@
+"""Forms of a stack of experts' matrices: their sizes, and the ranks that a budget allows."""
+
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+
+from mpoe_convert.decomposition.stacks import (
+    FORMS,
+    MULTIPLE,
+    count_stack,
+    largest_ranks,
+    ranks_within,
+    stack_terms,
+)
+from mpoe_convert.runtime.modeling_mpoe import Chain
+
+RANKS = {"both": (3, 5), "whole": ()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_terms_store_what_is_counted(form):
+    ranks = RANKS.get(form, (3,))
+    chains = [Chain(term, 4) for term in stack_terms(form, ranks, 12, 10)]
+    stored = sum(parameter.numel() for chain in chains for parameter in chain.parameters())
+    assert count_stack(form, ranks, 4, 12, 10) == stored
+    assert all(chain.acts for chain in chains)
+
+
+@pytest.mark.parametrize(("form", "share"), list(product(FORMS, (0.15, 0.3, 0.5, 0.9, 1.2))))
+@pytest.mark.parametrize(("num_experts", "in_dim", "out_dim"), [(5, 24, 16), (3, 7, 11), (6, 256, 192)])
+def test_ranks_are_the_largest_within_a_budget(form, share, num_experts, in_dim, out_dim):
+    numbers = int(share * num_experts * in_dim * out_dim)
+    sizes = (num_experts, in_dim, out_dim)
+    ranks = ranks_within(form, *sizes, numbers)
+    if ranks is None:
+        least = (1,) * len(RANKS.get(form, (3,)))
+        assert count_stack(form, least, *sizes) > numbers
+        return
+    assert count_stack(form, ranks, *sizes) <= numbers
+    for k, (rank, largest) in enumerate(zip(ranks, largest_ranks(form, *sizes), strict=True)):
+        assert rank <= largest
+        assert rank < 64 or rank % MULTIPLE == 0 or rank == largest
+        more = min(rank + (1 if rank + 1 < 64 else MULTIPLE), largest)
+        wider = (*ranks[:k], more, *ranks[k + 1 :])
+        assert rank == largest or count_stack(form, wider, *sizes) > numbers
+
+
+def test_two_ranks_go_where_the_spectra_are_long():
+    flat, steep = torch.ones(64), torch.logspace(0, -6, 64)
+    numbers = 3 * 64 * 64
+    wide_in = ranks_within("both", 6, 64, 64, numbers, (flat, steep))
+    wide_out = ranks_within("both", 6, 64, 64, numbers, (steep, flat))
+    assert wide_in is not None and wide_out is not None
+    assert wide_in[0] > 2 * wide_in[1] and wide_out[1] > 2 * wide_out[0]
+    lost = [
+        float(flat[first:].sum() + steep[second:].sum())
+        for first, second in product(range(1, 65), repeat=2)
+        if count_stack("both", (first, second), 6, 64, 64) <= numbers
+    ]
+    # Ranks from 64 on are multiples of 8: here only the full one.
+    assert float(flat[wide_in[0] :].sum() + steep[wide_in[1] :].sum()) == pytest.approx(min(lost))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_without_spectra_both_ranks_take_the_same_part_of_their_sides(share):
+    first, second = ranks_within("both", 8, 400, 200, int(share * 8 * 400 * 200))
+    assert first / 400 == pytest.approx(second / 200, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("form", "ranks", "message"),
+    [
+        ("tucker", (3,), "no form is called 'tucker': choose one of none, input, output, both, base, whole"),
+        ("both", (3,), r"the form both has 2 ranks, found \(3,\)"),
+        ("whole", (3,), r"the form whole has 0 ranks, found \(3,\)"),
+        ("none", (), r"the form none has 1 ranks, found \(\)"),
+    ],
+)
+def test_wrong_forms_and_ranks(form, ranks, message):
+    for call in (lambda: stack_terms(form, ranks, 4, 4), lambda: count_stack(form, ranks, 2, 4, 4)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_terms_keep_the_sizes():
+    for form in FORMS:
+        for term in stack_terms(form, RANKS.get(form, (3,)), 12, 10):
+            assert (prod(term["in_dims"]), prod(term["out_dims"])) == (12, 10)

@@ -1,0 +1,328 @@
+"""Mixtures of experts, converted: every family against the stock model, and what users do with one."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+import transformers
+from helpers.data import QUICK, words
+from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, save_mixture, stock_name, token_ids
+from helpers.models import stored
+from helpers.tiny import save_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from mpoe_convert import Export, Finetuning, Recipe, convert, evaluate, export, finetune, plan, verify
+from mpoe_convert.errors import ExportError
+
+
+def load_pair(source, out, **options):
+    """(stock model, converted model), loaded as users do, with nothing missing or left over."""
+    stock = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        out, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return stock, model.eval()
+
+
+def difference(model, stock, ids=None) -> float:
+    ids = token_ids() if ids is None else ids
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids).logits.float() for each in (model, stock))
+    return float((found - expected).norm() / expected.norm())
+
+
+def own_parameters(model):
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".mixture." in name]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_family_computes_and_learns_as_the_stock_model(model_type, tmp_path):
+    assert stock_name(model_type)[0] == "AutoModelForCausalLM"
+    source = save_mixture(model_type, tmp_path / "source")
+    report = convert(Recipe(str(source)), tmp_path / "out")
+    stock, model = load_pair(source, tmp_path / "out")
+    assert difference(model, stock) < 2e-6
+    assert report.max_error == 0 and report.plan.totals.stored_params == report.plan.totals.dense_params
+    ids = token_ids()
+    losses = [each(input_ids=ids, labels=ids, use_cache=False).loss for each in (stock, model)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    own = own_parameters(model)
+    assert own and all(parameter.grad is not None and parameter.grad.any() for _, parameter in own)
+    for name, parameter in stock.named_parameters():
+        if ".experts." in name or parameter.grad is None:
+            continue
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        own[-1][1].mul_(1 + 0.1 * torch.randn(own[-1][1].shape, generator=torch.Generator().manual_seed(0)))
+    assert difference(model, stock) > 1e-5
+
+
+# ------------------------------------------------------------------------------------- what users do
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """(source, artifact)"""
+    root = tmp_path_factory.mktemp("mixtral")
+    source = save_mixture("mixtral", root / "source")
+    convert(Recipe(str(source)), root / "out")
+    return source, root / "out"
+
+
+def test_the_artifact_says_what_it_is(mixtral):
+    source, out = mixtral
+    config = json.loads((out / "config.json").read_text())
+    assert config["mpoe"]["family"] == {"slot": "mlp", "experts": "experts"}
+    assert (config["mpoe"]["num_experts"], config["mpoe"]["top_k"]) == (EXPERTS, TOP_K)
+    names = stored(out)
+    assert not any("experts" in name for name in names)
+    assert names["model.layers.1.mlp.mixture.up.terms.0.aux_0"].shape == (EXPERTS, 32, 40)
+    card = (out / "README.md").read_text()
+    assert "The experts of 2 layers of source are stored whole" in card and "dense" not in card
+    assert "untrained" not in card and "plain MoE" not in card
+
+
+def test_the_artifact_is_verified(mixtral):
+    found = verify(mixtral[1])
+    assert found.ok and found.relative_difference < 2e-6 and found.greedy_agreement == 1
+
+
+def test_copies_pickles_and_saved_models_compute_the_same(mixtral, tmp_path):
+    stock, model = load_pair(*mixtral)
+    assert difference(copy.deepcopy(model), stock) < 2e-6
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert difference(torch.load(file, weights_only=False), stock) < 2e-6
+    model.save_pretrained(tmp_path / "again")
+    again = load_pair(mixtral[0], tmp_path / "again")[1]
+    assert difference(again, stock) < 2e-6
+    assert stored(tmp_path / "again").keys() == stored(mixtral[1]).keys()
+
+
+def test_text_is_generated_with_a_cache(mixtral):
+    stock, model = load_pair(*mixtral)
+    texts = [each.generate(token_ids(), max_new_tokens=8, do_sample=False) for each in (stock, model)]
+    assert torch.equal(*texts)
+
+
+def test_the_routers_losses_are_the_stock_ones(mixtral):
+    ids = token_ids()
+    outputs = [each(input_ids=ids, labels=ids, output_router_logits=True) for each in load_pair(*mixtral)]
+    for name in ("loss", "aux_loss"):
+        torch.testing.assert_close(*(each[name] for each in outputs), rtol=1e-5, atol=1e-6)
+    assert all(len(each.router_logits) == 2 for each in outputs)
+    config = AutoConfig.from_pretrained(mixtral[1], trust_remote_code=True)
+    assert config.router_aux_loss_coef == 0.001  # Mixtral's default, not ours
+
+
+@pytest.mark.parametrize("schedule", ["apply", "rebuild", "cached"])
+def test_every_schedule_computes_the_same(mixtral, schedule):
+    stock, model = load_pair(*mixtral, **{})
+    for _, ffn in model._mixings():
+        ffn.schedule = schedule
+    assert difference(model, stock) < 2e-6
+    assert difference(model, stock, token_ids((1, 1))) < 2e-6
+
+
+def test_it_compiles_in_one_graph(mixtral):
+    stock, model = load_pair(*mixtral)
+    assert difference(torch.compile(model, backend="aot_eager", fullgraph=True), stock) < 2e-6
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "gpt_oss"])
+def test_routers_have_the_dtype_of_the_stock_ones(model_type, tmp_path):
+    source = save_mixture(model_type, tmp_path / "source", torch.bfloat16)
+    convert(Recipe(str(source)), tmp_path / "out")
+    stock, model = load_pair(source, tmp_path / "out", dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in stock.named_parameters()}
+    assert {name: p.dtype for name, p in model.named_parameters() if name in dtypes} == {
+        name: dtype for name, dtype in dtypes.items() if ".experts." not in name
+    }
+    assert difference(model, stock) < 0.05
+
+
+def test_layers_that_are_left_out_stay_as_they_are(mixtral, tmp_path):
+    report = convert(Recipe(str(mixtral[0]), layers="1"), tmp_path / "out")
+    assert report.plan.kept_dense == ("layers.0",)
+    stock, model = load_pair(mixtral[0], tmp_path / "out")
+    assert {name.split(".mlp.")[0] for name, _ in own_parameters(model)} == {"model.layers.1"}
+    assert difference(model, stock) < 2e-6
+
+
+def test_the_backbone_and_other_heads_load(mixtral):
+    source, out = mixtral
+    stock, model = (AutoModel.from_pretrained(each, trust_remote_code=True).eval() for each in mixtral)
+    with torch.no_grad():
+        expected, found = (each(token_ids()).last_hidden_state for each in (stock, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
+    assert own_parameters(head)
+
+
+def test_a_new_model_starts_small(mixtral):
+    config = AutoConfig.from_pretrained(mixtral[1], trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert all(0 < parameter.std() < 0.1 for _, parameter in own_parameters(model))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_low_rank_adapter_is_learnt(mixtral):
+    peft = pytest.importorskip("peft")
+    stock, model = load_pair(*mixtral)
+    names = [name for name, _ in own_parameters(model)]
+    learning = peft.get_peft_model(model, peft.LoraConfig(target_parameters=names[:2], r=2))
+    assert difference(learning, stock) < 2e-6
+    ids = token_ids()
+    learning(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in learning.named_parameters() if "lora_" in n)
+
+
+# ------------------------------------------------------------------------------------------- smaller
+
+
+@pytest.mark.parametrize("share", ["none", "input", "output", "both", "base"])
+def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
+    """The stock model with the experts' matrices contracted from the cores."""
+    source = mixtral[0]
+    recipe = Recipe(str(source), keep=0.8, share=share)
+    report = convert(recipe, tmp_path / "out")
+    assert all(matrix.form == share and 0.1 < matrix.relative_error < 1 for matrix in report.matrices)
+    assert report.plan.ffn_totals.stored_params <= 0.8 * report.plan.ffn_totals.dense_params
+    assert plan(recipe).ffn_totals.stored_params == pytest.approx(
+        report.plan.ffn_totals.stored_params, rel=0.15
+    )
+    stock, model = load_pair(source, tmp_path / "out")
+    tensors = stored(tmp_path / "out")
+    for layer, block in enumerate(stock.model.layers):
+        matrices = {}
+        for role in ("gate", "up", "down"):
+            start = f"model.layers.{layer}.mlp.mixture.{role}.terms."
+            found = 0
+            for term in range(2 if share == "base" else 1):
+                names = [name for name in tensors if name.startswith(f"{start}{term}.")]
+                names.sort(key=lambda name: name[-1])  # "central_0", "aux_1"
+                cores = [tensors[name].double() for name in names]
+                cores = [core if core.ndim == 3 else core.unsqueeze(0) for core in cores]
+                product = cores[0]
+                for core in cores[1:]:
+                    product = product @ core
+                found = found + product
+            matrices[role] = found.expand(EXPERTS, -1, -1).float()
+        experts = block.mlp.experts
+        with torch.no_grad():
+            experts.gate_up_proj.copy_(torch.cat([matrices["gate"], matrices["up"]], dim=-1).mT)
+            experts.down_proj.copy_(matrices["down"].mT)
+    for schedule in ("apply", "rebuild", "cached"):
+        for _, ffn in model._mixings():
+            ffn.schedule = schedule
+        assert difference(model, stock) < 5e-6
+
+
+def test_the_form_is_chosen_by_the_error(mixtral, tmp_path):
+    errors = {}
+    for share in ("auto", "none", "input", "output", "both"):
+        report = convert(Recipe(str(mixtral[0]), keep=0.7, share=share), tmp_path / "out", overwrite=True)
+        errors[share] = [matrix.relative_error for matrix in report.matrices]
+    least = [min(each) for each in zip(*(errors[share] for share in errors if share != "auto"), strict=True)]
+    assert all(ours <= best * (1 + 1e-6) for ours, best in zip(errors["auto"], least, strict=True))
+
+
+def test_everything_kept_is_whole(mixtral, tmp_path):
+    report = convert(Recipe(str(mixtral[0]), keep=1.0), tmp_path / "out")
+    assert {matrix.form for matrix in report.matrices} == {"whole"} and report.plan.is_exact
+
+
+# ------------------------------------------------------------------------- calibrated, exported, trained
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory):
+    """(source with a tokenizer, text)"""
+    root = tmp_path_factory.mktemp("readable")
+    source = save_mixture("qwen3_moe", root / "source")
+    save_tokenizer(source)
+    text = root / "text.txt"
+    text.write_text(words(4000))
+    return source, str(text)
+
+
+def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
+    source, text = readable
+    recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=2048)
+    report = convert(recipe, tmp_path / "out")
+    plain = convert(recipe.replace(calibrate=()), tmp_path / "plain")
+    stock, model = load_pair(source, tmp_path / "out")
+    ids = token_ids((8, 32), seed=5)
+    assert difference(model, stock, ids) < difference(load_pair(source, tmp_path / "plain")[1], stock, ids)
+    for ours, other in zip(report.matrices, plain.matrices, strict=True):
+        assert ours.output_error < ours.relative_error and ours.relative_error >= other.relative_error
+    words_of_it = report.divergence_in_words()
+    assert "nats of divergence from the source" in words_of_it
+
+
+def test_experts_that_no_token_reached_are_named(readable, tmp_path):
+    source = save_mixture("deepseek_v3", tmp_path / "source")
+    save_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100
+    model.save_pretrained(source)
+    told = plan(Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=2048)).warnings
+    assert told == ["1 expert of layers.1 (2) saw no calibration token: fitted to what its whole layer saw."]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe", "nemotron_h", "ernie4_5_moe"])
+def test_an_export_is_the_source_again(model_type, tmp_path):
+    source = save_mixture(model_type, tmp_path / "source")
+    convert(Recipe(str(source)), tmp_path / "out")
+    exported = export(tmp_path / "out", tmp_path / "again", Export(to="moe"))
+    assert exported.model_type == model_type and exported.comparison.relative_difference < 2e-6
+    expected, found = stored(source), stored(tmp_path / "again")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "again")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("target", ["dense", "lora", "onnx"])
+def test_other_exports_are_refused(mixtral, tmp_path, target):
+    with pytest.raises(ExportError, match="none of its experts is a model by itself; expected to='moe'"):
+        export(mixtral[1], tmp_path / "again", Export(to=target))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_smaller_mixture_is_trained_scored_and_exported(readable, tmp_path):
+    source, text = readable
+    convert(Recipe(str(source), keep=0.7), tmp_path / "out")
+    finetune(Finetuning(model=str(tmp_path / "out"), data=text, **QUICK), tmp_path / "tuned")
+    before, after = stored(tmp_path / "out"), stored(tmp_path / "tuned")
+    still = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert before.keys() == after.keys() and not still
+    assert evaluate(str(tmp_path / "tuned"), data=text, limit=4).metrics["perplexity"].value > 1
+    assert verify(tmp_path / "tuned").problems() == []
+    exported = export(tmp_path / "tuned", tmp_path / "again", Export(to="moe"))
+    assert exported.comparison.relative_difference < 5e-6
+
+
+# ---------------------------------------------------------------------------------------- a trained one
+
+
+def test_a_trained_mixture_keeps_its_loss(test_data, tmp_path):
+    from helpers.real import load, windows_of
+
+    source = test_data / "checkpoints" / "qwen3moe-mix"
+    convert(Recipe(str(source)), tmp_path / "out")
+    text = (test_data / "text" / "mix" / "train_tinystories.txt").read_text()[-20000:]
+    windows = windows_of(source, text, 128, 8)
+    with torch.no_grad():
+        losses = [
+            load(folder)(input_ids=windows, labels=windows).loss.item()
+            for folder in (source, tmp_path / "out")
+        ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3) and losses[0] < 5
