@@ -192,6 +192,18 @@ def test_layers_are_saved_one_after_the_other():
     assert seen[0] == layers[0] and seen[-1] == layers[1] and set(seen[1:-1]) <= {"second"}
 
 
+def test_weights_that_are_streamed(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, batches = make_model("mixtral"), make_batches()
+    whole = moments_of(model, batches)
+    names = ("embed_tokens", "norm", "rotary_emb")
+    places = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu", "model.layers": "disk"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    for path, moments in moments_of(model, batches).items():
+        torch.testing.assert_close(moments.inputs, whole[path].inputs)
+        torch.testing.assert_close(moments.inner, whole[path].inner)
+
+
 def test_a_model_that_computes_nan():
     model = make_model("mixtral")
     path = next(path for path, module in model.named_modules() if is_experts(module))
