@@ -1,4 +1,4 @@
-"""What compressing a mixture costs: forms of sharing between experts, fewer neurons, fewer experts.
+"""What compressing a mixture costs: forms of sharing between experts, and fewer neurons.
 
     MPOE_TEST_DATA=... python examples/benchmarks/compression_mixtures.py --json FILE [--source FOLDER]
 
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from mpoe_convert.compression.expert_moments import ExpertMoments, collect, is_experts
 from mpoe_convert.compression.stream import keep_no_cache
+from mpoe_convert.decomposition.neurons import kept_neurons, leverage, refitted_down, widths_by_score
 from mpoe_convert.decomposition.stack_fit import choose_form, fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack, side_spectra
 from mpoe_convert.decomposition.stacks import FORMS, ranks_within
@@ -103,7 +104,22 @@ def with_form(form: str) -> Callable[[Layer, ExpertMoments, float], tuple[Layer,
     return compress
 
 
+def fewer_neurons(layer: Layer, moments: ExpertMoments, share: float) -> tuple[Layer, dict]:
+    """Neurons dropped by ridge leverage over the experts of a layer, `down` refitted."""
+    metric = moments.metric("inner")
+    scores = [leverage(metric[e] / metric[e].diagonal().mean()) for e in range(len(metric))]
+    widths = widths_by_score(scores, int(share * sum(map(len, scores))))
+    found = {role: torch.zeros_like(stack) for role, stack in layer.items()}
+    for expert, (part, width) in enumerate(zip(scores, widths, strict=True)):
+        kept = kept_neurons(part, width)
+        for role in ("gate", "up"):
+            found[role][expert][:, kept] = layer[role][expert][:, kept]
+        found["down"][expert][kept] = refitted_down(layer["down"][expert], metric[expert], kept)
+    return found, {"widths": widths}
+
+
 WAYS = {form: with_form(form) for form in FORMS if form != "whole"} | {"chosen": with_form("chosen")}
+WAYS["neurons"] = fewer_neurons
 
 
 def measure(arguments: argparse.Namespace) -> dict:

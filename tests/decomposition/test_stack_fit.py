@@ -158,7 +158,8 @@ def test_descent_ends_where_the_gradient_vanishes(form, monkeypatch):
         sizes = [core.detach().norm() for term in cores for core in term]
         return max(float(g.norm() * s) for g, s in zip(found, sizes, strict=True))
 
-    assert gradients(120) < 0.02 * gradients(0)
+    # Descent over a base is the slower one.
+    assert gradients(120) < (0.1 if form == "base" else 0.01) * gradients(0)
 
 
 def stack_of(kind):
