@@ -194,9 +194,9 @@ def test_all_metrics_of_a_task_are_recorded(artifact, tmp_path):
         (
             "README.md",
             "---\na: [\n---\n# Mine\n",
-            "README.md is no model card with front matter (while parsing",
+            "README.md' is no model card with front matter (while parsing",
         ),
-        ("README.md", "---\n- a\n---\n# Mine\n", "README.md is no model card with front matter (repo card"),
+        ("README.md", "---\n- a\n---\n# Mine\n", "README.md' is no model card with front matter (repo card"),
         (
             "evaluation_report.json",
             "[]",
@@ -222,5 +222,5 @@ def test_only_an_artifact_takes_a_record(artifact, text):
     assert done.exit_code == 1 and "is not an artifact of mpoe-convert" in done.stderr
     done = CliRunner().invoke(main, ["evaluate", "me/moe", "--data", str(text), "--record"])
     assert (
-        done.exit_code == 1 and "me/moe is not a folder: expected a folder that a conversion" in done.stderr
+        done.exit_code == 1 and "'me/moe' is not a folder: expected a folder that a conversion" in done.stderr
     )

@@ -371,8 +371,8 @@ SPOILS = {
     spoil_other_config: "is not empty and not an artifact of mpoe-convert; nothing in it is touched",
     spoil_no_report: "is not empty and not an artifact of mpoe-convert; nothing in it is touched",
     spoil_damaged_report: "conversion_report.json' is not JSON",
-    spoil_file_beside: "also holds notes.txt, which mpoe-convert did not write; move",
-    spoil_folder_beside: "also holds checkpoint-100, which mpoe-convert did not write; move",
+    spoil_file_beside: "also holds 'notes.txt', which mpoe-convert did not write; move",
+    spoil_folder_beside: "also holds 'checkpoint-100', which mpoe-convert did not write; move",
 }
 
 

@@ -267,7 +267,7 @@ def test_what_is_there_is_replaced_only_if_it_is_ours_and_only_when_asked(tmp_pa
     export(out, back, Export(expert=1, check=False), overwrite=True)
     assert "expert 1" in (back / "README.md").read_text()
     (back / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="also holds notes.txt"):
+    with pytest.raises(OutputError, match="also holds 'notes.txt'"):
         export(out, back, UNCHECKED, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

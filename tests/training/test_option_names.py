@@ -32,11 +32,11 @@ def config(artifact):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("nonsense", 3, "--option nonsense: the config of out has no such option$"),
+        ("nonsense", 3, "--option nonsense: the config of 'out' has no such option$"),
         ("router_aux_loss_coeff", 1, "no such option; did you mean 'router_aux_loss_coef'\\?$"),
         ("resid_pdorp", 0.1, "did you mean 'resid_pdrop'\\?$"),
         ("to_dict", 3, "no such option"),
-        ("mpoe", 3, "--option mpoe is fixed: with another value out would be another model"),
+        ("mpoe", 3, "--option mpoe is fixed: with another value 'out' would be another model"),
         ("model_type", "llama", "is fixed"),
         ("n_layer", 2, "--option n_layer is fixed: "),
         ("num_hidden_layers", 2, "is fixed"),
@@ -141,9 +141,9 @@ def test_names_of_transformers():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("n_positions", 7, "--option n_positions is 7: that model has no place for 'wpe.weight' of out"),
+        ("n_positions", 7, "--option n_positions is 7: that model has no place for 'wpe.weight' of 'out'"),
         ("n_inner", 60, "no place for 'h.0.mlp.c_fc.weight'"),
-        ("add_cross_attention", True, "out lacks 'h.0.crossattention"),
+        ("add_cross_attention", True, "'out' lacks 'h.0.crossattention"),
         ("num_labels", "a", "--option num_labels is 'a', and transformers makes no model of it: "),
         ("activation_function", "geluu", "is 'geluu', and transformers makes no model of it: .*geluu"),
         ("attn_implementation", "foo", "is 'foo', and transformers makes no model of it: "),

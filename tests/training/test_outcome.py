@@ -131,7 +131,7 @@ def test_of_other_weights_nothing_is_kept_or_drawn(artifact, data, tmp_path):
     tensors["transformer.wte.weight"][0, 0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=r"training_report.json is about other weights than those in its"
+        CheckpointError, match=r"training_report.json' is about other weights than those in its"
     ):
         draw_pictures(target)
     evaluate(str(target), data[0], length=LENGTH, record=True)

@@ -73,7 +73,7 @@ def test_what_cannot_be_written_is_told_before_the_first_step(how, source, text,
     how(source)
     monkeypatch.setattr(MpoeTrainer, "training_step", refuse)
     with pytest.raises(
-        OutputError, match=r"^.*tuned could not be written after training \(.*\): repair this"
+        OutputError, match=r"^.*tuned' could not be written after training \(.*\): repair this"
     ):
         finetune(Finetuning(str(source), text, **QUICK), tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
@@ -139,7 +139,7 @@ def test_a_disk_without_room(freeze, artifact, text, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     with pytest.raises(AssertionError, match="a step was taken"):
         finetune(run, tmp_path / "tuned", watch=lambda what, done, total: told.append(what))
-    assert f"needs up to {needed / 1e6:.1f} MB in {tmp_path / 'tuned'}" in told
+    assert f"needs up to {needed / 1e6:.1f} MB in '{tmp_path / 'tuned'}'" in told
 
 
 @pytest.mark.parametrize("options", [{"epochs": 1.5, "accumulate": 2, "save_every": 3}, {"steps": 4}])
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(error, artifact, tex
     run = Finetuning(str(artifact("gpt2")[1]), text, **QUICK)
     fail_to_write(error, 1, monkeypatch)
     told = (
-        r"^the checkpoint of step 4 cannot be written to .*tuned \(.*(No space|failed).*\); .*checkpoint-2 "
+        r"^the checkpoint of step 4 cannot be written to '.*tuned' \(.*(No space|failed).*\); .*checkpoint-2 "
     )
     told += r"is the newest; free some space or repair this, then run again with resume=True$"
     with pytest.raises(OutputError, match=told):
@@ -192,7 +192,7 @@ def test_a_failed_save_loses_nothing(moment, artifact, text, tmp_path, monkeypat
         save(self, output_dir, _internal_call)
 
     monkeypatch.setattr(MpoeTrainer, "save_model", fill)
-    message = r"^the trained model cannot be written to .*tuned \(.*No space left"
+    message = r"^the trained model cannot be written to '.*tuned' \(.*No space left"
     message += r".*\): .*checkpoint-3 holds it, so repair this and go on with resume=True$"
     with pytest.raises(OutputError, match=message):
         finetune(run, tmp_path / "tuned")

@@ -249,7 +249,7 @@ def test_the_code_of_the_source_lies_beside_ours_unchanged(name, own):
 def test_an_artifact_that_lacks_code_is_not_pushed(own, tmp_path):
     out = Path(shutil.copytree(own("minstrel")[1], tmp_path / "out"))
     (out / "minstrel_layers.py").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks minstrel_layers.py, which its code needs"):
+    with pytest.raises(CheckpointError, match=r"lacks 'minstrel_layers.py', which its code needs"):
         own_files(out)
 
 
@@ -436,7 +436,7 @@ def test_code_that_does_not_run_is_told_in_one_line(tmp_path):
             plan(Recipe(folder, trust_remote_code=True))
         assert "repair it" in str(error.value)
     (folder / "modeling_scribe.py").unlink()
-    with pytest.raises(CheckpointError, match="lacks modeling_scribe.py, which its code needs"):
+    with pytest.raises(CheckpointError, match="lacks 'modeling_scribe.py', which its code needs"):
         plan(Recipe(folder, trust_remote_code=True))
 
 
@@ -705,7 +705,7 @@ def test_models_of_the_hub_with_their_code_there_or_elsewhere(own, tmp_path):
             fetched = hub.fetched(".py")
             _, err = client.communicate("\n")
         assert (client.returncode, "No files matched" in err) == (0, False), err[-3000:]
-        assert "o/song has custom code (configuration_minstrel.py" in said and not fetched
+        assert "'o/song' has custom code (configuration_minstrel.py" in said and not fetched
         of_code = {get.path.rpartition("/")[2] for get in hub.fetched() if "/o/code/" in get.path}
         assert of_code == set(code)
         for target in ("me/out", "me/other"):

@@ -92,7 +92,7 @@ def test_the_embeddings_are_those_of_the_source(name, model_type, tmp_path):
     (out / "1_Pooling").mkdir(exist_ok=True)
     check_output(out, overwrite=True)
     (out / "1_Pooling/mine.txt").write_text("precious")
-    with pytest.raises(OutputError, match="also holds 1_Pooling/mine.txt, which"):
+    with pytest.raises(OutputError, match="also holds '1_Pooling/mine.txt', which"):
         check_output(out, overwrite=True)
 
 
