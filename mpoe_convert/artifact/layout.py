@@ -190,8 +190,7 @@ def is_weights(name: str) -> bool:
 
 
 def keeps_routers(config: dict) -> bool:
-    """Whether the config.json is of an artifact whose source was a mixture: its routers are the stock "
-    "ones."""
+    """Whether a config.json is of an artifact whose source was a mixture: its routers are stock ones."""
     return bool((config.get("mpoe") or {}).get("family", {}).get("experts"))
 
 

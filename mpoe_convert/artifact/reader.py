@@ -355,7 +355,7 @@ def _experts(checkpoint: Checkpoint, block: dict) -> Iterator[Mixture]:
         start = next((name.partition(tail)[0] for name in checkpoint.tensors if f"{tail}." in name), None)
         if start is None:
             raise CheckpointError(
-                f"{checkpoint.source} has no tensors of the experts that its config.json names "
+                f"'{checkpoint.source}' has no tensors of the experts that its config.json names "
                 f"({path}): fetch "
                 "or save it again"
             )

@@ -52,12 +52,12 @@ class Divergence:
         found = self.difference if self.nats is None else self.nats
         return found if found is not None and math.isfinite(found) else math.inf
 
-    def in_words(self, source: str = "the dense model") -> str:
-        """One sentence. `source`: what the artifact is compared with."""
+    def in_words(self, reference: str = "the dense model") -> str:
+        """One sentence. `reference`: what the artifact is compared with."""
         measured = f"Measured on {self.tokens:,} held-out tokens:"
         if self.nats is None:
             return f"{measured} the relative difference of the last hidden states is {self.difference:.3f}."
-        line = f"{measured} {self.nats:.3g} nats of divergence from {source}"
+        line = f"{measured} {self.nats:.3g} nats of divergence from {reference}"
         if self.perplexity is None:
             return f"{line}."
         return f"{line}, perplexity {self.perplexity:.4g} instead of {self.dense_perplexity:.4g}."

@@ -113,7 +113,7 @@ def export(
     source = open_artifact(str(model), revision=revision, token=token)
     if source.keeps_routers and request.to != "moe":
         raise ExportError(
-            f"{source.checkpoint.source} was made of a mixture, a {source.model_type}, and none of its "
+            f"'{source.checkpoint.source}' was made of a mixture, a {source.model_type}, and none of its "
             f"experts is a "
             f"model by itself; expected {assigned('to', 'moe')}"
         )

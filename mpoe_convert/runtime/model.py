@@ -277,7 +277,21 @@ class MixtureMixin(_Stock):
             for module in self.modules():
                 if module is not self and isinstance(module, PreTrainedModel):
                     self._adopt(module)
+        self._register_renames()
         self.post_init()
+
+    def _register_renames(self) -> None:
+        """Take over the key renames of a mixture's type, for its dense FFNs; or none, for experts of ours.
+
+        One class serves both, so that its renames are those for the model that was made last.
+        """
+        names = {self._base_class.__name__: type(self).__name__}
+        names[self._base_class.config_class.model_type] = self.config.model_type
+        for stock, name in names.items():
+            renames = get_checkpoint_conversion_mapping(stock)
+            if renames is not None and _renames_experts(renames):
+                ours = [] if _keeps_routers(self.config) else renames
+                register_checkpoint_conversion_mapping(name, ours, overwrite=True)
 
     def _layer_paths(self) -> dict[str, int]:
         """{path of a layer with a mixture below the base model: index of its form}, of those that are here.

@@ -175,7 +175,7 @@ def _shapes_of(
         made = group.made_of(tensors, model)
     except Exception as error:  # transformers' operations may raise anything
         raise CheckpointError(
-            f"{checkpoint.source}: transformers cannot make {group.target} of "
+            f"'{checkpoint.source}': transformers cannot make {group.target} of "
             f"{few([name for name, _ in group.names])} ({one_line(error)}); fetch the checkpoint again"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in made.items()}
@@ -199,14 +199,14 @@ def _check_experts(checkpoint: Checkpoint, group: Group, shape: tuple[int, ...])
     for pattern, names in by_pattern.items():
         if not names:
             raise CheckpointError(
-                f"{checkpoint.source}: tensors such as {pattern.rstrip('$')} are missing, while "
+                f"'{checkpoint.source}': tensors such as {pattern.rstrip('$')} are missing, while "
                 f"{fullest[0]} is "
                 "there; fetch the checkpoint again"
             )
         for expert, name in _experts_of(names, shape[0]):
             if name not in names:
                 raise CheckpointError(
-                    f"{checkpoint.source} lacks {name}, the matrix of expert {expert} of {shape[0]}; "
+                    f"'{checkpoint.source}' lacks {name}, the matrix of expert {expert} of {shape[0]}; "
                     f"fetch the "
                     "checkpoint again"
                 )
@@ -214,7 +214,7 @@ def _check_experts(checkpoint: Checkpoint, group: Group, shape: tuple[int, ...])
         for name in names:
             if (found := checkpoint.tensors[name].shape) != usual:
                 raise CheckpointError(
-                    f"{checkpoint.source}: {name} has the shape {list(found)}, those of the other experts "
+                    f"'{checkpoint.source}': {name} has the shape {list(found)}, those of the other experts "
                     f"{list(usual)}; expected experts of one shape"
                 )
 

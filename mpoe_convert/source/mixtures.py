@@ -78,7 +78,7 @@ def refuse(checkpoint: Checkpoint) -> None:
     model_type = checkpoint.config["model_type"]
     if checkpoint.architecture.is_custom:
         raise FamilyError(
-            f"{checkpoint.source} is a mixture of experts with custom code, and only those of "
+            f"'{checkpoint.source}' is a mixture of experts with custom code, and only those of "
             f"transformers are "
             f"converted: leave out {called('trust_remote_code')}, if transformers has the type {model_type!r}"
         )
@@ -206,14 +206,14 @@ def _check_tensors(memory: InMemory) -> None:
     missing = [name for name in learnt if name not in memory.tensors and name not in tied]
     if missing:
         raise CheckpointError(
-            f"{memory.source} lacks {few(missing)} of {type(memory.model).__name__}; correct "
+            f"'{memory.source}' lacks {few(missing)} of {type(memory.model).__name__}; correct "
             f"config.json, or fetch "
             "the files that belong together"
         )
     for name, info in memory.tensors.items():
         if name in learnt and info.shape != tuple(learnt[name].shape):
             raise CheckpointError(
-                f"{memory.source}: {name} has the shape {list(info.shape)}, and config.json asks for "
+                f"'{memory.source}': {name} has the shape {list(info.shape)}, and config.json asks for "
                 f"{list(learnt[name].shape)}; correct config.json, or fetch the files that belong together"
             )
 

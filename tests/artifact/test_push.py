@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpoe_convert import Export, evaluate, export
-from mpoe_convert.artifact.layout import file_names, is_artifact, own_files
+from mpoe_convert.artifact.layout import file_names, is_artifact, own_files, register_files
 from mpoe_convert.cli.push import resumable_push
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.source.hub_errors import explain_writing
@@ -162,6 +162,7 @@ def test_folders_of_this_machine_stay_here(hub, push, out):
         "log": [1.5],
     }
     write_json(out / "training_report.json", training)
+    register_files(out, ["training_report.json"])
     push(out, "me/moe")
     found = hub.repos["me/moe"].revisions["main"]
     assert not [name for name, data in found.items() if str(Path(base).parent).encode() in data]

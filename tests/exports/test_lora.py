@@ -90,7 +90,7 @@ def test_a_base_that_is_still_right_is_named(tmp_path):
     saved.save_pretrained(tmp_path / "headless")
     export(out, tmp_path / "again", Export(to="lora", base=str(tmp_path / "headless"), check=False))
     perturb(out)
-    with pytest.raises(ExportError, match="mlp.c_fc.weight differs from that of .*dense: .* omit base"):
+    with pytest.raises(ExportError, match="mlp.c_fc.weight differs from that of '.*dense': .* omit base"):
         export(out, tmp_path / "wrong", Export(to="lora", base=str(dense), check=False))
 
 

@@ -543,7 +543,7 @@ def test_a_trained_bias_is_kept_whatever_the_rate(artifact, tmp_path):
     assert all(ffn.balance_bias is None for _, ffn in model.mixtures())
     model.config.router_bias_update_rate = 0.3  # also after loading
     inputs = batch(model, "gpt2")
-    for _ in range(3):
+    for _ in range(2):  # one move, which none can take back
         model(**inputs).loss.backward()
         model.zero_grad()
     model.save_pretrained(tmp_path / "saved")
