@@ -26,7 +26,7 @@ CONFIG_OPTIONS = (
     Option(
         "router_aux_loss_coef",
         float,
-        0.01,
+        0.005,
         "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
         "balanced, that is the number of experts per token",
     ),

@@ -285,8 +285,8 @@ class MixtureMixin(_Stock):
 
         One class serves both, so that its renames are those for the model that was made last.
         """
-        names = {self._base_class.__name__: type(self).__name__}
-        names[self._base_class.config_class.model_type] = self.config.model_type
+        stock_type = self.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+        names = {self._base_class.__name__: type(self).__name__, stock_type: self.config.model_type}
         for stock, name in names.items():
             renames = get_checkpoint_conversion_mapping(stock)
             if renames is not None and _renames_experts(renames):
