@@ -257,6 +257,8 @@ TASKS = {
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
+# Twice the weight that the load-balancing loss has by default.
+EVEN = {"options": {"router_aux_loss_coef": 0.01}}
 # Recipes of MPO experts that name no layout have this one.
 LAYOUT = "one-sided"
 
@@ -298,13 +300,15 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
         f"blocks {block}, identity gauge": (
             {"layout": "blocks", "bond_dim": block, "gauge": "identity"},
-            {},
+            EVEN,
         ),
+        f"blocks {block}, balance 0.01": ({"layout": "blocks", "bond_dim": block}, EVEN),
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }
     found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
-    many = {"plain MoE": {"kind": "dense"}} | {name: recipe for name, (recipe, _) in free.items()}
+    free[f"low-rank {rank}, balance 0.01"] = (free[f"low-rank {rank}"][0], EVEN)
+    many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
     return found | {name: (*each, None) for name, each in variations.items()}
@@ -456,9 +460,10 @@ def table(rows: list[dict], task) -> str:
     for row in sorted(rows, key=lambda row: row["score"]):
         cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
         cells += [str(row["tried"] or ""), str(row["seeds"])]
-        cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
         gained = gains(row, dense) if dense else []
+        cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
         cells += [f"{mean(gained):+.4f}", f"{interval(gained):.4f}"] if gained else ["", ""]
+        cells = ["" if cell == "nan" else cell for cell in cells]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
         keys = ("load_entropy", "lowest_load_entropy", "similarity")

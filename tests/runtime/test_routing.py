@@ -61,6 +61,7 @@ def routings(model, inputs) -> list[Routing]:
 
 def router(top_k=2, experts=4, hidden=6) -> Router:
     module = Router(hidden, experts, top_k)
+    torch.manual_seed(0)
     module.reset_parameters(1.0)
     return module
 
