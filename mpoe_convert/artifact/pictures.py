@@ -118,13 +118,15 @@ def _errors(report: dict) -> Figure:
     figure = _figure(min(max(6, 4 + 0.35 * len(paths)), 16), 4.5, ERRORS)
     axes = figure.add_subplot()
     places = {path: place for place, path in enumerate(paths)}
+    of_mixture = any("form" in matrix for matrix in matrices)
     by_role = {role: [m for m in matrices if m["name"].endswith(f".{role}")] for role in ROLES}
     roles = [role for role, own in by_role.items() if own]
     for number, role in enumerate(roles):
         (marker, color), own = ROLES[role], by_role[role]
         shift = 0.2 * (number - (len(roles) - 1) / 2)  # so that no point hides another
         where = [shift + next(places[p] for p in paths if f".{p}." in f".{m['name']}") for m in own]
-        drawn = [("relative_error", f"{role}: error of expert 0", color)]
+        who = "all experts" if of_mixture else "expert 0"
+        drawn = [("relative_error", f"{role}: error of {who}", color)]
         if report["max_clone_drift"]:
             drawn.append(("clone_drift", f"{role}: drift of a clone", "none"))
         for key, label, face in drawn:
@@ -144,13 +146,16 @@ def _sizes(folder: Path, report: dict) -> Figure:
     params = {part: numbers[1] for part, numbers in inspect(folder).parts.items()}
     shared, own = (sum(params.get(f"{what} ({whose})", 0) for what, whose in parts) for parts in PARTS)
     used = own * report["recipe"]["top_k"] / report["recipe"]["experts"]
+    routers = params.get("routers", 0)  # none of ours where the source was a mixture
+    plain = "plain MoE" if routers else "source"
     bars = [
-        ("this model, used per token", shared, used, params["routers"]),
-        ("this model, stored", shared, own, params["routers"]),
-        ("plain MoE, used per token", totals["plain_moe_active_params"], 0, 0),
-        ("plain MoE, stored", totals["plain_moe_params"], 0, 0),
-        ("dense base", totals["dense_params"], 0, 0),
+        ("this model, used per token", shared, used, routers),
+        ("this model, stored", shared, own, routers),
+        (f"{plain}, used per token", totals["plain_moe_active_params"], 0, 0),
+        (f"{plain}, stored", totals["plain_moe_params"], 0, 0),
     ]
+    if routers:
+        bars.append(("dense base", totals["dense_params"], 0, 0))
     figure = _figure(8, 4, SIZES)
     axes = figure.add_subplot()
     for place, (name, shared, auxiliary, routing) in enumerate(bars):
@@ -166,8 +171,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
     for color, label in (
         (SHARED, "shared by all experts"),
         (OWN, "owned by the experts"),
-        (ROUTERS, "routers"),
-        (REFERENCE, "references, with their routers"),
+        *([(ROUTERS, "routers")] if routers else []),
+        (REFERENCE, "references, with their routers" if routers else "the source's experts"),
     ):
         axes.barh(0, 0, color=color, label=label)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)

@@ -347,8 +347,7 @@ def _mixtures(
 
 
 def _experts(checkpoint: Checkpoint, block: dict) -> Iterator[Mixture]:
-    """The experts of an artifact whose source was a mixture. Raises CheckpointError if a tensor is "
-    "missing."""
+    """The experts of an artifact of a mixture. Raises CheckpointError if a tensor is missing."""
     for path, number in block["ffns"].items():
         layer = ".".join(filter(None, [path, block["family"]["slot"]]))
         tail = f"{layer}.{modeling().MIXTURE}"

@@ -1,5 +1,4 @@
-"""An artifact made of a mixture, back in the architecture of its source, under the names of its "
-"checkpoints."""
+"""An artifact made of a mixture, back in its source's architecture, under the names of its checkpoints."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ..artifact.weight_files import split_into_shards
-from ..decomposition.stacks import Ranks, count_stack, stack_terms
+from ..decomposition.stacks import Ranks, stack_terms
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
 from ..options import by_name, called, default_of
@@ -62,11 +62,6 @@ class StackPlan(MatrixPlan):
     @property
     def dense_params(self) -> int:
         return self.numbers + (self.num_experts * self.cols if self.source.bias else 0)
-
-    @property
-    def stored_numbers(self) -> int:
-        """What is stored in their place."""
-        return count_stack(self.form, self.ranks, self.num_experts, self.rows, self.cols)
 
     def row(self) -> dict[str, Cell]:
         return {
@@ -282,7 +277,7 @@ def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None
     """
     recipe = resolved.recipe
     ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, chosen or {}) for ffn in resolved.ffns)
-    tensors = _out_tensors(recipe, checkpoint, ffns)
+    tensors = _out_tensors(recipe, checkpoint, ffns, kept=_kept_in_float32(checkpoint.model))
     return MixturePlan(
         recipe=recipe,
         source=checkpoint.source,
@@ -300,6 +295,12 @@ def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None
         ),
         key_mapping=checkpoint.key_mapping,
     )
+
+
+def _kept_in_float32(model: Any) -> frozenset[str]:
+    """Parts of names whose tensors the stock model leaves in float32, whatever its dtype: routers' biases."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return frozenset(part for name in names for part in getattr(model, name, None) or ())
 
 
 def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) -> FFNPlan:

@@ -102,8 +102,13 @@ def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form:
     return found
 
 
-def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...]) -> tuple[OutTensor, ...]:
-    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood."""
+def _out_tensors(
+    recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...], kept: frozenset[str] = frozenset()
+) -> tuple[OutTensor, ...]:
+    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood.
+
+    kept: parts of the names of tensors that keep the source's dtype.
+    """
     owner = {}
     for plan in ffns:
         for source in plan.ffn.projections.values():
@@ -119,7 +124,8 @@ def _out_tensors(recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ..
                 out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in plan.tensors.items()]
         elif name not in dropped:
             floating = info.dtype in FLOAT_DTYPES
-            dtype = recipe.dtype if floating and recipe.dtype else info.dtype
+            stays = not floating or any(f".{part}." in f".{name}." for part in kept)
+            dtype = info.dtype if stays else recipe.dtype or info.dtype
             out.append(OutTensor(name, info.shape, dtype, None))
     return tuple(out)
 

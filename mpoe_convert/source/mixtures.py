@@ -232,8 +232,7 @@ def read_stack(checkpoint: Checkpoint, source: Source) -> Tensor:
 
 
 def read_biases(checkpoint: Checkpoint, source: Source) -> Tensor:
-    """The biases of all experts (E, out), of a projection that has some. Raises CheckpointError as "
-    "`read_stack`."""
+    """The biases of all experts (E, out), of a projection that has some. Raises as `read_stack`."""
     assert source.bias is not None
     return _read(checkpoint, source.bias, biases_of, source)
 

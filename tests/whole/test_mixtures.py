@@ -11,10 +11,22 @@ from helpers.data import QUICK, words
 from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, save_mixture, stock_name, token_ids
 from helpers.models import stored
 from helpers.tiny import save_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from mpoe_convert import Export, Finetuning, Recipe, convert, evaluate, export, finetune, plan, verify
-from mpoe_convert.errors import ExportError
+from mpoe_convert import (
+    Export,
+    Finetuning,
+    Recipe,
+    convert,
+    draw_pictures,
+    evaluate,
+    export,
+    finetune,
+    plan,
+    verify,
+)
+from mpoe_convert.errors import ExportError, RecipeError
 
 
 def load_pair(source, out, **options):
@@ -326,3 +338,31 @@ def test_a_trained_mixture_keeps_its_loss(test_data, tmp_path):
             for folder in (source, tmp_path / "out")
         ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3) and losses[0] < 5
+
+
+def test_biases_of_routers_stay_in_float32(tmp_path):
+    """As in the stock model: rounded to bfloat16, biases near 10 would choose other experts."""
+    dense = save_mixture("deepseek_v3", tmp_path / "dense")
+    state = load_file(dense / "model.safetensors")
+    names = [name for name in state if name.endswith("e_score_correction_bias")]
+    for name in names:
+        state[name] = 10 + 0.03 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(1))
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    convert(Recipe(str(dense), dtype="bfloat16"), tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert names and all(torch.equal(found[name], state[name]) for name in names)
+    assert not torch.equal(state[names[0]], state[names[0]].bfloat16().float())
+
+
+def test_pictures_name_the_source(tmp_path):
+    dense = save_mixture("mixtral", tmp_path / "dense")
+    convert(Recipe(str(dense), keep=0.6), tmp_path / "out")
+    draw_pictures(tmp_path / "out")
+    drawn = (tmp_path / "out/pictures/parameters.svg").read_text(encoding="utf-8")
+    assert "<!-- source, stored -->" in drawn and "dense base" not in drawn and "routers" not in drawn
+
+
+def test_more_than_all_numbers_are_refused(tmp_path):
+    dense = save_mixture("mixtral", tmp_path / "dense")
+    with pytest.raises(RecipeError, match="keep is 2; expected a share of the experts' numbers"):
+        convert(Recipe(str(dense), keep=2), tmp_path / "out")
