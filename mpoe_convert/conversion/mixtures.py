@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..decomposition.stack_fit import fit_stack
+from ..decomposition.stack_fit import alikeness, fit_stack
 from ..options import called
 from ..planning.mixtures import StackPlan
 from ..runtime.shapes import functions
@@ -33,7 +33,7 @@ class StackReport(MatrixReport):
         experts: how many.
         relative_error: of all experts together, as stored; `expert_errors` of each.
         output_error: relative difference of the experts' expected outputs, in the metric of what each gets.
-        alike: the share of the matrices' energy that their mean has: 1 for copies, 1 / experts for strangers.
+        alike: how much of the experts' outputs their mean explains, see `alikeness`.
     """
 
     form: str = "whole"
@@ -93,10 +93,8 @@ def _measure(
         chains = [functions().Chain(term, len(stack)) for term in terms]
     metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
     lost, energy, outputs_lost, outputs_energy = [], [], 0.0, 0.0
-    mean = torch.zeros(stack.shape[1:], dtype=torch.float64, device=stack.device)
     for expert, matrix in enumerate(stack):
         exact = matrix.double()
-        mean += exact / len(stack)
         made = torch.zeros_like(exact)
         for number, chain in enumerate(chains):
             cores = [tensors[f"terms.{number}.{name}"].to(exact) for name in chain.core_names]
@@ -133,7 +131,7 @@ def _measure(
         ranks=plan.ranks,
         experts=len(stack),
         expert_errors=tuple(_root(one, of) for one, of in zip(lost, energy, strict=True)),
-        alike=float(mean.square().sum()) * len(stack) / total if total else 0.0,
+        alike=alikeness(stack, metric),
     )
 
 

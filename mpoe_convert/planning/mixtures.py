@@ -8,13 +8,11 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from ..artifact.weight_files import split_into_shards
 from ..decomposition.stacks import Ranks, stack_terms
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
 from ..options import by_name, called, default_of
 from ..runtime.shapes import modeling
-from ..source import sentence_encoder
 from ..source.ffn import FFN
 from ..source.in_memory import InMemory
 from ..source.mixtures import locate_experts
@@ -23,10 +21,10 @@ from ..source.state_dict import is_buffer
 from ..source.text_options import TextSource
 from ..tables import Cell, Table, escape, listed, merge_names, size, warning
 from .plan import FFNPlan, MatrixPlan, Plan
-from .planner import _out_tensors
-from .recipe import Recipe, parse_size
+from .planner import assemble
+from .recipe import Recipe
 from .resolve import Resolved, select_ffns
-from .totals import Totals, dense_flops_per_token
+from .totals import Totals
 
 # What can be chosen where the source is a mixture.
 USED = frozenset(
@@ -275,26 +273,8 @@ def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None
     Args:
         chosen: what matrices become, by their names; the others stay whole.
     """
-    recipe = resolved.recipe
-    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, chosen or {}) for ffn in resolved.ffns)
-    tensors = _out_tensors(recipe, checkpoint, ffns, kept=_kept_in_float32(checkpoint.model))
-    return MixturePlan(
-        recipe=recipe,
-        source=checkpoint.source,
-        revision=checkpoint.revision,
-        model_type=checkpoint.config["model_type"],
-        family=resolved.family,
-        ffns=ffns,
-        kept_dense=resolved.kept_dense,
-        tensors=tensors,
-        shards=split_into_shards(tensors, parse_size(recipe.max_shard_size)),
-        dense_flops_per_token=dense_flops_per_token(checkpoint.architecture),
-        notes=(
-            *resolved.notes,
-            *sentence_encoder.notes(checkpoint.folder, checkpoint.names(), checkpoint.code is not None),
-        ),
-        key_mapping=checkpoint.key_mapping,
-    )
+    ffns = tuple(_plan_ffn(resolved.recipe, checkpoint, ffn, chosen or {}) for ffn in resolved.ffns)
+    return assemble(MixturePlan, resolved, checkpoint, ffns, _kept_in_float32(checkpoint.model))
 
 
 def _kept_in_float32(model: Any) -> frozenset[str]:

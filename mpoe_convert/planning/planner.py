@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from .. import experts
 from ..artifact.weight_files import split_into_shards
@@ -14,13 +14,12 @@ from ..source.checkpoint import Checkpoint
 from ..source.ffn import FFN
 from ..source.locate import runs_per_token
 from ..source.matrices import FLOAT_DTYPES, matrix_size
+from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
 from .recipe import Recipe, parse_size
 from .resolve import Resolved
-
-if TYPE_CHECKING:
-    pass
-from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
 from .totals import dense_flops_per_token, mixture
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def plan_checkpoint(
@@ -31,10 +30,21 @@ def plan_checkpoint(
     Args:
         ranks: by the names of the matrices; None: all stay whole.
     """
+    ffns = tuple(_plan_ffn(resolved.recipe, checkpoint, ffn, ranks or {}) for ffn in resolved.ffns)
+    return assemble(Plan, resolved, checkpoint, ffns)
+
+
+def assemble(
+    cls: type[AnyPlan],
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    ffns: tuple[FFNPlan, ...],
+    kept: frozenset[str] = frozenset(),
+) -> AnyPlan:
+    """A plan of these FFNs; `kept`: parts of the names of copied tensors that keep the source's dtype."""
     recipe = resolved.recipe
-    ffns = tuple(_plan_ffn(recipe, checkpoint, ffn, ranks or {}) for ffn in resolved.ffns)
-    tensors = _out_tensors(recipe, checkpoint, ffns)
-    return Plan(
+    tensors = _out_tensors(recipe, checkpoint, ffns, kept)
+    return cls(
         recipe=recipe,
         source=checkpoint.source,
         revision=checkpoint.revision,
@@ -103,12 +113,9 @@ def _ffn_tensors(recipe: Recipe, ffn: FFN, matrices: Iterable[MatrixPlan], form:
 
 
 def _out_tensors(
-    recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...], kept: frozenset[str] = frozenset()
+    recipe: Recipe, checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...], kept: frozenset[str]
 ) -> tuple[OutTensor, ...]:
-    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood.
-
-    kept: parts of the names of tensors that keep the source's dtype.
-    """
+    """The artifact's tensors; those of an FFN stand where the first of its dense tensors stood."""
     owner = {}
     for plan in ffns:
         for source in plan.ffn.projections.values():
