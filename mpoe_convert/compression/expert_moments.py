@@ -4,7 +4,7 @@
 
     x, experts, weights --[experts module]--> sum_e g_e(x) f_e(x)       f_e(x) = down_e(h)
                                |                                       h = act(gate_e(x)) * up_e(x)
-        per expert: sum g^2 x^T x,  sum g^2 h^T h,  sum g norm(f_e(x)),  tokens
+        per expert: sum g^2 x^T x,  sum g^2 h^T h,  tokens
 
 Since transformers 5 the sparse blocks call a module `experts` with the hidden states, the chosen experts and
 their combine weights g; router, routing rule and shared experts stay the stock code's. That module's experts
@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, evenly_spread, is_held_out, token_mask
+from .batches import Batch, is_held_out, token_mask
 from .lockstep import Lockstep
 from .stream import check_activations, run_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Held-out tokens of a layer that are kept.
-SAMPLE = 512
 # An expert's moment borrows from its layer's as if it had seen so many more tokens per input feature.
 BORROWED = 1 / 16
 
@@ -51,29 +49,17 @@ class ExpertMoments:
         total: tokens of the layer.
         inputs: (E, in, in) sums of g^2 x^T x.
         inner: (E, inner, inner) sums of g^2 h^T h.
-        norms: (E,) float64 sums of g norm(f(x)).
-        sample: (tokens, in) held-out hidden states; `sample_experts` (tokens, k) and `sample_weights`
-            (tokens, k): where they go.
     """
 
     tokens: Tensor
     total: int
     inputs: Tensor
     inner: Tensor
-    norms: Tensor
-    sample: Tensor
-    sample_experts: Tensor
-    sample_weights: Tensor
 
     @property
     def unseen(self) -> list[int]:
         """Experts that no token of the calibration text was routed to."""
         return [expert for expert, count in enumerate(self.tokens.tolist()) if not count]
-
-    @property
-    def scores(self) -> Tensor:
-        """(E,) REAP's saliency: the mean of g norm(f(x)) over an expert's tokens (arXiv 2510.13999)."""
-        return self.norms / self.tokens.clamp(min=1)
 
     def metric(self, place: str, borrowed: float = BORROWED) -> Borrowing:
         """The moments of the inputs ("inputs") or hidden neurons ("inner"), one expert's at a time."""
@@ -141,7 +127,7 @@ def collect(
     dtype: torch.dtype = torch.float64,
     wanted: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Run the stock mixture over its batches; held-out ones are sampled, the others summed.
+    """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
     Args:
         model: in eval mode, without a cache.
@@ -217,7 +203,6 @@ class _Walk:
         mask = token_mask(self.model, self.batches[current], decoder=".decoder." in f".{path}")
         counted = None if mask is None or mask.numel() != len(x) else mask.reshape(-1).bool().to(x.device)
         if is_held_out(current, self.batches):
-            self.sums.keep(x, experts, weights, counted)
             counted = x.new_zeros(len(x), dtype=torch.bool)
         y = self.sums.add(module, x, experts, weights, counted)
         check_activations(y, path)
@@ -238,8 +223,6 @@ class _Sums:
         self.tokens = torch.zeros(count, dtype=torch.int64)
         self.inputs = torch.zeros(count, x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
         self.inner = torch.zeros(count, inner, inner, dtype=dtype, device=x.device)
-        self.norms = torch.zeros(count, dtype=torch.float64, device=x.device)
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(
         self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor | None
@@ -258,24 +241,15 @@ class _Sums:
             outputs.index_add_(0, rows, (given * combine).to(outputs.dtype))
             if counted is not None:
                 chosen = counted[rows]
-                states, inner, given, combine = (t[chosen] for t in (states, inner, given, combine))
-            self._add_expert(expert, combine.float(), states, inner, given)
+                states, inner, combine = (t[chosen] for t in (states, inner, combine))
+            self._add_expert(expert, combine.float(), states, inner)
         return outputs.to(x.dtype)
 
-    def _add_expert(self, expert: int, combine: Tensor, x: Tensor, inner: Tensor, given: Tensor) -> None:
+    def _add_expert(self, expert: int, combine: Tensor, x: Tensor, inner: Tensor) -> None:
         self.tokens[expert] += len(x)
         for sums, rows in ((self.inputs, x), (self.inner, inner)):
             scaled = rows.float() * combine
             sums[expert] += scaled.mT @ scaled
-        self.norms[expert] += (given.float().norm(dim=-1) * combine[:, 0]).sum()
-
-    def keep(self, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor | None) -> None:
-        chosen = slice(None) if counted is None else counted
-        self.kept.append((x[chosen].cpu(), experts[chosen].cpu(), weights[chosen].cpu()))
 
     def finish(self) -> ExpertMoments:
-        rows = [torch.cat(parts) for parts in zip(*self.kept, strict=True)]
-        chosen = evenly_spread(len(rows[0]), min(SAMPLE, len(rows[0])))
-        sample, experts, weights = (each[chosen].contiguous() for each in rows)
-        moments = self.inputs.cpu(), self.inner.cpu(), self.norms.cpu()
-        return ExpertMoments(self.tokens, self.total, *moments, sample.float(), experts, weights.float())
+        return ExpertMoments(self.tokens, self.total, self.inputs.cpu(), self.inner.cpu())

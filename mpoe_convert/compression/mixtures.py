@@ -193,6 +193,5 @@ def _load(calibration: Calibration, path: str) -> ExpertMoments:
 
     from .expert_moments import ExpertMoments
 
-    tensors = load_file(calibration.file(path, "experts"))
-    total = int(tensors.pop("total"))
-    return ExpertMoments(total=total, **tensors)
+    found = load_file(calibration.file(path, "experts"))
+    return ExpertMoments(found["tokens"], int(found["total"]), found["inputs"], found["inner"])
