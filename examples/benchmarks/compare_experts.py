@@ -311,7 +311,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
-    return found | {name: (*each, None) for name, each in variations.items()}
+    return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
 class Runs:
