@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class MpoeError(Exception):
-    """The input, the request or the machine is wrong; the message is one line."""
+    """The input, the request or the machine is wrong; the message is one line.
+
+    Attributes:
+        is_told: another process of the same run raises it too, and tells it.
+    """
+
+    is_told = False
 
 
 class RequestError(MpoeError):

@@ -26,6 +26,8 @@ SUFFIX = ".partial"
 MADE = "artifact"
 REPLACED = "replaced"  # the artifact that was there before, while the new one takes its place
 LOCK = "lock"  # locked by the run as long as it lives
+RUN = "run.json"  # of a run that can be resumed: what it makes
+DONE = "done"  # of the same: a file for each weight file that is finished
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -124,14 +126,18 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `output` if the block succeeds, and is removed if it raises.
+
+    Args:
+        resume: it is the folder that an interrupted run has left, if there is one; and if the block raises it
+            stays, once a file lies in `DONE` beside it.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
     output = _behind_link(output)  # the folder itself is replaced
-    with scratch(output) as folder:
+    with scratch(output, resume) as folder:
         yield folder
         mask = _umask()  # temporary folders and safetensors files are private to their owner
         folder.chmod(0o777 & ~mask)
@@ -141,11 +147,14 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch(output: Path) -> Iterator[Path]:
+def scratch(output: Path, resume: bool = False) -> Iterator[Path]:
     """A temporary folder beside the output, removed when the block ends.
 
     Its name is always the same, because transformers caches an artifact's code by the name of its folder.
     What killed runs have left there is removed first.
+
+    Args:
+        resume: as for `staged`.
 
     Raises:
         OutputError: as `staged`.
@@ -154,16 +163,19 @@ def scratch(output: Path) -> Iterator[Path]:
     outer = lock = None
     made = [parent for parent in output.parents if not parent.exists()]
     try:
+        outer, lock = _taken_up(output) if resume else (None, None)
         remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        outer, lock = _locked_sibling(output)
+        if outer is None:
+            outer, lock = _locked_sibling(output)
         folder = outer / MADE
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         yield folder
     except OSError as error:
         raise _output_error(error, output) from error
     finally:
-        if outer is not None and (output.exists() or not (outer / REPLACED).exists()):
+        keeps = outer is not None and resume and (outer / MADE).exists() and count_finished(outer)
+        if outer is not None and not keeps and (output.exists() or not (outer / REPLACED).exists()):
             shutil.rmtree(outer, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -185,11 +197,49 @@ def remove_leftovers(output: Path) -> list[Path]:
         OSError: the folder that holds them cannot be read.
     """
     output = _behind_link(output)
+    return [] if fcntl is None else [path for path in _siblings(output) if _remove_leftover(path, output)]
+
+
+def find_resumable(output: Path) -> Path | None:
+    """What an interrupted run with this output has left, if a run that resumes would take it up.
+
+    Raises:
+        OSError: the folder that holds it cannot be read.
+    """
+    folder, lock = _taken_up(_behind_link(output))
+    if lock is not None:
+        os.close(lock)
+    return folder
+
+
+def count_finished(folder: Path) -> int:
+    """The number of finished weight files in what an interrupted run has left."""
+    return len(list((folder / DONE).glob("*.json")))
+
+
+def _siblings(output: Path) -> list[Path]:
+    """The temporary folders of runs with this output, living ones too."""
     name = re.compile(rf"\.{re.escape(output.name[:40])}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
-    if fcntl is None or not output.parent.is_dir():
+    if not output.parent.is_dir():
         return []
     found = [path for path in sorted(output.parent.iterdir()) if name.fullmatch(path.name) and path.is_dir()]
-    return [path for path in found if not path.is_symlink() and _remove_leftover(path, output)]
+    return [path for path in found if not path.is_symlink()]
+
+
+def _taken_up(output: Path) -> tuple[Path | None, int | None]:
+    """The interrupted run's folder with the most finished files, and its lock; (None, None): there is none.
+
+    Where there are no locks whoever resumes knows that the run has ended.
+    """
+    found = [path for path in _siblings(output) if (path / RUN).is_file() and count_finished(path)]
+    for folder in sorted(found, key=count_finished, reverse=True):
+        if fcntl is None or not (folder / LOCK).exists():
+            return folder, None
+        lock = os.open(folder / LOCK, os.O_RDWR)
+        if _take(lock):
+            return folder, lock
+        os.close(lock)
+    return None, None
 
 
 def _behind_link(output: Path) -> Path:

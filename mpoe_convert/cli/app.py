@@ -17,8 +17,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from .. import __version__
-from ..errors import MpoeError, RequestError, nearest
+from ..errors import MachineError, MpoeError, RequestError, nearest
 from ..options import named_by_flags
+from ..ranks import is_first
 from .options import format_options_by_heading
 
 if TYPE_CHECKING:
@@ -81,13 +82,16 @@ class ConvertByDefault(click.Group):
 
 def announce(what: str, quiet: bool) -> None:
     """Say on a terminal what begins, before libraries that take seconds are imported; once per run."""
-    if not quiet and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    if not quiet and sys.stderr.isatty() and is_first():
         click.echo(f"{what} …", err=True)
 
 
 @contextmanager
 def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
-    """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request."""
+    """The one place that turns errors into a line and an exit code: 1, or 2 for a bad request.
+
+    Of several processes of a run the first one speaks: they meet the same errors, but for those of a machine.
+    """
     if quiet or not sys.stderr.isatty():  # read by huggingface_hub when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -98,7 +102,8 @@ def one_line_errors(verbose: int, quiet: bool) -> Iterator[None]:
             raise KeyboardInterrupt from error
         if verbose > 1:
             traceback.print_exc()
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        if is_first() or (isinstance(error, MachineError) and not error.is_told):
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(2 if isinstance(error, RequestError) else 1)
 
 
@@ -157,7 +162,8 @@ def _stopped(number: int, left: str) -> str:
 def _say_stopped(left: str) -> int:
     """Tell what stopped the run, and what it leaves; the exit code."""
     number = (_STOPPED_BY or [signal.SIGINT])[0]
-    click.echo(_stopped(number, left), err=True)
+    if is_first():
+        click.echo(_stopped(number, left), err=True)
     return 128 + number
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..planning.recipe import Recipe
+from ..ranks import is_first
 from ..request import as_text
 from ..source.repository import check_model
 from ..source.texts import check_sources
@@ -43,6 +44,13 @@ RECIPE_OPTIONS = add(
     help="Replace an artifact that is already there. With --push-to-hub also: commit over a repository that "
     "holds something else.",
 )
+@option(
+    "--resume",
+    heading="Output",
+    is_flag=True,
+    help="Keep the weight files that are finished when this run is interrupted, and go on from those that an "
+    "interrupted run with --resume has kept.",
+)
 @option("--dry-run", heading="Output", is_flag=True, help="Show the plan and write nothing, as `plan` does.")
 @option(
     "--push-to-hub",
@@ -58,6 +66,7 @@ def convert(
     model: str | None,
     output: str | None,
     overwrite: bool,
+    resume: bool,
     dry_run: bool,
     repo_id: str | None,
     config: str | None,
@@ -77,13 +86,16 @@ def convert(
         check_model(recipe.model, recipe.revision)
         check_sources(recipe.calibrate)
         if not dry_run:
-            check_output_first(output, overwrite, quiet)
+            check_output_first(output, overwrite, quiet, resume)
         check_push(repo_id, pushing, overwrite, token)
         if dry_run:
             show_plan(recipe, token, as_json, quiet)
             return
         announce(f"Converting {recipe.model}", quiet)
-        report = run_conversion(recipe, output, overwrite, token, quiet)
+        quiet = quiet or not is_first()
+        report = run_conversion(recipe, output, overwrite, resume, token, quiet)
+        if not is_first():
+            return
         if not (as_json or quiet):
             show_conversion(report, output, verbose)
         pushed = {}
@@ -94,14 +106,24 @@ def convert(
             echo_json(report.to_json() | pushed)
 
 
-def run_conversion(recipe: Recipe, output: str, overwrite: bool, token: str | None, quiet: bool) -> Report:
+def run_conversion(
+    recipe: Recipe, output: str, overwrite: bool, resume: bool, token: str | None, quiet: bool
+) -> Report:
     from ..conversion.convert import convert as convert_checkpoint
     from .progress import conversion_progress, silence_libraries
 
     if recipe.calibrate:
         silence_libraries()
     with conversion_progress(not quiet) as progress:
-        return convert_checkpoint(recipe, output, overwrite=overwrite, token=token, progress=progress)
+        return convert_checkpoint(
+            recipe,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            distributed=True,
+            token=token,
+            progress=progress,
+        )
 
 
 def show_conversion(report: Report, output: str, verbose: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..ranks import is_first
 from .tables import console, training_line
 
 if TYPE_CHECKING:
@@ -68,11 +68,6 @@ def silence_hub() -> None:
     logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
 
 
-def is_main_process() -> bool:
-    """Whether this process prints, where a launcher started several; known before torch is imported."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @dataclass(frozen=True)
 class TrainingProgress:
     """What `finetune` shows: a line for whatever is logged and for notes, bars below on a terminal."""
@@ -105,7 +100,7 @@ class TrainingProgress:
 @contextmanager
 def training_progress(enabled: bool, out: Console | None = None) -> Iterator[TrainingProgress | None]:
     """Progress for `finetune`; None if nothing is to be shown."""
-    if not (enabled and is_main_process()):
+    if not (enabled and is_first()):
         yield None
         return
     out = out or console(stderr=True)

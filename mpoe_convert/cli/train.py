@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..artifact.layout import read_artifact
+from ..ranks import is_first
 from ..request import as_text
 from ..source.texts import check_sources
 from ..training.checkpoints import check_place
@@ -82,12 +83,12 @@ def finetune(
 def run_finetuning(
     run: Finetuning, output: str, resume: bool, token: str | None, as_json: bool, quiet: bool
 ) -> None:
-    from .progress import is_main_process, training_progress
+    from .progress import training_progress
 
     again = continuing_command(click.get_current_context())
     with _told_how_to_go_on(Path(output), again), training_progress(not quiet) as shown:
         report = _train(run, output, resume, token, shown)
-    if not is_main_process():
+    if not is_first():
         return
     if as_json:
         echo_json(report)
@@ -117,14 +118,13 @@ def _told_how_to_go_on(output: Path, again: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stopped:
         from ..training.checkpoints import find_checkpoint
-        from .progress import is_main_process
 
         number = getattr(stopped, "number", None)
         if number is None:
             if (last := find_checkpoint(output)) is None:
                 raise
             raise KeyboardInterrupt(f"{last} is whole. Go on with: {again}") from None
-        if is_main_process():
+        if is_first():
             click.echo(f"{stopped}. Go on with: {again}", err=True)
         raise SystemExit(128 + number) from None
 

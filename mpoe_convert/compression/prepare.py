@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..decomposition.low_rank import spectrum
 from ..devices import pick_device
-from ..errors import MpoeError, RecipeError
+from ..errors import MachineError, MpoeError, RecipeError
 from ..extras import need
 from ..options import assigned, called
 from ..planning.plan import Plan
@@ -59,6 +59,18 @@ class Prepared:
     def moments(self, path: str) -> FFNMoments | None:
         """At the FFN in the layer at that path."""
         return None if self.calibration is None else self.calibration.load(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"run": None}  # the session stays in its process
+
+    def check_reachable(self) -> None:
+        """Raises MachineError if what was measured by another process is not on this machine's disks."""
+        folders = [each.folder for each in (self.calibration, self.corrections) if each is not None]
+        if lost := next((folder for folder in folders if not folder.is_dir()), None):
+            raise MachineError(
+                f"'{lost}' of the first process is not there for this one: calibrate on one machine, or set "
+                "HF_HOME and TMPDIR to folders that all machines see"
+            )
 
     def divergence(self, folder: Path) -> Divergence | None:
         """Distance of the artifact in a folder from the dense model; None without calibration."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -13,19 +14,20 @@ from torch import Tensor
 
 from .. import experts
 from ..artifact.card_file import source_license
-from ..artifact.folder import check_output, check_space, scratch, staged
+from ..artifact.folder import check_output, check_space, count_finished, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
 from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
-from ..errors import MachineError, MpoeError
+from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
-from ..options import named_by_flags
+from ..options import named_by_flags, switched
 from ..planning.mixtures import StackPlan
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
+from ..ranks import Ranks, joined
 from ..request import as_path, check_function, check_token
 from ..source.checkpoint import Checkpoint
 from ..source.in_memory import InMemory
@@ -39,6 +41,7 @@ from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
+from .shards import Records, resume_run, share_out
 from .write import _write_recipe, write_companions
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -52,6 +55,8 @@ def convert(
     output: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    distributed: bool = False,
     token: str | None = None,
     calibration: Sequence[Batch] | None = None,
     progress: Progress | None = None,
@@ -62,6 +67,10 @@ def convert(
         recipe: what to convert and how; or a model alone, which is converted by the defaults.
         output: the folder to write; appears whole or not at all.
         overwrite: replace an artifact of this tool that is already there.
+        resume: keep the weight files that are finished when this run is interrupted, and go on from those
+            that an interrupted run of the same recipe has kept.
+        distributed: share the weight files out over the processes that torchrun has started, which all call
+            this with the same arguments; the first one calibrates. They need a folder that all of them see.
         token: Hub token for gated or private models and data; by default the stored login.
         calibration: batches of the model's inputs to calibrate on, instead of the recipe's text; `labels` of
             -100 leave a token out of what the model is to say.
@@ -71,7 +80,8 @@ def convert(
         The report that is also written as conversion_report.json.
 
     Raises:
-        MpoeError: anything wrong with the source, the recipe or the output; nothing is left behind.
+        MpoeError: anything wrong with the source, the recipe or the output; nothing is left behind, but
+            for `resume`. Every process raises the same error.
 
     >>> from mpoe_convert import Recipe, convert
     >>> report = convert(Recipe("examples/tiny-gpt2", experts=2, bond_dim=8), "out-python")
@@ -81,22 +91,56 @@ def convert(
     recipe, output = Recipe.of(recipe), as_path("output", output)
     check_token(token)
     check_function("progress", progress, "what, done, total, report")
+    with joined(distributed) as ranks, ExitStack() as stack:
+        checkpoint = _open_everywhere(ranks, partial(_open, recipe, output, overwrite, token))
+        prepared, trials = ranks.first(
+            lambda: _prepare(recipe, checkpoint, output, calibration, progress, token)
+        )
+        ranks.together(prepared.check_reachable)
+        folder = ranks.first(lambda: stack.enter_context(staged(output, overwrite, resume)))
+        job = _Job(folder, prepared, checkpoint, ranks, resume)
+        finished = ranks.first(job.begin)
+        with job.telling_what_is_kept():
+            job.write_weights(progress, finished)
+            return ranks.first(lambda: job.finish(output, trials, stack))
+
+
+def _open_everywhere(ranks: Ranks, opening: Callable[[], Checkpoint]) -> Checkpoint:
+    """The source as every process opens it: first the first one, which downloads."""
+    opened: list[Checkpoint] = []
+    ranks.first(lambda: opened.append(opening()))
+    ranks.together(lambda: None if opened else opened.append(opening()))
+    return opened[0]
+
+
+def _open(recipe: Recipe, output: Path, overwrite: bool, token: str | None) -> Checkpoint:
+    """The source, once everything that can be told without it is right."""
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
-    checkpoint = open_source(
+    return open_source(
         recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
     )
+
+
+def _prepare(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    calibration: Sequence[Batch] | None,
+    progress: Progress | None,
+    token: str | None,
+) -> tuple[Prepared, tuple[Trial, ...]]:
+    """What is made of the source, and what a search tried."""
+    trials: tuple[Trial, ...] = ()
     if isinstance(checkpoint, InMemory):
-        prepared = prepare_mixture(recipe, checkpoint, calibration, progress, token=token)
-        trials = ()
+        prepared: Prepared = prepare_mixture(recipe, checkpoint, calibration, progress, token=token)
     elif recipe.search:
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
     else:
-        prepared, trials = prepare(recipe, checkpoint, calibration, progress, token=token), ()
+        prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
     _check_space(prepared, checkpoint, output)
-    with staged(output, overwrite) as folder:
-        return _write(folder, output, prepared, checkpoint, progress, trials)
+    return prepared, trials
 
 
 def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
@@ -124,7 +168,10 @@ def _search(
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
         _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
-            divergence = _write(folder, output, prepared, checkpoint, report).divergence
+            job = _Job(folder, prepared, checkpoint)
+            job.begin()
+            job.write_weights(report)
+            divergence = job.finish(output).divergence
         assert divergence is not None, "a search is calibrated"
         if all(divergence.distance < trial.divergence.distance for trial in trials):
             nearest = prepared
@@ -135,30 +182,83 @@ def _search(
     return nearest, tuple(trials)
 
 
-def _write(
-    folder: Path,
-    output: Path,
-    prepared: Prepared,
-    checkpoint: Checkpoint,
-    progress: Progress | None,
-    trials: tuple[Trial, ...] = (),
-) -> Report:
-    plan = prepared.plan
-    write_companions(folder, plan, checkpoint)
-    builder = _Builder(prepared, checkpoint, progress)
-    for file, names in plan.shards.items():
-        tensors = {name: builder.take(name) for name in names}
-        save_shard(tensors, folder / file)
-        del tensors
-    if len(plan.shards) > 1:
-        write_index(folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
-    divergence = prepared.divergence(folder)
-    license = source_license(checkpoint.folder)
-    kind = MixtureReport if isinstance(prepared, PreparedMixture) else Report
-    report = kind(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
-    with named_by_flags():  # files are the same, whoever called
-        _write_texts(folder, output, report, checkpoint)
-    return report
+class _Job:
+    """The writing of one artifact, by one process or several.
+
+    Args:
+        folder: to write to; all processes see it.
+        resume: go on from the weight files that an interrupted run has finished, and keep those of this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        checkpoint: Checkpoint,
+        ranks: Ranks | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.folder, self.prepared, self.checkpoint = folder, prepared, checkpoint
+        self.plan, self.ranks, self.resume = prepared.plan, ranks or Ranks(), resume
+        self.records = Records(folder, hashed=resume)
+
+    def begin(self) -> list[str]:
+        """Write the files beside the weights; the weight files that are finished already. For one process.
+
+        Raises:
+            RecipeError: what an interrupted run has left is of something else.
+        """
+        finished = resume_run(self.records, self.prepared, self.checkpoint) if self.resume else []
+        write_companions(self.folder, self.plan, self.checkpoint)
+        return finished
+
+    def write_weights(self, progress: Progress | None, finished: Collection[str] = ()) -> None:
+        """Make the weight files that are not finished yet, each process its share."""
+        shares = share_out(self.plan, self.ranks.count, finished)
+        self.ranks.together(lambda: self._make(shares[self.ranks.rank], progress))
+
+    def _make(self, files: Sequence[str], progress: Progress | None) -> None:
+        """Make some of the weight files."""
+        device = self.ranks.device(self.plan.recipe.device)
+        builder = _Builder(self.prepared, self.checkpoint, files, device, progress)
+        for file in files:
+            tensors = {name: builder.take(name) for name in self.plan.shards[file]}
+            save_shard(tensors, self.folder / file)
+            del tensors
+            self.records.add(file, builder.reports, builder.orders)
+            builder.forget_reports()
+
+    def finish(self, output: Path, trials: tuple[Trial, ...] = (), stack: ExitStack | None = None) -> Report:
+        """The index, the divergence and the report; then `stack` is closed."""
+        plan = self.plan
+        if len(plan.shards) > 1:
+            write_index(self.folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
+        reports, orders = self.records.collect(plan)
+        divergence = self.prepared.divergence(self.folder)
+        license = source_license(self.checkpoint.folder)
+        kind = MixtureReport if isinstance(self.prepared, PreparedMixture) else Report
+        report = kind(plan, reports, license, divergence, orders, trials)
+        with named_by_flags():  # files are the same, whoever called
+            _write_texts(self.folder, output, report, self.checkpoint)
+        if stack is not None:
+            stack.close()
+        return report
+
+    @contextmanager
+    def telling_what_is_kept(self) -> Iterator[None]:
+        """Adds to what ends the run how many weight files stay for another one."""
+        try:
+            yield
+        except (MpoeError, KeyboardInterrupt) as error:
+            done = count_finished(self.folder.parent) if self.resume else 0
+            if not done:
+                raise
+            kept = (
+                f"{done} of {counted(len(self.plan.shards), 'weight file')} are kept in "
+                f"'{self.folder.parent}': run it again with {switched('resume')} to go on"
+            )
+            words = kept if isinstance(error, KeyboardInterrupt) else f"{error}; {kept}"
+            raise type(error)(words) from error
 
 
 def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpoint) -> None:
@@ -172,20 +272,34 @@ def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpo
 
 
 class _Builder:
-    """Makes the artifact's tensors in any order, one FFN in memory at a time."""
+    """Makes tensors of some of the artifact's weight files in any order, one FFN in memory at a time.
 
-    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, progress: Progress | None):
-        self.prepared, self.checkpoint = prepared, checkpoint
+    Attributes:
+        reports, orders: of the FFNs made since they were last forgotten.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        checkpoint: Checkpoint,
+        files: Sequence[str],
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.prepared, self.checkpoint, self.device = prepared, checkpoint, device
         self.plan = plan = prepared.plan
         self.progress = progress or (lambda *_: None)
-        self.device = pick_device(plan.recipe.device)
         self.out = {tensor.name: tensor for tensor in plan.tensors}
         self.ffns = {ffn.ffn.key: ffn for ffn in plan.ffns}
+        self.num_ffns = len({self.out[n].ffn for file in files for n in plan.shards[file]} - {None})
         self.ffns_done = 0
         self.at = ""  # what is in work, for messages
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
         self.orders: list[NeuronOrder] = []
+
+    def forget_reports(self) -> None:
+        self.reports, self.orders = [], []
 
     def take(self, name: str) -> Tensor:
         """The named tensor; what else its FFN yields is kept until it is asked for."""
@@ -254,7 +368,7 @@ class _Builder:
 
     def _begin(self, matrix: MatrixPlan) -> None:
         self.at = matrix.name
-        self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
+        self.progress(matrix.name, self.ffns_done, self.num_ffns, None)
 
     def _finish(self, targets: FFNTargets, role: str, fitted: Fitted) -> dict[str, Tensor]:
         tensors, report = finish_projection(targets, role, fitted)
@@ -264,13 +378,13 @@ class _Builder:
     def _report(self, report: MatrixReport, is_last: bool) -> None:
         self.reports.append(report)
         self.ffns_done += is_last
-        self.progress(report.name, self.ffns_done, len(self.ffns), report)
+        self.progress(report.name, self.ffns_done, self.num_ffns, report)
 
     def _neuron_order(self, plan: FFNPlan) -> Tensor | None:
         """An order in which truncated chains lose less; None: that of the source."""
         if not self.plan.seeks_order(plan):
             return None
-        self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, len(self.ffns), None)
+        self.progress(f"order of the neurons of {plan.ffn.path}", self.ffns_done, self.num_ffns, None)
         with _naming(lambda: plan.ffn.path):
             matrices = {m.role: read_wide(self.checkpoint, m.source, self.device) for m in plan.matrices}
             order, report = choose_order(plan, matrices, self.plan.recipe)

@@ -23,6 +23,7 @@ LEVELS = (
     ("artifact", "decomposition"),
     ("source",),
     ("runtime",),
+    ("ranks",),
     ("devices", "request"),
     ("tables", "tensors", "extras"),
     ("options",),

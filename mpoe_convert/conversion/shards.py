@@ -1,0 +1,203 @@
+"""The weight files of a conversion: which process makes which, and what is known of each that is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..artifact.fingerprint import sha256_of
+from ..artifact.folder import DONE, RUN
+from ..compression.prepare import Prepared
+from ..errors import RecipeError, RequestError
+from ..options import assigned, called, switched
+from ..planning.plan import Plan
+from ..source.checkpoint import Checkpoint
+from ..source.json_files import read_json_object, write_json
+from .mixtures import StackReport
+from .report import MatrixReport, NeuronOrder
+
+# A byte of an FFN takes so many times as long as one that is copied (examples/benchmarks/conversion.py).
+_FFN_WORK = 10
+
+
+def share_out(plan: Plan, count: int, finished: Collection[str] = ()) -> list[list[str]]:
+    """The weight files that each of `count` processes makes: neighbours, of about equal work.
+
+    Args:
+        finished: files that nobody has to make.
+
+    Raises:
+        RequestError: there is one file for several processes.
+    """
+    if count > 1 and len(plan.shards) == 1:
+        size = sum(tensor.num_bytes for tensor in plan.tensors) / count
+        raise RequestError(
+            f"{count} processes have one weight file to write; expected one for each at least: "
+            f"{assigned('max_shard_size', f'{max(int(size / 1e6), 1)}MB')}"
+        )
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+
+    def work(names: Iterable[str]) -> int:
+        return sum(tensors[name].num_bytes * (_FFN_WORK if tensors[name].ffn else 1) for name in names)
+
+    works = {file: work(names) for file, names in plan.shards.items() if file not in finished}
+    shares: list[list[str]] = [[] for _ in range(count)]
+    done = 0
+    for file, own in works.items():
+        middle = (done + own / 2) / sum(works.values())
+        shares[min(int(middle * count), count - 1)].append(file)
+        done += own
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------------
+# Records
+
+
+class Records:
+    """What is known of the finished weight files of a run, in a folder beside the artifact in work.
+
+    Args:
+        folder: of the artifact in work.
+        hashed: records hold the files' hashes, so that another run can rely on them.
+    """
+
+    def __init__(self, folder: Path, hashed: bool):
+        self.artifact, self.folder, self.hashed = folder, folder.parent / DONE, hashed
+        self.folder.mkdir(exist_ok=True)
+
+    def add(self, file: str, reports: Sequence[MatrixReport], orders: Sequence[NeuronOrder]) -> None:
+        """Note that a weight file is finished, and what was measured while it was made."""
+        path = self.artifact / file
+        record = {
+            "size": path.stat().st_size,
+            "sha256": sha256_of([path]) if self.hashed else None,
+            "matrices": [asdict(report) for report in reports],
+            "neuron_orders": [asdict(order) for order in orders],
+        }
+        unfinished = self.folder / f"{file}.tmp"
+        write_json(unfinished, record)
+        unfinished.replace(self._path(file))
+
+    def holds(self, file: str) -> bool:
+        """Whether a weight file is finished and as it was then."""
+        path, record = self.artifact / file, self._path(file)
+        if not (path.is_file() and record.is_file()):
+            return False
+        known = read_json_object(record)
+        return path.stat().st_size == known["size"] and sha256_of([path]) == known["sha256"]
+
+    def drop(self, file: str) -> None:
+        """Forget a weight file."""
+        self._path(file).unlink(missing_ok=True)
+
+    def collect(self, plan: Plan) -> tuple[tuple[MatrixReport, ...], tuple[NeuronOrder, ...]]:
+        """Reports on all matrices and orders of neurons, in the plan's order."""
+        matrices, orders = {}, {}
+        for file in plan.shards:
+            record = read_json_object(self._path(file))
+            matrices |= {each["name"]: each for each in record["matrices"]}
+            orders |= {each["ffn"]: NeuronOrder(**each) for each in record["neuron_orders"]}
+        reports = (_report(matrices[matrix.name]) for matrix in plan.matrices)
+        found = (orders[ffn.ffn.path] for ffn in plan.ffns if ffn.ffn.path in orders)
+        return tuple(reports), tuple(found)
+
+    def _path(self, file: str) -> Path:
+        return self.folder / f"{file}.json"
+
+
+def _report(values: Mapping[str, Any]) -> MatrixReport:
+    kind = StackReport if "form" in values else MatrixReport
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**fields)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs that go on
+
+
+def resume_run(records: Records, prepared: Prepared, checkpoint: Checkpoint) -> list[str]:
+    """Keep of an interrupted run the weight files that hold, and nothing else; note what this run makes.
+
+    Returns:
+        The files that are kept.
+
+    Raises:
+        RecipeError: the interrupted run made something else.
+    """
+    path, wanted = records.artifact.parent / RUN, _identity(prepared, checkpoint)
+    if path.is_file():
+        _check_same(read_json_object(path), wanted)
+    kept = [file for file in prepared.plan.shards if records.holds(file)]
+    for file in set(prepared.plan.shards) - set(kept):
+        records.drop(file)
+    for found in sorted(records.artifact.rglob("*"), reverse=True):
+        if found.is_dir():
+            found.rmdir()
+        elif found.parent != records.artifact or found.name not in kept:
+            found.unlink()
+    write_json(path, wanted)
+    return kept
+
+
+def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a run makes, of what."""
+    plan, calibration = prepared.plan, prepared.calibration
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stats = {file: (checkpoint.folder / file).stat() for file in files}
+    made = [[tensor.name, tensor.shape, tensor.dtype] for tensor in plan.tensors]
+    ranks = [[matrix.name, matrix.spec] for matrix in plan.matrices]
+    digest = hashlib.sha256(json.dumps([made, ranks, plan.shards], default=list).encode())
+    return {
+        "version": __version__,
+        "recipe": plan.recipe.to_mapping(),
+        "source": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "calibration": calibration and calibration.folder.name,
+        "plan": digest.hexdigest(),
+    }
+
+
+def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises RecipeError that names the first difference."""
+    checks: tuple[Callable[[], str | None], ...] = (
+        lambda: _changed_version(found["version"], wanted["version"]),
+        lambda: _changed_option(found["recipe"], wanted["recipe"]),
+        lambda: _changed_file(found["source"], wanted["source"]),
+        lambda: _unless_same(found, wanted, "calibration", "the calibration's text or source has changed"),
+        lambda: _unless_same(found, wanted, "plan", "the plan differs from that of the interrupted run"),
+    )
+    if difference := next(filter(None, (check() for check in checks)), None):
+        raise RecipeError(
+            f"{difference}; repeat that run's options on the same source, or leave out "
+            f"{switched('resume')} to begin anew"
+        )
+
+
+def _changed_version(found: str, wanted: str) -> str | None:
+    return None if found == wanted else f"the interrupted run was of mpoe-convert {found}, this is {wanted}"
+
+
+def _changed_option(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    for name in {**found, **wanted}:
+        before, now = found.get(name), wanted.get(name)
+        if before != now:
+            return f"the interrupted run had {_given(name, before)}, this one has {_given(name, now)}"
+    return None
+
+
+def _given(name: str, value: object) -> str:
+    return f"no {called(name)}" if value is None else assigned(name, value)
+
+
+def _changed_file(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    changed = (file for file in {**found, **wanted} if found.get(file) != wanted.get(file))
+    return next((f"the source's '{file}' has changed since the interrupted run" for file in changed), None)
+
+
+def _unless_same(found: Mapping[str, Any], wanted: Mapping[str, Any], key: str, what: str) -> str | None:
+    return None if found[key] == wanted[key] else what

@@ -1,0 +1,168 @@
+"""The processes of one run, as torchrun starts them: which of them this is, and what one tells the others."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .devices import pick_device
+from .errors import MachineError, MpoeError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# So long processes wait for the first one, which calibrates. One that ends is noticed at once.
+_PATIENCE = timedelta(days=7)
+
+
+def is_distributed() -> bool:
+    """Whether torchrun has started this process beside others. Does not import torch."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_first() -> bool:
+    """Whether this process speaks for its run. Does not import torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong in a process, as another one raises it."""
+
+    rank: int
+    error: MpoeError | None  # None: a bug, whose traceback is the text
+    text: str
+
+    @classmethod
+    def of(cls, rank: int, error: Exception) -> _Failure:
+        if isinstance(error, MpoeError):
+            return cls(rank, error, str(error))
+        return cls(rank, None, "".join(traceback.format_exception(error)))
+
+    def as_error(self) -> Exception:
+        if self.error is not None:
+            return type(self.error)(f"process {self.rank}: {self.text}")
+        return RuntimeError(f"process {self.rank}:\n{self.text}")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work on one command. By default there is this one alone.
+
+    Attributes:
+        rank: of this process, from 0.
+        count: of all.
+        group: in which they talk, of torch.distributed; None for the default one.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, in all; it is run there alone, and its error raised in all.
+
+        Raises:
+            MachineError: a process has ended.
+        """
+        if self.count == 1:
+            return work()
+        error: Exception | None = None
+        made: list = [None, None]  # value, failure
+        if self.is_first:
+            try:
+                made[0] = work()
+            except Exception as caught:
+                error, made[1] = caught, _Failure.of(0, caught)
+        self._talk(lambda dist: dist.broadcast_object_list(made, src=0, group=self.group))
+        if error is not None:
+            raise error
+        if made[1] is not None:
+            raise self._told(made[1].as_error())
+        return made[0]
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Run `work` in every process and wait for all; the first error is raised in all.
+
+        Raises:
+            MachineError: a process has ended.
+        """
+        if self.count == 1:
+            return work()
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+        failures: list = [None] * self.count
+        own = None if error is None else _Failure.of(self.rank, error)
+        self._talk(lambda dist: dist.all_gather_object(failures, own, group=self.group))
+        if failure := next(filter(None, failures), None):
+            raise self._told(error if error and failure.rank == self.rank else failure.as_error())
+
+    def device(self, name: str) -> torch.device:
+        """As `pick_device`; with several GPUs each process of a machine takes its own."""
+        import torch
+
+        device = pick_device(name)
+        if self.count == 1 or device.type != "cuda" or device.index is not None:
+            return device
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    def _talk(self, exchange: Callable[[Any], object]) -> None:
+        import torch.distributed as dist
+
+        try:
+            exchange(dist)
+        except (RuntimeError, ValueError) as error:  # gloo's, when a connection is closed
+            lost = MachineError(
+                "another process of this run has ended before its work was done, perhaps for lack of memory; "
+                "no output was written, run it again"
+            )
+            raise self._told(lost) from error
+
+    def _told(self, error: Exception) -> Exception:
+        """An error that all processes raise, and the first one tells."""
+        if isinstance(error, MpoeError) and not self.is_first:
+            error.is_told = True
+        return error
+
+
+@contextmanager
+def joined(distributed: bool) -> Iterator[Ranks]:
+    """Join the processes that torchrun has started, by gloo.
+
+    Args:
+        distributed: False: this process works alone, whoever started it.
+
+    Raises:
+        MachineError: they cannot be reached.
+    """
+    if not (distributed and is_distributed()):
+        yield Ranks()
+        return
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    try:
+        if ours:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+        group = None if ours else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(f"the processes of this run cannot reach each other: {error}") from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        if ours:
+            dist.destroy_process_group()
