@@ -1,0 +1,131 @@
+"""Conversions by several processes: equal to those of one, and ended by one line if one of them fails."""
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers.commands import tree
+from helpers.data import words
+from helpers.ranks import run_all
+from helpers.stock_mixtures import make_model
+from helpers.tiny import save_tiny, save_tokenizer
+
+from mpoe_convert import Recipe
+from mpoe_convert.compression.prepare import prepare
+from mpoe_convert.conversion.shards import share_out
+from mpoe_convert.errors import RequestError
+from mpoe_convert.ranks import Ranks, joined
+from mpoe_convert.source.opening import open_source
+
+SHARDS = ["--max-shard-size", "4KB", "-q"]
+SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
+BUDGET = ["--keep", "0.9", "--correct", "--calibrate", "text.txt", "--calibration-tokens", "512"]
+
+
+COUNTS = {"blocks": (1, 2), "low-rank": (1, 2), "budget": (1, 3), "mixture": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(folder, {name: what came of it}) of all runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
+    save_tokenizer(folder / "llama")
+    make_model("mixtral").save_pretrained(folder / "mixtral")
+    (folder / "text.txt").write_text(words(4000), encoding="utf-8")
+    cases = {
+        "blocks": ["llama", *SMALL],
+        "low-rank": ["llama", "--kind", "low-rank", *SMALL],
+        "budget": ["llama", *BUDGET, *SMALL],
+        "mixture": ["mixtral", "--keep", "0.6", *SHARDS],
+    }
+    runs = {}
+    for case, args in cases.items():
+        for count in COUNTS[case]:
+            runs[f"{case} {count}"] = {"args": [*args, "-o", f"{case}-{count}"], "count": count}
+    for event in ("nan", "kill"):
+        args = [*cases["blocks"], "-o", event]
+        runs |= {event: {"args": args, "count": 2, event: [1, 1]}}
+    runs["one file"] = {"args": ["llama", "--experts", "2", "-q", "-o", "one"], "count": 3}
+    runs["no source"] = {"args": ["absent", "-q", "-o", "absent-out"], "count": 2}
+    return folder, dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_several_processes_write_what_one_writes(ran, case):
+    folder, runs = ran
+    for count in COUNTS[case]:
+        assert runs[f"{case} {count}"] == {"codes": [0] * count, "stderr": ""}
+    alone, shared = (tree(folder / f"{case}-{count}") for count in COUNTS[case])
+    assert len([name for name in alone if name.endswith(".safetensors")]) > 3
+    assert shared == alone
+
+
+def test_an_error_of_one_process_is_told_once_and_leaves_nothing(ran):
+    folder, runs = ran
+    assert runs["nan"]["codes"] == [1, 1]
+    assert re.fullmatch(r"Error: process 1: \S+ holds NaN or Inf .*\n", runs["nan"]["stderr"])
+    assert not list(folder.glob("*nan*"))
+
+
+def test_a_process_that_is_killed_ends_the_run(ran):
+    folder, runs = ran
+    assert runs["kill"]["codes"] == [1, -9]
+    assert runs["kill"]["stderr"] == (
+        "Error: another process of this run has ended before its work was done, perhaps for lack of memory; "
+        "no output was written, run it again\n"
+    )
+    assert not list(folder.glob("*kill*"))
+
+
+def test_wrong_requests_are_told_once(ran):
+    _, runs = ran
+    assert runs["one file"]["codes"] == [2, 2, 2]
+    assert re.fullmatch(
+        r"Error: 3 processes have one weight file to write; expected one for each at least: "
+        r"--max-shard-size 1MB\n",
+        runs["one file"]["stderr"],
+    )
+    assert runs["no source"]["stderr"].count("Error: ") == 1 and runs["no source"]["codes"] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def plan(ran):
+    folder, _ = ran
+    recipe = Recipe(str(folder / "llama"), experts=2, bond_dim=4, max_shard_size="4KB")
+    return prepare(recipe, open_source(recipe.model)).plan
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_neighbours_of_about_equal_work(plan, count):
+    shares = share_out(plan, count)
+    assert [file for share in shares for file in share] == list(plan.shards)
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    work = {
+        file: sum(tensors[name].num_bytes * (10 if tensors[name].ffn else 1) for name in names)
+        for file, names in plan.shards.items()
+    }
+    mean = sum(work.values()) / count
+    assert all(abs(sum(work[file] for file in share) - mean) <= max(work.values()) for share in shares)
+
+
+def test_finished_files_are_nobodys_work(plan):
+    done = list(plan.shards)[:3]
+    shares = share_out(plan, 2, done)
+    assert [file for share in shares for file in share] == list(plan.shards)[3:] and all(shares)
+
+
+def test_a_single_file_is_not_shared(plan, monkeypatch):
+    monkeypatch.setitem(plan.__dict__, "shards", {"model.safetensors": tuple(t.name for t in plan.tensors)})
+    assert share_out(plan, 1) == [["model.safetensors"]]
+    with pytest.raises(RequestError, match=r"^2 processes have one weight file .* max_shard_size='1MB'$"):
+        share_out(plan, 2)
+
+
+def test_whoever_is_not_asked_works_alone(monkeypatch):
+    """A program of several processes that converts in one of them does not wait for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with joined(distributed=False) as ranks:
+        assert ranks == Ranks() and ranks.is_first
+    assert Path(str(ranks.device("cpu"))) == Path("cpu")

@@ -1,0 +1,107 @@
+"""Runs of the command by several processes, as torchrun starts them, without what importing torch takes.
+
+One process imports everything once and forks for every process of every run.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+
+def run_all(runs: list[dict], cwd: Path) -> list[dict]:
+    """Run one after the other; every run ends before the next begins.
+
+    Args:
+        runs: each with `args` of the command and the `count` of its processes; `nan` or `kill`, if there, is
+            (rank, n): that process meets NaN in its n-th weight file, or is killed there.
+
+    Returns:
+        For each {"codes": exit codes by rank, "stderr": of all together}.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(runs),
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def disturb(run: dict, rank: int) -> None:
+    """Let a process meet what the run says."""
+    from mpoe_convert.conversion import convert as conversion
+
+    save, files = conversion.save_shard, []
+
+    def disturbed(tensors, path):
+        files.append(path)
+        if run.get("nan") == [rank, len(files)]:
+            next(iter(tensors.values())).fill_(float("nan"))
+        if run.get("kill") == [rank, len(files)]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(tensors, path)
+
+    conversion.save_shard = disturbed
+
+
+def child(run: dict, rank: int, port: int, output: int) -> None:
+    import mpoe_convert.cli
+
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    disturb(run, rank)
+    mpoe_convert.cli.main(run["args"], prog_name="mpoe-convert")
+
+
+def forked(run: dict, rank: int, port: int, output: int) -> int:
+    """The process that works as `rank`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        child(run, rank, port, output)
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    import mpoe_convert.compression.mixtures
+    import mpoe_convert.conversion.convert  # noqa: F401
+
+    found = []
+    for number, run in enumerate(json.load(sys.stdin)):
+        path, port = Path(f"output-{number}"), free_port()
+        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        pids = [forked(run, rank, port, output) for rank in range(run["count"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        os.close(output)
+        found.append({"codes": codes, "stderr": path.read_text()})
+        path.unlink()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
