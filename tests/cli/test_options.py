@@ -32,7 +32,7 @@ from mpoe_convert.training.request import Scoring
 COMMON = {"as_json", "quiet", "verbose", "token"}
 PUSH = {"repo_id", "private", "create_pr", "branch", "commit_message"}
 COMMANDS = {
-    "convert": (Recipe, {"output", "overwrite", "dry_run", "config", *PUSH}),
+    "convert": (Recipe, {"output", "overwrite", "resume", "dry_run", "config", *PUSH}),
     "plan": (Recipe, {"config"}),
     "finetune": (Finetuning, {"output", "resume", "config"}),
     "evaluate": (Scoring, set()),
