@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,7 +168,7 @@ def scratch(output: Path, resume: bool = False) -> Iterator[Path]:
         remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         if outer is None:
-            outer, lock = _locked_sibling(output)
+            outer, lock = _locked_folder(f".{output.name[:40]}.", SUFFIX, output.parent)
         folder = outer / MADE
         folder.mkdir(exist_ok=True)
         yield folder
@@ -264,13 +265,41 @@ def _remove_leftover(folder: Path, output: Path) -> bool:
     return not folder.exists()
 
 
-def _locked_sibling(output: Path) -> tuple[Path, int | None]:
-    """A new hidden folder beside the output, and the lock in it, None where there are no locks.
+class TemporaryFolder:
+    """A folder among the system's temporary files that lasts as long as this object, or until `close`.
 
-    A long name is truncated, since the new one is longer.
+    Folders of the same prefix that killed runs have left are removed first.
+
+    Attributes:
+        path: of the folder.
     """
+
+    def __init__(self, prefix: str) -> None:
+        _remove_dead(prefix)
+        self.path, lock = _locked_folder(prefix, "", Path(tempfile.gettempdir()))
+        self.close = weakref.finalize(self, _discard, self.path, lock)
+
+
+def _remove_dead(prefix: str) -> None:
+    """Remove the temporary folders of a prefix whose processes do not live any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if fcntl is not None and folder.is_dir() and not folder.is_symlink():
+            with suppress(OSError):
+                lock = os.open(folder / LOCK, os.O_RDWR)
+                _discard(folder if _take(lock) else None, lock)
+
+
+def _discard(folder: Path | None, lock: int | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _locked_folder(prefix: str, suffix: str, parent: Path) -> tuple[Path, int | None]:
+    """A new folder that only its owner may read, and the lock in it, None where there are no locks."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=SUFFIX, dir=output.parent))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         if fcntl is None:
             return folder, None
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)

@@ -7,8 +7,8 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from os import PathLike
@@ -25,6 +25,7 @@ from ..source.paths import exists, is_dir, is_path, suggest_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
 from .fingerprint import is_about, weights_of
+from .folder import TemporaryFolder
 from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, base_of, read_artifact
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
@@ -429,7 +430,8 @@ def _tolerance(report: dict) -> float:
 def _run_child(request: ChildRequest) -> dict:
     """Run verify_child.py by its path, with a fresh module cache; its last line of output is the result."""
     child = Path(__file__).with_name("verify_child.py")
-    with tempfile.TemporaryDirectory(prefix="mpoe-verify-") as cache:
+    with closing(TemporaryFolder("mpoe-verify-")) as temporary:
+        cache = str(temporary.path)
         environment = os.environ | {"HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
         environment |= variables_for(request.against)
         done = subprocess.run(

@@ -12,17 +12,15 @@ dense model's own activations as the target.)
 
 from __future__ import annotations
 
-import shutil
-import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..artifact.folder import TemporaryFolder
 from ..decomposition.low_rank import factor, thin_side
 from ..errors import DataError, RecipeError
 from ..options import called
@@ -47,8 +45,11 @@ class Corrections:
     """The corrected matrices, on disk as long as this object lives."""
 
     def __init__(self) -> None:
-        self.folder = Path(mkdtemp(prefix="mpoe-corrections-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._kept: TemporaryFolder | None = TemporaryFolder("mpoe-corrections-")
+        self.folder = self._kept.path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None, "folder": self.folder}  # the folder lasts as long as the first object
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

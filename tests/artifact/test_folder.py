@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from click.testing import CliRunner
 from helpers.commands import tree
 
 from mpoe_convert.artifact import folder
-from mpoe_convert.artifact.folder import remove_leftovers, scratch, staged
+from mpoe_convert.artifact.folder import TemporaryFolder, remove_leftovers, scratch, staged
 from mpoe_convert.artifact.layout import EXPORT_REPORT_FILE
 from mpoe_convert.cli import main
 
 # Writes a part of "out", and waits. The process is then killed, or ended in an orderly way.
 WRITER = """
 import sys
+import tempfile
 from pathlib import Path
 from mpoe_convert.artifact.folder import staged
 with staged(Path("out"), overwrite=True) as folder:
@@ -159,3 +161,28 @@ def test_temporary_folders_lie_beside_the_target_of_a_link(tmp_path):
     with scratch(tmp_path / "link") as made:
         assert made.parent.parent == tmp_path / "disk" and made.parent.name.startswith(".out.")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_temporary_folders_last_as_long_as_their_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = f"""
+import os, tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+from mpoe_convert.artifact.folder import TemporaryFolder
+first, second = TemporaryFolder("mpoe-test-"), TemporaryFolder("mpoe-test-")
+second.close()
+print(first.path, flush=True)
+input()
+os.kill(os.getpid(), 9)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+    living = Path(process.stdout.readline().strip())
+    (tmp_path / "mpoe-test-foreign").mkdir()  # without a lock: not ours
+    mine = TemporaryFolder("mpoe-test-")
+    assert sorted(tmp_path.iterdir()) == sorted([living, mine.path, tmp_path / "mpoe-test-foreign"])
+    process.communicate("\n")
+    other = TemporaryFolder("mpoe-test-")
+    assert not living.exists() and mine.path.is_dir()
+    other.close()
+    del mine
+    assert list(tmp_path.iterdir()) == [tmp_path / "mpoe-test-foreign"]
