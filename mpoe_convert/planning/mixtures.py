@@ -11,7 +11,7 @@ from typing import Any
 from ..decomposition.stacks import Ranks, stack_terms
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
-from ..options import by_name, called, default_of
+from ..options import by_name, called
 from ..runtime.shapes import modeling
 from ..source.ffn import FFN
 from ..source.in_memory import InMemory
@@ -31,6 +31,7 @@ USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
         *("max_shard_size", "keep", "share", "experts", "top_k"),
+        *by_name(TextSource),
     }
 )
 # Matrix -> what it becomes; a matrix that is not named stays whole.
@@ -247,24 +248,18 @@ def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
 
 def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
     """Raises RecipeError for an option that has no meaning where the source is a mixture."""
-    own = {"experts": num_experts, "top_k": top_k}
-    used = USED | {*by_name(TextSource)}
-    for name, each in by_name(Recipe).items():
-        value = getattr(recipe, name)
-        if value == default_of(each) or (name in used and name not in own):
-            continue
-        if name in own:
-            if value != own[name]:
-                raise RecipeError(
-                    f"{called(name)} is {value}, and the source is a mixture of {num_experts} experts, "
-                    f"{top_k} per "
-                    f"token; expected {own[name]}, or leave it out"
-                )
-            continue
-        raise RecipeError(
-            f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
-            f"leave it out"
-        )
+    for name, own in {"experts": num_experts, "top_k": top_k}.items():
+        if name in recipe.given and getattr(recipe, name) != own:
+            raise RecipeError(
+                f"{called(name)} is {getattr(recipe, name)}, and the source is a mixture of {num_experts} "
+                f"experts, {top_k} per token; expected {own}, or leave it out"
+            )
+    for name in by_name(Recipe):
+        if name in recipe.given - USED:
+            raise RecipeError(
+                f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
+                "leave it out"
+            )
 
 
 def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None = None) -> MixturePlan:
