@@ -13,7 +13,7 @@ from ..decomposition.stack_fit import choose_form
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
 from ..errors import RecipeError, counted
 from ..options import called
-from ..planning.mixtures import MixturePlan, StackPlan, plan_mixture, resolve_mixture
+from ..planning.mixtures import MixturePlan, StackPlan, moment_bytes, plan_mixture, resolve_mixture
 from ..planning.recipe import Recipe
 from ..source.in_memory import InMemory
 from ..source.mixtures import read_stack
@@ -154,11 +154,10 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
     if calibration is None:
         return
     for ffn in plan.ffns:
-        unseen = _load(calibration, ffn.ffn.path).unseen
-        if unseen:
-            numbers = ", ".join(map(str, unseen))
+        if missed := _unseen_in(calibration, ffn.ffn.path):
+            numbers = ", ".join(map(str, missed))
             yield (
-                f"{counted(len(unseen), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
+                f"{counted(len(missed), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
                 f"token: fitted to "
                 "what its whole layer saw."
             )
@@ -170,6 +169,7 @@ def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibrat
 
     found = Calibration.of(run)
     if missing := found.missing("experts"):
+        found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
         with run.streamed() as model:
             base = "" if model.base_model is model else f"{model.base_model_prefix}."
             experts = {f"{base}{_experts_path(ffn.ffn.path, run)}": ffn.ffn.path for ffn in run.plan.ffns}
@@ -186,6 +186,16 @@ def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibrat
 
 def _experts_path(layer: str, run: dense_run.DenseRun) -> str:
     return ".".join(filter(None, [layer, run.plan.family.slot, "experts"]))
+
+
+def _unseen_in(calibration: Calibration, path: str) -> list[int]:
+    """`ExpertMoments.unseen`, without its moments."""
+    from safetensors import safe_open
+
+    from .expert_moments import unseen_experts
+
+    with safe_open(calibration.file(path, "experts"), "pt") as file:
+        return unseen_experts(file.get_tensor("tokens"))
 
 
 def _load(calibration: Calibration, path: str) -> ExpertMoments:

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from ..decomposition.stacks import Ranks, stack_terms
+from ..decomposition.symmetric import packed_length
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
 from ..options import by_name, called
@@ -163,8 +164,8 @@ class MixturePlan(Plan):
 
     @property
     def peak_bytes(self) -> int:
-        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, and its largest
-        stack.
+        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, its largest stack,
+        and the moments of a layer if there are some.
 
         A stack in work is held in float32, twice while it is fitted.
         """
@@ -175,7 +176,8 @@ class MixturePlan(Plan):
             + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in self.ffns
         )
-        return shard + layer + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
+        moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
+        return shard + layer + moments + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False
@@ -211,9 +213,18 @@ class MixturePlan(Plan):
         yield self.savings
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
+        if recipe.calibrate:
+            needed = size(sum(map(moment_bytes, self.ffns)))
+            yield f"Moments of the calibration, kept in the cache of Hugging Face: {needed}"
         if recipe.keep is None:
             yield "Experts: whole, nothing is lost."
         yield from map(warning, self.warnings)
+
+
+def moment_bytes(ffn: FFNPlan) -> int:
+    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed."""
+    sizes = {matrix.role: matrix.rows for matrix in ffn.matrices}
+    return 4 * ffn.ffn.num_experts * sum(packed_length(sizes[role]) for role in ("up", "down"))
 
 
 def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:

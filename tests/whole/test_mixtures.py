@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from mpoe_convert import (
     plan,
     verify,
 )
-from mpoe_convert.errors import ExportError, RecipeError
+from mpoe_convert.errors import ExportError, OutputError, RecipeError
+from mpoe_convert.planning.mixtures import moment_bytes
 
 
 def load_pair(source, out, **options):
@@ -212,6 +214,7 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
     )
     stock, model = load_pair(source, tmp_path / "out")
     tensors = stored(tmp_path / "out")
+    told = {matrix.name: matrix for matrix in report.matrices}
     for layer, block in enumerate(stock.model.layers):
         matrices = {}
         for role in ("gate", "up", "down"):
@@ -228,6 +231,12 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
                 found = found + product
             matrices[role] = found.expand(EXPERTS, -1, -1).float()
         experts = block.mlp.experts
+        gate, up = experts.gate_up_proj.detach().mT.chunk(2, dim=-1)
+        for role, exact in {"gate": gate, "up": up, "down": experts.down_proj.detach().mT}.items():
+            lost, size = ((part**2).sum((1, 2)) for part in (exact - matrices[role], exact))
+            matrix = told[f"model.layers.{layer}.mlp.mixture.{role}"]
+            assert matrix.relative_error == pytest.approx(float(lost.sum() / size.sum()) ** 0.5, rel=1e-4)
+            assert matrix.expert_errors == pytest.approx((lost / size).sqrt().tolist(), rel=1e-4)
         with torch.no_grad():
             experts.gate_up_proj.copy_(torch.cat([matrices["gate"], matrices["up"]], dim=-1).mT)
             experts.down_proj.copy_(matrices["down"].mT)
@@ -277,6 +286,30 @@ def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
         assert ours.output_error < ours.relative_error and ours.relative_error >= other.relative_error
     words_of_it = report.divergence_in_words()
     assert "nats of divergence from the source" in words_of_it
+
+
+def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeypatch):
+    source, text = readable
+    recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=1024)
+    needed = sum(map(moment_bytes, plan(recipe.replace(calibrate=())).ffns))
+    # Of 2 layers of 4 experts, those of 32 inputs and 24 hidden neurons in one block each.
+    assert needed == 2 * EXPERTS * 4 * (32 * 32 + 24 * 24)
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path / "assets")
+    for free in (needed - 1, needed):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("mpoe_convert.artifact.folder.shutil.disk_usage", lambda _, usage=usage: usage)
+        if free < needed:
+            with pytest.raises(
+                OutputError, match="^the calibration needs 0.1 MB and .* HF_ASSETS_CACHE at a"
+            ):
+                plan(recipe)
+            assert not list(tmp_path.rglob("*.safetensors"))
+    planned = plan(recipe)
+    files = list((tmp_path / "assets").rglob("*.safetensors"))
+    assert len(files) == 2 and needed < sum(file.stat().st_size for file in files) < 1.1 * needed
+    lines = [line for line in planned.shown() if isinstance(line, str)]
+    assert "Moments of the calibration, kept in the cache of Hugging Face: 51.2 kB" in lines
+    assert planned.peak_bytes == plan(recipe.replace(calibrate=())).peak_bytes + needed // 2
 
 
 def test_experts_that_no_token_reached_are_named(readable, tmp_path):
