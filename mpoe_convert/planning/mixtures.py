@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from ..decomposition.stacks import Ranks, stack_terms
@@ -18,14 +17,13 @@ from ..source.ffn import FFN
 from ..source.in_memory import InMemory
 from ..source.mixtures import locate_experts
 from ..source.safetensors_file import DTYPE2BYTES
-from ..source.state_dict import is_buffer
 from ..source.text_options import TextSource
 from ..tables import Cell, Table, escape, listed, merge_names, size, warning
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
 from .resolve import Resolved, select_ffns
-from .totals import Totals
+from .totals import Totals, model_totals
 
 # What can be chosen where the source is a mixture.
 USED = frozenset(
@@ -133,33 +131,21 @@ class MixturePlan(Plan):
 
     @cached_property
     def totals(self) -> Totals:
-        own, copied = self.ffn_totals, [tensor for tensor in self.tensors if tensor.ffn is None]
-        params = sum(prod(tensor.shape) for tensor in copied if not is_buffer(tensor.name))
-        num_bytes = sum(tensor.num_bytes for tensor in copied)
-        flops = self.dense_flops_per_token  # of all but the experts
-        return MixtureTotals(
-            **_twice(
-                params=own.dense_params + params,
-                active_params=own.plain_moe_active_params + params,
-                bytes=own.dense_bytes + num_bytes,
-            ),
-            stored_params=own.stored_params + params,
-            active_params=own.active_params + params,
-            stored_bytes=own.stored_bytes + num_bytes,
-            dense_flops_per_token=own.dense_flops_per_token + flops,
-            plain_moe_flops_per_token=own.dense_flops_per_token + flops,
-            flops_per_token=own.flops_per_token + flops,
-            rebuild_flops_per_forward=own.rebuild_flops_per_forward,
-        )
+        return model_totals(self, self.dense_flops_per_token)  # of all but the experts
 
     @property
     def savings(self) -> str:
-        own, all_of_it = self.ffn_totals, self.totals
+        own, model = self.ffn_totals, self.totals
+        share = own.stored_params / own.dense_params
+        flops = own.flops_per_token / own.dense_flops_per_token
+        keep = self.recipe.keep
+        allowed = "" if keep is None else f" ({called('keep')} allows {keep:.1%})"
         return (
-            f"The experts store {own.stored_params:,} numbers, "
-            f"{own.stored_params / own.dense_params:.1%} of the "
-            f"source's {own.dense_params:,}; the whole model {all_of_it.stored_params:,}, "
-            f"{all_of_it.stored_params / all_of_it.dense_params:.1%}."
+            f"The experts store {own.stored_params:,} numbers, {share:.1%} of the source's "
+            f"{own.dense_params:,}{allowed}, and take {flops:.1%} of its "
+            f"FLOPs per token; the whole model stores {model.stored_params:,}, "
+            f"{model.stored_params / model.dense_params:.1%}, and takes "
+            f"{model.flops_per_token / model.dense_flops_per_token:.1%}."
         )
 
     @property
@@ -200,8 +186,7 @@ class MixturePlan(Plan):
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
             f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes "
-            f"{recipe.top_k}; "
-            "routers stay as they are"
+            f"{recipe.top_k}; routers stay as they are"
         )
         if kept:
             names = [name for name, _ in merge_names([(name, None) for name in kept])]

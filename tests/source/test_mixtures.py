@@ -241,7 +241,25 @@ def test_an_expert_of_a_fused_tensor_with_nan_is_named(tmp_path):
     name = "model.layers.0.block_sparse_moe.output_linear.weight"
     edit(folder, lambda tensors: tensors[name][3].view(-1)[0].fill_(float("inf")))
     message = refused(folder, CheckpointError)
-    assert "layers.0.block_sparse_moe.experts.down_proj (expert 3) holds NaN or Inf in 1 of" in message
+    assert f"{name} (expert 3) holds NaN or Inf in 1 of" in message
+
+
+def test_a_mixture_whose_layers_are_all_dense_is_told(tmp_path):
+    folder = save_mixture("qwen3_moe", tmp_path / "dense", mlp_only_layers=[0, 1])
+    assert refused(folder, FamilyError) == (
+        "a mixture of type qwen3_moe cannot be converted: by config.json all its layers are dense, and dense "
+        "layers of mixtures are not converted"
+    )
+
+
+def test_a_config_that_hides_experts_is_told(tmp_path):
+    folder = save_mixture("qwen3_moe", tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0, 1]}))
+    assert refused(folder, FamilyError) == (
+        "this qwen3_moe names experts in config.json or in its tensors, and no layer of Qwen3MoeModel has "
+        "any; correct config.json"
+    )
 
 
 def test_a_missing_tensor_beside_the_experts_is_named(mixtral):
