@@ -42,6 +42,14 @@ class Request(OptionGroup):
     # The option that names a plug-in, and the options of every plug-in (see `plugin_options`).
     CHOOSER: ClassVar[str] = ""
     PLUGINS: ClassVar[Mapping[str, type[OptionGroup]]] = {}
+    # The fields that were given, also with the value of the default; None, False and () give nothing.
+    given: frozenset[str]
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        made = super().__new__(cls)
+        positional = [each.name for each in in_order(cls) if not each.kw_only]
+        object.__setattr__(made, "given", _given(dict(zip(positional, args, strict=False)) | values))
+        return made
 
     def __post_init__(self) -> None:
         of_plugins = {name for plugin in self.PLUGINS.values() for name in by_name(plugin)}
@@ -107,13 +115,24 @@ class Request(OptionGroup):
         raise cls.ERROR(f"the {cls.NOUN} is {one_line(repr(given), 60)}; expected {usage}")
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked again."""
-        return type(self)(**{name: getattr(self, name) for name in by_name(type(self))} | changes)
+        """A copy with other values, checked again; of them alone it counts as given what was not before."""
+        made = object.__new__(type(self))
+        object.__setattr__(made, "given", (self.given - changes.keys()) | _given(changes))
+        made.__init__(**{name: getattr(self, name) for name in by_name(type(self))} | changes)
+        return made
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as a YAML file holds them."""
         values = {each.name: getattr(self, each.name) for each in in_order(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _given(values: Mapping[str, Any]) -> frozenset[str]:
+    """The names of values that say something."""
+    said = {name for name, value in values.items() if value is not None and value is not False}
+    return frozenset(
+        name for name in said if not (isinstance(values[name], (tuple, list)) and not values[name])
+    )
 
 
 def plugin_options(chooser: str, common: type[OptionGroup], plugins: Mapping[str, type[OptionGroup]]) -> Any:

@@ -68,7 +68,13 @@ def check_kind(output: Path) -> None:
         raise OutputError(f"cannot write '{output}': '{parent}' is a file; choose another output")
 
 
-def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "the artifact") -> None:
+def check_space(
+    output: Path,
+    source: Path | None,
+    num_bytes: int,
+    what: str = "the artifact",
+    instead: str = "choose another output",
+) -> None:
     """Check that output and source folder do not overlap, and that the disk has room.
 
     Args:
@@ -76,6 +82,7 @@ def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "
         source: folder of the source; None if it is in the Hub's cache.
         num_bytes: that is needed.
         what: needs them.
+        instead: what else helps than to free some.
 
     Raises:
         OutputError: they overlap, or the disk is too full; names both folders, or both sizes.
@@ -93,7 +100,7 @@ def check_space(output: Path, source: Path | None, num_bytes: int, what: str = "
     if free < num_bytes:
         raise OutputError(
             f"{what} needs {num_bytes / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free; "
-            "free some space or choose another output"
+            f"free some space or {instead}"
         )
 
 

@@ -114,10 +114,12 @@ def print_verification(result: Verification, out: Console) -> None:
 
 def print_summary(summary: Summary, out: Console) -> None:
     block, recipe = summary.config["mpoe"], summary.report["recipe"]
+    of_mixture = "experts" in block["family"]
+    converted = counted(len(block["ffns"]), "layer" if of_mixture else "FFN")
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
         f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
-        f"{counted(len(block['ffns']), 'FFN')} of {block['num_experts']} experts, top {block['top_k']}; from "
+        f"{converted} of {block['num_experts']} experts, top {block['top_k']}; from "
         f"{escape(recipe['model'])}{revision}"
     )
     parts = tuple(
@@ -129,11 +131,16 @@ def print_summary(summary: Summary, out: Console) -> None:
     out.print(f"Loads by {', '.join(summary.heads)}.")
     if block.get("base_auto_map"):
         out.print("Its base has custom code, which lies in the folder and is run with it.")
-    out.print(
-        f"Largest relative error {summary.report['max_relative_error']:.2e}, clone drift "
-        f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
-        f"noise {recipe['noise']:g}, seed {recipe['seed']}."
-    )
+    error = f"Largest relative error {summary.report['max_relative_error']:.2e}"
+    if of_mixture:
+        kept = "all numbers" if recipe["keep"] is None else f"{recipe['keep']:.1%} of the numbers at most"
+        out.print(f"{error}; {kept} of the source's experts; its routers.")
+    else:
+        out.print(
+            f"{error}, clone drift "
+            f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
+            f"noise {recipe['noise']:g}, seed {recipe['seed']}."
+        )
     for text in summary.report["warnings"]:
         out.print(warning(text))
 
@@ -141,10 +148,11 @@ def print_summary(summary: Summary, out: Console) -> None:
 def _forms_table(block: dict) -> Table:
     """What the projections of the FFNs are made of, one row per form and term."""
     rows: list[dict[str, Cell]] = []
+    unit = "layers" if "experts" in block["family"] else "FFNs"
     for number, form in enumerate(block["forms"]):
         count = sum(index == number for index in block["ffns"].values())
         for role, spec in form.items():
-            start: dict[str, Cell] = {"FFNs": str(count), "projection": role}
+            start: dict[str, Cell] = {unit: str(count), "projection": role}
             if role == "adapter":
                 rows.append(start | {"sites (in x out)": f"width {spec}"})
                 continue
@@ -158,7 +166,7 @@ def _forms_table(block: dict) -> Table:
                 }
                 for term in spec["terms"]
             ]
-    left = ("FFNs", "projection", "sites (in x out)", "bonds", "shared", "bias")
+    left = (unit, "projection", "sites (in x out)", "bonds", "shared", "bias")
     return Table("Projections", tuple(rows), left)
 
 

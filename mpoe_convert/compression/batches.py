@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..artifact.auto_classes import has_tokenizer
 from ..artifact.limits import block_length, check_token_ids, embedding_rows, positions
 from ..artifact.loading import load_tokenizer
 from ..errors import DataError, RecipeError, one_line
@@ -56,6 +57,11 @@ def make_batches(recipe: TextSource, checkpoint: Checkpoint, token: str | None =
         RecipeError: the model does not read text.
     """
     _check_reads_text(checkpoint)
+    if not has_tokenizer(checkpoint.folder):
+        raise DataError(
+            f"'{checkpoint.source}' has no tokenizer, which calibration texts need; put the files of its "
+            "tokenizer there, or calibrate on batches of your own, as convert(..., calibration=batches)"
+        )
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=checkpoint.code is not None)
     batches = list(_batches_of_text(recipe, checkpoint, tokenizer, token))
     check_batches(batches, checkpoint, tokenizer)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..decomposition.symmetric import add_gram, packed_length, packed_size, unpacked
 from .batches import Batch, is_held_out, token_mask
 from .lockstep import Lockstep
 from .stream import check_activations, run_batch
@@ -47,19 +48,14 @@ class ExpertMoments:
     Attributes:
         tokens: (E,) int64.
         total: tokens of the layer.
-        inputs: (E, in, in) sums of g^2 x^T x.
-        inner: (E, inner, inner) sums of g^2 h^T h.
+        inputs: (E, packed in x in) sums of g^2 x^T x in float32, see `decomposition.symmetric`.
+        inner: (E, packed inner x inner) sums of g^2 h^T h.
     """
 
     tokens: Tensor
     total: int
     inputs: Tensor
     inner: Tensor
-
-    @property
-    def unseen(self) -> list[int]:
-        """Experts that no token of the calibration text was routed to."""
-        return [expert for expert, count in enumerate(self.tokens.tolist()) if not count]
 
     def metric(self, place: str, borrowed: float = BORROWED) -> Borrowing:
         """The moments of the inputs ("inputs") or hidden neurons ("inner"), one expert's at a time."""
@@ -76,7 +72,8 @@ class Borrowing(Sequence[Tensor]):
 
     def __init__(self, sums: Tensor, tokens: Tensor, total: int, borrowed: float) -> None:
         self.sums, self.total = sums, max(total, 1)
-        self.extra = sum_of(sums) * (borrowed * sums.shape[-1] / max(int(tokens.sum()), 1))
+        features = packed_size(sums.shape[-1])
+        self.extra = sum_of(sums) * (borrowed * features / max(int(tokens.sum()), 1))
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -84,11 +81,16 @@ class Borrowing(Sequence[Tensor]):
     def __getitem__(self, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= expert < len(self):
             raise IndexError(expert)
-        return (self.sums[expert].double() + self.extra) / self.total
+        return unpacked((self.sums[expert] + self.extra) / self.total)
+
+
+def unseen_experts(tokens: Tensor) -> list[int]:
+    """Experts that no token of the calibration text was routed to, by `ExpertMoments.tokens`."""
+    return [expert for expert, count in enumerate(tokens.tolist()) if not count]
 
 
 def sum_of(sums: Tensor) -> Tensor:
-    """(n, n) in float64 of (E, n, n), without a float64 copy of all."""
+    """(length,) in float64 of (E, length), without a float64 copy of all."""
     total = torch.zeros_like(sums[0], dtype=torch.float64)
     for each in sums:
         total += each
@@ -124,7 +126,6 @@ def collect(
     batches: Sequence[Batch],
     save: Save,
     *,
-    dtype: torch.dtype = torch.float64,
     wanted: Callable[[str], bool] = lambda path: True,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
@@ -134,7 +135,6 @@ def collect(
         batches: as for `DenseRun`.
         save: called with the path of every experts module in `model` and what was found there, in the order
             of the layers.
-        dtype: of the sums of moments between batches; a batch's own are summed in float32.
         wanted: whether a path's moments are collected.
 
     Raises:
@@ -142,7 +142,7 @@ def collect(
     """
     modules: dict[str, nn.Module] = {}
     modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
-    walk = _Walk(model, batches, save, dtype, len(modules))
+    walk = _Walk(model, batches, save, len(modules))
     with torch.no_grad(), _run_by(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batch) for batch in batches], walk.release)
 
@@ -178,10 +178,8 @@ def _call(
 class _Walk:
     """All batches side by side; the sums of the layer that they are at."""
 
-    def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, dtype: torch.dtype, count: int
-    ) -> None:
-        self.model, self.batches, self.save, self.dtype = model, batches, save, dtype
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int) -> None:
+        self.model, self.batches, self.save = model, batches, save
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
         self.calls_left = [count] * len(batches)
@@ -199,57 +197,62 @@ class _Walk:
         """What the module computes; x (tokens, in), experts and weights (tokens, k)."""
         current = self.lockstep.current
         if self.sums is None:
-            self.path, self.sums = path, _Sums(module, x, self.dtype)
-        mask = token_mask(self.model, self.batches[current], decoder=".decoder." in f".{path}")
-        counted = None if mask is None or mask.numel() != len(x) else mask.reshape(-1).bool().to(x.device)
-        if is_held_out(current, self.batches):
-            counted = x.new_zeros(len(x), dtype=torch.bool)
-        y = self.sums.add(module, x, experts, weights, counted)
+            self.path, self.sums = path, _Sums(module, x)
+        y = self.sums.add(module, x, experts, weights, self._counted(x))
         check_activations(y, path)
         self.calls_left[current] -= 1
         if not self.calls_left[current]:
             self.lockstep.stop()  # behind the last experts
         return y
 
+    def _counted(self, x: Tensor) -> Tensor:
+        """(tokens,) which of the rows that the current pass brings to the experts are summed."""
+        batch = self.batches[self.lockstep.current]
+        if is_held_out(self.lockstep.current, self.batches):
+            return x.new_zeros(len(x), dtype=torch.bool)
+        mask = token_mask(self.model, batch, decoder=".decoder." in f".{self.path}")
+        if mask is None or mask.numel() != len(x):
+            return x.new_ones(len(x), dtype=torch.bool)
+        return mask.reshape(-1).bool().to(x.device)
+
 
 class _Sums:
     """Sums over batches that become the `ExpertMoments` of one layer."""
 
-    def __init__(self, module: Any, x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, x: Tensor) -> None:
         count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
         if not module.is_transposed:
             inner, outer = outer, inner
         self.total = 0
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.inputs = torch.zeros(count, x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
-        self.inner = torch.zeros(count, inner, inner, dtype=dtype, device=x.device)
+        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), device=x.device)
+        self.inner = torch.zeros(count, packed_length(inner), device=x.device)
 
-    def add(
-        self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor | None
-    ) -> Tensor:
-        """Run the experts; add what the counted tokens (all if None) give."""
+    def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
+        """Run the experts; add what the counted tokens (tokens,) give."""
+        order = experts.reshape(-1).argsort(stable=True)  # (token, place) pairs, one expert after the other
+        rows = order // experts.shape[1]
+        combine = weights.reshape(-1)[order].unsqueeze(-1)  # (pairs, 1)
+        is_counted = counted[rows]
+        scale = combine.float() * is_counted.unsqueeze(-1)
+        chosen, count_experts = experts.reshape(-1)[order], len(self.tokens)
+        counts = torch.bincount(chosen, minlength=count_experts)[:count_experts].tolist()
+        seen = torch.bincount(chosen[is_counted], minlength=count_experts)[:count_experts].cpu()
+        self.total += int(counted.sum())
+        self.tokens += seen
         outputs = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
-        self.total += len(x) if counted is None else int(counted.sum())
-        for expert in range(len(self.tokens)):
-            rows, places = (experts == expert).nonzero(as_tuple=True)
-            if not len(rows):
+        states, start = x[rows], 0
+        for expert, count in enumerate(counts):
+            own, start = slice(start, start + count), start + count
+            if not count:
                 continue
-            combine = weights[rows, places].unsqueeze(-1)  # (n, 1)
-            states = x[rows]
-            inner = hidden_neurons(module, expert, states)
-            given = expert_outputs(module, expert, inner)
-            outputs.index_add_(0, rows, (given * combine).to(outputs.dtype))
-            if counted is not None:
-                chosen = counted[rows]
-                states, inner, combine = (t[chosen] for t in (states, inner, combine))
-            self._add_expert(expert, combine.float(), states, inner)
+            inner = hidden_neurons(module, expert, states[own])
+            given = expert_outputs(module, expert, inner) * combine[own]
+            outputs.index_add_(0, rows[own], given.to(outputs.dtype))
+            if seen[expert]:
+                add_gram(self.inputs[expert], states[own].float() * scale[own])
+                add_gram(self.inner[expert], inner.float() * scale[own])
         return outputs.to(x.dtype)
-
-    def _add_expert(self, expert: int, combine: Tensor, x: Tensor, inner: Tensor) -> None:
-        self.tokens[expert] += len(x)
-        for sums, rows in ((self.inputs, x), (self.inner, inner)):
-            scaled = rows.float() * combine
-            sums[expert] += scaled.mT @ scaled
 
     def finish(self) -> ExpertMoments:
         return ExpertMoments(self.tokens, self.total, self.inputs.cpu(), self.inner.cpu())

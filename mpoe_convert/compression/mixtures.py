@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -11,9 +12,9 @@ import torch
 
 from ..decomposition.stack_fit import choose_form
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
-from ..errors import RecipeError, counted
+from ..errors import CheckpointError, RecipeError, counted
 from ..options import called
-from ..planning.mixtures import MixturePlan, StackPlan, plan_mixture, resolve_mixture
+from ..planning.mixtures import MixturePlan, StackPlan, moment_bytes, plan_mixture, resolve_mixture
 from ..planning.recipe import Recipe
 from ..source.in_memory import InMemory
 from ..source.mixtures import read_stack
@@ -68,6 +69,7 @@ def prepare_mixture(
         calibration = _calibrated(run, _labelled(report, "calibrating"))
     if only_plan and calibration is None:
         chosen = {matrix.name: _from_size(resolved.recipe, matrix) for matrix in _stacks(whole)}
+        resolved = replace(resolved, notes=(*resolved.notes, *_unread(resolved.recipe)))
         return PreparedMixture(plan_mixture(resolved, checkpoint, chosen))
     chosen = dict(_choices(resolved.recipe, whole, checkpoint, calibration, report))
     notes = (*resolved.notes, *_unseen(whole, calibration))
@@ -126,6 +128,15 @@ def _from_size(recipe: Recipe, matrix: StackPlan) -> tuple[str, tuple[int, ...]]
     raise AssertionError("the budget was checked")
 
 
+def _unread(recipe: Recipe) -> Iterator[str]:
+    """What a plan from sizes does not know, for people."""
+    if recipe.share == "auto":
+        yield (
+            "no weights were read: each expert is planned alone. A conversion, or a plan with "
+            f"{called('calibrate')}, takes for every matrix the form with the smallest error."
+        )
+
+
 def _choices(
     recipe: Recipe,
     plan: MixturePlan,
@@ -154,11 +165,10 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
     if calibration is None:
         return
     for ffn in plan.ffns:
-        unseen = _load(calibration, ffn.ffn.path).unseen
-        if unseen:
-            numbers = ", ".join(map(str, unseen))
+        if missed := _unseen_in(calibration, ffn.ffn.path):
+            numbers = ", ".join(map(str, missed))
             yield (
-                f"{counted(len(unseen), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
+                f"{counted(len(missed), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
                 f"token: fitted to "
                 "what its whole layer saw."
             )
@@ -170,6 +180,7 @@ def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibrat
 
     found = Calibration.of(run)
     if missing := found.missing("experts"):
+        found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
         with run.streamed() as model:
             base = "" if model.base_model is model else f"{model.base_model_prefix}."
             experts = {f"{base}{_experts_path(ffn.ffn.path, run)}": ffn.ffn.path for ffn in run.plan.ffns}
@@ -180,12 +191,34 @@ def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibrat
                 found.save(experts[path], {name: t.contiguous() for name, t in tensors.items()}, "experts")
                 report(experts[path], len(found.paths) - len(found.missing("experts")), len(found.paths))
 
-            collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
+            with _damage_named(run):
+                collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
     return found
+
+
+@contextmanager
+def _damage_named(run: dense_run.DenseRun) -> Iterator[None]:
+    """A model that computes NaN because an expert holds some: its tensor is named."""
+    try:
+        yield
+    except CheckpointError:
+        for matrix in run.plan.matrices:
+            read_stack(run.checkpoint, matrix.source)
+        raise
 
 
 def _experts_path(layer: str, run: dense_run.DenseRun) -> str:
     return ".".join(filter(None, [layer, run.plan.family.slot, "experts"]))
+
+
+def _unseen_in(calibration: Calibration, path: str) -> list[int]:
+    """`ExpertMoments.unseen`, without its moments."""
+    from safetensors import safe_open
+
+    from .expert_moments import unseen_experts
+
+    with safe_open(calibration.file(path, "experts"), "pt") as file:
+        return unseen_experts(file.get_tensor("tokens"))
 
 
 def _load(calibration: Calibration, path: str) -> ExpertMoments:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..artifact.folder import check_space
 from ..source import custom_code
 from .dense_run import DenseRun
 from .moments import FFNMoments, observed_side
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Calibration:
     def missing(self, what: str = "moments") -> list[str]:
         """Paths of the FFNs that have no such file yet."""
         return [path for path in self.paths if not self.file(path, what).is_file()]
+
+    def check_space(self, num_bytes: int) -> None:
+        """Raises OutputError if the disk has less room than what is to be saved takes."""
+        check_space(self.folder, None, num_bytes, "the calibration", "point HF_ASSETS_CACHE at a larger disk")
 
     def save(self, path: str, tensors: dict[str, Tensor], what: str = "moments") -> None:
         """Write a file; it appears whole."""

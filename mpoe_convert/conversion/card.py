@@ -35,6 +35,16 @@ The method is MPOE, [arXiv 2203.01104](https://arxiv.org/abs/2203.01104):
 """
 
 
+# Where the forms come from that experts of a mixture take.
+_FORMS = {
+    "none": "SVD-LLM ([arXiv 2403.07378](https://arxiv.org/abs/2403.07378))",
+    "input": "MoLAE",
+    "output": "MoLAE",
+    "both": "TD-MoE",
+    "base": "D2-MoE ([arXiv 2502.17298](https://arxiv.org/abs/2502.17298))",
+}
+
+
 def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
     """Write the card. Front matter that describes the model itself is carried over from the source."""
     from huggingface_hub import ModelCardData
@@ -45,13 +55,18 @@ def write(path: Path, report: Report, checkpoint: Checkpoint) -> None:
     data = ModelCardData(
         base_model=report.plan.source if checkpoint.revision else None,
         library_name="transformers",
-        tags=["mpoe", "moe", "mixture-of-experts", "tensor-train", report.plan.model_type],
+        tags=[*_tags(report), report.plan.model_type],
         pipeline_tag=carried.pop("pipeline_tag", PIPELINE_TAGS.get(auto)),
         **carried,
     )
     # Not by `ModelCard`, which imports the client of the Hub to write the same.
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(report, checkpoint, auto)}"
     path.write_text(text, encoding="utf-8")
+
+
+def _tags(report: Report) -> list[str]:
+    of_mixtures = ["mpoe", "moe", "mixture-of-experts"]
+    return of_mixtures if isinstance(report.plan, MixturePlan) else [*of_mixtures, "tensor-train"]
 
 
 def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
@@ -68,9 +83,18 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
             ),
             "## Reconstruction error\n\n" + report.matrices_table().markdown(),
             "## Limits\n\n" + _limits(report, checkpoint),
-            CITATION,
+            *_citation(report),
         ]
     )
+
+
+def _citation(report: Report) -> list[str]:
+    """The method; of a mixture those whose forms its experts take."""
+    if not isinstance(report.plan, MixturePlan):
+        return [CITATION]
+    used = {matrix.form for matrix in report.matrices if isinstance(matrix, StackReport)}
+    lines = [f"* {form}: {_FORMS[form]}" for form in _FORMS if form in used]
+    return ["## Methods\n\nWhat experts share, as in:\n\n" + "\n".join(lines) + "\n"] if lines else []
 
 
 def _name(report: Report, checkpoint: Checkpoint) -> str:
@@ -129,9 +153,8 @@ def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Chec
         how, title = f"stored in {kept:.1%} of their numbers (shared: {forms}).", f"{name}, smaller"
     return (
         f"# {title}\n\nThe experts of {layers} of {base} are {how} There are {plan.recipe.experts} per "
-        f"layer, of which "
-        f"a token takes {plan.recipe.top_k}. Routers and all else are those of the base. Made by "
-        f"mpoe-convert.\n\n{licence}"
+        f"layer, of which a token takes {plan.recipe.top_k}. Routers and all else are those of the base. "
+        f"Made by mpoe-convert.\n\n{licence}"
     )
 
 
@@ -204,7 +227,11 @@ def _shared_limits(name: str) -> list[str]:
 def _compression(report: Report) -> str:
     """What the FFNs store, and the divergence from the dense model."""
     if isinstance(report.plan, MixturePlan):
-        return report.divergence_in_words()
+        recipe = report.plan.recipe
+        text = "the calibration batches"
+        if recipe.calibrate:
+            text = f"calibration text, up to {recipe.calibration_tokens:,} tokens"
+        return f"Fitted to what each expert gets of {text}. {report.divergence_in_words()}"
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
     totals = report.plan.ffn_totals
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"

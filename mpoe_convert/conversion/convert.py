@@ -265,7 +265,7 @@ def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpo
     """The card, the recipe, and the report with the names of all files."""
     plan = report.plan
     card.write(folder / CARD_FILE, report, checkpoint)
-    _write_recipe(folder / RECIPE_FILE, plan.recipe)
+    _write_recipe(folder / RECIPE_FILE, plan.recipe, isinstance(report, MixtureReport))
     files = sorted({*file_names(folder), REPORT_FILE})
     place = None if checkpoint.revision else base_path(checkpoint.folder, output)
     write_json(folder / REPORT_FILE, report.to_json() | {"base_path": place, "files": files})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..decomposition.stack_fit import alikeness, fit_stack
+from ..decomposition.stack_fit import alikeness, fit_stack, stack_errors
+from ..decomposition.stack_metric import Stack
 from ..options import called
 from ..planning.mixtures import StackPlan
 from ..runtime.shapes import functions
@@ -65,51 +66,35 @@ def build_stack(
     Raises:
         CheckpointError: an expert's matrix holds NaN or Inf, or is too large for the stored dtype.
     """
-    stack = read_stack(checkpoint, plan.source).to(device)
+    matrices = read_stack(checkpoint, plan.source).to(device)
+    metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
     stored = getattr(torch, plan.dtype)
     terms = plan.spec["terms"]
     if plan.form == "whole":
-        cores: Sequence[Sequence[Tensor]] = [[stack]]
+        cores, stack = ((matrices,),), Stack(matrices, metric)
     else:
-        metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
-        cores = fit_stack(stack, plan.form, plan.ranks, metric).cores
+        fit = fit_stack(matrices, plan.form, plan.ranks, metric)
+        cores, stack = fit.cores, fit.stack
     tensors: dict[str, Tensor] = {}
     for number, (term, made) in enumerate(zip(terms, cores, strict=True)):
         for name, core in zip(functions().name_cores(term), made, strict=True):
             core = cast(f"{plan.name} (core {name})", core, stored).contiguous().cpu()
             tensors[f"terms.{number}.{name}"] = core
-    report = _measure(plan, stack, tensors, moments)
+    report = _measure(plan, stack, tensors)
     if plan.source.bias is not None:
         tensors["bias"] = cast(f"{plan.name}.bias", read_biases(checkpoint, plan.source), stored).contiguous()
     return tensors, report
 
 
-def _measure(
-    plan: StackPlan, stack: Tensor, tensors: dict[str, Tensor], moments: ExpertMoments | None
-) -> StackReport:
-    """The errors of a stack (E, in, out), from its tensors as stored, one expert at a time."""
-    terms = plan.spec["terms"]
-    with torch.device("meta"):
-        chains = [functions().Chain(term, len(stack)) for term in terms]
-    metric = None if moments is None else moments.metric("inner" if plan.role == "down" else "inputs")
-    lost, energy, outputs_lost, outputs_energy = [], [], 0.0, 0.0
-    for expert, matrix in enumerate(stack):
-        exact = matrix.double()
-        made = torch.zeros_like(exact)
-        for number, chain in enumerate(chains):
-            cores = [tensors[f"terms.{number}.{name}"].to(exact) for name in chain.core_names]
-            own = [
-                c if shared else c[expert : expert + 1] for c, shared in zip(cores, chain.shared, strict=True)
-            ]
-            made += chain.matrix(own, 0)
-        error = exact - made
-        lost.append(float(error.square().sum()))
-        energy.append(float(exact.square().sum()))
-        if metric is not None:
-            moment = metric[expert].to(exact)
-            outputs_lost += float((error * (moment @ error)).sum())
-            outputs_energy += float((exact * (moment @ exact)).sum())
-    total = sum(energy)
+def _measure(plan: StackPlan, stack: Stack, tensors: dict[str, Tensor]) -> StackReport:
+    """The errors of a stack, from its tensors as stored."""
+    device = stack.matrices[0].device
+    cores = [
+        [tensors[f"terms.{number}.{name}"].to(device) for name in functions().name_cores(term)]
+        for number, term in enumerate(plan.spec["terms"])
+    ]
+    found = stack_errors(stack, cores)
+    error = _root(found.weight_lost, found.weight_energy)
     return StackReport(
         name=plan.name,
         kind="experts",
@@ -119,9 +104,9 @@ def _measure(
         bonds=plan.ranks,
         full_bonds=(),
         rank=None,
-        relative_error=_root(sum(lost), total),
-        relative_error_before_cast=_root(sum(lost), total),
-        output_error=None if metric is None else _root(outputs_lost, outputs_energy),
+        relative_error=error,
+        relative_error_before_cast=error,
+        output_error=None if stack.moments is None else _root(found.lost, found.energy),
         discarded_weight=(),
         clone_drift=0.0,
         dense_params=plan.dense_params,
@@ -130,14 +115,15 @@ def _measure(
         form=plan.form,
         ranks=plan.ranks,
         experts=len(stack),
-        expert_errors=tuple(_root(one, of) for one, of in zip(lost, energy, strict=True)),
-        alike=alikeness(stack, metric),
+        expert_errors=tuple(map(_root, found.weight_lost, found.weight_energy)),
+        alike=alikeness(stack),
     )
 
 
-def _root(lost: float, energy: float) -> float:
-    """A relative error of two squared norms."""
-    return (max(lost, 0.0) / energy) ** 0.5 if energy else 0.0
+def _root(lost: Tensor, energy: Tensor) -> float:
+    """The relative error of squared norms, one or one per expert."""
+    whole = float(energy.sum())
+    return (max(float(lost.sum()), 0.0) / whole) ** 0.5 if whole else 0.0
 
 
 @dataclass(frozen=True, repr=False)

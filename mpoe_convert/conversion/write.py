@@ -8,6 +8,7 @@ from pathlib import Path
 from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
+from ..planning.mixtures import USED
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..runtime import MODELING_PATH
@@ -18,10 +19,12 @@ from ..source.custom_code import GLUE_FILE, glue
 from ..source.json_files import write_json
 
 
-def _write_recipe(path: Path, recipe: Recipe) -> None:
+def _write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
     import yaml
 
     values = recipe.to_mapping()
+    if is_mixture:  # whose other options have no meaning, and are refused
+        values = {name: value for name, value in values.items() if name in USED}
     # Whoever repeats it decides on that anew.
     trust = " --trust-remote-code" if values.pop("trust_remote_code") else ""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -55,11 +55,11 @@ def spectrum(matrix: Tensor, metric: Metric) -> Tensor:
         matrix: (in, out).
         metric: how errors are weighed.
     """
-    _, importance = _importance(matrix, metric)
+    _, importance = _importance(matrix, metric, exact=True)
     return torch.linalg.eigvalsh(importance).flip(0).clamp(min=0)
 
 
-def factor(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+def factor(matrix: Tensor, rank: int, metric: Metric, *, exact: bool = True) -> tuple[Tensor, Tensor]:
     """(in, rank) and (rank, out) whose product is nearest to the matrix in the metric, in the matrix's dtype.
 
     Every column of the first has the same norm as its row of the second.
@@ -68,25 +68,28 @@ def factor(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
         matrix: (in, out).
         rank: at most min(in, out).
         metric: how errors are weighed.
+        exact: False: products and the eigenvectors of a float32 matrix are computed in float32. Of the loss,
+            which is stationary at the leading eigenvectors, that is an error of second order.
     """
-    root, importance = _importance(matrix, metric)
-    vectors = torch.linalg.eigh(importance).eigenvectors.flip(1)[:, :rank]
+    root, importance = _importance(matrix, metric, exact)
+    dtype = importance.dtype if exact else matrix.dtype
+    vectors = torch.linalg.eigh(importance.to(dtype)).eigenvectors.flip(1)[:, :rank]
     first, second = vectors, vectors.mT
     if root is not None:
-        first = torch.linalg.solve(root.mT, vectors)
-        second = vectors.mT @ root.mT
-    wide = matrix.to(importance.dtype)
+        first = torch.linalg.solve(root.mT, vectors.to(root))
+        second = vectors.mT @ root.mT.to(dtype)
+    wide = matrix.to(dtype)
     if thin_side(*matrix.shape) == "in":
         second = second @ wide
     else:
-        first = wide @ first
+        first = wide @ first.to(dtype)
     first, second = _share_evenly(first, second)
     return first.to(matrix.dtype).contiguous(), second.to(matrix.dtype).contiguous()
 
 
-def _importance(matrix: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor]:
+def _importance(matrix: Tensor, metric: Metric, exact: bool) -> tuple[Tensor | None, Tensor]:
     """(R or None for an orthogonal projection, R^T G R), (n, n) both, in float64."""
-    is_small = matrix.numel() <= _SMALL
+    is_small = exact and matrix.numel() <= _SMALL
     wide = matrix.double() if is_small else matrix
     inputs = thin_side(*matrix.shape) == "in"
     moment, answer = metric.moment, metric.answer

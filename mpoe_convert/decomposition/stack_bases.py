@@ -217,4 +217,9 @@ def alone(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(in, rank) and (rank, out): the best product for the outputs of inputs with this moment."""
     if thin_side(*weight.shape) == "out":
         moment = weight.mT @ (moment @ weight)
-    return factor(weight, rank, Metric(moment))
+    return best_product(weight, moment, rank)
+
+
+def best_product(weight: Tensor, thin: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same, of the moment on the thin side of the matrix: of the inputs, or else of the outputs."""
+    return factor(weight, rank, Metric(thin), exact=weight.dtype == torch.float64)

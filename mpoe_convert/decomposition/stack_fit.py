@@ -22,11 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .stack_bases import PROBED, Base, Bases, Shared, alone, spread
+from .low_rank import thin_side
+from .stack_bases import PROBED, Base, Bases, Shared, alone, best_product, spread
 from .stack_metric import SMALL, Cores, Stack, dot, expand, leading, side_spectra
 from .stacks import FORMS, Ranks, count_stack, ranks_within
 
@@ -35,25 +38,54 @@ from .stacks import FORMS, Ranks, count_stack, ranks_within
 MAX_SWEEPS = 20
 
 
+class StackErrors(NamedTuple):
+    """What cores lose of a stack, per expert: (E,), float64.
+
+    Attributes:
+        lost, energy: squared error and squared size of the expected outputs, in the unit of the moments.
+        weight_lost, weight_energy: the same of the entries.
+    """
+
+    lost: Tensor
+    energy: Tensor
+    weight_lost: Tensor
+    weight_energy: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class StackFit:
-    """Cores of a stack, and what they lose.
+    """Cores of a stack, and what they lose, which is measured when it is asked for first.
 
     Attributes:
         form, ranks: see `stacks`.
         cores: per term the cores as `modeling_mpoe.Chain` stores them: (l * i, o * r) if shared, with a
             leading expert axis if owned; float64 for a float64 stack, else float32.
-        weight_errors: (E,) relative squared error of the entries, float64.
-        lost, energy: (E,) squared error and squared size of the expected outputs, in the unit of the
-            moments, float64.
+        stack: what they were fitted to.
     """
 
     form: str
     ranks: Ranks
     cores: tuple[tuple[Tensor, ...], ...]
-    weight_errors: Tensor
-    lost: Tensor
-    energy: Tensor
+    stack: Stack
+
+    @cached_property
+    def errors(self) -> StackErrors:
+        return stack_errors(self.stack, self.cores)
+
+    @property
+    def lost(self) -> Tensor:
+        """(E,) squared error of the expected outputs."""
+        return self.errors.lost
+
+    @property
+    def energy(self) -> Tensor:
+        """(E,) squared size of the expected outputs."""
+        return self.errors.energy
+
+    @property
+    def weight_errors(self) -> Tensor:
+        """(E,) relative squared error of the entries."""
+        return _ratio(self.errors.weight_lost, self.errors.weight_energy)
 
     @property
     def output_errors(self) -> Tensor:
@@ -128,23 +160,17 @@ def choose_form(
     return _fit(stack, *best, None)
 
 
-def alikeness(
-    matrices: Sequence[Tensor] | Tensor,
-    moments: Sequence[Tensor] | Tensor | None = None,
-    weights: Tensor | None = None,
-) -> float:
+def alikeness(stack: Stack) -> float:
     """How much of the experts' outputs their mean explains: 1 for clones, about 1 / E for independent ones.
 
     The squared size of the mean matrix over the mean squared size of the matrices, both in the mean metric.
-
-    Args:
-        matrices, moments, weights: as for `Stack`.
+    Of stacks above `SMALL` entries the mean size is that of some of the experts.
     """
-    stack = Stack(matrices, moments, weights)
-    metric = stack.mean_moment()
-    mean = stack.mean(stack.matrix)
-    sizes = stack.mean(lambda e: _scalar(dot(stack.matrix(e), metric.to(stack.dtype) @ stack.matrix(e))))
-    return float(_ratio(_scalar(dot(mean, metric @ mean)), sizes))
+    metric, mean = stack.mean_moment(), stack.mean(stack.matrix)
+    rough = metric.to(stack.dtype)
+    some = _all(stack) if stack.is_small else spread(len(stack), PROBED)
+    sizes = [dot(matrix, rough @ matrix) for matrix in map(stack.matrix, some)]
+    return float(_ratio(_scalar(dot(mean, metric @ mean)), _scalar(sum(sizes) / len(sizes))))
 
 
 def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> StackFit:
@@ -154,17 +180,27 @@ def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> Stack
         max_sweeps = min(MAX_SWEEPS, 10 * SMALL // entries)
     cores = _FITS[form](stack, ranks, max_sweeps)
     stored = tuple(tuple(core.to(stack.result).contiguous() for core in term) for term in cores)
-    rows = [_errors(stack, stored, expert) for expert in range(len(stack))]
-    lost, energy, weight_lost, weight_energy = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    return StackFit(form, ranks, stored, _ratio(weight_lost, weight_energy), lost, energy)
+    return StackFit(form, ranks, stored, stack)
+
+
+def stack_errors(stack: Stack, cores: Cores) -> StackErrors:
+    """What cores lose of a stack.
+
+    Args:
+        cores: as of `StackFit`, in the stack's dtype of products or a narrower one.
+    """
+    rows = [_errors(stack, cores, expert) for expert in range(len(stack))]
+    return StackErrors(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
 def _errors(stack: Stack, cores: Cores, expert: int) -> list[float]:
     """Squared error and size of an expert's outputs, and of its entries."""
     weight = stack.matrix(expert)
-    difference = weight - expand(cores, expert).to(weight)
-    lost = dot(difference, stack.moment(expert) @ difference)
-    return [lost, stack.energy(expert), dot(difference, difference), dot(weight, weight)]
+    difference = weight - expand(cores, expert, weight.dtype)
+    entries = [dot(difference, difference), dot(weight, weight)]
+    if stack.moments is None and stack.weights is None:
+        return [*entries, *entries]
+    return [dot(difference, stack.moment(expert) @ difference), stack.energy(expert), *entries]
 
 
 def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
@@ -172,8 +208,14 @@ def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
 
 
 def _fit_none(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
-    own = (alone(stack.matrix(e), stack.moment(e), ranks[0]) for e in range(len(stack)))
+    own = (_alone(stack, expert, ranks[0]) for expert in range(len(stack)))
     return [_stacked([[part.to(stack.result) for part in pair] for pair in own])]
+
+
+def _alone(stack: Stack, expert: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The best product for one expert."""
+    thin = stack.gram(expert) if thin_side(*stack.size) == "out" else stack.moment(expert)
+    return best_product(stack.matrix(expert), thin, rank)
 
 
 def _fit_output(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:

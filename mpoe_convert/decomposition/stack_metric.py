@@ -70,6 +70,13 @@ class Stack:
             self._energies[expert] = dot(matrix, self.moment(expert) @ matrix)
         return self._energies[expert]
 
+    def gram(self, expert: int) -> Tensor:
+        """W_e^T M_e W_e, (out, out)."""
+        matrix = self.matrix(expert)
+        found = matrix.mT @ (self.moment(expert) @ matrix)
+        self._energies.setdefault(expert, float(found.diagonal().double().sum()))
+        return found
+
     def levels(self) -> list[float]:
         """The mean of the diagonal of every M_e, without the ridge."""
         weights = [1.0] * len(self) if self.weights is None else self.weights.tolist()
@@ -108,7 +115,7 @@ class Stack:
 
     def output_importance(self) -> Tensor:
         """The mean of W_e^T M_e W_e, (out, out) in float64: what directions of the outputs are worth."""
-        return self.mean(lambda e: self.matrix(e).mT @ (self.moment(e) @ self.matrix(e)))
+        return self.mean(self.gram)
 
 
 def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:
@@ -143,9 +150,12 @@ def solve(normal: Tensor, aim: Tensor) -> Tensor:
     return vectors @ ((vectors.mT @ aim.double()) / values.clamp(min=RIDGE * level)[:, None])
 
 
-def expand(cores: Cores, expert: int) -> Tensor:
-    """One expert's matrix (in, out) of stored cores, each a matrix or, if owned, a stack of them."""
-    terms = [[core if core.ndim == 2 else core[expert] for core in term] for term in cores]
+def expand(cores: Cores, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+    """One expert's matrix (in, out) of stored cores, each a matrix or, if owned, a stack of them.
+
+    dtype: of the products; None: that of the cores.
+    """
+    terms = [[(core if core.ndim == 2 else core[expert]).to(dtype) for core in term] for term in cores]
     return sum((reduce(torch.matmul, term) for term in terms[1:]), start=reduce(torch.matmul, terms[0]))
 
 

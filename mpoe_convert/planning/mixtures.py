@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from ..decomposition.stacks import Ranks, stack_terms
+from ..decomposition.symmetric import packed_length
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
-from ..options import by_name, called, default_of
+from ..options import by_name, called
 from ..runtime.shapes import modeling
 from ..source.ffn import FFN
 from ..source.in_memory import InMemory
 from ..source.mixtures import locate_experts
 from ..source.safetensors_file import DTYPE2BYTES
-from ..source.state_dict import is_buffer
 from ..source.text_options import TextSource
 from ..tables import Cell, Table, escape, listed, merge_names, size, warning
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
 from .resolve import Resolved, select_ffns
-from .totals import Totals
+from .totals import Totals, model_totals
 
 # What can be chosen where the source is a mixture.
 USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
         *("max_shard_size", "keep", "share", "experts", "top_k"),
+        *by_name(TextSource),
     }
 )
 # Matrix -> what it becomes; a matrix that is not named stays whole.
@@ -131,39 +131,27 @@ class MixturePlan(Plan):
 
     @cached_property
     def totals(self) -> Totals:
-        own, copied = self.ffn_totals, [tensor for tensor in self.tensors if tensor.ffn is None]
-        params = sum(prod(tensor.shape) for tensor in copied if not is_buffer(tensor.name))
-        num_bytes = sum(tensor.num_bytes for tensor in copied)
-        flops = self.dense_flops_per_token  # of all but the experts
-        return MixtureTotals(
-            **_twice(
-                params=own.dense_params + params,
-                active_params=own.plain_moe_active_params + params,
-                bytes=own.dense_bytes + num_bytes,
-            ),
-            stored_params=own.stored_params + params,
-            active_params=own.active_params + params,
-            stored_bytes=own.stored_bytes + num_bytes,
-            dense_flops_per_token=own.dense_flops_per_token + flops,
-            plain_moe_flops_per_token=own.dense_flops_per_token + flops,
-            flops_per_token=own.flops_per_token + flops,
-            rebuild_flops_per_forward=own.rebuild_flops_per_forward,
-        )
+        return model_totals(self, self.dense_flops_per_token)  # of all but the experts
 
     @property
     def savings(self) -> str:
-        own, all_of_it = self.ffn_totals, self.totals
+        own, model = self.ffn_totals, self.totals
+        share = own.stored_params / own.dense_params
+        flops = own.flops_per_token / own.dense_flops_per_token
+        keep = self.recipe.keep
+        allowed = "" if keep is None else f" ({called('keep')} allows {keep:.1%})"
         return (
-            f"The experts store {own.stored_params:,} numbers, "
-            f"{own.stored_params / own.dense_params:.1%} of the "
-            f"source's {own.dense_params:,}; the whole model {all_of_it.stored_params:,}, "
-            f"{all_of_it.stored_params / all_of_it.dense_params:.1%}."
+            f"The experts store {own.stored_params:,} numbers, {share:.1%} of the source's "
+            f"{own.dense_params:,}{allowed}, and take {flops:.1%} of its "
+            f"FLOPs per token; the whole model stores {model.stored_params:,}, "
+            f"{model.stored_params / model.dense_params:.1%}, and takes "
+            f"{model.flops_per_token / model.dense_flops_per_token:.1%}."
         )
 
     @property
     def peak_bytes(self) -> int:
-        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, and its largest
-        stack.
+        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, its largest stack,
+        and the moments of a layer if there are some.
 
         A stack in work is held in float32, twice while it is fitted.
         """
@@ -174,7 +162,8 @@ class MixturePlan(Plan):
             + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in self.ffns
         )
-        return shard + layer + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
+        moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
+        return shard + layer + moments + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False
@@ -197,8 +186,7 @@ class MixturePlan(Plan):
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
             f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes "
-            f"{recipe.top_k}; "
-            "routers stay as they are"
+            f"{recipe.top_k}; routers stay as they are"
         )
         if kept:
             names = [name for name, _ in merge_names([(name, None) for name in kept])]
@@ -210,9 +198,18 @@ class MixturePlan(Plan):
         yield self.savings
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
+        if recipe.calibrate:
+            needed = size(sum(map(moment_bytes, self.ffns)))
+            yield f"Moments of the calibration, kept in the cache of Hugging Face: {needed}"
         if recipe.keep is None:
             yield "Experts: whole, nothing is lost."
         yield from map(warning, self.warnings)
+
+
+def moment_bytes(ffn: FFNPlan) -> int:
+    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed."""
+    sizes = {matrix.role: matrix.rows for matrix in ffn.matrices}
+    return 4 * ffn.ffn.num_experts * sum(packed_length(sizes[role]) for role in ("up", "down"))
 
 
 def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:
@@ -247,24 +244,18 @@ def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
 
 def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
     """Raises RecipeError for an option that has no meaning where the source is a mixture."""
-    own = {"experts": num_experts, "top_k": top_k}
-    used = USED | {*by_name(TextSource)}
-    for name, each in by_name(Recipe).items():
-        value = getattr(recipe, name)
-        if value == default_of(each) or (name in used and name not in own):
-            continue
-        if name in own:
-            if value != own[name]:
-                raise RecipeError(
-                    f"{called(name)} is {value}, and the source is a mixture of {num_experts} experts, "
-                    f"{top_k} per "
-                    f"token; expected {own[name]}, or leave it out"
-                )
-            continue
-        raise RecipeError(
-            f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
-            f"leave it out"
-        )
+    for name, own in {"experts": num_experts, "top_k": top_k}.items():
+        if name in recipe.given and getattr(recipe, name) != own:
+            raise RecipeError(
+                f"{called(name)} is {getattr(recipe, name)}, and the source is a mixture of {num_experts} "
+                f"experts, {top_k} per token; expected {own}, or leave it out"
+            )
+    for name in by_name(Recipe):
+        if name in recipe.given - USED:
+            raise RecipeError(
+                f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
+                "leave it out"
+            )
 
 
 def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None = None) -> MixturePlan:

@@ -268,7 +268,7 @@ class Plan(Shown):
     @cached_property
     def totals(self) -> Totals:
         """Of the whole model."""
-        return model_totals(self)
+        return model_totals(self, self.dense_flops_per_token - self.ffn_totals.dense_flops_per_token)
 
     @property
     def savings(self) -> str:

@@ -224,15 +224,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     )
 
     def check_together(self) -> None:
-        if self.top_k > self.experts:
-            raise RecipeError(
-                f"{called('top_k')} is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"
-            )
-        if self.keep is not None and self.keep > self.experts:
-            raise RecipeError(
-                f"{called('keep')} is {self.keep:g} with {self.experts} experts; expected a share of the "
-                "dense FFNs' parameters, such as 0.6 for 60 %"
-            )
+        if "experts" in self.given:  # else it is that of the source, if the source is a mixture
+            self.check_against_experts()
         if self.share is not None and self.keep is None:
             raise RecipeError(
                 f"{called('share')} given without {called('keep')}; experts stay whole then, and share "
@@ -248,6 +241,18 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             self._check_budget()
         else:
             self._check_chains()
+
+    def check_against_experts(self) -> None:
+        """Raises RecipeError for what so many experts do not allow."""
+        if self.top_k > self.experts:
+            raise RecipeError(
+                f"{called('top_k')} is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"
+            )
+        if self.keep is not None and self.keep > self.experts:
+            raise RecipeError(
+                f"{called('keep')} is {self.keep:g} with {self.experts} experts; expected a share of the "
+                "dense FFNs' parameters, such as 0.6 for 60 %"
+            )
 
     @property
     def compresses(self) -> bool:

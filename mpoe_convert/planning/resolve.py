@@ -56,6 +56,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
             f"{called('share')} given with a dense source; expected with a mixture of experts, whose "
             f"experts share"
         )
+    recipe.check_against_experts()
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = select_ffns(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)

@@ -126,14 +126,16 @@ def ffn_totals(plan: Plan) -> Totals:
     )
 
 
-def model_totals(plan: Plan) -> Totals:
-    """Totals of the whole model: those of the FFNs plus everything that is copied."""
+def model_totals(plan: Plan, flops: int) -> Totals:
+    """Totals of the whole model: those of the FFNs plus everything that is copied.
+
+    flops: per token, of what is copied.
+    """
     ffn = plan.ffn_totals
     copied = [t for t in plan.tensors if t.ffn is None]
     params = sum(prod(t.shape) for t in copied if not is_buffer(t.name))
     num_bytes = sum(t.num_bytes for t in copied)
-    flops = plan.dense_flops_per_token - ffn.dense_flops_per_token
-    return Totals(
+    return type(ffn)(
         dense_params=ffn.dense_params + params,
         plain_moe_params=ffn.plain_moe_params + params,
         stored_params=ffn.stored_params + params,

@@ -79,10 +79,18 @@ class InMemory(Checkpoint):
         for stored, _ in group.names:
             tensors[stored] = self.disk.read(stored)
             if group.conversion is not None and tensors[stored].is_floating_point():
+                if tensors[stored].ndim == 3 and ".experts." in name:
+                    for expert, own in enumerate(tensors[stored]):
+                        check_finite(own, f"{stored} (expert {expert})")
                 check_finite(tensors[stored], stored)
         self._made.clear()
         self._made.update(group.made_of(tensors, self.model))
         return self._made.pop(name)
+
+    def name_on_disk(self, name: str) -> str:
+        """The tensor on disk that one of the model is, or its own name if it is made of several."""
+        stored = self.groups[name].names
+        return stored[0][0] if len(stored) == 1 else name
 
 
 def in_memory(checkpoint: Checkpoint) -> InMemory:

@@ -64,7 +64,11 @@ def is_mixture(checkpoint: Checkpoint) -> bool:
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
     if any(_most(part.get(key)) > 1 for part in parts for key in NUMBERS):
         return True
-    return any(".experts." in name or "block_sparse_moe" in name for name in checkpoint.tensors)
+    return any(map(_is_of_experts, checkpoint.tensors))
+
+
+def _is_of_experts(name: str) -> bool:
+    return ".experts." in name or "block_sparse_moe" in name
 
 
 def _most(count: object) -> int:
@@ -79,8 +83,8 @@ def refuse(checkpoint: Checkpoint) -> None:
     if checkpoint.architecture.is_custom:
         raise FamilyError(
             f"'{checkpoint.source}' is a mixture of experts with custom code, and only those of "
-            f"transformers are "
-            f"converted: leave out {called('trust_remote_code')}, if transformers has the type {model_type!r}"
+            f"transformers are converted: leave out {called('trust_remote_code')}, if transformers has the "
+            f"type {model_type!r}"
         )
 
 
@@ -94,7 +98,7 @@ def locate_experts(memory: InMemory) -> Located:
     model_type, base = memory.config["model_type"], memory.model.base_model
     found = dict(_experts_modules(base))
     if not found:
-        raise FamilyError(_why_not(model_type, base))
+        raise FamilyError(_why_not(memory, base))
     slots = {path: _split(path) for path in found}
     slot = next(iter(slots.values()))[2]
     if any(each[2] != slot for each in slots.values()):
@@ -132,12 +136,19 @@ def _split(path: str) -> tuple[str, int, str]:
     return match[1], int(match[2]), match[3].removeprefix(".")
 
 
-def _why_not(model_type: str, base: nn.Module) -> str:
+def _why_not(memory: InMemory, base: nn.Module) -> str:
+    model_type = memory.config["model_type"]
     named = [path for path, _ in base.named_modules() if path.endswith(".experts")]
-    if not named:
+    has_tensors = any(map(_is_of_experts, memory.disk.tensors))
+    if not named and (has_tensors or not any(hasattr(type(base.config)(), key) for key in NUMBERS)):
         return (
             f"this {model_type} names experts in config.json or in its tensors, and no layer of "
             f"{type(base).__name__} has any; correct config.json"
+        )
+    if not named:
+        return refusal(
+            model_type,
+            "by config.json all its layers are dense, and dense layers of mixtures are not converted",
         )
     who = f"{named[0]} of {type(base).__name__}"
     return refusal(model_type, f"{who} is not called as the experts of other families are")
@@ -206,9 +217,8 @@ def _check_tensors(memory: InMemory) -> None:
     missing = [name for name in learnt if name not in memory.tensors and name not in tied]
     if missing:
         raise CheckpointError(
-            f"'{memory.source}' lacks {few(missing)} of {type(memory.model).__name__}; correct "
-            f"config.json, or fetch "
-            "the files that belong together"
+            f"'{memory.source}' lacks {few(missing)} of {type(memory.model).__name__}; correct config.json, "
+            "or fetch the files that belong together"
         )
     for name, info in memory.tensors.items():
         if name in learnt and info.shape != tuple(learnt[name].shape):
@@ -243,8 +253,9 @@ def _read(
     from ..tensors import check_finite
 
     tensor = part(checkpoint.read(name), source).contiguous()
+    stored = checkpoint.name_on_disk(name) if isinstance(checkpoint, InMemory) else name
     for expert, own in enumerate(tensor):
-        check_finite(own, f"{name} (expert {expert})")
+        check_finite(own, f"{stored} (expert {expert})")
     return tensor
 
 

@@ -29,7 +29,7 @@ from ..artifact.loading import (
 )
 from ..errors import TrainingError
 from ..extras import need
-from ..options import by_name, called
+from ..options import by_name, called, default_of
 from ..request import as_path, check_function, check_token
 from ..source import texts
 from .checkpoints import (
@@ -59,7 +59,7 @@ from .option_names import (
     check_weights_fit,
 )
 from .request import Finetuning
-from .roles import freeze, has_centre
+from .roles import freeze, has_centre, role_of
 from .room import check_room
 from .router_stats import router_stats
 from .saving import Result, companions_of, set_generation_aside
@@ -433,6 +433,7 @@ def _load(name: str, data: _Data, token: str | None, options: dict[str, Any]) ->
 
 def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     block = getattr(model.config, "mpoe", None)
+    _check_rates(run, model)
     if block is None:
         if run.skip_centre:
             raise TrainingError(f"'{run.model}' is not a converted model: it has no centre to skip")
@@ -441,6 +442,23 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
         raise TrainingError(f"the experts of '{run.model}' share no centre to skip")
     mask = [CentreMask(run.skip_centre, seed=run.seed, per=run.skip_unit)] if run.skip_centre else []
     return [StopAtNonFinite(), RouterLog(), FollowStep(model), *mask]
+
+
+def _check_rates(run: Finetuning, model: nn.Module) -> None:
+    """Raises TrainingError for a learning rate of what the model does not have."""
+    roles = {role_of(name) for name, _ in model.named_parameters()}
+    for role, what in (
+        ("central", "central tensors"),
+        ("auxiliary", "experts' own tensors"),
+        ("router", "routers"),
+    ):
+        name = f"{role}_lr"
+        if role not in roles and getattr(run, name) != default_of(by_name(Finetuning)[name]):
+            of_ours = " of a converted dense model" if role == "router" else ""
+            raise TrainingError(
+                f"{called(name)} is {getattr(run, name):g}, and '{run.model}' has no {what}{of_ours}; leave "
+                "it out"
+            )
 
 
 def own_arguments(run: Finetuning) -> dict[str, tuple[str, Any]]:

@@ -270,13 +270,13 @@ def test_moments_are_left_as_they_are():
 def test_alikeness():
     weights, inputs = problem(12, 9)
     moments = moments_of(inputs)
-    assert alikeness(weights[:1].expand(4, -1, -1), moments) == pytest.approx(1)
-    assert alikeness(randn(50, 30, 30)) == pytest.approx(1 / 50, rel=0.1)
+    assert alikeness(Stack(weights[:1].expand(4, -1, -1), moments)) == pytest.approx(1)
+    assert alikeness(Stack(randn(50, 30, 30))) == pytest.approx(1 / 50, rel=0.1)
     metric = np.mean([x.T @ x for x in inputs.numpy()], 0)
     root = np.linalg.cholesky(metric).T
     expected = np.linalg.norm(root @ weights.numpy().mean(0)) ** 2
     expected /= np.mean([np.linalg.norm(root @ w) ** 2 for w in weights.numpy()])
-    assert alikeness(weights, moments) == pytest.approx(expected, rel=1e-4)
+    assert alikeness(Stack(weights, moments)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("make", [lambda s, e: Bases(s, 4, None, e), lambda s, e: Base(s, 4, e)])

@@ -121,7 +121,7 @@ SPECIAL = {
 }
 
 
-def make_config(model_type: str):
+def make_config(model_type: str, **changes):
     """A tiny config; keys that the type does not have are left out."""
     cls = transformers.CONFIG_MAPPING[model_type]
     known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
@@ -129,7 +129,7 @@ def make_config(model_type: str):
     if "qk_rope_head_dim" in known:  # which is the head dimension then
         values.pop("head_dim", None)
         values["num_key_value_heads"] = values["num_attention_heads"]
-    return cls(**values | SPECIAL.get(model_type, {}))
+    return cls(**values | SPECIAL.get(model_type, {}) | changes)
 
 
 def stock_name(model_type: str) -> tuple[str, str]:
@@ -141,10 +141,10 @@ def stock_name(model_type: str) -> tuple[str, str]:
     raise KeyError(model_type)
 
 
-def make_mixture(model_type: str, seed: int = 0):
+def make_mixture(model_type: str, seed: int = 0, **changes):
     """A tiny stock model whose weights are large enough that every part shows in the outputs."""
     torch.manual_seed(seed)
-    model = getattr(transformers, stock_name(model_type)[1])(make_config(model_type)).eval()
+    model = getattr(transformers, stock_name(model_type)[1])(make_config(model_type, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -158,8 +158,8 @@ def make_mixture(model_type: str, seed: int = 0):
     return model
 
 
-def save_mixture(model_type: str, folder: Path, dtype=torch.float32) -> Path:
-    make_mixture(model_type).to(dtype).save_pretrained(folder)
+def save_mixture(model_type: str, folder: Path, dtype=torch.float32, **changes) -> Path:
+    make_mixture(model_type, **changes).to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -126,7 +126,7 @@ def test_a_choice_that_matches_nothing_is_told(options, said, tiny_gpt2):
         ({"seed": 2**63}, "expected a whole number from 0 to 2**63 - 1"),
         ({"noise": True}, "noise is True; expected a number"),
         (
-            {"keep": 60},
+            {"keep": 60, "experts": 8},
             "keep is 60 with 8 experts; expected a share of the dense FFNs' parameters, such as 0.6",
         ),
         ({"factors": "2,2x2,2"}, "factors is '2,2x2,2': 2 sites have no central one"),

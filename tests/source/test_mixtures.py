@@ -15,6 +15,9 @@ from transformers.integrations import use_experts_implementation
 
 from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.errors import CheckpointError, FamilyError, RecipeError
+from mpoe_convert.options import by_name, default_of
+from mpoe_convert.planning.mixtures import USED
+from mpoe_convert.request import read_recipe
 from mpoe_convert.source.families import REFUSED
 from mpoe_convert.source.mixtures import check_module, locate_experts
 from mpoe_convert.source.opening import open_source
@@ -238,7 +241,25 @@ def test_an_expert_of_a_fused_tensor_with_nan_is_named(tmp_path):
     name = "model.layers.0.block_sparse_moe.output_linear.weight"
     edit(folder, lambda tensors: tensors[name][3].view(-1)[0].fill_(float("inf")))
     message = refused(folder, CheckpointError)
-    assert "layers.0.block_sparse_moe.experts.down_proj (expert 3) holds NaN or Inf in 1 of" in message
+    assert f"{name} (expert 3) holds NaN or Inf in 1 of" in message
+
+
+def test_a_mixture_whose_layers_are_all_dense_is_told(tmp_path):
+    folder = save_mixture("qwen3_moe", tmp_path / "dense", mlp_only_layers=[0, 1])
+    assert refused(folder, FamilyError) == (
+        "a mixture of type qwen3_moe cannot be converted: by config.json all its layers are dense, and dense "
+        "layers of mixtures are not converted"
+    )
+
+
+def test_a_config_that_hides_experts_is_told(tmp_path):
+    folder = save_mixture("qwen3_moe", tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0, 1]}))
+    assert refused(folder, FamilyError) == (
+        "this qwen3_moe names experts in config.json or in its tensors, and no layer of Qwen3MoeModel has "
+        "any; correct config.json"
+    )
 
 
 def test_a_missing_tensor_beside_the_experts_is_named(mixtral):
@@ -270,10 +291,10 @@ REFUSED_OPTIONS = {
             f"{name} given with a mixture of experts as the source; it is about dense sources: leave it out",
         )
         for name, value in {
-            "kind": "low-rank",
+            "kind": "mpo",
             "bond_dim": 8,
             "noise": 0.0,
-            "seed": 3,
+            "seed": 0,
             "bias": "shared",
             "layout": "two-sided",
             "ffn": "layers.{}.mlp:gate_proj,up_proj,down_proj",
@@ -287,6 +308,43 @@ REFUSED_OPTIONS = {
 def test_options_without_a_meaning_are_refused(name, mixtral):
     value, expected = REFUSED_OPTIONS[name]
     assert refused(mixtral, RecipeError, **{name: value}) == expected
+
+
+OF_DENSE_SOURCES = sorted(set(by_name(Recipe)) - USED)
+
+
+@pytest.mark.parametrize("name", OF_DENSE_SOURCES)
+def test_the_value_of_a_default_is_refused_like_any_other(name, mixtral):
+    default = default_of(by_name(Recipe)[name])
+    if default is None or default is False or default == ():  # which say nothing
+        plan(Recipe(str(mixtral), **{name: default}))
+        return
+    for recipe in (
+        Recipe(str(mixtral), **{name: default}),
+        Recipe.from_mapping({"model": str(mixtral), name: default}),
+    ):
+        with pytest.raises(RecipeError, match=f"^{name} given with a mixture of experts as the source"):
+            plan(recipe.replace(device="cpu"))
+
+
+def test_numbers_of_experts_are_those_of_the_source(tmp_path):
+    folder = save_mixture("qwen3_moe", tmp_path / "source", num_experts=12, num_experts_per_tok=9)
+    assert plan(Recipe(str(folder), top_k=9)).recipe.experts == 12  # though a dense source would get 8
+    assert plan(Recipe(str(folder), experts=12)).recipe.top_k == 9
+    for name, value, own in (("experts", 8, 12), ("top_k", 2, 9)):
+        message = refused(folder, RecipeError, **{name: value})
+        assert message.startswith(
+            f"{name} is {value}, and the source is a mixture of 12 experts, 9 per token"
+        )
+        assert f"expected {own}, or leave it out" in message
+
+
+def test_a_recipe_file_of_a_mixture_repeats_the_run(mixtral, tmp_path):
+    convert(Recipe(str(mixtral), keep=0.6), tmp_path / "out")
+    again = Recipe.from_mapping(read_recipe(tmp_path / "out/mpoe_recipe.yaml"))
+    convert(again, tmp_path / "again")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def test_sharing_is_for_mixtures(tiny_gpt2, mixtral):

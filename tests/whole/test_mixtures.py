@@ -3,16 +3,17 @@
 import copy
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from helpers.data import QUICK, words
-from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, save_mixture, stock_name, token_ids
+from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, VOCAB, save_mixture, stock_name, token_ids
 from helpers.models import stored
 from helpers.tiny import save_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mpoe_convert import (
     Export,
@@ -26,7 +27,17 @@ from mpoe_convert import (
     plan,
     verify,
 )
-from mpoe_convert.errors import ExportError, RecipeError
+from mpoe_convert.artifact.inspect import inspect
+from mpoe_convert.cli.tables import console, print_summary
+from mpoe_convert.errors import (
+    CheckpointError,
+    DataError,
+    ExportError,
+    OutputError,
+    RecipeError,
+    TrainingError,
+)
+from mpoe_convert.planning.mixtures import moment_bytes
 
 
 def load_pair(source, out, **options):
@@ -212,6 +223,7 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
     )
     stock, model = load_pair(source, tmp_path / "out")
     tensors = stored(tmp_path / "out")
+    told = {matrix.name: matrix for matrix in report.matrices}
     for layer, block in enumerate(stock.model.layers):
         matrices = {}
         for role in ("gate", "up", "down"):
@@ -228,6 +240,12 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
                 found = found + product
             matrices[role] = found.expand(EXPERTS, -1, -1).float()
         experts = block.mlp.experts
+        gate, up = experts.gate_up_proj.detach().mT.chunk(2, dim=-1)
+        for role, exact in {"gate": gate, "up": up, "down": experts.down_proj.detach().mT}.items():
+            lost, size = ((part**2).sum((1, 2)) for part in (exact - matrices[role], exact))
+            matrix = told[f"model.layers.{layer}.mlp.mixture.{role}"]
+            assert matrix.relative_error == pytest.approx(float(lost.sum() / size.sum()) ** 0.5, rel=1e-4)
+            assert matrix.expert_errors == pytest.approx((lost / size).sqrt().tolist(), rel=1e-4)
         with torch.no_grad():
             experts.gate_up_proj.copy_(torch.cat([matrices["gate"], matrices["up"]], dim=-1).mT)
             experts.down_proj.copy_(matrices["down"].mT)
@@ -279,6 +297,82 @@ def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
     assert "nats of divergence from the source" in words_of_it
 
 
+def test_an_expert_with_nan_is_named_before_what_it_computes(tmp_path, readable):
+    source = save_mixture("gpt_oss", tmp_path / "source")
+    save_tokenizer(source)
+    tensors, name = load_file(source / "model.safetensors"), "model.layers.1.mlp.experts.down_proj"
+    tensors[name][2].view(-1)[5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=1024)
+    for each in (recipe, recipe.replace(calibrate=()), recipe.replace(calibrate=(), keep=None)):
+        with pytest.raises(CheckpointError) as caught:
+            convert(each, tmp_path / "out")
+        assert f"{name} (expert 2) holds NaN or Inf in 1 of" in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_told(mixtral, readable, tmp_path):
+    with pytest.raises(DataError, match="source' has no tokenizer, which calibration texts need; put the"):
+        convert(Recipe(str(mixtral[0]), keep=0.6, calibrate=(readable[1],)), tmp_path / "out")
+
+
+def test_what_is_told_is_about_mixtures(readable, tmp_path, capsys):
+    source, text = readable
+    recipe = Recipe(str(source), keep=0.6, share="base", calibrate=(text,), calibration_tokens=1024)
+    report = convert(recipe, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "* base: D2-MoE" in card and "gao2022mpoe" not in card and "tensor-train" not in card
+    assert "of calibration text, up to 1,024 tokens" in card
+    own = report.plan.ffn_totals
+    flops = own.flops_per_token / own.dense_flops_per_token
+    assert f"(--keep allows 60.0%), and take {flops:.1%} of its FLOPs per token" in card
+    print_summary(inspect(tmp_path / "out"), console())
+    shown = capsys.readouterr().out
+    assert "qwen3_moe, 2 layers of 4 experts, top 2" in shown and "60.0% of the numbers at most" in shown
+    assert not any(word in shown for word in ("FFN", "drift", "noise", "layout"))
+
+
+def test_a_plan_without_reading_says_what_it_assumes(mixtral):
+    planned = plan(Recipe(str(mixtral[0]), keep=0.6))
+    assert planned.warnings[-1].startswith("no weights were read: each expert is planned alone. A conversion")
+    assert plan(Recipe(str(mixtral[0]), keep=0.6, share="none")).warnings == []
+
+
+def test_rates_of_what_is_not_there_are_refused(mixtral, readable, tmp_path):
+    out = tmp_path / "out"
+    convert(Recipe(str(readable[0]), keep=0.6, share="none"), out)
+    for name, what in (
+        ("central_lr", "central tensors"),
+        ("router_lr", "routers of a converted dense model"),
+    ):
+        run = Finetuning(model=str(out), data=readable[1], **QUICK | {name: 0.5})
+        with pytest.raises(TrainingError, match=f"^{name} is 0.5, and '.*out' has no {what}; leave it out$"):
+            finetune(run, tmp_path / "tuned")
+
+
+def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeypatch):
+    source, text = readable
+    recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=1024)
+    needed = sum(map(moment_bytes, plan(recipe.replace(calibrate=())).ffns))
+    # Of 2 layers of 4 experts, those of 32 inputs and 24 hidden neurons in one block each.
+    assert needed == 2 * EXPERTS * 4 * (32 * 32 + 24 * 24)
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path / "assets")
+    for free in (needed - 1, needed):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("mpoe_convert.artifact.folder.shutil.disk_usage", lambda _, usage=usage: usage)
+        if free < needed:
+            with pytest.raises(
+                OutputError, match="^the calibration needs 0.1 MB and .* HF_ASSETS_CACHE at a"
+            ):
+                plan(recipe)
+            assert not list(tmp_path.rglob("*.safetensors"))
+    planned = plan(recipe)
+    files = list((tmp_path / "assets").rglob("*.safetensors"))
+    assert len(files) == 2 and needed < sum(file.stat().st_size for file in files) < 1.1 * needed
+    lines = [line for line in planned.shown() if isinstance(line, str)]
+    assert "Moments of the calibration, kept in the cache of Hugging Face: 51.2 kB" in lines
+    assert planned.peak_bytes == plan(recipe.replace(calibrate=())).peak_bytes + needed // 2
+
+
 def test_experts_that_no_token_reached_are_named(readable, tmp_path):
     source = save_mixture("deepseek_v3", tmp_path / "source")
     save_tokenizer(source)
@@ -320,6 +414,28 @@ def test_a_smaller_mixture_is_trained_scored_and_exported(readable, tmp_path):
     assert verify(tmp_path / "tuned").problems() == []
     exported = export(tmp_path / "tuned", tmp_path / "again", Export(to="moe"))
     assert exported.comparison.relative_difference < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_an_upcycled_model_becomes_a_smaller_mixture(readable, tmp_path):
+    """A dense model is upcycled, trained, exported as a Mixtral, and converted again as a mixture."""
+    text = readable[1]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    convert(Recipe(str(tmp_path / "llama"), kind="dense", experts=4), tmp_path / "upcycled")
+    finetune(Finetuning(model=str(tmp_path / "upcycled"), data=text, **QUICK), tmp_path / "tuned")
+    export(tmp_path / "tuned", tmp_path / "mixtral", Export(to="moe"))
+    recipe = Recipe(str(tmp_path / "mixtral"), keep=0.6, calibrate=(text,), calibration_tokens=1024)
+    report = convert(recipe, tmp_path / "out")
+    assert (report.plan.model_type, report.plan.recipe.experts) == ("mixtral", 4)
+    assert min(matrix.alike for matrix in report.matrices) > 0.9  # copies of one FFN, a few steps apart
+    assert report.plan.ffn_totals.stored_params <= 0.6 * report.plan.ffn_totals.dense_params
+    assert report.max_error < 0.1  # though each expert alone would lose much more
+    assert verify(tmp_path / "out").ok
+    scores = evaluate(str(tmp_path / "out"), data=text, limit=4, against=str(tmp_path / "mixtral"))
+    assert scores.differences["perplexity ratio"].value == pytest.approx(1, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------- a trained one

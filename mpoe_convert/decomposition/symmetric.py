@@ -1,0 +1,66 @@
+"""Symmetric matrices (n, n) in little more than half their numbers: rows of blocks up to the diagonal.
+
+::
+
+    [a    ]
+    [b b  ]  ->  a | b b | c c c      blocks of `BLOCK` rows, each (rows, columns up to its own last)
+    [c c c]
+
+So a sum of x^T x takes little more than half the products, each of them a product of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+
+from torch import Tensor
+
+BLOCK = 256
+
+
+def packed_length(size: int) -> int:
+    """How many numbers are stored of a matrix (size, size)."""
+    return sum((end - start) * end for start, end in _blocks(size))
+
+
+def packed_size(length: int) -> int:
+    """The size of the matrix of which so many numbers are stored.
+
+    Raises:
+        ValueError: no matrix has so many.
+    """
+    for size in range(isqrt(length), isqrt(2 * length) + 1):
+        if packed_length(size) == length:
+            return size
+    raise ValueError(f"{length} numbers are no symmetric matrix in blocks of {BLOCK}")
+
+
+def add_gram(packed: Tensor, rows: Tensor) -> None:
+    """Add x^T x for rows x (anything, n) to a packed matrix, in place and in its dtype."""
+    for (start, end), part in _parts(packed, rows.shape[-1]):
+        part.addmm_(rows[:, start:end].mT, rows[:, :end])
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """(n, n) of a packed matrix (length,)."""
+    size = packed_size(len(packed))
+    full = packed.new_empty(size, size)
+    for (start, end), part in _parts(packed, size):
+        full[start:end, :end] = part
+        full[:start, start:end] = part[:, :start].mT
+    return full
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    """(first row, end) of every block."""
+    return ((start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+
+
+def _parts(packed: Tensor, size: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Every block with its rows, a view."""
+    place = 0
+    for start, end in _blocks(size):
+        length = (end - start) * end
+        yield (start, end), packed[place : place + length].view(end - start, end)
+        place += length
