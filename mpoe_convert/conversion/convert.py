@@ -39,6 +39,7 @@ from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
+from .slices import finish_slices
 from .write import _write_recipe, write_companions
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -238,6 +239,7 @@ class _Builder:
             corrected=corrections.load if corrections else lambda name: (),
             order=order,
             asked=self._begin,
+            activations=self.prepared.activations(plan.ffn.path),
         )
         kind = experts.load(recipe.kind)
         router = f"{plan.ffn.key}.router.weight"
@@ -257,7 +259,8 @@ class _Builder:
         self.progress(matrix.name, self.ffns_done, len(self.ffns), None)
 
     def _finish(self, targets: FFNTargets, role: str, fitted: Fitted) -> dict[str, Tensor]:
-        tensors, report = finish_projection(targets, role, fitted)
+        finish = finish_projection if fitted.neurons is None else finish_slices
+        tensors, report = finish(targets, role, fitted)
         self._report(report, is_last=role == targets.plan.matrices[-1].role)
         return tensors
 

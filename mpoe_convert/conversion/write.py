@@ -10,6 +10,7 @@ from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..planning.totals import routing
 from ..runtime import MODELING_PATH
 from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
@@ -50,8 +51,7 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
             "format": runtime.FORMAT_VERSION,
             "base_model_type": plan.model_type,
             "kind": plan.kind,
-            "num_experts": plan.recipe.experts,
-            "top_k": plan.recipe.top_k,
+            **routing(plan.recipe),
             "family": plan.family.runtime(),
             "forms": forms,
             "ffns": ffns,
