@@ -77,7 +77,7 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
-            self.balance_bias = torch.zeros(self.router.num_experts, dtype=torch.float32, device=device)
+            self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -116,7 +116,7 @@ class FeedForward(Mixing):
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
         """Count the choices of a call, without padding, until the balancing bias moves."""
-        load = routing.choices.load(self.router.num_experts, mask)  # (E,)
+        load = routing.choices.load(self.shared.start, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()

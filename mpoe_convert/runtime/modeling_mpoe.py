@@ -857,10 +857,10 @@ class Choices(NamedTuple):
         if self.per_token is None:
             places = torch.cat([self.tokens, tokens.repeat_interleave(count)])
             return Choices(places, torch.cat([self.experts, always]), torch.cat(weights))
-        k = self.per_token + count
-        parts = zip([self.experts, self.weights * scale], [always, weights[1]], strict=True)
-        rows = [torch.cat([a.view(num_tokens, -1), b.view(num_tokens, -1)], 1).flatten() for a, b in parts]
-        return Choices(tokens.repeat_interleave(k), rows[0], rows[1], per_token=k)
+        k, shape = self.per_token + count, (num_tokens, self.per_token)
+        experts = torch.cat([self.experts.view(shape), always.view(num_tokens, count)], 1)
+        joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
+        return Choices(tokens.repeat_interleave(k), experts.flatten(), joined.flatten(), per_token=k)
 
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
@@ -1673,7 +1673,7 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
-            self.balance_bias = torch.zeros(self.router.num_experts, dtype=torch.float32, device=device)
+            self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -1712,7 +1712,7 @@ class FeedForward(Mixing):
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
         """Count the choices of a call, without padding, until the balancing bias moves."""
-        load = routing.choices.load(self.router.num_experts, mask)  # (E,)
+        load = routing.choices.load(self.shared.start, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 
     Raises:
         RequestError: there is no such expert.
-        ExportError: the experts have trained adapters.
+        ExportError: the experts have trained adapters, or a token passes several FFNs in any case.
     """
     expert, number = request.expert or 0, source.num_experts // source.parts
     if not 0 <= expert < number:
@@ -76,7 +76,12 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
         raise RequestError(
             f"expert is {expert}; '{source.checkpoint.source}' has {number}{what}, expected 0 to {number - 1}"
         )
-    _check_experts(source, expert_weights)
+    if source.parts == 1 and source.shared_experts:
+        raise ExportError(
+            f"a token of '{source.checkpoint.source}' passes {source.shared_experts + 1} FFNs or more, "
+            f"{source.shared_experts} of them always ({called('shared_experts')}); no dense FFN of the "
+            "base's size computes that"
+        )
     if expert_weights is None:
         expert_weights = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
         title, about = f"expert {expert}", f"Every mixture was replaced by its expert {expert}"
@@ -98,21 +103,6 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
         usage=usage(source),
         checked=Checked(experts=None if request.calibrate else (expert,), same=not request.calibrate),
     )
-
-
-def _check_experts(source: Artifact, expert_weights: ExpertWeights | None) -> None:
-    """Raises ExportError if no dense FFN computes what experts compute together."""
-    if source.parts > 1 and expert_weights is not None:
-        raise ExportError(
-            f"the experts of '{source.checkpoint.source}' are parts of an FFN (kind split), which are put "
-            f"together and not averaged; expected no {called('calibrate')}"
-        )
-    if source.parts == 1 and source.shared_experts:
-        raise ExportError(
-            f"a token of '{source.checkpoint.source}' passes {source.shared_experts + 1} FFNs or more, "
-            f"{source.shared_experts} of them always ({called('shared_experts')}); no dense FFN of the base's "
-            "size computes that"
-        )
 
 
 def usage(source: Artifact, model: str = "path/to/this") -> str:
