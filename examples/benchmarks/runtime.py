@@ -16,8 +16,8 @@ Contenders, alternating in one process, compared by the ratio of medians; 8 expe
 Shapes: gpt2 is 768 x 3072 with GELU, llama 2048 x 8192 gated with SiLU. The script fails if the outputs
 of contenders that hold the same experts differ.
 
---split: a dense FFN of 2048 x 8192 with ReLU against its neurons, divided among so many experts, of which a token
-takes a fifth.
+--split: a dense FFN of 2048 x 8192 with ReLU against its neurons, divided among so many experts, of which a
+token takes a fifth.
 """
 
 import argparse
@@ -272,7 +272,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
 
 
 def compare_split(experts: int, tokens: int, budget: float) -> dict:
-    """A dense FFN with ReLU against its neurons divided among experts, a fifth of them chosen (kind split)."""
+    """A dense FFN with ReLU against its neurons, divided among experts of which a fifth is chosen."""
     torch.manual_seed(0)
     hidden, inner, top_k = 2048, 8192, experts // 5
     own = inner // experts
@@ -285,7 +285,8 @@ def compare_split(experts: int, tokens: int, budget: float) -> dict:
     ffn = FeedForward(form, experts, top_k, parts=experts)
     ffn.act = nn.ReLU()
     ffn.router.reset_parameters(1.0)
-    dense = nn.Sequential(nn.Linear(hidden, inner, bias=False), ffn.act, nn.Linear(inner, hidden, bias=False))
+    layers = nn.Linear(hidden, inner, bias=False), ffn.act, nn.Linear(inner, hidden, bias=False)
+    dense = nn.Sequential(*layers)
     with torch.no_grad():
         first = dense[0].weight.T.unflatten(1, (experts, own)).transpose(0, 1)  # (E, hidden, own)
         ffn.up.terms[0].aux_0.copy_(first)

@@ -45,7 +45,7 @@ class Options(experts.Options):
         experts.Options, "bond_dim", "Ignored, an expert has inner size / parts neurons."
     )
     noise: float = again(
-        experts.Options, "noise", "Of the copies of a part beyond the first; ignored without --parts."
+        experts.Options, "noise", "Of the copies of a part beyond the first; ignored where there are none."
     )
     parts: int | None = option(
         default=None,
