@@ -385,7 +385,8 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
     if block["family"].get("experts"):
         module = modeling().Experts(mixture.form, block["num_experts"], block["top_k"])
     else:
-        module = modeling().FeedForward.from_block(mixture.form, block)
+        known = {name: value for name, value in block.items() if name != "rule"}  # which changes no tensor
+        module = modeling().FeedForward.from_block(mixture.form, known)
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)
