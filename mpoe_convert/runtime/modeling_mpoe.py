@@ -858,9 +858,9 @@ class Choices(NamedTuple):
             places = torch.cat([self.tokens, tokens.repeat_interleave(count)])
             return Choices(places, torch.cat([self.experts, always]), torch.cat(weights))
         k, shape = self.per_token + count, (num_tokens, self.per_token)
-        experts = torch.cat([self.experts.view(shape), always.view(num_tokens, count)], 1)
+        both = torch.cat([self.experts.view(shape), always.view(num_tokens, count)], 1)
         joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
-        return Choices(tokens.repeat_interleave(k), experts.flatten(), joined.flatten(), per_token=k)
+        return Choices(tokens.repeat_interleave(k), both.flatten(), joined.flatten(), per_token=k)
 
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""

@@ -125,7 +125,7 @@ def closest(wanted: int, numbers: Iterable[int]) -> str:
     known = sorted(number for number in numbers if number > 1)
     below = [number for number in known if number <= wanted]
     above = [number for number in known if number > wanted]
-    return " or ".join(map(str, [*below[-1:], *above[:1]]))
+    return " or ".join(map(str, [*below[-1:], *above[:1]])) or "another model"
 
 
 def describe(ffn: FFNShape, options: Options) -> Form:
