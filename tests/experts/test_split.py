@@ -359,6 +359,7 @@ def test_verify_and_the_card_say_what_it_is(tiny_gpt2, tmp_path):
     assert "All parts together are the dense FFN; those that are chosen approximate it." in card
     found = verify(tmp_path / "out", against=str(tiny_gpt2))
     assert found.ok and found.tolerance is None and found.relative_difference > 1e-3
+    assert found.rows()["  allowed"] == "any, for it leaves out parts of the FFNs"
     convert(Recipe(str(tiny_gpt2), kind="split", **EXACT["one shared"]), tmp_path / "exact")
     card = (tmp_path / "exact/README.md").read_text()
     assert "beside 1 expert that every token passes" in card and "Together the parts are" in card
