@@ -2,6 +2,7 @@
 
     python examples/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train]
                                           [--json FILE]
+    python examples/benchmarks/runtime.py --split 32 [--tokens 1,2048]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
@@ -14,6 +15,9 @@ Contenders, alternating in one process, compared by the ratio of medians; 8 expe
 
 Shapes: gpt2 is 768 x 3072 with GELU, llama 2048 x 8192 gated with SiLU. The script fails if the outputs
 of contenders that hold the same experts differ.
+
+--split: a dense FFN of 2048 x 8192 with ReLU against its neurons, divided among so many experts, of which a
+token takes a fifth.
 """
 
 import argparse
@@ -267,6 +271,48 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
     }
 
 
+def compare_split(experts: int, tokens: int, budget: float) -> dict:
+    """A dense FFN with ReLU against its neurons, divided among experts of which a fifth is chosen."""
+    torch.manual_seed(0)
+    hidden, inner, top_k = 2048, 8192, experts // 5
+    own = inner // experts
+    shapes = {"up": (hidden, own), "down": (own, hidden)}
+    terms = {
+        role: {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}
+        for role, (rows, cols) in shapes.items()
+    }
+    form = {role: {"terms": [term], "bias": None} for role, term in terms.items()}
+    ffn = FeedForward(form, experts, top_k, parts=experts)
+    ffn.act = nn.ReLU()
+    ffn.router.reset_parameters(1.0)
+    layers = nn.Linear(hidden, inner, bias=False), ffn.act, nn.Linear(inner, hidden, bias=False)
+    dense = nn.Sequential(*layers)
+    with torch.no_grad():
+        first = dense[0].weight.T.unflatten(1, (experts, own)).transpose(0, 1)  # (E, hidden, own)
+        ffn.up.terms[0].aux_0.copy_(first)
+        ffn.down.terms[0].aux_0.copy_(dense[2].weight.T.unflatten(0, (experts, own)))
+        x = torch.randn(tokens, hidden)
+        ffn.router.top_k = experts
+        error = ((ffn(x) - dense(x)).norm() / dense(x).norm()).item()
+    assert error < TOLERANCE[torch.float32], f"all parts differ from the dense FFN by {error:.2g}"
+    ffn.router.top_k = top_k
+    seconds: dict[str, list[float]] = {"dense": [], "split": []}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 5 or (time.perf_counter() - start < budget and rounds < 200):
+        for name, module in (("dense", dense), ("split", ffn)):
+            seconds[name].append(timed(module, x, train=False)[0])
+        rounds += 1
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "experts": experts,
+        "chosen": top_k,
+        "tokens": tokens,
+        "rounds": rounds,
+        "seconds": median,
+        "dense_over_split": median["dense"] / median["split"],
+    }
+
+
 def table_of(results: list[dict]) -> Table:
     names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
     ratios = ("auto/plain", "one-sided/plain", "paper/auto")
@@ -294,8 +340,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as eager,rebuild")
+    parser.add_argument("--split", type=int, help="experts of kind split, against the dense FFN")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.split:
+        for tokens in map(int, options.tokens.split(",")):
+            print(json.dumps(compare_split(options.split, tokens, options.budget)))
+        return
     results = []
     for shape in options.shape or SHAPES:
         for tokens in map(int, options.tokens.split(",")):

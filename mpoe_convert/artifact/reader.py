@@ -96,6 +96,8 @@ class Artifact:
         num_experts: per mixture.
         top_k: experts per token.
         rule: name of the selection rule, see `modeling_mpoe.RULES`.
+        parts: P, where expert e has part e mod P of an FFN's neurons; 1: experts are whole FFNs.
+        shared_experts: that every token passes, behind the others.
         family: the row that describes the base.
         mixtures: in layer order.
         token: the Hub token that it was opened with.
@@ -109,6 +111,8 @@ class Artifact:
     rule: str
     family: Family
     mixtures: tuple[Mixture, ...]
+    parts: int = 1
+    shared_experts: int = 0
     token: str | None = field(default=None, repr=False)
     _cores: dict[str, list[list[Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -169,13 +173,18 @@ class Artifact:
         if kind is None:
             return None
         bias = self.checkpoint.read(f"{mixture.key}.{role}.bias")
-        if kind == "shared":
+        if kind in ("shared", "once"):
             return bias
         if len(shares) < 2:
             return bias[next(iter(shares), 0)].clone()
         work = bias if bias.dtype == torch.float64 else bias.float()
         parts = [share * work[expert] for expert, share in shares.items()]
         return sum(parts[1:], parts[0]).to(bias.dtype)
+
+    def of_copy(self, number: int) -> list[int]:
+        """The experts that hold copy `number` of an FFN's neurons, with the shared ones."""
+        routed = range(number * self.parts, (number + 1) * self.parts)
+        return [*routed, *range(self.num_experts, self.num_experts + self.shared_experts)]
 
     def rank(self, mixture: Mixture, role: str) -> int:
         """The rank of what a low-rank expert adds to the shared matrix."""
@@ -280,6 +289,8 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         rule=block.get("rule", runtime.DEFAULT_RULE),
         family=family,
         mixtures=mixtures,
+        parts=block.get("parts", 1),
+        shared_experts=block.get("shared_experts", 0),
         token=token,
     )
 
@@ -371,8 +382,11 @@ def _numbered(layer: str) -> str:
 
 def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
     """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
-    kind = modeling().Experts if block["family"].get("experts") else modeling().FeedForward
-    module = kind(mixture.form, block["num_experts"], block["top_k"])
+    if block["family"].get("experts"):
+        module = modeling().Experts(mixture.form, block["num_experts"], block["top_k"])
+    else:
+        known = {name: value for name, value in block.items() if name != "rule"}  # which changes no tensor
+        module = modeling().FeedForward.from_block(mixture.form, known)
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)

@@ -214,7 +214,10 @@ def encode(tokenizer: Any, text: str) -> dict | str:
 
 
 def by_expert(model: Any, experts: list[int] | None) -> Iterator[Any]:
-    """Yield the model; if experts are given, once per expert, with all tokens routed to that expert."""
+    """Yield the model; if experts are given, once per expert, with all tokens routed to that expert.
+
+    Where experts have parts of an FFN's neurons, the number is that of a copy of all parts.
+    """
     if experts is None:
         yield model
         return
@@ -224,11 +227,14 @@ def by_expert(model: Any, experts: list[int] | None) -> Iterator[Any]:
 
         def choose(router: Any, args: tuple, routing: Any, expert: int = expert) -> Any:
             tokens = torch.arange(len(routing.logits), device=routing.logits.device)
-            weights, experts = torch.ones_like(routing.logits[:, 0]), torch.full_like(tokens, expert)
+            parts = getattr(router, "parts", 1)
+            experts = torch.arange(expert * parts, (expert + 1) * parts, device=tokens.device)
+            tokens, experts = tokens.repeat_interleave(parts), experts.repeat(len(tokens))
+            weights = torch.ones_like(tokens, dtype=torch.float32)
             choices = getattr(routing, "choices", None)
             if choices is None:  # from the code of an earlier release: weights and experts (T, k)
                 return routing._replace(weights=weights[:, None], experts=experts[:, None])
-            alone = choices._replace(tokens=tokens, experts=experts, weights=weights, per_token=1)
+            alone = choices._replace(tokens=tokens, experts=experts, weights=weights, per_token=parts)
             return routing._replace(choices=alone, room=None)
 
         routers = [ffn.router for _, ffn in model.mixtures()]

@@ -119,7 +119,8 @@ def print_summary(summary: Summary, out: Console) -> None:
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
         f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
-        f"{converted} of {block['num_experts']} experts, top {block['top_k']}; from "
+        f"{converted} of {block['num_experts']} experts, top {block['top_k']}"
+        f"{f', and {shared} shared' if (shared := block.get('shared_experts')) else ''}; from "
         f"{escape(recipe['model'])}{revision}"
     )
     parts = tuple(

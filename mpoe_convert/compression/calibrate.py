@@ -129,8 +129,8 @@ class MomentsWalk(LockstepWalk):
             self.save(path, self.sums.pop(path).finish(path))
 
 
-def _check_enough(run: DenseRun) -> None:
-    """A moment of n features needs n tokens, and one batch has to be held out."""
+def check_scored(run: DenseRun) -> None:
+    """Raises DataError unless there are batches to fit to and to hold out, with labels that are scored."""
     if len(run.batches) < 2:
         raise DataError(
             f"calibration has {counted(len(run.batches), 'batch')}; expected two or more: one is held out"
@@ -139,6 +139,11 @@ def _check_enough(run: DenseRun) -> None:
         labels = [batch.get("labels") for batch in part]
         if all(each is not None and each.dim() == 2 and not (each != -100).any() for each in labels):
             raise DataError(NOTHING_COUNTS.format(what))
+
+
+def _check_enough(run: DenseRun) -> None:
+    """A moment of n features needs n tokens, and one batch has to be held out."""
+    check_scored(run)
     needed = max(m.rows if observed_side(m) == "in" else m.cols for m in run.plan.matrices)
     seen = num_tokens(run.fitted_to)
     if seen is not None and seen < needed:

@@ -14,6 +14,7 @@ import torch
 from ..decomposition.low_rank import spectrum
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError, RecipeError
+from ..experts.ffn import Activations
 from ..extras import need
 from ..options import assigned, called
 from ..planning.plan import Plan
@@ -22,7 +23,7 @@ from ..planning.recipe import METRICS, Recipe
 from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
 from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_wide
-from . import dense_run, metrics
+from . import activations, dense_run, metrics
 from .allocation import Candidate, Ranks
 from .batches import Batch, check_batches, make_batches
 from .budget import blend_measured, check_share, make_candidates, measured_ranks, ranks_in_budget
@@ -49,23 +50,29 @@ class Prepared:
         run: the calibration session; None without calibration.
         calibration: its moments; None without calibration, and of plans alone.
         corrections: the corrected matrices, if the recipe asks for them.
+        activated: its activations, for kinds that look at them.
     """
 
     plan: Plan
     run: DenseRun | None = None
     calibration: Calibration | None = None
     corrections: Corrections | None = None
+    activated: Calibration | None = None
 
     def moments(self, path: str) -> FFNMoments | None:
         """At the FFN in the layer at that path."""
         return None if self.calibration is None else self.calibration.load(path)
+
+    def activations(self, path: str) -> Activations | None:
+        """At the FFN in the layer at that path."""
+        return None if self.activated is None else activations.load(self.activated, path)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"run": None}  # the session stays in its process
 
     def check_reachable(self) -> None:
         """Raises MachineError if what was measured by another process is not on this machine's disks."""
-        folders = [each.folder for each in (self.calibration, self.corrections) if each is not None]
+        folders = [each.folder for each in (self.calibration, self.activated, self.corrections) if each]
         if lost := next((folder for folder in folders if not folder.is_dir()), None):
             raise MachineError(
                 f"'{lost}' of the first process is not there for this one: calibrate on one machine, or set "
@@ -74,7 +81,7 @@ class Prepared:
 
     def divergence(self, folder: Path) -> Divergence | None:
         """Distance of the artifact in a folder from the dense model; None without calibration."""
-        if self.run is None or self.calibration is None:
+        if self.run is None or (self.calibration is None and self.activated is None):
             return None
         return measure_divergence(self.run, folder)
 
@@ -257,6 +264,11 @@ def _prepare_chains(
     plan, recipe = plan_checkpoint(resolved, checkpoint), resolved.recipe
     if not recipe.calibrate and batches is None:
         return Prepared(plan)
+    if recipe.own_options.takes_activations():
+        if only_plan:
+            return Prepared(plan)
+        run = _open_run(plan, recipe, checkpoint, batches, token)
+        return Prepared(plan, run, activated=activations.collect(run, _labelled(report, "calibrating")))
     if not any(matrix.is_truncated for matrix in plan.matrices):
         raise RecipeError(
             f"{called('calibrate')} given, and nothing is truncated; expected {called('keep')}, "

@@ -16,7 +16,7 @@ from ..decomposition.als import nearest_chain
 from ..decomposition.low_rank import factor
 from ..decomposition.mpo import fit, relative_error
 from ..decomposition.neuron_order import bisection, neuron_features, reordered
-from ..experts.ffn import FFNShape, Fitted, Target
+from ..experts.ffn import Activations, FFNShape, Fitted, Target
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..runtime.shapes import functions
@@ -34,6 +34,7 @@ class FFNTargets:
         corrected: (name of a matrix) -> what takes its place: two factors, one matrix, or nothing.
         order: of the hidden neurons, new place -> old one; None: as in the source.
         asked: called with the plan of a matrix before it is read.
+        activations: of the dense FFN, for kinds that look at them.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class FFNTargets:
         corrected: Callable[[str], tuple[Tensor, ...]] = lambda name: (),
         order: Tensor | None = None,
         asked: Callable[[MatrixPlan], None] = lambda matrix: None,
+        activations: Activations | None = None,
     ) -> None:
+        self.activations = activations
         self.plan, self.recipe, self.checkpoint, self.device = plan, recipe, checkpoint, device
         self.moments, self.corrected, self.order, self.asked = moments, corrected, order, asked
         self.matrices = {matrix.role: matrix for matrix in plan.matrices}
@@ -122,7 +125,7 @@ def finish_projection(
         for name, core, shared in zip(functions().name_cores(term), cores, term["shared"], strict=True):
             core = core.to(device)
             if not shared and core.ndim == 4:
-                core = _clones(core, recipe.experts, recipe.noise, generator)
+                core = clones(core, recipe.own_options.stored_experts, recipe.noise, generator)
             core = cast(f"{plan.name} (core {name})", core, stored)
             exact[-1].append(core if shared else core[0])
             clone[-1].append(core if shared else core[1])
@@ -132,7 +135,9 @@ def finish_projection(
     if plan.spec["bias"] is not None:
         bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
         tensors["bias"] = (
-            bias.repeat(recipe.experts, 1) if plan.spec["bias"] == "per-expert" else bias.clone()
+            bias.repeat(recipe.own_options.stored_experts, 1)
+            if plan.spec["bias"] == "per-expert"
+            else bias.clone()
         )
     dense = targets.dense(role)
     copies = [functions().count_copies(term) for term in plan.spec["terms"]]
@@ -144,12 +149,14 @@ def finish_projection(
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
     output_error = None if targets.moments is None else targets.moments.output_error(plan, dense, made)
-    measured = _Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
-    return tensors, _matrix_report(plan, recipe, measured)
+    measured = Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
+    return tensors, matrix_report(plan, recipe, measured)
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
+    """What `MatrixReport` says of a matrix beside its sizes."""
+
     error: float
     error_before_cast: float
     output_error: float | None
@@ -157,7 +164,8 @@ class _Measured:
     drift: float
 
 
-def _matrix_report(plan: MatrixPlan, recipe: Recipe, measured: _Measured) -> MatrixReport:
+def matrix_report(plan: MatrixPlan, recipe: Recipe, measured: Measured) -> MatrixReport:
+    """The report of a matrix."""
     term = plan.own_term
     return MatrixReport(
         name=plan.name,
@@ -208,7 +216,7 @@ def seeded(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _clones(core: Tensor, num_experts: int, noise: float, generator: torch.Generator) -> Tensor:
+def clones(core: Tensor, num_experts: int, noise: float, generator: torch.Generator) -> Tensor:
     """(l, i, o, r) -> (E, l, i, o, r): expert 0 exact, the others with noise of the core's own scale."""
     clones = core.repeat(num_experts, 1, 1, 1, 1)
     if noise:

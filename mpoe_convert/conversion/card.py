@@ -12,6 +12,7 @@ from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
 from ..errors import counted
 from ..planning.mixtures import MixturePlan
+from ..planning.recipe import Recipe
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import files
@@ -113,7 +114,9 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     name = _name(report, checkpoint)
     kind = experts.load(recipe.kind)
     dense = "the dense FFN" if plan.is_exact else "an approximation of the dense FFN"
-    if kind.STARTS_EQUAL:
+    if state := recipe.own_options.first_state():
+        start = state
+    elif kind.STARTS_EQUAL:
         start = f"Every expert starts as {dense}."
     elif recipe.noise:
         start = f"Expert 0 is {dense}; the others are perturbed by relative noise of {recipe.noise:g}."
@@ -123,9 +126,15 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
         f"{_networks(len(plan.ffns), f' of {base}')} converted by mpoe-convert into mixtures of "
-        f"{recipe.experts} experts, of which {recipe.top_k} are chosen per token. "
+        f"{recipe.experts} experts, of which {recipe.top_k} are chosen per token{_shared_experts(recipe)}. "
         f"The experts are {kind.ABOUT}. {start} {UNTRAINED}\n\n{licence}"
     )
+
+
+def _shared_experts(recipe: Recipe) -> str:
+    """The end of a sentence about experts that every token passes."""
+    number = recipe.shared_experts
+    return f", beside {counted(number, 'expert')} that every token passes" if number else ""
 
 
 def _base_and_licence(report: Report, checkpoint: Checkpoint) -> tuple[str, str]:

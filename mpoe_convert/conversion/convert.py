@@ -42,6 +42,7 @@ from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
 from .shards import Records, resume_run, share_out
+from .slices import finish_slices
 from .write import _write_recipe, write_companions
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -352,6 +353,7 @@ class _Builder:
             corrected=corrections.load if corrections else lambda name: (),
             order=order,
             asked=self._begin,
+            activations=self.prepared.activations(plan.ffn.path),
         )
         kind = experts.load(recipe.kind)
         router = f"{plan.ffn.key}.router.weight"
@@ -371,7 +373,8 @@ class _Builder:
         self.progress(matrix.name, self.ffns_done, self.num_ffns, None)
 
     def _finish(self, targets: FFNTargets, role: str, fitted: Fitted) -> dict[str, Tensor]:
-        tensors, report = finish_projection(targets, role, fitted)
+        finish = finish_projection if fitted.neurons is None else finish_slices
+        tensors, report = finish(targets, role, fitted)
         self._report(report, is_last=role == targets.plan.matrices[-1].role)
         return tensors
 

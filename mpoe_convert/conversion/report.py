@@ -194,7 +194,7 @@ class Report(Shown):
                 f"fine-tuned; {called('calibrate')} keeps what matters on your text."
             ]
         far = found.distance > (BROKEN_ERROR if found.nats is None else BROKEN_NATS)
-        size = called("keep" if self.plan.budget else "bond_dim")
+        size = called("keep" if self.plan.budget else self.plan.recipe.own_options.SIZED_BY)
         heal = f"Raise {size}, or heal it with finetune, {called('teacher')}."
         return [f"the model is far from the dense one on held-out calibration text. {heal}"] if far else []
 

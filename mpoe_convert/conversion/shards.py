@@ -147,7 +147,7 @@ def resume_run(records: Records, prepared: Prepared, checkpoint: Checkpoint) -> 
 
 def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a run makes, of what."""
-    plan, calibration = prepared.plan, prepared.calibration
+    plan, calibration = prepared.plan, prepared.calibration or prepared.activated
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stats = {file: (checkpoint.folder / file).stat() for file in files}
     made = [[tensor.name, tensor.shape, tensor.dtype] for tensor in plan.tensors]

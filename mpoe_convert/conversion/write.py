@@ -11,6 +11,7 @@ from ..artifact.layout import MODELING_FILE
 from ..planning.mixtures import USED
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..planning.totals import routing
 from ..runtime import MODELING_PATH
 from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
@@ -53,8 +54,7 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
             "format": runtime.FORMAT_VERSION,
             "base_model_type": plan.model_type,
             "kind": plan.kind,
-            "num_experts": plan.recipe.experts,
-            "top_k": plan.recipe.top_k,
+            **routing(plan.recipe),
             "family": plan.family.runtime(),
             "forms": forms,
             "ffns": ffns,

@@ -19,9 +19,10 @@ Kinds whose experts are chains have both from `matrixwise`. The modules import t
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from ..options import LARGEST_COUNT, Numbers, OptionGroup, described, option
 from . import kinds
@@ -70,8 +71,14 @@ class Options(OptionGroup):
     The hooks below are about a recipe as a whole; `recipe.own_options` has those of its kind.
     """
 
+    # The option that makes a model nearer to the dense one, where no budget limits it.
+    SIZED_BY: ClassVar[str] = "bond_dim"
+
     experts: int = option(
         default=8, help="Experts per FFN.", group="Experts", at_least=2, at_most=LARGEST_COUNT
+    )
+    top_k: int = option(
+        default=2, help="Experts chosen per token.", group="Experts", at_least=1, at_most=LARGEST_COUNT
     )
     bond_dim: Numbers = option(
         default=64,
@@ -108,12 +115,45 @@ class Options(OptionGroup):
         expected="a whole number from 0 to 2**63 - 1, as the generators of torch take it",
     )
 
+    shared_experts: int = option(
+        default=0,
+        help="Experts beside those of --experts that every token passes (DeepSeekMoE).",
+        group="Experts",
+        at_least=0,
+        at_most=LARGEST_COUNT,
+    )
+
+    @property
+    def stored_experts(self) -> int:
+        """Routed and shared ones, which share a stack."""
+        return self.experts + self.shared_experts
+
+    def routing(self) -> dict[str, int]:
+        """What `config.mpoe` says of the routing beside the number of experts, see `modeling_mpoe`."""
+        return {"shared_experts": self.shared_experts} if self.shared_experts else {}
+
+    def starts_exact(self) -> bool:
+        """Whether the chosen experts compute what the dense FFN does, as long as nothing is truncated."""
+        return True
+
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a user should know of such experts of a dense model with this config.json."""
+        return ()
+
+    def first_state(self) -> str | None:
+        """How the experts start, in a sentence; None: each starts as the dense FFN, but for the noise."""
+        return None
+
     def resolved(self, compresses: bool) -> dict[str, Any]:
         """Values for options that were left to the kind, so that a recipe repeats a run.
 
         compresses: under a budget.
         """
         return {}
+
+    def takes_activations(self) -> bool:
+        """Whether the kind looks at activations of the dense FFNs, if there is calibration text."""
+        return False
 
     def may_truncate(self) -> bool:
         """Whether chains may lose something to their bond limit, as far as can be told without a matrix."""

@@ -73,6 +73,22 @@ class Target:
     factors: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Some tokens of calibration text at one FFN of the dense model, in float32.
+
+    Attributes:
+        inputs: (tokens, hidden).
+        inner: (tokens, inner), the hidden neurons, as `down` reads them.
+        held_inputs, held_inner: the same of text that is held out.
+    """
+
+    inputs: Tensor
+    inner: Tensor
+    held_inputs: Tensor
+    held_inner: Tensor
+
+
 class Targets(Protocol):
     """The matrices of one FFN, read and prepared when they are asked for."""
 
@@ -81,6 +97,11 @@ class Targets(Protocol):
 
     def target(self, role: str, expert: int = 0) -> Target:
         """What is to be fitted for a role of one of the source's experts."""
+        ...
+
+    @property
+    def activations(self) -> Activations | None:
+        """Of the dense FFN on calibration text; None: there is none, or the kind takes none."""
         ...
 
     def generator(self, part: str) -> Generator:
@@ -96,10 +117,12 @@ class Fitted:
         terms: per term of the form its cores, (bond_left, in_dim, out_dim, bond_right): expert 0's, to be
             cloned with noise where they are not shared; or all experts', with an expert axis in front.
         discarded: per bond, the squared norm that was truncated.
+        neurons: (E, n) int64, which of the FFN's hidden neurons each expert has; None: all.
     """
 
     terms: list[list[Tensor]]
     discarded: tuple[float, ...] = ()
+    neurons: Tensor | None = None
 
 
 # The parts of an FFN as a kind builds them: (name, its cores, or its tensors by name).

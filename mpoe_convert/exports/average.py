@@ -27,13 +27,18 @@ def measure_expert_weights(source: Artifact, request: Export) -> dict[str, Mappi
     """{path of a layer: {expert: its fraction of the combine weights}}; loads the whole model.
 
     Raises:
-        ExportError: the routers choose by task, not by what they read.
+        ExportError: the routers choose by task, not by what they read, or experts are parts of an FFN.
         DataError: the text cannot be read or is too short.
     """
     if source.options["router_tasks"] is not None:
         raise ExportError(
             f"the routers of '{source.checkpoint.source}' choose by task, so a text does not say how much "
             f"weight they give an expert; expected one {called('expert')}"
+        )
+    if source.parts > 1:
+        raise ExportError(
+            f"the experts of '{source.checkpoint.source}' are parts of an FFN (kind split), which are put "
+            f"together and not averaged; expected no {called('calibrate')}"
         )
     batches = make_batches(request, replace(source.checkpoint, config=source.config), source.token)
     model = load_artifact(source, dtype="auto")

@@ -257,8 +257,8 @@ class Plan(Shown):
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is truncated, so that expert 0 is the dense FFN."""
-        return all(matrix.is_exact for matrix in self.matrices)
+        """Whether the model computes what the dense one does, but for the noise."""
+        return self.recipe.own_options.starts_exact() and all(matrix.is_exact for matrix in self.matrices)
 
     @cached_property
     def ffn_totals(self) -> Totals:
@@ -378,6 +378,7 @@ class Plan(Shown):
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): {counted(len(self.ffns), 'FFN')} -> "
             f"{recipe.experts} experts of kind {recipe.kind}, top {recipe.top_k}"
+            f"{f', and {recipe.shared_experts} shared' if recipe.shared_experts else ''}"
         )
         if dense:
             names = [name for name, _ in merge_names([(name, None) for name in dense])]
@@ -396,5 +397,5 @@ class Plan(Shown):
             yield self.budget.in_words(recipe.keep)
         else:
             exact = "nothing is truncated" if self.is_exact else "truncated: bonds are below the full ones"
-            yield f"Bonds: {exact}."
+            yield recipe.own_options.first_state() or f"Bonds: {exact}."
         yield from map(warning, [*self.warnings, *self.forecasts])

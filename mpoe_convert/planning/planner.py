@@ -76,7 +76,7 @@ def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[s
             sites=form.sites.get(role),
             spec=form.parts[role],
             dtype=recipe.dtype or checkpoint.tensors[source.weight].dtype,
-            num_experts=recipe.experts,
+            num_experts=recipe.own_options.stored_experts,
             rank=shape.matrices[role].rank,
         )
         for role, source in ffn.projections.items()

@@ -11,7 +11,7 @@ from .. import experts
 from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
-from ..options import LARGEST_COUNT, OptionGroup, Text, Texts, assigned, called, described, in_home, option
+from ..options import OptionGroup, Text, Texts, assigned, called, described, in_home, option
 from ..request import Request, plugin_options
 from ..source.text_options import TextSource
 
@@ -144,9 +144,6 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         group="Experts",
         choices=KINDS,
     )
-    top_k: int = option(
-        default=2, help="Experts chosen per token.", group="Experts", at_least=1, at_most=LARGEST_COUNT
-    )
     device: str = option(
         default="auto",
         help=f"Where matrices are decomposed: {DEVICES}.",
@@ -276,6 +273,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         """What has a meaning without a budget: fitting chains that --bond-dim truncates."""
         given = [name for name in ("allocation", "correct", "metric", "calibrate") if getattr(self, name)]
         may_truncate = self.own_options.may_truncate()
+        if given == ["calibrate"] and self.own_options.takes_activations():
+            return
         if given and (given[0] in ("allocation", "correct") or not may_truncate):
             raise RecipeError(
                 f"{called(given[0])} given without {called('keep')} or {called('max_error')}; nothing is "

@@ -71,7 +71,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         **recipe.own_options.resolved(recipe.compresses),
     )
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)
-    notes = (*checkpoint.notes, *told)
+    notes = (*checkpoint.notes, *told, *full.own_options.notes(checkpoint.config))
     return Resolved(full, family, converted, kept, notes)
 
 
@@ -82,7 +82,8 @@ def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
         RecipeError: it needs calibration data, and there are none.
     """
     if not recipe.compresses:
-        return recipe.replace(metric=recipe.metric or (METRIC_OF_CHAINS if calibrated else None))
+        fits_chains = calibrated and not recipe.own_options.takes_activations()
+        return recipe.replace(metric=recipe.metric or (METRIC_OF_CHAINS if fits_chains else None))
     metric = recipe.metric or (METRIC if calibrated else METRIC_WITHOUT_DATA)
     allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
     if allocation in ("loss", "measured") and not calibrated:

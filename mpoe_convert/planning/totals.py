@@ -96,15 +96,16 @@ def savings_in_words(totals: Totals, experts: int) -> str:
 
 def ffn_totals(plan: Plan) -> Totals:
     """Totals of the converted FFNs, by the shipped modules' own count."""
-    experts, top_k = plan.recipe.experts, plan.recipe.top_k
-    modules = [mixture(ffn.form.parts, plan.recipe) for ffn in plan.ffns]
+    recipe, experts, top_k = plan.recipe, plan.recipe.experts, plan.recipe.top_k
+    modules = [mixture(ffn.form.parts, recipe) for ffn in plan.ffns]
     shared = sum(module.shared_params for module in modules)
     own = sum(module.own_params for module in modules)
     routers = sum(module.router.shared_params for module in modules)
     dense = sum(m.dense_params for m in plan.matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
-    # A token has top_k rows; where cores cannot act, a pass contracts the matrices of all experts.
-    work = modeling().Work(tokens=1, rows=top_k, experts=experts)
+    # A token has a row per expert that it passes; where cores cannot act, a pass contracts all matrices.
+    stored, rows = recipe.own_options.stored_experts, top_k + recipe.shared_experts
+    work = modeling().Work(tokens=1, rows=rows, experts=stored)
     costs = [module.cost(work) for module in modules]
     routing = [module.router.cost(work, "apply") for module in modules]
     products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
@@ -113,9 +114,9 @@ def ffn_totals(plan: Plan) -> Totals:
     return Totals(
         dense_params=dense,
         plain_moe_params=experts * dense + routers,
-        stored_params=shared + experts * own,
+        stored_params=shared + stored * own,
         plain_moe_active_params=top_k * dense + routers,
-        active_params=shared + top_k * own,
+        active_params=shared + rows * own,
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
@@ -187,4 +188,9 @@ def _products(architecture: Architecture) -> Iterable[tuple[str, int]]:
 
 def mixture(form: dict, recipe: Recipe) -> FeedForward:
     """The shipped module of a form without tensors: it knows names, shapes and costs."""
-    return modeling().FeedForward(form, recipe.experts, recipe.top_k)
+    return modeling().FeedForward.from_block(form, routing(recipe))
+
+
+def routing(recipe: Recipe) -> dict[str, int]:
+    """What `config.mpoe` says of the numbers of experts."""
+    return {"num_experts": recipe.experts, "top_k": recipe.top_k, **recipe.own_options.routing()}

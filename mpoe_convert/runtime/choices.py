@@ -41,6 +41,22 @@ class Choices(NamedTuple):
         output = weighted.new_zeros(num_tokens, rows.shape[-1])
         return output.index_add(0, self.tokens, weighted).to(rows.dtype)
 
+    def beside(self, experts: range, num_tokens: int, scale: float) -> "Choices":
+        """All weights times `scale`, and for every token these experts too, each with the weight `scale`."""
+        if not experts:
+            return self
+        device, count = self.experts.device, len(experts)
+        always = torch.arange(experts.start, experts.stop, device=device).repeat(num_tokens)
+        tokens = torch.arange(num_tokens, device=device)
+        weights = [self.weights * scale, self.weights.new_full((num_tokens * count,), scale)]
+        if self.per_token is None:
+            places = torch.cat([self.tokens, tokens.repeat_interleave(count)])
+            return Choices(places, torch.cat([self.experts, always]), torch.cat(weights))
+        k, shape = self.per_token + count, (num_tokens, self.per_token)
+        both = torch.cat([self.experts.view(shape), always.view(num_tokens, count)], 1)
+        joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
+        return Choices(tokens.repeat_interleave(k), both.flatten(), joined.flatten(), per_token=k)
+
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
         counted = (

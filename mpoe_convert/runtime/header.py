@@ -27,18 +27,22 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 * One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
   and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
 * Combine weights of rule top-k are the softmax over the k chosen logits and sum to one: identical experts
-  compute exactly what the dense FFN computed, whatever the router decides.
+  compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds a part of
+  the neurons (MoEfication, arXiv 2110.01786), they are the softmax over the chosen ones with the same part.
 
 `config.mpoe` holds:
 
     format             version of this block, FORMAT_VERSION
     num_experts, top_k
     rule               name of the selection rule, see `RULES`; "top-k" if it is absent
+    parts              P: expert e holds part e mod P of an FFN's neurons, and the experts' outputs add up;
+                       absent where experts are whole FFNs
+    shared_experts     M: so many experts more, behind the others, which every token passes; 0 if it is absent
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
-                       "bias": "shared", "per-expert" or null}; "untied", one of a term's lists, is absent
-                       where no core is untied;
+                       "bias": "shared", "per-expert", "once" (added to the sum) or null}; "untied",
+                       one of a term's lists, is absent where no core is untied;
                        "adapter": size, if the experts are adapters behind a shared FFN;
                        `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:

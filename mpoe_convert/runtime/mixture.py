@@ -19,12 +19,27 @@ class FeedForward(Mixing):
 
     Attributes:
         router: chooses the experts, by the selection rule of that name in `RULES`.
+        shared: experts that every token passes beside those that the router chooses, behind them in the
+            stacks (DeepSeekMoE, arXiv 2401.06066).
+        scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts compute
+            what the dense FFN did; one if each holds neurons of its own.
     """
 
     router: Router
 
-    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
-        super().__init__(form, num_experts, top_k, Router(hidden_size_of(form), num_experts, top_k, rule))
+    def __init__(
+        self,
+        form: dict,
+        num_experts: int,
+        top_k: int,
+        rule: str = DEFAULT_RULE,
+        shared_experts: int = 0,
+        parts: int = 1,
+    ):
+        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
+        super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
+        self.shared = range(num_experts, num_experts + shared_experts)
+        self.scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
         self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
@@ -33,6 +48,12 @@ class FeedForward(Mixing):
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
+
+    @classmethod
+    def from_block(cls, form: dict, block: dict) -> "FeedForward":
+        """The mixture of a form of `config.mpoe`, which is `block`."""
+        more = {name: block[name] for name in ("rule", "shared_experts", "parts") if name in block}
+        return cls(form, block["num_experts"], block["top_k"], **more)
 
     # ------------------------------------------------------------------------------------- options
 
@@ -56,7 +77,7 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
-            self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+            self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -67,7 +88,10 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
+        choices = self._route(tokens).beside(self.shared, len(tokens), self.scale)
+        output = self._mix(tokens, choices).reshape(hidden_states.shape)
+        if self.down.bias is not None and self.down.bias_kind == "once":
+            output = output + self.down.bias
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
@@ -92,7 +116,7 @@ class FeedForward(Mixing):
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
         """Count the choices of a call, without padding, until the balancing bias moves."""
-        load = routing.choices.load(self.num_experts, mask)  # (E,)
+        load = routing.choices.load(self.shared.start, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from .choices import DEFAULT_RULE
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .experts import MIXTURE, block_class, replace_experts
 from .header import (
@@ -110,7 +109,7 @@ def swap_ffn(
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
     dense = [_take(layer, path) for path in (family["slot"], *family["absorbed"])]
-    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
+    ffn = FeedForward.from_block(form, block)
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])

@@ -27,18 +27,22 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 * One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
   and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
 * Combine weights of rule top-k are the softmax over the k chosen logits and sum to one: identical experts
-  compute exactly what the dense FFN computed, whatever the router decides.
+  compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds a part of
+  the neurons (MoEfication, arXiv 2110.01786), they are the softmax over the chosen ones with the same part.
 
 `config.mpoe` holds:
 
     format             version of this block, FORMAT_VERSION
     num_experts, top_k
     rule               name of the selection rule, see `RULES`; "top-k" if it is absent
+    parts              P: expert e holds part e mod P of an FFN's neurons, and the experts' outputs add up;
+                       absent where experts are whole FFNs
+    shared_experts     M: so many experts more, behind the others, which every token passes; 0 if it is absent
     ffns               {path of a layer below the base model: index into forms}; other layers stay dense
     forms              [{"up": projection, "down": projection, "gate": projection if gated}, ...]; a
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
-                       "bias": "shared", "per-expert" or null}; "untied", one of a term's lists, is absent
-                       where no core is untied;
+                       "bias": "shared", "per-expert", "once" (added to the sum) or null}; "untied",
+                       one of a term's lists, is absent where no core is untied;
                        "adapter": size, if the experts are adapters behind a shared FFN;
                        `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:
@@ -680,7 +684,8 @@ class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"[, "untied"]}, ...],
-             "bias": "shared" | "per-expert" | None}
+             "bias": "shared" | "per-expert" | "once" | None}
+    "once": it is added to the weighted sum of the experts, not to each of them.
     `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
     experts it has.
     """
@@ -696,10 +701,10 @@ class Projection(Part):
         if self.bias_kind is None:
             self.bias = None
         else:
-            size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
+            size = (num_experts, out_features) if self.bias_kind == "per-expert" else (out_features,)
             self.bias = nn.Parameter(torch.empty(size))
         self.acts = all(chain.acts for chain in self._chains)
-        self._shared_bias = out_features if self.bias_kind == "shared" else 0
+        self._shared_bias = out_features if self.bias_kind in ("shared", "once") else 0
         self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
         self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
@@ -733,7 +738,7 @@ class Projection(Part):
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
         assert y is not None, "a projection has at least one term"
-        if self.bias is None:
+        if self.bias is None or self.bias_kind == "once":
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
@@ -841,6 +846,22 @@ class Choices(NamedTuple):
         output = weighted.new_zeros(num_tokens, rows.shape[-1])
         return output.index_add(0, self.tokens, weighted).to(rows.dtype)
 
+    def beside(self, experts: range, num_tokens: int, scale: float) -> "Choices":
+        """All weights times `scale`, and for every token these experts too, each with the weight `scale`."""
+        if not experts:
+            return self
+        device, count = self.experts.device, len(experts)
+        always = torch.arange(experts.start, experts.stop, device=device).repeat(num_tokens)
+        tokens = torch.arange(num_tokens, device=device)
+        weights = [self.weights * scale, self.weights.new_full((num_tokens * count,), scale)]
+        if self.per_token is None:
+            places = torch.cat([self.tokens, tokens.repeat_interleave(count)])
+            return Choices(places, torch.cat([self.experts, always]), torch.cat(weights))
+        k, shape = self.per_token + count, (num_tokens, self.per_token)
+        both = torch.cat([self.experts.view(shape), always.view(num_tokens, count)], 1)
+        joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
+        return Choices(tokens.repeat_interleave(k), both.flatten(), joined.flatten(), per_token=k)
+
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
         counted = (
@@ -917,28 +938,43 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
     else:
         experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
         chosen = logits.gather(-1, experts)  # (T, k)
-    weights = weigh(logits, chosen, experts, router.combine)  # (T, k)
+    weights = weigh(logits, chosen, experts, router.combine, router.parts)  # (T, k)
     places = torch.arange(logits.shape[0] * k, device=logits.device)  # (T * k,)
     tokens = places.div(k, rounding_mode="floor")  # (T * k,) every token k times
     return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
 
 
-def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str) -> Tensor:
+def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str, parts: int = 1) -> Tensor:
     """Combine weights (T, k) of k experts per token.
 
     Args:
         logits: (T, E) of all experts.
         chosen: (T, k) of the chosen experts.
         experts: (T, k) their numbers.
-        combine: see `Router`.
+        combine, parts: see `Router`.
     """
-    if combine == "renormalised" and experts.shape[-1] > 1:
-        return chosen.softmax(-1)
+    has_copies = parts < logits.shape[-1]  # of the same neurons
+    if combine == "renormalised" and has_copies and experts.shape[-1] > 1:
+        return chosen.softmax(-1) if parts == 1 else _weigh_parts(logits, chosen, experts, parts)
     log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
     if combine == "raw":
         return log_probability.exp()
-    # One expert per token: p / p.detach() by logarithms, so that p = 0 in float32 gives one as well.
+    return _straight_through(log_probability)
+
+
+def _straight_through(log_probability: Tensor) -> Tensor:
+    """p / p.detach() by logarithms, so that p = 0 in float32 gives one as well."""
     return (log_probability - log_probability.detach()).exp()
+
+
+def _weigh_parts(logits: Tensor, chosen: Tensor, experts: Tensor, parts: int) -> Tensor:
+    """(T, k) softmax over those of the chosen experts that hold the same neurons, see `Router`."""
+    part = experts % parts  # (T, k)
+    same = part.unsqueeze(-1) == part.unsqueeze(-2)  # (T, k, k)
+    others = chosen.unsqueeze(-2).masked_fill(~same, -math.inf)
+    weights = (chosen - others.logsumexp(-1)).exp()  # (T, k)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
+    return torch.where(same.sum(-1) == 1, _straight_through(log_probability), weights)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -954,10 +990,12 @@ class Router(Part):
     Attributes:
         select: the selection rule.
         top_k: k, for rules that choose so many experts per token.
-        combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
-            compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
-            p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
-            probability over all experts (Switch), which scales the FFN's output down.
+        parts: P, if expert e holds part e mod P of the FFN's neurons; 1: every expert is a whole FFN.
+        combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
+            sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
+            the constant one, so the weight is p / p.detach(): one in value, with the gradient of log p (p
+            over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
+            down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
         capacity_factor: in training an expert takes at most this times N / E of the N choices, first
             choices before second, early tokens before late ones; others are dropped. None: no limit.
@@ -966,9 +1004,11 @@ class Router(Part):
     in_float32 = True
     own_params = 0
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE, parts: int = 1
+    ):
         super().__init__()
-        self.top_k = top_k
+        self.top_k, self.parts, self.num_experts = top_k, parts, num_experts
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.shared_params = self.weight.numel()
@@ -1028,7 +1068,7 @@ class Router(Part):
 
     def _has_room(self, choices: Choices, mask: Tensor | None, factor: float) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
-        num_experts = self.weight.shape[0]
+        num_experts = self.num_experts
         # (N,) the first choices of all tokens, then the second ones, and so on
         order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)
@@ -1328,6 +1368,8 @@ _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
 # Up to so many parameters in all, every row gets a copy of its own expert's cores.
 _FEW_COPIED_PARAMS = 1 << 23
+# The same for the whole matrices of one token's experts on a processor.
+_FEW_COPIED_WHOLE = 1 << 20
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
@@ -1397,6 +1439,9 @@ class Mixing(nn.Module):
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        specs = [form[key] for key in PARTS if key in form and PARTS[key] is Projection]
+        # Experts whose matrices are stored as they are.
+        self._is_whole = all(term["shared"] == [False] for spec in specs for term in spec["terms"])
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -1481,7 +1526,7 @@ class Mixing(nn.Module):
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and self.acts
-        if applies and num_rows * self.own_params <= _FEW_COPIED_PARAMS:
+        if applies and num_rows * self.own_params <= self._few_copied(tokens):
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
@@ -1495,6 +1540,12 @@ class Mixing(nn.Module):
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
+
+    def _few_copied(self, tokens: Tensor) -> int:
+        """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
+        free = torch.is_grad_enabled() or torch.compiler.is_compiling() or not tokens.is_cpu
+        # A token has every expert once: a processor multiplies by whole matrices where they lie.
+        return _FEW_COPIED_PARAMS if free or len(tokens) > 1 or not self._is_whole else _FEW_COPIED_WHOLE
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
@@ -1575,12 +1626,27 @@ class FeedForward(Mixing):
 
     Attributes:
         router: chooses the experts, by the selection rule of that name in `RULES`.
+        shared: experts that every token passes beside those that the router chooses, behind them in the
+            stacks (DeepSeekMoE, arXiv 2401.06066).
+        scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts compute
+            what the dense FFN did; one if each holds neurons of its own.
     """
 
     router: Router
 
-    def __init__(self, form: dict, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
-        super().__init__(form, num_experts, top_k, Router(hidden_size_of(form), num_experts, top_k, rule))
+    def __init__(
+        self,
+        form: dict,
+        num_experts: int,
+        top_k: int,
+        rule: str = DEFAULT_RULE,
+        shared_experts: int = 0,
+        parts: int = 1,
+    ):
+        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
+        super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
+        self.shared = range(num_experts, num_experts + shared_experts)
+        self.scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
         self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
@@ -1589,6 +1655,12 @@ class FeedForward(Mixing):
         self.load: Tensor | None = None  # (E,) how often experts were chosen since the bias moved
         self.router_pass: RouterPass | None = None  # of the model, while it runs
         self.repeatable = Repeatable(maxlen=_REPEATABLE)
+
+    @classmethod
+    def from_block(cls, form: dict, block: dict) -> "FeedForward":
+        """The mixture of a form of `config.mpoe`, which is `block`."""
+        more = {name: block[name] for name in ("rule", "shared_experts", "parts") if name in block}
+        return cls(form, block["num_experts"], block["top_k"], **more)
 
     # ------------------------------------------------------------------------------------- options
 
@@ -1612,7 +1684,7 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays."""
         if self.balance_bias is None:
             device = next(self.parameters()).device
-            self.balance_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+            self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -1623,7 +1695,10 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        output = self._mix(tokens, self._route(tokens)).reshape(hidden_states.shape)
+        choices = self._route(tokens).beside(self.shared, len(tokens), self.scale)
+        output = self._mix(tokens, choices).reshape(hidden_states.shape)
+        if self.down.bias is not None and self.down.bias_kind == "once":
+            output = output + self.down.bias
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
@@ -1648,7 +1723,7 @@ class FeedForward(Mixing):
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
         """Count the choices of a call, without padding, until the balancing bias moves."""
-        load = routing.choices.load(self.num_experts, mask)  # (E,)
+        load = routing.choices.load(self.shared.start, mask)  # (E,)
         self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()
@@ -1857,7 +1932,7 @@ def swap_ffn(
     if isinstance(_take(layer, family["slot"]), FeedForward):
         return
     dense = [_take(layer, path) for path in (family["slot"], *family["absorbed"])]
-    ffn = FeedForward(form, block["num_experts"], block["top_k"], block.get("rule", DEFAULT_RULE))
+    ffn = FeedForward.from_block(form, block)
     ffn.act = _take(layer, family["activation"])
     ffn.inner_dropout = _take_dropout(layer, family["inner_dropout"], family["slot"])
     ffn.outer_dropout = _take_dropout(layer, family["outer_dropout"], family["slot"])

@@ -51,7 +51,8 @@ class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"[, "untied"]}, ...],
-             "bias": "shared" | "per-expert" | None}
+             "bias": "shared" | "per-expert" | "once" | None}
+    "once": it is added to the weighted sum of the experts, not to each of them.
     `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
     experts it has.
     """
@@ -67,10 +68,10 @@ class Projection(Part):
         if self.bias_kind is None:
             self.bias = None
         else:
-            size = (out_features,) if self.bias_kind == "shared" else (num_experts, out_features)
+            size = (num_experts, out_features) if self.bias_kind == "per-expert" else (out_features,)
             self.bias = nn.Parameter(torch.empty(size))
         self.acts = all(chain.acts for chain in self._chains)
-        self._shared_bias = out_features if self.bias_kind == "shared" else 0
+        self._shared_bias = out_features if self.bias_kind in ("shared", "once") else 0
         self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
         self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
@@ -104,7 +105,7 @@ class Projection(Part):
                 part = term(rows, picks, rebuild, cache)
                 y = part if y is None else y + part
         assert y is not None, "a projection has at least one term"
-        if self.bias is None:
+        if self.bias is None or self.bias_kind == "once":
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 

@@ -21,10 +21,12 @@ class Router(Part):
     Attributes:
         select: the selection rule.
         top_k: k, for rules that choose so many experts per token.
-        combine: "renormalised": softmax over the chosen logits; they sum to one, so that identical experts
-            compute what the dense FFN did. For k = 1 that is the constant one, so the weight is
-            p / p.detach(): one in value, with the gradient of log p (p over all experts). "raw": the
-            probability over all experts (Switch), which scales the FFN's output down.
+        parts: P, if expert e holds part e mod P of the FFN's neurons; 1: every expert is a whole FFN.
+        combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
+            sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
+            the constant one, so the weight is p / p.detach(): one in value, with the gradient of log p (p
+            over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
+            down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
         capacity_factor: in training an expert takes at most this times N / E of the N choices, first
             choices before second, early tokens before late ones; others are dropped. None: no limit.
@@ -33,9 +35,11 @@ class Router(Part):
     in_float32 = True
     own_params = 0
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE):
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE, parts: int = 1
+    ):
         super().__init__()
-        self.top_k = top_k
+        self.top_k, self.parts, self.num_experts = top_k, parts, num_experts
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.shared_params = self.weight.numel()
@@ -95,7 +99,7 @@ class Router(Part):
 
     def _has_room(self, choices: Choices, mask: Tensor | None, factor: float) -> Tensor:
         """(N,) whether the expert of a choice still takes it. Padding takes no room."""
-        num_experts = self.weight.shape[0]
+        num_experts = self.num_experts
         # (N,) the first choices of all tokens, then the second ones, and so on
         order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)

@@ -58,7 +58,8 @@ class RouterStats:
     @torch.no_grad()
     def compare(self, ffn: FeedForward, tokens: Tensor) -> None:
         """Compare the outputs of a mixture's experts for tokens (T, H)."""
-        directions = F.normalize(ffn.run_all_experts(tokens).cpu().double(), dim=-1)  # (E, T, H)
+        outputs = ffn.run_all_experts(tokens)[: num_routed(ffn)]  # (E, T, H)
+        directions = F.normalize(outputs.cpu().double(), dim=-1)
         self._cosines += torch.einsum("eth,fth->ef", directions, directions)
         self._compared += len(tokens)
 
@@ -85,6 +86,11 @@ class RouterStats:
     def __repr__(self) -> str:
         load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
         return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
+
+
+def num_routed(ffn: FeedForward) -> int:
+    """E: the experts that the router chooses from, without those that every token passes."""
+    return ffn.num_experts - len(getattr(ffn, "shared", ()))  # which the code of earlier releases lacks
 
 
 def router_stats(
@@ -126,7 +132,7 @@ def router_stats(
 
 @contextmanager
 def _watch(model: MixtureMixin, similarity_tokens: int) -> Iterator[dict[str, RouterStats]]:
-    stats = {path: RouterStats(ffn.num_experts) for path, ffn in model.mixtures()}
+    stats = {path: RouterStats(num_routed(ffn)) for path, ffn in model.mixtures()}
     calls = {ffn: 0 for _, ffn in model.mixtures()}  # in the pass that is running
     arguments: dict = {}  # of that pass
     names = list(inspect.signature(model.forward).parameters)

@@ -28,6 +28,8 @@ NUMBERS = {
     Recipe: {
         "experts": (2, LARGEST_COUNT),
         "top_k": (1, 8),  # of the 8 experts
+        "shared_experts": (0, LARGEST_COUNT),
+        "parts": (2, 8),  # of the 8 experts, of kind split
         "bond_dim": COUNT,
         "sites": (3, 63),
         "noise": (0, 10),
@@ -77,6 +79,7 @@ TEXTS = {
 # Options without which others are refused.
 NEEDED = {
     (Export, "calibration_tokens"): {"calibrate": "t"},
+    (Recipe, "parts"): {"kind": "split"},
     (Export, "base"): {"to": "lora"},
     (Export, "base_revision"): {"to": "lora", "base": "b"},
 }
@@ -193,7 +196,8 @@ def test_the_command_line_calls_options_by_their_flags(request_class, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for name in NUMBERS[request_class]:
         flag = f"--{name.replace('_', '-')}"
-        done = CliRunner().invoke(main, [*COMMANDS[request_class], flag, "-1"])
+        needed = ["--kind", "split"] if name == "parts" else []
+        done = CliRunner().invoke(main, [*COMMANDS[request_class], *needed, flag, "-1"])
         assert done.exit_code == 2 and done.stderr.startswith(f"Error: {flag} is "), name
         assert f"{name} is" not in done.stderr or "_" not in name
     assert not list(tmp_path.iterdir())

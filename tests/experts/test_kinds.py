@@ -20,7 +20,7 @@ FFN = FFNShape("h.0.mlp", {role: MatrixShape(*size, has_bias=False) for role, si
 class Given:
     """An FFN whose matrices are at hand."""
 
-    shape = FFN
+    shape, activations = FFN, None
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -34,10 +34,9 @@ class Given:
     def generator(self, part: str) -> torch.Generator:
         return seeded(0, part)
 
-    def dense(self, x: torch.Tensor, neurons: slice = slice(None)) -> torch.Tensor:
-        """The FFN with some of its hidden neurons."""
-        gate, up = (x @ self.matrices[role][:, neurons] for role in ("gate", "up"))
-        return (nn.functional.silu(gate) * up) @ self.matrices["down"][neurons]
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ self.matrices[role] for role in ("gate", "up"))
+        return (nn.functional.silu(gate) * up) @ self.matrices["down"]
 
 
 def module(form: Form, parts) -> FeedForward:
@@ -60,7 +59,8 @@ def module(form: Form, parts) -> FeedForward:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"), [*((kind, {}) for kind in KINDS), *(("mpo", {"layout": layout}) for layout in WIDE)]
+    ("kind", "more"),
+    [*((kind, {}) for kind in KINDS if kind != "split"), *(("mpo", {"layout": layout}) for layout in WIDE)],
 )
 def test_every_expert_starts_as_the_dense_ffn(kind, more):
     options = Recipe("dense", kind=kind, experts=EXPERTS, bond_dim=3, bias="shared", **more).own_options
@@ -77,36 +77,3 @@ def test_an_error_names_the_matrix_and_its_size():
     options = Recipe("dense", kind="low-rank", bond_dim=13).own_options
     with pytest.raises(SitesError, match=r"^h\.0\.mlp\.gate \(12 x 18\): the rank .*at most 12"):
         load("low-rank").describe(FFN, options)
-
-
-class NeuronSplit:
-    """A kind of another sort (MoEfication, arXiv 2110.01786): every expert has its own hidden neurons."""
-
-    @staticmethod
-    def describe(ffn: FFNShape, options: object) -> Form:
-        inner = ffn.matrices["up"].cols // EXPERTS
-
-        def own(rows: int, cols: int) -> dict:
-            terms = [{"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}]
-            return {"terms": terms, "bias": None}
-
-        first = own(ffn.hidden_size, inner)
-        return Form({"gate": first, "up": first, "down": own(inner, ffn.hidden_size)})
-
-    @staticmethod
-    def build(ffn: Given, form: Form, options: object):
-        for role in ffn.shape.matrices:
-            parts = ffn.target(role).matrix.chunk(EXPERTS, dim=0 if role == "down" else 1)
-            yield role, Fitted([[torch.stack([part[None, :, :, None] for part in parts])]])
-
-
-def test_a_kind_may_split_the_neurons_of_all_matrices_together():
-    ffn = Given()
-    form = NeuronSplit.describe(FFN, None)
-    made = module(form, NeuronSplit.build(ffn, form, None))
-    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
-    outputs = made.run_all_experts(x)
-    for expert in range(EXPERTS):
-        neurons = slice(expert * INNER // EXPERTS, (expert + 1) * INNER // EXPERTS)
-        torch.testing.assert_close(outputs[expert], ffn.dense(x, neurons), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sum(outputs), ffn.dense(x), rtol=1e-4, atol=1e-4)

@@ -114,7 +114,7 @@ def chain_matrix(module: Chain, expert: int) -> torch.Tensor:
 
 def project(module: Projection, row: torch.Tensor, expert: int) -> torch.Tensor:
     y = sum(row @ chain_matrix(term, expert) for term in module.terms)
-    if module.bias is None:
+    if module.bias is None or module.bias_kind == "once":
         return y
     return y + (module.bias if module.bias.ndim == 1 else module.bias[expert])
 
@@ -201,9 +201,34 @@ def mixtures(draw, num_experts: int, top_k: int):
     form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
     if draw(st.booleans()):
         form["gate"] = draw(specs(hidden, inner))
-    ffn = FeedForward(form, num_experts, top_k).double()
+    if draw(st.booleans()):
+        form["down"]["bias"] = "once"
+    parts = draw(st.sampled_from([n for n in range(1, num_experts + 1) if num_experts % n == 0]))
+    shared_experts = draw(st.integers(0, 2))
+    ffn = FeedForward(form, num_experts, top_k, shared_experts=shared_experts, parts=parts).double()
     ffn.act = nn.GELU()
     return fill(ffn, draw(st.integers(0, 99)))
+
+
+def run_expert(ffn: FeedForward, token: torch.Tensor, expert: int) -> torch.Tensor:
+    """What an expert makes of a token (H,)."""
+    up = project(ffn.up, token, expert)
+    inner = ffn.act(up) if ffn.gate is None else ffn.act(project(ffn.gate, token, expert)) * up
+    return project(ffn.down, inner, expert)
+
+
+def combined(ffn: FeedForward, token: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The sum for a token (H,) of chosen experts by their weights, and of the shared ones, by the definition.
+
+    Whole FFNs are averaged: with M shared experts all weights are divided by 1 + M. Parts add up.
+    """
+    num_shared = ffn.num_experts - ffn.router.num_experts
+    scale = 1 if ffn.router.parts > 1 else 1 / (1 + num_shared)
+    always = {ffn.router.num_experts + number: 1.0 for number in range(num_shared)}
+    total = 0 * token
+    for expert, weight in (weights | always).items():
+        total = total + scale * weight * run_expert(ffn, token, expert)
+    return total + ffn.down.bias if ffn.down.bias_kind == "once" else total
 
 
 def hidden_size(ffn: FeedForward) -> int:

@@ -13,11 +13,11 @@ from helpers.mixtures import (
     SETTINGS,
     TERMS,
     chain_matrix,
+    combined,
     fill,
     hidden_size,
     make_ffn,
     mixtures,
-    project,
     randn,
     schedule,
     table,
@@ -41,20 +41,15 @@ def mixture(ffn: FeedForward, tokens: torch.Tensor) -> torch.Tensor:
     rows = []
     for token in tokens:
         logits = ffn.router.weight.double() @ token
-        ranked = sorted(range(ffn.num_experts), key=lambda e: -logits[e].item())
-        chosen = ranked[: ffn.router.top_k]
-        exponentials = [logits[e].exp() for e in chosen]
-        weights = [value / sum(exponentials) for value in exponentials]
-        if len(chosen) == 1:  # one in value, with the gradient of log p
-            log_p = logits[chosen[0]] - logits.exp().sum().log()
-            weights = [1 + log_p - log_p.detach()]
-        total = 0
-        for expert, weight in zip(chosen, weights, strict=True):
-            up = project(ffn.up, token, expert)
-            gated = None if ffn.gate is None else project(ffn.gate, token, expert)
-            inner = ffn.act(up) if gated is None else ffn.act(gated) * up
-            total = total + weight * project(ffn.down, inner, expert)
-        rows.append(total)
+        ranked = sorted(range(len(logits)), key=lambda e: -logits[e].item())
+        chosen, parts, weights = ranked[: ffn.router.top_k], ffn.router.parts, {}
+        for expert in chosen:
+            alike = [logits[e].exp() for e in chosen if e % parts == expert % parts]
+            weights[expert] = logits[expert].exp() / sum(alike)
+            if len(alike) == 1:  # one in value, with the gradient of log p
+                log_p = logits[expert] - logits.exp().sum().log()
+                weights[expert] = 1 + log_p - log_p.detach()
+        rows.append(combined(ffn, token, weights))
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape)
 
 

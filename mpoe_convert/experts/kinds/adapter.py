@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import experts
 from ...errors import RecipeError
-from ...options import again, called, described
+from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
 
@@ -38,6 +38,11 @@ class Options(experts.Options):
     noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
 
     def check_together(self) -> None:
+        if self.shared_experts:
+            raise RecipeError(
+                f"{called('shared_experts')} given with {assigned('kind', 'adapter')}, whose "
+                "experts share the dense FFN: every token passes it already; expected another kind"
+            )
         if self.bias == "per-expert":
             raise RecipeError(
                 f"{called('bias')} is 'per-expert'; kind adapter shares the whole FFN: expected shared"

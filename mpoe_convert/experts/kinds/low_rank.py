@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ... import experts
-from ...errors import SitesError
-from ...options import again, called, described
+from ...errors import RecipeError, SitesError
+from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
 
@@ -35,6 +35,13 @@ class Options(experts.Options):
         expected="a whole number of at least 1, the rank of kind low-rank",
     )
     noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
+
+    def check_together(self) -> None:
+        if self.shared_experts:
+            raise RecipeError(
+                f"{called('shared_experts')} given with {assigned('kind', 'low-rank')}, whose "
+                "experts share the dense matrices: every token passes them already; expected another kind"
+            )
 
 
 def terms(

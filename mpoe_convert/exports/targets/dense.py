@@ -68,17 +68,25 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 
     Raises:
         RequestError: there is no such expert.
-        ExportError: the experts have trained adapters.
+        ExportError: the experts have trained adapters, or a token passes several FFNs in any case.
     """
-    expert = request.expert or 0
-    if not 0 <= expert < source.num_experts:
+    expert, number = request.expert or 0, source.num_experts // source.parts
+    if not 0 <= expert < number:
+        what = "" if source.parts == 1 else " whole copies of its FFNs"
         raise RequestError(
-            f"expert is {expert}; '{source.checkpoint.source}' has {source.num_experts}, expected 0 to "
-            f"{source.num_experts - 1}"
+            f"expert is {expert}; '{source.checkpoint.source}' has {number}{what}, expected 0 to {number - 1}"
+        )
+    if source.parts == 1 and source.shared_experts:
+        raise ExportError(
+            f"a token of '{source.checkpoint.source}' passes {source.shared_experts + 1} FFNs or more, "
+            f"{source.shared_experts} of them always ({called('shared_experts')}); no dense FFN of the "
+            "base's size computes that"
         )
     if expert_weights is None:
         expert_weights = {mixture.path: {expert: 1.0} for mixture in source.mixtures}
         title, about = f"expert {expert}", f"Every mixture was replaced by its expert {expert}"
+        if source.parts > 1:
+            title, about = "all parts", "The parts of every FFN were put together again"
     else:
         title = "the average of the experts"
         about = (
@@ -155,7 +163,8 @@ def check_adapters(source: Artifact, mixture: Mixture, expert_weights: Mapping[i
 def _ffn(source: Artifact, mixture: Mixture, expert_weights: Mapping[int, float]) -> Iterator[PlannedTensor]:
     check_adapters(source, mixture, expert_weights)
     for name, roles in mixture.roles_by(mixture.dense_name).items():
-        rows, cols = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
+        sizes = [_size(source, mixture, role) for role in roles]
+        rows, cols = sizes[0][0], sum(size[1] for size in sizes)
         shape = (rows, cols) if source.family.transposed else (cols, rows)
         dtype = source.dtype(mixture, roles[0])
         yield PlannedTensor(
@@ -173,7 +182,7 @@ def weight(
     """A weight as the family's checkpoints hold it; of several roles: fused, one above the other."""
     import torch
 
-    matrix = torch.cat([source.matrix(mixture, role, expert_weights) for role in roles], dim=1)
+    matrix = torch.cat([_matrix(source, mixture, role, expert_weights) for role in roles], dim=1)
     return matrix if source.family.transposed else matrix.T.contiguous()
 
 
@@ -189,4 +198,34 @@ def _fused_bias(
 ) -> Tensor:
     import torch
 
-    return torch.cat([read_bias(source, mixture, role, expert_weights) for role in roles])
+    return torch.cat([_bias(source, mixture, role, expert_weights) for role in roles])
+
+
+def _size(source: Artifact, mixture: Mixture, role: str) -> tuple[int, int]:
+    """(input, output) features of the dense matrix."""
+    rows, cols = mixture.size(role)
+    if source.parts == 1:
+        return rows, cols
+    number = len(source.of_copy(0))
+    return (rows * number, cols) if role == "down" else (rows, cols * number)
+
+
+def _matrix(source: Artifact, mixture: Mixture, role: str, expert_weights: Mapping[int, float]) -> Tensor:
+    """The dense matrix (in, out): the average of experts, or a copy's parts side by side."""
+    import torch
+
+    if source.parts == 1:
+        return source.matrix(mixture, role, expert_weights)
+    [copy] = expert_weights
+    parts = [source.matrix(mixture, role, {expert: 1.0}) for expert in source.of_copy(copy)]
+    return torch.cat(parts, dim=0 if role == "down" else 1)
+
+
+def _bias(source: Artifact, mixture: Mixture, role: str, expert_weights: Mapping[int, float]) -> Tensor:
+    """(out,) of the same."""
+    import torch
+
+    if source.parts == 1 or mixture.bias_kind(role) != "per-expert":
+        return read_bias(source, mixture, role, expert_weights)
+    [copy] = expert_weights
+    return torch.cat([read_bias(source, mixture, role, {expert: 1.0}) for expert in source.of_copy(copy)])

@@ -110,6 +110,10 @@ def _obstacles(source: Artifact, target: MoeTarget) -> Iterator[str]:
 
     if source.rule != DEFAULT_RULE:
         yield f"selection rule {source.rule}"
+    if source.parts > 1:
+        yield "experts whose outputs add up instead of being averaged (kind split)"
+    if source.shared_experts:
+        yield f"experts that every token passes, averaged with the others ({source.shared_experts})"
     if source.options["router_tasks"] is not None:
         yield "routers that choose by task"
     if any(source.balance_bias(mixture) is not None for mixture in source.mixtures):

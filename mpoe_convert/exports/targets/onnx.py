@@ -81,7 +81,7 @@ def _check(source: Artifact) -> None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
-            ffn = FeedForward(mixture.form, source.num_experts, source.top_k).eval()
+            ffn = FeedForward.from_block(mixture.form, source.checkpoint.config["mpoe"]).eval()
             tokens = torch.empty(EXAMPLE_ROWS, mixture.size("up")[0])
         ffn.schedule = SCHEDULE
         if _sorts(ffn, tokens):
