@@ -232,6 +232,7 @@ def neurons_found(up, active) -> list[set]:
     """The two parts that kind split makes of 8 neurons with these weights and activations (tokens, 8)."""
     ffn = Given({"up": up, "down": torch.eye(8)}, None)
     inputs = torch.randn(64, len(up), generator=torch.Generator().manual_seed(1))
+    inputs[:, 0] = 6 * active[:, 0] - 3  # says which neurons are active
     ffn.activations = Activations(inputs, active, inputs, active)
     options = Recipe("m", kind="split", experts=2, top_k=1).own_options
     form = split.describe(ffn.shape, options)
