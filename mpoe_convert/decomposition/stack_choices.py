@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .stack_curves import stack_curves
+from .stack_curves import differences_lost, stack_curves
 from .stack_fit import fit_stack
 from .stack_metric import Stack
 from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
@@ -52,8 +53,8 @@ def stack_choices(
 ) -> StackChoices:
     """What every form costs and loses at its ranks.
 
-    The losses are those of the closed-form starts. Of stacks that are small enough every form is fitted once,
-    and what the descent gains there counts at all its ranks.
+    The losses are those of the closed-form starts. Of stacks that are small enough every form is fitted once.
+    What the descent gains there counts at all ranks; of "base" the fitted matrix is taken at all ranks.
 
     Args:
         matrices, moments: as for `Stack`.
@@ -64,9 +65,9 @@ def stack_choices(
     found = [Choice(count_stack("whole", (), *_size(stack)), 0.0, "whole", ())] if "whole" in forms else []
     curves = stack_curves(stack, forms)
     for form, lost in curves.lost.items():
-        choices = list(_choices(stack, form, lost))
-        gain = _gain(stack, choices, numbers) if stack.is_small else 1.0
-        found += [choice._replace(lost=gain * choice.lost) for choice in choices]
+        if stack.is_small:
+            lost = _descended(stack, form, lost, numbers)
+        found += _choices(stack, form, lost)
     return StackChoices(curves.energy, tuple(_best(found)))
 
 
@@ -84,14 +85,16 @@ def _choices(stack: Stack, form: str, lost: Tensor) -> Iterator[Choice]:
             yield Choice(numbers, float(values[ranks]), form, ranks)
 
 
-def _gain(stack: Stack, choices: Sequence[Choice], numbers: int) -> float:
-    """What is left of the closed form's loss after the descent, at the best ranks within `numbers`."""
-    within = [choice for choice in choices if choice.numbers <= numbers and choice.lost > 0]
+def _descended(stack: Stack, form: str, lost: Tensor, numbers: int) -> Tensor:
+    """The losses of a form after the descent, from those before and one fit, see `stack_choices`."""
+    within = [each for each in _choices(stack, form, lost) if each.numbers <= numbers and each.lost > 0]
     if not within:
-        return 1.0
+        return lost
     at = min(within, key=lambda choice: choice.lost)
-    fit = fit_stack(stack.matrices, at.form, at.ranks, stack.moments)
-    return min(float(fit.lost.sum()) / at.lost, 1.0)
+    fit = fit_stack(stack.matrices, form, at.ranks, stack.moments)
+    if form == "base":
+        return torch.minimum(lost, differences_lost(stack, fit.cores[0][0].double()).cpu())
+    return lost * min(float(fit.lost.sum()) / at.lost, 1.0)
 
 
 def _best(choices: Sequence[Choice]) -> Iterator[Choice]:

@@ -41,9 +41,8 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
 
     Of larger stacks some of the experts stand for all.
     """
-    experts = list(range(len(stack))) if stack.is_small else spread(len(stack), PROBED)
+    experts = _looked_at(stack)
     root = torch.linalg.cholesky(stack.mean_moment())
-    mean = _mean(stack, root) if "base" in forms else None
     sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
     energy, sums = 0.0, {}
     for expert in experts:
@@ -51,18 +50,32 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
         image = half @ stack.matrix(expert).double()
         energy += dot(image, image)
         found = {"none": _spectrum(image)} if "none" in forms else {}
-        if mean is not None:
-            found["base"] = _spectrum(image - half @ mean)
         if sides is not None:
             found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).square()
         sums = {form: squares + sums.get(form, 0.0) for form, squares in found.items()}
     scale, lost = len(stack) / len(experts), {}
     for form in forms:
-        if form in ("input", "output"):
+        if form == "base":
+            lost[form] = differences_lost(stack, _mean(stack, root)) / scale
+        elif form in ("input", "output"):
             lost[form] = _tail(sums["both"].sum(1 if form == "input" else 0))
         elif form != "whole":
             lost[form] = _tails(sums[form]) if form == "both" else _tail(sums[form])
     return StackCurves(scale * energy, {form: (scale * each).cpu() for form, each in lost.items()})
+
+
+def differences_lost(stack: Stack, base: Tensor) -> Tensor:
+    """(n + 1,): what "base" loses at every rank of the differences, with this W_0 (in, out)."""
+    experts = _looked_at(stack)
+    squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
+    for expert in experts:
+        half = torch.linalg.cholesky(stack.moment(expert).double()).mT
+        squares += _spectrum(half @ (stack.matrix(expert).double() - base))
+    return _tail(squares) * (len(stack) / len(experts))
+
+
+def _looked_at(stack: Stack) -> list[int]:
+    return list(range(len(stack))) if stack.is_small else spread(len(stack), PROBED)
 
 
 def _mean(stack: Stack, root: Tensor) -> Tensor:
