@@ -46,12 +46,12 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
     energy, sums = 0.0, {}
     for expert in experts:
-        half = torch.linalg.cholesky(stack.moment(expert).double()).mT  # R_e^T
-        image = half @ stack.matrix(expert).double()
+        half = _half(stack, expert)
+        image = half @ stack.matrix(expert)
         energy += dot(image, image)
         found = {"none": _spectrum(image)} if "none" in forms else {}
         if sides is not None:
-            found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).square()
+            found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
         sums = {form: squares + sums.get(form, 0.0) for form, squares in found.items()}
     scale, lost = len(stack) / len(experts), {}
     for form in forms:
@@ -69,13 +69,17 @@ def differences_lost(stack: Stack, base: Tensor) -> Tensor:
     experts = _looked_at(stack)
     squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
     for expert in experts:
-        half = torch.linalg.cholesky(stack.moment(expert).double()).mT
-        squares += _spectrum(half @ (stack.matrix(expert).double() - base))
+        squares += _spectrum(_half(stack, expert) @ (stack.matrix(expert) - base.to(stack.dtype)))
     return _tail(squares) * (len(stack) / len(experts))
 
 
 def _looked_at(stack: Stack) -> list[int]:
     return list(range(len(stack))) if stack.is_small else spread(len(stack), PROBED)
+
+
+def _half(stack: Stack, expert: int) -> Tensor:
+    """R_e^T in the dtype of products."""
+    return torch.linalg.cholesky(stack.moment(expert).double()).mT.to(stack.dtype)
 
 
 def _mean(stack: Stack, root: Tensor) -> Tensor:
@@ -88,12 +92,14 @@ def _directions(stack: Stack, root: Tensor) -> tuple[Tensor, Tensor]:
     """A (in, in) and B (out, out), the most important directions first."""
     inputs = leading(stack.input_importance(root, stack.matrix), len(root))
     outputs = leading(stack.output_importance(), stack.size[1])
-    return torch.linalg.solve_triangular(root.mT, inputs, upper=True), outputs
+    inputs = torch.linalg.solve_triangular(root.mT, inputs, upper=True)
+    return inputs.to(stack.dtype), outputs.to(stack.dtype)
 
 
 def _spectrum(image: Tensor) -> Tensor:
     """Squared singular values, descending."""
-    return descending(image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image)
+    gram = image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image
+    return descending(gram.double())
 
 
 def _tail(squares: Tensor) -> Tensor:

@@ -112,6 +112,37 @@ def test_the_best_ranks_within_the_budget_lose_what_their_fit_does(form):
     assert best.form == form and best.lost == pytest.approx(float(fit.lost.sum()), rel=1e-4)
 
 
+def stack_of(kind):
+    """Stacks of which one form says it with fewest numbers, plus noise of a thousandth."""
+    e, i, o, r = 6, 40, 32, 4
+    own_in, own_out = randn(e, i, r, seed=1), randn(e, r, o, seed=2)
+    left, right = randn(i, 2 * r, seed=3), randn(2 * r, o, seed=4)
+    built = {
+        "none": own_in @ own_out,
+        "input": left @ randn(e, 2 * r, o, seed=5),
+        "output": randn(e, i, 2 * r, seed=6) @ right,
+        "both": left @ randn(e, 2 * r, 2 * r, seed=7) @ right,
+        "base": 3 * randn(i, o, seed=8) + own_in @ own_out,
+    }[kind]
+    return built + 1e-3 * randn(*built.shape, seed=9)
+
+
+RANKS = {"none": (4,), "input": (8,), "output": (8,), "both": (8, 8), "base": (4,)}
+
+
+@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize("small", [True, False])
+def test_the_form_that_a_stack_was_made_in_is_best(kind, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("mpoe_convert.decomposition.stack_metric.SMALL", 10)
+    weights = stack_of(kind)
+    numbers = count_stack(kind, RANKS[kind], *weights.shape)
+    inputs = randn(6, 80, 40, seed=11)
+    found = stack_choices(weights, numbers, inputs.mT @ inputs)
+    best = [choice for choice in found.choices if choice.numbers <= numbers][-1]
+    assert best.form == kind and (best.lost < 1e-4 * found.energy or (kind, small) == ("base", False))
+
+
 def test_ranks_are_multiples_of_eight():
     assert rank_steps(5) == [1, 2, 3, 4, 5]
     steps = rank_steps(100)
