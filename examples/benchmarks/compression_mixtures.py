@@ -13,7 +13,7 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap`, `hc-smoe` (whole experts: the largest number
   within the share).
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
-  `auto, N bits`: the cores of `auto` rounded alike, at that share.
+  `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -342,10 +342,8 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
         share = bytes_of(bits)
         yield f"rounded {bits}", share, 1.0, rounding(bits)
         yield "auto", share, share, ours("loss")
-        for finer in (8, 4):
-            if finer > bits:
-                kept = share / bytes_of(finer)
-                yield f"auto, {finer} bits", share, kept, ours("loss", finer)
+        if bits < 8:
+            yield "auto, 8 bits", share, share / bytes_of(8), ours("loss", 8)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
