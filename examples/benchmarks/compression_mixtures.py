@@ -428,10 +428,13 @@ def plot(results: dict, shares: list[float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    colors = dict(zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False))
     for way in WAYS:
         points = [(share, results.get(f"{way} {share:g}")) for share in shares]
         xs, ys = zip(*[(share, mean_growth(found)) for share, found in points if found], strict=True)
-        style = {"linewidth": 2.5, "color": "black"} if way == "auto" else {"linewidth": 1}
+        style = (
+            {"linewidth": 2.5, "color": "black"} if way == "auto" else {"linewidth": 1, "color": colors[way]}
+        )
         axes.plot(xs, ys, marker="o", markersize=3, label=way, **style)
     for bits in BITS:
         found = results.get(f"rounded {bits}, {bytes_of(bits):.3f} of the bytes")
