@@ -1,10 +1,21 @@
-"""What compressing a mixture costs: forms of sharing between experts, and fewer neurons.
+"""What compressing a mixture costs: ours beside published ways, at the same share of the experts' numbers.
 
     MPOE_TEST_DATA=... python examples/benchmarks/compression_mixtures.py --json FILE [--source FOLDER]
 
-Every way stores the same share of the experts' numbers; each layer's matrices get the same share. The fitted
-matrices replace those of the stock model. The cost is the growth of held-out loss in nats per token, per
-domain. Calibrated on text that the evaluation does not see. Results in the JSON file are not measured again.
+The fitted matrices replace those of the stock model. The cost is the growth of held-out loss in nats per
+token, per domain; beside it, how many greedy continuations end in a loop. Calibrated on text that the
+evaluation does not see. Results in the JSON file are not measured again. A plot is written beside it.
+
+* `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
+  `uniform`: the best form for every matrix, each with the same share.
+* `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
+  for all, each matrix with the same share.
+* `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap`, `hc-smoe` (whole experts: the largest number
+  within the share).
+* `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
+  `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
+
+Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
 
 import argparse
@@ -12,26 +23,49 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from mixture_rivals import (
+    base_and_differences,
+    clusters,
+    dropped_experts,
+    loop_rate,
+    mean_outputs,
+    merged,
+    rounded,
+    saliencies,
+    without,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from mpoe_convert.compression.batches import split
+from mpoe_convert.compression.expert_gradients import expert_sensitivities
 from mpoe_convert.compression.expert_moments import ExpertMoments, collect, is_experts
+from mpoe_convert.compression.stack_budget import StackCandidate, shared_out, uniform
 from mpoe_convert.compression.stream import keep_no_cache
 from mpoe_convert.decomposition.neurons import kept_neurons, leverage, refitted_down, widths_by_score
-from mpoe_convert.decomposition.stack_fit import choose_form, fit_stack
-from mpoe_convert.decomposition.stack_metric import Stack, side_spectra
+from mpoe_convert.decomposition.stack_choices import StackChoices, stack_choices
+from mpoe_convert.decomposition.stack_fit import StackFit, fit_stack
+from mpoe_convert.decomposition.stack_metric import Stack, expand, side_spectra
 from mpoe_convert.decomposition.stacks import FORMS, ranks_within
+from mpoe_convert.source.mixtures import sources_of
 
 SHARES = (0.8, 0.6, 0.4, 0.2)
+BITS = (8, 4, 3)
+GROUP = 64
 LENGTH, WINDOWS = 256, 80
 CALIBRATION_WINDOWS = 160
+PROMPTS, PROMPT_LENGTH = 16, 32  # per domain
 Layer = dict[str, Tensor]  # role -> (E, in, out)
+Layers = dict[str, Layer]  # path -> layer
 
 
 def texts(root: Path) -> dict[str, tuple[str, str]]:
@@ -81,45 +115,245 @@ def write_layer(module, layer: Layer) -> None:
     module.down_proj.copy_(layer["down"].mT)
 
 
-def metric_of(moments: ExpertMoments, role: str):
-    return moments.metric("inner" if role == "down" else "inputs")
+@dataclass
+class Source:
+    """A stock mixture, and what calibration found."""
+
+    model: torch.nn.Module
+    batches: list[dict]
+    modules: dict = field(init=False)
+    layers: Layers = field(init=False)
+    moments: dict[str, ExpertMoments] = field(init=False)
+    candidates: dict[float, dict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules = {path: m for path, m in self.model.named_modules() if is_experts(m)}
+        layers = {path: read_layer(module) for path, module in self.modules.items()}
+        self.layers = {path: {r: t.clone() for r, t in layer.items()} for path, layer in layers.items()}
+        self.moments = {}
+        collect(self.model, self.batches, self.moments.__setitem__)
+        self.nats = self._sensitivities()
+
+    def metric(self, path: str, role: str):
+        return self.moments[path].metric("inner" if role == "down" else "inputs")
+
+    def matrices(self) -> Iterator[tuple[str, str, Tensor]]:
+        for path, layer in self.layers.items():
+            for role, stack in layer.items():
+                yield path, role, stack
+
+    def _sensitivities(self) -> dict[str, dict[str, Tensor]]:
+        """Of the fitted batches, as a conversion takes them."""
+        ffns = []
+        for path, module in self.modules.items():
+            roles = sources_of(module, path)
+            matrices = [SimpleNamespace(role=role) for role in roles]
+            ffns.append(SimpleNamespace(ffn=SimpleNamespace(path=path, projections=roles), matrices=matrices))
+        plan = SimpleNamespace(ffns=ffns)
+        run = SimpleNamespace(plan=plan, fitted_to=split(self.batches)[0], is_causal=True)
+        return expert_sensitivities(run, self.model, self.modules, lambda *_: None)
+
+    def choices(self, kept: float) -> dict[tuple[str, str], StackChoices]:
+        if kept not in self.candidates:
+            self.candidates[kept] = {
+                (path, role): stack_choices(stack, int(kept * stack.numel()), self.metric(path, role))
+                for path, role, stack in self.matrices()
+            }
+        return self.candidates[kept]
+
+    @cached_property
+    def calls(self) -> dict[str, list[Tensor]]:
+        """By path: inputs, experts and combine weights of all tokens that matrices are fitted to."""
+        seen = {path: [] for path in self.modules}
+        handles = [
+            module.register_forward_pre_hook(partial(_note, seen[path]), with_kwargs=True)
+            for path, module in self.modules.items()
+        ]
+        with torch.no_grad():
+            for batch in split(self.batches)[0]:
+                self.model(**batch)
+        for handle in handles:
+            handle.remove()
+        return {path: [torch.cat(parts) for parts in zip(*each, strict=True)] for path, each in seen.items()}
+
+    @cached_property
+    def squared_gradients(self) -> Layers:
+        """By path and role, sums over the batches of the squared gradients of the weights."""
+        found = {
+            path: {role: torch.zeros_like(t) for role, t in layer.items()}
+            for path, layer in self.layers.items()
+        }
+        for module in self.modules.values():
+            module.requires_grad_(True)
+        for batch in split(self.batches)[0]:
+            self.model.zero_grad()
+            self.model(**batch, labels=batch["input_ids"]).loss.backward()
+            for path, module in self.modules.items():
+                gate, up = module.gate_up_proj.grad.mT.chunk(2, dim=-1)
+                for role, gradient in (("gate", gate), ("up", up), ("down", module.down_proj.grad.mT)):
+                    found[path][role] += gradient.square()
+        self.model.zero_grad()
+        self.model.requires_grad_(False)
+        return found
 
 
-def with_form(form: str) -> Callable[[Layer, ExpertMoments, float], tuple[Layer, dict]]:
-    """Every matrix in this form, or in the best one."""
+def _note(seen: list, module, args: tuple, kwargs: dict) -> None:
+    seen.append([each.detach() for each in (*args, *kwargs.values())])
 
-    def compress(layer: Layer, moments: ExpertMoments, share: float) -> tuple[Layer, dict]:
-        found, told = {}, {}
-        for role, stack in layer.items():
-            numbers, metric = int(share * stack.numel()), metric_of(moments, role)
-            if form == "chosen":
-                fit = choose_form(stack, numbers, metric)
-            else:
-                spectra = side_spectra(Stack(stack, metric)) if form == "both" else None
-                fit = fit_stack(stack, form, ranks_within(form, *stack.shape, numbers, spectra), metric)
-            found[role] = torch.stack([fit.matrix(e) for e in range(len(stack))])
-            told[role] = {"form": fit.form, "ranks": fit.ranks, "error": fit.error}
-        return found, told
+
+# A way writes the compressed matrices; it yields what there is to tell, and undoes all else at its end.
+Way = Callable[[Source, float], Iterator[dict]]
+
+
+def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit], bits: int = 16) -> dict:
+    """Write every matrix as its fit says, with cores rounded."""
+    told = {}
+    for path, module in source.modules.items():
+        layer, told[path] = {}, {}
+        for role, stack in source.layers[path].items():
+            fit = chosen(path, role, stack)
+            cores = fit.cores
+            if bits < 16:
+                cores = [[rounded(core, bits, GROUP) for core in term] for term in cores]
+            layer[role] = torch.stack([expand(cores, e) for e in range(len(stack))])
+            told[path][role] = {"form": fit.form, "ranks": fit.ranks, "error": fit.error}
+        write_layer(module, layer)
+    return told
+
+
+def one_form(form: str) -> Way:
+    """Every matrix in this form, with the same share of each."""
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        def fit(path: str, role: str, stack: Tensor) -> StackFit:
+            numbers, metric = int(share * stack.numel()), source.metric(path, role)
+            spectra = side_spectra(Stack(stack, metric)) if form == "both" else None
+            return fit_stack(stack, form, ranks_within(form, *stack.shape, numbers, spectra), metric)
+
+        yield fitted(source, fit)
 
     return compress
 
 
-def fewer_neurons(layer: Layer, moments: ExpertMoments, share: float) -> tuple[Layer, dict]:
+def ours(allocation: str, bits: int = 16) -> Way:
+    """The forms and ranks of every matrix as a conversion chooses them."""
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        candidates = []
+        for (path, role), found in source.choices(share).items():
+            unit = float(source.nats[path][role]) if allocation == "loss" else 1 / found.energy
+            whole = source.layers[path][role].numel()
+            candidates.append(StackCandidate(f"{path} {role}", whole, found.choices, unit))
+        chosen = (uniform if allocation == "uniform" else shared_out)(candidates, share)
+
+        def fit(path: str, role: str, stack: Tensor) -> StackFit:
+            choice = chosen[f"{path} {role}"]
+            return fit_stack(stack, choice.form, choice.ranks, source.metric(path, role))
+
+        told = fitted(source, fit, bits)
+        for path, role, stack in source.matrices():
+            told[path][role]["kept"] = round(chosen[f"{path} {role}"].numbers / stack.numel(), 3)
+        yield told
+
+    return compress
+
+
+def d2(source: Source, share: float) -> Iterator[dict]:
+    """D2-MoE: a Fisher-weighted base and whitened differences."""
+    fisher = source.squared_gradients
+    for path, module in source.modules.items():
+        layer = {}
+        for role, stack in source.layers[path].items():
+            (rank,) = ranks_within("base", *stack.shape, int(share * stack.numel())) or (0,)
+            metric = list(source.metric(path, role))
+            layer[role] = base_and_differences(stack, fisher[path][role], metric, rank)[1]
+        write_layer(module, layer)
+    yield {}
+
+
+def fewer_neurons(source: Source, share: float) -> Iterator[dict]:
     """Neurons dropped by ridge leverage over the experts of a layer, `down` refitted."""
-    metric = moments.metric("inner")
-    scores = [leverage(metric[e] / metric[e].diagonal().mean()) for e in range(len(metric))]
-    widths = widths_by_score(scores, int(share * sum(map(len, scores))))
-    found = {role: torch.zeros_like(stack) for role, stack in layer.items()}
-    for expert, (part, width) in enumerate(zip(scores, widths, strict=True)):
-        kept = kept_neurons(part, width)
-        for role in ("gate", "up"):
-            found[role][expert][:, kept] = layer[role][expert][:, kept]
-        found["down"][expert][kept] = refitted_down(layer["down"][expert], metric[expert], kept)
-    return found, {"widths": widths}
+    told = {}
+    for path, module in source.modules.items():
+        layer, metric = source.layers[path], source.metric(path, "down")
+        scores = [leverage(moment / moment.diagonal().mean()) for moment in metric]
+        told[path] = widths_by_score(scores, int(share * sum(map(len, scores))))
+        found = {role: torch.zeros_like(stack) for role, stack in layer.items()}
+        for expert, (part, width) in enumerate(zip(scores, told[path], strict=True)):
+            kept = kept_neurons(part, width)
+            for role in ("gate", "up"):
+                found[role][expert][:, kept] = layer[role][expert][:, kept]
+            found["down"][expert][kept] = refitted_down(layer["down"][expert], metric[expert], kept)
+        write_layer(module, found)
+    yield {"widths": told}
 
 
-WAYS = {form: with_form(form) for form in FORMS if form != "whole"} | {"chosen": with_form("chosen")}
-WAYS["neurons"] = fewer_neurons
+def reap(source: Source, share: float) -> Iterator[dict]:
+    """The experts that matter least are never chosen."""
+    handles, told = [], {}
+    for path, calls in source.calls.items():
+        scores = saliencies(source.modules[path], *calls)
+        told[path] = dropped_experts(scores, int(share * len(scores)))
+        router = source.model.get_submodule(path.rpartition(".")[0]).gate
+        handles.append(router.register_forward_hook(without(told[path], router.top_k)))
+    yield {"dropped": told}
+    for handle in handles:
+        handle.remove()
+
+
+def hc_smoe(source: Source, share: float) -> Iterator[dict]:
+    """Experts with like outputs become one."""
+    told = {}
+    for path, calls in source.calls.items():
+        module, layer = source.modules[path], source.layers[path]
+        count = int(share * len(module.down_proj))
+        with torch.no_grad():
+            told[path] = clusters(mean_outputs(module, calls[0]), count)
+        tokens = source.moments[path].tokens
+        write_layer(module, {role: merged(stack, told[path], tokens) for role, stack in layer.items()})
+    yield {"groups": told}
+
+
+def rounding(bits: int) -> Way:
+    """The source rounded alone; the groups lie along the inputs."""
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        for path, module in source.modules.items():
+            layer = source.layers[path]
+            write_layer(module, {role: rounded(t.mT, bits, GROUP).mT for role, t in layer.items()})
+        yield {}
+
+    return compress
+
+
+WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform": ours("uniform")}
+WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
+WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
+
+
+def bytes_of(bits: int) -> float:
+    """Share of 16-bit numbers that rounding in groups with a 16-bit scale takes."""
+    return (bits + 16 / GROUP) / 16
+
+
+def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
+    """(name, share of the bytes, share of the numbers, way)"""
+    for bits in BITS:
+        share = bytes_of(bits)
+        yield f"rounded {bits}", share, 1.0, rounding(bits)
+        yield "auto", share, share, ours("loss")
+        if bits < 8:
+            yield "auto, 8 bits", share, share / bytes_of(8), ours("loss", 8)
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
+    """(key in the results, share of the numbers, way)"""
+    for kept in arguments.shares:
+        for way in arguments.ways or WAYS:
+            yield f"{way} {kept:g}", kept, WAYS[way]
+    if not arguments.ways:
+        for name, share, kept, way in at_equal_bytes():
+            yield f"{name}, {share:.3f} of the bytes", kept, way
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -131,44 +365,91 @@ def measure(arguments: argparse.Namespace) -> dict:
     keep_no_cache(model)
     domains = texts(root)
     evaluation = {name: windows(tokenizer, pair[1], WINDOWS) for name, pair in domains.items()}
+    prompts = torch.cat(
+        [ids[:: len(ids) // PROMPTS][:PROMPTS, :PROMPT_LENGTH] for ids in evaluation.values()]
+    )
     share = CALIBRATION_WINDOWS // len(domains)
     calibration = torch.cat([windows(tokenizer, pair[0], share) for pair in domains.values()])
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": part} for part in calibration[order].split(10)]
-    moments: dict[str, ExpertMoments] = {}
-    start = time.perf_counter()
-    collect(model, batches, moments.__setitem__)
     results = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
-    results["calibration_seconds"] = time.perf_counter() - start
-    modules = {path: m for path, m in model.named_modules() if is_experts(m)}
-    layers = {path: read_layer(module) for path, module in modules.items()}
-    layers = {path: {r: t.clone() for r, t in layer.items()} for path, layer in layers.items()}
     results.setdefault("source", losses(model, evaluation))
-    for way in arguments.ways or WAYS:
-        for kept in arguments.shares:
-            key = f"{way} {kept:g}"
-            if key in results:
-                continue
-            start, told = time.perf_counter(), {}
-            for path, module in modules.items():
-                layer, told[path] = WAYS[way](layers[path], moments[path], kept)
-                write_layer(module, layer)
+    results.setdefault("source loops", loop_rate(model, prompts))
+    start = time.perf_counter()
+    source = Source(model, [{"input_ids": part} for part in calibration[order].split(10)])
+    results["calibration_seconds"] = time.perf_counter() - start
+    for key, kept, way in jobs(arguments):
+        if key in results:
+            continue
+        for path, module in source.modules.items():
+            write_layer(module, source.layers[path])
+        start = time.perf_counter()
+        for told in way(source, kept):
             seconds = time.perf_counter() - start
             after = losses(model, evaluation)
             growth = {name: after[name] - results["source"][name] for name in after}
-            results[key] = {"growth": growth, "seconds": seconds, "matrices": told}
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-            print(key, f"{statistics.mean(growth.values()):.4f}", f"{seconds:.1f} s", flush=True)
+            found = {"growth": growth, "loops": loop_rate(model, prompts), "seconds": seconds}
+            results[key] = found | {"matrices": told}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(
+            key, f"{mean_growth(results[key]):.4f}", f"{found['loops']:.0%}", f"{seconds:.1f} s", flush=True
+        )
     return results
 
 
-def print_table(results: dict, shares: list[float]) -> None:
-    table = Table("way", *[f"{share:.0%}" for share in shares])
-    for way in WAYS:
-        cells = [results.get(f"{way} {share:g}") for share in shares]
-        if any(cells):
-            table.add_row(way, *[f"{statistics.mean(c['growth'].values()):.4f}" if c else "" for c in cells])
+def mean_growth(result: dict) -> float:
+    return statistics.mean(result["growth"].values())
+
+
+def print_tables(results: dict, shares: list[float]) -> None:
+    for title, cell in (
+        ("Growth of held-out loss, nats per token", lambda found: f"{mean_growth(found):.4f}"),
+        (
+            f"Greedy text that loops; the source's: {results['source loops']:.0%}",
+            lambda f: f"{f['loops']:.0%}",
+        ),
+    ):
+        table = Table("way", *[f"{share:.0%}" for share in shares], title=title)
+        for way in WAYS:
+            cells = [results.get(f"{way} {share:g}") for share in shares]
+            if any(cells):
+                table.add_row(way, *[cell(found) if found else "" for found in cells])
+        Console().print(table)
+    table = Table("share of the bytes", "way", "growth", "loops", title="At equal bytes")
+    for name, share, _, _ in at_equal_bytes():
+        if found := results.get(f"{name}, {share:.3f} of the bytes"):
+            table.add_row(f"{share:.1%}", name, f"{mean_growth(found):.4f}", f"{found['loops']:.0%}")
     Console().print(table)
+
+
+def plot(results: dict, shares: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    colors = dict(zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False))
+    for way in WAYS:
+        points = [(share, results.get(f"{way} {share:g}")) for share in shares]
+        xs, ys = zip(*[(share, mean_growth(found)) for share, found in points if found], strict=True)
+        style = (
+            {"linewidth": 2.5, "color": "black"} if way == "auto" else {"linewidth": 1, "color": colors[way]}
+        )
+        axes.plot(xs, ys, marker="o", markersize=3, label=way, **style)
+    for bits in BITS:
+        found = results.get(f"rounded {bits}, {bytes_of(bits):.3f} of the bytes")
+        if found and mean_growth(found) > 0:
+            axes.plot(bytes_of(bits), mean_growth(found), marker="x", color="black", linestyle="")
+            axes.annotate(
+                f"{bits} bits",
+                (bytes_of(bits), mean_growth(found)),
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+    axes.set(yscale="log", xlabel="share of the experts' numbers (x: of their bytes)")
+    axes.set_ylabel("growth of held-out loss, nats per token")
+    axes.legend(ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -177,11 +458,14 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--source", type=Path)
-    parser.add_argument("--ways", nargs="*")
+    parser.add_argument("--ways", nargs="*", choices=WAYS)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    print_table(measure(arguments), arguments.shares)
+    results = measure(arguments)
+    print_tables(results, arguments.shares)
+    if not arguments.ways:
+        plot(results, arguments.shares, arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

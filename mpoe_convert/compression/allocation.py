@@ -1,19 +1,42 @@
-"""Divide one budget of parameters among matrices: the rank that every matrix keeps.
+"""Divide one budget of parameters among matrices: the rank that every matrix keeps, or its form and ranks.
 
 A matrix of n = min(in, out) possible ranks costs (in + out) parameters per rank, or in * out as a whole. Its
 spectrum says what keeping r ranks loses. The losses are convex in r, so taking the step with the largest gain
-per parameter first is optimal up to the last step. Only the jump from a factored matrix to the whole one is
-not convex; it is taken as one step from where it pays (the lower convex hull of all choices).
+per parameter first is optimal up to the last step. The jump from a factored matrix to the whole one is not
+convex, nor is that from one form of a stack of matrices to another; it is taken as one step from where it
+pays (the lower convex hull of all choices).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+
+C = TypeVar("C")
+
+
+class Allocatable(Protocol[C]):
+    """What parts of a budget can be given to: it has choices of the type C."""
+
+    @property
+    def name(self) -> str: ...
+
+    def cost(self, choice: C, /) -> int:
+        """Parameters."""
+        ...
+
+    def loss(self, choice: C, /) -> float:
+        """In one unit for all that share the budget."""
+        ...
+
+    def above(self, choice: C, /) -> Iterable[C]:
+        """The choices that cost more, in the order of their cost."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +66,9 @@ class Candidate:
     def loss(self, rank: int | None) -> float:
         return 0.0 if rank is None else float(self.losses[rank])
 
+    def above(self, rank: int | None) -> list[int | None]:
+        return [] if rank is None else [*range(rank + 1, self.largest_rank + 1), None]
+
     def error(self, rank: int | None) -> float:
         """Relative error: the square root of the lost fraction; 0 for a matrix that computes nothing."""
         return float((self.loss(rank) / self.losses[0]) ** 0.5) if self.losses[0] > 0 else 0.0
@@ -56,9 +82,9 @@ class Candidate:
 Ranks = dict[str, int | None]
 
 
-def cost(candidates: Sequence[Candidate], ranks: Ranks) -> int:
-    """Parameters of all matrices at these ranks."""
-    return sum(each.cost(ranks[each.name]) for each in candidates)
+def cost(candidates: Sequence[Allocatable[C]], chosen: Mapping[str, C]) -> int:
+    """Parameters of all matrices with these choices."""
+    return sum(each.cost(chosen[each.name]) for each in candidates)
 
 
 def smallest(candidates: Sequence[Candidate], max_error: float | None = None) -> Ranks:
@@ -89,49 +115,48 @@ def uniform(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks
     return ranks_at(low)
 
 
-def greedy(candidates: Sequence[Candidate], budget: int, start: Ranks) -> Ranks:
-    """The ranks with the smallest sum of losses, at least those in `start`.
+def greedy(candidates: Sequence[Allocatable[C]], budget: int, start: Mapping[str, C]) -> dict[str, C]:
+    """The choices with the smallest sum of losses, at least those in `start`.
 
-    Steps along every matrix's lower convex hull are taken in the order of their gain per parameter. A matrix
-    whose jump to the whole one does not fit goes on rank by rank.
+    Steps along every matrix's lower convex hull are taken in the order of their gain per parameter. Where a
+    step does not fit any more, the hull of what still fits takes its place.
     """
-    ranks, left = dict(start), budget - cost(candidates, start)
-    steps = {each.name: _hull(each, start[each.name]) for each in candidates}
+    chosen, left = dict(start), budget - cost(candidates, start)
     by_name = {each.name: each for each in candidates}
+    steps = {each.name: _hull(each, start[each.name], left) for each in candidates}
     heap: list[tuple[float, str]] = []
 
     def push(name: str) -> None:
         if steps[name]:
-            heapq.heappush(heap, (-_slope(by_name[name], ranks[name], steps[name][0]), name))
+            heapq.heappush(heap, (-_slope(by_name[name], chosen[name], steps[name][0]), name))
 
     for name in steps:
         push(name)
     while heap:
         name = heapq.heappop(heap)[1]
-        each, before, after = by_name[name], ranks[name], steps[name][0]
-        price = each.cost(after) - each.cost(before)
+        each, step = by_name[name], steps[name][0]
+        price = each.cost(step) - each.cost(chosen[name])
         if price <= left:
-            ranks[name], left = after, left - price
-            steps[name].popleft()
-        elif after is None and before is not None and before < each.largest_rank:
-            steps[name] = deque(range(before + 1, each.largest_rank + 1))
+            chosen[name], left = steps[name].popleft(), left - price
         else:
-            continue
+            steps[name] = _hull(each, chosen[name], left)
         push(name)
-    return ranks
+    return chosen
 
 
-def _hull(each: Candidate, start: int | None) -> deque[int | None]:
-    """The ranks above `start` on the lower convex hull of (cost, loss)."""
-    hull: list[int | None] = [start]
-    for choice in [] if start is None else [*range(start + 1, each.largest_rank + 1), None]:
+def _hull(each: Allocatable[C], start: C, left: int) -> deque[C]:
+    """The choices on the lower convex hull of (cost, loss) that cost at most `left` more than `start`."""
+    hull, most = [start], each.cost(start) + left
+    for choice in each.above(start):
+        if each.cost(choice) > most:
+            break
         while len(hull) > 1 and _slope(each, hull[-2], hull[-1]) < _slope(each, hull[-2], choice):
             hull.pop()
         hull.append(choice)
     return deque(hull[1:])
 
 
-def _slope(each: Candidate, before: int | None, after: int | None) -> float:
+def _slope(each: Allocatable[Any], before: Any, after: Any) -> float:
     """Gain per parameter."""
     price = each.cost(after) - each.cost(before)
     return (each.loss(before) - each.loss(after)) / price if price else float("inf")

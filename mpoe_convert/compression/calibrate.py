@@ -55,7 +55,7 @@ def calibrate(run: DenseRun, *, gradients: bool = False, progress: Progress | No
         with run.streamed() as model:
             MomentsWalk(run, model, missing, save).walk_batches()
     if gradients and found.missing("gradients"):
-        model = run.in_memory(_gradient_dtype(run.plan))
+        model = run.in_memory(gradient_dtype(run.plan))
         for path, tensors in gradient_moments(run, model, report).items():
             found.save(path, tensors, "gradients")
     return found
@@ -153,7 +153,7 @@ def _check_enough(run: DenseRun) -> None:
         )
 
 
-def _gradient_dtype(plan: Plan) -> str | torch.dtype:
+def gradient_dtype(plan: Plan) -> str | torch.dtype:
     """Gradients leave the range of float16."""
     halves = any(tensor.dtype == "float16" for tensor in plan.tensors)
     return torch.float32 if halves else "auto"

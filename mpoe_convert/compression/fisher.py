@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,23 +57,43 @@ def gradient_moments(
         DataError: no label is scored.
         CheckpointError: a gradient is NaN or Inf.
     """
+    sums = _GradientSums(run, model)
+
+    def begin(batch: Batch) -> None:
+        sums.batch = batch
+
+    scored = run_backward(run, model, begin, progress)
+    sums.remove()
+    return sums.per(scored)
+
+
+def run_backward(
+    run: DenseRun, model: PreTrainedModel, begin: Callable[[Batch], None], progress: Progress
+) -> int:
+    """Take gradients of `sampled_loss` at every activation; returns the number of scored predictions.
+
+    Args:
+        model: whole; its parameters get no gradients.
+        begin: called with every batch before it runs.
+
+    Raises:
+        DataError: no label is scored.
+    """
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    sums = _GradientSums(run, model)
     generator, scored = torch.Generator().manual_seed(0), 0
     pieces = list(graph_sized(run.fitted_to))
     for done, piece in enumerate(pieces):
-        sums.batch = piece
+        begin(piece)
         with torch.enable_grad():
             loss, count = sampled_loss(model, piece, generator, run.is_causal)
             loss.backward()
         scored += count
         model.get_input_embeddings().zero_grad(set_to_none=True)
         progress("gradients", done + 1, len(pieces))
-    sums.remove()
     if not scored:
         raise DataError(NOTHING_COUNTS.format("that gradients are taken of"))
-    return sums.per(scored)
+    return scored
 
 
 class _GradientSums:

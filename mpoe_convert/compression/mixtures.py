@@ -10,20 +10,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..decomposition.stack_fit import choose_form
+from ..decomposition.stack_choices import stack_choices
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
 from ..errors import CheckpointError, RecipeError, counted
-from ..options import called
-from ..planning.mixtures import MixturePlan, StackPlan, moment_bytes, plan_mixture, resolve_mixture
+from ..options import assigned, called
+from ..planning.mixtures import (
+    Chosen,
+    MixturePlan,
+    StackPlan,
+    moment_bytes,
+    plan_mixture,
+    resolve_mixture,
+)
 from ..planning.recipe import Recipe
+from ..planning.resolve import needs_calibration
 from ..source.in_memory import InMemory
 from ..source.mixtures import read_stack
 from . import dense_run
 from .batches import Batch
+from .calibrate import gradient_dtype
 from .moment_cache import Calibration
 from .prepare import Prepared, Progress, _device, _labelled, _open_run
+from .stack_budget import StackCandidate, shared_out, uniform
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .expert_moments import ExpertMoments
 
 # The smallest ranks of a form.
@@ -50,9 +62,8 @@ def prepare_mixture(
 ) -> PreparedMixture:
     """The plan for an opened mixture, with forms and ranks if the recipe compresses.
 
-    A plan alone, without calibration, reads no weights: where the form is to be chosen it has the sizes that
-        each
-    expert would have alone. Other arguments as for `prepare`.
+    A plan alone, without calibration, reads no weights: every matrix has the same share there, and where the
+    form is to be chosen, the sizes that each expert would have alone. Other arguments as for `prepare`.
 
     Raises:
         MpoeError: the recipe does not fit the mixture, or its budget cannot be met.
@@ -61,20 +72,42 @@ def prepare_mixture(
     whole = plan_mixture(resolved, checkpoint)
     if resolved.recipe.keep is None:
         return PreparedMixture(whole)
+    calibrated = bool(recipe.calibrate) or batches is not None
+    resolved = replace(resolved, recipe=_with_allocation(resolved.recipe, calibrated))
     _check_keep(resolved.recipe, whole)
     report = progress or (lambda *_: None)
     run = calibration = None
-    if resolved.recipe.calibrate or batches is not None:
+    if calibrated:
         run = _open_run(whole, resolved.recipe, checkpoint, batches, token)
-        calibration = _calibrated(run, _labelled(report, "calibrating"))
+        gradients = resolved.recipe.allocation == "loss"
+        calibration = _calibrated(run, gradients, _labelled(report, "calibrating"))
     if only_plan and calibration is None:
         chosen = {matrix.name: _from_size(resolved.recipe, matrix) for matrix in _stacks(whole)}
         resolved = replace(resolved, notes=(*resolved.notes, *_unread(resolved.recipe)))
         return PreparedMixture(plan_mixture(resolved, checkpoint, chosen))
-    chosen = dict(_choices(resolved.recipe, whole, checkpoint, calibration, report))
+    chosen = _chosen(
+        resolved.recipe, list(_candidates(resolved.recipe, whole, checkpoint, calibration, report))
+    )
     notes = (*resolved.notes, *_unseen(whole, calibration))
     plan = plan_mixture(replace(resolved, notes=notes), checkpoint, chosen)
     return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
+
+
+def _with_allocation(recipe: Recipe, calibrated: bool) -> Recipe:
+    """The recipe with the allocation of a mixture's budget.
+
+    Raises:
+        RecipeError: it needs calibration data and there are none, or is for dense sources.
+    """
+    allocation = recipe.allocation or ("loss" if calibrated else "energy")
+    if allocation == "measured":
+        raise RecipeError(
+            f"{assigned('allocation', 'measured')} given with a mixture of experts as the source; expected "
+            "loss, energy or uniform"
+        )
+    if allocation == "loss" and not calibrated:
+        raise RecipeError(needs_calibration("allocation", allocation))
+    return recipe.replace(allocation=allocation)
 
 
 def _stacks(plan: MixturePlan) -> Iterator[StackPlan]:
@@ -133,31 +166,45 @@ def _unread(recipe: Recipe) -> Iterator[str]:
     if recipe.share == "auto":
         yield (
             "no weights were read: each expert is planned alone. A conversion, or a plan with "
-            f"{called('calibrate')}, takes for every matrix the form with the smallest error."
+            f"{called('calibrate')}, shares the budget out over forms and matrices."
         )
 
 
-def _choices(
+def _candidates(
     recipe: Recipe,
     plan: MixturePlan,
     checkpoint: InMemory,
     calibration: Calibration | None,
     report: Progress,
-) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """(matrix, (form, ranks)): the form that loses least, one layer in memory at a time."""
+) -> Iterator[StackCandidate]:
+    """What every matrix can become, one layer in memory at a time.
+
+    With the allocation "loss" a unit of error counts what it costs in nats per token; else errors are
+    relative to the size of the matrix' outputs.
+    """
     device = _device(recipe)
     for done, ffn in enumerate(plan.ffns):
         moments = None if calibration is None else _load(calibration, ffn.ffn.path)
+        nats = None
+        if calibration is not None and recipe.allocation == "loss":
+            nats = _load_gradients(calibration, ffn.ffn.path)
         for matrix in ffn.matrices:
             assert isinstance(matrix, StackPlan)
-            report(f"form of {matrix.name}", done, len(plan.ffns), None)
+            report(f"forms of {matrix.name}", done, len(plan.ffns), None)
             stack = read_stack(checkpoint, matrix.source).to(device)
             metric = (
                 None if moments is None else moments.metric("inner" if matrix.role == "down" else "inputs")
             )
-            found = choose_form(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
-            assert found is not None, "the budget was checked"
-            yield matrix.name, (found.form, found.ranks)
+            found = stack_choices(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
+            unit = nats[matrix.role] if nats is not None else 1 / found.energy if found.energy else 0.0
+            yield StackCandidate(matrix.name, matrix.numbers, found.choices, unit)
+
+
+def _chosen(recipe: Recipe, candidates: list[StackCandidate]) -> Chosen:
+    """What every matrix becomes under the recipe's budget."""
+    assert recipe.keep is not None
+    found = (uniform if recipe.allocation == "uniform" else shared_out)(candidates, recipe.keep)
+    return {name: (choice.form, choice.ranks) for name, choice in found.items()}
 
 
 def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]:
@@ -174,16 +221,16 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
             )
 
 
-def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibration:
-    """The moments at all experts, of this run or of an earlier one over the same."""
+def _calibrated(run: dense_run.DenseRun, gradients: bool, report: dense_run.Progress) -> Calibration:
+    """The moments at all experts, of this run or of an earlier one over the same; gradients if asked for."""
+    from .expert_gradients import expert_sensitivities
     from .expert_moments import collect
 
     found = Calibration.of(run)
     if missing := found.missing("experts"):
         found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
         with run.streamed() as model:
-            base = "" if model.base_model is model else f"{model.base_model_prefix}."
-            experts = {f"{base}{_experts_path(ffn.ffn.path, run)}": ffn.ffn.path for ffn in run.plan.ffns}
+            experts = _experts_of(model, run)
 
             def save(path: str, moments: ExpertMoments) -> None:
                 tensors = {each.name: getattr(moments, each.name) for each in fields(moments)}
@@ -193,6 +240,11 @@ def _calibrated(run: dense_run.DenseRun, report: dense_run.Progress) -> Calibrat
 
             with _damage_named(run):
                 collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
+    if gradients and found.missing("gradients"):
+        model = run.in_memory(gradient_dtype(run.plan))
+        modules = {path: model.get_submodule(name) for name, path in _experts_of(model, run).items()}
+        for path, tensors in expert_sensitivities(run, model, modules, report).items():
+            found.save(path, tensors, "gradients")
     return found
 
 
@@ -207,8 +259,19 @@ def _damage_named(run: dense_run.DenseRun) -> Iterator[None]:
         raise
 
 
-def _experts_path(layer: str, run: dense_run.DenseRun) -> str:
-    return ".".join(filter(None, [layer, run.plan.family.slot, "experts"]))
+def _experts_of(model: PreTrainedModel, run: dense_run.DenseRun) -> dict[str, str]:
+    """Path of an experts module in the model -> path of its layer."""
+    base = "" if model.base_model is model else f"{model.base_model_prefix}."
+    slot = run.plan.family.slot
+    layers = (ffn.ffn.path for ffn in run.plan.ffns)
+    return {f"{base}{'.'.join(filter(None, [layer, slot, 'experts']))}": layer for layer in layers}
+
+
+def _load_gradients(calibration: Calibration, path: str) -> dict[str, float]:
+    """By role, what a unit of squared error costs, see `expert_sensitivities`."""
+    from safetensors.torch import load_file
+
+    return {name: float(t) for name, t in load_file(calibration.file(path, "gradients")).items()}
 
 
 def _unseen_in(calibration: Calibration, path: str) -> list[int]:

@@ -55,6 +55,7 @@ class StackReport(MatrixReport):
             "of outputs": None if self.output_error is None else f"{self.output_error:.2e}",
             "source": self.dense_params,
             "stored": self.stored_params,
+            "kept": f"{self.stored_params / self.dense_params:.0%}",
         }
 
 
@@ -165,6 +166,7 @@ def _layer(name: str, stacks: Sequence[StackReport]) -> dict[str, Cell]:
         "alike": f"{min(each.alike for each in stacks):.2f}",
         "largest error": f"{max(each.relative_error for each in stacks):.2e}",
         "of outputs": f"{max(of_outputs):.2e}" if of_outputs else None,
-        "source": sum(each.dense_params for each in stacks),
-        "stored": sum(each.stored_params for each in stacks),
+        "source": (source := sum(each.dense_params for each in stacks)),
+        "stored": (stored := sum(each.stored_params for each in stacks)),
+        "kept": f"{stored / source:.0%}",
     }

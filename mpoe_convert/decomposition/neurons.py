@@ -68,13 +68,3 @@ def refitted_down(down: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     moment = moment.to(down.device, torch.float64)
     rows = moment[kept]
     return solve(rows[:, kept], rows @ down.double()).to(down.dtype)
-
-
-def lost_by_dropping(down: Tensor, moment: Tensor, kept: Tensor) -> float:
-    """The expected squared change of an expert's outputs: tr(D^T C D) with D the change of W.
-
-    Args: as for `refitted_down`.
-    """
-    change = down.to(torch.float64, copy=True)
-    change[kept] -= refitted_down(down, moment, kept).double()
-    return float((change * (moment.double() @ change)).sum())

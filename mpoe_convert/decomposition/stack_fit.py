@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from .low_rank import thin_side
-from .stack_bases import PROBED, Base, Bases, Shared, alone, best_product, spread
-from .stack_metric import SMALL, Cores, Stack, dot, expand, leading, side_spectra
-from .stacks import FORMS, Ranks, count_stack, ranks_within
+from .stack_bases import PROBED, Base, Bases, best_product, spread
+from .stack_metric import SMALL, Cores, Stack, dot, expand, leading
+from .stacks import Ranks, count_stack
 
 # The largest number of sweeps. Every sweep takes as long as the closed form, which is near the minimum
 # already, so that larger stacks get fewer; from ten times `SMALL` entries on none.
@@ -88,11 +88,6 @@ class StackFit:
         return _ratio(self.errors.weight_lost, self.errors.weight_energy)
 
     @property
-    def output_errors(self) -> Tensor:
-        """(E,) relative squared error of the expected outputs."""
-        return _ratio(self.lost, self.energy)
-
-    @property
     def error(self) -> float:
         """Relative squared error of the expected outputs of all experts together."""
         return float(_ratio(self.lost.sum(), self.energy.sum()))
@@ -122,42 +117,6 @@ def fit_stack(
         ValueError: unknown form, or another number of ranks.
     """
     return _fit(Stack(matrices, moments, weights), form, ranks, max_sweeps)
-
-
-def choose_form(
-    matrices: Sequence[Tensor] | Tensor,
-    numbers: int,
-    moments: Sequence[Tensor] | Tensor | None = None,
-    weights: Tensor | None = None,
-    *,
-    forms: Sequence[str] = FORMS,
-) -> StackFit | None:
-    """The form whose expected outputs lose least among those that store at most so many numbers.
-
-    Stacks of up to `SMALL` entries are fitted in every form. Of larger ones the closed-form starts are
-    compared on some of the experts, and only the best form is fitted.
-
-    Args:
-        matrices, moments, weights: as for `Stack`.
-        numbers: of all experts together.
-        forms: to choose from.
-
-    Returns:
-        The fit, or None if no form stores so few numbers.
-    """
-    stack = Stack(matrices, moments, weights)
-    spectra = side_spectra(stack) if "both" in forms else None
-    found = {form: ranks_within(form, len(stack), *stack.size, numbers, spectra) for form in forms}
-    choices = [(form, ranks) for form, ranks in found.items() if ranks is not None]
-    if ("whole", ()) in choices:
-        choices = [("whole", ())]
-    if not choices:
-        return None
-    if stack.is_small or len(choices) == 1:
-        return min((_fit(stack, *choice, None) for choice in choices), key=lambda fit: fit.error)
-    probed = spread(len(stack), PROBED)
-    best = min(choices, key=lambda choice: _start_error(stack, *choice, probed))
-    return _fit(stack, *best, None)
 
 
 def alikeness(stack: Stack) -> float:
@@ -251,28 +210,6 @@ _FITS: dict[str, Callable[[Stack, Ranks, int], Cores]] = {
     "base": _fit_base,
     "whole": _fit_whole,
 }
-
-
-def _start_error(stack: Stack, form: str, ranks: Ranks, experts: list[int]) -> float:
-    """What the closed form loses of the outputs of some experts, per expert."""
-    starts: dict[str, Callable[[Stack, Ranks, list[int]], Shared]] = {
-        "input": _input_bases,
-        "both": _both_bases,
-        "base": lambda stack, ranks, experts: Base(stack, ranks[0], experts),
-    }
-    if form in starts:
-        return starts[form](stack, ranks, experts).error
-    basis = leading(stack.output_importance(), ranks[0]).to(stack.dtype) if form == "output" else None
-    lost = 0.0
-    for expert in experts:
-        weight, moment = stack.matrix(expert), stack.moment(expert)
-        if basis is None:
-            first, second = alone(weight, moment, ranks[0])
-        else:
-            first, second = weight @ basis, basis.mT
-        rest = weight - first @ second
-        lost += dot(rest, moment @ rest)
-    return lost / len(experts)
 
 
 def _input_bases(stack: Stack, ranks: Ranks, experts: list[int]) -> Bases:

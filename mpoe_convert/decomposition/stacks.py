@@ -108,6 +108,16 @@ def largest_ranks(form: str, num_experts: int, in_dim: int, out_dim: int) -> Ran
     return (min(in_dim, out_dim),)
 
 
+def rank_steps(largest: int) -> list[int]:
+    """The ranks to choose from up to the largest: multiples of `MULTIPLE` and the smallest ones.
+
+    Where there are few, all of them.
+    """
+    if largest < _FEW:
+        return list(range(1, largest + 1))
+    return sorted({*range(1, MULTIPLE), *range(MULTIPLE, largest + 1, MULTIPLE), largest})
+
+
 def _check(form: str, ranks: Sequence[int]) -> None:
     if form not in FORMS:
         raise ValueError(f"no form is called {form!r}: choose one of {', '.join(FORMS)}")

@@ -29,7 +29,7 @@ from .totals import Totals, model_totals
 USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
-        *("max_shard_size", "keep", "share", "experts", "top_k"),
+        *("max_shard_size", "keep", "share", "allocation", "experts", "top_k"),
         *by_name(TextSource),
     }
 )
@@ -69,6 +69,7 @@ class StackPlan(MatrixPlan):
             "ranks": listed(self.ranks),
             "source": self.dense_params,
             "stored": self.stored_params,
+            "kept": f"{self.stored_params / self.dense_params:.0%}",
         }
 
     def to_json(self) -> dict[str, Any]:

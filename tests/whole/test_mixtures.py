@@ -214,7 +214,7 @@ def test_a_low_rank_adapter_is_learnt(mixtral):
 def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
     """The stock model with the experts' matrices contracted from the cores."""
     source = mixtral[0]
-    recipe = Recipe(str(source), keep=0.8, share=share)
+    recipe = Recipe(str(source), keep=0.8, share=share, allocation="uniform")
     report = convert(recipe, tmp_path / "out")
     assert all(matrix.form == share and 0.1 < matrix.relative_error < 1 for matrix in report.matrices)
     assert report.plan.ffn_totals.stored_params <= 0.8 * report.plan.ffn_totals.dense_params
@@ -258,7 +258,8 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
 def test_the_form_is_chosen_by_the_error(mixtral, tmp_path):
     errors = {}
     for share in ("auto", "none", "input", "output", "both"):
-        report = convert(Recipe(str(mixtral[0]), keep=0.7, share=share), tmp_path / "out", overwrite=True)
+        recipe = Recipe(str(mixtral[0]), keep=0.7, share=share, allocation="uniform")
+        report = convert(recipe, tmp_path / "out", overwrite=True)
         errors[share] = [matrix.relative_error for matrix in report.matrices]
     least = [min(each) for each in zip(*(errors[share] for share in errors if share != "auto"), strict=True)]
     assert all(ours <= best * (1 + 1e-6) for ours, best in zip(errors["auto"], least, strict=True))
@@ -285,7 +286,8 @@ def readable(tmp_path_factory):
 
 def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
     source, text = readable
-    recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=2048)
+    options = {"share": "none", "allocation": "uniform", "calibration_tokens": 2048}
+    recipe = Recipe(str(source), keep=0.6, calibrate=(text,), **options)
     report = convert(recipe, tmp_path / "out")
     plain = convert(recipe.replace(calibrate=()), tmp_path / "plain")
     stock, model = load_pair(source, tmp_path / "out")
@@ -352,6 +354,7 @@ def test_rates_of_what_is_not_there_are_refused(mixtral, readable, tmp_path):
 def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeypatch):
     source, text = readable
     recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=1024)
+    recipe = recipe.replace(allocation="uniform")  # which takes no gradients
     needed = sum(map(moment_bytes, plan(recipe.replace(calibrate=())).ffns))
     # Of 2 layers of 4 experts, those of 32 inputs and 24 hidden neurons in one block each.
     assert needed == 2 * EXPERTS * 4 * (32 * 32 + 24 * 24)
@@ -371,6 +374,36 @@ def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeyp
     lines = [line for line in planned.shown() if isinstance(line, str)]
     assert "Moments of the calibration, kept in the cache of Hugging Face: 51.2 kB" in lines
     assert planned.peak_bytes == plan(recipe.replace(calibrate=())).peak_bytes + needed // 2
+
+
+@pytest.mark.parametrize("allocation", [None, "energy"])
+def test_the_budget_is_shared_out(readable, tmp_path, allocation):
+    """A layer whose experts hardly count is cut deeper; the same share of each loses more together."""
+    source = save_mixture("qwen3_moe", tmp_path / "source")
+    save_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].mlp.experts.down_proj.data *= 1e-3
+    model.save_pretrained(source)
+    recipe = Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=2048)
+    planned = plan(recipe.replace(allocation=allocation))
+    assert planned.recipe.allocation == (allocation or "loss")
+    alike = plan(recipe.replace(allocation="uniform"))
+    kept = {}
+    for each in (planned, alike):
+        assert each.ffn_totals.stored_params <= 0.6 * each.ffn_totals.dense_params
+        stored = [matrix.stored_params for matrix in each.matrices]
+        kept[each.recipe.allocation] = [sum(stored[:3]), sum(stored[3:])]
+    first, second = kept[allocation or "loss"]
+    assert (first > 1.5 * second) == (allocation is None)
+    assert max(kept["uniform"]) < 1.1 * min(kept["uniform"])
+
+
+def test_allocations_that_a_mixture_does_not_have(mixtral):
+    source = str(mixtral[0])
+    with pytest.raises(RecipeError, match="allocation='measured' given with a mixture of experts as the"):
+        plan(Recipe(source, keep=0.6, allocation="measured"))
+    with pytest.raises(RecipeError, match="allocation is 'loss'; expected calibrate with it"):
+        plan(Recipe(source, keep=0.6, allocation="loss"))
 
 
 def test_experts_that_no_token_reached_are_named(readable, tmp_path):

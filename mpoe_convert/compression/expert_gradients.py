@@ -1,0 +1,125 @@
+"""What errors at a mixture's experts do to the loss: mean squares of the gradients at their projections.
+
+::
+
+    x --gate, up--> a --act--> h --down--> y_e     gradients at a and at y_e of the tokens routed to e,
+                                                   combine weight included, beside the sum of g^2
+
+The gradient at the output of the experts module is enough: from there each expert's own are computed again,
+on the inputs, experts and combine weights that the module was called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..planning.plan import FFNPlan
+from ..source.mixtures import biases_of
+from .batches import Batch, token_mask
+from .dense_run import DenseRun, Progress
+from .expert_moments import _project, expert_outputs
+from .fisher import run_backward
+from .stream import check_activations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def expert_sensitivities(
+    run: DenseRun, model: PreTrainedModel, modules: dict[str, nn.Module], progress: Progress
+) -> dict[str, dict[str, Tensor]]:
+    """Per layer and projection, what a unit of squared output error costs.
+
+    The expected rise of the loss, in nats per scored prediction, is this times the squared error of the
+    projection's outputs in the experts' metric (`ExpertMoments.metric`), if errors and gradients are
+    independent and all outputs of a projection matter alike: half the mean square of the gradient, as in
+    `gradient_moments`.
+
+    Args:
+        model: the stock mixture, whole.
+        modules: by the paths of the plan's layers, their experts.
+
+    Returns:
+        By path and role, () in float64.
+
+    Raises:
+        DataError: no label is scored.
+        CheckpointError: a gradient is NaN or Inf.
+    """
+    ffns = {ffn.ffn.path: ffn for ffn in run.plan.ffns}
+    sums = {path: _Squares(ffns[path], model, module) for path, module in modules.items()}
+    handles = [module.register_forward_hook(sums[p].watch, with_kwargs=True) for p, module in modules.items()]
+
+    def begin(batch: Batch) -> None:
+        for each in sums.values():
+            each.batch = batch
+
+    try:
+        scored = run_backward(run, model, begin, progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: each.per(scored) for path, each in sums.items()}
+
+
+class _Squares:
+    """Sums over the tokens that are routed to the experts of one layer.
+
+    Attributes:
+        batch: the one that runs.
+        combine: of g^2.
+        squares: by role, of the squared gradients, per output.
+        tokens: that were counted, without regard to routing.
+    """
+
+    def __init__(self, ffn: FFNPlan, model: PreTrainedModel, module: Any) -> None:
+        self.ffn, self.model, self.module = ffn, model, module
+        self.batch: Batch = {}
+        self.combine, self.tokens = 0.0, 0
+        self.squares = {matrix.role: 0.0 for matrix in ffn.matrices}
+
+    def watch(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).args
+        x, experts, weights = (tensor.detach() for tensor in bound[:3])
+        y.register_hook(partial(self._add, x, experts, weights))
+
+    def per(self, scored: int) -> dict[str, Tensor]:
+        """Half the mean squares, per unit of g^2 and scored prediction."""
+        found = {}
+        for role, total in self.squares.items():
+            value = torch.tensor(total, dtype=torch.float64)
+            check_activations(value, f"{self.ffn.ffn.path} (gradients, {role})")
+            found[role] = 0.5 * value / (self.combine or 1.0) * (self.tokens / scored)
+        return found
+
+    def _add(self, x: Tensor, experts: Tensor, weights: Tensor, gradient: Tensor) -> None:
+        """x and gradient (tokens, d), experts and weights (tokens, k)."""
+        decoder = ".decoder." in f".{self.ffn.ffn.path}."
+        mask = token_mask(self.model, self.batch, decoder=decoder)
+        if mask is not None and mask.numel() == len(x):
+            kept = mask.reshape(-1).bool().to(x.device)
+            x, experts, weights, gradient = (t[kept] for t in (x, experts, weights, gradient))
+        self.tokens += len(x)
+        for expert in experts.unique().tolist():
+            rows, places = (experts == expert).nonzero(as_tuple=True)
+            combine = weights[rows, places].unsqueeze(-1)
+            self.combine += float(combine.double().square().sum())
+            self._add_expert(expert, x[rows], combine * gradient[rows])
+
+    def _add_expert(self, expert: int, x: Tensor, gradient: Tensor) -> None:
+        """x and gradient (n, d), of the tokens that are routed to one expert; the gradient at its output."""
+        module, projections = self.module, self.ffn.ffn.projections
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        with torch.enable_grad():
+            answer = _project(module, first, expert, x).detach().requires_grad_(True)
+            inner = module._apply_gate(answer) if module.has_gate else module.act_fn(answer)
+            y = expert_outputs(module, expert, inner)
+            (behind,) = torch.autograd.grad(y, answer, gradient.to(y.dtype))
+        for role in self.squares:
+            part = gradient if role == "down" else biases_of(behind, projections[role])
+            self.squares[role] += float(part.float().square().mean(1).sum())

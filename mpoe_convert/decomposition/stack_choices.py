@@ -1,0 +1,106 @@
+"""What a stack of matrices can become: forms and ranks, the numbers that are stored, and what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stack_curves import differences_lost, stack_curves
+from .stack_fit import fit_stack
+from .stack_metric import Stack
+from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
+
+
+class Choice(NamedTuple):
+    """One form of a stack.
+
+    Attributes:
+        numbers: stored for all experts.
+        lost: squared error of the expected outputs of all experts, in the unit of the moments.
+        form, ranks: see `stacks`.
+    """
+
+    numbers: int
+    lost: float
+    form: str
+    ranks: Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class StackChoices:
+    """What a stack can become.
+
+    Attributes:
+        energy: squared size of the expected outputs of all experts, in the unit of the moments.
+        choices: from the smallest to the best; none is both larger than another one and worse.
+    """
+
+    energy: float
+    choices: tuple[Choice, ...]
+
+
+def stack_choices(
+    matrices: Sequence[Tensor] | Tensor,
+    numbers: int,
+    moments: Sequence[Tensor] | Tensor | None = None,
+    *,
+    forms: Sequence[str] = FORMS,
+) -> StackChoices:
+    """What every form costs and loses at its ranks.
+
+    The losses are those of the closed-form starts. Of stacks that are small enough every form is fitted once.
+    What the descent gains there counts at all ranks; of "base" the fitted matrix is taken at all ranks.
+
+    Args:
+        matrices, moments: as for `Stack`.
+        numbers: about as many as will be stored; the fits are made at the largest ranks within.
+        forms: to choose from.
+    """
+    stack = Stack(matrices, moments)
+    found = [Choice(count_stack("whole", (), *_size(stack)), 0.0, "whole", ())] if "whole" in forms else []
+    curves = stack_curves(stack, forms)
+    for form, lost in curves.lost.items():
+        if stack.is_small:
+            lost = _descended(stack, form, lost, numbers)
+        found += _choices(stack, form, lost)
+    return StackChoices(curves.energy, tuple(_best(found)))
+
+
+def _size(stack: Stack) -> tuple[int, int, int]:
+    return len(stack), *stack.size
+
+
+def _choices(stack: Stack, form: str, lost: Tensor) -> Iterator[Choice]:
+    """All ranks of a form, with its losses (n + 1,), or (in + 1, out + 1) for "both"."""
+    size = _size(stack)
+    whole, values = count_stack("whole", (), *size), lost.numpy()
+    for ranks in product(*map(rank_steps, largest_ranks(form, *size))):
+        numbers = count_stack(form, ranks, *size)
+        if numbers < whole:
+            yield Choice(numbers, float(values[ranks]), form, ranks)
+
+
+def _descended(stack: Stack, form: str, lost: Tensor, numbers: int) -> Tensor:
+    """The losses of a form after the descent, from those before and one fit, see `stack_choices`."""
+    within = [each for each in _choices(stack, form, lost) if each.numbers <= numbers and each.lost > 0]
+    if not within:
+        return lost
+    at = min(within, key=lambda choice: choice.lost)
+    fit = fit_stack(stack.matrices, form, at.ranks, stack.moments)
+    if form == "base":
+        return torch.minimum(lost, differences_lost(stack, fit.cores[0][0].double()).cpu())
+    return lost * min(float(fit.lost.sum()) / at.lost, 1.0)
+
+
+def _best(choices: Sequence[Choice]) -> Iterator[Choice]:
+    """By rising numbers, those that lose less than all smaller ones."""
+    least = float("inf")
+    for choice in sorted(choices, key=lambda choice: choice[:2]):
+        if choice.lost < least:
+            least = choice.lost
+            yield choice

@@ -1,0 +1,113 @@
+"""What every form of a stack loses at every rank, from one look at each expert.
+
+The closed-form starts of `stack_fit` are nested: those of rank r are the first r directions of one basis.
+With all directions of the inputs A and of the outputs B, and Q_e from the QR decomposition of R_e^T A (M_e =
+R_e R_e^T), the first r columns of Q_e span what the first r columns of R_e^T A do, so that one matrix
+
+    C_e = Q_e^T R_e^T W_e B,      (in, out)
+
+has the losses of "input", "output" and "both" at all ranks as sums of the squares of its entries. Those of
+"none" and "base" are tails of the singular values of R_e^T W_e and R_e^T (W_e - W_0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stack_bases import PROBED, spread
+from .stack_metric import Stack, descending, dot, leading
+
+
+@dataclass(frozen=True, eq=False)
+class StackCurves:
+    """Squared errors of the expected outputs of all experts, in the unit of the moments.
+
+    Attributes:
+        energy: squared size of the expected outputs.
+        lost: by form, with the first r directions kept: (n + 1,) for one rank, (in + 1, out + 1) for "both".
+            Experts together, float64, on the CPU.
+    """
+
+    energy: float
+    lost: dict[str, Tensor]
+
+
+def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
+    """The losses of the closed-form starts of some forms, "whole" left out.
+
+    Of larger stacks some of the experts stand for all.
+    """
+    experts = _looked_at(stack)
+    root = torch.linalg.cholesky(stack.mean_moment())
+    sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
+    energy, sums = 0.0, {}
+    for expert in experts:
+        half = _half(stack, expert)
+        image = half @ stack.matrix(expert)
+        energy += dot(image, image)
+        found = {"none": _spectrum(image)} if "none" in forms else {}
+        if sides is not None:
+            found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
+        sums = {form: squares + sums.get(form, 0.0) for form, squares in found.items()}
+    scale, lost = len(stack) / len(experts), {}
+    for form in forms:
+        if form == "base":
+            lost[form] = differences_lost(stack, _mean(stack, root)) / scale
+        elif form in ("input", "output"):
+            lost[form] = _tail(sums["both"].sum(1 if form == "input" else 0))
+        elif form != "whole":
+            lost[form] = _tails(sums[form]) if form == "both" else _tail(sums[form])
+    return StackCurves(scale * energy, {form: (scale * each).cpu() for form, each in lost.items()})
+
+
+def differences_lost(stack: Stack, base: Tensor) -> Tensor:
+    """(n + 1,): what "base" loses at every rank of the differences, with this W_0 (in, out)."""
+    experts = _looked_at(stack)
+    squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
+    for expert in experts:
+        squares += _spectrum(_half(stack, expert) @ (stack.matrix(expert) - base.to(stack.dtype)))
+    return _tail(squares) * (len(stack) / len(experts))
+
+
+def _looked_at(stack: Stack) -> list[int]:
+    return list(range(len(stack))) if stack.is_small else spread(len(stack), PROBED)
+
+
+def _half(stack: Stack, expert: int) -> Tensor:
+    """R_e^T in the dtype of products."""
+    return torch.linalg.cholesky(stack.moment(expert).double()).mT.to(stack.dtype)
+
+
+def _mean(stack: Stack, root: Tensor) -> Tensor:
+    """W_0, (in, out): the matrix that is best for all experts alone."""
+    aim = stack.mean(lambda e: stack.moment(e) @ stack.matrix(e))
+    return torch.cholesky_solve(aim, root)
+
+
+def _directions(stack: Stack, root: Tensor) -> tuple[Tensor, Tensor]:
+    """A (in, in) and B (out, out), the most important directions first."""
+    inputs = leading(stack.input_importance(root, stack.matrix), len(root))
+    outputs = leading(stack.output_importance(), stack.size[1])
+    inputs = torch.linalg.solve_triangular(root.mT, inputs, upper=True)
+    return inputs.to(stack.dtype), outputs.to(stack.dtype)
+
+
+def _spectrum(image: Tensor) -> Tensor:
+    """Squared singular values, descending."""
+    gram = image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image
+    return descending(gram.double())
+
+
+def _tail(squares: Tensor) -> Tensor:
+    """(n + 1,): what is left of (n,) without the first r."""
+    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+
+
+def _tails(squares: Tensor) -> Tensor:
+    """(n + 1, m + 1): what is left of (n, m) without the first r rows of the first s columns."""
+    kept = torch.nn.functional.pad(squares.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    return (kept[-1, -1] - kept).clamp(min=0)
