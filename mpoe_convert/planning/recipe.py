@@ -79,8 +79,13 @@ class WeightFiles(OptionGroup):
     )
 
 
-if TYPE_CHECKING:  # of all kinds: this one has the options of the others
-    from ..experts.kinds.mpo import Options as _KindOptions
+if TYPE_CHECKING:
+    from ..experts.kinds import mpo, split
+
+    @described
+    class _KindOptions(mpo.Options, split.Options):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The options of all kinds."""
+
 else:
     _KindOptions = plugin_options(
         "kind", experts.Options, {name: experts.load(name).Options for name in KINDS}
