@@ -20,7 +20,7 @@ _BANDWIDTH = 1e10  # bytes per second
 # Up to so many parameters in all, every row gets a copy of its own expert's cores.
 _FEW_COPIED_PARAMS = 1 << 23
 # The same for the whole matrices of one token's experts on a processor.
-_FEW_COPIED_WHOLE = 1 << 20
+_FEW_COPIED_WHOLE = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
