@@ -311,7 +311,20 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
+    found |= {name: (recipe, {}, (1.0,)) for name, recipe in selections(block).items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
+
+
+def selections(block: int) -> dict[str, dict]:
+    """Recipes in which the number of experts per token varies, beside fixed numbers of the same experts."""
+    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split"}
+    return {
+        f"blocks {block}, top-p 0.25": blocks | {"select": "top-p", "threshold": 0.25, "top_k": 8},
+        f"blocks {block}, top-any": blocks | {"select": "top-any", "top_k": 8},
+        "split, top 4": split | {"top_k": 4},
+        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": 8},
+        "split, top-any": split | {"select": "top-any", "top_k": 8},
+    }
 
 
 class Runs:
@@ -382,15 +395,17 @@ class Runs:
             for name, p in ffn.named_parameters()
             if "router" not in name
         ]
-        share = block["top_k"] / block["num_experts"]
-        found = {
-            "stored": sum(number for number, _ in numbers),
-            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
-        }
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad(), router_stats(model, similarity_tokens=256) as stats:
             for inputs in self.task.examples(tokenizer):
                 model(**inputs)
+        chosen = mean(layer.experts_per_token for layer in stats.values())
+        share = chosen / block["num_experts"]
+        found = {
+            "experts_per_token": chosen,
+            "stored": sum(number for number, _ in numbers),
+            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
+        }
         others = ~torch.eye(block["num_experts"], dtype=torch.bool)
         entropies = [float(torch.special.entr(s.load).sum()) / math.log(len(s.load)) for s in stats.values()]
         return found | {
@@ -429,6 +444,7 @@ class Runs:
             "load_entropy": mean,
             "lowest_load_entropy": min,
             "similarity": mean,
+            "experts_per_token": mean,
         }
         for key, over_seeds in kinds.items():
             if key in results[0]:
@@ -454,7 +470,7 @@ def table(rows: list[dict], task) -> str:
     names = [f"perplexity, {part}" for part in parts]
     head = ["contender", "rate", "x", "tried", "seeds", task.unit, "spread", "less dense", "95 %", *names]
     head += ["stored", "active", "s / step"]
-    head += ["load entropy", "lowest", "similarity"]
+    head += ["load entropy", "lowest", "similarity", "experts per token"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
@@ -466,7 +482,7 @@ def table(rows: list[dict], task) -> str:
         cells = ["" if cell == "nan" else cell for cell in cells]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
-        keys = ("load_entropy", "lowest_load_entropy", "similarity")
+        keys = ("load_entropy", "lowest_load_entropy", "similarity", "experts_per_token")
         cells += [f"{row[key]:.3f}" if key in row else "" for key in keys]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -33,8 +33,8 @@ def test_every_selection_is_a_rule():
         ),
         (
             {"select": "top-p", "top_k": 1},
-            "top_k is 1 with select = 'top-p', whose number of experts per token then never varies; expected at "
-            "least 2, or select = 'top-k'",
+            "top_k is 1 with select = 'top-p', whose number of experts per token then never varies; expected "
+            "at least 2, or select = 'top-k'",
         ),
         ({"select": "top-p", "top_k": 9, "experts": 8}, "top_k is 9 with 8 experts; expected 1 to 8"),
     ],
@@ -112,12 +112,8 @@ def test_training_logs_the_number_of_experts(artifact, tmp_path):
         _, out = artifact("gpt2", select=select)
         target = tmp_path / select
         report = finetune(Finetuning(str(out), str(text), **QUICK), target)
-        numbers = [
-            value
-            for entry in report["log"]
-            for key, value in entry.items()
-            if key.startswith("experts_per_token/")
-        ]
+        items = [item for entry in report["log"] for item in entry.items()]
+        numbers = [value for key, value in items if key.startswith("experts_per_token/")]
         assert len(numbers) == (0 if select == "top-k" else 4) and all(1 <= number <= 3 for number in numbers)
         said = "At step 4 a token went to " in (target / "README.md").read_text()
         assert said == (select != "top-k")

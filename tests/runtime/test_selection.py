@@ -109,7 +109,7 @@ def cases(draw, rule: str):
 @settings(SETTINGS, max_examples=8)
 @given(st.data())
 def test_mixture_is_the_definition(mode, rule, data):
-    """Forward and gradients, of every form, with parts and shared experts; compiled code with fixed shapes."""
+    """Forward and gradients, of every form, with parts and shared experts; compiled code too."""
     ffn, x = data.draw(cases(rule))
     x.requires_grad_()
     with schedule(mode, ffn):
@@ -389,7 +389,7 @@ def trained(ffn: FeedForward, steps: int, **coefs: float) -> tuple[float, float]
     tokens, target = some_tokens(60), randn(60, 12, seed=5, dtype=torch.float32)
     optimizer = torch.optim.Adam(ffn.parameters(), lr=0.02)
     numbers = []
-    for step in range(steps + 1):
+    for _ in range(steps + 1):
         running = modeling.RouterPass(True, False, 0.0, 0.0, lambda *_: None, **coefs)
         ffn.train().router_pass = running
         loss = (ffn(tokens) - target).square().mean()
