@@ -1033,7 +1033,9 @@ def _weigh_parts(
 
 @rule
 def top_any(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
-    """Every expert whose score passes its threshold, `router.top_k` at most; the best one where none does.
+    """Every expert whose score passes its threshold; the one of the largest score where none does.
+
+    At most `router.top_k`: those that pass by the largest margins.
 
     DynMoE, arXiv 2405.14297: the weights are the gates, divided by their sum over the chosen experts that
     hold the same neurons.
@@ -1044,7 +1046,8 @@ def top_any(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
     """
     assert bias is None and router.threshold_bias is not None
     margins = score_margins(logits, router.threshold_bias)  # (T, E)
-    experts = logits.topk(router.top_k, dim=-1).indices  # (T, k), the best first
+    ranking = torch.where(margins > 0, margins + 2, logits)  # above all cosines: those that pass come first
+    experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the best first
     margins = margins.gather(-1, experts)
     best = torch.arange(router.top_k, device=logits.device) == 0  # (k,)
     passes = margins > 0

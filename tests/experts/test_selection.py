@@ -26,15 +26,15 @@ def test_every_selection_is_a_rule():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0.5}, "threshold given with select = 'top-k'; expected with select = 'top-p' only"),
+        ({"threshold": 0.5}, "threshold given with select='top-k'; expected with select='top-p' only"),
         (
             {"select": "top-any", "threshold": 0.5},
-            "threshold given with select = 'top-any'; expected with select = 'top-p' only",
+            "threshold given with select='top-any'; expected with select='top-p' only",
         ),
         (
             {"select": "top-p", "top_k": 1},
-            "top_k is 1 with select = 'top-p', whose number of experts per token then never varies; expected "
-            "at least 2, or select = 'top-k'",
+            "top_k is 1 with select='top-p', whose number of experts per token then never varies; expected "
+            "at least 2, or select='top-k'",
         ),
         ({"select": "top-p", "top_k": 9, "experts": 8}, "top_k is 9 with 8 experts; expected 1 to 8"),
     ],

