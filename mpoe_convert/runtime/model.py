@@ -430,7 +430,8 @@ class MixtureMixin(_Stock):
         returns_dict = given.get("return_dict")
         shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
         mask_of = functools.partial(self.token_mask, arguments=given)
-        running = RouterPass(learns, shows, *coefs[:2], mask_of, *coefs[2:])
+        aux, z, likeness, efficiency = coefs
+        running = RouterPass(learns, shows, aux, z, mask_of, likeness, efficiency)
         running.share = self._share_of_step(given)
         running.task = task
         try:
