@@ -325,8 +325,6 @@ TASKS = {
 BASE = {"experts": 8, "top_k": 2}
 # Twice the weight that the load-balancing loss has by default.
 EVEN = {"options": {"router_aux_loss_coef": 0.01}}
-# Divisions of an FFN's neurons are taken by activity on Python's language topics.
-CALIBRATED = {"calibrate": "builtin", "calibration_tokens": 16_384}
 # What the shared matrix, what experts own, and the routers learn: the mask, and factors on the rate.
 ROLES = (
     ("mask 0.75", {"skip_centre": 0.75}),
@@ -396,21 +394,32 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
-    found |= {name: (recipe, {}, (1.0,)) for name, recipe in whole_experts(inner).items()}
+    own = whole_experts(inner) | selections(block)
+    found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
 def whole_experts(inner: int) -> dict[str, dict]:
     """Name -> recipe of mixtures whose experts share nothing: copies of the FFN, or parts of its neurons."""
     parts = max(size for size in range(2, 9) if inner % size == 0)
-    split = {"kind": "split", "experts": parts}
     fine = {"kind": "split", "parts": parts - 1, "experts": 8 * (parts - 1), "shared_experts": 1}
     return {
-        f"split {parts}": split | {"top_k": parts},
-        f"split {parts}, {parts // 2} chosen": split | {"top_k": parts // 2} | CALIBRATED,
+        f"split {parts}": {"kind": "split", "experts": parts, "top_k": parts},
         f"fine-grained {8 * (parts - 1)}, 1 shared": fine | {"top_k": parts - 1},
         "plain MoE, top-1": {"kind": "dense", "top_k": 1},
         "plain MoE, 1 shared": {"kind": "dense", "shared_experts": 1},
+    }
+
+
+def selections(block: int) -> dict[str, dict]:
+    """Recipes in which the number of experts per token varies, beside fixed numbers of the same experts."""
+    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split"}
+    return {
+        f"blocks {block}, top-p 0.25": blocks | {"select": "top-p", "threshold": 0.25, "top_k": 8},
+        f"blocks {block}, top-any": blocks | {"select": "top-any", "top_k": 8},
+        "split, top 4": split | {"top_k": 4},
+        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": 8},
+        "split, top-any": split | {"select": "top-any", "top_k": 8},
     }
 
 
@@ -490,15 +499,17 @@ class Runs:
             for name, p in ffn.named_parameters()
             if "router" not in name
         ]
-        share = block["top_k"] / block["num_experts"]
-        found = {
-            "stored": sum(number for number, _ in numbers),
-            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
-        }
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad(), router_stats(model, similarity_tokens=256) as stats:
             for inputs in self.task.examples(tokenizer):
                 model(**inputs)
+        chosen = mean(layer.experts_per_token for layer in stats.values())
+        share = chosen / block["num_experts"]
+        found = {
+            "experts_per_token": chosen,
+            "stored": sum(number for number, _ in numbers),
+            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
+        }
         others = ~torch.eye(block["num_experts"], dtype=torch.bool)
         entropies = [float(torch.special.entr(s.load).sum()) / math.log(len(s.load)) for s in stats.values()]
         return found | {
@@ -537,6 +548,7 @@ class Runs:
             "load_entropy": mean,
             "lowest_load_entropy": min,
             "similarity": mean,
+            "experts_per_token": mean,
             "accuracy": mean,
         }
         for key, over_seeds in kinds.items():
@@ -558,13 +570,23 @@ def spread(values: list[float]) -> float:
 # Table and picture
 
 
+# Columns of what only some contenders and tasks have.
+EXTRA = {
+    "load_entropy": "load entropy",
+    "lowest_load_entropy": "lowest",
+    "similarity": "similarity",
+    "experts_per_token": "experts per token",
+    "accuracy": "accuracy",
+}
+
+
 def table(rows: list[dict], task) -> str:
     parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
     names = [f"perplexity, {part}" for part in parts]
     head = ["contender", "rate", "x", "tried", "seeds", task.unit, "spread", "less dense", "95 %", *names]
     head += ["stored", "active", "s / step"]
-    head += ["load entropy", "lowest", "similarity"]
-    head += ["accuracy"] if "accuracy" in rows[0] else []
+    extra = [key for key in EXTRA if any(key in row for row in rows)]
+    head += [EXTRA[key] for key in extra]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
@@ -576,8 +598,7 @@ def table(rows: list[dict], task) -> str:
         cells = ["" if cell == "nan" else cell for cell in cells]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
-        keys = ("load_entropy", "lowest_load_entropy", "similarity", "accuracy")[: len(head) - len(cells)]
-        cells += [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        cells += [f"{row[key]:.3f}" if key in row else "" for key in extra]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -3,6 +3,7 @@
     python examples/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train]
                                           [--json FILE]
     python examples/benchmarks/runtime.py --split 32 [--tokens 1,2048]
+    python examples/benchmarks/runtime.py --varying [--shape gpt2|llama] [--tokens 1,2048] [--train]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
@@ -18,6 +19,8 @@ of contenders that hold the same experts differ.
 
 --split: a dense FFN of 2048 x 8192 with ReLU against its neurons, divided among so many experts, of which a
 token takes a fifth.
+
+--varying: rules top-p and top-any against top-k, by the same experts at the same mean number per token.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from mpoe_convert.decomposition.sites import choose
-from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache, contract_chain
+from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache, Router, contract_chain
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
 SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}
@@ -313,6 +316,60 @@ def compare_split(experts: int, tokens: int, budget: float) -> dict:
     }
 
 
+class Routed(nn.Module):
+    """A mixture under a router of its own."""
+
+    def __init__(self, ffn: FeedForward, rule: str):
+        super().__init__()
+        self.ffn = ffn
+        hidden = ffn.router.weight.shape[1]
+        self.router = Router(hidden, EXPERTS, TOP_K if rule == "top-k" else EXPERTS, rule)
+        self.router.reset_parameters(hidden**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.ffn.router = self.router
+        return self.ffn(x)
+
+    def tune(self, x: torch.Tensor) -> float:
+        """Set the threshold so that tokens get `TOP_K` choices in the mean, and return the mean."""
+        low, high, mean = -1.0, 1.0, 0.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            self.router.threshold = middle
+            if self.router.threshold_bias is not None:
+                self.router.threshold_bias.data.fill_(-middle)
+            mean = len(self.router(x).choices.experts) / len(x)
+            low, high = (middle, high) if mean < TOP_K else (low, middle)
+        return mean
+
+
+def compare_varying(shape: str, tokens: int, train: bool, budget: float) -> dict:
+    """Rules whose number of experts varies against top-k, at the same mean."""
+    torch.manual_seed(0)
+    ffn = make_ffn(shape)
+    x = torch.randn(tokens, SHAPES[shape][0])
+    found = {rule: Routed(ffn, rule) for rule in ("top-k", "top-p", "top-any")}
+    means = {rule: module.tune(x) for rule, module in found.items()}
+    seconds: dict[str, list[float]] = {rule: [] for rule in found}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 6 or (time.perf_counter() - start < budget and rounds < 400):
+        for rule, module in found.items():
+            elapsed, _ = timed(module, x, train)
+            if rounds:  # the first warms up
+                seconds[rule].append(elapsed)
+        rounds += 1
+    median = {rule: statistics.median(times) for rule, times in seconds.items()}
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "train": train,
+        "rounds": rounds - 1,
+        "experts_per_token": means,
+        "seconds": median,
+        "over_top_k": {rule: median[rule] / median["top-k"] for rule in found},
+    }
+
+
 def table_of(results: list[dict]) -> Table:
     names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
     ratios = ("auto/plain", "one-sided/plain", "paper/auto")
@@ -341,11 +398,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as eager,rebuild")
     parser.add_argument("--split", type=int, help="experts of kind split, against the dense FFN")
+    parser.add_argument("--varying", action="store_true", help="rules whose number of experts varies")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.split:
         for tokens in map(int, options.tokens.split(",")):
             print(json.dumps(compare_split(options.split, tokens, options.budget)))
+        return
+    if options.varying:
+        for shape in options.shape or SHAPES:
+            for tokens in map(int, options.tokens.split(",")):
+                print(json.dumps(compare_varying(shape, tokens, options.train, options.budget)), flush=True)
         return
     results = []
     for shape in options.shape or SHAPES:

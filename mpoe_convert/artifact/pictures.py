@@ -148,10 +148,11 @@ def _sizes(folder: Path, report: dict) -> Figure:
     used = own * report["recipe"]["top_k"] / report["recipe"]["experts"]
     routers = params.get("routers", 0)  # none of ours where the source was a mixture
     plain = "plain MoE" if routers else "source"
+    most = ", at most" if totals.get("varies") else ""  # which earlier reports lack
     bars = [
-        ("this model, used per token", shared, used, routers),
+        (f"this model, used per token{most}", shared, used, routers),
         ("this model, stored", shared, own, routers),
-        (f"{plain}, used per token", totals["plain_moe_active_params"], 0, 0),
+        (f"{plain}, used per token{most}", totals["plain_moe_active_params"], 0, 0),
         (f"{plain}, stored", totals["plain_moe_params"], 0, 0),
     ]
     if routers:

@@ -385,7 +385,7 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
     if block["family"].get("experts"):
         module = modeling().Experts(mixture.form, block["num_experts"], block["top_k"])
     else:
-        known = {name: value for name, value in block.items() if name != "rule"}  # which changes no tensor
+        known = block if block.get("rule") in modeling().RULES else {**block, "rule": modeling().DEFAULT_RULE}
         module = modeling().FeedForward.from_block(mixture.form, known)
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"

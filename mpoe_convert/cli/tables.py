@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..errors import counted
+from ..experts.selection import in_short, of_block
 from ..tables import Cell, Table, drawn, escape, listed, short_paths, size, warning
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def training_line(logs: Mapping[str, float]) -> str:
         worst = min(entropies, key=lambda name: entropies[name])
         mean = sum(entropies.values()) / len(entropies)
         parts.append(f"load entropy {mean:.3f} (lowest {entropies[worst]:.3f}, {worst.partition('/')[2]})")
+    numbers = [value for key, value in logs.items() if key.startswith("experts_per_token/")]
+    if numbers:
+        parts.append(f"experts per token {sum(numbers) / len(numbers):.2f}")
     return "  ".join(parts)
 
 
@@ -119,7 +123,8 @@ def print_summary(summary: Summary, out: Console) -> None:
     revision = f" at {summary.report['revision']}" if summary.report["revision"] else ""
     out.print(
         f"[bold]{escape(summary.folder)}[/]: {summary.config['model_type']}, "
-        f"{converted} of {block['num_experts']} experts, top {block['top_k']}"
+        f"{converted} of {block['num_experts']} experts, "
+        f"{in_short(of_block(block), block['top_k'], block.get('threshold'))}"
         f"{f', and {shared} shared' if (shared := block.get('shared_experts')) else ''}; from "
         f"{escape(recipe['model'])}{revision}"
     )

@@ -11,6 +11,7 @@ from ..artifact.card_file import CARRIED, UNTRAINED, source_front_matter
 from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
 from ..errors import counted
+from ..experts.selection import in_words
 from ..planning.mixtures import MixturePlan
 from ..planning.recipe import Recipe
 from ..source.architecture import main_auto_class
@@ -126,7 +127,8 @@ def _introduction(report: Report, checkpoint: Checkpoint) -> str:
     return (
         f"# {name} as a mixture of {recipe.experts} experts\n\n"
         f"{_networks(len(plan.ffns), f' of {base}')} converted by mpoe-convert into mixtures of "
-        f"{recipe.experts} experts, of which {recipe.top_k} are chosen per token{_shared_experts(recipe)}. "
+        f"{recipe.experts} experts, {in_words(recipe.select, recipe.top_k, recipe.threshold)}"
+        f"{_shared_experts(recipe)}. "
         f"The experts are {kind.ABOUT}. {start} {UNTRAINED}\n\n{licence}"
     )
 
@@ -214,9 +216,10 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
     totals, name = report.plan.totals, _name(report, checkpoint)
     stored = totals.stored_params / totals.dense_params
     flops = totals.flops_per_token / totals.dense_flops_per_token
+    most = "at most " if totals.varies else ""
     lines = [
-        f"It stores {stored:.2f} times the parameters of {name} and takes {flops:.2f} times its FLOPs per "
-        "token. It gains nothing from this until its experts are trained.",
+        f"It stores {stored:.2f} times the parameters of {name} and takes {most}{flops:.2f} times its FLOPs "
+        "per token. It gains nothing from this until its experts are trained.",
         *_shared_limits(name),
     ]
     if report.plan.kept_dense:

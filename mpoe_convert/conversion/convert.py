@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import experts
@@ -403,6 +404,10 @@ class _Builder:
                 for tail, tensor in built.items():
                     name = f"{plan.ffn.key}.{part}.{tail}"
                     tensors[name] = tensor.to(getattr(torch, self.out[name].dtype))
+        thresholds = f"{plan.ffn.key}.router.threshold_bias"
+        if thresholds in self.out:  # experts pass where the cosine is above zero
+            tensors[thresholds] = torch.zeros(self.out[thresholds].shape)
+            tensors[router] = F.normalize(tensors[router], dim=-1)
         return tensors
 
     def _begin(self, matrix: MatrixPlan) -> None:

@@ -84,13 +84,13 @@ def contributions(inner: Tensor, down: Tensor, parts: Tensor) -> Tensor:
     return torch.stack([(inner[:, own] @ down[own]).norm(dim=1) for own in parts], 1)
 
 
-def lost(logits: Tensor, top_k: int, inner: Tensor, down: Tensor, parts: Tensor) -> float:
+def lost(left_out: Tensor, inner: Tensor, down: Tensor, parts: Tensor) -> float:
     """The squared norm of what the parts that are not chosen would have added, on these tokens.
 
     Args:
-        logits: (tokens, parts); the `top_k` largest are chosen. The others as for `contributions`.
+        left_out: (tokens, parts), one for a part that is not chosen, else zero. The others as for
+            `contributions`.
     """
-    left_out = torch.ones_like(logits).scatter(1, logits.topk(top_k).indices, 0.0)
     masked = torch.zeros_like(inner)
     masked[:, parts.flatten()] = inner[:, parts.flatten()] * left_out.repeat_interleave(parts.shape[1], 1)
     return float((masked @ down).square().sum())

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from ..options import LARGEST_COUNT, Numbers, OptionGroup, described, option
-from . import kinds
+from . import kinds, selection
 
 KINDS: tuple[str, ...] = tuple(
     sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(kinds.__path__))
@@ -78,7 +78,29 @@ class Options(OptionGroup):
         default=8, help="Experts per FFN.", group="Experts", at_least=2, at_most=LARGEST_COUNT
     )
     top_k: int = option(
-        default=2, help="Experts chosen per token.", group="Experts", at_least=1, at_most=LARGEST_COUNT
+        default=2,
+        help="Experts chosen per token; with another --select the most that are chosen, all if this is not "
+        "given.",
+        group="Experts",
+        at_least=1,
+        at_most=LARGEST_COUNT,
+    )
+    select: str = option(
+        default=selection.TOP_K,
+        help="How many experts a token goes to. top-k: --top-k; top-p: as many as it takes for their "
+        "probabilities to reach --threshold (XMoE); top-any: all whose learned thresholds it passes "
+        "(DynMoE).",
+        group="Experts",
+        choices=selection.SELECTIONS,
+    )
+    threshold: float | None = option(
+        default=None,
+        help="Probability that the chosen experts reach together, with --select top-p.",
+        group="Experts",
+        above=0,
+        below=1,
+        such_as=selection.THRESHOLD,
+        default_text=f"{selection.THRESHOLD:g} with --select top-p",
     )
     bond_dim: Numbers = option(
         default=64,
@@ -128,9 +150,17 @@ class Options(OptionGroup):
         """Routed and shared ones, which share a stack."""
         return self.experts + self.shared_experts
 
-    def routing(self) -> dict[str, int]:
+    @property
+    def varies(self) -> bool:
+        """Whether one token goes to more experts than another."""
+        return self.select != selection.TOP_K
+
+    def routing(self) -> dict[str, Any]:
         """What `config.mpoe` says of the routing beside the number of experts, see `modeling_mpoe`."""
-        return {"shared_experts": self.shared_experts} if self.shared_experts else {}
+        found: dict[str, Any] = {"rule": self.select} if self.varies else {}
+        if self.threshold is not None:
+            found["threshold"] = self.threshold
+        return found | ({"shared_experts": self.shared_experts} if self.shared_experts else {})
 
     def starts_exact(self) -> bool:
         """Whether the chosen experts compute what the dense FFN does, as long as nothing is truncated."""

@@ -12,6 +12,7 @@ from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
 from ..errors import counted
 from ..experts.ffn import FFNShape, Form
+from ..experts.selection import in_short
 from ..options import assigned, called
 from ..runtime.shapes import modeling
 from ..source.families import Family
@@ -377,7 +378,8 @@ class Plan(Shown):
         recipe, dense = self.recipe, self.kept_dense
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): {counted(len(self.ffns), 'FFN')} -> "
-            f"{recipe.experts} experts of kind {recipe.kind}, top {recipe.top_k}"
+            f"{recipe.experts} experts of kind {recipe.kind}, "
+            f"{in_short(recipe.select, recipe.top_k, recipe.threshold)}"
             f"{f', and {recipe.shared_experts} shared' if recipe.shared_experts else ''}"
         )
         if dense:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from .. import experts
 from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
+from ..experts.selection import TOP_K, TOP_P
 from ..options import OptionGroup, Text, Texts, assigned, called, described, in_home, option
 from ..request import Request, plugin_options
 from ..source.text_options import TextSource
@@ -225,7 +227,20 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         group="Compression",
     )
 
+    def __post_init__(self) -> None:
+        if self.select != TOP_K and "top_k" not in self.given:  # there is no limit
+            object.__setattr__(self, "top_k", self.experts)
+        super().__post_init__()
+
+    def read_from_file(self, names: Collection[str]) -> Self:
+        """As `Request` says; but a limit of the experts per token stays one."""
+        made = super().read_from_file(names)
+        if made.select != TOP_K:
+            object.__setattr__(made, "given", made.given | (self.given & {"top_k"}))
+        return made
+
     def check_together(self) -> None:
+        self._check_selection()
         if "experts" in self.given:  # else it is that of the source, if the source is a mixture
             self.check_against_experts()
         if self.share is not None and self.keep is None:
@@ -243,6 +258,18 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             self._check_budget()
         else:
             self._check_chains()
+
+    def _check_selection(self) -> None:
+        if self.threshold is not None and self.select != TOP_P:
+            raise RecipeError(
+                f"{called('threshold')} given with {assigned('select', self.select)}; expected with "
+                f"{assigned('select', TOP_P)} only"
+            )
+        if self.select != TOP_K and self.top_k == 1:
+            raise RecipeError(
+                f"{called('top_k')} is 1 with {assigned('select', self.select)}, whose number of experts per "
+                f"token then never varies; expected at least 2, or {assigned('select', TOP_K)}"
+            )
 
     def check_against_experts(self) -> None:
         """Raises RecipeError for what so many experts do not allow."""

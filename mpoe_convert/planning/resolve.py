@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from .. import experts
 from ..errors import RecipeError, counted
+from ..experts.selection import THRESHOLD, TOP_P
 from ..options import called
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
@@ -68,6 +69,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         bias=recipe.bias or experts.load(recipe.kind).DEFAULT_BIAS,
         metric=changes.metric,
         allocation=changes.allocation,
+        threshold=recipe.threshold or (THRESHOLD if recipe.select == TOP_P else None),
         **recipe.own_options.resolved(recipe.compresses),
     )
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)

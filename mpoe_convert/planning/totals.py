@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
@@ -31,7 +31,8 @@ class Totals:
     AutoModel's if it names none), as often as a token passes it. Attention scores depend on the length
     and are left out. Of an encoder-decoder, "per token" is one token of either stack; layers that see
     one position (poolers, classifiers) or patches (ViT's Conv2d) count as if they saw every token, and
-    cross-attention as if it were used.
+    cross-attention as if it were used. If `varies`, the number of experts per token does, and what is said
+    per token is of the largest number.
     """
 
     dense_params: int
@@ -46,20 +47,22 @@ class Totals:
     plain_moe_flops_per_token: int
     flops_per_token: int
     rebuild_flops_per_forward: int
+    varies: bool = False
 
     def rows(self, label: str) -> Iterator[dict[str, Cell]]:
         """As a table shows them: the artifact beside both references."""
+        most = ", at most" if self.varies else ""
         for what, dense, moe, ours in (
             ("parameters stored", self.dense_params, self.plain_moe_params, self.stored_params),
             (
-                "parameters used per token",
+                f"parameters used per token{most}",
                 self.dense_params,
                 self.plain_moe_active_params,
                 self.active_params,
             ),
             ("bytes", self.dense_bytes, self.plain_moe_bytes, self.stored_bytes),
             (
-                "FLOPs per token",
+                f"FLOPs per token{most}",
                 self.dense_flops_per_token,
                 self.plain_moe_flops_per_token,
                 self.flops_per_token,
@@ -85,7 +88,11 @@ def savings_in_words(totals: Totals, experts: int) -> str:
         "stored parameters": (totals.stored_params, totals.plain_moe_params),
         "FLOPs per token": (totals.flops_per_token, totals.plain_moe_flops_per_token),
     }
-    numbers = {what: f"{what} ({ours:,}, {ours / moe:.1%})" for what, (ours, moe) in pairs.items()}
+    most = {"FLOPs per token": "at most "} if totals.varies else {}
+    numbers = {
+        what: f"{what} ({most.get(what, '')}{ours:,}, {ours / moe:.1%})"
+        for what, (ours, moe) in pairs.items()
+    }
     saved = [numbers[what] for what, (ours, moe) in pairs.items() if ours < moe]
     others = [numbers[what] for what, (ours, moe) in pairs.items() if ours >= moe]
     words = f"saves neither {' nor '.join(others)}"
@@ -124,6 +131,7 @@ def ffn_totals(plan: Plan) -> Totals:
         plain_moe_flops_per_token=int(sum(n * (2 * top_k * size + r.flops) for n, size, _, r in per_token)),
         flops_per_token=int(sum(n * cost.flops for n, _, cost, _ in per_token)),
         rebuild_flops_per_forward=int(sum(n * cost.rebuild_flops for n, _, cost, _ in per_token)),
+        varies=recipe.own_options.varies,
     )
 
 
@@ -149,6 +157,7 @@ def model_totals(plan: Plan, flops: int) -> Totals:
         plain_moe_flops_per_token=ffn.plain_moe_flops_per_token + flops,
         flops_per_token=ffn.flops_per_token + flops,
         rebuild_flops_per_forward=ffn.rebuild_flops_per_forward,
+        varies=ffn.varies,
     )
 
 
@@ -191,6 +200,6 @@ def mixture(form: dict, recipe: Recipe) -> FeedForward:
     return modeling().FeedForward.from_block(form, routing(recipe))
 
 
-def routing(recipe: Recipe) -> dict[str, int]:
-    """What `config.mpoe` says of the numbers of experts."""
+def routing(recipe: Recipe) -> dict[str, Any]:
+    """What `config.mpoe` says of the experts' numbers and selection."""
     return {"num_experts": recipe.experts, "top_k": recipe.top_k, **recipe.own_options.routing()}

@@ -21,10 +21,27 @@ class Choices(NamedTuple):
     experts: Tensor  # (N,) int64
     weights: Tensor  # (N,) float32, the combine weights
     per_token: int | None = None  # k, if every token has k choices, side by side; None: their number varies
+    # (N,) False for those that the rule did not choose, which stand in the list with the weight zero, so that
+    # its length does not depend on values; None: all are chosen
+    real: Tensor | None = None
+
+    @classmethod
+    def of_table(cls, experts: Tensor, weights: Tensor, chosen: Tensor | None = None) -> "Choices":
+        """Of experts (T, k) and weights (T, k) per token, those that `chosen` (T, k) has; None: all."""
+        k = experts.shape[-1]
+        places = torch.arange(experts.numel(), device=experts.device)
+        choices = cls(places.div(k, rounding_mode="floor"), experts.reshape(-1), weights.reshape(-1), k)
+        if chosen is None:
+            return choices
+        real = chosen.reshape(-1)
+        if has_fixed_shapes(experts):
+            return choices._replace(weights=choices.weights * real, real=real)
+        return choices.take(real.nonzero().squeeze(-1))
 
     def take(self, index: Tensor) -> "Choices":
         """Those at `index` (M,), in its order."""
-        return Choices(self.tokens[index], self.experts[index], self.weights[index])
+        real = None if self.real is None else self.real[index]
+        return Choices(self.tokens[index], self.experts[index], self.weights[index], real=real)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
@@ -62,6 +79,8 @@ class Choices(NamedTuple):
         counted = (
             torch.ones_like(self.weights) if mask is None else mask.to(self.weights)[self.tokens]
         )  # (N,)
+        if self.real is not None:
+            counted = counted * self.real
         return counted.new_zeros(num_experts).scatter_add(0, self.experts, counted)
 
     def ranks(self) -> Tensor:
@@ -70,12 +89,19 @@ class Choices(NamedTuple):
         return torch.arange(len(start), device=start.device) - start
 
 
+def has_fixed_shapes(tensor: Tensor) -> bool:
+    """Whether shapes must not depend on values: in compiled code, and where there are none."""
+    return torch.compiler.is_compiling() or tensor.is_meta
+
+
 class Routing(NamedTuple):
     """What a router made of T tokens."""
 
     logits: Tensor  # (T, E) float32, before any balancing bias
     choices: Choices  # all that the rule chose
     room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
+    gates: Tensor | None = None  # (T, E) of rule top-any, one for experts that pass, with a gradient
+    likeness: Tensor | None = None  # () of its router's rows, a loss; both None without that rule
 
     def weighted(self, weights: Tensor) -> "Routing":
         """The same with other combine weights (N,)."""
@@ -88,13 +114,14 @@ class Routing(NamedTuple):
         """
         if self.room is None:
             return self.choices
-        if torch.compiler.is_compiling() or self.room.is_meta:
+        if has_fixed_shapes(self.room):
             return self.choices._replace(weights=self.choices.weights * self.room)
         return self.choices.take(self.room.nonzero().squeeze(-1))
 
 
 Rule = Callable[["Router", Tensor, Tensor | None], Choices]
 DEFAULT_RULE = "top-k"
+TOP_ANY = "top-any"  # whose routers have thresholds of their own
 RULES: dict[str, Rule] = {}
 
 

@@ -32,6 +32,20 @@ CONFIG_OPTIONS = (
     ),
     Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
+        "router_likeness_loss_coef",
+        float,
+        0.01,
+        "of rule `top-any`: coefficient of DynMoE's loss of the routers' rows in training, which makes them "
+        "differ (diversity) and keeps them short (simplicity)",
+    ),
+    Option(
+        "router_efficiency_loss_coef",
+        float,
+        0.01,
+        "of rule `top-any`: coefficient in training of the share of the experts that a token goes to: fewer "
+        "experts per token",
+    ),
+    Option(
         "output_router_logits",
         bool,
         False,
@@ -44,7 +58,8 @@ CONFIG_OPTIONS = (
         str,
         "renormalised",
         "combine weights: `renormalised`: softmax over the chosen logits, for one expert per token the "
-        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained",
+        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained "
+        "(not with rule `top-any`)",
         ("renormalised", "raw"),
     ),
     Option(
@@ -65,7 +80,8 @@ CONFIG_OPTIONS = (
         float,
         0.0,
         "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
-        "step, in compiled code after each pass; 0: it stays as it is",
+        "step, in compiled code after each pass; 0: it stays as it is. Not with rule `top-any`, whose "
+        "thresholds are learned",
     ),
     Option(
         "router_balance_bias",

@@ -35,8 +35,9 @@ class FeedForward(Mixing):
         rule: str = DEFAULT_RULE,
         shared_experts: int = 0,
         parts: int = 1,
+        threshold: float = 1.0,
     ):
-        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
+        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts, threshold)
         super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
         self.shared = range(num_experts, num_experts + shared_experts)
         self.weight_scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
@@ -52,7 +53,8 @@ class FeedForward(Mixing):
     @classmethod
     def from_block(cls, form: dict, block: dict) -> "FeedForward":
         """The mixture of a form of `config.mpoe`, which is `block`."""
-        more = {name: block[name] for name in ("rule", "shared_experts", "parts") if name in block}
+        names = ("rule", "shared_experts", "parts", "threshold")
+        more = {name: block[name] for name in names if name in block}
         return cls(form, block["num_experts"], block["top_k"], **more)
 
     # ------------------------------------------------------------------------------------- options
@@ -64,6 +66,8 @@ class FeedForward(Mixing):
             ValueError: an option has a value that it cannot have.
         """
         self.router.combine = read_option(config, "router_combine")
+        if self.router.threshold_bias is not None:
+            _check_learned_thresholds(config)
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -128,3 +132,17 @@ class FeedForward(Mixing):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
+
+
+def _check_learned_thresholds(config: PretrainedConfig) -> None:
+    """Raises ValueError for options that have no meaning with rule top-any."""
+    if config.router_combine == "raw":
+        raise ValueError(
+            "router_combine is 'raw' with the rule 'top-any', whose gates are one or zero, no probabilities; "
+            "expected 'renormalised'"
+        )
+    if config.router_bias_update_rate or config.router_balance_bias:
+        raise ValueError(
+            "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts "
+            "have thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
+        )

@@ -26,15 +26,20 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
   custom code are subclassed by `subclass` in `modeling_mpoe_source.py` beside this file.
 * One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
   and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
-* Combine weights of rule top-k are the softmax over the k chosen logits and sum to one: identical experts
-  compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds a part of
-  the neurons (MoEfication, arXiv 2110.01786), they are the softmax over the chosen ones with the same part.
+  Rule top-p (XMoE, arXiv 2403.18926) gives it as many as it takes to reach a probability, rule top-any
+  (DynMoE, arXiv 2405.14297) all that it is like enough. Compiled code, whose shapes must not depend on
+  values, computes `top_k` experts per token, those that are not chosen with the weight zero.
+* Combine weights are the softmax over the chosen logits (of rule top-any, equal) and sum to one: identical
+  experts compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds
+  a part of the neurons (MoEfication, arXiv 2110.01786), they sum to one over the chosen ones of each part.
 
 `config.mpoe` holds:
 
     format             version of this block, FORMAT_VERSION
-    num_experts, top_k
+    num_experts
+    top_k              experts per token; with other rules than top-k the most that there may be
     rule               name of the selection rule, see `RULES`; "top-k" if it is absent
+    threshold          of rule top-p, a probability
     parts              P: expert e holds part e mod P of an FFN's neurons, and the experts' outputs add up;
                        absent where experts are whole FFNs
     shared_experts     M: so many experts more, behind the others, which every token passes; 0 if it is absent
@@ -63,13 +68,16 @@ Contents:
     3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
     4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
     5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
-    6. Rule top-k: every token goes to the k experts with the largest logits
-    7. Routers: which experts a token goes to, and the losses that routers learn from
-    8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
-    10. The mixture: the FFN of several experts with a router of its own
-    11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
-    12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    6. Combine weights of experts that were chosen by their logits
+    7. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+    8. Rule top-k: every token goes to the k experts with the largest logits
+    9. Rule top-p: every token goes to as many experts as it takes to reach a probability
+    10. Routers: which experts a token goes to, and the losses that routers learn from
+    11. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    12. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+    13. The mixture: the FFN of several experts with a router of its own
+    14. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+    15. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -137,6 +145,20 @@ CONFIG_OPTIONS = (
     ),
     Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
+        "router_likeness_loss_coef",
+        float,
+        0.01,
+        "of rule `top-any`: coefficient of DynMoE's loss of the routers' rows in training, which makes them "
+        "differ (diversity) and keeps them short (simplicity)",
+    ),
+    Option(
+        "router_efficiency_loss_coef",
+        float,
+        0.01,
+        "of rule `top-any`: coefficient in training of the share of the experts that a token goes to: fewer "
+        "experts per token",
+    ),
+    Option(
         "output_router_logits",
         bool,
         False,
@@ -149,7 +171,8 @@ CONFIG_OPTIONS = (
         str,
         "renormalised",
         "combine weights: `renormalised`: softmax over the chosen logits, for one expert per token the "
-        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained",
+        "straight-through 1; `raw`: probabilities, which change what the model computes until it is trained "
+        "(not with rule `top-any`)",
         ("renormalised", "raw"),
     ),
     Option(
@@ -170,7 +193,8 @@ CONFIG_OPTIONS = (
         float,
         0.0,
         "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
-        "step, in compiled code after each pass; 0: it stays as it is",
+        "step, in compiled code after each pass; 0: it stays as it is. Not with rule `top-any`, whose "
+        "thresholds are learned",
     ),
     Option(
         "router_balance_bias",
@@ -826,10 +850,27 @@ class Choices(NamedTuple):
     experts: Tensor  # (N,) int64
     weights: Tensor  # (N,) float32, the combine weights
     per_token: int | None = None  # k, if every token has k choices, side by side; None: their number varies
+    # (N,) False for those that the rule did not choose, which stand in the list with the weight zero, so that
+    # its length does not depend on values; None: all are chosen
+    real: Tensor | None = None
+
+    @classmethod
+    def of_table(cls, experts: Tensor, weights: Tensor, chosen: Tensor | None = None) -> "Choices":
+        """Of experts (T, k) and weights (T, k) per token, those that `chosen` (T, k) has; None: all."""
+        k = experts.shape[-1]
+        places = torch.arange(experts.numel(), device=experts.device)
+        choices = cls(places.div(k, rounding_mode="floor"), experts.reshape(-1), weights.reshape(-1), k)
+        if chosen is None:
+            return choices
+        real = chosen.reshape(-1)
+        if has_fixed_shapes(experts):
+            return choices._replace(weights=choices.weights * real, real=real)
+        return choices.take(real.nonzero().squeeze(-1))
 
     def take(self, index: Tensor) -> "Choices":
         """Those at `index` (M,), in its order."""
-        return Choices(self.tokens[index], self.experts[index], self.weights[index])
+        real = None if self.real is None else self.real[index]
+        return Choices(self.tokens[index], self.experts[index], self.weights[index], real=real)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
@@ -867,6 +908,8 @@ class Choices(NamedTuple):
         counted = (
             torch.ones_like(self.weights) if mask is None else mask.to(self.weights)[self.tokens]
         )  # (N,)
+        if self.real is not None:
+            counted = counted * self.real
         return counted.new_zeros(num_experts).scatter_add(0, self.experts, counted)
 
     def ranks(self) -> Tensor:
@@ -875,12 +918,19 @@ class Choices(NamedTuple):
         return torch.arange(len(start), device=start.device) - start
 
 
+def has_fixed_shapes(tensor: Tensor) -> bool:
+    """Whether shapes must not depend on values: in compiled code, and where there are none."""
+    return torch.compiler.is_compiling() or tensor.is_meta
+
+
 class Routing(NamedTuple):
     """What a router made of T tokens."""
 
     logits: Tensor  # (T, E) float32, before any balancing bias
     choices: Choices  # all that the rule chose
     room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
+    gates: Tensor | None = None  # (T, E) of rule top-any, one for experts that pass, with a gradient
+    likeness: Tensor | None = None  # () of its router's rows, a loss; both None without that rule
 
     def weighted(self, weights: Tensor) -> "Routing":
         """The same with other combine weights (N,)."""
@@ -893,13 +943,14 @@ class Routing(NamedTuple):
         """
         if self.room is None:
             return self.choices
-        if torch.compiler.is_compiling() or self.room.is_meta:
+        if has_fixed_shapes(self.room):
             return self.choices._replace(weights=self.choices.weights * self.room)
         return self.choices.take(self.room.nonzero().squeeze(-1))
 
 
 Rule = Callable[["Router", Tensor, Tensor | None], Choices]
 DEFAULT_RULE = "top-k"
+TOP_ANY = "top-any"  # whose routers have thresholds of their own
 RULES: dict[str, Rule] = {}
 
 
@@ -920,7 +971,127 @@ def find_rule(name: str) -> Rule:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Rule top-k: every token goes to the k experts with the largest logits
+# 6. Combine weights of experts that were chosen by their logits
+
+
+def weigh(
+    logits: Tensor,
+    ranked: Tensor,
+    experts: Tensor,
+    combine: str,
+    parts: int = 1,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Combine weights (T, k) of up to k experts per token; those of experts that are not chosen do not count.
+
+    Args:
+        logits: (T, E) of all experts.
+        ranked: (T, k) of the experts in question.
+        experts: (T, k) their numbers.
+        combine, parts: see `Router`.
+        chosen: (T, k) which of them are chosen, one at least per token; None: all.
+    """
+    has_copies = parts < logits.shape[-1]  # of the same neurons
+    if combine == "renormalised" and has_copies and experts.shape[-1] > 1:
+        if parts > 1:
+            return _weigh_parts(logits, ranked, experts, parts, chosen)
+        if chosen is None:
+            return ranked.softmax(-1)
+        weights = ranked.masked_fill(~chosen, -math.inf).softmax(-1)  # (T, k)
+        is_alone = chosen.sum(-1, keepdim=True) == 1  # (T, 1)
+        log_probability = logits.log_softmax(-1).gather(-1, experts)
+        return torch.where(is_alone & chosen, _straight_through(log_probability), weights)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
+    if combine == "raw":
+        return log_probability.exp()
+    return _straight_through(log_probability)
+
+
+def _straight_through(log_probability: Tensor) -> Tensor:
+    """p / p.detach() by logarithms, so that p = 0 in float32 gives one as well."""
+    return (log_probability - log_probability.detach()).exp()
+
+
+def _weigh_parts(
+    logits: Tensor, ranked: Tensor, experts: Tensor, parts: int, chosen: Tensor | None
+) -> Tensor:
+    """(T, k) softmax over those of the chosen experts that hold the same neurons, see `Router`."""
+    part = experts % parts  # (T, k)
+    same = part.unsqueeze(-1) == part.unsqueeze(-2)  # (T, k, k)
+    if chosen is not None:  # those that are not chosen stand alone
+        both = chosen.unsqueeze(-1) & chosen.unsqueeze(-2)
+        same = same & (both | torch.eye(experts.shape[-1], dtype=torch.bool, device=experts.device))
+    others = ranked.unsqueeze(-2).masked_fill(~same, -math.inf)
+    weights = (ranked - others.logsumexp(-1)).exp()  # (T, k)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
+    return torch.where(same.sum(-1) == 1, _straight_through(log_probability), weights)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+
+
+@rule
+def top_any(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+    """Every expert whose score passes its threshold; the one of the largest score where none does.
+
+    At most `router.top_k`: those that pass by the largest margins.
+
+    DynMoE, arXiv 2405.14297: the weights are the gates, divided by their sum over the chosen experts that
+    hold the same neurons.
+
+    Args:
+        logits: (T, E) cosines.
+        bias: None: experts have thresholds that are learned.
+    """
+    assert bias is None and router.threshold_bias is not None
+    margins = score_margins(logits, router.threshold_bias)  # (T, E)
+    ranking = torch.where(margins > 0, margins + 2, logits)  # above all cosines: those that pass come first
+    experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the best first
+    margins = margins.gather(-1, experts)
+    best = torch.arange(router.top_k, device=logits.device) == 0  # (k,)
+    passes = margins > 0
+    chosen = passes | (best & ~passes.any(-1, keepdim=True))  # (T, k)
+    gates = torch.where(chosen, straight_through_one(margins), 0.0)
+    every = torch.zeros_like(logits).scatter(-1, experts, gates)  # (T, E)
+    of_parts = every.unflatten(-1, (-1, router.parts)).sum(-2)  # (T, P) how many experts hold a part
+    total = of_parts.gather(-1, experts % router.parts)  # (T, k)
+    weights = torch.where(total > 1.5, gates / total.clamp(min=1), gates)
+    return Choices.of_table(experts, weights, chosen)
+
+
+def score_margins(cosines: Tensor, thresholds: Tensor) -> Tensor:
+    """(T, E) sigmoid of the cosines (T, E) minus sigmoid of the thresholds (E,); above zero: it passes."""
+    return cosines.sigmoid() - thresholds.float().sigmoid()
+
+
+def straight_through_one(margins: Tensor) -> Tensor:
+    """One in value, with the gradient of `margins`."""
+    return margins - margins.detach() + 1
+
+
+def passing_gates(cosines: Tensor, thresholds: Tensor) -> Tensor:
+    """(T, E) the sign of relu(margin); its gradient takes the sign for an identity.
+
+    So experts that do not pass get none.
+    """
+    margins = score_margins(cosines, thresholds)
+    return torch.where(margins > 0, straight_through_one(margins), 0.0)
+
+
+def likeness_loss(rows: Tensor) -> Tensor:
+    """DynMoE's loss of a router's rows (E, H): the norm of N N^T - I, and their own mean norm.
+
+    N are the rows with norm one. The first term makes the rows differ (diversity), the second keeps them
+    short (simplicity), which changes no cosine.
+    """
+    directions = F.normalize(rows.float(), dim=-1)
+    others = directions @ directions.mT - torch.eye(len(rows), device=rows.device)
+    return others.norm() + rows.float().norm(dim=-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Rule top-k: every token goes to the k experts with the largest logits
 
 
 @rule
@@ -934,51 +1105,40 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
     """
     k = router.top_k
     if bias is None:
-        chosen, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
+        ranked, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
     else:
         experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
-        chosen = logits.gather(-1, experts)  # (T, k)
-    weights = weigh(logits, chosen, experts, router.combine, router.parts)  # (T, k)
-    places = torch.arange(logits.shape[0] * k, device=logits.device)  # (T * k,)
-    tokens = places.div(k, rounding_mode="floor")  # (T * k,) every token k times
-    return Choices(tokens, experts.reshape(-1), weights.reshape(-1), per_token=k)
-
-
-def weigh(logits: Tensor, chosen: Tensor, experts: Tensor, combine: str, parts: int = 1) -> Tensor:
-    """Combine weights (T, k) of k experts per token.
-
-    Args:
-        logits: (T, E) of all experts.
-        chosen: (T, k) of the chosen experts.
-        experts: (T, k) their numbers.
-        combine, parts: see `Router`.
-    """
-    has_copies = parts < logits.shape[-1]  # of the same neurons
-    if combine == "renormalised" and has_copies and experts.shape[-1] > 1:
-        return chosen.softmax(-1) if parts == 1 else _weigh_parts(logits, chosen, experts, parts)
-    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
-    if combine == "raw":
-        return log_probability.exp()
-    return _straight_through(log_probability)
-
-
-def _straight_through(log_probability: Tensor) -> Tensor:
-    """p / p.detach() by logarithms, so that p = 0 in float32 gives one as well."""
-    return (log_probability - log_probability.detach()).exp()
-
-
-def _weigh_parts(logits: Tensor, chosen: Tensor, experts: Tensor, parts: int) -> Tensor:
-    """(T, k) softmax over those of the chosen experts that hold the same neurons, see `Router`."""
-    part = experts % parts  # (T, k)
-    same = part.unsqueeze(-1) == part.unsqueeze(-2)  # (T, k, k)
-    others = chosen.unsqueeze(-2).masked_fill(~same, -math.inf)
-    weights = (chosen - others.logsumexp(-1)).exp()  # (T, k)
-    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
-    return torch.where(same.sum(-1) == 1, _straight_through(log_probability), weights)
+        ranked = logits.gather(-1, experts)  # (T, k)
+    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Routers: which experts a token goes to, and the losses that routers learn from
+# 9. Rule top-p: every token goes to as many experts as it takes to reach a probability
+
+
+@rule
+def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+    """From the most probable expert on, until they have the probability `router.threshold` together.
+
+    XMoE, arXiv 2403.18926: one expert at least, `router.top_k` at most. Its weights are the probabilities
+    (combine "raw").
+
+    Args:
+        logits: (T, E).
+        bias: (E,) added to the probabilities to rank experts, see `top_k`.
+    """
+    probabilities = logits.softmax(-1)
+    ranking = logits if bias is None else probabilities + bias.float()
+    experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the most probable first
+    reached = probabilities.gather(-1, experts).cumsum(-1)  # (T, k)
+    chosen = F.pad(reached[:, :-1], (1, 0)) < router.threshold  # (T, k) by those before
+    ranked = logits.gather(-1, experts)
+    weights = weigh(logits, ranked, experts, router.combine, router.parts, chosen)
+    return Choices.of_table(experts, weights, chosen)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. Routers: which experts a token goes to, and the losses that routers learn from
 
 
 class Router(Part):
@@ -989,7 +1149,11 @@ class Router(Part):
 
     Attributes:
         select: the selection rule.
-        top_k: k, for rules that choose so many experts per token.
+        top_k: k, for rules that choose so many experts per token; for others the most that they choose.
+        threshold: of rule top-p, a probability.
+        threshold_bias: (E,) of rule top-any, learned, what the cosine of an expert's row and the input is
+            compared with; None with other rules, whose logits are products. (Trainers take what is called a
+            bias out of weight decay.)
         parts: P, if expert e holds part e mod P of the FFN's neurons; 1: every expert is a whole FFN.
         combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
             sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
@@ -1005,13 +1169,23 @@ class Router(Part):
     own_params = 0
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE, parts: int = 1
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        rule: str = DEFAULT_RULE,
+        parts: int = 1,
+        threshold: float = 1.0,
     ):
         super().__init__()
-        self.top_k, self.parts, self.num_experts = top_k, parts, num_experts
+        self.top_k, self.parts, self.num_experts, self.threshold = top_k, parts, num_experts, threshold
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.shared_params = self.weight.numel()
+        self.register_parameter("threshold_bias", None)
+        if rule == TOP_ANY:
+            self.threshold_bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32))
+            self.shared_params += num_experts
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
@@ -1024,7 +1198,7 @@ class Router(Part):
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
             self.tasks = nn.Parameter(empty)
-            self.shared_params = self.weight.numel() + self.tasks.numel()
+            self.shared_params += self.tasks.numel()
 
     def forward(
         self,
@@ -1045,11 +1219,22 @@ class Router(Part):
             x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            logits = F.linear(x, self.weight.float())  # (T, E)
-            choices = self.select(self, logits, bias)
-            if not self.training or self.capacity_factor is None:
-                return Routing(logits, choices)
-            return Routing(logits, choices, self._has_room(choices, mask, self.capacity_factor))
+            logits = self._logits(x)  # (T, E)
+            routing = Routing(logits, self.select(self, logits, bias))
+            if not self.training:
+                return routing
+            if self.capacity_factor is not None:
+                routing = routing._replace(room=self._has_room(routing.choices, mask, self.capacity_factor))
+            if self.threshold_bias is None:
+                return routing
+            gates = passing_gates(logits, self.threshold_bias)
+            return routing._replace(gates=gates, likeness=likeness_loss(self.weight))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(T, E) products of inputs (T, H) with the experts' rows; of rule top-any their cosines."""
+        if self.threshold_bias is None:
+            return F.linear(x, self.weight.float())
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -1073,6 +1258,8 @@ class Router(Part):
         order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)
         queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
+        if ranked.real is not None:
+            queues = queues * ranked.real.unsqueeze(-1)
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
         capacity = (factor * queues.sum() / num_experts).ceil().clamp(min=1)
@@ -1085,6 +1272,9 @@ class Router(Part):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
+        if self.threshold_bias is not None:  # rows of norm one, more or less
+            init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            init.zeros_(self.threshold_bias)
         if self.tasks is not None:
             init.normal_(self.tasks)
 
@@ -1106,6 +1296,11 @@ def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return _mean(routing.logits.logsumexp(-1).square(), mask)
 
 
+def efficiency_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Share of the experts that pass, of gates (T, E) (DynMoE, arXiv 2405.14297, in its code)."""
+    return _mean(gates.mean(-1), mask)
+
+
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Over tokens, the first axis, that the mask (T,) counts."""
     if mask is None:
@@ -1115,7 +1310,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 11. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 #
 # The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
 # outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
@@ -1189,7 +1384,7 @@ class RouterPass:
 
     Attributes:
         mask_of: (mixture, T, number of its call) -> (T,) or None, see `mask`; None when the pass is over.
-        shows: the load-balancing loss joins the outputs (see above), and only the z-loss the combine weights.
+        shows: the load-balancing loss joins the outputs (see above), and only the others the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
@@ -1206,8 +1401,11 @@ class RouterPass:
         aux_coef: float,
         z_coef: float,
         mask_of: Callable[["FeedForward", int, int], Tensor | None],
+        likeness_coef: float = 0.0,
+        efficiency_coef: float = 0.0,
     ):
         self.learns, self.shows, self.aux_coef, self.z_coef = learns, shows, aux_coef, z_coef
+        self.likeness_coef, self.efficiency_coef = likeness_coef, efficiency_coef
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
@@ -1283,6 +1481,10 @@ class RouterPass:
             loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
         if self.z_coef:
             loss = loss + self.z_coef * router_z_loss(routing, mask)
+        if routing.likeness is not None and self.likeness_coef:
+            loss = loss + self.likeness_coef * routing.likeness
+        if routing.gates is not None and self.efficiency_coef:
+            loss = loss + self.efficiency_coef * efficiency_loss(routing.gates, mask)
         return loss
 
 
@@ -1360,7 +1562,7 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+# 12. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -1621,7 +1823,7 @@ def _seconds(cost: Cost) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 10. The mixture: the FFN of several experts with a router of its own
+# 13. The mixture: the FFN of several experts with a router of its own
 
 
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
@@ -1648,8 +1850,9 @@ class FeedForward(Mixing):
         rule: str = DEFAULT_RULE,
         shared_experts: int = 0,
         parts: int = 1,
+        threshold: float = 1.0,
     ):
-        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
+        router = Router(hidden_size_of(form), num_experts, top_k, rule, parts, threshold)
         super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
         self.shared = range(num_experts, num_experts + shared_experts)
         self.weight_scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
@@ -1665,7 +1868,8 @@ class FeedForward(Mixing):
     @classmethod
     def from_block(cls, form: dict, block: dict) -> "FeedForward":
         """The mixture of a form of `config.mpoe`, which is `block`."""
-        more = {name: block[name] for name in ("rule", "shared_experts", "parts") if name in block}
+        names = ("rule", "shared_experts", "parts", "threshold")
+        more = {name: block[name] for name in names if name in block}
         return cls(form, block["num_experts"], block["top_k"], **more)
 
     # ------------------------------------------------------------------------------------- options
@@ -1677,6 +1881,8 @@ class FeedForward(Mixing):
             ValueError: an option has a value that it cannot have.
         """
         self.router.combine = read_option(config, "router_combine")
+        if self.router.threshold_bias is not None:
+            _check_learned_thresholds(config)
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -1743,8 +1949,22 @@ class FeedForward(Mixing):
         self.balance_bias += rate * (load.mean() - load).sign()
 
 
+def _check_learned_thresholds(config: PretrainedConfig) -> None:
+    """Raises ValueError for options that have no meaning with rule top-any."""
+    if config.router_combine == "raw":
+        raise ValueError(
+            "router_combine is 'raw' with the rule 'top-any', whose gates are one or zero, no probabilities; "
+            "expected 'renormalised'"
+        )
+    if config.router_bias_update_rate or config.router_balance_bias:
+        raise ValueError(
+            "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts "
+            "have thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------
-# 11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+# 14. Experts: what takes the place of the experts of a stock mixture, whose routers stay
 #
 # The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`.
 # That module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines
@@ -1855,7 +2075,7 @@ def block_class(stock: type[nn.Module], namespace: dict) -> type[nn.Module]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 15. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -1991,6 +2211,11 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
         )
 
 
+# Coefficients of the routers' losses, as `RouterPass` takes them.
+LOSS_COEFS = (
+    *("router_aux_loss_coef", "router_z_loss_coef"),
+    *("router_likeness_loss_coef", "router_efficiency_loss_coef"),
+)
 # What `_recording` adds to the parameters of a stock forward.
 _OUR_ARGUMENTS = ("task_ids", "output_router_logits")
 
@@ -2244,7 +2469,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        coefs = (config.router_aux_loss_coef, config.router_z_loss_coef) if learns else (0.0, 0.0)
+        coefs = [getattr(config, name) if learns else 0.0 for name in LOSS_COEFS]
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or task is not None or (learns and config.router_tasks is not None)):
@@ -2253,7 +2478,9 @@ class MixtureMixin(_Stock):
             self._follow_step()
         returns_dict = given.get("return_dict")
         shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
-        running = RouterPass(learns, shows, *coefs, functools.partial(self.token_mask, arguments=given))
+        mask_of = functools.partial(self.token_mask, arguments=given)
+        aux, z, likeness, efficiency = coefs
+        running = RouterPass(learns, shows, aux, z, mask_of, likeness, efficiency)
         running.share = self._share_of_step(given)
         running.task = task
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .choices import Routing
 from .header import ModelOutput
-from .routers import load_balancing_loss, router_z_loss
+from .routers import efficiency_loss, load_balancing_loss, router_z_loss
 
 if TYPE_CHECKING:
     from .mixture import FeedForward
@@ -88,7 +88,7 @@ class RouterPass:
 
     Attributes:
         mask_of: (mixture, T, number of its call) -> (T,) or None, see `mask`; None when the pass is over.
-        shows: the load-balancing loss joins the outputs (see above), and only the z-loss the combine weights.
+        shows: the load-balancing loss joins the outputs (see above), and only the others the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
@@ -105,8 +105,11 @@ class RouterPass:
         aux_coef: float,
         z_coef: float,
         mask_of: Callable[["FeedForward", int, int], Tensor | None],
+        likeness_coef: float = 0.0,
+        efficiency_coef: float = 0.0,
     ):
         self.learns, self.shows, self.aux_coef, self.z_coef = learns, shows, aux_coef, z_coef
+        self.likeness_coef, self.efficiency_coef = likeness_coef, efficiency_coef
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
@@ -182,6 +185,10 @@ class RouterPass:
             loss = loss + self.aux_coef * load_balancing_loss(routing, mask)
         if self.z_coef:
             loss = loss + self.z_coef * router_z_loss(routing, mask)
+        if routing.likeness is not None and self.likeness_coef:
+            loss = loss + self.likeness_coef * routing.likeness
+        if routing.gates is not None and self.efficiency_coef:
+            loss = loss + self.efficiency_coef * efficiency_loss(routing.gates, mask)
         return loss
 
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .choices import DEFAULT_RULE, Choices, Routing, find_rule
+from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing, find_rule
 from .costs import Cost, Work
 from .header import init
 from .parts import Part
+from .rules.top_any import likeness_loss, passing_gates
 
 
 class Router(Part):
@@ -20,7 +21,11 @@ class Router(Part):
 
     Attributes:
         select: the selection rule.
-        top_k: k, for rules that choose so many experts per token.
+        top_k: k, for rules that choose so many experts per token; for others the most that they choose.
+        threshold: of rule top-p, a probability.
+        threshold_bias: (E,) of rule top-any, learned, what the cosine of an expert's row and the input is
+            compared with; None with other rules, whose logits are products. (Trainers take what is called a
+            bias out of weight decay.)
         parts: P, if expert e holds part e mod P of the FFN's neurons; 1: every expert is a whole FFN.
         combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
             sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
@@ -36,13 +41,23 @@ class Router(Part):
     own_params = 0
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, rule: str = DEFAULT_RULE, parts: int = 1
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        rule: str = DEFAULT_RULE,
+        parts: int = 1,
+        threshold: float = 1.0,
     ):
         super().__init__()
-        self.top_k, self.parts, self.num_experts = top_k, parts, num_experts
+        self.top_k, self.parts, self.num_experts, self.threshold = top_k, parts, num_experts, threshold
         self.select = find_rule(rule)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.shared_params = self.weight.numel()
+        self.register_parameter("threshold_bias", None)
+        if rule == TOP_ANY:
+            self.threshold_bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32))
+            self.shared_params += num_experts
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
@@ -55,7 +70,7 @@ class Router(Part):
         if number:
             empty = torch.empty(number, self.weight.shape[1], dtype=torch.float32, device=self.weight.device)
             self.tasks = nn.Parameter(empty)
-            self.shared_params = self.weight.numel() + self.tasks.numel()
+            self.shared_params += self.tasks.numel()
 
     def forward(
         self,
@@ -76,11 +91,22 @@ class Router(Part):
             x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            logits = F.linear(x, self.weight.float())  # (T, E)
-            choices = self.select(self, logits, bias)
-            if not self.training or self.capacity_factor is None:
-                return Routing(logits, choices)
-            return Routing(logits, choices, self._has_room(choices, mask, self.capacity_factor))
+            logits = self._logits(x)  # (T, E)
+            routing = Routing(logits, self.select(self, logits, bias))
+            if not self.training:
+                return routing
+            if self.capacity_factor is not None:
+                routing = routing._replace(room=self._has_room(routing.choices, mask, self.capacity_factor))
+            if self.threshold_bias is None:
+                return routing
+            gates = passing_gates(logits, self.threshold_bias)
+            return routing._replace(gates=gates, likeness=likeness_loss(self.weight))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(T, E) products of inputs (T, H) with the experts' rows; of rule top-any their cosines."""
+        if self.threshold_bias is None:
+            return F.linear(x, self.weight.float())
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight.float(), dim=-1))
 
     def _task_rows(self, tokens: Tensor, task: Tensor | None) -> Tensor:
         """(T, H) embeddings of the tasks that the tokens belong to, sequence by sequence."""
@@ -104,6 +130,8 @@ class Router(Part):
         order = choices.ranks().argsort(stable=True)
         ranked = choices.take(order)
         queues = F.one_hot(ranked.experts, num_experts)  # (N, E) a column for each expert's queue
+        if ranked.real is not None:
+            queues = queues * ranked.real.unsqueeze(-1)
         if mask is not None:
             queues = queues * mask.to(queues)[ranked.tokens].unsqueeze(-1)
         capacity = (factor * queues.sum() / num_experts).ceil().clamp(min=1)
@@ -116,6 +144,9 @@ class Router(Part):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, std=std)
+        if self.threshold_bias is not None:  # rows of norm one, more or less
+            init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            init.zeros_(self.threshold_bias)
         if self.tasks is not None:
             init.normal_(self.tasks)
 
@@ -135,6 +166,11 @@ def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     return _mean(routing.logits.logsumexp(-1).square(), mask)
+
+
+def efficiency_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Share of the experts that pass, of gates (T, E) (DynMoE, arXiv 2405.14297, in its code)."""
+    return _mean(gates.mean(-1), mask)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -48,7 +48,7 @@ def steps_taken(report: Mapping) -> str:
 
 def outcome(report: Mapping) -> list[str]:
     """What came out of a training, as sentences; all of them are about the weights that were written."""
-    return [*_weights(report), *_training_loss(report), *_held_out(report)]
+    return [*_weights(report), *_training_loss(report), *_chosen(report), *_held_out(report)]
 
 
 def held_out(log: list[dict]) -> dict[int, dict]:
@@ -79,6 +79,19 @@ def _training_loss(report: Mapping) -> list[str]:
         return [f"{loss} was {first['loss']:.3f} at step {first['step']}."]
     went = f"went from {first['loss']:.3f} (step {first['step']}) to {last['loss']:.3f} (step {last['step']})"
     return [f"{loss} {went}."]
+
+
+def _chosen(report: Mapping) -> list[str]:
+    """How many experts a token went to, where that varies."""
+    for entry in reversed([e for e in report["log"] if e["step"] <= report["written_step"]]):
+        numbers = [value for key, value in entry.items() if key.startswith("experts_per_token/")]
+        if numbers:
+            mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
+            return [
+                f"At step {entry['step']} a token went to {mean:.2f} experts per mixture ({low:.2f} to "
+                f"{high:.2f} by mixture)."
+            ]
+    return []
 
 
 def _held_out(report: Mapping) -> list[str]:

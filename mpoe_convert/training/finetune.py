@@ -441,7 +441,7 @@ def _callbacks(run: Finetuning, model: nn.Module) -> list[TrainerCallback]:
     if run.skip_centre and not has_centre(model):
         raise TrainingError(f"the experts of '{run.model}' share no centre to skip")
     mask = [CentreMask(run.skip_centre, seed=run.seed, per=run.skip_unit)] if run.skip_centre else []
-    return [StopAtNonFinite(), RouterLog(), FollowStep(model), *mask]
+    return [StopAtNonFinite(), RouterLog(block.get("rule") is not None), FollowStep(model), *mask]
 
 
 def _check_rates(run: Finetuning, model: nn.Module) -> None:

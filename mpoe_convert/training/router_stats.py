@@ -26,6 +26,8 @@ class RouterStats:
     Attributes:
         num_tokens: how many.
         load: (E,) each expert's share of the choices; sums to one.
+        experts_per_token: mean number of experts that a token goes to, without those of --shared-experts.
+        counts: (E + 1,) share of the tokens that go to none, one, ..., all experts; sums to one.
         probability: (E,) mean router probability.
         entropy: of the router's softmax, mean over tokens, in nats; log(E) if the router is indifferent.
         dropped: share of the combine weights that was lost to the capacity.
@@ -35,6 +37,7 @@ class RouterStats:
     def __init__(self, num_experts: int):
         self.num_tokens = 0.0
         self._choices = torch.zeros(num_experts, dtype=torch.float64)
+        self._counts = torch.zeros(num_experts + 1, dtype=torch.float64)
         self._probability = torch.zeros(num_experts, dtype=torch.float64)
         self._entropy = self._dropped = self._weight = 0.0
         self._cosines = torch.zeros(num_experts, num_experts, dtype=torch.float64)
@@ -43,13 +46,15 @@ class RouterStats:
     @torch.no_grad()
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         """Count a call. `mask` (T,) is zero for padding."""
-        logits, choices, room = routing
+        logits, choices, room = routing[:3]
         counted = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits)  # (T,)
         probabilities = logits.softmax(-1)  # (T, E)
         entropy = torch.special.entr(probabilities).sum(-1)  # (T,)
         weights = counted[choices.tokens] * choices.weights  # (N,)
         self.num_tokens += float(counted.sum())
         self._choices += choices.load(len(self._choices), counted).cpu().double()
+        number = choices.tokens.bincount(minlength=len(logits))  # (T,)
+        self._counts += number.bincount(counted, minlength=len(self._counts)).cpu().double()
         self._probability += (counted @ probabilities).cpu().double()
         self._entropy += float(counted @ entropy)
         self._weight += float(weights.sum())
@@ -66,6 +71,14 @@ class RouterStats:
     @property
     def load(self) -> Tensor:
         return self._choices / self._choices.sum().clamp(min=1)
+
+    @property
+    def experts_per_token(self) -> float:
+        return float(self._choices.sum()) / max(self.num_tokens, 1)
+
+    @property
+    def counts(self) -> Tensor:
+        return self._counts / max(self.num_tokens, 1)
 
     @property
     def probability(self) -> Tensor:
@@ -85,7 +98,10 @@ class RouterStats:
 
     def __repr__(self) -> str:
         load = ", ".join(f"{part:.3f}" for part in self.load.tolist())
-        return f"RouterStats({self.num_tokens:.0f} tokens, load [{load}], entropy {self.entropy:.3f} nats)"
+        return (
+            f"RouterStats({self.num_tokens:.0f} tokens, {self.experts_per_token:.2f} experts each, "
+            f"load [{load}], entropy {self.entropy:.3f} nats)"
+        )
 
 
 def num_routed(ffn: FeedForward) -> int:

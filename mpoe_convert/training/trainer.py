@@ -58,12 +58,14 @@ class RouterLog(TrainerCallback):
     """Watches the routers in the steps that are logged.
 
     Attributes:
+        varies: the number of experts per token does.
         latest: values for the log: `load_entropy/PATH` (1: all experts are chosen equally often) and
-            `load_max/PATH`.
+            `load_max/PATH`; `experts_per_token/PATH` where it varies.
         loads: {path of a mixture: fraction of the choices that each expert got}.
     """
 
-    def __init__(self):
+    def __init__(self, varies: bool = False):
+        self.varies = varies
         self.latest: dict[str, float] = {}
         self.loads: dict[str, list[float]] = {}
         self._watching = ExitStack()
@@ -88,6 +90,8 @@ class RouterLog(TrainerCallback):
             entropy = torch.special.entr(load).sum() / math.log(len(load))
             self.latest[f"load_entropy/{path}"] = round(float(entropy), 4)
             self.latest[f"load_max/{path}"] = round(float(load.max()), 4)
+            if self.varies:
+                self.latest[f"experts_per_token/{path}"] = round(stats.experts_per_token, 4)
         self._stats = {}
 
 

@@ -28,6 +28,7 @@ NUMBERS = {
     Recipe: {
         "experts": (2, LARGEST_COUNT),
         "top_k": (1, 8),  # of the 8 experts
+        "threshold": (ABOVE_0, math.nextafter(1, 0)),
         "shared_experts": (0, LARGEST_COUNT),
         "parts": (2, 8),  # of the 8 experts, of kind split
         "bond_dim": COUNT,
@@ -80,6 +81,7 @@ TEXTS = {
 NEEDED = {
     (Export, "calibration_tokens"): {"calibrate": "t"},
     (Recipe, "parts"): {"kind": "split"},
+    (Recipe, "threshold"): {"select": "top-p"},
     (Export, "base"): {"to": "lora"},
     (Export, "base_revision"): {"to": "lora", "base": "b"},
 }

@@ -196,7 +196,7 @@ def specs(draw, rows: int, cols: int):
 
 
 @st.composite
-def mixtures(draw, num_experts: int, top_k: int):
+def mixtures(draw, num_experts: int, top_k: int, **selection):
     hidden, inner = draw(st.sampled_from([4, 6])), draw(st.sampled_from([6, 8, 10]))
     form = {"up": draw(specs(hidden, inner)), "down": draw(specs(inner, hidden))}
     if draw(st.booleans()):
@@ -205,7 +205,8 @@ def mixtures(draw, num_experts: int, top_k: int):
         form["down"]["bias"] = "once"
     parts = draw(st.sampled_from([n for n in range(1, num_experts + 1) if num_experts % n == 0]))
     shared_experts = draw(st.integers(0, 2))
-    ffn = FeedForward(form, num_experts, top_k, shared_experts=shared_experts, parts=parts).double()
+    more = {"shared_experts": shared_experts, "parts": parts} | selection
+    ffn = FeedForward(form, num_experts, top_k, **more).double()
     ffn.act = nn.GELU()
     return fill(ffn, draw(st.integers(0, 99)))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ... import experts
 from ...errors import RecipeError, SitesError
 from ...options import LARGEST_COUNT, again, assigned, called, described, option
+from ...runtime.shapes import functions
 from ..ffn import FFNShape, Fitted, Form, Parts, Targets
 from ..matrixwise import whole_term
 
@@ -77,11 +78,11 @@ class Options(experts.Options):
     def resolved(self, compresses: bool) -> dict[str, Any]:
         return {"parts": self.num_parts}
 
-    def routing(self) -> dict[str, int]:
+    def routing(self) -> dict[str, Any]:
         return {"parts": self.num_parts, **super().routing()}
 
     def starts_exact(self) -> bool:
-        return self.top_k % self.num_parts == 0
+        return not self.varies and self.top_k % self.num_parts == 0
 
     def takes_activations(self) -> bool:
         return self.num_parts == self.experts and not self.starts_exact()
@@ -104,11 +105,15 @@ class Options(experts.Options):
         if activation is not None and _SPARSE in activation.lower():
             return ()
         chosen, parts = self.top_k + self.shared_experts, self.num_parts + self.shared_experts
+        number = f"at most {min(chosen, parts)}" if self.varies else chosen
+        exact = assigned("top_k", self.num_parts)
+        if self.varies:
+            exact = f"{assigned('select', 'top-k')} with {exact}"
         return (
-            f"a token passes {chosen} of {parts} parts of an FFN, and what the others would add is lost: "
+            f"a token passes {number} of {parts} parts of an FFN, and what the others would add is lost: "
             f"neurons with the activation {activation or 'of this model'} are rarely off, as those with ReLU "
-            f"are. Expect worse outputs until the model is fine-tuned; {assigned('top_k', self.num_parts)} "
-            "computes what the dense model does.",
+            f"are. Expect worse outputs until the model is fine-tuned; {exact} computes what the dense model "
+            "does.",
         )
 
     def first_state(self) -> str:
@@ -223,9 +228,24 @@ def _by_activations(
         order = added.square().sum(0).argsort(stable=True)
         parts, routed = parts[order], parts[order[: options.num_parts]]
         for rows in (centroids(columns, routed), fitted_rows(inputs, added[:, order[: options.num_parts]])):
-            error = lost(held_inputs @ rows.mT, options.top_k, held_inner, down, routed)
+            error = lost(_left_out(held_inputs, rows, options), held_inner, down, routed)
             found.append((error, parts, rows))
     return min(found, key=lambda each: each[0])[1:]
+
+
+def _left_out(inputs: Tensor, rows: Tensor, options: Options) -> Tensor:
+    """(tokens, parts) one for parts that a router of these rows does not choose, else zero."""
+    import torch
+
+    rule, threshold = options.select, options.threshold or 1.0
+    router = functions().Router(rows.shape[1], len(rows), options.top_k, rule, len(rows), threshold)
+    router.weight = torch.nn.Parameter(rows.float())
+    if router.threshold_bias is not None:
+        router.threshold_bias = torch.nn.Parameter(rows.new_zeros(len(rows), dtype=torch.float32))
+    with torch.no_grad():
+        choices = router(inputs).choices
+    found = torch.ones(len(inputs), len(rows), dtype=inputs.dtype, device=inputs.device)
+    return found.index_put((choices.tokens, choices.experts), found.new_zeros(()))
 
 
 def _sliced(matrix: Tensor, role: str, neurons: Tensor) -> Fitted:
