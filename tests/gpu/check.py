@@ -103,6 +103,9 @@ class Checks:
     def run(self) -> None:
         for name, recipe in CONVERSIONS.items():
             self.check(f"conversion {name}", CONVERTED, lambda recipe=recipe: converted(recipe, self.device))
+        for name, recipe in () if self.small else LARGE.items():
+            work = lambda recipe=recipe: converted(recipe, self.device)  # noqa: E731
+            self.check(f"conversion {name}", LARGE_CONVERTED, work)
         for shape in self.bench.SHAPES:
             self.check_schedules(shape)
         self.check_compiled()
@@ -224,17 +227,25 @@ def distance(found: Tensor, expected: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Conversions
 
-BUDGET = {"keep": 0.6, "experts": 2, "noise": 0.0}
+SMALL_FORM = {"experts": 2, "bond_dim": 4, "noise": 0.0}
+BUDGET = SMALL_FORM | {"keep": 0.9}
+CALIBRATED = {"calibrated": True}
 CONVERSIONS = {
-    "blocks": {"bond_dim": 8, "experts": 2},
-    "balanced, truncated": {"layout": "balanced", "bond_dim": 8, "experts": 2},
-    "low-rank": {"kind": "low-rank", "rank": 2, "experts": 2},
+    "blocks": SMALL_FORM,
+    "balanced, truncated": SMALL_FORM | {"layout": "balanced"},
+    "low-rank": {"kind": "low-rank", "experts": 2, "bond_dim": 4},
     "budget": BUDGET,
-    "budget, loss": BUDGET | {"metric": "loss", "calibrated": True},
-    "budget, corrected": BUDGET | {"metric": "outputs", "correct": True, "calibrated": True},
-    "mixture": {"keep": 0.7, "model": "mixtral"},
-    "mixture, calibrated": {"keep": 0.7, "model": "mixtral", "calibrated": True},
+    "budget, loss": BUDGET | CALIBRATED | {"metric": "loss"},
+    "budget, corrected": BUDGET | CALIBRATED | {"metric": "outputs", "correct": True},
+    "mixture": {"model": "mixtral", "keep": 0.7},
+    "mixture, calibrated": CALIBRATED | {"model": "mixtral", "keep": 0.7},
 }
+# FFNs of 768 x 3072. Where a budget cuts, singular values are close, and rounding chooses among them.
+LARGE = {
+    "blocks, GPT-2": {"model": "gpt2", "experts": 8, "bond_dim": 64, "noise": 0.0},
+    "budget, GPT-2": {"model": "gpt2", "experts": 8, "bond_dim": 8, "noise": 0.0, "keep": 0.6},
+}
+LARGE_CONVERTED = 1e-3
 
 
 def converted(recipe: dict, device: torch.device) -> float:
@@ -260,7 +271,9 @@ def converted(recipe: dict, device: torch.device) -> float:
 
 
 def save_source(model: str, folder: Path) -> Path:
-    """A small checkpoint, made by the helpers of the tests."""
+    """A small checkpoint, made by the helpers of the tests; or one layer of GPT-2's shapes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     sys.path.insert(0, str(TESTS))
     try:
         from helpers.stock_mixtures import make_model
@@ -269,12 +282,16 @@ def save_source(model: str, folder: Path) -> Path:
         sys.path.pop(0)
     if model == "llama":
         return save_tiny("llama", "AutoModelForCausalLM", folder)
+    if model == "gpt2":
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(n_layer=1, vocab_size=64, n_positions=64)).save_pretrained(folder)
+        return folder
     make_model(model).save_pretrained(folder)
     return folder
 
 
 def ids_like(seed: int) -> Tensor:
-    return torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 40, (4, 24), generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------------------------------------------
