@@ -34,7 +34,9 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
-    make_model("mixtral").save_pretrained(folder / "mixtral")
+    mixtral = make_model("mixtral")
+    mixtral.config.max_position_embeddings = 64
+    mixtral.save_pretrained(folder / "mixtral")
     save_tokenizer(folder / "mixtral")
     (folder / "text.txt").write_text(words(4000), encoding="utf-8")
     cases = {

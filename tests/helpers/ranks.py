@@ -91,12 +91,14 @@ def disturb_scoring() -> None:
 
 
 def child(run: dict, rank: int, port: int, output: int) -> None:
+    import huggingface_hub
+
     import mpoe_convert.cli
-    from mpoe_convert.compression import moment_cache
 
-    place = moment_cache.cached_assets_path
-    moment_cache.cached_assets_path = partial(place, assets_dir=Path(f"moments-{run['number']}").absolute())
-
+    place = huggingface_hub.cached_assets_path
+    huggingface_hub.cached_assets_path = partial(
+        place, assets_dir=Path(f"moments-{run['number']}").absolute()
+    )
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]))
