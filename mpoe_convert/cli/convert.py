@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import LARGEST_COUNT
 from ..planning.recipe import Recipe
 from ..ranks import is_first
 from ..request import as_text
@@ -138,7 +137,7 @@ def show_conversion(report: Report, output: str, verbose: int) -> None:
 @option(
     "--processes",
     heading="General",
-    type=click.IntRange(1, LARGEST_COUNT),
+    type=int,
     metavar="N",
     help="Show what each of N processes that torchrun starts reads, writes and holds in memory.",
 )
@@ -160,6 +159,10 @@ def plan(
     --max-error the weights are read, and calibrated with --calibrate.
     """
     with one_line_errors(verbose, quiet):
+        if processes is not None:
+            from ..planning.shares import check_count
+
+            check_count(processes)
         recipe, _ = request_of(Recipe, options, config, model)
         check_model(recipe.model, recipe.revision)
         check_sources(recipe.calibrate)
@@ -179,7 +182,7 @@ def show_plan(
         silence_libraries()
     with conversion_progress(not quiet) as progress:
         result = plan_conversion(recipe, token=token, progress=progress)
-    shares = plan_shares(result, processes) if processes else None
+    shares = None if processes is None else plan_shares(result, processes)
     if as_json:
         echo_json(result.to_json() | ({"processes": shares.to_json()} if shares else {}))
     elif not quiet:

@@ -7,12 +7,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import RequestError
-from ..options import assigned
+from ..options import assigned, called
 from ..tables import Shown, Table, size
 from .plan import Plan
 
 # A byte of an FFN takes so many times as long as one that is copied (examples/benchmarks/conversion.py).
 FFN_WORK = 10
+
+
+MOST_PROCESSES = 10_000
+
+
+def check_count(processes: int) -> None:
+    """Raises RequestError unless a run may have so many processes."""
+    if not (isinstance(processes, int) and 1 <= processes <= MOST_PROCESSES):
+        raise RequestError(
+            f"{called('processes')} is {processes!r}; expected a whole number from 1 to {MOST_PROCESSES:,}"
+        )
 
 
 def check_shared(plan: Plan, count: int) -> None:
@@ -107,7 +118,12 @@ class Shares(Shown):
 
 
 def plan_shares(plan: Plan, count: int) -> Shares:
-    """What each of `count` processes does. Raises RequestError if there is one file for several."""
+    """What each of `count` processes does.
+
+    Raises:
+        RequestError: there is one file for several, or their number is out of range.
+    """
+    check_count(count)
     files = share_out(plan, count)
     total = sum(_work(plan, file) for file in plan.shards)
     return Shares(tuple(_share(plan, own, total) for own in files))

@@ -98,9 +98,3 @@ def test_one_file_for_several_processes_is_refused(folders):
     assert (
         found.exit_code == 2 and "2 processes have one weight file to write; expected one for" in found.output
     )
-
-
-@pytest.mark.parametrize("count", ["0", "2.5"])
-def test_numbers_of_processes_have_a_range(folders, count):
-    found = CliRunner().invoke(main, ["plan", str(folders / "llama"), "--processes", count])
-    assert found.exit_code == 2 and "--processes" in found.output
