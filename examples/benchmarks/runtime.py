@@ -244,9 +244,15 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
     found = {name: module for name, module in found.items() if name not in skip}
     hidden = SHAPES[shape][0]
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    before = torch.cuda.memory_allocated() if x.is_cuda else 0
     first: dict[str, torch.Tensor] = {}
+    peaks: dict[str, int] = {}
     for name, module in found.items():
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
         _, y = timed(module, x, train)
+        if x.is_cuda:
+            peaks[name] = torch.cuda.max_memory_allocated() - before
         other = first.setdefault(groups[name], y)
         error = ((y - other).float().norm() / other.float().norm()).item()
         assert error < TOLERANCE[dtype], f"{name} differs by {error:.2g}"
@@ -265,6 +271,7 @@ def compare(shape: str, tokens: int, dtype, device, train: bool, budget: float, 
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "seconds": median,
+        "peak_bytes": peaks,  # beside all weights and the inputs; CUDA alone tells
         # What has to be stored; gradients take as many numbers again in training, AdamW twice as many.
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()},
         "auto_over_fastest_plain": median["auto"] / plain,

@@ -273,23 +273,27 @@ def _remove_leftover(folder: Path, output: Path) -> bool:
 
 
 class TemporaryFolder:
-    """A folder among the system's temporary files that lasts as long as this object, or until `close`.
+    """A folder that lasts as long as this object, or until `close`.
 
     Folders of the same prefix that killed runs have left are removed first.
+
+    Args:
+        parent: where it is; None: among the system's temporary files.
 
     Attributes:
         path: of the folder.
     """
 
-    def __init__(self, prefix: str) -> None:
-        _remove_dead(prefix)
-        self.path, lock = _locked_folder(prefix, "", Path(tempfile.gettempdir()))
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        parent = parent or Path(tempfile.gettempdir())
+        _remove_dead(prefix, parent)
+        self.path, lock = _locked_folder(prefix, "", parent)
         self.close = weakref.finalize(self, _discard, self.path, lock)
 
 
-def _remove_dead(prefix: str) -> None:
+def _remove_dead(prefix: str, parent: Path) -> None:
     """Remove the temporary folders of a prefix whose processes do not live any more."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+    for folder in parent.glob(f"{prefix}*"):
         if fcntl is not None and folder.is_dir() and not folder.is_symlink():
             with suppress(OSError):
                 lock = os.open(folder / LOCK, os.O_RDWR)

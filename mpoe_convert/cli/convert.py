@@ -134,10 +134,18 @@ def show_conversion(report: Report, output: str, verbose: int) -> None:
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
+@option(
+    "--processes",
+    heading="General",
+    type=int,
+    metavar="N",
+    help="Show what each of N processes that torchrun starts reads, writes and holds in memory.",
+)
 @RECIPE_OPTIONS
 @COMMON
 def plan(
     model: str | None,
+    processes: int | None,
     config: str | None,
     token: str | None,
     as_json: bool,
@@ -151,15 +159,22 @@ def plan(
     --max-error the weights are read, and calibrated with --calibrate.
     """
     with one_line_errors(verbose, quiet):
+        if processes is not None:
+            from ..planning.shares import check_count
+
+            check_count(processes)
         recipe, _ = request_of(Recipe, options, config, model)
         check_model(recipe.model, recipe.revision)
         check_sources(recipe.calibrate)
         announce(f"Planning {recipe.model}", quiet)
-        show_plan(recipe, token, as_json, quiet)
+        show_plan(recipe, token, as_json, quiet, processes)
 
 
-def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> None:
+def show_plan(
+    recipe: Recipe, token: str | None, as_json: bool, quiet: bool, processes: int | None = None
+) -> None:
     from ..compression.plan import plan as plan_conversion
+    from ..planning.shares import plan_shares
     from .progress import conversion_progress, silence_libraries
     from .tables import console
 
@@ -167,7 +182,8 @@ def show_plan(recipe: Recipe, token: str | None, as_json: bool, quiet: bool) -> 
         silence_libraries()
     with conversion_progress(not quiet) as progress:
         result = plan_conversion(recipe, token=token, progress=progress)
+    shares = None if processes is None else plan_shares(result, processes)
     if as_json:
-        echo_json(result.to_json())
+        echo_json(result.to_json() | ({"processes": shares.to_json()} if shares else {}))
     elif not quiet:
-        console().print(result)
+        console().print(*filter(None, (result, shares)), sep="\n")

@@ -150,6 +150,7 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
     """Score MODEL on data: perplexity, accuracy, exact match, BLEU, ROUGE.
 
     With 95 % intervals, and those of the paired difference with --against.
+    Several processes: torchrun --nproc-per-node 4 -m mpoe_convert evaluate MODEL ...
     """
     with one_line_errors(verbose, quiet):
         request, _ = request_of(Scoring, options, model=model)
@@ -163,8 +164,10 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
         from .tables import console, print_evaluation
 
         silence_libraries()
-        with evaluation_progress(not quiet) as progress:
-            result = score_models(request, token=token, progress=progress)
+        with evaluation_progress(not quiet and is_first()) as progress:
+            result = score_models(request, distributed=True, token=token, progress=progress)
+    if not is_first():
+        return
     if as_json:
         echo_json(result.to_json())
     elif not quiet:

@@ -14,6 +14,7 @@ from ..artifact.limits import block_length, check_token_ids, embedding_rows, pos
 from ..artifact.loading import load_tokenizer
 from ..errors import DataError, RecipeError, one_line
 from ..options import called
+from ..ranks import Ranks
 from ..source import texts
 from ..source.architecture import main_auto_class
 from ..source.checkpoint import Checkpoint
@@ -207,6 +208,16 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     for number, batch in enumerate(batches):
         parts[is_held_out(number, batches)].append(batch)
     return parts
+
+
+def share_of(batches: Sequence[Batch], ranks: Ranks) -> list[int]:
+    """Numbers of the batches that this process runs: a share of those to fit to and of those held out.
+
+    At least one, so that every process meets every FFN; where there are more processes than batches, what
+    those behind the last one run counts elsewhere.
+    """
+    numbers = sorted(range(len(batches)), key=lambda number: is_held_out(number, batches))
+    return sorted(numbers[ranks.rank :: ranks.count]) or [0]
 
 
 def num_examples(batch: Batch) -> int:

@@ -24,6 +24,7 @@ from .fisher import gradient_moments
 from .lockstep import LockstepWalk
 from .moment_cache import Calibration
 from .moments import FFNMoments, MomentSums, observed_side
+from .shared import collect_shared
 from .stream import run_batch
 
 if TYPE_CHECKING:
@@ -52,28 +53,40 @@ def calibrate(run: DenseRun, *, gradients: bool = False, progress: Progress | No
         report(path, count - len(found.missing()), count)
 
     if missing := found.missing():
-        with run.streamed() as model:
-            MomentsWalk(run, model, missing, save).walk_batches()
-    if gradients and found.missing("gradients"):
-        model = run.in_memory(gradient_dtype(run.plan))
-        for path, tensors in gradient_moments(run, model, report).items():
-            found.save(path, tensors, "gradients")
+        collect_shared(run, _collect_moments, missing, save, report)
+    if gradients and (missing := found.missing("gradients")):
+        keep = partial(found.save, what="gradients")
+        collect_shared(run, _collect_gradients, missing, keep, report)
     return found
 
 
+def _collect_moments(run: DenseRun, wanted: Sequence[str], save: Save, progress: Progress) -> None:
+    with run.streamed() as model:
+        MomentsWalk(run, model, wanted, save).walk_batches()
+
+
+def _collect_gradients(
+    run: DenseRun, wanted: Sequence[str], save: Callable[[str, dict[str, Tensor]], None], progress: Progress
+) -> None:
+    model = run.in_memory(gradient_dtype(run.plan))
+    for path, tensors in gradient_moments(run, model, progress).items():
+        save(path, tensors)
+
+
 class MomentsWalk(LockstepWalk):
-    """One pass per batch. What goes through an FFN is summed between two waits."""
+    """One pass per batch of this process. What goes through an FFN is summed between two waits."""
 
     def __init__(self, run: DenseRun, model: PreTrainedModel, wanted: Collection[str], save: Save) -> None:
         super().__init__(run, model)
         self.wanted, self.save = set(wanted), save
+        self.own = run.own
         self.sums: dict[str, MomentSums] = {}
         self.inside: FFNPlan | None = None
         self.times_left = {ffn.ffn.path: ffn.runs_per_token for ffn in run.plan.ffns}
-        self.calls_left = [sum(self.times_left.values())] * len(run.batches)
+        self.calls_left = [sum(self.times_left.values())] * len(self.own)
 
     def walk_batches(self) -> None:
-        self.walk([partial(run_batch, self.model, batch) for batch in self.run.batches])
+        self.walk([partial(run_batch, self.model, self.run.batches[number]) for number in self.own])
 
     def release(self, ffn: FFNPlan | None, place: str) -> None:
         if self.inside is not None:
@@ -84,19 +97,19 @@ class MomentsWalk(LockstepWalk):
         path = ffn.ffn.path
         if place == "inputs":
             self.wait_at(ffn, place)
-        if path not in self.wanted:
+        if path not in self.wanted or self.run.is_spare:
             return
         rows = self._rows(path, x)
         sums = self.sums.setdefault(path, MomentSums())
         if self._holds_out:
-            sums.add_sample(place, rows)
+            sums.add_sample(place, rows, self._number)
             return
         readers = [matrix for matrix in ffn.matrices if (matrix.role == "down") == (place == "inner")]
         squares_only = all(observed_side(matrix) == "out" for matrix in readers)
         sums.add(place, rows, squares_only=squares_only, where=f"{path} ({place})")
 
     def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> None:
-        if ffn.ffn.path in self.wanted and not self._holds_out:
+        if ffn.ffn.path in self.wanted and not (self._holds_out or self.run.is_spare):
             for matrix in matrices:
                 if observed_side(matrix) == "out":
                     self._add_outputs(ffn.ffn.path, matrix, y)
@@ -116,17 +129,23 @@ class MomentsWalk(LockstepWalk):
         self.sums[path].add(f"{matrix.role}.outputs", rows, squares_only=False, where=where)
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
-        return token_rows(self.model, self.run.batches[self.current], path, x)
+        return token_rows(self.model, self.run.batches[self._number], path, x)
+
+    @property
+    def _number(self) -> int:
+        return self.own[self.current]
 
     @property
     def _holds_out(self) -> bool:
-        return is_held_out(self.current, self.run.batches)
+        return is_held_out(self._number, self.run.batches)
 
     def _finish(self, path: str) -> None:
         """All passes are through; layers may share the FFN, so only the last time counts."""
         self.times_left[path] -= 1
         if not self.times_left[path] and path in self.wanted:
-            self.save(path, self.sums.pop(path).finish(path))
+            found = self.sums.pop(path, MomentSums()).finish(path, self.run.ranks)
+            if found is not None:
+                self.save(path, found)
 
 
 def check_scored(run: DenseRun) -> None:

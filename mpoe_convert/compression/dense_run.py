@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..planning.plan import Plan
+from ..ranks import ALONE, Ranks
 from ..source.checkpoint import Checkpoint
-from .batches import Batch, is_causal, split
+from .batches import Batch, is_causal, share_of, split
 from .stream import load_dense, streamed_model
 
 if TYPE_CHECKING:
@@ -31,12 +32,24 @@ class DenseRun:
         batches: model inputs. `attention_mask` and the `labels` of decoders mark padding; other `labels` mark
             the predictions that are scored (see `batches.prediction_mask`).
         device: where the model runs.
+        ranks: the processes that share the batches.
     """
 
     plan: Plan
     checkpoint: Checkpoint
     batches: tuple[Batch, ...]
     device: torch.device
+    ranks: Ranks = ALONE
+
+    @property
+    def own(self) -> list[int]:
+        """Numbers of the batches that this process runs, see `share_of`."""
+        return share_of(self.batches, self.ranks)
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether there are fewer batches than processes, and what this one runs counts elsewhere."""
+        return self.ranks.rank >= len(self.batches)
 
     @property
     def fitted_to(self) -> list[Batch]:

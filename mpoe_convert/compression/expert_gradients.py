@@ -12,6 +12,7 @@ on the inputs, experts and combine weights that the module was called with.
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning.plan import FFNPlan
+from ..ranks import Ranks
 from ..source.mixtures import biases_of
 from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
@@ -52,7 +54,7 @@ def expert_sensitivities(
         CheckpointError: a gradient is NaN or Inf.
     """
     ffns = {ffn.ffn.path: ffn for ffn in run.plan.ffns}
-    sums = {path: _Squares(ffns[path], model, module) for path, module in modules.items()}
+    sums = {path: _Squares(ffns[path], model, module, run.ranks) for path, module in modules.items()}
     handles = [module.register_forward_hook(sums[p].watch, with_kwargs=True) for p, module in modules.items()]
 
     def begin(batch: Batch) -> None:
@@ -64,6 +66,8 @@ def expert_sensitivities(
     finally:
         for handle in handles:
             handle.remove()
+    for each in sums.values():
+        each.add_up()
     return {path: each.per(scored) for path, each in sums.items()}
 
 
@@ -72,29 +76,38 @@ class _Squares:
 
     Attributes:
         batch: the one that runs.
-        combine: of g^2.
-        squares: by role, of the squared gradients, per output.
+        combine: what is added to g^2.
+        squares: by role, what is added to the squared gradients, per output.
         tokens: that were counted, without regard to routing.
     """
 
-    def __init__(self, ffn: FFNPlan, model: PreTrainedModel, module: Any) -> None:
-        self.ffn, self.model, self.module = ffn, model, module
+    def __init__(self, ffn: FFNPlan, model: PreTrainedModel, module: Any, ranks: Ranks) -> None:
+        self.ffn, self.model, self.module, self.ranks = ffn, model, module, ranks
         self.batch: Batch = {}
-        self.combine, self.tokens = 0.0, 0
-        self.squares = {matrix.role: 0.0 for matrix in ffn.matrices}
+        self.combine: list[float] = []
+        self.squares: dict[str, list[float]] = {matrix.role: [] for matrix in ffn.matrices}
+        self.tokens = 0
 
     def watch(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).args
         x, experts, weights = (tensor.detach() for tensor in bound[:3])
         y.register_hook(partial(self._add, x, experts, weights))
 
+    def add_up(self) -> None:
+        """Put what all processes have in place of what this one has."""
+        every = self.ranks.gathered((self.combine, self.squares, self.tokens))
+        self.combine = [value for combine, _, _ in every for value in combine]
+        self.squares = {role: [v for _, squares, _ in every for v in squares[role]] for role in self.squares}
+        self.tokens = sum(tokens for _, _, tokens in every)
+
     def per(self, scored: int) -> dict[str, Tensor]:
         """Half the mean squares, per unit of g^2 and scored prediction."""
         found = {}
-        for role, total in self.squares.items():
-            value = torch.tensor(total, dtype=torch.float64)
+        combine = math.fsum(self.combine)  # exact, so that the order does not matter
+        for role, parts in self.squares.items():
+            value = torch.tensor(math.fsum(parts), dtype=torch.float64)
             check_activations(value, f"{self.ffn.ffn.path} (gradients, {role})")
-            found[role] = 0.5 * value / (self.combine or 1.0) * (self.tokens / scored)
+            found[role] = 0.5 * value / (combine or 1.0) * (self.tokens / scored)
         return found
 
     def _add(self, x: Tensor, experts: Tensor, weights: Tensor, gradient: Tensor) -> None:
@@ -108,7 +121,7 @@ class _Squares:
         for expert in experts.unique().tolist():
             rows, places = (experts == expert).nonzero(as_tuple=True)
             combine = weights[rows, places].unsqueeze(-1)
-            self.combine += float(combine.double().square().sum())
+            self.combine.append(float(combine.double().square().sum()))
             self._add_expert(expert, x[rows], combine * gradient[rows])
 
     def _add_expert(self, expert: int, x: Tensor, gradient: Tensor) -> None:
@@ -122,4 +135,4 @@ class _Squares:
             (behind,) = torch.autograd.grad(y, answer, gradient.to(y.dtype))
         for role in self.squares:
             part = gradient if role == "down" else biases_of(behind, projections[role])
-            self.squares[role] += float(part.float().square().mean(1).sum())
+            self.squares[role].append(float(part.float().square().mean(1).sum()))

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ..decomposition.symmetric import add_gram, packed_length, packed_size, unpacked
-from .batches import Batch, is_held_out, token_mask
+from ..ranks import ALONE, Ranks
+from .batches import Batch, is_held_out, share_of, token_mask
 from .lockstep import Lockstep
 from .stream import check_activations, run_batch
 
@@ -127,6 +128,7 @@ def collect(
     save: Save,
     *,
     wanted: Callable[[str], bool] = lambda path: True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
@@ -134,17 +136,18 @@ def collect(
         model: in eval mode, without a cache.
         batches: as for `DenseRun`.
         save: called with the path of every experts module in `model` and what was found there, in the order
-            of the layers.
+            of the layers; in the first process alone.
         wanted: whether a path's moments are collected.
+        ranks: the processes that share the batches.
 
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
     modules: dict[str, nn.Module] = {}
     modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
-    walk = _Walk(model, batches, save, len(modules))
+    walk = _Walk(model, batches, save, len(modules), ranks)
     with torch.no_grad(), _run_by(walk, modules):
-        walk.lockstep.run([partial(run_batch, model, batch) for batch in batches], walk.release)
+        walk.lockstep.run([partial(run_batch, model, batches[n]) for n in walk.own], walk.release)
 
 
 @contextmanager
@@ -176,13 +179,16 @@ def _call(
 
 
 class _Walk:
-    """All batches side by side; the sums of the layer that they are at."""
+    """All batches of this process side by side; the sums of the layer that they are at."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int) -> None:
-        self.model, self.batches, self.save = model, batches, save
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int, ranks: Ranks
+    ) -> None:
+        self.model, self.batches, self.save, self.ranks = model, batches, save, ranks
+        self.own = share_of(batches, ranks)
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
-        self.calls_left = [count] * len(batches)
+        self.calls_left = [count] * len(self.own)
 
     def wait(self, *_: object) -> None:
         """In front of a module's own forward pass, where streamed weights are not there yet."""
@@ -190,7 +196,9 @@ class _Walk:
 
     def release(self) -> None:
         if self.sums is not None:
-            self.save(self.path, self.sums.finish())
+            found = self.sums.finish(self.ranks)
+            if found is not None:
+                self.save(self.path, found)
         self.sums = None
 
     def meet(self, path: str, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -207,8 +215,9 @@ class _Walk:
 
     def _counted(self, x: Tensor) -> Tensor:
         """(tokens,) which of the rows that the current pass brings to the experts are summed."""
-        batch = self.batches[self.lockstep.current]
-        if is_held_out(self.lockstep.current, self.batches):
+        number = self.own[self.lockstep.current]
+        batch, is_spare = self.batches[number], self.ranks.rank >= len(self.batches)
+        if is_spare or is_held_out(number, self.batches):
             return x.new_zeros(len(x), dtype=torch.bool)
         mask = token_mask(self.model, batch, decoder=".decoder." in f".{self.path}")
         if mask is None or mask.numel() != len(x):
@@ -217,7 +226,10 @@ class _Walk:
 
 
 class _Sums:
-    """Sums over batches that become the `ExpertMoments` of one layer."""
+    """Sums over batches that become the `ExpertMoments` of one layer.
+
+    Products are in float32 per batch, sums in float64, as in `MomentSums.add`.
+    """
 
     def __init__(self, module: Any, x: Tensor) -> None:
         count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
@@ -225,8 +237,9 @@ class _Sums:
             inner, outer = outer, inner
         self.total = 0
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), device=x.device)
-        self.inner = torch.zeros(count, packed_length(inner), device=x.device)
+        options = {"dtype": torch.float64, "device": x.device}
+        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), **options)
+        self.inner = torch.zeros(count, packed_length(inner), **options)
 
     def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         """Run the experts; add what the counted tokens (tokens,) give."""
@@ -254,5 +267,11 @@ class _Sums:
                 add_gram(self.inner[expert], inner.float() * scale[own])
         return outputs.to(x.dtype)
 
-    def finish(self) -> ExpertMoments:
-        return ExpertMoments(self.tokens, self.total, self.inputs.cpu(), self.inner.cpu())
+    def finish(self, ranks: Ranks) -> ExpertMoments | None:
+        """What all processes have; None in others than the first."""
+        counts = {"tokens": self.tokens, "total": torch.tensor(self.total)}
+        found = ranks.add_up(counts | {"inputs": self.inputs, "inner": self.inner})
+        if not ranks.is_first:
+            return None
+        inputs, inner = (found.pop(name).float() for name in ("inputs", "inner"))
+        return ExpertMoments(found["tokens"], int(found["total"]), inputs, inner)

@@ -50,7 +50,8 @@ def gradient_moments(
         model: the dense model, whole.
 
     Returns:
-        By path, "up.gradient" (n, n) and so on, and "up.gradient_mean" (), the mean square of the outputs'
+        Empty in other processes than the first. By path,
+        "up.gradient" (n, n) and so on, and "up.gradient_mean" (), the mean square of the outputs'
         gradient: sums over the FFN's tokens per scored prediction, in float32.
 
     Raises:
@@ -70,30 +71,37 @@ def gradient_moments(
 def run_backward(
     run: DenseRun, model: PreTrainedModel, begin: Callable[[Batch], None], progress: Progress
 ) -> int:
-    """Take gradients of `sampled_loss` at every activation; returns the number of scored predictions.
+    """Take gradients of `sampled_loss` at every activation, each process on its share of the batches.
+
+    Labels are sampled by a generator per piece, so that they do not depend on the number of processes.
 
     Args:
         model: whole; its parameters get no gradients.
         begin: called with every batch before it runs.
+
+    Returns:
+        The number of scored predictions of all processes.
 
     Raises:
         DataError: no label is scored.
     """
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    generator, scored = torch.Generator().manual_seed(0), 0
-    pieces = list(graph_sized(run.fitted_to))
-    for done, piece in enumerate(pieces):
+    ranks, scored = run.ranks, 0
+    pieces = list(enumerate(graph_sized(run.fitted_to)))[ranks.rank :: ranks.count]
+    for done, (number, piece) in enumerate(pieces):
         begin(piece)
         with torch.enable_grad():
+            generator = torch.Generator().manual_seed(number)
             loss, count = sampled_loss(model, piece, generator, run.is_causal)
             loss.backward()
         scored += count
         model.get_input_embeddings().zero_grad(set_to_none=True)
         progress("gradients", done + 1, len(pieces))
-    if not scored:
+    total = sum(ranks.gathered(scored))
+    if not total:
         raise DataError(NOTHING_COUNTS.format("that gradients are taken of"))
-    return scored
+    return total
 
 
 class _GradientSums:
@@ -119,14 +127,16 @@ class _GradientSums:
             handle.remove()
 
     def per(self, scored: int) -> dict[str, dict[str, Tensor]]:
-        """The sums divided by the number of scored predictions."""
-        for path, found in self.sums.items():
+        """The sums of all processes divided by the number of scored predictions."""
+        means = {}
+        for path, own in self.sums.items():
+            found = self.run.ranks.add_up(own)
+            if not self.run.ranks.is_first:
+                continue
             for name, value in found.items():
                 check_activations(value, f"{path} (gradients, {name})")
-        return {
-            path: {name: (value / scored).float().cpu() for name, value in found.items()}
-            for path, found in self.sums.items()
-        }
+            means[path] = {name: (value / scored).float() for name, value in found.items()}
+        return means
 
     def _forward(
         self, path: str, matrix: MatrixPlan, module: nn.Module, args: tuple[Tensor, ...], output: Tensor

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from ..planning.mixtures import (
 )
 from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
+from ..ranks import ALONE, Ranks
 from ..source.in_memory import InMemory
 from ..source.mixtures import read_stack
 from . import dense_run
@@ -31,6 +33,7 @@ from .batches import Batch
 from .calibrate import gradient_dtype
 from .moment_cache import Calibration
 from .prepare import Prepared, Progress, _device, _labelled, _open_run
+from .shared import collect_shared
 from .stack_budget import StackCandidate, shared_out, uniform
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ def prepare_mixture(
     *,
     only_plan: bool = False,
     token: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> PreparedMixture:
     """The plan for an opened mixture, with forms and ranks if the recipe compresses.
 
@@ -78,7 +82,7 @@ def prepare_mixture(
     report = progress or (lambda *_: None)
     run = calibration = None
     if calibrated:
-        run = _open_run(whole, resolved.recipe, checkpoint, batches, token)
+        run = _open_run(whole, resolved.recipe, checkpoint, batches, token, ranks)
         gradients = resolved.recipe.allocation == "loss"
         calibration = _calibrated(run, gradients, _labelled(report, "calibrating"))
     if only_plan and calibration is None:
@@ -223,29 +227,55 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
 
 def _calibrated(run: dense_run.DenseRun, gradients: bool, report: dense_run.Progress) -> Calibration:
     """The moments at all experts, of this run or of an earlier one over the same; gradients if asked for."""
-    from .expert_gradients import expert_sensitivities
-    from .expert_moments import collect
-
     found = Calibration.of(run)
     if missing := found.missing("experts"):
         found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
-        with run.streamed() as model:
-            experts = _experts_of(model, run)
 
-            def save(path: str, moments: ExpertMoments) -> None:
-                tensors = {each.name: getattr(moments, each.name) for each in fields(moments)}
-                tensors["total"] = torch.tensor(moments.total)
-                found.save(experts[path], {name: t.contiguous() for name, t in tensors.items()}, "experts")
-                report(experts[path], len(found.paths) - len(found.missing("experts")), len(found.paths))
+        def save(path: str, moments: ExpertMoments) -> None:
+            tensors = {each.name: getattr(moments, each.name) for each in fields(moments)}
+            tensors["total"] = torch.tensor(moments.total)
+            found.save(path, {name: t.contiguous() for name, t in tensors.items()}, "experts")
+            report(path, len(found.paths) - len(found.missing("experts")), len(found.paths))
 
-            with _damage_named(run):
-                collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
-    if gradients and found.missing("gradients"):
-        model = run.in_memory(gradient_dtype(run.plan))
-        modules = {path: model.get_submodule(name) for name, path in _experts_of(model, run).items()}
-        for path, tensors in expert_sensitivities(run, model, modules, report).items():
-            found.save(path, tensors, "gradients")
+        collect_shared(run, _collect_moments, missing, save, report)
+    if gradients and (missing := found.missing("gradients")):
+        keep = partial(found.save, what="gradients")
+        collect_shared(run, _collect_gradients, missing, keep, report)
     return found
+
+
+def _collect_moments(
+    run: dense_run.DenseRun,
+    wanted: Sequence[str],
+    save: Callable[[str, ExpertMoments], None],
+    progress: dense_run.Progress,
+) -> None:
+    from .expert_moments import collect
+
+    with run.streamed() as model, _damage_named(run):
+        experts = _experts_of(model, run)
+        collect(
+            model,
+            run.batches,
+            lambda path, moments: save(experts[path], moments),
+            wanted=lambda path: experts.get(path) in wanted,
+            ranks=run.ranks,
+        )
+
+
+def _collect_gradients(
+    run: dense_run.DenseRun,
+    wanted: Sequence[str],
+    save: Callable[[str, dict[str, torch.Tensor]], None],
+    progress: dense_run.Progress,
+) -> None:
+    from .expert_gradients import expert_sensitivities
+
+    model = run.in_memory(gradient_dtype(run.plan))
+    modules = {path: model.get_submodule(name) for name, path in _experts_of(model, run).items()}
+    for path, tensors in expert_sensitivities(run, model, modules, progress).items():
+        if run.ranks.is_first:
+            save(path, tensors)
 
 
 @contextmanager

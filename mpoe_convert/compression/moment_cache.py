@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..artifact.folder import check_space
+from ..artifact.folder import TemporaryFolder, check_space
 from ..source import custom_code
 from .dense_run import DenseRun
 from .moments import FFNMoments, observed_side
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Calibration:
         check_space(self.folder, None, num_bytes, "the calibration", "point HF_ASSETS_CACHE at a larger disk")
 
     def save(self, path: str, tensors: dict[str, Tensor], what: str = "moments") -> None:
-        """Write a file; it appears whole."""
+        """Write a file; it appears whole. What a run that was killed meanwhile has left there is removed."""
         from safetensors.torch import save_file
 
         file = self.file(path, what)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, unfinished)
-        unfinished.replace(file)
+        with closing(TemporaryFolder("unfinished-", self.folder)) as folder:
+            unfinished = folder.path / file.name
+            save_file(tensors, unfinished)
+            unfinished.replace(file)
 
     def load(self, path: str) -> FFNMoments:
         """The moments at the FFN in the layer at `path`, with gradients if they were taken."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..decomposition.low_rank import thin_side
 from ..errors import DataError
 from ..planning.plan import MatrixPlan
+from ..ranks import Ranks
 from .batches import evenly_spread
 from .stream import check_activations
 
@@ -80,11 +81,14 @@ class MomentSums:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.samples: dict[str, list[Tensor]] = {}
+        self.samples: dict[str, dict[int, list[Tensor]]] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, rows: Tensor, *, squares_only: bool, where: str) -> None:
         """Add activations (tokens, n): their products, in float32 per batch and float64 over batches.
+
+        Sums of numbers with 24 bits in 53 are exact but where they differ by 2^24 and more, so that the means
+        in float32 do not depend on the order: those of several processes are those of one.
 
         Args:
             squares_only: only the products of every feature with itself.
@@ -103,29 +107,73 @@ class MomentSums:
         add_to(self.sums, f"{name}.scale", squares.double())
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
-    def add_sample(self, name: str, rows: Tensor) -> None:
-        """Keep held-out activations (tokens, n)."""
-        self.samples.setdefault(name, []).append(rows)
+    def add_sample(self, name: str, rows: Tensor, number: int) -> None:
+        """Keep held-out activations (tokens, n) of a batch."""
+        self.samples.setdefault(name, {}).setdefault(number, []).append(rows)
 
-    def finish(self, path: str) -> FFNMoments:
-        """Divide by the tokens. Raises DataError if there were fewer tokens than features."""
-        for name, count in self.counts.items():
-            if name in self.sums and count < len(self.sums[name]):
-                needed = len(self.sums[name])
+    def finish(self, path: str, ranks: Ranks) -> FFNMoments | None:
+        """Divide what all processes have by the tokens; None in other processes than the first.
+
+        Raises:
+            DataError: there were fewer tokens than features.
+        """
+        counts: dict[str, int] = {}
+        for each in ranks.gathered(self.counts):
+            counts |= {name: counts.get(name, 0) + count for name, count in each.items()}
+        samples = spread_samples({name: joined(parts) for name, parts in self.samples.items()}, ranks)
+        sums = ranks.add_up(self.sums)
+        if not ranks.is_first:
+            return None
+        for name, count in counts.items():
+            if name in sums and count < len(sums[name]):
+                needed = len(sums[name])
                 raise DataError(
                     f"{path} saw {count:,} tokens of calibration data beside those held out; expected the "
                     f"{needed:,} that moments of {needed:,} features need"
                 )
         tensors = {
-            name: (total / self.counts[name.removesuffix(".scale")]).float().cpu()
-            for name, total in self.sums.items()
+            name: (total / counts[name.removesuffix(".scale")]).float()
+            for name, total in sums.items()
             if not name.endswith("outputs.scale")
         }
-        for name, parts in self.samples.items():
-            rows = torch.cat(parts)
-            chosen = evenly_spread(len(rows), min(SAMPLE, len(rows)))
-            tensors[f"{name}.sample"] = rows[chosen].contiguous().cpu()
-        return FFNMoments(tensors)
+        return FFNMoments(tensors | {f"{name}.sample": rows for name, rows in samples.items()})
+
+
+def joined(parts: dict[int, list[Tensor]]) -> dict[int, Tensor]:
+    """The rows of every batch, on the CPU."""
+    return {number: torch.cat(rows).cpu() for number, rows in parts.items()}
+
+
+def spread_samples(samples: dict[str, dict[int, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """By name `SAMPLE` rows at even distances, of all that the processes have by number of the batch."""
+    sizes: dict[str, dict[int, int]] = {}
+    for each in ranks.gathered({name: _sizes(parts) for name, parts in samples.items()}):
+        for name, found in each.items():
+            sizes[name] = sizes.get(name, {}) | found
+    own: dict[str, dict[int, Tensor]] = {}
+    for name, found in sizes.items():
+        start, total = 0, sum(found.values())
+        chosen = torch.tensor(evenly_spread(total, min(SAMPLE, total)))
+        own[name] = {}
+        for number, size in sorted(found.items()):
+            inside = chosen[(chosen >= start) & (chosen < start + size)] - start
+            start += size
+            if number in samples.get(name, {}):
+                own[name][number] = samples[name][number][inside]
+    return merge_rows(own, ranks)
+
+
+def merge_rows(own: dict[str, dict[int, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """By name, the rows of all processes in the order of the batches."""
+    merged: dict[str, dict[int, Tensor]] = {}
+    for each in ranks.gathered(own):
+        for name, found in each.items():
+            merged[name] = merged.get(name, {}) | found
+    return {name: torch.cat([found[n] for n in sorted(found)]).contiguous() for name, found in merged.items()}
+
+
+def _sizes(parts: dict[int, Tensor]) -> dict[int, int]:
+    return {number: len(rows) for number, rows in parts.items()}
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

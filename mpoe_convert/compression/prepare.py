@@ -21,10 +21,12 @@ from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import METRICS, Recipe
 from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
+from ..ranks import ALONE, Ranks
 from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_wide
 from . import activations, dense_run, metrics
-from .allocation import Candidate, Ranks
+from .allocation import Candidate
+from .allocation import Ranks as MatrixRanks
 from .batches import Batch, check_batches, make_batches
 from .budget import blend_measured, check_share, make_candidates, measured_ranks, ranks_in_budget
 from .calibrate import calibrate
@@ -94,6 +96,7 @@ def prepare(
     *,
     only_plan: bool = False,
     token: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """The plan for an opened checkpoint, with ranks if the recipe compresses. Raises MpoeError.
 
@@ -101,14 +104,15 @@ def prepare(
         batches: model inputs to calibrate on, instead of the recipe's text.
         only_plan: leave out corrections and moments of chains, which change no plan.
         token: Hub token for calibration data.
+        ranks: the processes that share the batches of the calibration; they help as `help_collect` does.
     """
     report = progress or (lambda *_: None)
     calibrated = bool(recipe.calibrate) or batches is not None
     resolved = resolve_recipe(recipe, checkpoint, calibrated=calibrated)
     _check_metric(resolved.recipe, calibrated)
     if not recipe.compresses:
-        return _prepare_chains(resolved, checkpoint, batches, report, only_plan, token)
-    compressor = _Compressor(resolved, checkpoint, report)
+        return _prepare_chains(resolved, checkpoint, batches, report, only_plan, token, ranks)
+    compressor = _Compressor(resolved, checkpoint, report, ranks)
     if calibrated:
         compressor.calibrate([resolved.recipe], batches, token)
     return compressor.prepare(resolved.recipe, only_plan)
@@ -121,6 +125,7 @@ def prepare_each(
     progress: Progress | None = None,
     *,
     token: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Prepared]:
     """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
     if not recipe.calibrate and batches is None:
@@ -133,7 +138,7 @@ def prepare_each(
         resolved.recipe.replace(search=False, **{name: getattr(variant, name) for name in SEARCHED})
         for variant in alternatives(recipe)
     ]
-    compressor = _Compressor(resolved, checkpoint, progress or (lambda *_: None))
+    compressor = _Compressor(resolved, checkpoint, progress or (lambda *_: None), ranks)
     compressor.calibrate(variants, batches, token)
     for variant in variants:
         if not variant.correct or compressor.can_correct:
@@ -166,8 +171,8 @@ class _Compressor:
         spectra / sensitivities: by metric.
     """
 
-    def __init__(self, resolved: Resolved, checkpoint: Checkpoint, report: Progress) -> None:
-        self.resolved, self.checkpoint, self.report = resolved, checkpoint, report
+    def __init__(self, resolved: Resolved, checkpoint: Checkpoint, report: Progress, ranks: Ranks) -> None:
+        self.resolved, self.checkpoint, self.report, self.ranks = resolved, checkpoint, report, ranks
         self.uncompressed = plan_checkpoint(resolved, checkpoint)
         self.device = _device(resolved.recipe)
         check_share(resolved.recipe, self.uncompressed)
@@ -178,7 +183,7 @@ class _Compressor:
 
     def calibrate(self, recipes: list[Recipe], batches: Sequence[Batch] | None, token: str | None) -> None:
         """Collect the moments that any of the recipes needs."""
-        self.run = _open_run(self.uncompressed, recipes[0], self.checkpoint, batches, token)
+        self.run = _open_run(self.uncompressed, recipes[0], self.checkpoint, batches, token, self.ranks)
         if all(recipe.correct for recipe in recipes):
             check_correctable(self.run)
         gradients = any(_metric(recipe).takes_gradients for recipe in recipes)
@@ -232,7 +237,7 @@ class _Compressor:
                 weight = read_wide(self.checkpoint, matrix.source, self.device)
                 yield spectrum(weight, metric.weigh(matrix, weight, moments)).cpu().numpy()
 
-    def _sensitivities(self, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+    def _sensitivities(self, recipe: Recipe, ranks: MatrixRanks) -> dict[str, float]:
         name = _metric_name(recipe)
         if name not in self.sensitivities:
             report = _labelled(self.report, "measuring")
@@ -259,6 +264,7 @@ def _prepare_chains(
     report: Progress,
     only_plan: bool,
     token: str | None,
+    ranks: Ranks,
 ) -> Prepared:
     """Without a budget: moments for the chains that --bond-dim truncates, if the recipe asks for some."""
     plan, recipe = plan_checkpoint(resolved, checkpoint), resolved.recipe
@@ -267,7 +273,7 @@ def _prepare_chains(
     if recipe.own_options.takes_activations():
         if only_plan:
             return Prepared(plan)
-        run = _open_run(plan, recipe, checkpoint, batches, token)
+        run = _open_run(plan, recipe, checkpoint, batches, token, ranks)
         return Prepared(plan, run, activated=activations.collect(run, _labelled(report, "calibrating")))
     if not any(matrix.is_truncated for matrix in plan.matrices):
         raise RecipeError(
@@ -281,7 +287,7 @@ def _prepare_chains(
         )
     if only_plan:
         return Prepared(plan)
-    run = _open_run(plan, recipe, checkpoint, batches, token)
+    run = _open_run(plan, recipe, checkpoint, batches, token, ranks)
     return Prepared(plan, run, _calibrated(run, _metric(recipe).takes_gradients, report))
 
 
@@ -296,7 +302,12 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _open_run(
-    plan: Plan, recipe: Recipe, checkpoint: Checkpoint, batches: Sequence[Batch] | None, token: str | None
+    plan: Plan,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch] | None,
+    token: str | None,
+    ranks: Ranks,
 ) -> DenseRun:
     """The dense model on the batches given, or on those of the recipe's text."""
     readers = ("datasets",) if recipe.calibrate else ()
@@ -307,7 +318,7 @@ def _open_run(
         is_one = isinstance(batches, (str, Mapping))  # which is told as no list, or as too few
         batches = [cast("Batch", batches)] if is_one else list(batches)
         check_batches(batches, checkpoint)
-    return DenseRun(plan, checkpoint, tuple(batches), _device(recipe))
+    return DenseRun(plan, checkpoint, tuple(batches), _device(recipe), ranks)
 
 
 def _calibrated(run: DenseRun, gradients: bool, report: Progress) -> Calibration:

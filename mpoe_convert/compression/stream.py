@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from tempfile import TemporaryDirectory
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..artifact.folder import TemporaryFolder
 from ..artifact.loading import from_pretrained
 from ..errors import CheckpointError
 from ..options import called
@@ -87,8 +87,8 @@ def streamed_model(
     skeleton = checkpoint.architecture.build(checkpoint.architecture.model_class)
     base = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
     placement = dict(_placement(skeleton, {base + block for block in blocks}, str(device)))
-    with TemporaryDirectory() as offloaded:
-        options = {"device_map": placement, "offload_folder": offloaded, "dtype": "auto"}
+    with closing(TemporaryFolder("mpoe-offload-")) as offloaded:
+        options = {"device_map": placement, "offload_folder": str(offloaded.path), "dtype": "auto"}
         with warnings.catch_warnings():  # a parameter beside submodules needs an entry, too
             warnings.filterwarnings("ignore", "The following device_map keys do not match")
             model = load_dense(checkpoint, **options)

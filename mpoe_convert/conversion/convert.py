@@ -21,6 +21,7 @@ from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
 from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
+from ..compression.shared import help_collect
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
@@ -30,7 +31,8 @@ from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
-from ..ranks import Ranks, joined
+from ..planning.shares import check_shared, share_out
+from ..ranks import ALONE, Ranks, joined
 from ..request import as_path, check_function, check_token
 from ..source.checkpoint import Checkpoint
 from ..source.in_memory import InMemory
@@ -44,7 +46,7 @@ from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
-from .shards import Records, check_shared, resume_run, share_out
+from .shards import Records, resume_run
 from .slices import finish_slices
 from .write import _write_recipe, write_companions
 
@@ -73,8 +75,8 @@ def convert(
         overwrite: replace an artifact of this tool that is already there.
         resume: keep the weight files that are finished when this run is interrupted, and go on from those
             that an interrupted run of the same recipe has kept.
-        distributed: share the weight files out over the processes that torchrun has started, which all call
-            this with the same arguments; the first one calibrates. They need a folder that all of them see.
+        distributed: share the calibration's batches and the weight files out over the processes that torchrun
+            has started, which all call this with the same arguments. They need a folder that all of them see.
         token: Hub token for gated or private models and data; by default the stored login.
         calibration: batches of the model's inputs to calibrate on, instead of the recipe's text; `labels` of
             -100 leave a token out of what the model is to say.
@@ -98,7 +100,8 @@ def convert(
     with joined(distributed) as ranks, ExitStack() as stack:
         checkpoint = _open_everywhere(ranks, partial(_open, recipe, output, overwrite, token))
         prepared, trials = ranks.first(
-            lambda: _prepare(recipe, checkpoint, output, calibration, progress, token, ranks.count)
+            lambda: _prepare(recipe, checkpoint, output, calibration, progress, token, ranks),
+            lambda passes: help_collect(passes, checkpoint, ranks.device(recipe.device), ranks),
         )
         ranks.together(prepared.check_reachable)
         folder = ranks.first(lambda: stack.enter_context(staged(output, overwrite, resume)))
@@ -134,18 +137,20 @@ def _prepare(
     calibration: Sequence[Batch] | None,
     progress: Progress | None,
     token: str | None,
-    count: int,
+    ranks: Ranks,
 ) -> tuple[Prepared, tuple[Trial, ...]]:
-    """What is made of the source for `count` processes to write, and what a search tried."""
+    """What is made of the source for all processes to write, and what a search tried."""
     trials: tuple[Trial, ...] = ()
-    if count > 1:  # told before hours of calibration
-        check_shared(_uncompressed(recipe, checkpoint, bool(recipe.calibrate or calibration)), count)
+    if ranks.count > 1:  # told before hours of calibration
+        check_shared(_uncompressed(recipe, checkpoint, bool(recipe.calibrate or calibration)), ranks.count)
     if isinstance(checkpoint, InMemory):
-        prepared: Prepared = prepare_mixture(recipe, checkpoint, calibration, progress, token=token)
+        prepared: Prepared = prepare_mixture(
+            recipe, checkpoint, calibration, progress, token=token, ranks=ranks
+        )
     elif recipe.search:
-        prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token)
+        prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token, ranks)
     else:
-        prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
+        prepared = prepare(recipe, checkpoint, calibration, progress, token=token, ranks=ranks)
     _check_space(prepared, checkpoint, output)
     return prepared, trials
 
@@ -169,6 +174,7 @@ def _search(
     batches: Sequence[Batch] | None,
     progress: Progress | None,
     token: str | None,
+    ranks: Ranks,
 ) -> tuple[Prepared, tuple[Trial, ...]]:
     """The variant of `prepare_each` whose artifact is nearest to the dense model, and all that were tried."""
     count = len(alternatives(recipe))
@@ -179,7 +185,7 @@ def _search(
         if progress:
             progress(f"variant {len(trials) + 1} of at most {count}: {what}", done, total, None)
 
-    for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
+    for prepared in prepare_each(recipe, checkpoint, batches, report, token=token, ranks=ranks):
         _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
             job = _Job(folder, output, prepared, checkpoint)
@@ -211,11 +217,11 @@ class _Job:
         output: Path,
         prepared: Prepared,
         checkpoint: Checkpoint,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         resume: bool = False,
     ) -> None:
         self.folder, self.output, self.prepared, self.checkpoint = folder, output, prepared, checkpoint
-        self.plan, self.ranks, self.resume = prepared.plan, ranks or Ranks(), resume
+        self.plan, self.ranks, self.resume = prepared.plan, ranks, resume
         self.records = Records(folder, hashed=resume)
 
     def begin(self) -> list[str]:

@@ -1,10 +1,10 @@
-"""The weight files of a conversion: which process makes which, and what is known of each that is finished."""
+"""The weight files of a conversion: what is known of each that is finished, and runs that go on from them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,52 +13,13 @@ from .. import __version__
 from ..artifact.fingerprint import sha256_of
 from ..artifact.folder import DONE, RUN
 from ..compression.prepare import Prepared
-from ..errors import RecipeError, RequestError
+from ..errors import RecipeError
 from ..options import assigned, called, switched
 from ..planning.plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.json_files import read_json_object, write_json
 from .mixtures import StackReport
 from .report import MatrixReport, NeuronOrder
-
-# A byte of an FFN takes so many times as long as one that is copied (examples/benchmarks/conversion.py).
-_FFN_WORK = 10
-
-
-def check_shared(plan: Plan, count: int) -> None:
-    """Raises RequestError if there is one weight file for several processes."""
-    if count > 1 and len(plan.shards) == 1:
-        size = sum(tensor.num_bytes for tensor in plan.tensors) / count
-        raise RequestError(
-            f"{count} processes have one weight file to write; expected one for each: "
-            f"{assigned('max_shard_size', f'{max(int(size / 1e6), 1)}MB')}"
-        )
-
-
-def share_out(plan: Plan, count: int, finished: Collection[str] = ()) -> list[list[str]]:
-    """The weight files that each of `count` processes makes: neighbours, of about equal work.
-
-    Args:
-        finished: files that nobody has to make.
-
-    Raises:
-        RequestError: there is one file for several processes.
-    """
-    check_shared(plan, count)
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-
-    def work(names: Iterable[str]) -> int:
-        return sum(tensors[name].num_bytes * (_FFN_WORK if tensors[name].ffn else 1) for name in names)
-
-    works = {file: work(names) for file, names in plan.shards.items() if file not in finished}
-    shares: list[list[str]] = [[] for _ in range(count)]
-    done = 0
-    for file, own in works.items():
-        middle = (done + own / 2) / sum(works.values())
-        shares[min(int(middle * count), count - 1)].append(file)
-        done += own
-    return shares
-
 
 # ---------------------------------------------------------------------------------------------------
 # Records

@@ -37,9 +37,9 @@ def packed_size(length: int) -> int:
 
 
 def add_gram(packed: Tensor, rows: Tensor) -> None:
-    """Add x^T x for rows x (anything, n) to a packed matrix, in place and in its dtype."""
+    """Add x^T x for rows x (anything, n) to a packed one: products in x's dtype, sums in its own."""
     for (start, end), part in _parts(packed, rows.shape[-1]):
-        part.addmm_(rows[:, start:end].mT, rows[:, :end])
+        part += rows[:, start:end].mT @ rows[:, :end]
 
 
 def unpacked(packed: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,22 +149,23 @@ class MixturePlan(Plan):
             f"{model.flops_per_token / model.dense_flops_per_token:.1%}."
         )
 
-    @property
-    def peak_bytes(self) -> int:
+    def peak_of(self, files: Collection[str]) -> int:
         """Estimated peak of tensor memory: the largest shard, a layer as read and as made, its largest stack,
         and the moments of a layer if there are some.
 
         A stack in work is held in float32, twice while it is fitted.
         """
-        by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
-        shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
+        ffns = self.ffns_in(files)
+        if not ffns:
+            return self.largest_shard(files)
         layer = max(
-            sum(by_name[name] for name in ffn.tensors)
+            self.bytes_of(ffn.tensors)
             + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
-            for ffn in self.ffns
+            for ffn in ffns
         )
-        moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
-        return shard + layer + moments + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
+        moments = max(map(moment_bytes, ffns)) if self.recipe.calibrate else 0
+        stack = max(4 * 2 * matrix.dense_params for ffn in ffns for matrix in ffn.matrices)
+        return self.largest_shard(files) + layer + moments + stack
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -226,6 +226,8 @@ class Plan(Shown):
     Attributes:
         notes: what a user should know of the source.
         key_mapping: what `from_pretrained` needs to read the source's names, where a wrapper changed them.
+        reads: bytes of the source that are read for a tensor that is copied, by its name, and for an FFN, by
+            its key.
     """
 
     recipe: Recipe
@@ -241,6 +243,12 @@ class Plan(Shown):
     budget: Budget | None = None
     notes: tuple[str, ...] = ()
     key_mapping: dict[str, str] = field(default_factory=dict, repr=False)
+    reads: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def by_name(self) -> dict[str, OutTensor]:
+        """The artifact's tensors by their names."""
+        return {tensor.name: tensor for tensor in self.tensors}
 
     @property
     def source_in_words(self) -> str:
@@ -278,19 +286,38 @@ class Plan(Shown):
 
     @property
     def peak_bytes(self) -> int:
+        """Estimated peak of tensor memory of one process, see `peak_of`."""
+        return self.peak_of(self.shards)
+
+    def peak_of(self, files: Collection[str]) -> int:
         """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
 
         A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
         back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
         at once, as they are and as features, centred and halved. What calibration takes is left out.
+
+        Args:
+            files: weight files that the process makes.
         """
-        by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
-        shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
-        largest = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
-        matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
-        reordered = [ffn for ffn in self.ffns if self.seeks_order(ffn)]
+        ffns = self.ffns_in(files)
+        largest = max((self.bytes_of(ffn.tensors) for ffn in ffns), default=0)
+        matrix = max((4 * 5 * m.rows * m.cols for ffn in ffns for m in ffn.matrices), default=0)
+        reordered = [ffn for ffn in ffns if self.seeks_order(ffn)]
         order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
-        return shard + largest + max(matrix, order)
+        return self.largest_shard(files) + largest + max(matrix, order)
+
+    def ffns_in(self, files: Collection[str]) -> list[FFNPlan]:
+        """The FFNs of which these weight files hold tensors."""
+        keys = {self.by_name[name].ffn for file in files for name in self.shards[file]}
+        return [ffn for ffn in self.ffns if ffn.ffn.key in keys]
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Of these tensors of the artifact."""
+        return sum(self.by_name[name].num_bytes for name in names)
+
+    def largest_shard(self, files: Collection[str]) -> int:
+        """Bytes of the largest of these weight files."""
+        return max((self.bytes_of(self.shards[file]) for file in files), default=0)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         """Whether another order of an FFN's neurons is tried."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from .. import experts
-from ..artifact.weight_files import split_into_shards
+from ..artifact.weight_files import num_bytes, split_into_shards
 from ..errors import FamilyError
 from ..experts.ffn import FFNShape, MatrixShape
 from ..source import sentence_encoder
@@ -60,7 +60,20 @@ def assemble(
             *sentence_encoder.notes(checkpoint.folder, checkpoint.names(), checkpoint.code is not None),
         ),
         key_mapping=checkpoint.key_mapping,
+        reads=_reads(checkpoint, ffns, tensors),
     )
+
+
+def _reads(
+    checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...], tensors: tuple[OutTensor, ...]
+) -> dict[str, int]:
+    """See `Plan.reads`. A tensor that holds gate and up is read once for each."""
+    found = {each.name: num_bytes(checkpoint.tensors[each.name]) for each in tensors if each.ffn is None}
+    for plan in ffns:
+        sources = plan.ffn.projections.values()
+        names = [name for source in sources for name in (source.weight, source.bias) if name]
+        found[plan.ffn.key] = sum(num_bytes(checkpoint.tensors[name]) for name in names)
+    return found
 
 
 def _plan_ffn(recipe: Recipe, checkpoint: Checkpoint, ffn: FFN, ranks: Mapping[str, int | None]) -> FFNPlan:

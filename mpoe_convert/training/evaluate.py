@@ -23,10 +23,10 @@ from ..artifact.loading import (
     load_tokenizer,
     task_of,
 )
-from ..devices import pick_device
 from ..errors import DataError, RequestError, TrainingError, few, one_line
 from ..extras import need
 from ..options import called
+from ..ranks import Ranks, joined
 from ..request import check_function, check_token, takes_options
 from ..source import texts
 from ..source.texts import Columns
@@ -88,6 +88,7 @@ def evaluate(
     data: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     columns: Columns | None = None,
+    distributed: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -97,7 +98,7 @@ def evaluate(
     Args:
         model, data, options: the fields of `Scoring`, which describes them.
         columns: names of the columns, in place of `text_column` and its like.
-        token, progress: as for `score_models`.
+        distributed, token, progress: as for `score_models`.
 
     >>> from mpoe_convert import evaluate
     >>> found = evaluate("out", "text.txt", against="out", length=16, limit=2)
@@ -107,11 +108,16 @@ def evaluate(
     if columns is not None and not isinstance(columns, Columns):
         raise RequestError(f"columns is {one_line(repr(columns), 60)}; expected Columns(text=...)")
     names = {} if columns is None else columns.as_options()
-    return score_models(Scoring(model, data, **names, **options), token=token, progress=progress)
+    request = Scoring(model, data, **names, **options)
+    return score_models(request, distributed=distributed, token=token, progress=progress)
 
 
 def score_models(
-    request: Scoring, *, token: str | None = None, progress: Progress | None = None
+    request: Scoring,
+    *,
+    distributed: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
 
@@ -128,6 +134,8 @@ def score_models(
     Args:
         request: what is scored on what; `limit` counts windows or examples, of every task by which routers
             choose.
+        distributed: share the batches out over the processes that torchrun has started, which all call this
+            with the same arguments and get the same scores.
         token: for models and data of the Hub; by default the stored login.
         progress: called as progress(model, batches done, batches).
 
@@ -138,10 +146,20 @@ def score_models(
         DataError: the data cannot be read or do not fit the task.
         LibraryError: a library that scores the task is not installed.
         RequestError: there is no such device here.
+        MachineError: another process has ended.
     """
     check_token(token)
     check_function("progress", progress, "model, done, total")
-    where = pick_device(request.device)
+    found: list[Evaluation] = []
+    with joined(distributed) as ranks:
+        ranks.together(lambda: found.append(_score(request, ranks, token, progress)))
+        if request.record:
+            ranks.first(lambda: record_evaluation(request.model, found[0].to_json()))
+    return found[0]
+
+
+def _score(request: Scoring, ranks: Ranks, token: str | None, progress: Progress | None) -> Evaluation:
+    where = ranks.device(request.device)
     model, against, columns, trust = request.model, request.against, request.columns, request.trust
     if request.record:
         recorded_evaluations(Path(model))
@@ -158,12 +176,12 @@ def score_models(
     rows = texts.read(request.data, columns, kind.name, request.split, token)
     examples = _Examples(scored, rows, request.batch_size, request.limit)
     load = partial(_load, auto_class=AUTO_CLASSES[kind.name], device=where, token=token, **trust)
-    ours = _outcomes(load(model), model, examples, progress)
-    theirs = _outcomes(load(against), against, examples, progress) if against else None
+    ours = _outcomes(load(model), model, examples, ranks, progress)
+    theirs = _outcomes(load(against), against, examples, ranks, progress) if against else None
     draws = draw_samples(len(ours), request.seed)
     scores = _scores(scored, ours, draws)
     others = None if theirs is None else _scores(scored, theirs, draws)
-    found = Evaluation(
+    return Evaluation(
         task=kind.name,
         model=model,
         other=against,
@@ -176,9 +194,6 @@ def score_models(
         differences=_differences(scored, scores, others) if others else None,
         units=len(ours),
     )
-    if request.record:
-        record_evaluation(model, found.to_json())
-    return found
 
 
 def _sizes(length: int | None, stride: int | None, limits: Mapping[str, int | None]) -> tuple[int, int]:
@@ -256,9 +271,9 @@ def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> P
 
 
 def _outcomes(
-    model: PreTrainedModel, name: str, examples: _Examples, progress: Progress | None
+    model: PreTrainedModel, name: str, examples: _Examples, ranks: Ranks, progress: Progress | None
 ) -> list[Outcome]:
-    """What a model does with every example, in order.
+    """What a model does with every example, in order; each process runs a share of the batches.
 
     Raises:
         TrainingError: its routers choose by task, and the rows do not name theirs.
@@ -271,14 +286,18 @@ def _outcomes(
         )
     batches = examples.batches(class_names(model.config) if task.has_labels else ())
     task.prepare(model)
-    found = []
-    for done, (routed, batch) in enumerate(batches, 1):
+    numbers = range(len(batches))[ranks.rank :: ranks.count]
+    own: dict[int, list[Outcome]] = {}
+    for done, number in enumerate(numbers, 1):
+        routed, batch = batches[number]
         if routed is not None and chooses_by_task:
             _route(model, routed)
         with torch.no_grad():
-            found += task.outcomes(model, batch)
+            own[number] = task.outcomes(model, batch)
         if progress is not None:
-            progress(name, done, len(batches))
+            progress(name, done, len(numbers))
+    shares = ranks.gathered(own)
+    found = [outcome for number in range(len(batches)) for outcome in shares[number % ranks.count][number]]
     if not (counted := task.counted(found)):
         raise DataError(f"none of {len(found)} {task.sampled} holds a token to score; expected more text")
     _check_finite(name, counted)

@@ -88,7 +88,7 @@ NEEDED = {
 # What commands take beside the fields of their requests.
 FLAGS = {"overwrite", "dry_run", "resume", "private", "create_pr", "as_json", "quiet", "verbose"}
 PATHS_AND_NAMES = {"output", "config", "artifact", "repo_id", "branch", "commit_message", "shell", "token"}
-OF_COMMANDS = PATHS_AND_NAMES | {"tolerance"}  # tested below
+OF_COMMANDS = PATHS_AND_NAMES | {"tolerance", "processes"}  # tested below
 
 
 def cases(table):
@@ -221,3 +221,10 @@ def test_the_tolerance_of_verify_is_a_finite_number_of_at_least_0(tmp_path):
             assert is_good or isinstance(error.value, RequestError)
     done = CliRunner().invoke(main, ["verify", "none", "--tolerance", "-1"])
     assert (done.exit_code, "Error: --tolerance is -1.0; expected" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("count", "is_good"), [(1, True), (10_000, True), (0, False), (10_001, False)])
+def test_the_processes_of_a_plan_are_a_number_from_1_to_10000(count, is_good):
+    done = CliRunner().invoke(main, ["plan", "none", "--processes", str(count)])
+    said = "none" if is_good else f"Error: --processes is {count}; expected a whole number from 1 to 10,000"
+    assert said in done.stderr and done.exit_code == (1 if is_good else 2)

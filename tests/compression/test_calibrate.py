@@ -2,11 +2,12 @@
 
 import gc
 import json
+import tempfile
 
 import pytest
 import torch
 import transformers
-from helpers.calibration import ONE_OF_EACH, batches_for, calibrated, plan_whole
+from helpers.calibration import CPU, ONE_OF_EACH, batches_for, calibrated, plan_whole
 from helpers.models import generative
 from helpers.tiny import HIDDEN, save_tiny
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpoe_convert import Recipe, plan
 from mpoe_convert.compression.calibrate import MomentsWalk
+from mpoe_convert.compression.dense_run import DenseRun
 from mpoe_convert.compression.fisher import sampled_loss
 from mpoe_convert.errors import CheckpointError, DataError
 from mpoe_convert.source.checkpoint import open_checkpoint
@@ -231,3 +233,26 @@ def test_no_code_of_the_source_runs_and_its_absence_is_no_trouble(llama, tmp_pat
     (folder / "configuration_x.py").write_text(f"open({str(marker)!r}, 'w')")
     plan(recipe.replace(calibrate=(str(text),), calibration_tokens=512))
     assert not marker.exists()
+
+
+def left_by_a_killed_run(folder):
+    """A folder with a lock that no process holds."""
+    folder.mkdir()
+    (folder / "lock").touch()
+    (folder / "large.safetensors").write_text("x")
+    return folder
+
+
+def test_what_killed_runs_have_left_is_removed(llama, tmp_path, monkeypatch):
+    """Half a file of moments, and blocks that were put on the disk."""
+    _, checkpoint, planned, batches = llama
+    found = calibrated(planned, checkpoint, batches)
+    dead = left_by_a_killed_run(found.folder / "unfinished-dead")
+    path = found.paths[0]
+    found.save(path, found.load(path).tensors)
+    assert not dead.exists() and not list(found.folder.glob("unfinished-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = left_by_a_killed_run(tmp_path / "mpoe-offload-dead")
+    with DenseRun(planned, checkpoint, (), CPU).streamed():
+        assert not dead.exists() and len(list(tmp_path.glob("mpoe-offload-*"))) == 1
+    assert not list(tmp_path.iterdir())

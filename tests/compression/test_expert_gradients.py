@@ -54,9 +54,9 @@ def test_single_tokens_give_the_squares_of_the_weights_gradients(model_type, tmp
         module.register_forward_hook(partial(note, path), with_kwargs=True)
         module.requires_grad_(True)
     squares, combined, scored = {}, dict.fromkeys(modules, 0.0), 0
-    generator = torch.Generator().manual_seed(0)
-    for batch in split(run.batches)[0]:
+    for number, batch in enumerate(split(run.batches)[0]):
         model.zero_grad()
+        generator = torch.Generator().manual_seed(number)
         loss, count = sampled_loss(model, batch, generator, True)
         loss.backward()
         scored += count

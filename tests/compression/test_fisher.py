@@ -41,9 +41,10 @@ def test_moments_are_those_of_gradients_on_the_thin_side(model_type, tmp_path):
         for role in ("up", "down"):
             hook = partial(note, key=(ffn.ffn.path, role))
             modules[role].register_forward_hook(hook)
-    generator, tokens = torch.Generator().manual_seed(0), 0
-    for piece in graph_sized(split(batches)[0]):
+    tokens = 0
+    for number, piece in enumerate(graph_sized(split(batches)[0])):
         kept.clear()
+        generator = torch.Generator().manual_seed(number)
         loss, count = sampled_loss(model, piece, generator, is_causal(checkpoint))
         loss.backward()
         tokens += count

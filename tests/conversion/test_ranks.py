@@ -1,5 +1,6 @@
 """Conversions by several processes: equal to those of one, and ended by one line if one of them fails."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,17 +13,19 @@ from helpers.tiny import save_tiny, save_tokenizer
 
 from mpoe_convert import Recipe
 from mpoe_convert.compression.prepare import prepare
-from mpoe_convert.conversion.shards import share_out
 from mpoe_convert.errors import RequestError
+from mpoe_convert.planning.shares import share_out
 from mpoe_convert.ranks import Ranks, is_first, joined
 from mpoe_convert.source.opening import open_source
 
 SHARDS = ["--max-shard-size", "4KB", "-q"]
 SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
-BUDGET = ["--keep", "0.9", "--correct", "--calibrate", "text.txt", "--calibration-tokens", "512"]
+CALIBRATED = ["--calibrate", "text.txt", "--calibration-tokens"]
+BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 
-COUNTS = {"blocks": (1, 2), "low-rank": (1, 2), "budget": (1, 3), "mixture": (1, 2)}
+# "few" has two batches for three processes.
+COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +34,16 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
-    make_model("mixtral").save_pretrained(folder / "mixtral")
+    mixtral = make_model("mixtral")
+    mixtral.config.max_position_embeddings = 64
+    mixtral.save_pretrained(folder / "mixtral")
+    save_tokenizer(folder / "mixtral")
     (folder / "text.txt").write_text(words(4000), encoding="utf-8")
     cases = {
         "blocks": ["llama", *SMALL],
-        "low-rank": ["llama", "--kind", "low-rank", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
-        "mixture": ["mixtral", "--keep", "0.6", *SHARDS],
+        "few": ["llama", "--kind", "split", "--experts", "2", *CALIBRATED, "128", *SHARDS],
+        "mixture": ["mixtral", "--keep", "0.6", *CALIBRATED, "640", *SHARDS],
     }
     runs = {}
     for case, args in cases.items():
@@ -46,19 +52,37 @@ def ran(tmp_path_factory):
     for event in ("nan", "kill", "full"):
         args = [*cases["blocks"], "-o", event]
         runs |= {event: {"args": args, "count": 2, event: [1, 1]}}
+    for event in ("nan", "kill"):
+        args = [*cases["budget"], "-o", f"calibrating-{event}"]
+        runs[f"calibrating {event}"] = {"args": args, "count": 2, "calibrating": [1, event]}
+    scored = ["evaluate", "llama", "--data", "text.txt", "--length", "32", "--limit", "50", "--json"]
+    for count in (1, 3):
+        runs[f"evaluate {count}"] = {"args": [*scored, "--batch-size", "4"], "count": count}
+    runs["evaluate nan"] = {"args": scored, "count": 2, "scoring": 1}
     runs["one file"] = {"args": ["llama", "--experts", "2", "-q", "-o", "one"], "count": 3}
     runs["no source"] = {"args": ["absent", "-q", "-o", "absent-out"], "count": 2}
-    return folder, dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
+    found = dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
+    for number, name in enumerate(runs):
+        found[name]["moments"] = folder / f"moments-{number}"
+    return folder, found
 
 
 @pytest.mark.parametrize("case", COUNTS)
 def test_several_processes_write_what_one_writes(ran, case):
     folder, runs = ran
     for count in COUNTS[case]:
-        assert runs[f"{case} {count}"] == {"codes": [0] * count, "stderr": ""}
-    alone, shared = (tree(folder / f"{case}-{count}") for count in COUNTS[case])
+        assert (runs[f"{case} {count}"]["codes"], runs[f"{case} {count}"]["stderr"]) == ([0] * count, "")
+    alone, *shared = (tree(folder / f"{case}-{count}") for count in COUNTS[case])
     assert len([name for name in alone if name.endswith(".safetensors")]) > 3
-    assert shared == alone
+    assert all(each == alone for each in shared)
+
+
+@pytest.mark.parametrize("case", ["budget", "few", "mixture"])
+def test_several_processes_find_the_moments_that_one_finds(ran, case):
+    """To the last bit; none has read what another run has left."""
+    _, runs = ran
+    alone, *shared = (tree(runs[f"{case} {count}"]["moments"]) for count in COUNTS[case])
+    assert alone and all(each == alone for each in shared)
 
 
 def test_an_error_of_one_process_is_told_once_and_leaves_nothing(ran):
@@ -85,6 +109,37 @@ def test_a_process_that_is_killed_ends_the_run(ran):
         "no output was written, run it again\n"
     )
     assert not list(folder.glob("*kill*"))
+
+
+def test_what_one_process_meets_in_its_batches_is_told_once(ran):
+    folder, runs = ran
+    assert runs["calibrating nan"]["codes"] == [1, 1]
+    assert re.fullmatch(
+        r"Error: process 1: the dense model's activations at layers\.0 \(inputs\) hold NaN or Inf; .*\n",
+        runs["calibrating nan"]["stderr"],
+    )
+    assert not list(folder.glob("*calibrating-nan*"))
+
+
+def test_a_process_that_is_killed_in_its_batches_ends_the_run(ran):
+    folder, runs = ran
+    assert runs["calibrating kill"]["codes"] == [1, -9]
+    assert runs["calibrating kill"]["stderr"] == runs["kill"]["stderr"]
+    assert not list(folder.glob("*calibrating-kill*"))
+
+
+def test_scores_of_several_processes_are_those_of_one(ran):
+    """To the last digit, and printed once."""
+    _, runs = ran
+    assert runs["evaluate 1"]["codes"] == [0] and runs["evaluate 3"]["codes"] == [0] * 3
+    alone, shared = (json.loads(runs[f"evaluate {count}"]["stderr"]) for count in (1, 3))
+    assert alone == shared and alone["units"] == 50
+
+
+def test_what_one_process_meets_in_scoring_is_told_once(ran):
+    _, runs = ran
+    assert runs["evaluate nan"]["codes"] == [1, 1]
+    assert re.fullmatch(r"Error: process 1: llama holds NaN .*\n", runs["evaluate nan"]["stderr"])
 
 
 def test_wrong_requests_are_told_once(ran):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 
@@ -19,6 +20,9 @@ def run_all(runs: list[dict], cwd: Path) -> list[dict]:
     Args:
         runs: each with `args` of the command and the `count` of its processes; `nan`, `full` or `kill`, if
             there, is (rank, n): that process meets NaN or a full disk in its n-th weight file, or is killed.
+            `calibrating`, if there, is (rank, "nan" or "kill"): what happens to that process in its first
+            pass over the calibration text; `scoring` is the rank of a process that reads NaN as the model.
+            Moments are in the folder "moments-" and the run's number.
 
     Returns:
         For each {"codes": exit codes by rank, "stderr": of all together}.
@@ -61,14 +65,49 @@ def disturb(run: dict, rank: int) -> None:
     conversion.save_shard = disturbed
 
 
+def disturb_passes(event: str) -> None:
+    """Let a pass of the dense model fail, or kill the process."""
+    from mpoe_convert.compression import calibrate
+
+    def disturbed(model, batch):
+        if event == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+        run_batch(model, batch)
+
+    run_batch, calibrate.run_batch = calibrate.run_batch, disturbed
+
+
+def disturb_scoring() -> None:
+    """Let the model that is scored be damaged."""
+    from mpoe_convert.training import evaluate
+
+    def damaged(*args, **options):
+        model = load(*args, **options)
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+        return model
+
+    load, evaluate.from_pretrained = evaluate.from_pretrained, damaged
+
+
 def child(run: dict, rank: int, port: int, output: int) -> None:
+    import huggingface_hub
+
     import mpoe_convert.cli
 
+    place = huggingface_hub.cached_assets_path
+    huggingface_hub.cached_assets_path = partial(
+        place, assets_dir=Path(f"moments-{run['number']}").absolute()
+    )
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     disturb(run, rank)
+    if run.get("calibrating", [None])[0] == rank:
+        disturb_passes(run["calibrating"][1])
+    if run.get("scoring") == rank:
+        disturb_scoring()
     mpoe_convert.cli.main(run["args"], prog_name="mpoe-convert")
 
 
@@ -95,7 +134,7 @@ def main() -> None:
 
     found = []
     for number, run in enumerate(json.load(sys.stdin)):
-        path, port = Path(f"output-{number}"), free_port()
+        path, port, run["number"] = Path(f"output-{number}"), free_port(), number
         output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         pids = [forked(run, rank, port, output) for rank in range(run["count"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -1,0 +1,100 @@
+"""What the processes of a conversion move, against what its parts read and write."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.stock_mixtures import make_model
+from helpers.tiny import save_tiny
+
+from mpoe_convert import Recipe
+from mpoe_convert.cli import main
+from mpoe_convert.compression.mixtures import prepare_mixture
+from mpoe_convert.compression.prepare import prepare
+from mpoe_convert.conversion.convert import _Builder
+from mpoe_convert.planning.shares import plan_shares, share_out
+from mpoe_convert.source.checkpoint import Checkpoint
+from mpoe_convert.source.in_memory import InMemory
+from mpoe_convert.source.opening import open_source
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shares")
+    for model_type in ("llama", "phi3"):  # phi3 has gate and up in one tensor
+        save_tiny(model_type, "AutoModelForCausalLM", folder / model_type)
+    make_model("mixtral").save_pretrained(folder / "mixtral")
+    return folder
+
+
+def prepared(folder, **options):
+    recipe = Recipe(str(folder), max_shard_size="4KB", **options)
+    checkpoint = open_source(recipe.model)
+    if isinstance(checkpoint, InMemory):
+        return checkpoint, prepare_mixture(recipe, checkpoint)
+    return checkpoint, prepare(recipe, checkpoint)
+
+
+CASES = {
+    "llama": {"experts": 2, "bond_dim": 4},
+    "phi3": {"experts": 2, "bond_dim": 4, "dtype": "bfloat16"},
+    "mixtral": {"keep": 0.6},
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_that_each_process_moves(folders, case, count, monkeypatch):
+    checkpoint, made = prepared(folders / case, **CASES[case])
+    shares = plan_shares(made.plan, count).each
+    read = []
+    whole = Checkpoint.read
+
+    def noted(self, name):
+        tensor = whole(self, name)
+        read.append(tensor.nbytes)
+        return tensor
+
+    for cls in {Checkpoint, type(checkpoint)}:
+        if "read" in vars(cls):
+            whole = vars(cls)["read"]
+            monkeypatch.setattr(cls, "read", noted)
+    for share, files in zip(shares, share_out(made.plan, count), strict=True):
+        read.clear()
+        builder = _Builder(made, checkpoint, files, torch.device("cpu"), None)
+        tensors = [builder.take(name) for file in files for name in made.plan.shards[file]]
+        assert share.read_bytes == sum(read)
+        assert share.written_bytes == sum(tensor.nbytes for tensor in tensors)
+        assert share.files == len(files) and share.ffns == builder.num_ffns
+    assert sum(share.work for share in shares) == pytest.approx(1)
+
+
+def test_memory_of_a_process_is_that_of_its_own_files(folders):
+    _, made = prepared(folders / "llama", experts=2, bond_dim=4)
+    plan = made.plan
+    assert plan_shares(plan, 1).each[0].peak_bytes == plan.peak_bytes
+    shares = plan_shares(plan, 5).each
+    assert max(share.peak_bytes for share in shares) == plan.peak_bytes
+    alone = next(file for file in plan.shards if not plan.ffns_in([file]))
+    copied = sum(tensor.num_bytes for tensor in plan.tensors if tensor.name in plan.shards[alone])
+    assert plan.peak_of([alone]) == copied and plan.peak_of([]) == 0
+
+
+def test_the_command_shows_and_prints_them(folders):
+    args = ["plan", str(folders / "llama"), "--experts", "2", "--bond-dim", "4", "--max-shard-size", "4KB"]
+    shown = CliRunner().invoke(main, [*args, "--processes", "3"])
+    assert shown.exit_code == 0 and "At most " in shown.output and "Processes" in shown.output
+    found = json.loads(CliRunner().invoke(main, [*args, "--processes", "3", "--json"]).output)
+    assert len(found["processes"]) == 3 and sum(each["files"] for each in found["processes"]) == len(
+        found["shards"]
+    )
+    assert "processes" not in json.loads(CliRunner().invoke(main, [*args, "--json"]).output)
+
+
+def test_one_file_for_several_processes_is_refused(folders):
+    args = ["plan", str(folders / "llama"), "--experts", "2", "--processes", "2"]
+    found = CliRunner().invoke(main, args)
+    assert (
+        found.exit_code == 2 and "2 processes have one weight file to write; expected one for" in found.output
+    )
