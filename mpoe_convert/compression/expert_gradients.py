@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning.plan import FFNPlan
-from ..source.mixtures import biases_of
+from ..source.expert_layout import biases_of
 from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
 from .expert_moments import _project, expert_outputs

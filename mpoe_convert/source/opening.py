@@ -14,8 +14,12 @@ def open_source(
     token: str | None = None,
     headers_only: bool = False,
     trust_remote_code: bool = False,
+    experts_at: str | None = None,
 ) -> Checkpoint:
-    """Open the source of a conversion. Arguments and errors as for `open_checkpoint`.
+    """Open the source of a conversion. Other arguments and errors as for `open_checkpoint`.
+
+    Args:
+        experts_at: where the experts are; then it is a mixture.
 
     Raises:
         FamilyError: also if it is a mixture whose experts cannot be replaced.
@@ -27,7 +31,8 @@ def open_source(
         headers_only=headers_only,
         trust_remote_code=trust_remote_code,
     )
-    if not is_mixture(checkpoint):
-        return checkpoint
-    refuse(checkpoint)
+    if experts_at is None:
+        if not is_mixture(checkpoint):
+            return checkpoint
+        refuse(checkpoint)
     return in_memory(checkpoint)
