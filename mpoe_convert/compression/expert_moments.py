@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..decomposition.symmetric import add_gram, packed_length, packed_size, unpacked
+from ..source.expert_layout import Layout
 from .batches import Batch, is_held_out, token_mask
 from .lockstep import Lockstep
+from .named_experts import as_marked, watch_inputs
 from .stream import check_activations, run_batch
 
 if TYPE_CHECKING:
@@ -127,6 +129,7 @@ def collect(
     save: Save,
     *,
     wanted: Callable[[str], bool] = lambda path: True,
+    layout: Layout | None = None,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
@@ -136,14 +139,16 @@ def collect(
         save: called with the path of every experts module in `model` and what was found there, in the order
             of the layers.
         wanted: whether a path's moments are collected.
+        layout: of experts that were named by hand; the wanted paths are theirs.
 
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
     modules: dict[str, nn.Module] = {}
-    modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
-    walk = _Walk(model, batches, save, len(modules))
-    with torch.no_grad(), _run_by(walk, modules):
+    modules |= {path: m for path, m in model.named_modules() if (layout or is_experts(m)) and wanted(path)}
+    walk = _Walk(model, batches, save, len(modules), layout)
+    running = _watched if layout is not None and layout.listed else _run_by
+    with torch.no_grad(), running(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batch) for batch in batches], walk.release)
 
 
@@ -169,6 +174,23 @@ def _run_by(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
                 setattr(module, names[path], kept[path])
 
 
+@contextmanager
+def _watched(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """The walk sees what the experts of lists get; these run as ever."""
+    assert walk.layout is not None
+    handles: list[Any] = []
+    for path, module in modules.items():
+        block = walk.model.get_submodule(path.rpartition(".")[0])
+        handles.append(block.register_forward_pre_hook(partial(walk.enter, path, module)))
+        handles.append(block.register_forward_hook(partial(walk.leave, path)))
+        handles += watch_inputs(module, walk.layout, walk.see)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _call(
     walk: _Walk, path: str, module: nn.Module, signature: inspect.Signature, *args: Tensor, **kwargs: Tensor
 ) -> Tensor:
@@ -178,8 +200,15 @@ def _call(
 class _Walk:
     """All batches side by side; the sums of the layer that they are at."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int) -> None:
-        self.model, self.batches, self.save = model, batches, save
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        save: Save,
+        count: int,
+        layout: Layout | None,
+    ) -> None:
+        self.model, self.batches, self.save, self.layout = model, batches, save, layout
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
         self.calls_left = [count] * len(batches)
@@ -195,20 +224,46 @@ class _Walk:
 
     def meet(self, path: str, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the module computes; x (tokens, in), experts and weights (tokens, k)."""
-        current = self.lockstep.current
+        marked = as_marked(module, self.layout)
         if self.sums is None:
-            self.path, self.sums = path, _Sums(module, x)
-        y = self.sums.add(module, x, experts, weights, self._counted(x))
-        check_activations(y, path)
-        self.calls_left[current] -= 1
-        if not self.calls_left[current]:
-            self.lockstep.stop()  # behind the last experts
+            inner, outer = marked.down_proj.shape[1:][:: 1 if marked.is_transposed else -1]
+            self.path, self.sums = path, _Sums(len(marked.down_proj), outer, inner, x.device)
+        y = self.sums.add(marked, x, experts, weights, self._counted(x))
+        self._leave(path, y)
         return y
+
+    def _leave(self, path: str, y: Tensor) -> None:
+        check_activations(y, path)
+        self.calls_left[self.lockstep.current] -= 1
+        if not self.calls_left[self.lockstep.current]:
+            self.lockstep.stop()  # behind the last experts
+
+    def enter(self, path: str, experts: nn.Module, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """In front of a block with a list of experts."""
+        assert self.layout is not None
+        self.lockstep.wait()
+        if self.sums is None:
+            self.path, self.sums = path, _Sums(*self.layout.size(experts), args[0].device)
+        if not self._is_held_out:
+            self.sums.total += args[0].numel() // args[0].shape[-1]
+
+    def see(self, expert: int, role: str, rows: Tensor) -> None:
+        """What gate and up ("up"), or down, of one expert of a list get (n, in)."""
+        if self.sums is not None and not self._is_held_out:
+            self.sums.add_rows(expert, role, rows)
+
+    def leave(self, path: str, block: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        """Behind a block with a list of experts."""
+        self._leave(path, output[0] if isinstance(output, tuple) else output)
+
+    @property
+    def _is_held_out(self) -> bool:
+        return is_held_out(self.lockstep.current, self.batches)
 
     def _counted(self, x: Tensor) -> Tensor:
         """(tokens,) which of the rows that the current pass brings to the experts are summed."""
         batch = self.batches[self.lockstep.current]
-        if is_held_out(self.lockstep.current, self.batches):
+        if self._is_held_out:
             return x.new_zeros(len(x), dtype=torch.bool)
         mask = token_mask(self.model, batch, decoder=".decoder." in f".{self.path}")
         if mask is None or mask.numel() != len(x):
@@ -219,14 +274,16 @@ class _Walk:
 class _Sums:
     """Sums over batches that become the `ExpertMoments` of one layer."""
 
-    def __init__(self, module: Any, x: Tensor) -> None:
-        count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
-        if not module.is_transposed:
-            inner, outer = outer, inner
+    def __init__(self, count: int, hidden: int, inner: int, device: torch.device) -> None:
         self.total = 0
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), device=x.device)
-        self.inner = torch.zeros(count, packed_length(inner), device=x.device)
+        self.inputs = torch.zeros(count, packed_length(hidden), device=device)
+        self.inner = torch.zeros(count, packed_length(inner), device=device)
+
+    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
+        """Add what one expert's gate and up ("up"), or down, get (n, in), each row with weight one."""
+        add_gram((self.inner if role == "down" else self.inputs)[expert], rows.float())
+        self.tokens[expert] += len(rows) if role == "down" else 0
 
     def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         """Run the experts; add what the counted tokens (tokens,) give."""

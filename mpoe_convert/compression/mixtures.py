@@ -25,7 +25,7 @@ from ..planning.mixtures import (
 from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
 from ..source.in_memory import InMemory
-from ..source.mixtures import read_stack
+from ..source.mixtures import MixtureFamily, read_stack
 from . import dense_run
 from .batches import Batch
 from .calibrate import gradient_dtype
@@ -239,7 +239,8 @@ def _calibrated(run: dense_run.DenseRun, gradients: bool, report: dense_run.Prog
                 report(experts[path], len(found.paths) - len(found.missing("experts")), len(found.paths))
 
             with _damage_named(run):
-                collect(model, run.batches, save, wanted=lambda path: experts.get(path) in missing)
+                wanted, layout = (lambda path: experts.get(path) in missing), _family(run).layout
+                collect(model, run.batches, save, wanted=wanted, layout=layout)
     if gradients and found.missing("gradients"):
         model = run.in_memory(gradient_dtype(run.plan))
         modules = {path: model.get_submodule(name) for name, path in _experts_of(model, run).items()}
@@ -262,9 +263,16 @@ def _damage_named(run: dense_run.DenseRun) -> Iterator[None]:
 def _experts_of(model: PreTrainedModel, run: dense_run.DenseRun) -> dict[str, str]:
     """Path of an experts module in the model -> path of its layer."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    slot = run.plan.family.slot
+    family = _family(run)
     layers = (ffn.ffn.path for ffn in run.plan.ffns)
-    return {f"{base}{'.'.join(filter(None, [layer, slot, 'experts']))}": layer for layer in layers}
+    return {
+        f"{base}{'.'.join(filter(None, [layer, family.slot, family.experts]))}": layer for layer in layers
+    }
+
+
+def _family(run: dense_run.DenseRun) -> MixtureFamily:
+    assert isinstance(run.plan.family, MixtureFamily), "of a mixture"
+    return run.plan.family
 
 
 def _load_gradients(calibration: Calibration, path: str) -> dict[str, float]:

@@ -98,10 +98,11 @@ def holds_experts(module: nn.Module) -> bool:
     if experts := listed_experts(module):
         kinds = {type(each) for each in experts}
         return len(experts) > 1 and len(kinds) == 1 and len(_linears(experts[0])) in (2, 3)
+    if any(isinstance(each, (nn.ModuleList, nn.ModuleDict, nn.Conv1d)) for each in module.children()):
+        return False
     own = [parameter for _, parameter in module.named_parameters(recurse=False)]
     below = [p for child in module.children() for p in child.parameters(recurse=False)]
-    listed = any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) for child in module.children())
-    return not listed and sum(p.ndim == 3 for p in own or below) in (2, 3)
+    return sum(p.ndim == 3 for p in own or below) in (2, 3)
 
 
 def _linears(expert: nn.Module) -> list[str]:
@@ -356,8 +357,9 @@ def _resize(module: nn.Module, sizes: Mapping[int, int], experts: int) -> None:
                 counts = "expert" in name and not any(part in name for part in ("dim", "size", "width"))
                 vars(each)[name] = numbers.get(value, value) if counts else sizes.get(value, value)
         if "config" in vars(each):
-            each.config = copy.copy(each.config) or SimpleNamespace()
-            each.config._experts_implementation = "eager"
+            config: Any = copy.copy(each.config) or SimpleNamespace()
+            config._experts_implementation = "eager"
+            vars(each)["config"] = config
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from .named_experts import find, is_marked, parse, proposals, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 # Config keys with the number of experts; more than one: a mixture.
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -139,9 +138,7 @@ def locate_experts(memory: InMemory, experts_at: str | None = None) -> Located:
     return Located(family, ffns, next(iter(counts.values())), top_k)
 
 
-def family_by_hand(
-    base: PreTrainedModel, model_type: str, experts_at: str
-) -> tuple[MixtureFamily, dict[str, Any]]:
+def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[MixtureFamily, dict[str, Any]]:
     """What the text of --experts-at says: the family, and {path of a layer: its experts}.
 
     Raises:
@@ -162,7 +159,7 @@ def family_by_hand(
     return family, found
 
 
-def _family(memory: InMemory, base: PreTrainedModel) -> tuple[MixtureFamily, dict[str, Any]]:
+def _family(memory: InMemory, base: nn.Module) -> tuple[MixtureFamily, dict[str, Any]]:
     """The same of a model whose experts transformers marks. Raises FamilyError."""
     model_type = memory.config["model_type"]
     marked = dict(_experts_modules(base))

@@ -16,7 +16,6 @@ from .probe import describe_slot
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 # Up to so many numbers each expert of a block has its own in a trial of the block; beyond, all have the same.
 _MOST_NUMBERS = 2**26
@@ -59,7 +58,7 @@ def parse(text: str) -> Named:
     return Named(text, match[1], match[2].rstrip("."), match[3], projections)
 
 
-def find(base: PreTrainedModel, named: Named) -> dict[str, Any]:
+def find(base: Any, named: Named) -> dict[str, Any]:
     """{path of a layer: its experts}, of all layers that have some.
 
     Raises:
@@ -93,7 +92,7 @@ def _may_be(module: nn.Module) -> bool:
     return is_marked(module) or holds_experts(module)
 
 
-def _what_is(base: PreTrainedModel, path: str) -> str:
+def _what_is(base: Any, path: str) -> str:
     """What a module that holds no experts is, in words."""
     kind = type(base.get_submodule(path)).__name__
     if ffn := _dense_ffn(base, path):
@@ -101,7 +100,7 @@ def _what_is(base: PreTrainedModel, path: str) -> str:
     return f"a {kind}, which holds no experts"
 
 
-def _dense_ffn(base: PreTrainedModel, path: str) -> str | None:
+def _dense_ffn(base: Any, path: str) -> str | None:
     """What --ffn takes for a module that is a dense FFN."""
     from itertools import permutations
 
@@ -118,7 +117,7 @@ def _dense_ffn(base: PreTrainedModel, path: str) -> str | None:
     return None
 
 
-def proposals(base: PreTrainedModel) -> list[str]:
+def proposals(base: Any) -> list[str]:
     """Paths of modules that may hold experts, as --experts-at takes them."""
     found = (_template(path) for path, module in base.named_modules() if _may_be(module))
     return list(dict.fromkeys(filter(None, found)))
@@ -130,7 +129,7 @@ def _template(path: str) -> str | None:
     return match and f"{match[1]}{{}}.{match[2]}"
 
 
-def _suggestion(base: PreTrainedModel, path: str) -> str:
+def _suggestion(base: Any, path: str) -> str:
     """The nearest path that may hold experts, or what else is there."""
     known = proposals(base)
     if not known:
@@ -138,7 +137,7 @@ def _suggestion(base: PreTrainedModel, path: str) -> str:
     return f'; did you mean "{nearest(path, known, alike=0.0) or known[0]}"?'
 
 
-def read(base: PreTrainedModel, named: Named, found: dict[str, Any]) -> Layout | None:
+def read(base: Any, named: Named, found: dict[str, Any]) -> Layout | None:
     """How the modules of `find` hold their experts; None: transformers marks them, and says it.
 
     Raises:
@@ -182,7 +181,7 @@ def _layout(path: str, module: nn.Module, named: Named) -> Layout:
 # Confirmed by running a block
 
 
-def _check_blocks(base: PreTrainedModel, named: Named, found: dict[str, Any], layout: Layout | None) -> None:
+def _check_blocks(base: Any, named: Named, found: dict[str, Any], layout: Layout | None) -> None:
     """Run a block of each kind with its own experts and with ours. Raises FamilyError if outputs differ."""
     blocks = {layer: base.get_submodule(".".join(filter(None, [layer, named.slot]))) for layer in found}
     for layer in {type(block): layer for layer, block in reversed(blocks.items())}.values():
@@ -231,16 +230,15 @@ def _fill(block: nn.Module, experts: nn.Module, layout: Layout) -> None:
     within = {id(p): n for each in listed_experts(experts) for n, p in each.named_parameters()}
     for module in block.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            key, one = within.get(id(parameter)), id(parameter) in stacked and not few
-            if key in alike and not few:
-                module._parameters[name] = alike[key]
-                continue
-            made = _random(parameter[:1] if one else parameter, generator)
-            if one:
-                made = made.expand(parameter.shape)
-            module._parameters[name] = torch.nn.Parameter(made, requires_grad=False)
-            if key is not None:
-                alike[key] = module._parameters[name]
+            key = within.get(id(parameter), "")
+            if key not in alike or few:
+                one = id(parameter) in stacked and not few
+                numbers = _random(parameter[:1] if one else parameter, generator).expand(parameter.shape)
+                made = torch.nn.Parameter(numbers, requires_grad=False)
+                alike |= {key: made} if key else {}
+            else:
+                made = alike[key]
+            module._parameters[name] = made
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = _random(buffer, generator)
 

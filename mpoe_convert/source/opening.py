@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import Checkpoint, open_checkpoint
 from .in_memory import in_memory
 from .mixtures import is_mixture, refuse
+from .named_experts import parse
 
 
 def open_source(
@@ -24,6 +25,8 @@ def open_source(
     Raises:
         FamilyError: also if it is a mixture whose experts cannot be replaced.
     """
+    if experts_at is not None:
+        parse(experts_at)  # told before anything is fetched
     checkpoint = open_checkpoint(
         model,
         revision=revision,
