@@ -23,7 +23,7 @@ from .expert_layout import Layout, biases_of, computes_the_same, matrices_of
 from .families import Family, refusal
 from .ffn import FFN, Source
 from .in_memory import InMemory
-from .named_experts import find, is_marked, parse, proposals, read
+from .named_experts import check_blocks, find, is_marked, parse, proposals, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -146,6 +146,8 @@ def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[Mixture
     """
     named = parse(experts_at)
     found = find(base, named)
+    layout = read(base, named, found)
+    check_blocks(base, named, found, layout or Layout(sources_of(next(iter(found.values())), ""), None))
     family = MixtureFamily(
         (model_type,),
         (named.layers,),
@@ -154,7 +156,7 @@ def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[Mixture
         activation="",
         by_hand=experts_at,
         experts=named.experts,
-        layout=read(base, named, found),
+        layout=layout,
     )
     return family, found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FamilyError, nearest, one_line
@@ -75,8 +76,8 @@ def find(base: Any, named: Named) -> dict[str, Any]:
         named.layers.format(match[1]): base.get_submodule(path)
         for path, match in sorted(modules.items(), key=lambda each: int(each[1][1]))
     }
-    path, module = next((path, base.get_submodule(path)) for path in modules)
     if not any(map(_may_be, found.values())):
+        path = next(iter(modules))
         raise FamilyError(
             f"{called('experts_at')} names {path}, {_what_is(base, path)}{_suggestion(base, named.path)}"
         )
@@ -102,8 +103,6 @@ def _what_is(base: Any, path: str) -> str:
 
 def _dense_ffn(base: Any, path: str) -> str | None:
     """What --ffn takes for a module that is a dense FFN."""
-    from itertools import permutations
-
     match = re.fullmatch(r"((?:\w+\.)*?)(\d+)\.(.+)", path)
     linears = [n for n, child in base.get_submodule(path).named_children() if hasattr(child, "weight")]
     if match is None or len(linears) not in (2, 3):
@@ -141,20 +140,20 @@ def read(base: Any, named: Named, found: dict[str, Any]) -> Layout | None:
     """How the modules of `find` hold their experts; None: transformers marks them, and says it.
 
     Raises:
-        FamilyError: it cannot be read, the layers differ, or a block computes something else with ours.
+        FamilyError: it cannot be read, or the layers differ.
     """
     kinds = {is_marked(module) for module in found.values()}
     layout, first = None, ""
     if kinds == {False}:
         seen: dict[object, Layout] = {}
         for layer, module in found.items():
-            key = (type(module), repr(module))
+            key = (type(module), *((name, tuple(p.shape)) for name, p in module.named_parameters()))
             if key not in seen:
                 seen[key] = _layout(_path(named, layer), module, named)
             if layout is not None and seen[key] != layout:
                 raise FamilyError(
-                    f"the experts of {layer} are built differently from those of {first}; convert only "
-                    f"layers that are built alike: {called('layers')}"
+                    f"the experts of {layer} are built differently from those of {first}; expected one form "
+                    "in all layers"
                 )
             layout, first = seen[key], first or layer
     elif named.projections or len(kinds) > 1:
@@ -162,7 +161,6 @@ def read(base: Any, named: Named, found: dict[str, Any]) -> Layout | None:
             f"{called('experts_at')} names matrices of {named.path}, which transformers knows by itself; "
             "leave out what stands behind the colon"
         )
-    _check_blocks(base, named, found, layout)
     return layout
 
 
@@ -181,11 +179,11 @@ def _layout(path: str, module: nn.Module, named: Named) -> Layout:
 # Confirmed by running a block
 
 
-def _check_blocks(base: Any, named: Named, found: dict[str, Any], layout: Layout | None) -> None:
+def check_blocks(base: Any, named: Named, found: dict[str, Any], layout: Layout) -> None:
     """Run a block of each kind with its own experts and with ours. Raises FamilyError if outputs differ."""
     blocks = {layer: base.get_submodule(".".join(filter(None, [layer, named.slot]))) for layer in found}
     for layer in {type(block): layer for layer, block in reversed(blocks.items())}.values():
-        if named.slot and layout is not None:
+        if named.slot:  # else it is the layer, which takes more than hidden states
             _check_block(blocks[layer], f"{layer}.{named.slot}", named, layout)
 
 
