@@ -273,8 +273,15 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
     if keeps_routers(checkpoint.config):
+        wiring = block["family"]
         family: Family = MixtureFamily(
-            (config["model_type"],), (), block["family"]["slot"], (), activation=""
+            (config["model_type"],),
+            (),
+            wiring["slot"],
+            (),
+            activation="",
+            by_hand=wiring.get("experts_at"),
+            experts=wiring["experts"],
         )
         mixtures = tuple(_experts(checkpoint, block))
     else:

@@ -209,3 +209,6 @@ def print_families(families: Iterable[Mapping[str, list[str]]], out: Console) ->
     )
     out.print(Table("Families", rows, left=("model types", "layers", "tensors")).rich())
     out.print('Others by hand: --ffn "layers.{}.mlp:gate_proj,up_proj,down_proj"')
+    out.print(
+        "Mixtures of experts are converted too, these also by hand:", '--experts-at "layers.{}.mlp.experts"'
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 
 from ..planning.plan import FFNPlan
 from ..ranks import Ranks
-from ..source.mixtures import biases_of
+from ..source.expert_layout import Layout, biases_of
+from ..source.mixtures import MixtureFamily
 from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
 from .expert_moments import _project, expert_outputs
 from .fisher import run_backward
+from .named_experts import as_marked, watch_gradients
 from .stream import check_activations
 
 if TYPE_CHECKING:
@@ -54,8 +57,10 @@ def expert_sensitivities(
         CheckpointError: a gradient is NaN or Inf.
     """
     ffns = {ffn.ffn.path: ffn for ffn in run.plan.ffns}
-    sums = {path: _Squares(ffns[path], model, module, run.ranks) for path, module in modules.items()}
-    handles = [module.register_forward_hook(sums[p].watch, with_kwargs=True) for p, module in modules.items()]
+    family = run.plan.family
+    layout = family.layout if isinstance(family, MixtureFamily) else None
+    sums = {path: _Squares(ffns[path], model, module, layout, run.ranks) for path, module in modules.items()}
+    handles = [handle for path, module in modules.items() for handle in sums[path].handles(module)]
 
     def begin(batch: Batch) -> None:
         for each in sums.values():
@@ -81,12 +86,34 @@ class _Squares:
         tokens: that were counted, without regard to routing.
     """
 
-    def __init__(self, ffn: FFNPlan, model: PreTrainedModel, module: Any, ranks: Ranks) -> None:
-        self.ffn, self.model, self.module, self.ranks = ffn, model, module, ranks
+    def __init__(
+        self, ffn: FFNPlan, model: PreTrainedModel, module: Any, layout: Layout | None, ranks: Ranks
+    ) -> None:
+        self.ffn, self.model, self.module, self.layout, self.ranks = ffn, model, module, layout, ranks
         self.batch: Batch = {}
         self.combine: list[float] = []
         self.squares: dict[str, list[float]] = {matrix.role: [] for matrix in ffn.matrices}
         self.tokens = 0
+
+    def handles(self, module: nn.Module) -> Iterator[Any]:
+        """Hooks by which the sums grow."""
+        if self.layout is None or not self.layout.listed:
+            yield module.register_forward_hook(self.watch, with_kwargs=True)
+            return
+        path = next(path for path, each in self.model.named_modules() if each is module)
+        block = self.model.get_submodule(path.rpartition(".")[0])
+        yield block.register_forward_pre_hook(self._count)
+        yield from watch_gradients(module, self.layout, self._add_rows)
+
+    def _count(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The tokens of a block with a list of experts."""
+        self.tokens += args[0].numel() // args[0].shape[-1]
+
+    def _add_rows(self, role: str, gradient: Tensor) -> None:
+        """The gradients (n, out) at what a projection of a list's experts gives; each row has weight one."""
+        self.squares[role].append(float(gradient.float().square().mean(1).sum()))
+        if role == "down":
+            self.combine.append(len(gradient))
 
     def watch(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).args
@@ -126,7 +153,8 @@ class _Squares:
 
     def _add_expert(self, expert: int, x: Tensor, gradient: Tensor) -> None:
         """x and gradient (n, d), of the tokens that are routed to one expert; the gradient at its output."""
-        module, projections = self.module, self.ffn.ffn.projections
+        module = as_marked(self.module, self.layout)
+        projections = getattr(module, "projections", self.ffn.ffn.projections)
         first = "gate_up_proj" if module.has_gate else "up_proj"
         with torch.enable_grad():
             answer = _project(module, first, expert, x).detach().requires_grad_(True)

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from ..decomposition.symmetric import add_gram, packed_length, packed_size, unpacked
 from ..ranks import ALONE, Ranks
+from ..source.expert_layout import Layout
 from .batches import Batch, is_held_out, share_of, token_mask
 from .lockstep import Lockstep
+from .named_experts import as_marked, watch_inputs
 from .stream import check_activations, run_batch
 
 if TYPE_CHECKING:
@@ -129,6 +131,7 @@ def collect(
     *,
     wanted: Callable[[str], bool] = lambda path: True,
     ranks: Ranks = ALONE,
+    layout: Layout | None = None,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
@@ -139,14 +142,16 @@ def collect(
             of the layers; in the first process alone.
         wanted: whether a path's moments are collected.
         ranks: the processes that share the batches.
+        layout: of experts that were named by hand; the wanted paths are theirs.
 
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
     modules: dict[str, nn.Module] = {}
-    modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
-    walk = _Walk(model, batches, save, len(modules), ranks)
-    with torch.no_grad(), _run_by(walk, modules):
+    modules |= {path: m for path, m in model.named_modules() if (layout or is_experts(m)) and wanted(path)}
+    walk = _Walk(model, batches, save, len(modules), layout, ranks)
+    running = _watched if layout is not None and layout.listed else _run_by
+    with torch.no_grad(), running(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batches[n]) for n in walk.own], walk.release)
 
 
@@ -172,6 +177,23 @@ def _run_by(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
                 setattr(module, names[path], kept[path])
 
 
+@contextmanager
+def _watched(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """The walk sees what the experts of lists get; these run as ever."""
+    assert walk.layout is not None
+    handles: list[Any] = []
+    for path, module in modules.items():
+        block = walk.model.get_submodule(path.rpartition(".")[0])
+        handles.append(block.register_forward_pre_hook(partial(walk.enter, path, module)))
+        handles.append(block.register_forward_hook(partial(walk.leave, path)))
+        handles += watch_inputs(module, walk.layout, walk.see)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _call(
     walk: _Walk, path: str, module: nn.Module, signature: inspect.Signature, *args: Tensor, **kwargs: Tensor
 ) -> Tensor:
@@ -182,9 +204,15 @@ class _Walk:
     """All batches of this process side by side; the sums of the layer that they are at."""
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int, ranks: Ranks
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        save: Save,
+        count: int,
+        layout: Layout | None,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.batches, self.save, self.ranks = model, batches, save, ranks
+        self.model, self.batches, self.save, self.layout, self.ranks = model, batches, save, layout, ranks
         self.own = share_of(batches, ranks)
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
@@ -203,23 +231,54 @@ class _Walk:
 
     def meet(self, path: str, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the module computes; x (tokens, in), experts and weights (tokens, k)."""
-        current = self.lockstep.current
+        marked = as_marked(module, self.layout)
         if self.sums is None:
-            self.path, self.sums = path, _Sums(module, x)
-        y = self.sums.add(module, x, experts, weights, self._counted(x))
-        check_activations(y, path)
-        self.calls_left[current] -= 1
-        if not self.calls_left[current]:
-            self.lockstep.stop()  # behind the last experts
+            inner, outer = marked.down_proj.shape[1:][:: 1 if marked.is_transposed else -1]
+            self.path, self.sums = path, _Sums(len(marked.down_proj), outer, inner, x.device)
+        y = self.sums.add(marked, x, experts, weights, self._counted(x))
+        self._leave(path, y)
         return y
+
+    def _leave(self, path: str, y: Tensor) -> None:
+        check_activations(y, path)
+        self.calls_left[self.lockstep.current] -= 1
+        if not self.calls_left[self.lockstep.current]:
+            self.lockstep.stop()  # behind the last experts
+
+    def enter(self, path: str, experts: nn.Module, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """In front of a block with a list of experts."""
+        assert self.layout is not None
+        self.lockstep.wait()
+        if self.sums is None:
+            self.path, self.sums = path, _Sums(*self.layout.size(experts), args[0].device)
+        if self._counts:
+            self.sums.total += args[0].numel() // args[0].shape[-1]
+
+    def see(self, expert: int, role: str, rows: Tensor) -> None:
+        """What gate and up ("up"), or down, of one expert of a list get (n, in)."""
+        if self.sums is not None and self._counts:
+            self.sums.add_rows(expert, role, rows)
+
+    def leave(self, path: str, block: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        """Behind a block with a list of experts."""
+        self._leave(path, output[0] if isinstance(output, tuple) else output)
+
+    @property
+    def _number(self) -> int:
+        """Of the batch whose pass runs."""
+        return self.own[self.lockstep.current]
+
+    @property
+    def _counts(self) -> bool:
+        """Whether that batch is summed, in this process."""
+        is_spare = self.ranks.rank >= len(self.batches)
+        return not is_spare and not is_held_out(self._number, self.batches)
 
     def _counted(self, x: Tensor) -> Tensor:
         """(tokens,) which of the rows that the current pass brings to the experts are summed."""
-        number = self.own[self.lockstep.current]
-        batch, is_spare = self.batches[number], self.ranks.rank >= len(self.batches)
-        if is_spare or is_held_out(number, self.batches):
+        if not self._counts:
             return x.new_zeros(len(x), dtype=torch.bool)
-        mask = token_mask(self.model, batch, decoder=".decoder." in f".{self.path}")
+        mask = token_mask(self.model, self.batches[self._number], decoder=".decoder." in f".{self.path}")
         if mask is None or mask.numel() != len(x):
             return x.new_ones(len(x), dtype=torch.bool)
         return mask.reshape(-1).bool().to(x.device)
@@ -231,15 +290,17 @@ class _Sums:
     Products are in float32 per batch, sums in float64, as in `MomentSums.add`.
     """
 
-    def __init__(self, module: Any, x: Tensor) -> None:
-        count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
-        if not module.is_transposed:
-            inner, outer = outer, inner
+    def __init__(self, count: int, hidden: int, inner: int, device: torch.device) -> None:
         self.total = 0
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        options = {"dtype": torch.float64, "device": x.device}
-        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), **options)
+        options = {"dtype": torch.float64, "device": device}
+        self.inputs = torch.zeros(count, packed_length(hidden), **options)
         self.inner = torch.zeros(count, packed_length(inner), **options)
+
+    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
+        """Add what one expert's gate and up ("up"), or down, get (n, in), each row with weight one."""
+        add_gram((self.inner if role == "down" else self.inputs)[expert], rows.float())
+        self.tokens[expert] += len(rows) if role == "down" else 0
 
     def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         """Run the experts; add what the counted tokens (tokens,) give."""

@@ -27,7 +27,7 @@ from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
 from ..ranks import ALONE, Ranks
 from ..source.in_memory import InMemory
-from ..source.mixtures import read_stack
+from ..source.mixtures import MixtureFamily, read_stack
 from . import dense_run
 from .batches import Batch
 from .calibrate import gradient_dtype
@@ -259,6 +259,7 @@ def _collect_moments(
             run.batches,
             lambda path, moments: save(experts[path], moments),
             wanted=lambda path: experts.get(path) in wanted,
+            layout=_family(run).layout,
             ranks=run.ranks,
         )
 
@@ -292,9 +293,16 @@ def _damage_named(run: dense_run.DenseRun) -> Iterator[None]:
 def _experts_of(model: PreTrainedModel, run: dense_run.DenseRun) -> dict[str, str]:
     """Path of an experts module in the model -> path of its layer."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    slot = run.plan.family.slot
+    family = _family(run)
     layers = (ffn.ffn.path for ffn in run.plan.ffns)
-    return {f"{base}{'.'.join(filter(None, [layer, slot, 'experts']))}": layer for layer in layers}
+    return {
+        f"{base}{'.'.join(filter(None, [layer, family.slot, family.experts]))}": layer for layer in layers
+    }
+
+
+def _family(run: dense_run.DenseRun) -> MixtureFamily:
+    assert isinstance(run.plan.family, MixtureFamily), "of a mixture"
+    return run.plan.family
 
 
 def _load_gradients(calibration: Calibration, path: str) -> dict[str, float]:

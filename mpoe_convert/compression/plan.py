@@ -54,6 +54,7 @@ def plan(
     check_device(recipe.device)
     check_sources(recipe.calibrate)
     options = {"revision": recipe.revision, "token": token, "trust_remote_code": recipe.trust_remote_code}
+    options["experts_at"] = recipe.experts_at
     calibrated = bool(recipe.calibrate) or calibration is not None
     checkpoint = open_source(recipe.model, headers_only=not (recipe.compresses and calibrated), **options)
     if recipe.compresses and not isinstance(checkpoint, InMemory):  # of a mixture the sizes are enough

@@ -126,7 +126,11 @@ def _open(recipe: Recipe, output: Path, overwrite: bool, token: str | None) -> C
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
     return open_source(
-        recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
+        recipe.model,
+        revision=recipe.revision,
+        token=token,
+        trust_remote_code=recipe.trust_remote_code,
+        experts_at=recipe.experts_at,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..artifact.reader import Artifact, Mixture
     from ..source.ffn import Source
+    from ..source.mixtures import MixtureFamily
 
 
 def plan_source(source: Artifact) -> ExportPlan:
@@ -25,10 +26,11 @@ def plan_source(source: Artifact) -> ExportPlan:
         FamilyError: transformers does not build the source's model any more.
     """
     tensors = tuple(_Tensors(source).planned())
+    is_custom = source.architecture.is_custom
+    classes = "the code that lies beside it" if is_custom else "the stock classes of transformers"
     about = (
-        f"The experts' matrices were contracted from their cores: this is a {source.model_type} again, "
-        f"of the stock "
-        "classes of transformers, with the routers of the model."
+        f"The experts' matrices were contracted from their cores: this is a {source.model_type} again, of "
+        f"{classes}, with the routers of the model."
     )
     return ExportPlan(
         parts=(Part("", {"config.json": source.config}, tensors),),
@@ -46,7 +48,18 @@ class _Tensors:
     def __init__(self, source: Artifact) -> None:
         self.source = source
         self.model: PreTrainedModel = source.architecture.build(source.architecture.model_class)
+        self.family = self._family()
         self.made: dict[str, Tensor] = {}
+
+    def _family(self) -> MixtureFamily:
+        """Of the artifact; how its experts were held, where they were named by hand."""
+        from ..source.mixtures import MixtureFamily, family_by_hand
+
+        family = self.source.family
+        assert isinstance(family, MixtureFamily), "of a mixture"
+        if family.by_hand is None:
+            return family
+        return family_by_hand(self.model.base_model, self.source.model_type, family.by_hand)[0]
 
     def planned(self) -> Iterator[PlannedTensor]:
         """In the order of the artifact's layers."""
@@ -83,40 +96,52 @@ class _Tensors:
                 values = {name: (info.shape, getattr(torch, info.dtype))}
             else:
                 dtype = getattr(torch, info.dtype)
-                values = {each: (tuple(state[each].shape), dtype) for each in self._stacks(mixture)}
+                values = {each: (tuple(state[each].shape), dtype) for each in self._held(mixture)}
             layer = re.match(r".*?\.\d+\.", name)
             found.setdefault(layer[0] if layer else name, {}).update(values)
         return found
 
-    def _stacks(self, mixture: Mixture) -> dict[str, dict[str, Source]]:
-        """Name in the stock model -> {role: which part of it}, of a layer's experts."""
+    def _held(self, mixture: Mixture) -> dict[str, tuple[Sequence[int], dict[str, Source]]]:
+        """Name in the stock model -> the experts that are in it, {role: which part of it}."""
+        from ..source.expert_layout import Layout
         from ..source.mixtures import sources_of
 
-        path = f"{mixture.layer}.experts"
-        found: dict[str, dict[str, Source]] = {}
-        for role, source in sources_of(self.model.get_submodule(path), f"{path}.").items():
-            found.setdefault(source.weight, {})[role] = source
-            if source.bias:
-                found.setdefault(source.bias, {})[role] = source
+        path, layout, experts = self._path(mixture), self.family.layout, range(self.source.num_experts)
+        if layout is None:
+            layout = Layout(sources_of(self.model.get_submodule(path), ""), None)
+        places: dict[str, Sequence[int]] = {path: experts}
+        if layout.listed:
+            places = {f"{path}.{expert}": [expert] for expert in experts}
+        found: dict[str, tuple[Sequence[int], dict[str, Source]]] = {}
+        for place, held in places.items():
+            for role, source in layout.sources(f"{place}.").items():
+                for name in filter(None, (source.weight, source.bias)):
+                    found.setdefault(name, (held, {}))[1][role] = source
         return found
+
+    def _path(self, mixture: Mixture) -> str:
+        """Of the experts in the stock model."""
+        return f"{mixture.layer}.{self.family.experts}"
 
     def _read(self, name: str) -> Tensor:
         """A tensor of the stock model; of experts, contracted from their cores."""
         import torch
 
-        from ..source.mixtures import biases_of, matrices_of
+        from ..source.expert_layout import biases_of, matrices_of
 
         if name in self.source.checkpoint.tensors:
             return self.source.checkpoint.read(name)
-        mixture = next(each for each in self.source.mixtures if name.startswith(f"{each.layer}.experts."))
-        roles = self._stacks(mixture)[name]
+        mixture = next(each for each in self.source.mixtures if name.startswith(f"{self._path(each)}."))
+        experts, roles = self._held(mixture)[name]
         dtype = getattr(torch, self.source.dtype(mixture, next(iter(roles))))
         tensor = torch.empty(self.model.state_dict()[name].shape, dtype=dtype)
+        is_listed = self.family.layout is not None and self.family.layout.listed
+        stack = tensor.unsqueeze(0) if is_listed else tensor
         for role, source in roles.items():
-            part = (biases_of if name == source.bias else matrices_of)(tensor, source)
-            for expert in range(self.source.num_experts):
+            part = (biases_of if name == source.bias else matrices_of)(stack, source)
+            for place, expert in enumerate(experts):
                 if name == source.bias:
-                    part[expert] = read_bias(self.source, mixture, role, {expert: 1.0})
+                    part[place] = read_bias(self.source, mixture, role, {expert: 1.0})
                 else:
-                    part[expert] = self.source.matrix(mixture, role, {expert: 1.0})
+                    part[place] = self.source.matrix(mixture, role, {expert: 1.0})
         return tensor

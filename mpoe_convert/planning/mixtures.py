@@ -29,7 +29,7 @@ from .totals import Totals, model_totals
 USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
-        *("max_shard_size", "keep", "share", "allocation", "experts", "top_k"),
+        *("max_shard_size", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
         *by_name(TextSource),
     }
 )
@@ -231,7 +231,7 @@ def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
     Raises:
         MpoeError: the experts cannot be located or replaced, or the recipe does not fit them.
     """
-    located = locate_experts(checkpoint)
+    located = locate_experts(checkpoint, recipe.experts_at)
     _check_options(recipe, located.num_experts, located.top_k)
     chosen = select_ffns(recipe, located.ffns)
     full = recipe.replace(
@@ -279,7 +279,7 @@ def _kept_in_float32(model: Any) -> frozenset[str]:
 def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) -> FFNPlan:
     matrices, parts, shapes = [], {}, {}
     for role, source in ffn.projections.items():
-        info, name = checkpoint.tensors[source.weight], f"{ffn.key}.{role}"
+        info, name = checkpoint.info(source.weight), f"{ffn.key}.{role}"
         rows, cols = info.shape[1:] if source.transposed else info.shape[:0:-1]
         cols //= 1 if source.part is None else 2
         form, ranks = chosen.get(name, ("whole", ()))

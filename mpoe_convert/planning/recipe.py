@@ -124,6 +124,12 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         '"layers.{}.mlp:gate_proj,up_proj,down_proj", or two names for FFNs without a gate.',
         group="Source",
     )
+    experts_at: str | None = option(
+        default=None,
+        help="Where the experts of a mixture are whose code says nothing of it, such as custom code: "
+        '"layers.{}.mlp.experts"; with ":gate,up,down" behind it to name their matrices.',
+        group="Source",
+    )
     layers: str | None = option(
         default=None,
         help="Numbers of the layers to convert, such as 0-5,8. The FFNs of all others stay dense.",
@@ -243,6 +249,11 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         self._check_selection()
         if "experts" in self.given:  # else it is that of the source, if the source is a mixture
             self.check_against_experts()
+        if self.experts_at is not None and self.ffn is not None:
+            raise RecipeError(
+                f"{called('ffn')} given with {called('experts_at')}; the one names the FFNs of a dense "
+                "source, the other the experts of a mixture: expected one of them"
+            )
         if self.share is not None and self.keep is None:
             raise RecipeError(
                 f"{called('share')} given without {called('keep')}; experts stay whole then, and share "

@@ -57,6 +57,12 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
       inner_dropout    between activation and down-projection: a module, or a rate that is set to zero
       outer_dropout    after the down-projection, where the stock FFN applies it itself
       adds_residual    true if the stock FFN is called with the residual and adds it
+                       where the source is a mixture, its blocks and routers stay:
+      slot             the block that holds the experts; "" if the layer does
+      experts          their name in it
+      activation       where they have theirs, or its name in transformers' table; by default `act_fn`
+      one_by_one       true if the block takes them from a list and calls each
+      experts_at       the text by which they were named, for tools
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
 
 Letters of shapes: B sequences of a batch, T tokens (of all sequences, in one axis), H hidden size, E experts,

@@ -263,7 +263,7 @@ class MixtureMixin(_Stock):
         for path, form in present.items():
             if _keeps_routers(config):
                 stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
-                replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
+                replace_experts(stock, block["forms"][form], block, globals())
             else:
                 initialise = _innermost_model(base, path)._init_weights
                 swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)

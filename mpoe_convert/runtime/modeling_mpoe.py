@@ -57,6 +57,12 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
       inner_dropout    between activation and down-projection: a module, or a rate that is set to zero
       outer_dropout    after the down-projection, where the stock FFN applies it itself
       adds_residual    true if the stock FFN is called with the residual and adds it
+                       where the source is a mixture, its blocks and routers stay:
+      slot             the block that holds the experts; "" if the layer does
+      experts          their name in it
+      activation       where they have theirs, or its name in transformers' table; by default `act_fn`
+      one_by_one       true if the block takes them from a list and calls each
+      experts_at       the text by which they were named, for tools
     base_model_type, kind, base_auto_map   of the source, for people and tools; nothing here reads them
 
 Letters of shapes: B sequences of a batch, T tokens (of all sequences, in one axis), H hidden size, E experts,
@@ -85,11 +91,12 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,6 +106,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -1966,9 +1974,10 @@ def _check_learned_thresholds(config: PretrainedConfig) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 14. Experts: what takes the place of the experts of a stock mixture, whose routers stay
 #
-# The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`.
-# That module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines
-# replace every module named `experts` by their own; the block finds it through a property of its class.
+# The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`, or
+# one of a list after the other: `self.experts[3](rows)`. That module alone is replaced. Ours stands in the
+# block under the name `MIXTURE`, because serving engines replace every module named `experts` by their own;
+# the block finds it through a property of its class.
 
 
 # The name in the stock block of what replaces its `experts`.
@@ -2015,13 +2024,15 @@ class Experts(Mixing):
 
     gating: Gating | None
 
-    def __init__(self, form: dict, num_experts: int, top_k: int, stock: Any = None):
+    def __init__(
+        self, form: dict, num_experts: int, top_k: int, stock: Any = None, activation: str | None = None
+    ):
         super().__init__(form, num_experts, top_k)
         self.gating = None
         if stock is not None:
-            act = getattr(stock, "act_fn", None) or nn.Identity()
+            act = find_activation(stock, activation)
             self.act = act if isinstance(act, nn.Module) else Activation(act)
-            if self.gate is not None and has_own_gating(stock):
+            if self.gate is not None and activation is None and has_own_gating(stock):
                 self.gating = Gating(stock)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -2035,6 +2046,39 @@ class Experts(Mixing):
         if self.gating is None or gate is None:
             return super()._activate(up, gate)
         return self.gating(gate, up)
+
+
+class ExpertList(Experts):
+    """The same where the stock block takes its experts from a list, and calls each with its rows."""
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, expert: Any) -> Callable[..., Tensor]:
+        return functools.partial(self, expert=range(len(self))[operator.index(expert)])
+
+    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(..., H) -> (..., H), all rows by one expert."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        index = rows.new_full((len(rows), 1), expert, dtype=torch.long)
+        return super().forward(rows, index, rows.new_ones(len(rows), 1)).reshape(hidden_states.shape)
+
+
+def find_activation(stock: Any, name: str | None = None) -> Callable[[Tensor], Tensor]:
+    """The activation of stock experts.
+
+    Args:
+        name: a path below the module, or a name of transformers' table; None: `act_fn`, where there is one.
+    """
+    if name is None:
+        return getattr(stock, "act_fn", None) or nn.Identity()
+    try:
+        return operator.attrgetter(name)(stock)
+    except AttributeError:
+        return ACT2FN[name]
 
 
 def has_own_gating(stock: Any) -> bool:
@@ -2051,25 +2095,38 @@ class HoldsExperts(nn.Module):
         return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]
 
 
-def replace_experts(block: nn.Module, form: dict, num_experts: int, top_k: int, namespace: dict) -> None:
+def replace_experts(block: nn.Module, form: dict, settings: dict, namespace: dict) -> None:
     """Put `Experts` of this form in the place of a stock block's; nothing to do if it has them.
 
     Args:
+        settings: `config.mpoe`.
         namespace: of the module that keeps the block's class, so that the block can be pickled.
     """
     if isinstance(block, HoldsExperts):
         return
-    made = Experts(form, num_experts, top_k, block.experts)
-    del block.experts
+    family = settings["family"]
+    name, kind = family["experts"], ExpertList if family.get("one_by_one") else Experts
+    stock = getattr(block, name)
+    made = kind(form, settings["num_experts"], settings["top_k"], stock, family.get("activation"))
+    put_experts(block, made, name, namespace)
+
+
+def put_experts(block: nn.Module, made: Experts, name: str, namespace: dict) -> None:
+    """Put these in the place of the stock block's, which it calls by that name. See `replace_experts`."""
+    delattr(block, name)
     setattr(block, MIXTURE, made)
-    block.__class__ = block_class(type(block), namespace)
+    block.__class__ = block_class(type(block), namespace, name)
 
 
-def block_class(stock: type[nn.Module], namespace: dict) -> type[nn.Module]:
-    """The subclass of a stock block's class. It has the stock name, by which transformers finds blocks."""
+def block_class(stock: type[nn.Module], namespace: dict, experts: str = "experts") -> type[nn.Module]:
+    """The subclass of a stock block's class. It has the stock name, by which transformers finds blocks.
+
+    Args:
+        experts: what the stock code calls its experts.
+    """
     name = CLASS_PREFIX + stock.__name__
     if name not in namespace:
-        body = {"__module__": namespace["__name__"], "__qualname__": name}
+        body = {"__module__": namespace["__name__"], "__qualname__": name, experts: HoldsExperts.experts}
         namespace[name] = type(stock.__name__, (HoldsExperts, stock), body)
     return namespace[name]
 
@@ -2312,7 +2369,7 @@ class MixtureMixin(_Stock):
         for path, form in present.items():
             if _keeps_routers(config):
                 stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
-                replace_experts(stock, block["forms"][form], block["num_experts"], block["top_k"], globals())
+                replace_experts(stock, block["forms"][form], block, globals())
             else:
                 initialise = _innermost_model(base, path)._init_weights
                 swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)

@@ -56,11 +56,13 @@ class InMemory(Checkpoint):
         disk: the checkpoint as it is stored.
         model: the stock model, on the meta device.
         groups: name in the model -> what it is made of.
+        stacks: name of one tensor for all experts of a list -> names in the model of theirs.
     """
 
     disk: Checkpoint = field(kw_only=True)
     model: PreTrainedModel = field(kw_only=True, repr=False)
     groups: dict[str, Group] = field(kw_only=True, repr=False)
+    stacks: dict[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True, repr=False)
     _made: dict[str, Tensor] = field(default_factory=dict, kw_only=True, repr=False)
 
     @property
@@ -74,8 +76,15 @@ class InMemory(Checkpoint):
         Raises:
             CheckpointError: also if a tensor that it is made of holds NaN or Inf.
         """
+        import torch
+
         from ..tensors import check_finite
 
+        if name in self.stacks:
+            tensors = {each: self.read(each) for each in self.stacks[name]}
+            for each, tensor in tensors.items():
+                check_finite(tensor, self.name_on_disk(each))
+            return torch.stack([*tensors.values()])
         if name not in self.groups:
             return self.disk.read(name)  # which raises
         if name in self._made:
@@ -92,8 +101,17 @@ class InMemory(Checkpoint):
         self._made.update(group.made_of(tensors, self.model))
         return self._made.pop(name)
 
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor that `read` gives."""
+        if name not in self.stacks:
+            return self.tensors[name]
+        own = self.tensors[self.stacks[name][0]]
+        return replace(own, name=name, shape=(len(self.stacks[name]), *own.shape))
+
     def name_on_disk(self, name: str) -> str:
         """The tensor on disk that one of the model is, or its own name if it is made of several."""
+        if name in self.stacks:
+            return name
         stored = self.groups[name].names
         return stored[0][0] if len(stored) == 1 else name
 

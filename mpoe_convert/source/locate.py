@@ -221,6 +221,7 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
     Raises:
         FamilyError: the model cannot be built.
     """
+    from .named_experts import proposals as experts_proposals
     from .proposals import proposals
 
     model_type = architecture.model_type
@@ -244,6 +245,9 @@ def _unknown(architecture: Architecture, names: set[str]) -> str:
     if found := proposals(architecture, {*names, *module_names(architecture, names).values()}):
         texts = " or ".join(f'{called("ffn")} "{each}"' for each in found)
         return f"{message}; to name the FFNs by hand: {texts}"
+    if found := experts_proposals(architecture.base):
+        texts = " or ".join(f'{called("experts_at")} "{each}"' for each in found)
+        return f"{message}; to name its experts by hand, if it is a mixture: {texts}"
     return (
         f"{message}; no module in its layers computes down(act(up(x))) or down(act(gate(x)) * up(x)) and "
         f"nothing else, so there is none that {called('ffn')} could name"

@@ -12,16 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, FamilyError, few
 from ..options import called
 from ..runtime.shapes import functions
+from .architecture import knows
 from .checkpoint import Checkpoint
+from .expert_layout import Layout, biases_of, computes_the_same, matrices_of
 from .families import Family, refusal
 from .ffn import FFN, Source
 from .in_memory import InMemory
+from .named_experts import check_blocks, find, is_marked, parse, proposals, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,10 +39,23 @@ _TOP_K = (
 
 @dataclass(frozen=True)
 class MixtureFamily(Family):
-    """How the blocks of a mixture stand in their layers; found in the model, not in the table of families."""
+    """How the blocks of a mixture stand in their layers; found in the model, not in the table of families.
+
+    Attributes:
+        experts: their name in the block.
+        layout: of experts that are named by hand and that transformers does not mark.
+    """
+
+    experts: str = "experts"
+    layout: Layout | None = None
 
     def runtime(self) -> dict:
-        return {"slot": self.slot, "experts": "experts"}
+        found: dict = {"slot": self.slot, "experts": self.experts}
+        if self.by_hand is not None:
+            found["experts_at"] = self.by_hand
+        if self.layout is not None:
+            found |= {"activation": self.layout.activation, "one_by_one": self.layout.one_by_one}
+        return found
 
 
 @dataclass(frozen=True)
@@ -78,62 +93,103 @@ def _most(count: object) -> int:
 
 
 def refuse(checkpoint: Checkpoint) -> None:
-    """Raises FamilyError for a mixture that is known to be of no use here, before anything is built."""
-    model_type = checkpoint.config["model_type"]
-    if checkpoint.architecture.is_custom:
-        raise FamilyError(
-            f"'{checkpoint.source}' is a mixture of experts with custom code, and only those of "
-            f"transformers are converted: leave out {called('trust_remote_code')}, if transformers has the "
-            f"type {model_type!r}"
-        )
+    """Raises FamilyError for a mixture of custom code, whose experts have to be named."""
+    architecture = checkpoint.architecture
+    if not architecture.is_custom:
+        return
+    texts = " or ".join(f'{called("experts_at")} "{each}"' for each in proposals(architecture.base))
+    told = f"name its experts by hand: {texts}"
+    if not texts:
+        told = f"none of its modules holds experts that {called('experts_at')} could name"
+    if knows(model_type := architecture.model_type):
+        told += f"; or leave out {called('trust_remote_code')}, to take transformers' code of {model_type!r}"
+    raise FamilyError(f"'{checkpoint.source}' is a mixture of experts with custom code: {told}")
 
 
-def locate_experts(memory: InMemory) -> Located:
+def locate_experts(memory: InMemory, experts_at: str | None = None) -> Located:
     """Find the experts of a mixture, and check that its tensors are complete; reads headers only.
 
+    Args:
+        experts_at: the text of --experts-at, which names them.
+
     Raises:
-        FamilyError: transformers' code for this model calls its experts in a way that is not known here.
+        FamilyError: transformers' code for this model calls its experts in a way that is not known here, or
+            they are not where the text says.
         CheckpointError: tensors are missing or have another shape than config.json says.
     """
     model_type, base = memory.config["model_type"], memory.model.base_model
-    found = dict(_experts_modules(base))
-    if not found:
-        raise FamilyError(_why_not(memory, base))
-    slots = {path: _split(path) for path in found}
-    slot = next(iter(slots.values()))[2]
-    if any(each[2] != slot for each in slots.values()):
-        raise FamilyError(
-            f"experts in blocks of several names ({few([*found])}); expected one name in all layers"
-        )
-    for kind in {(type(module), _flags(module)): module for module in found.values()}.values():
-        check_module(model_type, kind)
-    counts = {path: _size(module)[0] for path, module in found.items()}
+    if experts_at is None:
+        family, found = _family(memory, base)
+    else:
+        family, found = family_by_hand(base, model_type, experts_at)
+    if family.layout is None:
+        for kind in {(type(module), _flags(module)): module for module in found.values()}.values():
+            check_module(model_type, kind)
+    counts = {path: _size(module, family)[0] for path, module in found.items()}
     if len({*counts.values()}) > 1:
         raise FamilyError(
             f"the layers have {sorted({*counts.values()})} experts; expected one number in all layers"
         )
     _check_tensors(memory)
     prefix = _prefix(memory, base)
-    ffns = tuple(_ffn(path, *slots[path], module, prefix) for path, module in found.items())
-    blocks = [base.get_submodule(path.rpartition(".")[0]) for path in found]
+    ffns = tuple(_ffn(layer, module, family, memory, prefix) for layer, module in found.items())
+    blocks = [base.get_submodule(".".join(filter(None, [layer, family.slot]))) for layer in found]
     top_k = max(_top_k(block, memory.config) for block in blocks)
-    family = MixtureFamily((model_type,), (), slot, (), activation="")
     return Located(family, ffns, next(iter(counts.values())), top_k)
+
+
+def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[MixtureFamily, dict[str, Any]]:
+    """What the text of --experts-at says: the family, and {path of a layer: its experts}.
+
+    Raises:
+        FamilyError: the text does not fit the model, or its experts cannot be replaced.
+    """
+    named = parse(experts_at)
+    found = find(base, named)
+    layout = read(base, named, found)
+    check_blocks(base, named, found, layout or Layout(sources_of(next(iter(found.values())), ""), None))
+    family = MixtureFamily(
+        (model_type,),
+        (named.layers,),
+        named.slot,
+        (),
+        activation="",
+        by_hand=experts_at,
+        experts=named.experts,
+        layout=layout,
+    )
+    return family, found
+
+
+def _family(memory: InMemory, base: nn.Module) -> tuple[MixtureFamily, dict[str, Any]]:
+    """The same of a model whose experts transformers marks. Raises FamilyError."""
+    model_type = memory.config["model_type"]
+    marked = dict(_experts_modules(base))
+    if not marked:
+        raise FamilyError(_why_not(memory, base))
+    slots = {path: _split(path) for path in marked}
+    slot = next(iter(slots.values()))[1]
+    if any(each[1] != slot for each in slots.values()):
+        raise FamilyError(
+            f"experts in blocks of several names ({few([*marked])}); expected one name in all layers"
+        )
+    family = MixtureFamily((model_type,), (), slot, (), activation="")
+    return family, {slots[path][0]: module for path, module in marked.items()}
 
 
 def _experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path below the base model, module) of those that transformers marks as experts."""
     for path, module in base.named_modules():
-        if hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed"):
+        if is_marked(module):
             yield path, module
 
 
-def _split(path: str) -> tuple[str, int, str]:
-    """(path of the layer, its number, the block's path in it) of an experts module."""
-    match = re.fullmatch(r"((?:\w+\.)*?(\d+))((?:\.\w+)*?)\.experts", path)
+def _split(path: str) -> tuple[str, str]:
+    """(path of the layer, the block's path in it) of an experts module."""
+    match = re.fullmatch(r"((?:\w+\.)*?\d+)((?:\.\w+)*?)\.experts", path)
     if match is None:
         raise FamilyError(f"experts at {path}; expected in numbered layers, in a module named experts")
-    return match[1], int(match[2]), match[3].removeprefix(".")
+    return match[1], match[2].removeprefix(".")
 
 
 def _why_not(memory: InMemory, base: nn.Module) -> str:
@@ -159,11 +215,9 @@ def _flags(module: Any) -> tuple[bool, ...]:
     return tuple(bool(getattr(module, name, False)) for name in names)
 
 
-def _size(module: Any) -> tuple[int, int, int]:
+def _size(module: Any, family: MixtureFamily) -> tuple[int, int, int]:
     """(experts, hidden size, inner size) of an experts module."""
-    experts, *sizes = module.down_proj.shape
-    inner, hidden = sizes if module.is_transposed else sizes[::-1]
-    return experts, hidden, inner
+    return (family.layout or Layout(sources_of(module, ""), None)).size(module)
 
 
 def _names(module: Any) -> dict[str, str]:
@@ -189,10 +243,17 @@ def sources_of(module: Any, prefix: str) -> dict[str, Source]:
     return found
 
 
-def _ffn(path: str, layer: str, number: int, slot: str, module: Any, prefix: str) -> FFN:
-    sources = sources_of(module, f"{prefix}{path}.")
-    key = f"{prefix}{layer}.{slot}." if slot else f"{prefix}{layer}."
-    return FFN(layer, number, key + functions().MIXTURE, (sources,) * _size(module)[0])
+def _ffn(layer: str, module: Any, family: MixtureFamily, memory: InMemory, prefix: str) -> FFN:
+    block = ".".join(filter(None, [layer, family.slot]))
+    start, key = f"{prefix}{block}.{family.experts}.", f"{prefix}{block}.{functions().MIXTURE}"
+    layout, unread = family.layout, ()
+    sources = sources_of(module, start) if layout is None else layout.sources(start)
+    count, _, _ = _size(module, family)
+    if layout is not None and layout.listed:
+        stacks = {start + name: tuple(f"{start}{e}.{name}" for e in range(count)) for name in layout.tensors}
+        memory.stacks.update(stacks)
+        unread = tuple(name for names in stacks.values() for name in names)
+    return FFN(layer, int(layer.rpartition(".")[2]), key, (sources,) * count, unread)
 
 
 def _prefix(memory: InMemory, base: nn.Module) -> str:
@@ -259,45 +320,13 @@ def _read(
     return tensor
 
 
-def matrices_of(tensor: Tensor, source: Source) -> Tensor:
-    """A view (E, in, out) of the tensor that holds the matrices of all experts."""
-    stack = tensor if source.transposed else tensor.mT
-    if source.part is None:
-        return stack
-    return stack[..., source.part :: 2] if source.interleaved else stack.chunk(2, dim=-1)[source.part]
-
-
-def biases_of(tensor: Tensor, source: Source) -> Tensor:
-    """A view (E, out) of the tensor that holds the biases of all experts."""
-    if source.part is None:
-        return tensor
-    return tensor[..., source.part :: 2] if source.interleaved else tensor.chunk(2, dim=-1)[source.part]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Confirmed by running it
-
-# Sizes of a trial: all different, so that a wrong order fails.
-_EXPERTS, _HIDDEN, _INNER, _TOKENS, _CHOSEN = 3, 6, 10, 7, 2
-
-
 def check_module(model_type: str, module: Any) -> None:
     """Run a small copy of stock experts beside ours. Raises FamilyError if they compute different things."""
-    import torch
-
     name = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
         raise FamilyError(refusal(model_type, f"{name} has a norm behind every expert"))
     try:
-        small = _small(module)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(_TOKENS, _HIDDEN, generator=generator)
-        index = torch.rand(_TOKENS, _EXPERTS, generator=generator).argsort(-1)[:, :_CHOSEN]
-        weights = torch.rand(_TOKENS, _CHOSEN, generator=generator)
-        with torch.no_grad():
-            expected = small(tokens, index, weights)
-            found = _ours(small)(tokens, index, weights)
-        same = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        same = computes_the_same(module, Layout(sources_of(module, ""), None))
     except Exception as error:  # the model's code may need anything else
         raise FamilyError(
             refusal(model_type, f"{name} does not run on small numbers ({type(error).__name__})")
@@ -306,56 +335,3 @@ def check_module(model_type: str, module: Any) -> None:
         raise FamilyError(
             refusal(model_type, f"{name} computes something else than down(act(gate x) * up x)")
         )
-
-
-def _small(module: Any) -> Any:
-    """A small copy of stock experts with random parameters."""
-    import torch
-    from torch import nn
-
-    own = vars(nn.Module()).keys()
-    sizes = dict(zip(_size(module), (_EXPERTS, _HIDDEN, _INNER), strict=True))
-    kind: Any = type(module)
-    small = kind.__new__(kind)
-    nn.Module.__init__(small)
-    for name, value in vars(module).items():
-        if name not in own:
-            is_size = isinstance(value, int) and not isinstance(value, bool)
-            vars(small)[name] = sizes.get(value, value) if is_size else value
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if name in vars(small):
-            vars(small)[name] = _EXPERTS
-    small._modules.update(module._modules)
-    small.config = SimpleNamespace(_experts_implementation="eager")
-    generator = torch.Generator().manual_seed(1)
-    width = 2 * _INNER if module.has_gate else _INNER
-    for name, shape in ((_names(module)["up"], (_HIDDEN, width)), ("down_proj", (_INNER, _HIDDEN))):
-        shape = shape if module.is_transposed else shape[::-1]
-        setattr(small, name, nn.Parameter(torch.randn(_EXPERTS, *shape, generator=generator)))
-        if module.has_bias:
-            out = _HIDDEN if name == "down_proj" else width
-            setattr(small, f"{name}_bias", nn.Parameter(torch.randn(_EXPERTS, out, generator=generator)))
-    return small
-
-
-def _ours(small: Any) -> Any:
-    """Our experts with the parameters of stock ones."""
-    import torch
-
-    roles = {"gate": (_HIDDEN, _INNER), "up": (_HIDDEN, _INNER), "down": (_INNER, _HIDDEN)}
-    sources = sources_of(small, "")
-    bias = "per-expert" if small.has_bias else None
-    form = {role: {"terms": [whole(*roles[role])], "bias": bias} for role in sources}
-    made = functions().Experts(form, _EXPERTS, _CHOSEN, small)
-    with torch.no_grad():
-        for role, source in sources.items():
-            projection = getattr(made, role)
-            projection.terms[0].aux_0.copy_(matrices_of(getattr(small, source.weight), source))
-            if source.bias:
-                projection.bias.copy_(biases_of(getattr(small, source.bias), source))
-    return made
-
-
-def whole(rows: int, cols: int) -> dict:
-    """The term of experts that are whole matrices."""
-    return {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [False]}

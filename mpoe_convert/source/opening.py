@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import Checkpoint, open_checkpoint
 from .in_memory import in_memory
 from .mixtures import is_mixture, refuse
+from .named_experts import parse
 
 
 def open_source(
@@ -14,12 +15,18 @@ def open_source(
     token: str | None = None,
     headers_only: bool = False,
     trust_remote_code: bool = False,
+    experts_at: str | None = None,
 ) -> Checkpoint:
-    """Open the source of a conversion. Arguments and errors as for `open_checkpoint`.
+    """Open the source of a conversion. Other arguments and errors as for `open_checkpoint`.
+
+    Args:
+        experts_at: where the experts are; then it is a mixture.
 
     Raises:
         FamilyError: also if it is a mixture whose experts cannot be replaced.
     """
+    if experts_at is not None:
+        parse(experts_at)  # told before anything is fetched
     checkpoint = open_checkpoint(
         model,
         revision=revision,
@@ -27,7 +34,8 @@ def open_source(
         headers_only=headers_only,
         trust_remote_code=trust_remote_code,
     )
-    if not is_mixture(checkpoint):
-        return checkpoint
-    refuse(checkpoint)
+    if experts_at is None:
+        if not is_mixture(checkpoint):
+            return checkpoint
+        refuse(checkpoint)
     return in_memory(checkpoint)
