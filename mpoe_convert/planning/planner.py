@@ -72,7 +72,7 @@ def _reads(
     for plan in ffns:
         sources = plan.ffn.projections.values()
         names = [name for source in sources for name in (source.weight, source.bias) if name]
-        found[plan.ffn.key] = sum(num_bytes(checkpoint.tensors[name]) for name in names)
+        found[plan.ffn.key] = sum(num_bytes(checkpoint.info(name)) for name in names)
     return found
 
 

@@ -91,6 +91,10 @@ class Checkpoint:
         """The classes and the config of the model."""
         return Architecture(self.config, self.code)
 
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor that `read` gives."""
+        return self.tensors[name]
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own, with the dtype and shape of `tensors[name]`.
 

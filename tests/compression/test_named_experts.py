@@ -124,8 +124,8 @@ def test_gradients_of_a_list_are_those_of_its_weights(listed):
     squares, rows, seen = {}, 0, {}
     handles = [*blocks_seen(model, modules, seen)]
     model.requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    for batch in split(run.batches)[0]:
+    for place, batch in enumerate(split(run.batches)[0]):
+        generator = torch.Generator().manual_seed(place)
         model.zero_grad()
         loss, _ = sampled_loss(model, batch, generator, True)
         loss.backward()
@@ -137,7 +137,7 @@ def test_gradients_of_a_list_are_those_of_its_weights(listed):
                 for role, (name, each) in inputs.items():
                     gradient = getattr(sheet, name).weight.grad
                     mean = gradient.square().sum() / each.square().sum() / len(gradient)
-                    squares[path, role] = squares.get((path, role), 0.0) + float(mean)
+                    squares[path, role] = squares.get((path, role), 0.0) + mean.item()
     for handle in handles:
         handle.remove()
     assert rows == 2 * 2 * 8  # of 8 tokens that are not held out, in two layers
