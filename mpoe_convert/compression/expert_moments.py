@@ -4,7 +4,7 @@
 
     x, experts, weights --[experts module]--> sum_e g_e(x) f_e(x)       f_e(x) = down_e(h)
                                |                                       h = act(gate_e(x)) * up_e(x)
-        per expert: sum g^2 x^T x,  sum g^2 h^T h,  tokens
+        per expert: sum g^2 x^T x,  sum g^2 h^T h,  sum g norm(f(x)),  tokens
 
 Since transformers 5 the sparse blocks call a module `experts` with the hidden states, the chosen experts and
 their combine weights g; router, routing rule and shared experts stay the stock code's. That module's experts
@@ -38,24 +38,50 @@ BORROWED = 1 / 16
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "down_proj")
 
-Save = Callable[[str, "ExpertMoments"], None]
+Save = Callable[[str, "ExpertScores"], None]
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertMoments:
+class ExpertScores:
     """What calibration found at the experts of one layer: sums over the tokens that are routed to each.
 
     Attributes:
         tokens: (E,) int64.
         total: tokens of the layer.
-        inputs: (E, packed in x in) sums of g^2 x^T x in float32, see `decomposition.symmetric`.
-        inner: (E, packed inner x inner) sums of g^2 h^T h.
+        saliency: (E,) sums of norm(g f(x)) in float64.
     """
 
     tokens: Tensor
     total: int
+    saliency: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """(E,) float64, REAP's S_j: the mean of g_j norm(f_j) over the tokens routed to expert j; 0 without.
+
+        arXiv 2510.13999; g is the weight that the router gave the expert, renormalised over the chosen ones
+        where the router does so.
+        """
+        return self.saliency / self.tokens.clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMoments(ExpertScores):
+    """The same, with second moments.
+
+    Attributes:
+        inputs: (E, packed in x in) sums of g^2 x^T x in float32, see `decomposition.symmetric`.
+        inner: (E, packed inner x inner) sums of g^2 h^T h.
+    """
+
     inputs: Tensor
     inner: Tensor
+
+    def of(self, experts: Sequence[int]) -> ExpertMoments:
+        """Those of some experts alone; `total` stays that of the layer."""
+        kept = torch.tensor(experts)
+        tensors = (self.saliency, self.inputs, self.inner)
+        return ExpertMoments(self.tokens[kept], self.total, *(tensor[kept] for tensor in tensors))
 
     def metric(self, place: str, borrowed: float = BORROWED) -> Borrowing:
         """The moments of the inputs ("inputs") or hidden neurons ("inner"), one expert's at a time."""
@@ -127,6 +153,7 @@ def collect(
     save: Save,
     *,
     wanted: Callable[[str], bool] = lambda path: True,
+    moments: bool = True,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
@@ -136,13 +163,14 @@ def collect(
         save: called with the path of every experts module in `model` and what was found there, in the order
             of the layers.
         wanted: whether a path's moments are collected.
+        moments: False: `ExpertScores` alone, which take no memory.
 
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
     modules: dict[str, nn.Module] = {}
     modules |= {path: m for path, m in model.named_modules() if is_experts(m) and wanted(path)}
-    walk = _Walk(model, batches, save, len(modules))
+    walk = _Walk(model, batches, save, len(modules), moments)
     with torch.no_grad(), _run_by(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batch) for batch in batches], walk.release)
 
@@ -178,8 +206,11 @@ def _call(
 class _Walk:
     """All batches side by side; the sums of the layer that they are at."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], save: Save, count: int, moments: bool
+    ) -> None:
         self.model, self.batches, self.save = model, batches, save
+        self.make = _MomentSums if moments else _Sums
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
         self.calls_left = [count] * len(batches)
@@ -197,7 +228,7 @@ class _Walk:
         """What the module computes; x (tokens, in), experts and weights (tokens, k)."""
         current = self.lockstep.current
         if self.sums is None:
-            self.path, self.sums = path, _Sums(module, x)
+            self.path, self.sums = path, self.make(module, x)
         y = self.sums.add(module, x, experts, weights, self._counted(x))
         check_activations(y, path)
         self.calls_left[current] -= 1
@@ -217,16 +248,12 @@ class _Walk:
 
 
 class _Sums:
-    """Sums over batches that become the `ExpertMoments` of one layer."""
+    """Sums over batches that become the `ExpertScores` of one layer."""
 
     def __init__(self, module: Any, x: Tensor) -> None:
-        count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
-        if not module.is_transposed:
-            inner, outer = outer, inner
         self.total = 0
-        self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), device=x.device)
-        self.inner = torch.zeros(count, packed_length(inner), device=x.device)
+        self.tokens = torch.zeros(len(module.down_proj), dtype=torch.int64)
+        self.saliency = torch.zeros(len(module.down_proj), dtype=torch.float64)
 
     def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         """Run the experts; add what the counted tokens (tokens,) give."""
@@ -250,9 +277,32 @@ class _Sums:
             given = expert_outputs(module, expert, inner) * combine[own]
             outputs.index_add_(0, rows[own], given.to(outputs.dtype))
             if seen[expert]:
-                add_gram(self.inputs[expert], states[own].float() * scale[own])
-                add_gram(self.inner[expert], inner.float() * scale[own])
+                norms = given.float().norm(dim=-1) * is_counted[own]
+                self.saliency[expert] += float(norms.sum(dtype=torch.float64))
+                self.note(expert, states[own], inner, scale[own])
         return outputs.to(x.dtype)
 
+    def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
+        """Of an expert's rows: inputs (n, in), hidden neurons (n, inner), weights (n, 1), 0: not counted."""
+
+    def finish(self) -> ExpertScores:
+        return ExpertScores(self.tokens, self.total, self.saliency)
+
+
+class _MomentSums(_Sums):
+    """Sums over batches that become the `ExpertMoments` of one layer."""
+
+    def __init__(self, module: Any, x: Tensor) -> None:
+        super().__init__(module, x)
+        count, (inner, outer) = len(module.down_proj), module.down_proj.shape[1:]
+        if not module.is_transposed:
+            inner, outer = outer, inner
+        self.inputs = torch.zeros(count, packed_length(x.shape[-1]), device=x.device)
+        self.inner = torch.zeros(count, packed_length(inner), device=x.device)
+
+    def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
+        add_gram(self.inputs[expert], x.float() * scale)
+        add_gram(self.inner[expert], inner.float() * scale)
+
     def finish(self) -> ExpertMoments:
-        return ExpertMoments(self.tokens, self.total, self.inputs.cpu(), self.inner.cpu())
+        return ExpertMoments(self.tokens, self.total, self.saliency, self.inputs.cpu(), self.inner.cpu())

@@ -10,7 +10,7 @@ what the flags say is confirmed before anything is converted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,15 @@ class Located:
         family: where the blocks are.
         ffns: one per layer with experts, in layer order.
         num_experts, top_k: of all of them.
+        groups, top_groups: their routers choose groups of experts first, so many of so many.
     """
 
     family: MixtureFamily
     ffns: tuple[FFN, ...]
     num_experts: int
     top_k: int
+    groups: int = 1
+    top_groups: int = 1
 
 
 def is_mixture(checkpoint: Checkpoint) -> bool:
@@ -96,7 +99,7 @@ def locate_experts(memory: InMemory) -> Located:
         CheckpointError: tensors are missing or have another shape than config.json says.
     """
     model_type, base = memory.config["model_type"], memory.model.base_model
-    found = dict(_experts_modules(base))
+    found = dict(experts_modules(base))
     if not found:
         raise FamilyError(_why_not(memory, base))
     slots = {path: _split(path) for path in found}
@@ -107,7 +110,7 @@ def locate_experts(memory: InMemory) -> Located:
         )
     for kind in {(type(module), _flags(module)): module for module in found.values()}.values():
         check_module(model_type, kind)
-    counts = {path: _size(module)[0] for path, module in found.items()}
+    counts = {path: size_of(module)[0] for path, module in found.items()}
     if len({*counts.values()}) > 1:
         raise FamilyError(
             f"the layers have {sorted({*counts.values()})} experts; expected one number in all layers"
@@ -118,10 +121,12 @@ def locate_experts(memory: InMemory) -> Located:
     blocks = [base.get_submodule(path.rpartition(".")[0]) for path in found]
     top_k = max(_top_k(block, memory.config) for block in blocks)
     family = MixtureFamily((model_type,), (), slot, (), activation="")
-    return Located(family, ffns, next(iter(counts.values())), top_k)
+    groups = max(_attribute(block, ("num_group",)) or 1 for block in blocks)
+    top_groups = min(_attribute(block, ("topk_group",)) or 1 for block in blocks)
+    return Located(family, ffns, next(iter(counts.values())), top_k, groups, top_groups)
 
 
-def _experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
+def experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path below the base model, module) of those that transformers marks as experts."""
     for path, module in base.named_modules():
         if hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed"):
@@ -159,7 +164,7 @@ def _flags(module: Any) -> tuple[bool, ...]:
     return tuple(bool(getattr(module, name, False)) for name in names)
 
 
-def _size(module: Any) -> tuple[int, int, int]:
+def size_of(module: Any) -> tuple[int, int, int]:
     """(experts, hidden size, inner size) of an experts module."""
     experts, *sizes = module.down_proj.shape
     inner, hidden = sizes if module.is_transposed else sizes[::-1]
@@ -192,7 +197,7 @@ def sources_of(module: Any, prefix: str) -> dict[str, Source]:
 def _ffn(path: str, layer: str, number: int, slot: str, module: Any, prefix: str) -> FFN:
     sources = sources_of(module, f"{prefix}{path}.")
     key = f"{prefix}{layer}.{slot}." if slot else f"{prefix}{layer}."
-    return FFN(layer, number, key + functions().MIXTURE, (sources,) * _size(module)[0])
+    return FFN(layer, number, key + functions().MIXTURE, (sources,) * size_of(module)[0])
 
 
 def _prefix(memory: InMemory, base: nn.Module) -> str:
@@ -202,12 +207,20 @@ def _prefix(memory: InMemory, base: nn.Module) -> str:
 
 def _top_k(block: nn.Module, config: dict) -> int:
     """Experts per token, as the block or its router knows it, or config.json."""
-    for module in (block, *block.children()):
-        for name in ("top_k", "num_experts_per_tok", "topk", "num_experts_per_token", "moe_topk"):
-            if isinstance(found := getattr(module, name, None), int):
-                return found
+    names = ("top_k", "num_experts_per_tok", "topk", "num_experts_per_token", "moe_topk")
+    if (found := _attribute(block, names)) is not None:
+        return found
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return next((most for part in parts for key in _TOP_K if (most := _most(part.get(key)))), 1)
+
+
+def _attribute(block: nn.Module, names: Iterable[str]) -> int | None:
+    """The first whole number under one of these names that a block or a module in it has."""
+    for module in (block, *block.children()):
+        for name in names:
+            if isinstance(found := getattr(module, name, None), int):
+                return found
+    return None
 
 
 def _check_tensors(memory: InMemory) -> None:
@@ -314,7 +327,7 @@ def _small(module: Any) -> Any:
     from torch import nn
 
     own = vars(nn.Module()).keys()
-    sizes = dict(zip(_size(module), (_EXPERTS, _HIDDEN, _INNER), strict=True))
+    sizes = dict(zip(size_of(module), (_EXPERTS, _HIDDEN, _INNER), strict=True))
     kind: Any = type(module)
     small = kind.__new__(kind)
     nn.Module.__init__(small)
