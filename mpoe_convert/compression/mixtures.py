@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -358,7 +358,7 @@ def _load(calibration: Calibration, path: str, fewer: FewerExperts | None) -> Ex
 
     from .expert_moments import ExpertMoments
 
-    found: dict = load_file(calibration.file(path, "experts"))
+    found: dict[str, Any] = load_file(calibration.file(path, "experts"))
     moments = ExpertMoments(**found | {"total": int(found["total"])})
     return moments if fewer is None else moments.of(fewer.kept[path])
 
@@ -371,5 +371,5 @@ def _load_scores(calibration: Calibration, path: str) -> ExpertScores:
 
     file = calibration.file(path, "experts")
     with safe_open(file if file.is_file() else calibration.file(path, "scores"), "pt") as opened:
-        found = {each.name: opened.get_tensor(each.name) for each in fields(ExpertScores)}
+        found: dict[str, Any] = {each.name: opened.get_tensor(each.name) for each in fields(ExpertScores)}
     return ExpertScores(**found | {"total": int(found["total"])})

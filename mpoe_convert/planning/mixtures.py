@@ -165,6 +165,11 @@ class MixturePlan(Plan):
         )
 
     @property
+    def takes_moments(self) -> bool:
+        """Whether matrices are fitted to what experts get of the recipe's text."""
+        return bool(self.recipe.calibrate) and self.recipe.keep is not None
+
+    @property
     def experts_in_words(self) -> str:
         """How many there are per layer: "16", or "12 of 16"."""
         experts = f"{self.recipe.experts}"
@@ -202,7 +207,7 @@ class MixturePlan(Plan):
             + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in self.ffns
         )
-        moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
+        moments = max(map(moment_bytes, self.ffns)) if self.takes_moments else 0
         return shard + layer + moments + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
@@ -240,7 +245,7 @@ class MixturePlan(Plan):
         yield self.savings
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
-        if recipe.calibrate:
+        if self.takes_moments:
             needed = size(sum(map(moment_bytes, self.ffns)))
             yield f"Moments of the calibration, kept in the cache of Hugging Face: {needed}"
         if self.is_exact:
@@ -249,9 +254,12 @@ class MixturePlan(Plan):
 
 
 def moment_bytes(ffn: FFNPlan) -> int:
-    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed."""
-    sizes = {matrix.role: matrix.rows for matrix in ffn.matrices}
-    return 4 * ffn.ffn.num_experts * sum(packed_length(sizes[role]) for role in ("up", "down"))
+    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed.
+
+    Of all experts of the source.
+    """
+    stacks = {matrix.role: matrix for matrix in ffn.matrices if isinstance(matrix, StackPlan)}
+    return 4 * sum(stacks[role].source_experts * packed_length(stacks[role].rows) for role in ("up", "down"))
 
 
 def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:

@@ -103,6 +103,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     """
 
     NOUN = "recipe"
+    MEANT = frozenset({"experts"})  # without it a mixture keeps all that it has
 
     model: Text = option(
         help="Hub id or local folder of a dense checkpoint, or of a mixture of experts.",

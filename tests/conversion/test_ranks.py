@@ -20,6 +20,7 @@ from mpoe_convert.source.opening import open_source
 SHARDS = ["--max-shard-size", "4KB", "-q"]
 SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
 BUDGET = ["--keep", "0.9", "--correct", "--calibrate", "text.txt", "--calibration-tokens", "512"]
+FEWER = ["--keep", "0.6", "--calibrate", "text.txt", "--calibration-tokens", "512"]
 
 
 COUNTS = {"blocks": (1, 2), "low-rank": (1, 2), "budget": (1, 3), "mixture": (1, 2)}
@@ -32,12 +33,13 @@ def ran(tmp_path_factory):
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
     make_model("mixtral").save_pretrained(folder / "mixtral")
+    save_tokenizer(folder / "mixtral")
     (folder / "text.txt").write_text(words(4000), encoding="utf-8")
     cases = {
         "blocks": ["llama", *SMALL],
         "low-rank": ["llama", "--kind", "low-rank", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
-        "mixture": ["mixtral", "--keep", "0.6", *SHARDS],
+        "mixture": ["mixtral", "--experts", "3", *FEWER, *SHARDS],
     }
     runs = {}
     for case, args in cases.items():
