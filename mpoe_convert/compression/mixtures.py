@@ -359,7 +359,8 @@ def _load(calibration: Calibration, path: str, fewer: FewerExperts | None) -> Ex
     from .expert_moments import ExpertMoments
 
     found: dict[str, Any] = load_file(calibration.file(path, "experts"))
-    moments = ExpertMoments(**found | {"total": int(found["total"])})
+    found["total"] = int(found["total"])
+    moments = ExpertMoments(**found)
     return moments if fewer is None else moments.of(fewer.kept[path])
 
 
@@ -372,4 +373,5 @@ def _load_scores(calibration: Calibration, path: str) -> ExpertScores:
     file = calibration.file(path, "experts")
     with safe_open(file if file.is_file() else calibration.file(path, "scores"), "pt") as opened:
         found: dict[str, Any] = {each.name: opened.get_tensor(each.name) for each in fields(ExpertScores)}
-    return ExpertScores(**found | {"total": int(found["total"])})
+    found["total"] = int(found["total"])
+    return ExpertScores(**found)
