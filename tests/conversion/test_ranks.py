@@ -20,7 +20,7 @@ from mpoe_convert.source.opening import open_source
 SHARDS = ["--max-shard-size", "4KB", "-q"]
 SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
 BUDGET = ["--keep", "0.9", "--correct", "--calibrate", "text.txt", "--calibration-tokens", "512"]
-FEWER = ["--keep", "0.6", "--calibrate", "text.txt", "--calibration-tokens", "512"]
+FEWER = ["--keep", "0.6", "--calibrate", "text.txt", "--calibration-tokens", "1024"]
 
 
 COUNTS = {"blocks": (1, 2), "low-rank": (1, 2), "budget": (1, 3), "mixture": (1, 2)}

@@ -31,7 +31,7 @@ CALLS = {
         "keep": 0.6,
         "experts": 3,
         "calibrate": "text.txt",
-        "calibration_tokens": 512,
+        "calibration_tokens": 1024,
     },
 }
 
@@ -55,7 +55,7 @@ def work(sources, tmp_path, monkeypatch):
 
 
 def recipe(case: str = "dense", **options) -> Recipe:
-    return Recipe(**CALLS[case] | {"max_shard_size": "4KB", "calibration_tokens": 512} | options)
+    return Recipe(**CALLS[case] | {"max_shard_size": "4KB", "calibration_tokens": 1024} | options)
 
 
 @contextmanager
@@ -131,11 +131,12 @@ def test_a_change_in_any_of_a_mixture_s_files_is_seen(work):
     make_model("mixtral").save_pretrained("mixtral", max_shard_size="4KB")
     files = sorted(Path("mixtral").glob("model-*.safetensors"))
     assert len(files) > 4
+    made = Recipe("mixtral", keep=0.6, max_shard_size="4KB")
     for file in files:
-        left = interrupt(recipe("mixture"))
+        left = interrupt(made)
         file.touch()
         with pytest.raises(RecipeError, match=rf"^the source's '{file.name}' has changed since the inter"):
-            convert(recipe("mixture"), "out", resume=True)
+            convert(made, "out", resume=True)
         shutil.rmtree(left)
 
 
