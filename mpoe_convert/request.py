@@ -39,6 +39,8 @@ class Request(OptionGroup):
 
     # What messages call it.
     NOUN: ClassVar[str] = "request"
+    # Options that count as given wherever they are listed, also with the value of the default.
+    MEANT: ClassVar[frozenset[str]] = frozenset()
     # The option that names a plug-in, and the options of every plug-in (see `plugin_options`).
     CHOOSER: ClassVar[str] = ""
     PLUGINS: ClassVar[Mapping[str, type[OptionGroup]]] = {}
@@ -124,10 +126,11 @@ class Request(OptionGroup):
     def read_from_file(self, names: Collection[str]) -> Self:
         """A copy in which those of these values that equal the default do not count as given.
 
-        The files that conversions write list every option.
+        The files that conversions write list every option. Those of `MEANT` count all the same.
         """
         known = by_name(type(self))
-        same = {name for name in self.given & set(names) if getattr(self, name) == default_of(known[name])}
+        listed = (self.given & set(names)) - self.MEANT
+        same = {name for name in listed if getattr(self, name) == default_of(known[name])}
         made = self.replace()
         object.__setattr__(made, "given", self.given - same)
         return made

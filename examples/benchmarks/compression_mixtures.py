@@ -10,8 +10,8 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
   `uniform`: the best form for every matrix, each with the same share.
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
-* `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap`, `hc-smoe` (whole experts: the largest number
-  within the share).
+* `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
+  largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
   `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
 
@@ -24,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,12 +34,10 @@ import torch
 from mixture_rivals import (
     base_and_differences,
     clusters,
-    dropped_experts,
     loop_rate,
     mean_outputs,
     merged,
     rounded,
-    saliencies,
     without,
 )
 from rich.console import Console
@@ -49,6 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from mpoe_convert.compression.batches import split
 from mpoe_convert.compression.expert_gradients import expert_sensitivities
 from mpoe_convert.compression.expert_moments import ExpertMoments, collect, is_experts
+from mpoe_convert.compression.pruning import kept_experts
 from mpoe_convert.compression.stack_budget import StackCandidate, shared_out, uniform
 from mpoe_convert.compression.stream import keep_no_cache
 from mpoe_convert.decomposition.neurons import kept_neurons, leverage, refitted_down, widths_by_score
@@ -110,9 +110,9 @@ def read_layer(module) -> Layer:
 
 
 @torch.no_grad()
-def write_layer(module, layer: Layer) -> None:
-    module.gate_up_proj.copy_(torch.cat([layer["gate"], layer["up"]], -1).mT)
-    module.down_proj.copy_(layer["down"].mT)
+def write_layer(module, layer: Layer, experts: slice | list[int] = slice(None)) -> None:
+    module.gate_up_proj[experts] = torch.cat([layer["gate"], layer["up"]], -1).mT
+    module.down_proj[experts] = layer["down"].mT
 
 
 @dataclass
@@ -125,6 +125,7 @@ class Source:
     layers: Layers = field(init=False)
     moments: dict[str, ExpertMoments] = field(init=False)
     candidates: dict[float, dict] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)  # by path; the experts that `layers` are of
 
     def __post_init__(self) -> None:
         self.modules = {path: m for path, m in self.model.named_modules() if is_experts(m)}
@@ -133,6 +134,17 @@ class Source:
         self.moments = {}
         collect(self.model, self.batches, self.moments.__setitem__)
         self.nats = self._sensitivities()
+
+    def of(self, kept: dict[str, list[int]]) -> "Source":
+        """With these experts alone."""
+        found = copy(self)
+        found.kept, found.candidates = kept, {}
+        found.layers = {
+            path: {role: stack[kept[path]] for role, stack in layer.items()}
+            for path, layer in self.layers.items()
+        }
+        found.moments = {path: moments.of(kept[path]) for path, moments in self.moments.items()}
+        return found
 
     def metric(self, path: str, role: str):
         return self.moments[path].metric("inner" if role == "down" else "inputs")
@@ -217,7 +229,7 @@ def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit], bits:
                 cores = [[rounded(core, bits, GROUP) for core in term] for term in cores]
             layer[role] = torch.stack([expand(cores, e) for e in range(len(stack))])
             told[path][role] = {"form": fit.form, "ranks": fit.ranks, "error": fit.error}
-        write_layer(module, layer)
+        write_layer(module, layer, source.kept.get(path, slice(None)))
     return told
 
 
@@ -291,14 +303,26 @@ def fewer_neurons(source: Source, share: float) -> Iterator[dict]:
 def reap(source: Source, share: float) -> Iterator[dict]:
     """The experts that matter least are never chosen."""
     handles, told = [], {}
-    for path, calls in source.calls.items():
-        scores = saliencies(source.modules[path], *calls)
-        told[path] = dropped_experts(scores, int(share * len(scores)))
+    for path, module in source.modules.items():
+        count = len(module.down_proj)
+        kept = kept_experts(source.moments[path].scores, int(share * count))
+        told[path] = [expert for expert in range(count) if expert not in kept]
         router = source.model.get_submodule(path.rpartition(".")[0]).gate
         handles.append(router.register_forward_hook(without(told[path], router.top_k)))
     yield {"dropped": told}
     for handle in handles:
         handle.remove()
+
+
+def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
+    """An eighth of the experts left out, and the others as small as the share asks for."""
+    whole = 7 / 8
+    for told in reap(source, whole):
+        kept = {
+            path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
+            for path, module in source.modules.items()
+        }
+        yield from ours("loss")(source.of(kept), share / whole)
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -329,6 +353,7 @@ def rounding(bits: int) -> Way:
 WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform": ours("uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
+WAYS["reap, auto"] = fewer_and_smaller
 
 
 def bytes_of(bits: int) -> float:
@@ -376,7 +401,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     results.setdefault("source loops", loop_rate(model, prompts))
     start = time.perf_counter()
     source = Source(model, [{"input_ids": part} for part in calibration[order].split(10)])
-    results["calibration_seconds"] = time.perf_counter() - start
+    results.setdefault("calibration_seconds", time.perf_counter() - start)
     for key, kept, way in jobs(arguments):
         if key in results:
             continue

@@ -1,7 +1,7 @@
 """Published ways to compress a mixture, from their papers' formulas, for `compression_mixtures.py`.
 
-REAP (arXiv 2510.13999), HC-SMoE (arXiv 2410.08589), D2-MoE (arXiv 2502.17298), rounding to nearest; and how
-often greedy text falls into a loop.
+HC-SMoE (arXiv 2410.08589), D2-MoE (arXiv 2502.17298), rounding to nearest; routers without some experts; and
+how often greedy text falls into a loop.
 """
 
 from collections.abc import Sequence
@@ -11,29 +11,6 @@ from torch import Tensor
 
 from mpoe_convert.compression.expert_moments import expert_outputs, hidden_neurons
 from mpoe_convert.decomposition.stack_bases import alone
-
-
-def saliencies(module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """REAP's S_j, (E,): the mean of g_j norm(f_j) over the tokens routed to expert j; 0 if there are none.
-
-    Args:
-        module: stock experts.
-        x: (tokens, in).
-        experts, weights: (tokens, k), from the router.
-    """
-    found = torch.zeros(len(module.down_proj), dtype=torch.float64)
-    for expert in range(len(found)):
-        rows, places = (experts == expert).nonzero(as_tuple=True)
-        if len(rows):
-            answers = expert_outputs(module, expert, hidden_neurons(module, expert, x[rows]))
-            found[expert] = (weights[rows, places] * answers.norm(dim=-1)).double().mean()
-    return found
-
-
-def dropped_experts(scores: Tensor, kept: int) -> list[int]:
-    """The experts with the lowest scores (E,), all but `kept`; of equal ones the later ones."""
-    order = scores.argsort(descending=True, stable=True)
-    return sorted(order[kept:].tolist())
 
 
 def without(dropped: Sequence[int], top_k: int):

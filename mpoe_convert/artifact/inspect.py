@@ -50,6 +50,7 @@ class Summary:
             "recipe": self.report["recipe"],
             "parts": parts,
             "files": self.files,
+            "fewer_experts": self.report.get("fewer_experts"),
             "max_relative_error": self.report["max_relative_error"],
             "max_clone_drift": self.report["max_clone_drift"],
             "warnings": self.report["warnings"],

@@ -174,6 +174,9 @@ class ChildRequest:
         has_tokenizer: the artifact, a folder then, has a tokenizer to compare with that of the reference.
         is_trained: the artifact was trained since; then it is checked without a reference that does not load.
         absent: why the reference cannot be loaded; None: it is loaded.
+        kept: by the paths of layers, the numbers of the experts that a mixture has left: the reference is cut
+            to these; empty: it has all.
+        small: config.json of the reference with so many experts.
     """
 
     against: str
@@ -190,6 +193,8 @@ class ChildRequest:
     has_tokenizer: bool = False
     is_trained: bool = False
     absent: str | None = None
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    small: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -207,7 +212,8 @@ def verify(
 
     Their tokenizers, if there are some, are compared on a few hundred texts. Of an artifact that `finetune`
     wrote the difference is information: what is checked is that it loads, is finite, generates, and that its
-    config, its reports and its weights agree. The dense source may then be gone.
+    config, its reports and its weights agree. The dense source may then be gone. A mixture with fewer experts
+    is compared with its source without the others.
 
     Args:
         artifact: folder that a conversion wrote.
@@ -277,6 +283,8 @@ def verify(
         has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
         is_trained=training is not None,
         absent=absent,
+        kept=(kept := _kept_experts(report)),
+        small=base if kept else {},
     )
     result = _run_child(request)
     if is_named and (reason := result.get("reference_error")):
@@ -292,6 +300,12 @@ def verify(
         contradictions=tuple(_contradictions(folder, config, report, training)),
         **_NOT_COMPARED | result,
     )
+
+
+def _kept_experts(report: dict) -> dict[str, list[int]]:
+    """By the paths of layers, the experts that an artifact of a mixture has left; {}: all."""
+    fewer = report.get("fewer_experts") or {"layers": []}
+    return {layer["path"]: layer["kept"] for layer in fewer["layers"]}
 
 
 def _nor_there(folder: Path, report: dict, against: str) -> str:

@@ -62,6 +62,9 @@ def main() -> dict:
         )
         made_up = values_of(model, info["missing_keys"])
         inputs, found["inputs"] = make_inputs(model)
+        if request["kept"]:
+            model = with_experts(model, request["kept"], request["small"])
+            found["inputs"] += ", the source without the experts that were left out"
         expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]
         if nan := sorted(damaged_outputs(expected, None)):
             raise ValueError(f"its outputs {nan} hold NaN")
@@ -99,6 +102,29 @@ def main() -> dict:
         return found | compare_tokenizers(request)
     except Exception as error:
         return {"error": f"the tokenizer of the {names[1]} does not load: {_line(error)}"}
+
+
+def with_experts(model: Any, kept: dict[str, list[int]], config: dict) -> Any:
+    """A mixture with some of its experts alone, as a model of its class.
+
+    Args:
+        kept: by the paths of layers, the numbers of those that stay.
+        config: of the smaller model.
+    """
+    import torch
+
+    small = type(model)._from_config(type(model.config).from_dict(config), dtype=model.dtype)
+    state = model.state_dict()
+    for name, empty in small.state_dict().items():
+        tensor = state[name]
+        for dim, size in enumerate(empty.shape):
+            if size != tensor.shape[dim]:  # what stands behind the experts stays
+                own = max((path for path in kept if f".{path}." in f".{name}"), key=len)
+                entries = [*kept[own], *range(len(kept[own]) + tensor.shape[dim] - size, tensor.shape[dim])]
+                tensor = tensor.index_select(dim, torch.tensor(entries))
+        state[name] = tensor
+    small.load_state_dict(state)
+    return small
 
 
 def values_of(model: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:

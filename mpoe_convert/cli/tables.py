@@ -140,7 +140,13 @@ def print_summary(summary: Summary, out: Console) -> None:
     error = f"Largest relative error {summary.report['max_relative_error']:.2e}"
     if of_mixture:
         kept = "all numbers" if recipe["keep"] is None else f"{recipe['keep']:.1%} of the numbers at most"
-        out.print(f"{error}; {kept} of the source's experts; its routers.")
+        if fewer := summary.report.get("fewer_experts"):
+            out.print(
+                f"Of {fewer['source_experts']} experts per layer {block['num_experts']} are left, with the "
+                "routers' rows for them."
+            )
+        whose = "these experts" if fewer and recipe["keep"] is None else "the source's experts"
+        out.print(f"{error}; {kept} of {whose}{'' if fewer else '; its routers'}.")
     else:
         out.print(
             f"{error}, clone drift "

@@ -4,7 +4,7 @@
 
     x, experts, weights --[experts module]--> sum_e g_e(x) f_e(x)       f_e(x) = down_e(h)
                                |                                       h = act(gate_e(x)) * up_e(x)
-        per expert: sum g^2 x^T x,  sum g^2 h^T h,  tokens
+        per expert: sum g^2 x^T x,  sum g^2 h^T h,  sum g norm(f(x)),  tokens
 
 Since transformers 5 the sparse blocks call a module `experts` with the hidden states, the chosen experts and
 their combine weights g; router, routing rule and shared experts stay the stock code's. That module's experts
@@ -41,24 +41,50 @@ BORROWED = 1 / 16
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "down_proj")
 
-Save = Callable[[str, "ExpertMoments"], None]
+Save = Callable[[str, "ExpertScores"], None]
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertMoments:
+class ExpertScores:
     """What calibration found at the experts of one layer: sums over the tokens that are routed to each.
 
     Attributes:
         tokens: (E,) int64.
         total: tokens of the layer.
-        inputs: (E, packed in x in) sums of g^2 x^T x in float32, see `decomposition.symmetric`.
-        inner: (E, packed inner x inner) sums of g^2 h^T h.
+        saliency: (E,) sums of norm(g f(x)) in float64.
     """
 
     tokens: Tensor
     total: int
+    saliency: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """(E,) float64, REAP's S_j: the mean of g_j norm(f_j) over the tokens routed to expert j; 0 without.
+
+        arXiv 2510.13999; g is the weight that the router gave the expert, renormalised over the chosen ones
+        where the router does so.
+        """
+        return self.saliency / self.tokens.clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMoments(ExpertScores):
+    """The same, with second moments.
+
+    Attributes:
+        inputs: (E, packed in x in) sums of g^2 x^T x in float32, see `decomposition.symmetric`.
+        inner: (E, packed inner x inner) sums of g^2 h^T h.
+    """
+
     inputs: Tensor
     inner: Tensor
+
+    def of(self, experts: Sequence[int]) -> ExpertMoments:
+        """Those of some experts alone; `total` stays that of the layer."""
+        kept = torch.tensor(experts)
+        tensors = (self.saliency, self.inputs, self.inner)
+        return ExpertMoments(self.tokens[kept], self.total, *(tensor[kept] for tensor in tensors))
 
     def metric(self, place: str, borrowed: float = BORROWED) -> Borrowing:
         """The moments of the inputs ("inputs") or hidden neurons ("inner"), one expert's at a time."""
@@ -132,6 +158,7 @@ def collect(
     wanted: Callable[[str], bool] = lambda path: True,
     ranks: Ranks = ALONE,
     layout: Layout | None = None,
+    moments: bool = True,
 ) -> None:
     """Run the stock mixture over its batches; moments are summed over those that are not held out.
 
@@ -143,13 +170,14 @@ def collect(
         wanted: whether a path's moments are collected.
         ranks: the processes that share the batches.
         layout: of experts that were named by hand; the wanted paths are theirs.
+        moments: False: `ExpertScores` alone, which take no memory.
 
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
     modules: dict[str, nn.Module] = {}
     modules |= {path: m for path, m in model.named_modules() if (layout or is_experts(m)) and wanted(path)}
-    walk = _Walk(model, batches, save, len(modules), layout, ranks)
+    walk = _Walk(model, batches, save, len(modules), moments, layout, ranks)
     running = _watched if layout is not None and layout.listed else _run_by
     with torch.no_grad(), running(walk, modules):
         walk.lockstep.run([partial(run_batch, model, batches[n]) for n in walk.own], walk.release)
@@ -209,11 +237,13 @@ class _Walk:
         batches: Sequence[Batch],
         save: Save,
         count: int,
+        moments: bool,
         layout: Layout | None,
         ranks: Ranks,
     ) -> None:
         self.model, self.batches, self.save, self.layout, self.ranks = model, batches, save, layout, ranks
         self.own = share_of(batches, ranks)
+        self.make = _MomentSums if moments else _Sums
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
         self.calls_left = [count] * len(self.own)
@@ -234,7 +264,7 @@ class _Walk:
         marked = as_marked(module, self.layout)
         if self.sums is None:
             inner, outer = marked.down_proj.shape[1:][:: 1 if marked.is_transposed else -1]
-            self.path, self.sums = path, _Sums(len(marked.down_proj), outer, inner, x.device)
+            self.path, self.sums = path, self.make(len(marked.down_proj), outer, inner, x.device)
         y = self.sums.add(marked, x, experts, weights, self._counted(x))
         self._leave(path, y)
         return y
@@ -250,7 +280,7 @@ class _Walk:
         assert self.layout is not None
         self.lockstep.wait()
         if self.sums is None:
-            self.path, self.sums = path, _Sums(*self.layout.size(experts), args[0].device)
+            self.path, self.sums = path, self.make(*self.layout.size(experts), args[0].device)
         if self._counts:
             self.sums.total += args[0].numel() // args[0].shape[-1]
 
@@ -285,22 +315,15 @@ class _Walk:
 
 
 class _Sums:
-    """Sums over batches that become the `ExpertMoments` of one layer.
+    """Sums over batches that become the `ExpertScores` of one layer.
 
-    Products are in float32 per batch, sums in float64, as in `MomentSums.add`.
+    What a batch adds is float32, its sum float64, as in `MomentSums.add`.
     """
 
     def __init__(self, count: int, hidden: int, inner: int, device: torch.device) -> None:
         self.total = 0
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        options = {"dtype": torch.float64, "device": device}
-        self.inputs = torch.zeros(count, packed_length(hidden), **options)
-        self.inner = torch.zeros(count, packed_length(inner), **options)
-
-    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
-        """Add what one expert's gate and up ("up"), or down, get (n, in), each row with weight one."""
-        add_gram((self.inner if role == "down" else self.inputs)[expert], rows.float())
-        self.tokens[expert] += len(rows) if role == "down" else 0
+        self.saliency = torch.zeros(count, dtype=torch.float64)
 
     def add(self, module: nn.Module, x: Tensor, experts: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         """Run the experts; add what the counted tokens (tokens,) give."""
@@ -324,15 +347,48 @@ class _Sums:
             given = expert_outputs(module, expert, inner) * combine[own]
             outputs.index_add_(0, rows[own], given.to(outputs.dtype))
             if seen[expert]:
-                add_gram(self.inputs[expert], states[own].float() * scale[own])
-                add_gram(self.inner[expert], inner.float() * scale[own])
+                norms = given.float().norm(dim=-1) * is_counted[own]
+                self.saliency[expert] += float(norms.sum())
+                self.note(expert, states[own], inner, scale[own])
         return outputs.to(x.dtype)
 
-    def finish(self, ranks: Ranks) -> ExpertMoments | None:
+    def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
+        """Of an expert's rows: inputs (n, in), hidden neurons (n, inner), weights (n, 1), 0: not counted."""
+
+    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
+        """What one expert's gate and up ("up"), or down, of a list get (n, in), each row with weight one."""
+        self.tokens[expert] += len(rows) if role == "down" else 0
+
+    def finish(self, ranks: Ranks) -> ExpertScores | None:
         """What all processes have; None in others than the first."""
-        counts = {"tokens": self.tokens, "total": torch.tensor(self.total)}
-        found = ranks.add_up(counts | {"inputs": self.inputs, "inner": self.inner})
-        if not ranks.is_first:
+        found = self._added_up(ranks)
+        return None if found is None else ExpertScores(**found)
+
+    def _added_up(self, ranks: Ranks, **more: Tensor) -> dict[str, Any] | None:
+        sums = {"tokens": self.tokens, "saliency": self.saliency, "total": torch.tensor(self.total)}
+        found: dict[str, Any] = ranks.add_up(sums | more)
+        return found | {"total": int(found["total"])} if ranks.is_first else None
+
+
+class _MomentSums(_Sums):
+    """Sums over batches that become the `ExpertMoments` of one layer."""
+
+    def __init__(self, count: int, hidden: int, inner: int, device: torch.device) -> None:
+        super().__init__(count, hidden, inner, device)
+        options = {"dtype": torch.float64, "device": device}
+        self.inputs = torch.zeros(count, packed_length(hidden), **options)
+        self.inner = torch.zeros(count, packed_length(inner), **options)
+
+    def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
+        add_gram(self.inputs[expert], x.float() * scale)
+        add_gram(self.inner[expert], inner.float() * scale)
+
+    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
+        super().add_rows(expert, role, rows)
+        add_gram((self.inner if role == "down" else self.inputs)[expert], rows.float())
+
+    def finish(self, ranks: Ranks) -> ExpertMoments | None:
+        found = self._added_up(ranks, inputs=self.inputs, inner=self.inner)
+        if found is None:
             return None
-        inputs, inner = (found.pop(name).float() for name in ("inputs", "inner"))
-        return ExpertMoments(found["tokens"], int(found["total"]), inputs, inner)
+        return ExpertMoments(**found | {name: found[name].float() for name in ("inputs", "inner")})

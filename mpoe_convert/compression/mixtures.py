@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from ..decomposition.stack_choices import stack_choices
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
 from ..errors import CheckpointError, RecipeError, counted
 from ..options import assigned, called
+from ..planning.fewer_experts import FewerExperts, by_size
 from ..planning.mixtures import (
     Chosen,
     MixturePlan,
@@ -26,20 +27,23 @@ from ..planning.mixtures import (
 from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
 from ..ranks import ALONE, Ranks
+from ..source.checkpoint import Checkpoint
 from ..source.in_memory import InMemory
-from ..source.mixtures import MixtureFamily, read_stack
+from ..source.mixtures import Located, MixtureFamily, locate_experts, read_stack
+from ..source.pruned import with_experts
 from . import dense_run
 from .batches import Batch
 from .calibrate import gradient_dtype
 from .moment_cache import Calibration
 from .prepare import Prepared, Progress, _device, _labelled, _open_run
+from .pruning import scored_layer
 from .shared import collect_shared
 from .stack_budget import StackCandidate, shared_out, uniform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .expert_moments import ExpertMoments
+    from .expert_moments import ExpertMoments, ExpertScores
 
 # The smallest ranks of a form.
 _LEAST = {"whole": (), "both": (1, 1)}
@@ -49,9 +53,19 @@ _LEAST = {"whole": (), "both": (1, 1)}
 class PreparedMixture(Prepared):
     """The plan for a mixture, and the data that its experts are fitted to."""
 
+    def source(self, checkpoint: Checkpoint) -> Checkpoint:
+        """With the experts that stay."""
+        assert isinstance(self.plan, MixturePlan) and isinstance(checkpoint, InMemory)
+        if self.plan.fewer is None:
+            return checkpoint
+        return with_experts(checkpoint, locate_experts(checkpoint), self.plan.fewer.kept)
+
     def expert_moments(self, path: str) -> ExpertMoments | None:
-        """At the experts in the layer at that path; None without calibration."""
-        return None if self.calibration is None else _load(self.calibration, path)
+        """At the experts in the layer at that path; None where nothing is fitted to calibration text."""
+        assert isinstance(self.plan, MixturePlan)
+        if self.calibration is None or self.plan.recipe.keep is None:
+            return None
+        return _load(self.calibration, path, self.plan.fewer)
 
 
 def prepare_mixture(
@@ -64,7 +78,7 @@ def prepare_mixture(
     token: str | None = None,
     ranks: Ranks = ALONE,
 ) -> PreparedMixture:
-    """The plan for an opened mixture, with forms and ranks if the recipe compresses.
+    """The plan for an opened mixture, with its experts, and forms and ranks if the recipe compresses.
 
     A plan alone, without calibration, reads no weights: every matrix has the same share there, and where the
     form is to be chosen, the sizes that each expert would have alone. Other arguments as for `prepare`.
@@ -72,29 +86,67 @@ def prepare_mixture(
     Raises:
         MpoeError: the recipe does not fit the mixture, or its budget cannot be met.
     """
-    resolved = resolve_mixture(recipe, checkpoint)
-    whole = plan_mixture(resolved, checkpoint)
-    if resolved.recipe.keep is None:
-        return PreparedMixture(whole)
+    small, fewer = by_size(recipe, checkpoint)
+    resolved = resolve_mixture(recipe, small)
+    whole = plan_mixture(resolved, small, fewer=fewer)
     calibrated = bool(recipe.calibrate) or batches is not None
-    resolved = replace(resolved, recipe=_with_allocation(resolved.recipe, calibrated))
-    _check_keep(resolved.recipe, whole)
+    _check_calibrated(recipe, fewer, calibrated, only_plan)
+    if recipe.keep is not None:
+        resolved = replace(resolved, recipe=_with_allocation(resolved.recipe, calibrated))
+        _check_keep(resolved.recipe, whole)
+    elif fewer is None:
+        return PreparedMixture(whole)
     report = progress or (lambda *_: None)
     run = calibration = None
     if calibrated:
-        run = _open_run(whole, resolved.recipe, checkpoint, batches, token, ranks)
-        gradients = resolved.recipe.allocation == "loss"
-        calibration = _calibrated(run, gradients, _labelled(report, "calibrating"))
-    if only_plan and calibration is None:
-        chosen = {matrix.name: _from_size(resolved.recipe, matrix) for matrix in _stacks(whole)}
-        resolved = replace(resolved, notes=(*resolved.notes, *_unread(resolved.recipe)))
-        return PreparedMixture(plan_mixture(resolved, checkpoint, chosen))
-    chosen = _chosen(
-        resolved.recipe, list(_candidates(resolved.recipe, whole, checkpoint, calibration, report))
-    )
-    notes = (*resolved.notes, *_unseen(whole, calibration))
-    plan = plan_mixture(replace(resolved, notes=notes), checkpoint, chosen)
+        source_plan = whole if fewer is None else _source_plan(recipe, checkpoint, fewer)
+        run = _open_run(source_plan, resolved.recipe, checkpoint, batches, token, ranks)
+        calibration = _calibrated(run, resolved.recipe, _labelled(report, "calibrating"))
+    if calibration is not None and fewer is not None:
+        located = locate_experts(checkpoint, recipe.experts_at)
+        fewer = _scored(calibration, located, resolved.recipe.experts)
+        small = with_experts(checkpoint, located, fewer.kept)
+        whole = plan_mixture(resolved, small, fewer=fewer)
+    plan = whole
+    if recipe.keep is not None:
+        if only_plan and calibration is None:
+            chosen = {matrix.name: _from_size(resolved.recipe, matrix) for matrix in _stacks(whole)}
+            notes = (*resolved.notes, *_unread(resolved.recipe))
+        else:
+            candidates = list(_candidates(resolved.recipe, whole, small, calibration, report))
+            chosen = _chosen(resolved.recipe, candidates)
+            notes = (*resolved.notes, *_unseen(whole, calibration))
+        plan = plan_mixture(replace(resolved, notes=notes), small, chosen, fewer)
     return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
+
+
+def _check_calibrated(recipe: Recipe, fewer: FewerExperts | None, calibrated: bool, only_plan: bool) -> None:
+    """Raises RecipeError if text is needed and missing, or of no use."""
+    if fewer is not None and not (calibrated or only_plan):
+        raise RecipeError(
+            f"{called('experts')} is {recipe.experts} of {fewer.source_experts}; expected "
+            f"{called('calibrate')} with it (from Python also: calibration): text shows which experts stay"
+        )
+    if fewer is None and recipe.keep is None and recipe.calibrate:
+        raise RecipeError(
+            f"{called('calibrate')} given without {called('keep')}, and {called('experts')} is not below the "
+            "source's number; nothing is compressed then"
+        )
+
+
+def _source_plan(recipe: Recipe, checkpoint: InMemory, fewer: FewerExperts) -> MixturePlan:
+    """The plan of all experts of all layers, which are scored even where a layer is not converted."""
+    every = recipe.replace(experts=fewer.source_experts, layers=None, include=(), exclude=())
+    return plan_mixture(resolve_mixture(every, checkpoint), checkpoint)
+
+
+def _scored(calibration: Calibration, located: Located, count: int) -> FewerExperts:
+    """Which `count` experts of every layer stay."""
+    layers = []
+    for ffn in located.ffns:
+        found = _load_scores(calibration, ffn.path)
+        layers.append(scored_layer(ffn.path, found.scores, found.tokens, count, located.groups))
+    return FewerExperts(located.num_experts, tuple(layers))
 
 
 def _with_allocation(recipe: Recipe, calibrated: bool) -> Recipe:
@@ -188,7 +240,7 @@ def _candidates(
     """
     device = _device(recipe)
     for done, ffn in enumerate(plan.ffns):
-        moments = None if calibration is None else _load(calibration, ffn.ffn.path)
+        moments = None if calibration is None else _load(calibration, ffn.ffn.path, plan.fewer)
         nats = None
         if calibration is not None and recipe.allocation == "loss":
             nats = _load_gradients(calibration, ffn.ffn.path)
@@ -216,7 +268,7 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
     if calibration is None:
         return
     for ffn in plan.ffns:
-        if missed := _unseen_in(calibration, ffn.ffn.path):
+        if missed := _unseen_in(calibration, ffn.ffn.path, plan.fewer):
             numbers = ", ".join(map(str, missed))
             yield (
                 f"{counted(len(missed), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
@@ -225,30 +277,45 @@ def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]
             )
 
 
-def _calibrated(run: dense_run.DenseRun, gradients: bool, report: dense_run.Progress) -> Calibration:
-    """The moments at all experts, of this run or of an earlier one over the same; gradients if asked for."""
+def _calibrated(run: dense_run.DenseRun, recipe: Recipe, report: dense_run.Progress) -> Calibration:
+    """What the recipe needs of all experts, of this run or of an earlier one over the same.
+
+    Moments where matrices are fitted, gradients where the budget is shared out by loss, else scores alone.
+    """
     found = Calibration.of(run)
-    if missing := found.missing("experts"):
-        found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
-
-        def save(path: str, moments: ExpertMoments) -> None:
-            tensors = {each.name: getattr(moments, each.name) for each in fields(moments)}
-            tensors["total"] = torch.tensor(moments.total)
-            found.save(path, {name: t.contiguous() for name, t in tensors.items()}, "experts")
-            report(path, len(found.paths) - len(found.missing("experts")), len(found.paths))
-
-        collect_shared(run, _collect_moments, missing, save, report)
-    if gradients and (missing := found.missing("gradients")):
+    if recipe.keep is not None:
+        _collect(found, run, "experts", report)
+    elif found.missing("experts"):
+        _collect(found, run, "scores", report)
+    by_loss = recipe.keep is not None and recipe.allocation == "loss"
+    if by_loss and (missing := found.missing("gradients")):
         keep = partial(found.save, what="gradients")
         collect_shared(run, _collect_gradients, missing, keep, report)
     return found
 
 
+def _collect(found: Calibration, run: dense_run.DenseRun, what: str, report: dense_run.Progress) -> None:
+    """Save what is missing of the "experts", with their moments, or of their "scores" alone."""
+    if not (missing := found.missing(what)):
+        return
+    if what == "experts":
+        found.check_space(sum(moment_bytes(ffn) for ffn in run.plan.ffns if ffn.ffn.path in missing))
+
+    def save(path: str, found_there: ExpertScores) -> None:
+        tensors = {each.name: getattr(found_there, each.name) for each in fields(found_there)}
+        tensors["total"] = torch.tensor(found_there.total)
+        found.save(path, {name: t.contiguous() for name, t in tensors.items()}, what)
+        report(path, len(found.paths) - len(found.missing(what)), len(found.paths))
+
+    collect_shared(run, _collect_moments if what == "experts" else _collect_scores, missing, save, report)
+
+
 def _collect_moments(
     run: dense_run.DenseRun,
     wanted: Sequence[str],
-    save: Callable[[str, ExpertMoments], None],
+    save: Callable[[str, ExpertScores], None],
     progress: dense_run.Progress,
+    moments: bool = True,
 ) -> None:
     from .expert_moments import collect
 
@@ -257,11 +324,21 @@ def _collect_moments(
         collect(
             model,
             run.batches,
-            lambda path, moments: save(experts[path], moments),
+            lambda path, found: save(experts[path], found),
             wanted=lambda path: experts.get(path) in wanted,
+            moments=moments,
             layout=_family(run).layout,
             ranks=run.ranks,
         )
+
+
+def _collect_scores(
+    run: dense_run.DenseRun,
+    wanted: Sequence[str],
+    save: Callable[[str, ExpertScores], None],
+    progress: dense_run.Progress,
+) -> None:
+    _collect_moments(run, wanted, save, progress, moments=False)
 
 
 def _collect_gradients(
@@ -312,20 +389,34 @@ def _load_gradients(calibration: Calibration, path: str) -> dict[str, float]:
     return {name: float(t) for name, t in load_file(calibration.file(path, "gradients")).items()}
 
 
-def _unseen_in(calibration: Calibration, path: str) -> list[int]:
-    """`ExpertMoments.unseen`, without its moments."""
-    from safetensors import safe_open
-
+def _unseen_in(calibration: Calibration, path: str, fewer: FewerExperts | None) -> list[int]:
+    """Experts that stay and that no token was routed to, by their numbers in the source."""
     from .expert_moments import unseen_experts
 
-    with safe_open(calibration.file(path, "experts"), "pt") as file:
-        return unseen_experts(file.get_tensor("tokens"))
+    unseen = unseen_experts(_load_scores(calibration, path).tokens)
+    return unseen if fewer is None else [expert for expert in unseen if expert in fewer.kept[path]]
 
 
-def _load(calibration: Calibration, path: str) -> ExpertMoments:
+def _load(calibration: Calibration, path: str, fewer: FewerExperts | None) -> ExpertMoments:
+    """Of the experts that stay."""
     from safetensors.torch import load_file
 
     from .expert_moments import ExpertMoments
 
-    found = load_file(calibration.file(path, "experts"))
-    return ExpertMoments(found["tokens"], int(found["total"]), found["inputs"], found["inner"])
+    found: dict[str, Any] = load_file(calibration.file(path, "experts"))
+    found["total"] = int(found["total"])
+    moments = ExpertMoments(**found)
+    return moments if fewer is None else moments.of(fewer.kept[path])
+
+
+def _load_scores(calibration: Calibration, path: str) -> ExpertScores:
+    """Of all experts, without their moments."""
+    from safetensors import safe_open
+
+    from .expert_moments import ExpertScores
+
+    file = calibration.file(path, "experts")
+    with safe_open(file if file.is_file() else calibration.file(path, "scores"), "pt") as opened:
+        found: dict[str, Any] = {each.name: opened.get_tensor(each.name) for each in fields(ExpertScores)}
+    found["total"] = int(found["total"])
+    return ExpertScores(**found)

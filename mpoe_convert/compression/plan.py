@@ -62,6 +62,9 @@ def plan(
     if isinstance(checkpoint, InMemory):
         from .mixtures import prepare_mixture  # torch
 
+        if calibrated and checkpoint.headers_only:
+            checkpoint = open_source(recipe.model, **options)
+            assert isinstance(checkpoint, InMemory)
         return prepare_mixture(recipe, checkpoint, calibration, progress, only_plan=True, token=token).plan
     if not (recipe.compresses or recipe.metric or recipe.calibrate or calibration is not None):
         return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)

@@ -69,6 +69,10 @@ class Prepared:
         """At the FFN in the layer at that path."""
         return None if self.activated is None else activations.load(self.activated, path)
 
+    def source(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What the plan's matrices are read from, where the source was opened as `checkpoint`."""
+        return checkpoint
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"run": None}  # the session stays in its process
 

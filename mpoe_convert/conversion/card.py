@@ -83,6 +83,7 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
                 if report.plan.budget or report.divergence
                 else []
             ),
+            *_left_out(report),
             "## Reconstruction error\n\n" + report.matrices_table().markdown(),
             "## Limits\n\n" + _limits(report, checkpoint),
             *_citation(report),
@@ -96,7 +97,20 @@ def _citation(report: Report) -> list[str]:
         return [CITATION]
     used = {matrix.form for matrix in report.matrices if isinstance(matrix, StackReport)}
     lines = [f"* {form}: {_FORMS[form]}" for form in _FORMS if form in used]
-    return ["## Methods\n\nWhat experts share, as in:\n\n" + "\n".join(lines) + "\n"] if lines else []
+    texts = ["What experts share, as in:\n\n" + "\n".join(lines)] if lines else []
+    if report.plan.fewer is not None:
+        texts.append("Which experts stay: REAP ([arXiv 2510.13999](https://arxiv.org/abs/2510.13999)).")
+    return ["## Methods\n\n" + "\n\n".join(texts) + "\n"] if texts else []
+
+
+def _left_out(report: Report) -> list[str]:
+    """Which experts of a mixture are left out."""
+    if not isinstance(report.plan, MixturePlan) or report.plan.fewer is None:
+        return []
+    return [
+        "## Experts that are left out\n\nNumbers are those of the base. A score is the mean norm of what an "
+        f"expert adds to a token that is routed to it.\n\n{report.plan.fewer.table().markdown()}"
+    ]
 
 
 def _name(report: Report, checkpoint: Checkpoint) -> str:
@@ -154,8 +168,14 @@ def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Chec
     """Of a mixture as the source."""
     base, licence = _base_and_licence(report, checkpoint)
     name, layers = _name(report, checkpoint), counted(len(plan.ffns), "layer")
+    stay, others = f"There are {plan.recipe.experts} per layer", "Routers and all else are those"
+    if plan.fewer is not None:
+        stay = f"Of {plan.source_experts} per layer {plan.recipe.experts} are left"
+        others = "Routers keep the rows of these; all else is that"
     if plan.is_exact:
         how, title = "stored whole: the model computes what its base does.", name
+    elif all(matrix.form == "whole" for matrix in report.matrices if isinstance(matrix, StackReport)):
+        how, title = "stored whole.", f"{name}, smaller"
     else:
         kept = plan.ffn_totals.stored_params / plan.ffn_totals.dense_params
         forms = ", ".join(
@@ -163,9 +183,8 @@ def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Chec
         )
         how, title = f"stored in {kept:.1%} of their numbers (shared: {forms}).", f"{name}, smaller"
     return (
-        f"# {title}\n\nThe experts of {layers} of {base} are {how} There are {plan.recipe.experts} per "
-        f"layer, of which a token takes {plan.recipe.top_k}. Routers and all else are those of the base. "
-        f"Made by mpoe-convert.\n\n{licence}"
+        f"# {title}\n\nThe experts of {layers} of {base} are {how} {stay}, of which a token takes "
+        f"{plan.recipe.top_k}. {others} of the base. Made by mpoe-convert.\n\n{licence}"
     )
 
 
@@ -243,7 +262,8 @@ def _compression(report: Report) -> str:
         text = "the calibration batches"
         if recipe.calibrate:
             text = f"calibration text, up to {recipe.calibration_tokens:,} tokens"
-        return f"Fitted to what each expert gets of {text}. {report.divergence_in_words()}"
+        use = "Fitted to what each expert gets of" if recipe.keep is not None else "Experts were scored on"
+        return f"{use} {text}. {report.divergence_in_words()}"
     recipe, budget, found = report.plan.recipe, report.plan.budget, report.divergence
     totals = report.plan.ffn_totals
     calibrated = f"calibrated on {budget.tokens:,} tokens" if budget and budget.tokens else "calibrated"

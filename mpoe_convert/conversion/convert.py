@@ -26,6 +26,7 @@ from ..devices import pick_device
 from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
 from ..options import named_by_flags, switched
+from ..planning.fewer_experts import by_size
 from ..planning.mixtures import StackPlan, plan_mixture, resolve_mixture
 from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..planning.planner import plan_checkpoint
@@ -105,7 +106,7 @@ def convert(
         )
         ranks.together(prepared.check_reachable)
         folder = ranks.first(lambda: stack.enter_context(staged(output, overwrite, resume)))
-        job = _Job(folder, output, prepared, checkpoint, ranks, resume)
+        job = _Job(folder, output, prepared, prepared.source(checkpoint), ranks, resume)
         finished = ranks.first(job.begin)
         with job.telling_what_is_kept():
             job.write_weights(progress, finished)
@@ -162,7 +163,8 @@ def _prepare(
 def _uncompressed(recipe: Recipe, checkpoint: Checkpoint, is_calibrated: bool) -> Plan:
     """The plan from the headers, without ranks."""
     if isinstance(checkpoint, InMemory):
-        return plan_mixture(resolve_mixture(recipe, checkpoint), checkpoint)
+        checkpoint, fewer = by_size(recipe, checkpoint)
+        return plan_mixture(resolve_mixture(recipe, checkpoint), checkpoint, fewer=fewer)
     return plan_checkpoint(resolve_recipe(recipe, checkpoint, calibrated=is_calibrated), checkpoint)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch import Tensor
 from ..decomposition.stack_fit import alikeness, fit_stack, stack_errors
 from ..decomposition.stack_metric import Stack
 from ..options import called
-from ..planning.mixtures import StackPlan
+from ..planning.fewer_experts import FewerExperts
+from ..planning.mixtures import MixturePlan, StackPlan
 from ..runtime.shapes import functions
 from ..source.checkpoint import Checkpoint
 from ..source.mixtures import read_biases, read_stack
 from ..tables import Cell, Table, listed
 from ..tensors import cast
-from .report import MatrixReport, Report
+from .report import BROKEN_NATS, MatrixReport, Report
 
 if TYPE_CHECKING:
     from ..compression.expert_moments import ExpertMoments
@@ -135,11 +136,32 @@ class MixtureReport(Report):
     def stacks(self) -> tuple[StackReport, ...]:
         return tuple(matrix for matrix in self.matrices if isinstance(matrix, StackReport))
 
+    @property
+    def fewer(self) -> FewerExperts | None:
+        """Which experts of the source stay; None: all."""
+        assert isinstance(self.plan, MixturePlan)
+        return self.plan.fewer
+
+    def shown(self, limit: int | None = None, *, per_matrix: bool = False) -> Iterator[Table | str]:
+        """See `Shown`."""
+        first, *rest = super().shown(limit, per_matrix=per_matrix)
+        yield first
+        if self.fewer is not None:
+            yield self.fewer.table().head(limit)
+        yield from rest
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"fewer_experts": self.fewer.to_json() if self.fewer else None}
+
     def _error_warnings(self) -> list[str]:
         if self.plan.is_exact:
             return []
-        measured = [matrix.output_error for matrix in self.stacks if matrix.output_error is not None]
-        if measured:
+        if self.fewer is not None and self.divergence and self.divergence.distance > BROKEN_NATS:
+            return [
+                "the model is far from its source on held-out calibration text. Raise "
+                f"{called('experts')}, or heal it with finetune, {called('teacher')}."
+            ]
+        if self.divergence:
             return []
         return [
             "experts were cut without calibration. Expect worse outputs; "

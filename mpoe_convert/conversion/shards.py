@@ -15,6 +15,7 @@ from ..artifact.folder import DONE, RUN
 from ..compression.prepare import Prepared
 from ..errors import RecipeError
 from ..options import assigned, called, switched
+from ..planning.mixtures import MixturePlan
 from ..planning.plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.json_files import read_json_object, write_json
@@ -123,7 +124,8 @@ def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
     stats = {file: (checkpoint.folder / file).stat() for file in checkpoint.stored_files}
     made = [[tensor.name, tensor.shape, tensor.dtype] for tensor in plan.tensors]
     ranks = [[matrix.name, matrix.spec] for matrix in plan.matrices]
-    digest = hashlib.sha256(json.dumps([made, ranks, plan.shards], default=list).encode())
+    stay = plan.fewer.kept if isinstance(plan, MixturePlan) and plan.fewer else None
+    digest = hashlib.sha256(json.dumps([made, ranks, plan.shards, stay], default=list).encode())
     return {
         "version": __version__,
         "recipe": plan.recipe.to_mapping(),

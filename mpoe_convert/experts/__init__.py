@@ -75,7 +75,12 @@ class Options(OptionGroup):
     SIZED_BY: ClassVar[str] = "bond_dim"
 
     experts: int = option(
-        default=8, help="Experts per FFN.", group="Experts", at_least=2, at_most=LARGEST_COUNT
+        default=8,
+        help="Experts per FFN. Of a mixture as the source: how many of its own stay, chosen on the text of "
+        "--calibrate.",
+        group="Experts",
+        at_least=2,
+        at_most=LARGEST_COUNT,
     )
     top_k: int = option(
         default=2,

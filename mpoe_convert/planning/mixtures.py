@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,12 @@ from ..options import by_name, called
 from ..runtime.shapes import modeling
 from ..source.ffn import FFN
 from ..source.in_memory import InMemory
-from ..source.mixtures import locate_experts
+from ..source.mixtures import Located, locate_experts
+from ..source.pruned import Pruned
 from ..source.safetensors_file import DTYPE2BYTES
 from ..source.text_options import TextSource
 from ..tables import Cell, Table, escape, listed, merge_names, size, warning
+from .fewer_experts import FewerExperts, fewer_than
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
@@ -43,10 +45,12 @@ class StackPlan(MatrixPlan):
 
     Attributes:
         form, ranks: see `decomposition.stacks`.
+        source_experts: how many the source has, of which `num_experts` stay.
     """
 
     form: str = "whole"
     ranks: Ranks = ()
+    source_experts: int = field(kw_only=True)
 
     @property
     def is_exact(self) -> bool:
@@ -54,12 +58,12 @@ class StackPlan(MatrixPlan):
 
     @property
     def numbers(self) -> int:
-        """Entries of the matrices of all experts."""
-        return self.num_experts * self.rows * self.cols
+        """Entries of the matrices of all experts of the source."""
+        return self.source_experts * self.rows * self.cols
 
     @property
     def dense_params(self) -> int:
-        return self.numbers + (self.num_experts * self.cols if self.source.bias else 0)
+        return self.numbers + (self.source_experts * self.cols if self.source.bias else 0)
 
     def row(self) -> dict[str, Cell]:
         return {
@@ -100,7 +104,22 @@ class MixtureTotals(Totals):
 
 @dataclass(frozen=True, repr=False)
 class MixturePlan(Plan):
-    """The resolved work on a mixture: routers and blocks stay, the experts' matrices become stacks."""
+    """The resolved work on a mixture: routers and blocks stay, the experts' matrices become stacks.
+
+    Attributes:
+        fewer: which experts stay; None: all.
+    """
+
+    fewer: FewerExperts | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.fewer is None and super().is_exact
+
+    @property
+    def source_experts(self) -> int:
+        """Per layer of the source."""
+        return self.recipe.experts if self.fewer is None else self.fewer.source_experts
 
     @property
     def source_in_words(self) -> str:
@@ -120,7 +139,7 @@ class MixturePlan(Plan):
         costs = [module.cost(modeling().Work(tokens=1, rows=top_k, experts=experts)) for module in modules]
         flops = sum(2 * top_k * matrix.rows * matrix.cols for matrix in self.matrices)
         return MixtureTotals(
-            **_twice(params=source, active_params=top_k * source // experts, bytes=num_bytes),
+            **_twice(params=source, active_params=top_k * source // self.source_experts, bytes=num_bytes),
             stored_params=shared + experts * own,
             active_params=shared + top_k * own,
             stored_bytes=sum(tensor.num_bytes for tensor in self.tensors if tensor.ffn is not None),
@@ -128,11 +147,37 @@ class MixturePlan(Plan):
             plain_moe_flops_per_token=flops,
             flops_per_token=int(sum(cost.flops for cost in costs)),
             rebuild_flops_per_forward=int(sum(cost.rebuild_flops for cost in costs)),
+            varies=False,
         )
 
     @cached_property
     def totals(self) -> Totals:
-        return model_totals(self, self.dense_flops_per_token)  # of all but the experts
+        found = model_totals(self, self.dense_flops_per_token)  # of all but the experts
+        if self.fewer is None:
+            return found
+        params, num_bytes = self.fewer.copied_params, self.fewer.copied_bytes
+        return replace(
+            found,
+            **_twice(
+                params=found.dense_params + params,
+                active_params=found.plain_moe_active_params + params,
+                bytes=found.dense_bytes + num_bytes,
+            ),
+        )
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether matrices are fitted to what experts get of the recipe's text."""
+        return bool(self.recipe.calibrate) and self.recipe.keep is not None
+
+    @property
+    def experts_in_words(self) -> str:
+        """How many there are per layer: "16", or "12 of 16"."""
+        experts = f"{self.recipe.experts}"
+        return experts if self.fewer is None else f"{experts} of {self.source_experts}"
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"fewer_experts": self.fewer.to_json() if self.fewer else None}
 
     @property
     def savings(self) -> str:
@@ -163,7 +208,7 @@ class MixturePlan(Plan):
             + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in ffns
         )
-        moments = max(map(moment_bytes, ffns)) if self.recipe.calibrate else 0
+        moments = max(map(moment_bytes, ffns)) if self.takes_moments else 0
         stack = max(4 * 2 * matrix.dense_params for ffn in ffns for matrix in ffn.matrices)
         return self.largest_shard(files) + layer + moments + stack
 
@@ -184,11 +229,11 @@ class MixturePlan(Plan):
 
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""
-        recipe, kept = self.recipe, self.kept_dense
+        recipe, kept, fewer = self.recipe, self.kept_dense, self.fewer
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
-            f"{counted(len(self.ffns), 'layer')}, {recipe.experts} each, of which a token takes "
-            f"{recipe.top_k}; routers stay as they are"
+            f"{counted(len(self.ffns), 'layer')}, {self.experts_in_words} each, of which a token takes "
+            f"{recipe.top_k}; routers {'stay as they are' if fewer is None else 'keep the rows of these'}"
         )
         if kept:
             names = [name for name, _ in merge_names([(name, None) for name in kept])]
@@ -196,22 +241,27 @@ class MixturePlan(Plan):
             yield f"Left as they are: {', '.join(names)}"
         rows = tuple(matrix.row() for matrix in self.matrices)
         yield Table("Experts", rows, ("experts' matrix", "size", "shared", "ranks")).short().head(limit)
+        if fewer is not None and fewer.is_scored:
+            yield fewer.table().head(limit)
         yield self.totals_table()
         yield self.savings
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
-        if recipe.calibrate:
+        if self.takes_moments:
             needed = size(sum(map(moment_bytes, self.ffns)))
             yield f"Moments of the calibration, kept in the cache of Hugging Face: {needed}"
-        if recipe.keep is None:
+        if self.is_exact:
             yield "Experts: whole, nothing is lost."
         yield from map(warning, self.warnings)
 
 
 def moment_bytes(ffn: FFNPlan) -> int:
-    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed."""
-    sizes = {matrix.role: matrix.rows for matrix in ffn.matrices}
-    return 4 * ffn.ffn.num_experts * sum(packed_length(sizes[role]) for role in ("up", "down"))
+    """What the calibration of a layer's experts takes, in memory and on the disk: float32, packed.
+
+    Of all experts of the source.
+    """
+    stacks = {matrix.role: matrix for matrix in ffn.matrices if isinstance(matrix, StackPlan)}
+    return 4 * sum(stacks[role].source_experts * packed_length(stacks[role].rows) for role in ("up", "down"))
 
 
 def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:
@@ -226,13 +276,13 @@ def _twice(params: int, active_params: int, bytes: int) -> dict[str, int]:
 
 
 def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
-    """Resolve a recipe for a mixture, from its headers.
+    """Resolve a recipe for a mixture, from its headers; one with as many experts as the recipe asks for.
 
     Raises:
         MpoeError: the experts cannot be located or replaced, or the recipe does not fit them.
     """
     located = locate_experts(checkpoint, recipe.experts_at)
-    _check_options(recipe, located.num_experts, located.top_k)
+    _check_options(recipe, located)
     chosen = select_ffns(recipe, located.ffns)
     full = recipe.replace(
         revision=checkpoint.revision,
@@ -244,14 +294,14 @@ def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
     return Resolved(full, located.family, tuple(chosen), kept, checkpoint.notes)
 
 
-def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
+def _check_options(recipe: Recipe, located: Located) -> None:
     """Raises RecipeError for an option that has no meaning where the source is a mixture."""
-    for name, own in {"experts": num_experts, "top_k": top_k}.items():
-        if name in recipe.given and getattr(recipe, name) != own:
-            raise RecipeError(
-                f"{called(name)} is {getattr(recipe, name)}, and the source is a mixture of {num_experts} "
-                f"experts, {top_k} per token; expected {own}, or leave it out"
-            )
+    assert not fewer_than(recipe, located), "experts are left out before"
+    if "top_k" in recipe.given and recipe.top_k != located.top_k:
+        raise RecipeError(
+            f"{called('top_k')} is {recipe.top_k}, and the source is a mixture of {located.num_experts} "
+            f"experts, {located.top_k} per token; expected {located.top_k}, or leave it out"
+        )
     for name in by_name(Recipe):
         if name in recipe.given - USED:
             raise RecipeError(
@@ -260,14 +310,25 @@ def _check_options(recipe: Recipe, num_experts: int, top_k: int) -> None:
             )
 
 
-def plan_mixture(resolved: Resolved, checkpoint: InMemory, chosen: Chosen | None = None) -> MixturePlan:
+def plan_mixture(
+    resolved: Resolved,
+    checkpoint: InMemory,
+    chosen: Chosen | None = None,
+    fewer: FewerExperts | None = None,
+) -> MixturePlan:
     """The plan of a resolved recipe, from headers.
 
     Args:
         chosen: what matrices become, by their names; the others stay whole.
+        fewer: which experts the checkpoint has left.
     """
     ffns = tuple(_plan_ffn(resolved.recipe, checkpoint, ffn, chosen or {}) for ffn in resolved.ffns)
-    return assemble(MixturePlan, resolved, checkpoint, ffns, _kept_in_float32(checkpoint.model))
+    plan = assemble(MixturePlan, resolved, checkpoint, ffns, _kept_in_float32(checkpoint.model))
+    if fewer is None:
+        return plan
+    assert isinstance(checkpoint, Pruned)
+    notes = (*plan.notes, *fewer.notes())
+    return replace(plan, fewer=fewer.of(plan.tensors, checkpoint), notes=notes)
 
 
 def _kept_in_float32(model: Any) -> frozenset[str]:
@@ -300,6 +361,7 @@ def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) ->
                 ffn.num_experts,
                 form=form,
                 ranks=ranks,
+                source_experts=checkpoint.uncut.tensors[source.weight].shape[0],
             )
         )
     module = experts_module(parts, recipe)

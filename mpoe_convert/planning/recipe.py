@@ -105,6 +105,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     """
 
     NOUN = "recipe"
+    MEANT = frozenset({"experts"})  # without it a mixture keeps all that it has
 
     model: Text = option(
         help="Hub id or local folder of a dense checkpoint, or of a mixture of experts.",
@@ -267,8 +268,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             )
         if self.compresses:
             self._check_budget()
-        else:
-            self._check_chains()
+        elif not self._may_score_experts:
+            self.check_chains()
 
     def _check_selection(self) -> None:
         if self.threshold is not None and self.select != TOP_P:
@@ -312,7 +313,12 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             )
         self.own_options.check_budget()
 
-    def _check_chains(self) -> None:
+    @property
+    def _may_score_experts(self) -> bool:
+        """Whether text may be there to choose the experts of a mixture that stay: the source will tell."""
+        return bool(self.calibrate) and "experts" in self.given and self.allocation is None
+
+    def check_chains(self) -> None:
         """What has a meaning without a budget: fitting chains that --bond-dim truncates."""
         given = [name for name in ("allocation", "correct", "metric", "calibrate") if getattr(self, name)]
         may_truncate = self.own_options.may_truncate()

@@ -58,6 +58,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
             f"experts share"
         )
     recipe.check_against_experts()
+    if not recipe.compresses:
+        recipe.check_chains()
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = select_ffns(recipe, found)
     check_alike(checkpoint.architecture, family, chosen)

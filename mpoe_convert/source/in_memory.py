@@ -66,6 +66,11 @@ class InMemory(Checkpoint):
     _made: dict[str, Tensor] = field(default_factory=dict, kw_only=True, repr=False)
 
     @property
+    def uncut(self) -> InMemory:
+        """The checkpoint with all its experts."""
+        return self
+
+    @property
     def stored_files(self) -> list[str]:
         """Also those that hold only a part of a tensor."""
         return self.disk.stored_files

@@ -10,7 +10,7 @@ what the flags say is confirmed before anything is converted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +66,15 @@ class Located:
         family: where the blocks are.
         ffns: one per layer with experts, in layer order.
         num_experts, top_k: of all of them.
+        groups, top_groups: their routers choose groups of experts first, so many of so many.
     """
 
     family: MixtureFamily
     ffns: tuple[FFN, ...]
     num_experts: int
     top_k: int
+    groups: int = 1
+    top_groups: int = 1
 
 
 def is_mixture(checkpoint: Checkpoint) -> bool:
@@ -125,7 +128,7 @@ def locate_experts(memory: InMemory, experts_at: str | None = None) -> Located:
     if family.layout is None:
         for kind in {(type(module), _flags(module)): module for module in found.values()}.values():
             check_module(model_type, kind)
-    counts = {path: _size(module, family)[0] for path, module in found.items()}
+    counts = {path: size_of(module, family.layout)[0] for path, module in found.items()}
     if len({*counts.values()}) > 1:
         raise FamilyError(
             f"the layers have {sorted({*counts.values()})} experts; expected one number in all layers"
@@ -135,7 +138,9 @@ def locate_experts(memory: InMemory, experts_at: str | None = None) -> Located:
     ffns = tuple(_ffn(layer, module, family, memory, prefix) for layer, module in found.items())
     blocks = [base.get_submodule(".".join(filter(None, [layer, family.slot]))) for layer in found]
     top_k = max(_top_k(block, memory.config) for block in blocks)
-    return Located(family, ffns, next(iter(counts.values())), top_k)
+    groups = max(_attribute(block, ("num_group",)) or 1 for block in blocks)
+    top_groups = min(_attribute(block, ("topk_group",)) or 1 for block in blocks)
+    return Located(family, ffns, next(iter(counts.values())), top_k, groups, top_groups)
 
 
 def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[MixtureFamily, dict[str, Any]]:
@@ -164,7 +169,7 @@ def family_by_hand(base: Any, model_type: str, experts_at: str) -> tuple[Mixture
 def _family(memory: InMemory, base: nn.Module) -> tuple[MixtureFamily, dict[str, Any]]:
     """The same of a model whose experts transformers marks. Raises FamilyError."""
     model_type = memory.config["model_type"]
-    marked = dict(_experts_modules(base))
+    marked = dict(experts_modules(base))
     if not marked:
         raise FamilyError(_why_not(memory, base))
     slots = {path: _split(path) for path in marked}
@@ -177,7 +182,7 @@ def _family(memory: InMemory, base: nn.Module) -> tuple[MixtureFamily, dict[str,
     return family, {slots[path][0]: module for path, module in marked.items()}
 
 
-def _experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
+def experts_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path below the base model, module) of those that transformers marks as experts."""
     for path, module in base.named_modules():
         if is_marked(module):
@@ -215,9 +220,9 @@ def _flags(module: Any) -> tuple[bool, ...]:
     return tuple(bool(getattr(module, name, False)) for name in names)
 
 
-def _size(module: Any, family: MixtureFamily) -> tuple[int, int, int]:
-    """(experts, hidden size, inner size) of an experts module."""
-    return (family.layout or Layout(sources_of(module, ""), None)).size(module)
+def size_of(module: Any, layout: Layout | None = None) -> tuple[int, int, int]:
+    """(experts, hidden size, inner size) of an experts module; layout: of one that was named by hand."""
+    return (layout or Layout(sources_of(module, ""), None)).size(module)
 
 
 def _names(module: Any) -> dict[str, str]:
@@ -248,7 +253,7 @@ def _ffn(layer: str, module: Any, family: MixtureFamily, memory: InMemory, prefi
     start, key = f"{prefix}{block}.{family.experts}.", f"{prefix}{block}.{functions().MIXTURE}"
     layout, unread = family.layout, ()
     sources = sources_of(module, start) if layout is None else layout.sources(start)
-    count, _, _ = _size(module, family)
+    count, _, _ = size_of(module, family.layout)
     if layout is not None and layout.listed:
         stacks = {start + name: tuple(f"{start}{e}.{name}" for e in range(count)) for name in layout.tensors}
         memory.stacks.update(stacks)
@@ -263,12 +268,20 @@ def _prefix(memory: InMemory, base: nn.Module) -> str:
 
 def _top_k(block: nn.Module, config: dict) -> int:
     """Experts per token, as the block or its router knows it, or config.json."""
-    for module in (block, *block.children()):
-        for name in ("top_k", "num_experts_per_tok", "topk", "num_experts_per_token", "moe_topk"):
-            if isinstance(found := getattr(module, name, None), int):
-                return found
+    names = ("top_k", "num_experts_per_tok", "topk", "num_experts_per_token", "moe_topk")
+    if (found := _attribute(block, names)) is not None:
+        return found
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return next((most for part in parts for key in _TOP_K if (most := _most(part.get(key)))), 1)
+
+
+def _attribute(block: nn.Module, names: Iterable[str]) -> int | None:
+    """The first whole number under one of these names that a block or a module in it has."""
+    for module in (block, *block.children()):
+        for name in names:
+            if isinstance(found := getattr(module, name, None), int):
+                return found
+    return None
 
 
 def _check_tensors(memory: InMemory) -> None:

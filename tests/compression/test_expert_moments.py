@@ -78,6 +78,26 @@ def test_moments_are_those_of_the_calls(name):
                 torch.testing.assert_close(unpacked(sums[expert]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_are_means_of_what_experts_add(name):
+    """REAP's S_j, from the stock module's answers to all tokens that go to one expert."""
+    model, batches = make_model(name), make_batches()
+    full, lean = moments_of(model, batches), moments_of(model, batches, moments=False)
+    calls = calls_of(model, split(batches)[0])
+    for path, found in full.items():
+        module = model.get_submodule(path)
+        x, chosen, weights = (torch.cat(parts) for parts in zip(*calls[path], strict=True))
+        for expert in range(4):
+            norms = run_alone(module, expert, x).norm(dim=1)
+            terms = [float(weights[t, k] * norms[t]) for t, k in (chosen == expert).nonzero().tolist()]
+            expected = sum(terms) / len(terms) if terms else 0.0
+            assert float(found.scores[expert]) == pytest.approx(expected, rel=1e-4)
+        assert torch.equal(lean[path].saliency, found.saliency) and lean[path].total == found.total
+        assert torch.equal(lean[path].tokens, found.tokens)
+    kept = found.of([1, 3])
+    assert torch.equal(kept.inputs, found.inputs[[1, 3]]) and torch.equal(kept.tokens, found.tokens[[1, 3]])
+
+
 @pytest.mark.parametrize("cls", [MixtralExperts, GptOssExperts, NemotronHExperts])
 def test_an_expert_by_its_flags(cls):
     config = SimpleNamespace(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.commands import tree
+from helpers.data import words
 from helpers.stock_mixtures import make_model
-from helpers.tiny import save_tiny
+from helpers.tiny import save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Recipe, convert
@@ -25,7 +26,13 @@ CALLS = {
     "dense": {"model": "llama", "experts": 2, "bond_dim": 4},
     "budget": {"model": "llama", "experts": 2, "bond_dim": 2, "keep": 0.9},
     "orders": {"model": "llama", "experts": 2, "bond_dim": 8, "layout": "balanced"},
-    "mixture": {"model": "mixtral", "keep": 0.6},
+    "mixture": {
+        "model": "mixtral",
+        "keep": 0.6,
+        "experts": 3,
+        "calibrate": "text.txt",
+        "calibration_tokens": 1024,
+    },
 }
 
 
@@ -34,6 +41,8 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     make_model("mixtral").save_pretrained(folder / "mixtral")
+    save_tokenizer(folder / "mixtral")
+    (folder / "text.txt").write_text(words(4000), encoding="utf-8")
     return folder
 
 
@@ -46,7 +55,7 @@ def work(sources, tmp_path, monkeypatch):
 
 
 def recipe(case: str = "dense", **options) -> Recipe:
-    return Recipe(**CALLS[case] | {"max_shard_size": "4KB"} | options)
+    return Recipe(**CALLS[case] | {"max_shard_size": "4KB", "calibration_tokens": 1024} | options)
 
 
 @contextmanager
@@ -122,11 +131,12 @@ def test_a_change_in_any_of_a_mixture_s_files_is_seen(work):
     make_model("mixtral").save_pretrained("mixtral", max_shard_size="4KB")
     files = sorted(Path("mixtral").glob("model-*.safetensors"))
     assert len(files) > 4
+    made = Recipe("mixtral", keep=0.6, max_shard_size="4KB")
     for file in files:
-        left = interrupt(recipe("mixture"))
+        left = interrupt(made)
         file.touch()
         with pytest.raises(RecipeError, match=rf"^the source's '{file.name}' has changed since the inter"):
-            convert(recipe("mixture"), "out", resume=True)
+            convert(made, "out", resume=True)
         shutil.rmtree(left)
 
 

@@ -31,27 +31,6 @@ def experts():
     return make_model("mixtral").model.layers[0].mlp.experts
 
 
-def test_reap_weighs_answers_by_their_combine_weights(experts):
-    x = randn(6, 16, seed=2).float()
-    chosen = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 0], [0, 1], [2, 1]])
-    weights = randn(6, 2, seed=3).float().abs()
-    with torch.no_grad():
-        found = rivals.saliencies(experts, x, chosen, weights)
-    for expert in range(3):
-        answers = run_alone(experts, expert, x).norm(dim=1).numpy()
-        places = (chosen == expert).nonzero().tolist()
-        terms = [float(weights[token, k]) * answers[token] for token, k in places]
-        assert float(found[expert]) == pytest.approx(np.mean(terms), rel=1e-5)
-    assert found[3] == 0
-
-
-def test_reap_drops_the_lowest_scores():
-    scores = torch.tensor([0.5, 0.1, 0.9, 0.1, 0.7])
-    assert rivals.dropped_experts(scores, 3) == [1, 3]
-    assert rivals.dropped_experts(scores, 4) == [3]
-    assert rivals.dropped_experts(scores, 5) == []
-
-
 def test_dropped_experts_are_routed_to_as_if_their_rows_were_cut():
     config = SimpleNamespace(num_experts_per_tok=2, num_experts=5, norm_topk_prob=True, hidden_size=8)
     router, x, kept = Qwen3MoeTopKRouter(config), randn(20, 8).float(), [0, 2, 4]
