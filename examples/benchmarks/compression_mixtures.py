@@ -456,7 +456,10 @@ def plot(results: dict, shares: list[float], path: Path) -> None:
     colors = dict(zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False))
     for way in WAYS:
         points = [(share, results.get(f"{way} {share:g}")) for share in shares]
-        xs, ys = zip(*[(share, mean_growth(found)) for share, found in points if found], strict=True)
+        points = [(share, mean_growth(found)) for share, found in points if found]
+        if not points:
+            continue
+        xs, ys = zip(*points, strict=True)
         style = (
             {"linewidth": 2.5, "color": "black"} if way == "auto" else {"linewidth": 1, "color": colors[way]}
         )
