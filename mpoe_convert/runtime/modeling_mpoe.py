@@ -2063,8 +2063,8 @@ class ExpertList(Experts):
     def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        index = rows.new_full((len(rows), 1), expert, dtype=torch.long)
-        return super().forward(rows, index, rows.new_ones(len(rows), 1)).reshape(hidden_states.shape)
+        schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
+        return self._experts(self._prepare(rows), Picks(expert), schedule).reshape(hidden_states.shape)
 
 
 def find_activation(stock: Any, name: str | None = None) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,7 @@ def save_quire(folder: Path, bound: bool, edits=(), **config) -> Path:
     (folder / "modeling_quire.py").write_text(text)
     heads = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     auto_map = {auto: f"modeling_quire.Quire{name}" for auto, name in heads.items()}
-    values = {"model_type": "quire", "auto_map": auto_map, "bound": bound, "top_k": 2} | config
+    values = {"model_type": "quire", "auto_map": auto_map, "bound": bound} | config
     (folder / "config.json").write_text(json.dumps(values))
     made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(made, trust_remote_code=True)
