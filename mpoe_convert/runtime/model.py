@@ -162,11 +162,9 @@ def _check_tasks(task: Tensor | None, arguments: dict) -> None:
         )
 
 
-# Coefficients of the routers' losses, as `RouterPass` takes them.
-LOSS_COEFS = (
-    *("router_aux_loss_coef", "router_z_loss_coef"),
-    *("router_likeness_loss_coef", "router_efficiency_loss_coef"),
-)
+# Coefficients of the losses of all routers, and of those that have thresholds, as `RouterPass` takes them.
+LOSS_COEFS = ("router_aux_loss_coef", "router_z_loss_coef")
+THRESHOLD_LOSS_COEFS = ("router_likeness_loss_coef", "router_efficiency_loss_coef")
 # What `_recording` adds to the parameters of a stock forward.
 _OUR_ARGUMENTS = ("task_ids", "output_router_logits")
 
@@ -420,7 +418,9 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        coefs = [getattr(config, name) if learns else 0.0 for name in LOSS_COEFS]
+        has_thresholds = any(ffn.router.threshold_bias is not None for _, ffn in mixtures)
+        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
+        coefs = [getattr(config, name) if learns else 0.0 for name in names]
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or task is not None or (learns and config.router_tasks is not None)):
@@ -430,8 +430,8 @@ class MixtureMixin(_Stock):
         returns_dict = given.get("return_dict")
         shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
         mask_of = functools.partial(self.token_mask, arguments=given)
-        aux, z, likeness, efficiency = coefs
-        running = RouterPass(learns, shows, aux, z, mask_of, likeness, efficiency)
+        aux, z, *of_thresholds = coefs
+        running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
         running.share = self._share_of_step(given)
         running.task = task
         try:
