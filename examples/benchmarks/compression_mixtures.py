@@ -1,6 +1,9 @@
 """What compressing a mixture costs: ours beside published ways, at the same share of the experts' numbers.
 
-    MPOE_TEST_DATA=... python examples/benchmarks/compression_mixtures.py --json FILE [--source FOLDER]
+    MPOE_TEST_DATA=... python examples/benchmarks/compression_mixtures.py --json FILE [--upcycled FOLDER]
+
+The source is qwen3moe-mix. With --upcycled it is a Mixtral, made of copies of a dense model that are trained
+on several domains; FOLDER is where it lies, or where it is written first.
 
 The fitted matrices replace those of the stock model. The cost is the growth of held-out loss in nats per
 token, per domain; beside it, how many greedy continuations end in a loop. Calibrated on text that the
@@ -12,6 +15,7 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
   largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
+* `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
   `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
 
@@ -20,7 +24,6 @@ Needs pip install "mpoe-convert[calibrate]" matplotlib.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +40,13 @@ from mixture_rivals import (
     loop_rate,
     mean_outputs,
     merged,
+    mobe_start,
     rounded,
+    slbf_start,
+    trained_bases,
     without,
 )
+from mixture_sources import Texts, trained_from_scratch, upcycled
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -64,26 +71,9 @@ GROUP = 64
 LENGTH, WINDOWS = 256, 80
 CALIBRATION_WINDOWS = 160
 PROMPTS, PROMPT_LENGTH = 16, 32  # per domain
+TRAINING_STEPS = 500
 Layer = dict[str, Tensor]  # role -> (E, in, out)
 Layers = dict[str, Layer]  # path -> layer
-
-
-def texts(root: Path) -> dict[str, tuple[str, str]]:
-    """domain -> (calibration text, evaluation text)."""
-    code = sorted(Path(os.__file__).parent.glob("*.py"))
-    parts = [code[1::2], code[::20]]
-    sources = ["\n".join(f.read_text(encoding="utf-8", errors="ignore") for f in part) for part in parts]
-    mix = root / "text/mix"
-    pairs = {
-        "stories": ("train_tinystories.txt", "heldout_tinystories_heldout.txt"),
-        "plays": ("train_shakespeare.txt", "heldout_shakespeare_last10_.txt"),
-        "wiki": ("train_wikitext2valid.txt", "heldout_wikitext2_test_300k_chars_.txt"),
-    }
-    found = {"code": (sources[0], sources[1])}
-    for name, files in pairs.items():
-        ours, theirs = ((mix / file).read_text(encoding="utf-8") for file in files)
-        found[name] = (ours, theirs)
-    return found
 
 
 def windows(tokenizer, text: str, count: int) -> Tensor:
@@ -338,6 +328,25 @@ def hc_smoe(source: Source, share: float) -> Iterator[dict]:
     yield {"groups": told}
 
 
+def trained(start: Callable, rate: float, slower: float, decay: float) -> Way:
+    """Mixtures of bases, trained on weights; bases on the longer side, as both papers have them."""
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        told = {}
+        for path, module in source.modules.items():
+            layer, told[path] = {}, {}
+            for role, stack in source.layers[path].items():
+                rows, cols = stack.shape[1:]  # inputs are the longer side of square gates
+                turned = stack.mT if rows > cols or (rows == cols and role != "down") else stack
+                begun = start(turned, int(share * stack.numel()))
+                made, told[path][role] = trained_bases(turned, begun, TRAINING_STEPS, rate, slower, decay)
+                layer[role] = made if turned is stack else made.mT
+            write_layer(module, layer)
+        yield told
+
+    return compress
+
+
 def rounding(bits: int) -> Way:
     """The source rounded alone; the groups lie along the inputs."""
 
@@ -354,6 +363,10 @@ WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["reap, auto"] = fewer_and_smaller
+WAYS |= {
+    "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
+    "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
+}
 
 
 def bytes_of(bits: int) -> float:
@@ -381,26 +394,30 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
             yield f"{name}, {share:.3f} of the bytes", kept, way
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    root = Path(os.environ["MPOE_TEST_DATA"])
-    folder = arguments.source or root / "checkpoints/qwen3moe-mix"
+def opened(folder: Path, domains: Texts) -> tuple[torch.nn.Module, dict[str, Tensor], list[dict]]:
+    """The model, windows of every domain to evaluate on, and batches of all to calibrate with."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     model.eval()
     keep_no_cache(model)
-    domains = texts(root)
     evaluation = {name: windows(tokenizer, pair[1], WINDOWS) for name, pair in domains.items()}
-    prompts = torch.cat(
-        [ids[:: len(ids) // PROMPTS][:PROMPTS, :PROMPT_LENGTH] for ids in evaluation.values()]
-    )
     share = CALIBRATION_WINDOWS // len(domains)
     calibration = torch.cat([windows(tokenizer, pair[0], share) for pair in domains.values()])
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
+    return model, evaluation, [{"input_ids": part} for part in calibration[order].split(10)]
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    folder, domains = upcycled(arguments.upcycled) if arguments.upcycled else trained_from_scratch()
+    model, evaluation, batches = opened(folder, domains)
+    prompts = torch.cat(
+        [ids[:: len(ids) // PROMPTS][:PROMPTS, :PROMPT_LENGTH] for ids in evaluation.values()]
+    )
     results = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
     results.setdefault("source", losses(model, evaluation))
     results.setdefault("source loops", loop_rate(model, prompts))
     start = time.perf_counter()
-    source = Source(model, [{"input_ids": part} for part in calibration[order].split(10)])
+    source = Source(model, batches)
     results.setdefault("calibration_seconds", time.perf_counter() - start)
     for key, kept, way in jobs(arguments):
         if key in results:
@@ -485,7 +502,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--source", type=Path)
+    parser.add_argument("--upcycled", type=Path)
     parser.add_argument("--ways", nargs="*", choices=WAYS)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     arguments = parser.parse_args()

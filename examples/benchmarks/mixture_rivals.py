@@ -1,10 +1,10 @@
 """Published ways to compress a mixture, from their papers' formulas, for `compression_mixtures.py`.
 
-HC-SMoE (arXiv 2410.08589), D2-MoE (arXiv 2502.17298), rounding to nearest; routers without some experts; and
-how often greedy text falls into a loop.
+HC-SMoE (arXiv 2410.08589), D2-MoE (arXiv 2502.17298), MoBE (arXiv 2508.05257), SLBF (arXiv 2610.09342),
+rounding to nearest; routers without some experts; and how often greedy text falls into a loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,75 @@ def base_and_differences(
         first, second = alone(matrix.double() - base, moment, rank)
         found.append(base + first @ second)
     return base, torch.stack(found).to(stack.dtype)
+
+
+# (parameters: A (n, d1, r), mixing logits (n, m), and those of the bases; the bases (m, r, d2) of the latter)
+Start = tuple[list[Tensor], Callable[..., Tensor]]
+
+
+def mixed(a: Tensor, logits: Tensor, bases: Tensor) -> Tensor:
+    """W_i = A_i silu(sum_j softmax(logits_i)_j B_j): (n, d1, d2) of (n, d1, r), (n, m), (m, r, d2)."""
+    return a @ _mixture(logits, bases)
+
+
+def _mixture(logits: Tensor, bases: Tensor) -> Tensor:
+    return torch.nn.functional.silu(torch.einsum("nm,mrd->nrd", logits.softmax(-1), bases))
+
+
+def mobe_start(stack: Tensor, numbers: int) -> Start:
+    """MoBE of (n, d1, d2) in n d1 r + m r d2 + n m numbers: m = n / 2 bases, of the largest rank r <= d1.
+
+    A and one basis of every n / m experts, from the SVD of all their rows.
+    """
+    n, d1, d2 = stack.shape
+    m = max(n // 2, 1)
+    r = min((numbers - n * m) // (n * d1 + m * d2), d1)
+    u, s, vh = torch.linalg.svd(stack.reshape(m, n // m * d1, d2), full_matrices=False)
+    a = (u[..., :r] * s[:, None, :r]).reshape(n, d1, r)
+    return [a, torch.eye(m).repeat_interleave(n // m, 0), vh[:, :r].clone()], lambda bases: bases
+
+
+def slbf_start(stack: Tensor, numbers: int, owned: float = 0.65) -> Start:
+    """SLBF of (n, d1, d2) in n d1 r + n k (r + d2 - k) + n^2 numbers, at most the share `owned` of them in A.
+
+    Ranks r <= d1, k <= r. A: left singular vectors; U = [1; 0] and V, right ones; an expert's basis is U V.
+    """
+    n, d1, d2 = stack.shape
+    r = min(int(owned * numbers / (n * d1)), d1)
+    k = max(k for k in range(1, r + 1) if n * (d1 * r + k * (r + d2 - k) + n) <= numbers or k == 1)
+    u, _, vh = torch.linalg.svd(stack, full_matrices=False)
+    left = torch.eye(r, k).to(stack).repeat(n, 1, 1)
+    return [u[..., :r].clone(), torch.eye(n), left, vh[:, :k].clone()], lambda u, v: u @ v
+
+
+def trained_bases(
+    stack: Tensor, start: Start, steps: int, rate: float, slower: float, decay: float
+) -> tuple[Tensor, float]:
+    """A mixture of bases trained on weights (n, d1, d2): these, and their relative squared error.
+
+    AdamW on the mean squared error of the weights over their standard deviation, its rate falling to nothing
+    by a cosine. A is solved for in the end.
+
+    Args:
+        rate: of A and the logits; times `slower`, of the bases.
+    """
+    aim = stack / stack.std()
+    parameters = [part.detach().float().requires_grad_() for part in start[0]]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": slower * rate}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = mixed(*parameters[:2], start[1](*parameters[2:]))
+        optimizer.zero_grad()
+        (made.float() - aim).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        mixture = _mixture(parameters[1], start[1](*parameters[2:])).double()
+        made = torch.linalg.lstsq(mixture.mT, aim.mT.double()).solution.mT @ mixture
+    error = float((made - aim).square().sum() / aim.double().square().sum())
+    return (made * stack.std()).to(stack.dtype), error
 
 
 def rounded(matrix: Tensor, bits: int, group: int = 64) -> Tensor:

@@ -206,14 +206,14 @@ def _check_keep(recipe: Recipe, plan: MixturePlan) -> None:
         )
 
 
-def _from_size(recipe: Recipe, matrix: StackPlan) -> tuple[str, tuple[int, ...]]:
+def _from_size(recipe: Recipe, matrix: StackPlan) -> tuple[str, tuple[int, ...], None]:
     """A form and its ranks where nothing is read; that of the recipe, or each expert alone."""
     numbers, size = _numbers(recipe, matrix), (matrix.num_experts, matrix.rows, matrix.cols)
     first = "none" if recipe.share == "auto" else str(recipe.share)
     for form in ("whole", first, *_forms(recipe)):
         ranks = ranks_within(form, *size, numbers)
         if ranks is not None:
-            return form, ranks
+            return form, ranks, None
     raise AssertionError("the budget was checked")
 
 
@@ -253,14 +253,15 @@ def _candidates(
             )
             found = stack_choices(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
             unit = nats[matrix.role] if nats is not None else 1 / found.energy if found.energy else 0.0
-            yield StackCandidate(matrix.name, matrix.numbers, found.choices, unit)
+            yield StackCandidate(matrix.name, matrix.numbers, found.choices, unit, found.alike)
 
 
 def _chosen(recipe: Recipe, candidates: list[StackCandidate]) -> Chosen:
     """What every matrix becomes under the recipe's budget."""
     assert recipe.keep is not None
     found = (uniform if recipe.allocation == "uniform" else shared_out)(candidates, recipe.keep)
-    return {name: (choice.form, choice.ranks) for name, choice in found.items()}
+    alike = {each.name: each.alike for each in candidates}
+    return {name: (choice.form, choice.ranks, alike[name]) for name, choice in found.items()}
 
 
 def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]:

@@ -17,12 +17,14 @@ class StackCandidate:
         whole: numbers of the stack as it is.
         choices: see `StackChoices`.
         unit: what a unit of their `lost` counts.
+        alike: how much the experts have in common, see `alikeness`; only told.
     """
 
     name: str
     whole: int
     choices: tuple[Choice, ...]
     unit: float
+    alike: float | None = None
 
     def cost(self, choice: Choice) -> int:
         return choice.numbers

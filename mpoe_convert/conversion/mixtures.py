@@ -118,7 +118,7 @@ def _measure(plan: StackPlan, stack: Stack, tensors: dict[str, Tensor]) -> Stack
         ranks=plan.ranks,
         experts=len(stack),
         expert_errors=tuple(map(_root, found.weight_lost, found.weight_energy)),
-        alike=alikeness(stack),
+        alike=alikeness(stack) if plan.alike is None else plan.alike,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .stack_curves import differences_lost, stack_curves
-from .stack_fit import fit_stack
+from .stack_fit import alikeness, fit_stack
 from .stack_metric import Stack
 from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
 
@@ -37,10 +37,12 @@ class StackChoices:
 
     Attributes:
         energy: squared size of the expected outputs of all experts, in the unit of the moments.
+        alike: see `alikeness`.
         choices: from the smallest to the best; none is both larger than another one and worse.
     """
 
     energy: float
+    alike: float
     choices: tuple[Choice, ...]
 
 
@@ -68,7 +70,7 @@ def stack_choices(
         if stack.is_small:
             lost = _descended(stack, form, lost, numbers)
         found += _choices(stack, form, lost)
-    return StackChoices(curves.energy, tuple(_best(found)))
+    return StackChoices(curves.energy, alikeness(stack), tuple(_best(found)))
 
 
 def _size(stack: Stack) -> tuple[int, int, int]:

@@ -109,13 +109,8 @@ def largest_ranks(form: str, num_experts: int, in_dim: int, out_dim: int) -> Ran
 
 
 def rank_steps(largest: int) -> list[int]:
-    """The ranks to choose from up to the largest: multiples of `MULTIPLE` and the smallest ones.
-
-    Where there are few, all of them.
-    """
-    if largest < _FEW:
-        return list(range(1, largest + 1))
-    return sorted({*range(1, MULTIPLE), *range(MULTIPLE, largest + 1, MULTIPLE), largest})
+    """The ranks to choose from up to the largest: those that `ranks_within` gives."""
+    return sorted({*range(1, min(_FEW, largest)), *range(_FEW, largest + 1, MULTIPLE), largest})
 
 
 def _check(form: str, ranks: Sequence[int]) -> None:

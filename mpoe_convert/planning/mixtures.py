@@ -35,8 +35,9 @@ USED = frozenset(
         *by_name(TextSource),
     }
 )
-# Matrix -> what it becomes; a matrix that is not named stays whole.
-Chosen = Mapping[str, tuple[str, Ranks]]
+# Matrix -> what it becomes: form, ranks, and how alike the experts are, if known. A matrix that is not named
+# stays whole.
+Chosen = Mapping[str, tuple[str, Ranks, float | None]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class StackPlan(MatrixPlan):
     Attributes:
         form, ranks: see `decomposition.stacks`.
         source_experts: how many the source has, of which `num_experts` stay.
+        alike: how much of the experts' outputs their mean explains, see `decomposition.stack_fit.alikeness`;
+            None: nothing was read.
     """
 
     form: str = "whole"
     ranks: Ranks = ()
+    alike: float | None = None
     source_experts: int = field(kw_only=True)
 
     @property
@@ -71,6 +75,7 @@ class StackPlan(MatrixPlan):
             "size": f"{self.num_experts} x {self.rows} x {self.cols}",
             "shared": self.form,
             "ranks": listed(self.ranks),
+            "alike": None if self.alike is None else f"{self.alike:.2f}",
             "source": self.dense_params,
             "stored": self.stored_params,
             "kept": f"{self.stored_params / self.dense_params:.0%}",
@@ -83,6 +88,7 @@ class StackPlan(MatrixPlan):
             "shape": [self.rows, self.cols],
             "form": self.form,
             "ranks": list(self.ranks),
+            "alike": self.alike,
             "dense_params": self.dense_params,
             "stored_params": self.stored_params,
         }
@@ -343,7 +349,7 @@ def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) ->
         info, name = checkpoint.info(source.weight), f"{ffn.key}.{role}"
         rows, cols = info.shape[1:] if source.transposed else info.shape[:0:-1]
         cols //= 1 if source.part is None else 2
-        form, ranks = chosen.get(name, ("whole", ()))
+        form, ranks, alike = chosen.get(name, ("whole", (), None))
         terms = stack_terms(form, ranks, rows, cols)
         parts[role] = {"terms": terms, "bias": "per-expert" if source.bias else None}
         shapes[role] = MatrixShape(rows, cols, source.bias is not None)
@@ -361,7 +367,8 @@ def _plan_ffn(recipe: Recipe, checkpoint: InMemory, ffn: FFN, chosen: Chosen) ->
                 ffn.num_experts,
                 form=form,
                 ranks=ranks,
-                source_experts=checkpoint.uncut.tensors[source.weight].shape[0],
+                source_experts=checkpoint.uncut.info(source.weight).shape[0],
+                alike=alike,
             )
         )
     module = experts_module(parts, recipe)

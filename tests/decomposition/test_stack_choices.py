@@ -10,7 +10,7 @@ from mpoe_convert.decomposition.stack_choices import stack_choices
 from mpoe_convert.decomposition.stack_curves import stack_curves
 from mpoe_convert.decomposition.stack_fit import fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack
-from mpoe_convert.decomposition.stacks import FORMS, MULTIPLE, count_stack, largest_ranks, rank_steps
+from mpoe_convert.decomposition.stacks import FORMS, count_stack, largest_ranks, rank_steps, ranks_within
 
 EXPERTS = 4
 SIZES = [(12, 9), (9, 12)]
@@ -143,8 +143,10 @@ def test_the_form_that_a_stack_was_made_in_is_best(kind, small, monkeypatch):
     assert best.form == kind and (best.lost < 1e-4 * found.energy or (kind, small) == ("base", False))
 
 
-def test_ranks_are_multiples_of_eight():
+def test_ranks_from_64_on_are_multiples_of_eight():
+    """Those that `ranks_within` gives for one budget or another."""
     assert rank_steps(5) == [1, 2, 3, 4, 5]
-    steps = rank_steps(100)
-    assert all(rank % MULTIPLE == 0 for rank in steps if rank >= MULTIPLE and rank != 100)
-    assert steps[:8] == [1, 2, 3, 4, 5, 6, 7, 8] and steps[-2:] == [96, 100]
+    assert rank_steps(100) == [*range(1, 65), 72, 80, 88, 96, 100]
+    for largest in (5, 64, 100):
+        within = [ranks_within("none", 3, largest, 120, 3 * rank * (largest + 120)) for rank in range(1, 121)]
+        assert rank_steps(largest) == sorted({ranks[0] for ranks in within})

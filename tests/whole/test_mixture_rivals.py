@@ -110,3 +110,58 @@ def test_greedy_text_of_a_model_that_copies_its_input():
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     assert rivals.loop_rate(model, torch.tensor([[5, 9, 3], [1, 2, 12]]), new=12, tail=6, period=2) == 1
+
+
+def test_a_mixture_of_bases_by_hand():
+    """W_i = A_i silu(sum_j softmax(logits_i)_j B_j), entry by entry."""
+    a, logits, bases = randn(3, 4, 2), randn(3, 2, seed=1), randn(2, 2, 5, seed=2)
+    found = rivals.mixed(a, logits, bases).numpy()
+    for i in range(3):
+        shares = np.exp(logits[i].numpy()) / np.exp(logits[i].numpy()).sum()
+        inner = shares[0] * bases[0].numpy() + shares[1] * bases[1].numpy()
+        np.testing.assert_allclose(found[i], a[i].numpy() @ (inner / (1 + np.exp(-inner))))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.8])
+@pytest.mark.parametrize("shape", [(8, 24, 40), (8, 32, 32)])
+def test_bases_store_about_the_share(shape, share):
+    """Of a factored basis k x k numbers are free to choose; one rank more would be too large, or than d1."""
+    stack, numbers = randn(*shape).float(), int(share * np.prod(shape))
+    for start in (rivals.mobe_start, rivals.slbf_start):
+        parameters, _ = start(stack, numbers)
+        rank = parameters[-1].shape[1]
+        free = 8 * rank**2 if start is rivals.slbf_start else 0
+        stored = sum(part.numel() for part in parameters) - free
+        assert rank <= shape[1] and numbers - 8 * sum(shape) < stored <= numbers
+
+
+def test_starts_are_singular_vectors():
+    stack = randn(4, 3, 6)
+    (a, logits, bases), _ = rivals.mobe_start(stack, 4 * 3 * 3 + 2 * 3 * 6 + 4 * 2)  # a rank of 3
+    assert torch.equal(logits, torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]]))
+    for expert in range(4):  # the six rows of a pair of experts, the first three of their six directions
+        pair = stack[expert // 2 * 2 :][:2].reshape(6, 6).numpy()
+        right = np.linalg.svd(pair)[2][:3]
+        np.testing.assert_allclose(a[expert] @ bases[expert // 2], stack[expert].numpy() @ right.T @ right)
+    (a, logits, u, v), basis = rivals.slbf_start(stack, 4 * (3 * 3 + 2 * (3 + 6 - 2) + 4))  # ranks of 3 and 2
+    assert torch.equal(logits, torch.eye(4))
+    for expert in range(4):
+        left, _, right = np.linalg.svd(stack[expert].numpy())
+        sign = left @ np.eye(3, 2) @ right[:2]  # singular values dropped
+        np.testing.assert_allclose(a[expert] @ basis(u, v)[expert], sign, atol=1e-12)
+
+
+def test_one_basis_is_trained_to_the_best_of_its_rank():
+    """One basis can be any matrix, up to the scale of its rows: what an SVD loses is the least."""
+    stack = randn(2, 6, 9, seed=3).float()
+    stack[:, :, 3:] *= 0.3
+    kinds = {
+        "mobe": (stack, rivals.mobe_start(stack, 2 * 6 * 3 + 3 * 9 + 2), stack.reshape(12, 9)),
+        "slbf": (stack[:1], rivals.slbf_start(stack[:1], 6 * 3 + 3 * 9 + 1, owned=0.4), stack[0]),
+    }
+    for turned, start, rows in kinds.values():
+        made, error = rivals.trained_bases(turned, start, 400, rate=0.03, slower=1.0, decay=0.0)
+        squares = np.linalg.svd(rows.numpy(), compute_uv=False) ** 2
+        least = squares[3:].sum() / squares.sum()
+        assert least * (1 - 1e-6) <= error < 1.05 * least
+        assert error == pytest.approx(float((made - turned).square().sum() / turned.square().sum()), rel=1e-4)

@@ -40,6 +40,7 @@ from mpoe_convert.errors import (
     TrainingError,
 )
 from mpoe_convert.planning.mixtures import moment_bytes
+from mpoe_convert.tables import Table
 
 
 def load_pair(source, out, **options):
@@ -286,6 +287,23 @@ def readable(tmp_path_factory):
     return source, str(text)
 
 
+def experts_table(planned):
+    return next(
+        part for part in planned.shown() if isinstance(part, Table) and part.title.startswith("Experts")
+    )
+
+
+def test_plans_that_read_no_weights_do_not_know_how_alike_experts_are(mixtral, tmp_path):
+    """A conversion does: random experts have 1 / experts of their energy in common."""
+    source = mixtral[0]
+    assert "alike" not in experts_table(plan(Recipe(str(source), keep=0.6))).headers
+    stock = AutoModelForCausalLM.from_pretrained(source).model.layers[1].mlp.experts.down_proj
+    stock = stock.detach().double()
+    found = [m.alike for m in convert(Recipe(str(source), keep=0.6), tmp_path / "out").matrices]
+    assert found == pytest.approx([1 / EXPERTS] * len(found), rel=0.1)
+    assert found[-1] == pytest.approx(float(stock.mean(0).square().sum() / stock.square().sum((1, 2)).mean()))
+
+
 def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
     source, text = readable
     options = {"share": "none", "allocation": "uniform", "calibration_tokens": 2048}
@@ -466,6 +484,9 @@ def test_an_upcycled_model_becomes_a_smaller_mixture(readable, tmp_path):
     report = convert(recipe, tmp_path / "out")
     assert (report.plan.model_type, report.plan.recipe.experts) == ("mixtral", 4)
     assert min(matrix.alike for matrix in report.matrices) > 0.9  # copies of one FFN, a few steps apart
+    planned = plan(recipe)
+    assert [matrix.alike for matrix in planned.matrices] == [matrix.alike for matrix in report.matrices]
+    assert [row["alike"] for row in experts_table(planned).rows] == ["1.00"] * 3
     assert report.plan.ffn_totals.stored_params <= 0.6 * report.plan.ffn_totals.dense_params
     assert report.max_error < 0.1  # though each expert alone would lose much more
     assert verify(tmp_path / "out").ok
