@@ -22,7 +22,8 @@ from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError
 from ..experts.ffn import Fitted
-from ..options import named_by_flags
+from ..extras import need
+from ..options import called, named_by_flags
 from ..planning.mixtures import StackPlan
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
@@ -39,6 +40,7 @@ from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
+from .rounding import round_ffn
 from .write import _write_recipe, write_companions
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
@@ -84,6 +86,8 @@ def convert(
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
+    if recipe.bits and (recipe.calibrate or calibration):  # the artifact is run, to measure its divergence
+        need(f"{called('bits')} with calibration", "compressed_tensors", extra="bits")
     checkpoint = open_source(
         recipe.model, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code
     )
@@ -155,7 +159,9 @@ def _write(
     divergence = prepared.divergence(folder)
     license = source_license(checkpoint.folder)
     kind = MixtureReport if isinstance(prepared, PreparedMixture) else Report
-    report = kind(plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials)
+    report = kind(
+        plan, tuple(builder.reports), license, divergence, tuple(builder.orders), trials, builder.rounding
+    )
     with named_by_flags():  # files are the same, whoever called
         _write_texts(folder, output, report, checkpoint)
     return report
@@ -186,6 +192,7 @@ class _Builder:
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
         self.orders: list[NeuronOrder] = []
+        self.rounding: dict[str, float] = {}
 
     def take(self, name: str) -> Tensor:
         """The named tensor; what else its FFN yields is kept until it is asked for."""
@@ -193,8 +200,16 @@ class _Builder:
         if ffn is None:
             return self._copy(name)
         if name not in self.pending:
-            self.pending |= self._build(self.ffns[ffn])
+            self.pending |= self._stored(self.ffns[ffn])
         return self.pending.pop(name)
+
+    def _stored(self, plan: FFNPlan) -> dict[str, Tensor]:
+        tensors, bits = self._build(plan), self.plan.recipe.bits
+        if bits is None:
+            return tensors
+        stored, errors = round_ffn(plan, tensors, bits)
+        self.rounding |= errors
+        return stored
 
     def _copy(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
@@ -249,7 +264,7 @@ class _Builder:
                     built = self._finish(targets, part, built)
                 for tail, tensor in built.items():
                     name = f"{plan.ffn.key}.{part}.{tail}"
-                    tensors[name] = tensor.to(getattr(torch, self.out[name].dtype))
+                    tensors[name] = tensor.to(getattr(torch, plan.tensors[name][1]))
         return tensors
 
     def _begin(self, matrix: MatrixPlan) -> None:

@@ -10,6 +10,7 @@ from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..planning.rounding import config_of
 from ..runtime import MODELING_PATH
 from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
@@ -57,6 +58,8 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
             "ffns": ffns,
         },
     }
+    if plan.recipe.bits:
+        changes["quantization_config"] = config_of(plan, plan.recipe.bits)
     if architecture.auto_map:
         changes["mpoe"]["base_auto_map"] = architecture.auto_map
     if plan.recipe.dtype:

@@ -312,6 +312,7 @@ class Chain(nn.Module):
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
         """
+        picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
         rows = rows.to(next((core.dtype for core in cores if isinstance(core, Tensor)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):

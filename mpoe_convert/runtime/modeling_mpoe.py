@@ -663,6 +663,7 @@ class Chain(nn.Module):
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
         """
+        picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
         rows = rows.to(next((core.dtype for core in cores if isinstance(core, Tensor)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
@@ -884,6 +885,7 @@ class Projection(Part):
         common: Tensor | None = None,
     ) -> Tensor:
         """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        picks = Picks(*picks)  # as in a chain
         y = common  # (N, out)
         for term, chain in zip(self.terms, self._chains, strict=True):
             if common is None or not chain.is_common:
@@ -936,6 +938,7 @@ class Adapter(Part):
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
+        picks = Picks(*picks)  # as in a chain
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 

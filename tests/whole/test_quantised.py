@@ -1,6 +1,6 @@
 """Quantising a converted model, cores or the rest of it, by libraries in a folder named by MPOE_QUANTISERS.
 
-pip install --no-deps --target quantisers torchao bitsandbytes
+pip install --no-deps --target quantisers torchao bitsandbytes compressed-tensors loguru
 MPOE_QUANTISERS=quantisers python -m pytest -m slow tests/whole/test_quantised.py
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from mpoe_convert import Recipe, convert
+from mpoe_convert import Export, Recipe, convert, export
 
 # The dense model quantised in the same way, its FFN left as it is, must compute the same.
 CODE = """
@@ -108,6 +108,39 @@ def test_large_cores_are_quantised_as_dense_matrices(tmp_path):
     assert len(results) == 4
     for result in results:
         assert result["effect"] > 1e-3 and result["difference"] < 0.02 * result["effect"], result
+
+
+# What the library makes of integers and scales against stock models of the matrices that we make of them.
+STORED = """
+import json, sys
+import torch, transformers
+transformers.logging.set_verbosity_error()
+auto = transformers.AutoModelForCausalLM
+stock, out = (auto.from_pretrained(folder, trust_remote_code=True) for folder in sys.argv[1:])
+ids = torch.arange(3, 35)[None]
+with torch.no_grad():
+    expected, found = stock.eval()(ids).logits, out.eval()(ids).logits
+print(json.dumps({"difference": ((found - expected).norm() / expected.norm()).item()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("target", ["dense", "moe"])
+def test_rounded_cores_are_loaded_as_stored(target, bits, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 48, "initializer_range": 0.2}
+    if target == "dense":
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "source")
+        recipe = {"experts": 2, "bond_dim": 8, "noise": 0.0}
+    else:
+        MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(tmp_path / "source")
+        recipe = {}
+    convert(Recipe(str(tmp_path / "source"), **recipe, bits=bits), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "stock", Export(to=target, check=False))
+    [result] = run(STORED, tmp_path / "stock", tmp_path / "out")
+    assert result["difference"] < 1e-5
 
 
 @pytest.mark.slow
