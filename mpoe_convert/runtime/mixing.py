@@ -194,9 +194,15 @@ class Mixing(nn.Module):
 
     def _few_copied(self, tokens: Tensor) -> int:
         """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
-        free = torch.is_grad_enabled() or torch.compiler.is_compiling() or not tokens.is_cpu
+        if (
+            not self._is_whole
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not tokens.is_cpu
+        ):
+            return _FEW_COPIED_PARAMS
         # A token has every expert once: a processor multiplies by whole matrices where they lie.
-        return _FEW_COPIED_PARAMS if free or len(tokens) > 1 or not self._is_whole else _FEW_COPIED_WHOLE
+        return _FEW_COPIED_PARAMS if tokens.shape[0] > 1 else _FEW_COPIED_WHOLE
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str

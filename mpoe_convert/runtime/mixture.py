@@ -21,8 +21,8 @@ class FeedForward(Mixing):
         router: chooses the experts, by the selection rule of that name in `RULES`.
         shared: experts that every token passes beside those that the router chooses, behind them in the
             stacks (DeepSeekMoE, arXiv 2401.06066).
-        scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts compute
-            what the dense FFN did; one if each holds neurons of its own.
+        weight_scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts
+            compute what the dense FFN did; one if each holds neurons of its own.
     """
 
     router: Router
@@ -39,7 +39,7 @@ class FeedForward(Mixing):
         router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
         super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
         self.shared = range(num_experts, num_experts + shared_experts)
-        self.scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
+        self.weight_scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
         self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
@@ -88,7 +88,7 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        choices = self._route(tokens).beside(self.shared, len(tokens), self.scale)
+        choices = self._route(tokens).beside(self.shared, tokens.shape[0], self.weight_scale)
         output = self._mix(tokens, choices).reshape(hidden_states.shape)
         if self.down.bias is not None and self.down.bias_kind == "once":
             output = output + self.down.bias

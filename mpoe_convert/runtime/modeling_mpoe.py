@@ -1703,9 +1703,15 @@ class Mixing(nn.Module):
 
     def _few_copied(self, tokens: Tensor) -> int:
         """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
-        free = torch.is_grad_enabled() or torch.compiler.is_compiling() or not tokens.is_cpu
+        if (
+            not self._is_whole
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not tokens.is_cpu
+        ):
+            return _FEW_COPIED_PARAMS
         # A token has every expert once: a processor multiplies by whole matrices where they lie.
-        return _FEW_COPIED_PARAMS if free or len(tokens) > 1 or not self._is_whole else _FEW_COPIED_WHOLE
+        return _FEW_COPIED_PARAMS if tokens.shape[0] > 1 else _FEW_COPIED_WHOLE
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
@@ -1788,8 +1794,8 @@ class FeedForward(Mixing):
         router: chooses the experts, by the selection rule of that name in `RULES`.
         shared: experts that every token passes beside those that the router chooses, behind them in the
             stacks (DeepSeekMoE, arXiv 2401.06066).
-        scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts compute
-            what the dense FFN did; one if each holds neurons of its own.
+        weight_scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts
+            compute what the dense FFN did; one if each holds neurons of its own.
     """
 
     router: Router
@@ -1806,7 +1812,7 @@ class FeedForward(Mixing):
         router = Router(hidden_size_of(form), num_experts, top_k, rule, parts)
         super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
         self.shared = range(num_experts, num_experts + shared_experts)
-        self.scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
+        self.weight_scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
         self.outer_dropout: nn.Module = nn.Identity()
         self.adds_residual = False
         self.in_decoder = False
@@ -1855,7 +1861,7 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        choices = self._route(tokens).beside(self.shared, len(tokens), self.scale)
+        choices = self._route(tokens).beside(self.shared, tokens.shape[0], self.weight_scale)
         output = self._mix(tokens, choices).reshape(hidden_states.shape)
         if self.down.bias is not None and self.down.bias_kind == "once":
             output = output + self.down.bias

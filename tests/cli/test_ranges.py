@@ -15,7 +15,7 @@ from mpoe_convert.options import LARGEST_COUNT, by_name, description, in_home, t
 from mpoe_convert.training.request import Scoring
 
 REQUESTS = {
-    Recipe: {"model": "gpt2"},
+    Recipe: {"model": "gpt2", "experts": 8},
     Finetuning: {"model": "m", "data": "d"},
     Scoring: {"model": "m", "data": "d"},
     Export: {},

@@ -182,7 +182,7 @@ def test_losses_of_later_steps_are_not_told():
 def test_without_held_out_data_it_is_the_last_step(artifact, data, tmp_path):
     _, out = artifact("gpt2", noise=0.1)
     values = run(out, data, steps=2)
-    found = finetune(Finetuning(**vars(values) | {"eval_data": ()}), tmp_path / "tuned")
+    found = finetune(values.replace(eval_data=()), tmp_path / "tuned")
     assert found["written_step"] == 2 and found["evaluation"] is found["change"] is None
     assert "The weights are those of the last step, 2." in told(tmp_path / "tuned")
 
