@@ -29,7 +29,7 @@ def is_distributed() -> bool:
 
 def is_first() -> bool:
     """Whether this process speaks for its run. Does not import torch."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_distributed() or os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import errno
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, make_dataclass
 from functools import cached_property, reduce
 from operator import or_
@@ -119,6 +119,17 @@ class Request(OptionGroup):
         made = object.__new__(type(self))
         object.__setattr__(made, "given", (self.given - changes.keys()) | _given(changes))
         made.__init__(**{name: getattr(self, name) for name in by_name(type(self))} | changes)
+        return made
+
+    def read_from_file(self, names: Collection[str]) -> Self:
+        """A copy in which those of these values that equal the default do not count as given.
+
+        The files that conversions write list every option.
+        """
+        known = by_name(type(self))
+        same = {name for name in self.given & set(names) if getattr(self, name) == default_of(known[name])}
+        made = self.replace()
+        object.__setattr__(made, "given", self.given - same)
         return made
 
     def to_mapping(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"cannot write '{output}': '{parent}' is not writable; choose another output")
     except OSError as error:
-        raise _output_error(error, output) from error
+        raise output_error(error, output) from error
 
 
 def check_kind(output: Path) -> None:
@@ -180,7 +180,7 @@ def scratch(output: Path, resume: bool = False) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
     except OSError as error:
-        raise _output_error(error, output) from error
+        raise output_error(error, output) from error
     finally:
         keeps = outer is not None and resume and (outer / MADE).exists() and count_finished(outer)
         if outer is not None and not keeps and (output.exists() or not (outer / REPLACED).exists()):
@@ -352,7 +352,8 @@ def _move_into_place(folder: Path, output: Path, overwrite: bool) -> None:
             os.replace(aside, output)
 
 
-def _output_error(error: OSError, output: Path) -> OutputError:
+def output_error(error: OSError, output: Path) -> OutputError:
+    """What an operating system's error means for whoever writes an output."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full; nothing was left at '{output}': free some space and run again")
     reason = error.strerror or str(error)

@@ -156,7 +156,7 @@ def request_of(
         given["model"] = model
     if "model" in by_name(cls) and not (values | given).get("model"):
         raise click.UsageError("Missing argument 'MODEL'.")
-    return cls.from_mapping(values | given), output
+    return cls.from_mapping(values | given).read_from_file(values.keys() - given.keys()), output
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def _folder(run: DenseRun) -> Path:
     checkpoint = run.checkpoint
     key = hashlib.sha256(json.dumps([FORMAT, checkpoint.config], sort_keys=True).encode())
     key.update(repr([(ffn.ffn, [observed_side(m) for m in ffn.matrices]) for ffn in run.plan.ffns]).encode())
-    for name in sorted({info.file for info in checkpoint.tensors.values()}):
+    for name in checkpoint.stored_files:
         with (checkpoint.folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     for path in custom_code.files(checkpoint.folder, checkpoint.architecture):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import experts
 from ..artifact.card_file import source_license
-from ..artifact.folder import check_output, check_space, count_finished, scratch, staged
+from ..artifact.folder import check_output, check_space, count_finished, output_error, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
 from ..artifact.weight_files import save_shard, write_index
 from ..compression.batches import Batch
@@ -25,9 +25,11 @@ from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
 from ..extras import need
 from ..options import called, named_by_flags, switched
-from ..planning.mixtures import StackPlan
-from ..planning.plan import FFNPlan, MatrixPlan
+from ..planning.mixtures import StackPlan, plan_mixture, resolve_mixture
+from ..planning.plan import FFNPlan, MatrixPlan, Plan
+from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
+from ..planning.resolve import resolve_recipe
 from ..ranks import Ranks, joined
 from ..request import as_path, check_function, check_token
 from ..source.checkpoint import Checkpoint
@@ -43,7 +45,7 @@ from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
 from .rounding import round_ffn
-from .shards import Records, resume_run, share_out
+from .shards import Records, check_shared, resume_run, share_out
 from .slices import finish_slices
 from .write import _write_recipe, write_companions
 
@@ -99,15 +101,15 @@ def convert(
             ranks, partial(_open, recipe, output, overwrite, token, bool(calibration))
         )
         prepared, trials = ranks.first(
-            lambda: _prepare(recipe, checkpoint, output, calibration, progress, token)
+            lambda: _prepare(recipe, checkpoint, output, calibration, progress, token, ranks.count)
         )
         ranks.together(prepared.check_reachable)
         folder = ranks.first(lambda: stack.enter_context(staged(output, overwrite, resume)))
-        job = _Job(folder, prepared, checkpoint, ranks, resume)
+        job = _Job(folder, output, prepared, checkpoint, ranks, resume)
         finished = ranks.first(job.begin)
         with job.telling_what_is_kept():
             job.write_weights(progress, finished)
-            return ranks.first(lambda: job.finish(output, trials, stack))
+            return ranks.first(lambda: job.finish(trials, stack))
 
 
 def _open_everywhere(ranks: Ranks, opening: Callable[[], Checkpoint]) -> Checkpoint:
@@ -139,9 +141,12 @@ def _prepare(
     calibration: Sequence[Batch] | None,
     progress: Progress | None,
     token: str | None,
+    count: int,
 ) -> tuple[Prepared, tuple[Trial, ...]]:
-    """What is made of the source, and what a search tried."""
+    """What is made of the source for `count` processes to write, and what a search tried."""
     trials: tuple[Trial, ...] = ()
+    if count > 1:  # told before hours of calibration
+        check_shared(_uncompressed(recipe, checkpoint, bool(recipe.calibrate or calibration)), count)
     if isinstance(checkpoint, InMemory):
         prepared: Prepared = prepare_mixture(recipe, checkpoint, calibration, progress, token=token)
     elif recipe.search:
@@ -150,6 +155,13 @@ def _prepare(
         prepared = prepare(recipe, checkpoint, calibration, progress, token=token)
     _check_space(prepared, checkpoint, output)
     return prepared, trials
+
+
+def _uncompressed(recipe: Recipe, checkpoint: Checkpoint, is_calibrated: bool) -> Plan:
+    """The plan from the headers, without ranks."""
+    if isinstance(checkpoint, InMemory):
+        return plan_mixture(resolve_mixture(recipe, checkpoint), checkpoint)
+    return plan_checkpoint(resolve_recipe(recipe, checkpoint, calibrated=is_calibrated), checkpoint)
 
 
 def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
@@ -177,10 +189,10 @@ def _search(
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token):
         _check_space(prepared, checkpoint, output)
         with scratch(output) as folder:
-            job = _Job(folder, prepared, checkpoint)
+            job = _Job(folder, output, prepared, checkpoint)
             job.begin()
             job.write_weights(report)
-            divergence = job.finish(output).divergence
+            divergence = job.finish().divergence
         assert divergence is not None, "a search is calibrated"
         if all(divergence.distance < trial.divergence.distance for trial in trials):
             nearest = prepared
@@ -196,18 +208,20 @@ class _Job:
 
     Args:
         folder: to write to; all processes see it.
+        output: what it becomes.
         resume: go on from the weight files that an interrupted run has finished, and keep those of this one.
     """
 
     def __init__(
         self,
         folder: Path,
+        output: Path,
         prepared: Prepared,
         checkpoint: Checkpoint,
         ranks: Ranks | None = None,
         resume: bool = False,
     ) -> None:
-        self.folder, self.prepared, self.checkpoint = folder, prepared, checkpoint
+        self.folder, self.output, self.prepared, self.checkpoint = folder, output, prepared, checkpoint
         self.plan, self.ranks, self.resume = prepared.plan, ranks or Ranks(), resume
         self.records = Records(folder, hashed=resume)
 
@@ -217,6 +231,7 @@ class _Job:
         Raises:
             RecipeError: what an interrupted run has left is of something else.
         """
+        self.records.begin()
         finished = resume_run(self.records, self.prepared, self.checkpoint) if self.resume else []
         write_companions(self.folder, self.plan, self.checkpoint)
         return finished
@@ -227,7 +242,16 @@ class _Job:
         self.ranks.together(lambda: self._make(shares[self.ranks.rank], progress))
 
     def _make(self, files: Sequence[str], progress: Progress | None) -> None:
-        """Make some of the weight files."""
+        """Make some of the weight files. Raises OutputError for what the operating system says."""
+        if not self.folder.is_dir():
+            raise MachineError(
+                f"'{self.folder.parent}' of the first process is not there for this one: on several machines "
+                "the output has to be in a folder that all of them see"
+            )
+        with self._telling_what_failed():
+            self._make_files(files, progress)
+
+    def _make_files(self, files: Sequence[str], progress: Progress | None) -> None:
         device = self.ranks.device(self.plan.recipe.device)
         builder = _Builder(self.prepared, self.checkpoint, files, device, progress)
         for file in files:
@@ -237,8 +261,15 @@ class _Job:
             self.records.add(file, builder.reports, builder.orders, builder.rounding)
             builder.forget_reports()
 
-    def finish(self, output: Path, trials: tuple[Trial, ...] = (), stack: ExitStack | None = None) -> Report:
-        """The index, the divergence and the report; then `stack` is closed."""
+    def finish(self, trials: tuple[Trial, ...] = (), stack: ExitStack | None = None) -> Report:
+        """The index, the divergence and the report; then `stack` is closed. Raises as `write_weights`."""
+        with self._telling_what_failed():
+            report = self._report(trials)
+            if stack is not None:
+                stack.close()
+            return report
+
+    def _report(self, trials: tuple[Trial, ...]) -> Report:
         plan = self.plan
         if len(plan.shards) > 1:
             write_index(self.folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
@@ -248,10 +279,16 @@ class _Job:
         kind = MixtureReport if isinstance(self.prepared, PreparedMixture) else Report
         report = kind(plan, reports, license, divergence, orders, trials, rounding)
         with named_by_flags():  # files are the same, whoever called
-            _write_texts(self.folder, output, report, self.checkpoint)
-        if stack is not None:
-            stack.close()
+            _write_texts(self.folder, self.output, report, self.checkpoint)
         return report
+
+    @contextmanager
+    def _telling_what_failed(self) -> Iterator[None]:
+        """Says of the operating system's errors what they mean for the output."""
+        try:
+            yield
+        except OSError as error:
+            raise output_error(error, self.output) from error
 
     @contextmanager
     def telling_what_is_kept(self) -> Iterator[None]:

@@ -25,6 +25,16 @@ from .report import MatrixReport, NeuronOrder
 _FFN_WORK = 10
 
 
+def check_shared(plan: Plan, count: int) -> None:
+    """Raises RequestError if there is one weight file for several processes."""
+    if count > 1 and len(plan.shards) == 1:
+        size = sum(tensor.num_bytes for tensor in plan.tensors) / count
+        raise RequestError(
+            f"{count} processes have one weight file to write; expected one for each: "
+            f"{assigned('max_shard_size', f'{max(int(size / 1e6), 1)}MB')}"
+        )
+
+
 def share_out(plan: Plan, count: int, finished: Collection[str] = ()) -> list[list[str]]:
     """The weight files that each of `count` processes makes: neighbours, of about equal work.
 
@@ -34,12 +44,7 @@ def share_out(plan: Plan, count: int, finished: Collection[str] = ()) -> list[li
     Raises:
         RequestError: there is one file for several processes.
     """
-    if count > 1 and len(plan.shards) == 1:
-        size = sum(tensor.num_bytes for tensor in plan.tensors) / count
-        raise RequestError(
-            f"{count} processes have one weight file to write; expected one for each at least: "
-            f"{assigned('max_shard_size', f'{max(int(size / 1e6), 1)}MB')}"
-        )
+    check_shared(plan, count)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
     def work(names: Iterable[str]) -> int:
@@ -69,6 +74,9 @@ class Records:
 
     def __init__(self, folder: Path, hashed: bool):
         self.artifact, self.folder, self.hashed = folder, folder.parent / DONE, hashed
+
+    def begin(self) -> None:
+        """Make the folder."""
         self.folder.mkdir(exist_ok=True)
 
     def add(
@@ -144,6 +152,10 @@ def resume_run(records: Records, prepared: Prepared, checkpoint: Checkpoint) -> 
     path, wanted = records.artifact.parent / RUN, _identity(prepared, checkpoint)
     if path.is_file():
         _check_same(read_json_object(path), wanted)
+    else:
+        unfinished = path.with_suffix(".tmp")
+        write_json(unfinished, wanted)
+        unfinished.replace(path)
     kept = [file for file in prepared.plan.shards if records.holds(file)]
     for file in set(prepared.plan.shards) - set(kept):
         records.drop(file)
@@ -152,15 +164,13 @@ def resume_run(records: Records, prepared: Prepared, checkpoint: Checkpoint) -> 
             found.rmdir()
         elif found.parent != records.artifact or found.name not in kept:
             found.unlink()
-    write_json(path, wanted)
     return kept
 
 
 def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a run makes, of what."""
     plan, calibration = prepared.plan, prepared.calibration or prepared.activated
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    stats = {file: (checkpoint.folder / file).stat() for file in files}
+    stats = {file: (checkpoint.folder / file).stat() for file in checkpoint.stored_files}
     made = [[tensor.name, tensor.shape, tensor.dtype] for tensor in plan.tensors]
     ranks = [[matrix.name, matrix.spec] for matrix in plan.matrices]
     digest = hashlib.sha256(json.dumps([made, ranks, plan.shards], default=list).encode())

@@ -151,6 +151,10 @@ class Options(OptionGroup):
         """
         return {}
 
+    def why_uncalibrated(self) -> str | None:
+        """Why text is of no use to the kind's own fits, if that needs words of the kind's own."""
+        return None
+
     def takes_activations(self) -> bool:
         """Whether the kind looks at activations of the dense FFNs, if there is calibration text."""
         return False

@@ -287,6 +287,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         may_truncate = self.own_options.may_truncate()
         if given == ["calibrate"] and self.own_options.takes_activations():
             return
+        if given == ["calibrate"] and (why := self.own_options.why_uncalibrated()):
+            raise RecipeError(why)
         if given and (given[0] in ("allocation", "correct") or not may_truncate):
             raise RecipeError(
                 f"{called(given[0])} given without {called('keep')} or {called('max_error')}; nothing is "

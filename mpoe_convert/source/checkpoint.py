@@ -123,6 +123,11 @@ class Checkpoint:
             )
         return tensor
 
+    @property
+    def stored_files(self) -> list[str]:
+        """The names of the weight files that its tensors lie in."""
+        return sorted({info.file for info in self.tensors.values()})
+
     def names(self) -> list[str]:
         """Paths of the source's files, also of those that were left on the Hub; of a folder its entries."""
         if self.revision is None:

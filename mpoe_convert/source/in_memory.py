@@ -63,6 +63,11 @@ class InMemory(Checkpoint):
     groups: dict[str, Group] = field(kw_only=True, repr=False)
     _made: dict[str, Tensor] = field(default_factory=dict, kw_only=True, repr=False)
 
+    @property
+    def stored_files(self) -> list[str]:
+        """Also those that hold only a part of a tensor."""
+        return self.disk.stored_files
+
     def read(self, name: str) -> Tensor:
         """See `Checkpoint.read`. What else a conversion makes is kept until it is asked for.
 

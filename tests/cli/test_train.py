@@ -169,6 +169,7 @@ def test_elsewhere_there_are_lines_alone():
 
 @pytest.mark.parametrize(("enabled", "rank"), [(False, "0"), (True, "1")])
 def test_nothing_is_shown(enabled, rank, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
     with training_progress(enabled, screen(True)) as shown:
         assert shown is None

@@ -155,7 +155,8 @@ def test_a_line_says_what_begins_on_a_terminal_alone(monkeypatch, capsys):
     app.announce("Converting gpt2", quiet=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     app.announce("Converting gpt2", quiet=True)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
     app.announce("Converting gpt2", quiet=False)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")

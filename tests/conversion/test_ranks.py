@@ -14,7 +14,7 @@ from mpoe_convert import Recipe
 from mpoe_convert.compression.prepare import prepare
 from mpoe_convert.conversion.shards import share_out
 from mpoe_convert.errors import RequestError
-from mpoe_convert.ranks import Ranks, joined
+from mpoe_convert.ranks import Ranks, is_first, joined
 from mpoe_convert.source.opening import open_source
 
 SHARDS = ["--max-shard-size", "4KB", "-q"]
@@ -43,7 +43,7 @@ def ran(tmp_path_factory):
     for case, args in cases.items():
         for count in COUNTS[case]:
             runs[f"{case} {count}"] = {"args": [*args, "-o", f"{case}-{count}"], "count": count}
-    for event in ("nan", "kill"):
+    for event in ("nan", "kill", "full"):
         args = [*cases["blocks"], "-o", event]
         runs |= {event: {"args": args, "count": 2, event: [1, 1]}}
     runs["one file"] = {"args": ["llama", "--experts", "2", "-q", "-o", "one"], "count": 3}
@@ -68,6 +68,15 @@ def test_an_error_of_one_process_is_told_once_and_leaves_nothing(ran):
     assert not list(folder.glob("*nan*"))
 
 
+def test_a_full_disk_of_one_process_is_told_once(ran):
+    folder, runs = ran
+    assert runs["full"]["codes"] == [1, 1]
+    assert runs["full"]["stderr"] == (
+        "Error: process 1: the disk is full; nothing was left at 'full': free some space and run again\n"
+    )
+    assert not list(folder.glob("*full*"))
+
+
 def test_a_process_that_is_killed_ends_the_run(ran):
     folder, runs = ran
     assert runs["kill"]["codes"] == [1, -9]
@@ -82,7 +91,7 @@ def test_wrong_requests_are_told_once(ran):
     _, runs = ran
     assert runs["one file"]["codes"] == [2, 2, 2]
     assert re.fullmatch(
-        r"Error: 3 processes have one weight file to write; expected one for each at least: "
+        r"Error: 3 processes have one weight file to write; expected one for each: "
         r"--max-shard-size 1MB\n",
         runs["one file"]["stderr"],
     )
@@ -120,6 +129,15 @@ def test_a_single_file_is_not_shared(plan, monkeypatch):
     assert share_out(plan, 1) == [["model.safetensors"]]
     with pytest.raises(RequestError, match=r"^2 processes have one weight file .* max_shard_size='1MB'$"):
         share_out(plan, 2)
+
+
+def test_a_rank_without_torchrun_speaks(monkeypatch):
+    """Operators of clusters set RANK for programs that do not share their work."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_first()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert not is_first()
 
 
 def test_whoever_is_not_asked_works_alone(monkeypatch):

@@ -19,7 +19,7 @@ from mpoe_convert.artifact.folder import count_finished, find_resumable
 from mpoe_convert.cli import main
 from mpoe_convert.conversion import convert as conversion
 from mpoe_convert.conversion import shards
-from mpoe_convert.errors import CheckpointError, RecipeError
+from mpoe_convert.errors import CheckpointError, OutputError, RecipeError
 
 CALLS = {
     "dense": {"model": "llama", "experts": 2, "bond_dim": 4},
@@ -103,6 +103,31 @@ def test_it_may_be_interrupted_again_and_by_an_error(work):
     assert str(told.value).endswith("run it again with resume=True to go on")
     convert(recipe(), "out", resume=True)
     assert tree(Path("out")) == tree(Path("whole"))
+
+
+def test_a_full_disk_keeps_what_is_finished(work):
+    with (
+        saving(2, OSError(28, "No space left on device")),
+        pytest.raises(
+            OutputError, match=r"^the disk is full; .* run again; 2 of \d+ weight files are kept in"
+        ),
+    ):
+        convert(recipe(), "out", resume=True)
+    assert count_finished(find_resumable(Path("out"))) == 2
+
+
+def test_a_change_in_any_of_a_mixture_s_files_is_seen(work):
+    """A tensor of all experts is made of several files."""
+    shutil.rmtree("mixtral")
+    make_model("mixtral").save_pretrained("mixtral", max_shard_size="4KB")
+    files = sorted(Path("mixtral").glob("model-*.safetensors"))
+    assert len(files) > 4
+    for file in files:
+        left = interrupt(recipe("mixture"))
+        file.touch()
+        with pytest.raises(RecipeError, match=rf"^the source's '{file.name}' has changed since the inter"):
+            convert(recipe("mixture"), "out", resume=True)
+        shutil.rmtree(left)
 
 
 def test_without_the_option_nothing_is_kept_and_what_was_kept_goes(work):

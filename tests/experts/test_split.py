@@ -389,8 +389,8 @@ def test_sizes_that_do_not_divide_are_told(tiny_gpt2):
         ({"bias": "shared"}, "an expert of kind split has the biases of its own neurons"),
         ({"parts": 3}, "parts is 3 with 8 experts, which it does not divide; expected 2 or 4"),
         ({"keep": 0.5}, "whose experts are the dense FFN itself"),
-        ({"calibrate": "builtin", "top_k": 8}, "nothing is compressed"),
-        ({"calibrate": "builtin", "parts": 4}, "nothing is compressed"),
+        ({"calibrate": "builtin", "top_k": 8}, "all parts are chosen or have copies; leave it out"),
+        ({"calibrate": "builtin", "parts": 4}, "all parts are chosen or have copies; leave it out"),
         (
             {"kind": "low-rank", "shared_experts": 1},
             "experts share the dense matrices: every token passes them",

@@ -17,8 +17,8 @@ def run_all(runs: list[dict], cwd: Path) -> list[dict]:
     """Run one after the other; every run ends before the next begins.
 
     Args:
-        runs: each with `args` of the command and the `count` of its processes; `nan` or `kill`, if there, is
-            (rank, n): that process meets NaN in its n-th weight file, or is killed there.
+        runs: each with `args` of the command and the `count` of its processes; `nan`, `full` or `kill`, if
+            there, is (rank, n): that process meets NaN or a full disk in its n-th weight file, or is killed.
 
     Returns:
         For each {"codes": exit codes by rank, "stderr": of all together}.
@@ -52,6 +52,8 @@ def disturb(run: dict, rank: int) -> None:
         files.append(path)
         if run.get("nan") == [rank, len(files)]:
             next(iter(tensors.values())).fill_(float("nan"))
+        if run.get("full") == [rank, len(files)]:
+            raise OSError(28, "No space left on device")
         if run.get("kill") == [rank, len(files)]:
             os.kill(os.getpid(), signal.SIGKILL)
         save(tensors, path)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from helpers.data import QUICK, words
 from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, VOCAB, save_mixture, stock_name, token_ids
 from helpers.models import stored
@@ -28,6 +29,7 @@ from mpoe_convert import (
     verify,
 )
 from mpoe_convert.artifact.inspect import inspect
+from mpoe_convert.cli import main
 from mpoe_convert.cli.tables import console, print_summary
 from mpoe_convert.errors import (
     CheckpointError,
@@ -515,3 +517,15 @@ def test_more_than_all_numbers_are_refused(tmp_path):
     dense = save_mixture("mixtral", tmp_path / "dense")
     with pytest.raises(RecipeError, match="keep is 2; expected a share of the experts' numbers"):
         convert(Recipe(str(dense), keep=2), tmp_path / "out")
+
+
+def test_recipe_files_that_list_every_option_are_taken(mixtral, tmp_path):
+    """As earlier releases wrote them: the defaults in them were not chosen by anyone."""
+    source, _ = mixtral
+    values = Recipe(str(source)).to_mapping() | {"experts": EXPERTS, "top_k": TOP_K}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(values))
+    command = ["convert", "--config", str(path), "--dry-run"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    refused = CliRunner().invoke(main, [*command, "--noise", "0.01"])
+    assert refused.exit_code == 2 and "--noise given with a mixture" in refused.stderr

@@ -86,9 +86,14 @@ class Options(experts.Options):
     def takes_activations(self) -> bool:
         return self.num_parts == self.experts and not self.starts_exact()
 
+    def why_uncalibrated(self) -> str | None:
+        if self.takes_activations():
+            return None
+        return f"{called('calibrate')} given, and all parts are chosen or have copies; leave it out"
+
     def check_budget(self) -> None:
         raise RecipeError(
-            f"{called('keep')} and {called('max_error')} given with {assigned('kind', 'split')}, whose "
+            f"{called('keep')} or {called('max_error')} given with {assigned('kind', 'split')}, whose "
             f"experts are the dense FFN itself; expected another {called('kind')}"
         )
 
