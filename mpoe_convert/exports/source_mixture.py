@@ -11,6 +11,7 @@ from .targets import Checked, ExportPlan, Part, PlannedTensor
 from .targets.dense import read_bias, usage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -82,11 +83,19 @@ class _Tensors:
             if mixture is None:
                 values = {name: (info.shape, getattr(torch, info.dtype))}
             else:
-                dtype = getattr(torch, info.dtype)
-                values = {each: (tuple(state[each].shape), dtype) for each in self._stacks(mixture)}
+                values = {
+                    each: (tuple(state[each].shape), self._dtype(mixture, roles))
+                    for each, roles in self._stacks(mixture).items()
+                }
             layer = re.match(r".*?\.\d+\.", name)
             found.setdefault(layer[0] if layer else name, {}).update(values)
         return found
+
+    def _dtype(self, mixture: Mixture, roles: dict[str, Source]) -> torch.dtype:
+        """Of what holds the matrices of these roles."""
+        import torch
+
+        return getattr(torch, self.source.dtype(mixture, next(iter(roles))))
 
     def _stacks(self, mixture: Mixture) -> dict[str, dict[str, Source]]:
         """Name in the stock model -> {role: which part of it}, of a layer's experts."""
@@ -110,8 +119,7 @@ class _Tensors:
             return self.source.checkpoint.read(name)
         mixture = next(each for each in self.source.mixtures if name.startswith(f"{each.layer}.experts."))
         roles = self._stacks(mixture)[name]
-        dtype = getattr(torch, self.source.dtype(mixture, next(iter(roles))))
-        tensor = torch.empty(self.model.state_dict()[name].shape, dtype=dtype)
+        tensor = torch.empty(self.model.state_dict()[name].shape, dtype=self._dtype(mixture, roles))
         for role, source in roles.items():
             part = (biases_of if name == source.bias else matrices_of)(tensor, source)
             for expert in range(self.source.num_experts):

@@ -23,13 +23,14 @@ from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
 from .resolve import Resolved, select_ffns
+from .rounding import rounding_in_words
 from .totals import Totals, model_totals
 
 # What can be chosen where the source is a mixture.
 USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
-        *("max_shard_size", "keep", "share", "allocation", "experts", "top_k"),
+        *("max_shard_size", "bits", "keep", "share", "allocation", "experts", "top_k"),
         *by_name(TextSource),
     }
 )
@@ -159,8 +160,7 @@ class MixturePlan(Plan):
         by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
         shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
         layer = max(
-            sum(by_name[name] for name in ffn.tensors)
-            + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
+            ffn.num_bytes + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in self.ffns
         )
         moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
@@ -197,6 +197,7 @@ class MixturePlan(Plan):
         yield Table("Experts", rows, ("experts' matrix", "size", "shared", "ranks")).short().head(limit)
         yield self.totals_table()
         yield self.savings
+        yield rounding_in_words(self)
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
         if recipe.calibrate:

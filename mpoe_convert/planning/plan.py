@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..artifact.rounding import BITS
 from ..artifact.weight_files import num_bytes
 from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
@@ -18,6 +19,7 @@ from ..source.families import Family
 from ..source.ffn import FFN, Source
 from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warning
 from .recipe import Recipe
+from .rounding import rounding_in_words, source_bytes
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
@@ -141,6 +143,11 @@ class FFNPlan:
     form: Form
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors, before any is rounded."""
+        return sum(OutTensor(name, *spec, None).num_bytes for name, spec in self.tensors.items())
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,7 @@ class Plan(Shown):
         """
         by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
         shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
-        largest = max(sum(by_name[name] for name in ffn.tensors) for ffn in self.ffns)
+        largest = max(ffn.num_bytes for ffn in self.ffns)
         matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
         reordered = [ffn for ffn in self.ffns if self.seeks_order(ffn)]
         order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
@@ -345,6 +352,7 @@ class Plan(Shown):
             "model_type": self.model_type,
             "recipe": self.recipe.to_mapping(),
             "totals": asdict(self.totals) | {"ffn": asdict(self.ffn_totals)},
+            "rounded_source_bytes": {str(bits): source_bytes(self, bits) for bits in BITS},
             "exact": self.is_exact,
             "peak_bytes": self.peak_bytes,
             "kept_dense": list(self.kept_dense),
@@ -390,6 +398,7 @@ class Plan(Shown):
         yield Table("Matrices", rows, left).short().head(limit)
         yield self.totals_table()
         yield self.savings
+        yield rounding_in_words(self)
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
         if self.budget:

@@ -7,8 +7,9 @@ from typing import TypeVar
 
 from .. import experts
 from ..artifact.weight_files import split_into_shards
-from ..errors import FamilyError
+from ..errors import FamilyError, RecipeError
 from ..experts.ffn import FFNShape, MatrixShape
+from ..options import called
 from ..source import sentence_encoder
 from ..source.checkpoint import Checkpoint
 from ..source.ffn import FFN
@@ -17,6 +18,7 @@ from ..source.matrices import FLOAT_DTYPES, matrix_size
 from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
 from .recipe import Recipe, parse_size
 from .resolve import Resolved
+from .rounding import large_cores, rounded_specs
 from .totals import dense_flops_per_token, mixture
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
@@ -44,6 +46,11 @@ def assemble(
     """A plan of these FFNs; `kept`: parts of the names of copied tensors that keep the source's dtype."""
     recipe = resolved.recipe
     tensors = _out_tensors(recipe, checkpoint, ffns, kept)
+    if recipe.bits and not any(True for ffn in ffns for matrix in ffn.matrices for _ in large_cores(matrix)):
+        raise RecipeError(
+            f"{called('bits')} is {recipe.bits}, and no core is large enough to be rounded; expected one of "
+            f"at least 32 x 32 numbers: leave it out"
+        )
     return cls(
         recipe=recipe,
         source=checkpoint.source,
@@ -128,7 +135,8 @@ def _out_tensors(
             plan = owner[name]
             if plan.ffn.key not in done:
                 done.add(plan.ffn.key)
-                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in plan.tensors.items()]
+                stored = rounded_specs(plan, recipe.bits)
+                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in stored.items()]
         elif name not in dropped:
             floating = info.dtype in FLOAT_DTYPES
             stays = not floating or any(f".{part}." in f".{name}." for part in kept)

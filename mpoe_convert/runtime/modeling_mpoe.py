@@ -60,16 +60,17 @@ N choices, each of which is a row that passes one expert; k choices per token, s
 Contents:
     1. Config: options at its top level, and the version of its `mpoe` block
     2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
-    3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
-    4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
-    5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
-    6. Rule top-k: every token goes to the k experts with the largest logits
-    7. Routers: which experts a token goes to, and the losses that routers learn from
-    8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
-    10. The mixture: the FFN of several experts with a router of its own
-    11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
-    12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    3. Linear layers: large cores as the modules that libraries round
+    4. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+    5. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+    6. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+    7. Rule top-k: every token goes to the k experts with the largest logits
+    8. Routers: which experts a token goes to, and the losses that routers learn from
+    9. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    10. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+    11. The mixture: the FFN of several experts with a router of its own
+    12. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+    13. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -100,6 +101,7 @@ try:
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
     from transformers.utils.generic import ModelOutput
 except ImportError as error:
@@ -253,7 +255,118 @@ class Cost(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+# 3. Linear layers: large cores as the modules that libraries round
+#
+# bitsandbytes, torchao, HQQ and compressed-tensors round the weights of `nn.Linear`, each behind a forward of
+# its own. In a model that is loaded with a `quantization_config`, every large core (`is_large`) is such a
+# layer, whose weight (o * r, l * i) is the transposed core; for a stack of cores there is one per expert.
+# Files keep names and shapes of cores: `LoadLinears` splits and transposes a core while it is loaded.
+
+
+# A core where libraries are to round it: a layer, or one for each expert.
+Layers = nn.Linear | nn.ModuleList
+# Below so many rows or columns a core is small: scales of groups would weigh as much as what is saved.
+_MIN_SIDE = 32
+# A core with a smaller share of its projection's matrix is small beside the others, and cheap to keep exact.
+_MIN_SHARE = 1 / 64
+
+
+def is_large(rows: int, cols: int, matrix_size: int) -> bool:
+    """Whether a core, as the matrix (rows, cols) of one expert, is worth rounding.
+
+    Args:
+        matrix_size: number of entries of the projection's matrix.
+    """
+    return min(rows, cols) >= _MIN_SIDE and rows * cols >= _MIN_SHARE * matrix_size
+
+
+def as_linears(core: Tensor) -> Layers:
+    """Layers for a core (l * i, o * r), or a list for a stack (E, l * i, o * r); with random weights."""
+    if core.ndim == 3:
+        return nn.ModuleList(as_linears(own) for own in core)
+    rows, cols = core.shape
+    return nn.Linear(rows, cols, bias=False, device=core.device, dtype=core.dtype)
+
+
+def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
+    """The matrix (in, out) that a layer multiplies by, whatever holds it; dtype and device of `like`."""
+    size: Any = layer.in_features
+    return layer(torch.eye(size, dtype=like.dtype, device=like.device))
+
+
+def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
+    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out)."""
+    assert isinstance(layers, nn.ModuleList)
+    if isinstance(experts, int):
+        return layers[experts](x)
+    hit = experts.unique().tolist() or [0]  # one synchronisation
+    places = [(experts == expert).nonzero().squeeze(-1) for expert in hit]
+    made = [layers[expert](x[place]) for expert, place in zip(hit, places, strict=True)]
+    return torch.cat(made)[torch.cat(places).argsort()]
+
+
+class _SplitCore(ConversionOps):
+    """A core, or a stack of them, into the weights of its layers, by their names."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`full_layer_name`: of the first weight."""
+        ((core,),), first = input_dict.values(), kwargs["full_layer_name"]
+        if core.ndim == 2:
+            return {first: core.mT.contiguous()}
+        start = first.removesuffix("0.weight")
+        return {f"{start}{expert}.weight": own.mT.contiguous() for expert, own in enumerate(core)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Layers are saved as what they are."""
+        return self
+
+
+class LoadLinears(WeightConverter):
+    """Loads cores into linear layers, which a quantiser rounds one by one."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> list[WeightConverter]:
+        """For the cores of a model that are linear layers, wherever they are in it: below any prefix."""
+        names: dict[str, list[str]] = {".weight": [], ".0.weight": []}
+        for name, module in model.named_modules():
+            parent, _, core = name.rpartition(".")
+            if core in getattr(model.get_submodule(parent), "core_names", ()):
+                names[".0.weight" if isinstance(module, nn.ModuleList) else ".weight"].append(re.escape(name))
+        return [
+            cls(rf"(?<![^.])({'|'.join(found)})$", rf"\1{tail}", [_SplitCore()])
+            for tail, found in names.items()
+            if found
+        ]
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{name: weight} of the layers of one core; `layer_name` is that of the first."""
+        operation, self.quantization_operation = self.quantization_operation, None
+        made = super().convert(layer_name, *args, **kwargs)
+        if operation is None:
+            return made
+        loading = kwargs.pop("loading_info", None)
+        rounded: dict[str, Any] = {}
+        for name, weight in made.items():
+            rounded |= operation.convert(
+                {name: [weight]},
+                source_patterns=[name],
+                target_patterns=[name],
+                full_layer_name=name,
+                missing_keys=loading.missing_keys if loading else None,
+                **kwargs,
+            )
+        return rounded
+
+    def reverse_transform(self) -> WeightConverter:
+        """Layers are saved as what they are: nothing matches."""
+        return type(self)(r"(?!)", "none", self.operations)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
 #
 # A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
 # shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
@@ -329,15 +442,19 @@ def name_cores(term: dict) -> list[str]:
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
 
 
-def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
+def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
     """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
+    if isinstance(weight, nn.Module):
+        return weight(x.mT).mT
     if torch.is_grad_enabled():  # one product over transposed copies, whose gradient is not made per row
         return weight.mT @ x
     return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x)
 
 
-def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
+def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
+    if isinstance(weight, nn.Module):
+        return weight(x)
     if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
@@ -374,8 +491,10 @@ class Picks(NamedTuple):
             return cls(experts, ends=counts.cumsum(0).to(torch.int32))
         return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
 
-    def right(self, x: Tensor, weight: Tensor) -> Tensor:
+    def right(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """x (N, p, l) times its expert's matrix of (E, l, q) -> (N, p, q)."""
+        if isinstance(weight, nn.Module):
+            return run_by_expert(weight, x, self.experts)
         if self.sizes is not None:
             return self._by_segment(x, weight, torch.matmul)
         if self.ends is not None:
@@ -385,9 +504,9 @@ class Picks(NamedTuple):
             return x @ weight[self.experts]
         return torch.bmm(x, weight.index_select(0, self.experts))
 
-    def left(self, x: Tensor, weight: Tensor) -> Tensor:
+    def left(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """The transpose of its expert's matrix of (E, l, q) times x (N, l, p) -> (N, q, p)."""
-        if x.shape[-1] == 1 or self.ends is not None:
+        if x.shape[-1] == 1 or self.ends is not None or isinstance(weight, nn.Module):
             return self.right(x.mT.contiguous(), weight).mT
         if self.sizes is not None:
             return self._by_segment(x, weight, lambda part, own: multiply_left(own, part))
@@ -492,6 +611,7 @@ class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
     Attributes:
+        large: per core, whether it may be rounded, and is a linear layer then.
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
@@ -518,10 +638,24 @@ class Chain(nn.Module):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         sizes = [math.prod(shape) for shape in self.shapes]
+        whole = self.in_features * self.out_features
+        tied = [copies == 1 for copies in self.copies]
+        self.large = [t and is_large(*matrix_shape(s), whole) for t, s in zip(tied, self.shapes, strict=True)]
         self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
         self.own_params = sum(sizes) - self.shared_params
         self.flops_per_row = self._count_flops_per_row()
         self.rebuild_flops = self._count_rebuild_flops()
+
+    def use_linears(self) -> None:
+        """Let the large cores be linear layers from now on, with random weights."""
+        for name, shape, large in zip(self.core_names, self.shapes, self.large, strict=True):
+            core = getattr(self, name)
+            if not large or isinstance(core, nn.Module):
+                continue
+            delattr(self, name)
+            self.add_module(name, as_linears(core))
+            rows, cols = matrix_shape(shape)
+            self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
 
     def forward(
         self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
@@ -533,26 +667,37 @@ class Chain(nn.Module):
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
         """
+        picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
-        rows = rows.to(cores[0].dtype)
+        rows = rows.to(next((core.dtype for core in cores if isinstance(core, Tensor)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
         if self.is_common or isinstance(picks.experts, int):
             expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
-            return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
+            if cache and not any(isinstance(core, nn.Module) for core in cores):
+                return rows @ cache.matrix(self, cores, expert)
+            return rows @ self._contract(cores, expert, rows)
         hit = slice(None)
         if picks.sizes is not None:  # build the matrices that are needed
             hit = [e for e, size in enumerate(picks.sizes) if size] or [0]
             picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
-        return picks.right(rows.unsqueeze(1), self._contract(cores, hit)).squeeze(1)
+        return picks.right(rows.unsqueeze(1), self._contract(cores, hit, rows)).squeeze(1)
 
     def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
         """One expert's matrix, (in, out)."""
-        return self._contract(cores, expert)
+        return self._contract(cores, expert, cores[0])
 
-    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
-        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
-        chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
+    def _contract(
+        self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
+    ) -> Tensor:
+        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out).
+
+        `like`: with dtype and device of what rounded cores become.
+        """
+        chosen = [
+            _choose(core, slice(None) if shared else experts, like)
+            for core, shared in zip(cores, self.shared, strict=True)
+        ]
         shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
         return contract_chain(shaped, self.copies)
 
@@ -590,7 +735,8 @@ class Chain(nn.Module):
 
     def cost(self, rows: float, experts: float, schedule: str) -> Cost:
         """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
-        itemsize = getattr(self, self.core_names[0]).itemsize
+        first = getattr(self, self.core_names[0])
+        itemsize = next(first.parameters()).itemsize if isinstance(first, nn.Module) else first.itemsize
         stored = self.shared_params + experts * self.own_params
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
             return Cost(rows * self.flops_per_row, 0, stored * itemsize)
@@ -628,11 +774,23 @@ class Chain(nn.Module):
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741
             core, l = getattr(self, name), l // self.copies[k]  # noqa: E741
+            if isinstance(core, nn.Module):  # initialised as the linear layers of the stock model
+                continue
             if l * i * o * r == 1:  # it scales features
                 init.ones_(core)
                 continue
             fan = l * i * o if k < centre else i * o * r
             init.normal_(core, std=std if k == centre else fan**-0.5)
+
+
+def _choose(core: Tensor | Layers, experts: int | list[int] | slice, like: Tensor) -> Tensor:
+    """The experts' part of a core, which may be rounded; a shared core has one part, `slice(None)`."""
+    if isinstance(core, nn.ModuleList):
+        if isinstance(experts, int):
+            return matrix_of(core[experts], like)
+        hit = range(len(core))[experts] if isinstance(experts, slice) else experts
+        return torch.stack([matrix_of(core[expert], like) for expert in hit])
+    return matrix_of(core, like) if isinstance(core, nn.Module) else core[experts]
 
 
 def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:
@@ -642,7 +800,7 @@ def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+# 5. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
 #
 # A part says itself what it owns, what it costs and what it starts as. Another type of part is one more class
 # and one more row in `PARTS`.
@@ -732,6 +890,7 @@ class Projection(Part):
         common: Tensor | None = None,
     ) -> Tensor:
         """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        picks = Picks(*picks)  # as in a chain
         y = common  # (N, out)
         for term, chain in zip(self.terms, self._chains, strict=True):
             if common is None or not chain.is_common:
@@ -784,6 +943,7 @@ class Adapter(Part):
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
+        picks = Picks(*picks)  # as in a chain
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 
@@ -812,7 +972,7 @@ def inner_size_of(form: dict) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+# 6. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
 
 
 class Choices(NamedTuple):
@@ -920,7 +1080,7 @@ def find_rule(name: str) -> Rule:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Rule top-k: every token goes to the k experts with the largest logits
+# 7. Rule top-k: every token goes to the k experts with the largest logits
 
 
 @rule
@@ -978,7 +1138,7 @@ def _weigh_parts(logits: Tensor, chosen: Tensor, experts: Tensor, parts: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Routers: which experts a token goes to, and the losses that routers learn from
+# 8. Routers: which experts a token goes to, and the losses that routers learn from
 
 
 class Router(Part):
@@ -1115,7 +1275,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 9. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 #
 # The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
 # outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
@@ -1360,7 +1520,7 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+# 10. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -1621,7 +1781,7 @@ def _seconds(cost: Cost) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 10. The mixture: the FFN of several experts with a router of its own
+# 11. The mixture: the FFN of several experts with a router of its own
 
 
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
@@ -1744,7 +1904,7 @@ class FeedForward(Mixing):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 11. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+# 12. Experts: what takes the place of the experts of a stock mixture, whose routers stay
 #
 # The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`.
 # That module alone is replaced. Ours stands in the block under the name `MIXTURE`, because serving engines
@@ -1855,7 +2015,7 @@ def block_class(stock: type[nn.Module], namespace: dict) -> type[nn.Module]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 12. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 13. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -2092,7 +2252,11 @@ class MixtureMixin(_Stock):
                 initialise = _innermost_model(base, path)._init_weights
                 swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
+        self._rounds = getattr(config, "quantization_config", None) is not None
         for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
             if isinstance(ffn, FeedForward):
                 ffn.configure(config, len(present))
                 ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
@@ -2120,6 +2284,16 @@ class MixtureMixin(_Stock):
             if renames is not None and _renames_experts(renames):
                 ours = [] if _keeps_routers(self.config) else renames
                 register_checkpoint_conversion_mapping(name, ours, overwrite=True)
+        name, stock_type = type(self).__name__, self.config.model_type
+        before = get_checkpoint_conversion_mapping(name)
+        renames = [rename for rename in before or [] if not isinstance(rename, LoadLinears)]
+        if self._rounds:
+            before = renames if before is not None else get_checkpoint_conversion_mapping(stock_type) or []
+            register_checkpoint_conversion_mapping(
+                name, [*before, *LoadLinears.of_model(self.base_model)], overwrite=True
+            )
+        elif before is not None:
+            register_checkpoint_conversion_mapping(name, renames, overwrite=True)
 
     def _layer_paths(self) -> dict[str, int]:
         """{path of a layer with a mixture below the base model: index of its form}, of those that are here.
