@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, FamilyError, RecipeError
+from ..errors import CheckpointError, FamilyError
 from ..options import called
 from ..runtime.shapes import functions, modeling
 from ..source.architecture import Architecture
@@ -417,10 +417,7 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
 def _is_rounded(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
     """Whether there is what stands for a rounded core of this shape."""
     bits = bits_of(checkpoint.config)
-    try:
-        stored = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
-    except RecipeError:  # it cannot be one
-        return False
+    stored = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
     tensors = checkpoint.tensors
     return bool(stored) and all(n in tensors and tensors[n].shape == s for n, (s, _) in stored.items())
 

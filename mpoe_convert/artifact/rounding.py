@@ -11,35 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import RecipeError
-from ..options import assigned
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 BITS = (8, 4)
-# Sizes of groups at 4 bits, the first that divides a row is taken.
-GROUP_SIZES = (64, 32, 16, 8)
+# At 4 bits groups of about so many neighbours share a scale, of no fewer and no more than these.
+GROUP, GROUP_SIZES = 64, range(32, 129)
 Specs = dict[str, tuple[tuple[int, ...], str]]
 
 
-def group_size(name: str, width: int, bits: int) -> int:
+def group_size(width: int, bits: int) -> int:
     """Entries of a row of `width` that share a scale.
 
-    Raises:
-        RecipeError: no size divides the row.
+    At 8 bits all of them; below, the divisor of `width` that is nearest to 64, of those from 32 to 128, else all.
     """
-    if bits == 8:
-        return width
-    found = next((size for size in GROUP_SIZES if width % size == 0), None)
-    if found is None:
-        raise RecipeError(
-            f"{name} has {width} inputs, which no group of {', '.join(map(str, GROUP_SIZES))} divides; "
-            f"expected a multiple of {GROUP_SIZES[-1]}, or {assigned('bits', 8)}"
-        )
-    return found
+    divisors = () if bits == 8 else (size for size in GROUP_SIZES if width % size == 0)
+    return min(divisors, key=lambda size: abs(size - GROUP), default=width)
 
 
 def layers_of(name: str, shape: tuple[int, ...]) -> list[str]:
@@ -48,28 +37,28 @@ def layers_of(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def stored_specs(name: str, shape: tuple[int, ...], dtype: str, bits: int) -> Specs:
-    """{name: (shape, dtype)} of the tensors that stand for a core. Raises as `group_size`."""
+    """{name: (shape, dtype)} of the tensors that stand for a core."""
     width, height = shape[-2:]
     specs: Specs = {
         PACKED: ((height, -(-width * bits // 32)), "int32"),
-        SCALE: ((height, width // group_size(name, width, bits)), dtype),
+        SCALE: ((height, width // group_size(width, bits)), dtype),
         SHAPE: ((2,), "int64"),
     }
     return {f"{layer}.{tail}": spec for layer in layers_of(name, shape) for tail, spec in specs.items()}
 
 
 def round_core(name: str, core: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
-    """(the tensors of `stored_specs`, the core that they stand for, in its dtype). Raises as `group_size`."""
+    """(the tensors of `stored_specs`, the core that they stand for, in its dtype)."""
     import torch
 
     stack, made, exact = core if core.ndim == 3 else core.unsqueeze(0), {}, []
     for layer, own in zip(layers_of(name, tuple(core.shape)), stack, strict=True):
         weight = own.mT.float()
-        codes, scales = round_rows(weight, group_size(name, weight.shape[1], bits), bits, core.dtype)
+        codes, scales = round_rows(weight, group_size(weight.shape[1], bits), bits, core.dtype)
         made[f"{layer}.{PACKED}"] = pack(codes, bits)
         made[f"{layer}.{SCALE}"] = scales
         made[f"{layer}.{SHAPE}"] = torch.tensor(weight.shape)
-        exact.append(_dequantise(codes, scales).mT)
+        exact.append(dequantise(codes, scales).mT)
     return made, torch.stack(exact).reshape(core.shape)
 
 
@@ -86,7 +75,7 @@ def round_rows(weight: Tensor, size: int, bits: int, dtype: torch.dtype) -> tupl
     return codes.flatten(-2).char(), scales.contiguous()
 
 
-def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     """(rows, cols) in the dtype of the scales."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
     return (groups * scales.unsqueeze(-1)).flatten(-2)
@@ -129,7 +118,7 @@ def read_core(read: Callable[[str], Tensor], name: str, bits: int, num_experts: 
         scales = read(f"{name}.{SCALE}")
         width = int(read(f"{name}.{SHAPE}")[1])
         codes = unpack(read(f"{name}.{PACKED}"), bits, width)
-        return _dequantise(codes, scales).mT.contiguous()
+        return dequantise(codes, scales).mT.contiguous()
 
     if num_experts is None:
         return layer(name)

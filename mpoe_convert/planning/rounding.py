@@ -25,11 +25,7 @@ def large_cores(matrix: MatrixPlan) -> Iterator[str]:
 
 
 def rounded_specs(ffn: FFNPlan, bits: int | None) -> Specs:
-    """{name: (shape, dtype)} of an FFN's tensors as stored, the large cores rounded.
-
-    Raises:
-        RecipeError: no size of a group divides a core's inputs.
-    """
+    """{name: (shape, dtype)} of an FFN's tensors as stored, the large cores rounded."""
     if bits is None:
         return ffn.tensors
     large = {name for matrix in ffn.matrices for name in large_cores(matrix)}
@@ -46,21 +42,18 @@ def config_of(plan: Plan, bits: int) -> dict:
         start = r"(.*\.)?" + re.escape(ffn.ffn.path) + r"\..*"
         for matrix in ffn.matrices:
             for name in large_cores(matrix):
-                width = group_size(name, ffn.tensors[name][0][-2], bits)
+                width = group_size(ffn.tensors[name][0][-2], bits)
                 tail = re.escape(name.removeprefix(f"{ffn.ffn.key}."))
                 targets.setdefault(width if bits == 4 else 0, []).append(rf"{start}\b{tail}(\.\d+)?$")
     return rounding_config(targets, bits)
 
 
 def source_bytes(plan: Plan, bits: int) -> int:
-    """Bytes of the source's matrices that are converted, rounded alone: the same codes and scales.
-
-    A row that no group divides has groups of 8 and a shorter one.
-    """
+    """Bytes of the source's matrices that are converted, rounded alone: the same codes and scales."""
     total = 0
     for matrix in plan.matrices:
         width = matrix.rows
-        groups = 1 if bits == 8 else -(-width // next((s for s in (64, 32, 16) if width % s == 0), 8))
+        groups = width // group_size(width, bits)
         row = 4 * -(-width * bits // 32) + groups * DTYPE2BYTES[matrix.dtype]
         one = matrix.rows * matrix.cols + (matrix.cols if matrix.source.bias else 0)
         total += matrix.dense_params // one * matrix.cols * row  # of a mixture it is that of all experts
