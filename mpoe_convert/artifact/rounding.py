@@ -25,7 +25,7 @@ Specs = dict[str, tuple[tuple[int, ...], str]]
 def group_size(width: int, bits: int) -> int:
     """Entries of a row of `width` that share a scale.
 
-    At 8 bits all of them; below, the divisor of `width` that is nearest to 64, of those from 32 to 128, else all.
+    At 8 bits all of them; below, of the divisors of `width` from 32 to 128 the nearest to 64, else all.
     """
     divisors = () if bits == 8 else (size for size in GROUP_SIZES if width % size == 0)
     return min(divisors, key=lambda size: abs(size - GROUP), default=width)
@@ -51,15 +51,16 @@ def round_core(name: str, core: Tensor, bits: int) -> tuple[dict[str, Tensor], T
     """(the tensors of `stored_specs`, the core that they stand for, in its dtype)."""
     import torch
 
-    stack, made, exact = core if core.ndim == 3 else core.unsqueeze(0), {}, []
-    for layer, own in zip(layers_of(name, tuple(core.shape)), stack, strict=True):
-        weight = own.mT.float()
+    stack, made = core if core.ndim == 3 else core.unsqueeze(0), {}
+    exact = torch.empty_like(stack)
+    for number, layer in enumerate(layers_of(name, tuple(core.shape))):
+        weight = stack[number].mT.float()
         codes, scales = round_rows(weight, group_size(weight.shape[1], bits), bits, core.dtype)
         made[f"{layer}.{PACKED}"] = pack(codes, bits)
         made[f"{layer}.{SCALE}"] = scales
         made[f"{layer}.{SHAPE}"] = torch.tensor(weight.shape)
-        exact.append(dequantise(codes, scales).mT)
-    return made, torch.stack(exact).reshape(core.shape)
+        exact[number] = dequantise(codes, scales).mT
+    return made, exact.reshape(core.shape)
 
 
 def round_rows(weight: Tensor, size: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def round_rows(weight: Tensor, size: int, bits: int, dtype: torch.dtype) -> tupl
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
-    """(rows, cols) in the dtype of the scales."""
+    """The reverse of `round_rows`: (rows, cols) in the dtype of the scales."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
     return (groups * scales.unsqueeze(-1)).flatten(-2)
 

@@ -14,15 +14,20 @@ from ..runtime.shapes import functions
 def round_ffn(
     plan: FFNPlan, tensors: dict[str, Tensor], bits: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(the tensors as stored, {matrix: relative error that rounding adds}).
+    """(the tensors as stored, {matrix with a large core: relative error that rounding adds}).
 
     The error is of all experts' matrices together: Frobenius norm of the change over that of the matrices.
     """
     stored, exact = dict(tensors), dict(tensors)
-    for name in (name for matrix in plan.matrices for name in large_cores(matrix)):
-        made, exact[name] = round_core(name, stored.pop(name), bits)
-        stored |= made
-    return stored, {matrix.name: _error(matrix, tensors, exact) for matrix in plan.matrices}
+    errors = {}
+    for matrix in plan.matrices:
+        large = list(large_cores(matrix))
+        for name in large:
+            made, exact[name] = round_core(name, stored.pop(name), bits)
+            stored |= made
+        if large:
+            errors[matrix.name] = _error(matrix, tensors, exact)
+    return stored, errors
 
 
 def _error(matrix: MatrixPlan, before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

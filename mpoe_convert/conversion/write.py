@@ -61,8 +61,8 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
             "ffns": ffns,
         },
     }
-    if plan.recipe.bits:
-        changes["quantization_config"] = config_of(plan, plan.recipe.bits)
+    if plan.recipe.bits and (rounding := config_of(plan, plan.recipe.bits)):
+        changes["quantization_config"] = rounding
     if architecture.auto_map:
         changes["mpoe"]["base_auto_map"] = architecture.auto_map
     if plan.recipe.dtype:

@@ -23,7 +23,7 @@ from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
 from .resolve import Resolved, select_ffns
-from .rounding import rounding_in_words
+from .rounding import rounding_bytes, rounding_in_words, without_large_cores
 from .totals import Totals, model_totals
 
 # What can be chosen where the source is a mixture.
@@ -164,14 +164,15 @@ class MixturePlan(Plan):
             for ffn in self.ffns
         )
         moments = max(map(moment_bytes, self.ffns)) if self.recipe.calibrate else 0
-        return shard + layer + moments + max(4 * 2 * matrix.dense_params for matrix in self.matrices)
+        rounding = max(rounding_bytes(ffn, self.recipe.bits) for ffn in self.ffns)
+        return shard + layer + moments + max(rounding, *(4 * 2 * m.dense_params for m in self.matrices))
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False
 
     @property
     def warnings(self) -> list[str]:
-        return list(self.notes)
+        return [*self.notes, *filter(None, [without_large_cores(self)])]
 
     @property
     def forecasts(self) -> list[str]:

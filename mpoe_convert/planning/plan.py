@@ -19,7 +19,7 @@ from ..source.families import Family
 from ..source.ffn import FFN, Source
 from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warning
 from .recipe import Recipe
-from .rounding import rounding_in_words, source_bytes
+from .rounding import rounding_bytes, rounding_in_words, source_bytes, without_large_cores
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
@@ -288,7 +288,8 @@ class Plan(Shown):
 
         A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
         back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
-        at once, as they are and as features, centred and halved. What calibration takes is left out.
+        at once, as they are and as features, centred and halved. Rounding comes when all matrices of an FFN
+        are done. What calibration takes is left out.
         """
         by_name = {tensor.name: tensor.num_bytes for tensor in self.tensors}
         shard = max(sum(by_name[name] for name in names) for names in self.shards.values())
@@ -296,7 +297,8 @@ class Plan(Shown):
         matrix = max(4 * 5 * m.rows * m.cols for m in self.matrices)
         reordered = [ffn for ffn in self.ffns if self.seeks_order(ffn)]
         order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
-        return shard + largest + max(matrix, order)
+        rounding = max(rounding_bytes(ffn, self.recipe.bits) for ffn in self.ffns)
+        return shard + largest + max(matrix, order, rounding)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         """Whether another order of an FFN's neurons is tried."""
@@ -305,7 +307,7 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What can be said before any tensor is read."""
-        warnings = list(self.notes)
+        warnings = [*self.notes, *filter(None, [without_large_cores(self)])]
         alone = [
             m.name for m in self.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
         ]

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 from .. import experts
 from ..artifact.weight_files import split_into_shards
-from ..errors import FamilyError, RecipeError
+from ..errors import FamilyError
 from ..experts.ffn import FFNShape, MatrixShape
-from ..options import called
 from ..source import sentence_encoder
 from ..source.checkpoint import Checkpoint
 from ..source.ffn import FFN
@@ -18,7 +17,7 @@ from ..source.matrices import FLOAT_DTYPES, matrix_size
 from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
 from .recipe import Recipe, parse_size
 from .resolve import Resolved
-from .rounding import large_cores, rounded_specs
+from .rounding import rounded_specs
 from .totals import dense_flops_per_token, mixture
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
@@ -46,11 +45,6 @@ def assemble(
     """A plan of these FFNs; `kept`: parts of the names of copied tensors that keep the source's dtype."""
     recipe = resolved.recipe
     tensors = _out_tensors(recipe, checkpoint, ffns, kept)
-    if recipe.bits and not any(True for ffn in ffns for matrix in ffn.matrices for _ in large_cores(matrix)):
-        raise RecipeError(
-            f"{called('bits')} is {recipe.bits}, and no core is large enough to be rounded; expected one of "
-            f"at least 32 x 32 numbers: leave it out"
-        )
     return cls(
         recipe=recipe,
         source=checkpoint.source,

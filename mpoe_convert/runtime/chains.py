@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from .costs import Cost
 from .header import init
-from .linears import Layers, as_linears, is_large, matrix_of, run_by_expert
+from .linears import (
+    Layers,
+    as_linears,
+    bytes_of,
+    dtype_of,
+    is_large,
+    itemsize_of,
+    matrix_of,
+    run_by_expert,
+)
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -314,7 +323,7 @@ class Chain(nn.Module):
         """
         picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
-        rows = rows.to(next((core.dtype for core in cores if isinstance(core, Tensor)), rows.dtype))
+        rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
         if self.is_common or isinstance(picks.experts, int):
@@ -380,16 +389,16 @@ class Chain(nn.Module):
 
     def cost(self, rows: float, experts: float, schedule: str) -> Cost:
         """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
-        first = getattr(self, self.core_names[0])
-        itemsize = next(first.parameters()).itemsize if isinstance(first, nn.Module) else first.itemsize
-        stored = self.shared_params + experts * self.own_params
+        cores = [getattr(self, name) for name in self.core_names]
+        sizes = zip(map(bytes_of, cores), self.shared, strict=True)
+        stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+            return Cost(rows * self.flops_per_row, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
-        matrices = experts * self.in_features * self.out_features
+        built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":
-            return Cost(flops, 0, matrices * itemsize)
-        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+            return Cost(flops, 0, built)
+        return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
     def _count_flops_per_row(self) -> int:
         if not self.acts:

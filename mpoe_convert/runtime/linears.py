@@ -45,11 +45,40 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
     return layer(torch.eye(size, dtype=like.dtype, device=like.device))
 
 
+def dtype_of(core: Tensor | Layers) -> torch.dtype | None:
+    """What a core computes in; None: its layers take rows of any dtype."""
+    tensors = [core] if isinstance(core, Tensor) else [*core.parameters(), *core.buffers()]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def itemsize_of(core: Tensor | Layers) -> int:
+    """Bytes per number of a matrix that is built from a core; 2 where its layers take rows of any dtype."""
+    if isinstance(core, nn.Module):
+        dtype = dtype_of(core)
+        return 2 if dtype is None else dtype.itemsize
+    return core.itemsize
+
+
+def bytes_of(core: Tensor | Layers) -> int:
+    """Bytes that a core is held in, as it is now."""
+    if isinstance(core, nn.Module):
+        return sum(tensor.numel() * tensor.itemsize for tensor in (*core.parameters(), *core.buffers()))
+    return core.numel() * core.itemsize
+
+
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
-    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out)."""
+    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out).
+
+    In a compiled graph, whose shapes cannot follow the choices, every layer runs on all rows.
+    """
     assert isinstance(layers, nn.ModuleList)
     if isinstance(experts, int):
         return layers[experts](x)
+    if torch.compiler.is_compiling():
+        y = layers[0](x)
+        for expert in range(1, len(layers)):
+            y = torch.where((experts == expert)[:, None, None], layers[expert](x), y)
+        return y
     hit = experts.unique().tolist() or [0]  # one synchronisation
     places = [(experts == expert).nonzero().squeeze(-1) for expert in hit]
     made = [layers[expert](x[place]) for expert, place in zip(hit, places, strict=True)]

@@ -350,7 +350,11 @@ class MixtureMixin(_Stock):
         mixin._prune_plans()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the stock class; the config that a stack shares with its model is not changed."""
+        """As of the stock class; the config that a stack shares with its model is not changed.
+
+        Cores that `--bits` rounded are packed again, if a forward pass has made whole matrices of them.
+        """
+        self._pack()
         if self._stack is None:
             return super().save_pretrained(*args, **kwargs)
         config, self.config = self.config, copy.deepcopy(self.config)
@@ -359,6 +363,15 @@ class MixtureMixin(_Stock):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config = config
+
+    def _pack(self) -> None:
+        """Let compressed-tensors pack what it has unpacked; scales are kept, so that no number changes."""
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        unpacked = any(
+            hasattr(module, "weight") and hasattr(module, "weight_scale") for module in self.modules()
+        )
+        if compressor is not None and unpacked:
+            compressor.compress_model(self)
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.

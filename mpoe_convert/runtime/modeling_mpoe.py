@@ -294,11 +294,40 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
     return layer(torch.eye(size, dtype=like.dtype, device=like.device))
 
 
+def dtype_of(core: Tensor | Layers) -> torch.dtype | None:
+    """What a core computes in; None: its layers take rows of any dtype."""
+    tensors = [core] if isinstance(core, Tensor) else [*core.parameters(), *core.buffers()]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def itemsize_of(core: Tensor | Layers) -> int:
+    """Bytes per number of a matrix that is built from a core; 2 where its layers take rows of any dtype."""
+    if isinstance(core, nn.Module):
+        dtype = dtype_of(core)
+        return 2 if dtype is None else dtype.itemsize
+    return core.itemsize
+
+
+def bytes_of(core: Tensor | Layers) -> int:
+    """Bytes that a core is held in, as it is now."""
+    if isinstance(core, nn.Module):
+        return sum(tensor.numel() * tensor.itemsize for tensor in (*core.parameters(), *core.buffers()))
+    return core.numel() * core.itemsize
+
+
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
-    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out)."""
+    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out).
+
+    In a compiled graph, whose shapes cannot follow the choices, every layer runs on all rows.
+    """
     assert isinstance(layers, nn.ModuleList)
     if isinstance(experts, int):
         return layers[experts](x)
+    if torch.compiler.is_compiling():
+        y = layers[0](x)
+        for expert in range(1, len(layers)):
+            y = torch.where((experts == expert)[:, None, None], layers[expert](x), y)
+        return y
     hit = experts.unique().tolist() or [0]  # one synchronisation
     places = [(experts == expert).nonzero().squeeze(-1) for expert in hit]
     made = [layers[expert](x[place]) for expert, place in zip(hit, places, strict=True)]
@@ -669,7 +698,7 @@ class Chain(nn.Module):
         """
         picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
-        rows = rows.to(next((core.dtype for core in cores if isinstance(core, Tensor)), rows.dtype))
+        rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
         if self.is_common or isinstance(picks.experts, int):
@@ -735,16 +764,16 @@ class Chain(nn.Module):
 
     def cost(self, rows: float, experts: float, schedule: str) -> Cost:
         """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
-        first = getattr(self, self.core_names[0])
-        itemsize = next(first.parameters()).itemsize if isinstance(first, nn.Module) else first.itemsize
-        stored = self.shared_params + experts * self.own_params
+        cores = [getattr(self, name) for name in self.core_names]
+        sizes = zip(map(bytes_of, cores), self.shared, strict=True)
+        stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+            return Cost(rows * self.flops_per_row, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
-        matrices = experts * self.in_features * self.out_features
+        built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":
-            return Cost(flops, 0, matrices * itemsize)
-        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+            return Cost(flops, 0, built)
+        return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
     def _count_flops_per_row(self) -> int:
         if not self.acts:
@@ -2337,7 +2366,11 @@ class MixtureMixin(_Stock):
         mixin._prune_plans()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the stock class; the config that a stack shares with its model is not changed."""
+        """As of the stock class; the config that a stack shares with its model is not changed.
+
+        Cores that `--bits` rounded are packed again, if a forward pass has made whole matrices of them.
+        """
+        self._pack()
         if self._stack is None:
             return super().save_pretrained(*args, **kwargs)
         config, self.config = self.config, copy.deepcopy(self.config)
@@ -2346,6 +2379,15 @@ class MixtureMixin(_Stock):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config = config
+
+    def _pack(self) -> None:
+        """Let compressed-tensors pack what it has unpacked; scales are kept, so that no number changes."""
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        unpacked = any(
+            hasattr(module, "weight") and hasattr(module, "weight_scale") for module in self.modules()
+        )
+        if compressor is not None and unpacked:
+            compressor.compress_model(self)
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
