@@ -146,8 +146,8 @@ def print_summary(summary: Summary, out: Console) -> None:
     if summary.bits:
         worst = max((summary.report.get("rounding") or {"errors": {"": 0.0}})["errors"].values())
         out.print(
-            f"Large cores are rounded to {summary.bits} bits, which changes the matrices by up to {worst:.2e} "
-            "of their norm; loading needs pip install compressed-tensors."
+            f"Large cores are rounded to {summary.bits} bits, which changes the matrices by up to "
+            f"{worst:.2e} of their norm; loading needs pip install compressed-tensors."
         )
     for text in summary.report["warnings"]:
         out.print(warning(text))

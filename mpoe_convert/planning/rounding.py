@@ -36,7 +36,8 @@ def rounding_bytes(ffn: FFNPlan, bits: int | None) -> int:
     """Estimated memory that rounding takes beside an FFN's tensors: large cores as rounded, packed, in work.
 
     A core in work, of one expert, is held as floats, as their quotients by the steps, and as integers of 64
-    bits, padded and shifted. Then an expert's matrix is held as it was, as it is, their difference, and its square.
+    bits, padded and shifted. Then an expert's matrix is held as it was, as it is, their difference, and its
+    square.
     """
     large = [name for matrix in ffn.matrices for name in large_cores(matrix)]
     if bits is None or not large:

@@ -91,6 +91,25 @@ def test_layers_compute_what_cores_do(name, how):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["dense", "low rank", "one-sided"])
+def test_rows_of_another_dtype_are_cast_as_for_cores(name):
+    """As T5 does, which keeps its down-projections in float32 while the model is in float16."""
+    ffn, x = make_ffn(name).double(), randn(7, 12).float()
+    with torch.no_grad():
+        expected, found = ffn(x), with_linears(ffn)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dense", "low rank", "balanced", "lora"])
+def test_layers_compile_whole(name):
+    """No shape of the graph depends on what was routed."""
+    ffn, x = with_linears(make_ffn(name).double()).eval(), randn(7, 12)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(ffn, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, ffn(x), rtol=1e-9, atol=1e-9)
+
+
 def test_no_rows_pass_no_expert():
     ffn = with_linears(make_ffn("dense").double())
     assert ffn(torch.empty(0, 12, dtype=torch.float64)).shape == (0, 12)
@@ -101,7 +120,22 @@ def test_matrices_of_layers_are_paid_for():
     plain, linear = (make(make_ffn("one-sided")).up._chains[0] for make in (lambda ffn: ffn, with_linears))
     rows_and_cols = [(math.prod(s[:2]), math.prod(s[2:])) for s in plain.shapes]
     assert linear.rebuild_flops - plain.rebuild_flops == sum(2 * r * r * c for r, c in rows_and_cols)
-    assert linear.cost(5, 2, "apply") == plain.cost(5, 2, "apply")
+    for how in ("apply", "cached"):
+        assert linear.cost(5, 2, how) == plain.cost(5, 2, how)
+
+
+def test_packed_layers_cost_the_bytes_that_they_hold():
+    """One expert of four, 12 x 2 and 2 x 10: words of 4 bytes per row, and a scale; no parameter."""
+    chain = with_linears(make_ffn("low rank").double()).up._chains[0]
+    for layer in (*chain.aux_0, *chain.aux_1):
+        del layer.weight
+        layer.register_buffer("weight_packed", torch.zeros(layer.out_features, 2, dtype=torch.int32))
+        layer.register_buffer("weight_scale", torch.zeros(layer.out_features, 1, dtype=torch.float32))
+    assert chain.cost(5, 1, "apply").nbytes == (2 + 10) * (2 * 4 + 4)
+    assert chain.cost(5, 1, "cached").nbytes == 12 * 10 * 4
+    for layer in chain.aux_0:
+        del layer.weight_scale
+    assert chain.cost(5, 1, "cached").nbytes == 12 * 10 * 2
 
 
 @pytest.fixture(scope="module")
