@@ -2,12 +2,12 @@
 
     MPOE_TEST_DATA=… python examples/benchmarks/rounding.py --json FILE [MODEL …]
 
-The source rounded alone is its FFN matrices (of a mixture, its experts), in the groups of `--bits`; 3 bits
-lie in the same groups as 4. All levels between the least and the largest number of a group are used, as
-libraries do that store a zero point: that is closer than the format of `--bits`, which has none. Ours takes at
-most as many bytes: `--keep` alone, or with its large cores rounded as `--bits` does, in memory. Numbers that
-are not rounded, and scales, count 16 bits. The cost is the growth of held-out loss in nats per token, mean
-over texts that calibration does not see. Results in the JSON file are not measured again.
+The source rounded alone is its FFN matrices (of a mixture, its experts'), in the groups of `--bits`; 3 bits
+lie in the same groups as 4. It has a zero point per group, as libraries store it, and so all levels between
+the ends: it is closer than the format of `--bits`, which has none. Ours takes at most as many bytes:
+`--keep` alone, or with its large cores rounded as `--bits` does, in memory. Numbers that are not rounded,
+and scales, count 16 bits. The cost is the growth of held-out loss in nats per token, mean over texts that
+calibration does not see. Results in the JSON file are not measured again.
 
 smollm2-135m is made by make_smollm2.py. Needs pip install "mpoe-convert[calibrate]".
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from compression_mixtures import is_experts, losses, read_layer, texts, windows, write_layer
+from mixture_rivals import rounded_between
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,13 +66,8 @@ def stored_bytes(planned: Plan, bits: int) -> int:
 
 
 def nearest(weight: Tensor, bits: int) -> Tensor:
-    """A weight (out, in), its groups along the inputs rounded to 2 ** bits levels from least to largest."""
-    groups = weight.unflatten(1, (-1, group_size(weight.shape[1], bits)))
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    most = 2**bits - 1
-    step = ((high - low) / most).clamp(min=torch.finfo(weight.dtype).tiny)
-    zero = (-low / step).round()
-    return ((((groups / step).round() + zero).clamp(0, most) - zero) * step).flatten(1)
+    """A weight (out, in), its groups along the inputs rounded."""
+    return rounded_between(weight, bits, group_size(weight.shape[1], bits))
 
 
 @torch.no_grad()

@@ -131,3 +131,12 @@ def test_greedy_text_of_a_model_that_copies_its_input():
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     assert rivals.loop_rate(model, torch.tensor([[5, 9, 3], [1, 2, 12]]), new=12, tail=6, period=2) == 1
+
+
+def test_levels_between_the_ends_of_a_group_are_all_used():
+    """Two bits, by hand: steps of 1 from -1 to 2, and of 2 from 0 to 6 where all are positive."""
+    row = torch.tensor([[-1.0, 0.4, 0.6, 2.0, 6.0, 2.9, 3.1, 0.9]])
+    expected = torch.tensor([[-1.0, 0.0, 1.0, 2.0, 6.0, 2.0, 4.0, 0.0]])
+    torch.testing.assert_close(rivals.rounded_between(row, 2, 4), expected)
+    exact = torch.zeros(2, 8)
+    assert torch.equal(rivals.rounded_between(exact, 3, 8), exact)
