@@ -10,6 +10,7 @@ TASK is one of
     phonemes        spelling to phonemes, words exactly right
     phonemes-bart   the same by a BART
     source          which source a line of text comes from
+    smollm2         two domains by SmolLM2-135M, and a task of lm-evaluation-harness; hours on two cores
 
 Every kind of expert is tried at every learning rate with the first seed; the rate that does best on one half
 of the held-out data is used with the other seeds, and the other half makes the table. Variations on one-sided
@@ -20,12 +21,13 @@ repeated: interrupt it and start it again.
 Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m, llama-stories260k,
 t5-g2p-en-us and bart-misaki-g2p-us; words with phonemes, outputs of another model, three sources of English),
 with Python's own sources and language topics beside them. Without it, text and source use examples/tiny-gpt2
-and the latter alone.
-Needs pip install "mpoe-convert[train]" matplotlib.
+and the latter alone. smollm2 takes the folder smollm2 that make_smollm2.py makes.
+Needs pip install "mpoe-convert[train]" matplotlib, and lm-eval for smollm2.
 """
 
 import argparse
 import csv
+import difflib
 import hashlib
 import json
 import math
@@ -54,7 +56,6 @@ from mpoe_convert.artifact.loading import AUTO_CLASSES
 EXAMPLES = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ["MPOE_TEST_DATA"]) if "MPOE_TEST_DATA" in os.environ else None
 CHARACTERS = 400_000  # per source of text
-SCORED_TOKENS = 8192  # per source and half
 LINES = 2000  # per source, to be told apart
 
 
@@ -86,6 +87,8 @@ class Text:
         bond: of one-sided chains.
         own: numbers that an expert of the other kinds owns, at most, in all matrices of an FFN.
         options: of the fine-tuning.
+        domains: names of the texts.
+        scored: tokens per domain and half.
     """
 
     unit = "loss, nats per token"
@@ -96,11 +99,15 @@ class Text:
     steps = 250
     model = DATA / "checkpoints/gpt2-mix-2m" if DATA else EXAMPLES / "tiny-gpt2"
     options = {"length": 128, "batch_size": 4}
+    domains = ("topics", "code", "phonemes", "captions")
+    scored = 8192
 
     def write(self, folder: Path) -> None:
         """Nine tenths of each domain to train on, a twentieth each to choose by and to report."""
         self.paths = {"train": [], "choose": {}, "report": {}}
         for name, text in english().items():
+            if name not in self.domains:
+                continue
             cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
             for part, start, end in zip(self.paths, cuts[:-1], cuts[1:], strict=True):
                 path = folder / f"{name}-{part}.txt"
@@ -115,7 +122,7 @@ class Text:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         length, found = self.options["length"], {}
         for name, path in self.paths[part].items():
-            ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][:SCORED_TOKENS]
+            ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][: self.scored]
             windows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
             with torch.no_grad():
                 found[name] = float(model(input_ids=windows, labels=windows).loss)
@@ -136,6 +143,64 @@ class Stories(Text):
     own = 3 * 64 * (16 + 1)  # blocks of 16 and their scales in three matrices
     steps = 2500
     model = DATA and DATA / "checkpoints/llama-stories260k"
+
+
+class SmolLM2(Text):
+    """Two domains by a real language model, and the pronunciation of words by lm-evaluation-harness.
+
+    The harness asks which of four pronunciations belongs to a word. The wrong ones are those of words that
+    are spelt alike; none of the words is among those trained on.
+    """
+
+    rates = (5e-4,)
+    factors = (1.0,)
+    own = 3 * 576 * (64 + 1)  # blocks of 64 and their scales in three matrices
+    steps = 75
+    model = Path("smollm2")
+    options = Text.options | {"precision": "bfloat16"}
+    domains = ("code", "phonemes")
+    scored = 4096
+    questions = 200
+
+    def write(self, folder: Path) -> None:
+        super().write(folder)
+        rows = (DATA / "text/g2p/t5_test.tsv").read_text(encoding="utf-8").splitlines()
+        spoken = dict(row.split("\t") for row in rows)
+        asked = []
+        for number, word in enumerate(list(spoken)[: self.questions]):
+            others = [other for other in spoken if spoken[other] != spoken[word]]
+            choices = [spoken[other] for other in difflib.get_close_matches(word, others, 3, 0.0)]
+            choices.insert(number % 4, spoken[word])
+            asked.append({"word": word, "choices": choices, "answer": number % 4})
+        self.asked = folder / "pronunciations.jsonl"
+        self.asked.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+
+    def harness(self, folder: str) -> float:
+        """Share of the words whose pronunciation is chosen rightly."""
+        import lm_eval
+
+        task = {
+            "task": "pronunciations",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(self.asked)}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{word}}",
+            "target_delimiter": "\t",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}],
+        }
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": folder, "trust_remote_code": True},
+            tasks=[task],
+            device="cpu",
+            batch_size=16,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        return found["results"]["pronunciations"]["acc,none"]
 
 
 class Phonemes:
@@ -250,6 +315,7 @@ TASKS = {
     "phonemes": Phonemes,
     "phonemes-bart": BartPhonemes,
     "source": Source,
+    "smollm2": SmolLM2,
 }
 
 
@@ -259,6 +325,22 @@ TASKS = {
 BASE = {"experts": 8, "top_k": 2}
 # Twice the weight that the load-balancing loss has by default.
 EVEN = {"options": {"router_aux_loss_coef": 0.01}}
+# Divisions of an FFN's neurons are taken by activity on Python's language topics.
+CALIBRATED = {"calibrate": "builtin", "calibration_tokens": 16_384}
+# What the shared matrix, what experts own, and the routers learn: the mask, and factors on the rate.
+ROLES = (
+    ("mask 0.75", {"skip_centre": 0.75}),
+    ("frozen centre", {"freeze": ("centre",)}),
+    ("centre x 0.1", {"central_lr": 0.1}),
+    ("centre x 0.3", {"central_lr": 0.3}),
+    ("centre x 3", {"central_lr": 3.0}),
+    ("owned x 0.1", {"auxiliary_lr": 0.1}),
+    ("owned x 0.3", {"auxiliary_lr": 0.3}),
+    ("owned x 3", {"auxiliary_lr": 3.0}),
+    ("owned x 10", {"auxiliary_lr": 10.0}),
+    ("router x 0.1", {"router_lr": 0.1}),
+    ("router x 10", {"router_lr": 10.0}),
+)
 # Recipes of MPO experts that name no layout have this one.
 LAYOUT = "one-sided"
 
@@ -269,7 +351,7 @@ def like(task) -> str:
 
 
 def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
-    """Name -> (recipe, None for the dense model itself; options of the fine-tuning; auxiliary factors)."""
+    """Name -> (recipe, None for the dense model; options of the fine-tuning, None for none; factors)."""
     config = AutoConfig.from_pretrained(task.model)
     hidden, matrices = config.hidden_size, 3 if config.model_type == "llama" else 2
     names = ("d_ff", "encoder_ffn_dim", "n_inner", "intermediate_size")
@@ -295,23 +377,41 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     }
     most = task.own // (matrices * hidden) - 1  # beside the scales
     block = max(size for size in range(1, most + 1) if hidden % size == 0)
+    blocks = {"layout": "blocks", "bond_dim": block}
     free = {
         like(task): ({"bond_dim": task.bond}, {}),
-        f"blocks {block}": ({"layout": "blocks", "bond_dim": block}, {}),
+        f"blocks {block}": (blocks, {}),
         f"blocks {block}, identity gauge": (
-            {"layout": "blocks", "bond_dim": block, "gauge": "identity"},
+            blocks | {"gauge": "identity"},
             EVEN,
         ),
-        f"blocks {block}, balance 0.01": ({"layout": "blocks", "bond_dim": block}, EVEN),
+        f"blocks {block}, balance 0.01": (blocks, EVEN),
+        **{f"blocks {block}, {role}": (blocks, tuned) for role, tuned in ROLES},
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
     }
-    found = {"dense": (None, {}, (1.0,)), "plain MoE": ({"kind": "dense"}, {}, (1.0,))}
+    found = {name: (None, tuned, (1.0,)) for name, tuned in (("dense", {}), ("untrained", None))}
+    found["plain MoE"] = ({"kind": "dense"}, {}, (1.0,))
     free[f"low-rank {rank}, balance 0.01"] = (free[f"low-rank {rank}"][0], EVEN)
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
+    found |= {name: (recipe, {}, (1.0,)) for name, recipe in whole_experts(inner).items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
+
+
+def whole_experts(inner: int) -> dict[str, dict]:
+    """Name -> recipe of mixtures whose experts share nothing: copies of the FFN, or parts of its neurons."""
+    parts = max(size for size in range(2, 9) if inner % size == 0)
+    split = {"kind": "split", "experts": parts}
+    fine = {"kind": "split", "parts": parts - 1, "experts": 8 * (parts - 1), "shared_experts": 1}
+    return {
+        f"split {parts}": split | {"top_k": parts},
+        f"split {parts}, {parts // 2} chosen": split | {"top_k": parts // 2} | CALIBRATED,
+        f"fine-grained {8 * (parts - 1)}, 1 shared": fine | {"top_k": parts - 1},
+        "plain MoE, top-1": {"kind": "dense", "top_k": 1},
+        "plain MoE, 1 shared": {"kind": "dense", "shared_experts": 1},
+    }
 
 
 class Runs:
@@ -342,6 +442,8 @@ class Runs:
     def make(self, recipe, tuning: dict, rate: float, factor: float, seed: int, work: Path) -> dict:
         """Convert, fine-tune, measure."""
         start, options = str(self.task.model), {}
+        if tuning is None:
+            return self.measure(start) | {"seconds_per_step": 0.0}
         if recipe is not None:
             start = str(work / "converted")
             layout = {} if "kind" in recipe else {"layout": LAYOUT}
@@ -361,8 +463,14 @@ class Runs:
             ),
             tuned,
         )
-        found = {part: self.task.score(tuned, part) for part in ("choose", "report")}
-        return found | {"seconds_per_step": report["seconds"] / steps} | self.look(tuned)
+        return self.measure(tuned) | {"seconds_per_step": report["seconds"] / steps}
+
+    def measure(self, folder: str) -> dict:
+        """Scores on both halves of the held-out data, of the harness where the task asks it, and sizes."""
+        found = {part: self.task.score(folder, part) for part in ("choose", "report")}
+        if hasattr(self.task, "harness"):
+            found["accuracy"] = self.task.harness(folder)
+        return found | self.look(folder)
 
     def look(self, folder: str) -> dict:
         """Sizes of the FFNs, and what the routers do on held-out data."""
@@ -429,6 +537,7 @@ class Runs:
             "load_entropy": mean,
             "lowest_load_entropy": min,
             "similarity": mean,
+            "accuracy": mean,
         }
         for key, over_seeds in kinds.items():
             if key in results[0]:
@@ -455,6 +564,7 @@ def table(rows: list[dict], task) -> str:
     head = ["contender", "rate", "x", "tried", "seeds", task.unit, "spread", "less dense", "95 %", *names]
     head += ["stored", "active", "s / step"]
     head += ["load entropy", "lowest", "similarity"]
+    head += ["accuracy"] if "accuracy" in rows[0] else []
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
@@ -466,7 +576,7 @@ def table(rows: list[dict], task) -> str:
         cells = ["" if cell == "nan" else cell for cell in cells]
         cells += [f"{math.exp(row['parts'][part]):.2f}" for part in parts]
         cells += [f"{row['stored']:,}", f"{row['active']:,}", f"{row['seconds_per_step']:.2f}"]
-        keys = ("load_entropy", "lowest_load_entropy", "similarity")
+        keys = ("load_entropy", "lowest_load_entropy", "similarity", "accuracy")[: len(head) - len(cells)]
         cells += [f"{row[key]:.3f}" if key in row else "" for key in keys]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
