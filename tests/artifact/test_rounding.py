@@ -19,7 +19,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from mpoe_convert import Export, Finetuning, Recipe, convert, export, finetune, plan
+from mpoe_convert import Export, Finetuning, Recipe, convert, export, finetune, plan, verify
 from mpoe_convert.artifact.inspect import inspect
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.artifact.rounding import group_size, pack, read_core, round_core, stored_specs, unpack
@@ -331,6 +331,8 @@ def test_a_model_that_ran_is_saved_as_it_was_stored(name, bits, dtype, made, tmp
         torch.testing.assert_close(after.matrix(new, "up", {0: 1.0}), expected, rtol=2e-3, atol=1e-3)
     assert stored(tmp_path / "again").keys() == stored(rounded).keys()
     assert inspect(tmp_path / "again").bits == bits
+    if name == "mixture":
+        assert verify(tmp_path / "again").ok
 
 
 def test_the_library_makes_the_matrices_that_exports_do(made):
