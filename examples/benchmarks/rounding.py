@@ -161,13 +161,13 @@ def table(results: dict) -> Table:
     """One row per model and number of bits of the source rounded alone."""
     shown = []
     for name, rows in results.items():
-        for theirs in sorted({theirs for theirs, _ in MODELS[name][3]}, reverse=True):
+        for theirs in (bits for bits in (8, 4, 3, 2) if f"source, {bits} bits" in rows):
             alone = rows[f"source, {theirs} bits"]
             row = {"model": name, "bytes": f"{alone['share']:.1%}"}
-            row["source rounded"] = f"{theirs} bits: {alone['growth']:.4f}"
+            row["source rounded"] = f"{theirs} bits: {alone['growth']:z.4f}"
             for bits in (16, 8, 4):
                 found = rows.get(f"ours, {bits} bits, at the source's {theirs} bits")
-                text = f"{found['keep']:.1%}: {found['growth']:.4f}" if found else None
+                text = f"{found['keep']:.1%}: {found['growth']:z.4f}" if found else None
                 row["keep, 16 bits" if bits == 16 else f"keep, cores at {bits} bits"] = text
             shown.append(row)
     return Table("Growth of held-out loss, nats per token", tuple(shown), left=("model",))

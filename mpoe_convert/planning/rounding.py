@@ -78,9 +78,10 @@ def config_of(plan: Plan, bits: int) -> dict | None:
         start = r"(.*\.)?" + re.escape(ffn.ffn.path) + r"\..*"
         for matrix in ffn.matrices:
             for name in large_cores(matrix):
-                width = group_size(ffn.tensors[name][0][-2], bits)
-                tail = re.escape(name.removeprefix(f"{ffn.ffn.key}."))
-                targets.setdefault(width if bits == 4 else 0, []).append(rf"{start}\b{tail}(\.\d+)?$")
+                shape = ffn.tensors[name][0]
+                tail = re.escape(name.removeprefix(f"{ffn.ffn.key}.")) + (r"\.\d+" if len(shape) == 3 else "")
+                size = group_size(shape[-2], bits) if bits == 4 else 0
+                targets.setdefault(size, []).append(rf"{start}\b{tail}$")
     return rounding_config(targets, bits) if targets else None
 
 

@@ -155,6 +155,11 @@ def test_files_are_as_large_as_the_plan_says_and_as_counted(name, bits, made):
     assert json.loads((rounded / "conversion_report.json").read_text())["rounding"]["bits"] == bits
     config = json.loads((rounded / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
+    targets = [t.removeprefix("re:") for g in config["config_groups"].values() for t in g["targets"]]
+    layers = [key.removesuffix(".weight_packed") for key in tensors if key.endswith("weight_packed")]
+    assert all(sum(bool(re.match(target, layer)) for target in targets) == 1 for layer in layers)
+    stacks = {layer.rpartition(".")[0] for layer in layers}  # a list of layers, or the chain: none is a layer
+    assert not any(re.match(target, stack) for target in targets for stack in stacks)
 
 
 @pytest.mark.parametrize("name", RECIPES)
