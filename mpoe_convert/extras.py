@@ -8,7 +8,11 @@ from importlib.util import find_spec
 from .errors import LibraryError
 
 # Distributions that are called otherwise than what is imported of them.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}
+_DISTRIBUTIONS = {
+    "compressed_tensors": "compressed-tensors",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+}
 
 
 def need(what: str, *libraries: str, extra: str) -> None:

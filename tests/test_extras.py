@@ -29,3 +29,12 @@ def test_without_metadata_nothing_is_compared(monkeypatch):
 
     monkeypatch.setattr(extras, "requires", unknown)
     assert extras.need("finetune", "accelerate", extra="train") is None
+
+
+def test_a_distribution_is_known_by_its_own_name(monkeypatch):
+    """`compressed_tensors` is imported, `compressed-tensors` is installed and asked for."""
+    monkeypatch.setattr(extras, "find_spec", lambda name: True)
+    monkeypatch.setattr(extras, "requires", lambda name: ["compressed-tensors>=0.15; extra == 'bits'"])
+    monkeypatch.setattr(extras, "version", lambda name: "0.14.0")
+    with pytest.raises(LibraryError, match=r"compressed-tensors>=0\.15 \(found 0\.14\.0\)"):
+        extras.need("--bits", "compressed_tensors", extra="bits")

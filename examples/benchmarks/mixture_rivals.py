@@ -169,6 +169,22 @@ def rounded(matrix: Tensor, bits: int, group: int = 64) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def rounded_between(matrix: Tensor, bits: int, group: int) -> Tensor:
+    """Each group of entries of a row to the nearest of 2 ** bits levels between its ends; one is 0.
+
+    Stores bits + (16 + bits) / group bits per entry: a scale and a zero point.
+
+    Args:
+        matrix: (..., n), n a multiple of `group`.
+    """
+    groups = matrix.unflatten(-1, (-1, group))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    most = 2**bits - 1
+    step = ((high - low) / most).clamp(min=torch.finfo(matrix.dtype).tiny)
+    zero = (-low / step).round()
+    return ((((groups / step).round() + zero).clamp(0, most) - zero) * step).flatten(-2)
+
+
 @torch.no_grad()
 def loop_rate(model, prompts: Tensor, new: int = 96, tail: int = 48, period: int = 16) -> float:
     """How many of the greedy continuations of prompts (N, tokens) end in a loop."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..request import as_path
-from ..source.safetensors_file import TensorInfo, read_header
+from ..source.safetensors_file import read_header, read_tensor
 from .layout import MODELING_FILE, file_names, read_artifact
+from .rounding import PACKED, SCALE, SHAPE, bits_of
+
+# A tensor that stands for a rounded core, or for one expert's part of a stack.
+_ROUNDED = re.compile(rf"(central|aux)_\d+(\.\d+)?\.({PACKED}|{SCALE}|{SHAPE})$")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Summary:
         folder: where it is.
         config: its config.json.
         report: its conversion report.
-        parts: a kind of tensor, such as "routers" -> (number of tensors, parameters, bytes).
+        parts: a kind of tensor, such as "routers" -> (number of tensors, parameters, bytes). The numbers of a
+            rounded core count as parameters, its scales as bytes alone.
         files: a path inside the folder -> bytes.
     """
 
@@ -29,6 +35,11 @@ class Summary:
     report: dict
     parts: dict[str, tuple[int, int, int]]
     files: dict[str, int]
+
+    @property
+    def bits(self) -> int | None:
+        """Of the rounded cores; None: none is rounded."""
+        return bits_of(self.config) or None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -49,6 +60,7 @@ class Summary:
             "mpoe": block,
             "recipe": self.report["recipe"],
             "parts": parts,
+            "bits": self.bits,
             "files": self.files,
             "fewer_experts": self.report.get("fewer_experts"),
             "max_relative_error": self.report["max_relative_error"],
@@ -58,21 +70,22 @@ class Summary:
 
 
 def inspect(folder: str | Path) -> Summary:
-    """Summarise an artifact. Reads headers only.
+    """Summarise an artifact. Reads headers, and of rounded cores the shapes.
 
     Raises:
         CheckpointError: the folder is no artifact of this tool, or a weight file is damaged.
     """
     folder = as_path("folder", folder)
     config, report = read_artifact(folder)
-    tensors: list[TensorInfo] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors += read_header(path, path.name).values()
     parts: dict[str, tuple[int, int, int]] = {}
-    for tensor in tensors:
-        part = part_of(tensor.name, len(tensor.shape))
-        count, params, size = parts.get(part, (0, 0, 0))
-        parts[part] = (count + 1, params + prod(tensor.shape), size + tensor.num_bytes)
+    for path in sorted(folder.glob("*.safetensors")):
+        for tensor in read_header(path, path.name).values():
+            part, numbers = part_of(tensor.name, len(tensor.shape)), prod(tensor.shape)
+            if tensor.name.endswith((PACKED, SCALE, SHAPE)) and _ROUNDED.search(tensor.name):
+                is_shape = tensor.name.endswith(SHAPE)
+                numbers = int(read_tensor(path, tensor.name).prod()) if is_shape else 0
+            count, params, size = parts.get(part, (0, 0, 0))
+            parts[part] = (count + 1, params + numbers, size + tensor.num_bytes)
     return Summary(
         folder=str(folder),
         config=config,
@@ -85,6 +98,8 @@ def inspect(folder: str | Path) -> Summary:
 def part_of(name: str, num_dims: int) -> str:
     """Which part of the artifact a tensor belongs to, by its name and whether it has an expert axis."""
     tail = name.rpartition(".")[2]
+    if rounded := _ROUNDED.search(name):
+        tail = rounded[0]
     if tail.startswith("central_"):
         return "central tensors (shared)"
     if tail.startswith("aux_"):

@@ -197,7 +197,7 @@ def keeps_routers(config: dict) -> bool:
 def base_config(config: dict) -> dict:
     """config.json of the dense base, reconstructed from the config.json of an artifact."""
     runtime = modeling()
-    ours = {"auto_map", "mpoe", *runtime.OPTIONS}
+    ours = {"auto_map", "mpoe", "quantization_config", *runtime.OPTIONS}
     if keeps_routers(config):
         ours -= STOCK_OPTIONS
     base = {key: value for key, value in config.items() if key not in ours}

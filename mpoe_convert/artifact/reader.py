@@ -29,6 +29,7 @@ from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .layout import REPORT_FILE, base_config, keeps_routers
+from .rounding import PACKED, SCALE, bits_of, read_core, stored_specs
 
 ROLES = ("gate", "up", "down")
 # The empty share: selects the shared terms alone, to which low-rank experts are added.
@@ -133,7 +134,9 @@ class Artifact:
 
     def dtype(self, mixture: Mixture, role: str) -> str:
         """The dtype of a projection's stored cores, by torch's name."""
-        return self.checkpoint.tensors[next(self._core_names(mixture, role))[1]].dtype
+        name = next(self._core_names(mixture, role))[1]
+        names = [name, *(f"{layer}.{SCALE}" for layer in (name, f"{name}.0"))]
+        return next(self.checkpoint.tensors[n].dtype for n in names if n in self.checkpoint.tensors)
 
     def matrix(self, mixture: Mixture, role: str, shares: Mapping[int, float]) -> Tensor:
         """The average of the experts' matrices, weighted by their shares: (in, out), in the stored dtype.
@@ -245,9 +248,19 @@ class Artifact:
             self._cores.clear()
             terms: list[list[Tensor]] = [[] for _ in mixture.form[role]["terms"]]
             for number, name in self._core_names(mixture, role):
-                terms[number].append(self.checkpoint.read(name))
+                terms[number].append(self._read_core(name))
             self._cores[key] = terms
         return self._cores[key]
+
+    def _read_core(self, name: str) -> Tensor:
+        """A core, as it was before it was stored, or as it was rounded."""
+        checkpoint = self.checkpoint
+        if name in checkpoint.tensors:
+            return checkpoint.read(name)
+        stacked = f"{name}.{PACKED}" not in checkpoint.tensors
+        return read_core(
+            checkpoint.read, name, bits_of(checkpoint.config), self.num_experts if stacked else None
+        )
 
 
 def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
@@ -313,7 +326,8 @@ def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Che
                 f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
                 "conversion or finetune writes it"
             )
-        check_config(config, repository)
+        ours = {"quantization_config"} if bits_of(config) else set()
+        check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])
         if code is not None:
             repository.fetch_code()
@@ -397,12 +411,22 @@ def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> No
     for tail, tensor in module.state_dict().items():
         name = f"{mixture.key}.{tail}"
         found = checkpoint.tensors.get(name)
+        if found is None and _is_rounded(checkpoint, name, tuple(tensor.shape)):
+            continue
         if found is None or found.shape != tuple(tensor.shape):
             what = "is missing" if found is None else f"has the shape {list(found.shape)}"
             raise CheckpointError(
                 f"'{checkpoint.source}': {name} {what}, expected {list(tensor.shape)} by config.json: "
                 "fetch or save it again"
             )
+
+
+def _is_rounded(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether there is what stands for a rounded core of this shape."""
+    bits = bits_of(checkpoint.config)
+    stored = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
+    tensors = checkpoint.tensors
+    return bool(stored) and all(n in tensors and tensors[n].shape == s for n, (s, _) in stored.items())
 
 
 def _mixture(layer: str, path_in_model: str, block: dict, family: Family) -> Mixture | None:

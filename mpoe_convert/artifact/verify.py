@@ -444,8 +444,13 @@ def _leaves_out(report: dict) -> bool:
 
 
 def _tolerance(report: dict) -> float:
+    rounding = report.get("rounding") or {"errors": {}}
     explained = report["max_relative_error"] + report["max_clone_drift"]
-    compressed = report.get("budget") or report.get("divergence") or report["recipe"].get("keep")
+    # Gate, up and down are all rounded, one behind the other: their errors' squares add up to three.
+    explained += 3**0.5 * max(rounding["errors"].values(), default=0)
+    compressed = (
+        rounding["errors"] or report.get("budget") or report.get("divergence") or report["recipe"].get("keep")
+    )
     largest = MAX_COMPRESSED_TOLERANCE if compressed else MAX_TOLERANCE
     return min(ROUNDING + AMPLIFICATION * explained, largest)
 

@@ -109,7 +109,8 @@ def print_verification(result: Verification, out: Console) -> None:
     if not result.ok:
         return
     if result.tolerance is None:
-        out.print("[green]OK[/]: it loads, is finite, and agrees with its reports; it was trained since.")
+        why = "it was trained since" if result.trained else "it leaves out neurons of the dense model's FFNs"
+        out.print(f"[green]OK[/]: it loads, is finite, and agrees with its reports; {why}.")
     elif result.relative_difference is not None and result.relative_difference < NEAR:
         out.print("[green]OK[/]: the outputs agree.")
     else:
@@ -152,6 +153,12 @@ def print_summary(summary: Summary, out: Console) -> None:
             f"{error}, clone drift "
             f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
             f"noise {recipe['noise']:g}, seed {recipe['seed']}."
+        )
+    if summary.bits:
+        worst = max((summary.report.get("rounding") or {"errors": {"": 0.0}})["errors"].values())
+        out.print(
+            f"Large cores are rounded to {summary.bits} bits, which changes the matrices by up to "
+            f"{worst:.2e} of their norm; loading needs pip install compressed-tensors."
         )
     for text in summary.report["warnings"]:
         out.print(warning(text))

@@ -84,6 +84,7 @@ def _body(report: Report, checkpoint: Checkpoint, auto: str) -> str:
                 else []
             ),
             *_left_out(report),
+            *(["## Rounding\n\n" + _rounding(report)] if report.rounding else []),
             "## Reconstruction error\n\n" + report.matrices_table().markdown(),
             "## Limits\n\n" + _limits(report, checkpoint),
             *_citation(report),
@@ -253,6 +254,13 @@ def _shared_limits(name: str) -> list[str]:
         "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
         "cannot load it; see `mpoe-convert export`.",
     ]
+
+
+def _rounding(report: Report) -> str:
+    return (
+        f"{report.rounding_in_words()} The format is that of compressed-tensors: loading needs `pip install "
+        "compressed-tensors`. Nothing else is rounded. Rounded cores cannot be fine-tuned."
+    )
 
 
 def _compression(report: Report) -> str:

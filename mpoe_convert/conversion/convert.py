@@ -25,7 +25,8 @@ from ..compression.shared import help_collect
 from ..devices import pick_device
 from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
-from ..options import named_by_flags, switched
+from ..extras import need
+from ..options import called, named_by_flags, switched
 from ..planning.fewer_experts import by_size
 from ..planning.mixtures import StackPlan, plan_mixture, resolve_mixture
 from ..planning.plan import FFNPlan, MatrixPlan, Plan
@@ -47,6 +48,7 @@ from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
 from .mixtures import MixtureReport, build_stack
 from .report import MatrixReport, NeuronOrder, Report, Trial
+from .rounding import round_ffn
 from .shards import Records, resume_run
 from .slices import finish_slices
 from .write import _write_recipe, write_companions
@@ -99,7 +101,9 @@ def convert(
     check_token(token)
     check_function("progress", progress, "what, done, total, report")
     with joined(distributed) as ranks, ExitStack() as stack:
-        checkpoint = _open_everywhere(ranks, partial(_open, recipe, output, overwrite, token))
+        checkpoint = _open_everywhere(
+            ranks, partial(_open, recipe, output, overwrite, token, bool(calibration))
+        )
         prepared, trials = ranks.first(
             lambda: _prepare(recipe, checkpoint, output, calibration, progress, token, ranks),
             lambda passes: help_collect(passes, checkpoint, ranks.device(recipe.device), ranks),
@@ -121,11 +125,15 @@ def _open_everywhere(ranks: Ranks, opening: Callable[[], Checkpoint]) -> Checkpo
     return opened[0]
 
 
-def _open(recipe: Recipe, output: Path, overwrite: bool, token: str | None) -> Checkpoint:
+def _open(
+    recipe: Recipe, output: Path, overwrite: bool, token: str | None, is_calibrated: bool
+) -> Checkpoint:
     """The source, once everything that can be told without it is right."""
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
+    if recipe.bits and (recipe.calibrate or is_calibrated):  # the artifact is run, to measure its divergence
+        need(f"{called('bits')} with calibration", "compressed_tensors", extra="bits")
     return open_source(
         recipe.model,
         revision=recipe.revision,
@@ -263,7 +271,7 @@ class _Job:
             tensors = {name: builder.take(name) for name in self.plan.shards[file]}
             save_shard(tensors, self.folder / file)
             del tensors
-            self.records.add(file, builder.reports, builder.orders)
+            self.records.add(file, builder.reports, builder.orders, builder.rounding)
             builder.forget_reports()
 
     def finish(self, trials: tuple[Trial, ...] = (), stack: ExitStack | None = None) -> Report:
@@ -278,11 +286,11 @@ class _Job:
         plan = self.plan
         if len(plan.shards) > 1:
             write_index(self.folder, plan.shards, sum(tensor.num_bytes for tensor in plan.tensors))
-        reports, orders = self.records.collect(plan)
+        reports, orders, rounding = self.records.collect(plan)
         divergence = self.prepared.divergence(self.folder)
         license = source_license(self.checkpoint.folder)
         kind = MixtureReport if isinstance(self.prepared, PreparedMixture) else Report
-        report = kind(plan, reports, license, divergence, orders, trials)
+        report = kind(plan, reports, license, divergence, orders, trials, rounding)
         with named_by_flags():  # files are the same, whoever called
             _write_texts(self.folder, self.output, report, self.checkpoint)
         return report
@@ -326,7 +334,7 @@ class _Builder:
     """Makes tensors of some of the artifact's weight files in any order, one FFN in memory at a time.
 
     Attributes:
-        reports, orders: of the FFNs made since they were last forgotten.
+        reports, orders, rounding: of the FFNs made since they were last forgotten.
     """
 
     def __init__(
@@ -348,9 +356,10 @@ class _Builder:
         self.pending: dict[str, Tensor] = {}
         self.reports: list[MatrixReport] = []
         self.orders: list[NeuronOrder] = []
+        self.rounding: dict[str, float] = {}
 
     def forget_reports(self) -> None:
-        self.reports, self.orders = [], []
+        self.reports, self.orders, self.rounding = [], [], {}
 
     def take(self, name: str) -> Tensor:
         """The named tensor; what else its FFN yields is kept until it is asked for."""
@@ -358,8 +367,16 @@ class _Builder:
         if ffn is None:
             return self._copy(name)
         if name not in self.pending:
-            self.pending |= self._build(self.ffns[ffn])
+            self.pending |= self._stored(self.ffns[ffn])
         return self.pending.pop(name)
+
+    def _stored(self, plan: FFNPlan) -> dict[str, Tensor]:
+        tensors, bits = self._build(plan), self.plan.recipe.bits
+        if bits is None:
+            return tensors
+        stored, errors = round_ffn(plan, tensors, bits)
+        self.rounding |= errors
+        return stored
 
     def _copy(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
@@ -415,10 +432,10 @@ class _Builder:
                     built = self._finish(targets, part, built)
                 for tail, tensor in built.items():
                     name = f"{plan.ffn.key}.{part}.{tail}"
-                    tensors[name] = tensor.to(getattr(torch, self.out[name].dtype))
+                    tensors[name] = tensor.to(getattr(torch, plan.tensors[name][1]))
         thresholds = f"{plan.ffn.key}.router.threshold_bias"
-        if thresholds in self.out:  # experts pass where the cosine is above zero
-            tensors[thresholds] = torch.zeros(self.out[thresholds].shape)
+        if thresholds in plan.tensors:  # experts pass where the cosine is above zero
+            tensors[thresholds] = torch.zeros(plan.tensors[thresholds][0])
             tensors[router] = F.normalize(tensors[router], dim=-1)
         return tensors
 

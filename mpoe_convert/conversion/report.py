@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..compression.divergence import Divergence
 from ..errors import counted
 from ..options import called
 from ..planning.plan import BROKEN_ERROR, NOTICEABLE_ERROR, Plan, works_at_once
+from ..planning.rounding import rounding_in_words
 from ..tables import Cell, Shown, Table, listed, warning
 
 # Above this divergence from the dense model, in nats per token, a compressed model has lost much of it.
@@ -110,7 +111,12 @@ class Trial:
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """The whole conversion; `to_json` is what conversion_report.json holds. `print` shows it as tables."""
+    """The whole conversion; `to_json` is what conversion_report.json holds. `print` shows it as tables.
+
+    Attributes:
+        rounding: by the names of the matrices, the relative error that rounding their cores adds; empty if
+            they are not rounded.
+    """
 
     plan: Plan
     matrices: tuple[MatrixReport, ...]
@@ -118,6 +124,15 @@ class Report(Shown):
     divergence: Divergence | None = None
     neuron_orders: tuple[NeuronOrder, ...] = ()
     trials: tuple[Trial, ...] = ()
+    rounding: dict[str, float] = field(default_factory=dict)
+
+    def rounding_in_words(self) -> str:
+        """What rounding the large cores adds, and the bytes."""
+        worst = max(self.rounding, key=lambda name: self.rounding[name])
+        return (
+            f"Large cores are rounded to {self.plan.recipe.bits} bits; this changes the matrices by up to "
+            f"{self.rounding[worst]:.2e} of their norm ({worst}). {rounding_in_words(self.plan)}"
+        )
 
     @property
     def max_error(self) -> float:
@@ -250,6 +265,8 @@ class Report(Shown):
         yield (self.matrices_table() if per_matrix else self.layers_table()).short().head(limit)
         yield plan.totals_table()
         yield plan.savings
+        if self.rounding:
+            yield self.rounding_in_words()
         if plan.budget:
             yield plan.budget.table()
             yield plan.budget.in_words(plan.recipe.keep)
@@ -280,6 +297,7 @@ class Report(Shown):
             "predicted_perplexity": self.predicted_perplexity,
             "neuron_orders": [asdict(order) for order in self.neuron_orders],
             "trials": [asdict(trial) for trial in self.trials],
+            "rounding": {"bits": plan.recipe.bits, "errors": self.rounding} if self.rounding else None,
             "budget": asdict(plan.budget) if plan.budget else None,
             "warnings": self.warnings,
             "ffns": [ffn.ffn.path for ffn in plan.ffns],

@@ -41,7 +41,13 @@ class Records:
         """Make the folder."""
         self.folder.mkdir(exist_ok=True)
 
-    def add(self, file: str, reports: Sequence[MatrixReport], orders: Sequence[NeuronOrder]) -> None:
+    def add(
+        self,
+        file: str,
+        reports: Sequence[MatrixReport],
+        orders: Sequence[NeuronOrder],
+        rounding: Mapping[str, float],
+    ) -> None:
         """Note that a weight file is finished, and what was measured while it was made."""
         path = self.artifact / file
         record = {
@@ -49,6 +55,7 @@ class Records:
             "sha256": sha256_of([path]) if self.hashed else None,
             "matrices": [asdict(report) for report in reports],
             "neuron_orders": [asdict(order) for order in orders],
+            "rounding": dict(rounding),
         }
         unfinished = self.folder / f"{file}.tmp"
         write_json(unfinished, record)
@@ -66,16 +73,20 @@ class Records:
         """Forget a weight file."""
         self._path(file).unlink(missing_ok=True)
 
-    def collect(self, plan: Plan) -> tuple[tuple[MatrixReport, ...], tuple[NeuronOrder, ...]]:
-        """Reports on all matrices and orders of neurons, in the plan's order."""
-        matrices, orders = {}, {}
+    def collect(
+        self, plan: Plan
+    ) -> tuple[tuple[MatrixReport, ...], tuple[NeuronOrder, ...], dict[str, float]]:
+        """Reports on all matrices, orders of neurons, and errors of rounding, in the plan's order."""
+        matrices, orders, errors = {}, {}, {}
         for file in plan.shards:
             record = read_json_object(self._path(file))
+            errors |= record["rounding"]
             matrices |= {each["name"]: each for each in record["matrices"]}
             orders |= {each["ffn"]: NeuronOrder(**each) for each in record["neuron_orders"]}
         reports = (_report(matrices[matrix.name]) for matrix in plan.matrices)
         found = (orders[ffn.ffn.path] for ffn in plan.ffns if ffn.ffn.path in orders)
-        return tuple(reports), tuple(found)
+        rounding = {matrix.name: errors[matrix.name] for matrix in plan.matrices if matrix.name in errors}
+        return tuple(reports), tuple(found), rounding
 
     def _path(self, file: str) -> Path:
         return self.folder / f"{file}.json"

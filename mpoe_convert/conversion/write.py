@@ -11,6 +11,7 @@ from ..artifact.layout import MODELING_FILE
 from ..planning.mixtures import USED
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..planning.rounding import config_of
 from ..planning.totals import routing
 from ..runtime import MODELING_PATH
 from ..runtime.shapes import modeling
@@ -60,6 +61,8 @@ def make_config(plan: Plan, architecture: Architecture) -> dict:
             "ffns": ffns,
         },
     }
+    if plan.recipe.bits and (rounding := config_of(plan, plan.recipe.bits)):
+        changes["quantization_config"] = rounding
     if architecture.auto_map:
         changes["mpoe"]["base_auto_map"] = architecture.auto_map
     if plan.recipe.dtype:

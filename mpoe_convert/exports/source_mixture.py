@@ -11,6 +11,7 @@ from .targets import Checked, ExportPlan, Part, PlannedTensor
 from .targets.dense import read_bias, usage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -95,11 +96,19 @@ class _Tensors:
             if mixture is None:
                 values = {name: (info.shape, getattr(torch, info.dtype))}
             else:
-                dtype = getattr(torch, info.dtype)
-                values = {each: (tuple(state[each].shape), dtype) for each in self._held(mixture)}
+                values = {
+                    each: (tuple(state[each].shape), self._dtype(mixture, roles))
+                    for each, (_, roles) in self._held(mixture).items()
+                }
             layer = re.match(r".*?\.\d+\.", name)
             found.setdefault(layer[0] if layer else name, {}).update(values)
         return found
+
+    def _dtype(self, mixture: Mixture, roles: Mapping[str, Source]) -> torch.dtype:
+        """Of what holds the matrices of these roles."""
+        import torch
+
+        return getattr(torch, self.source.dtype(mixture, next(iter(roles))))
 
     def _held(self, mixture: Mixture) -> dict[str, tuple[Sequence[int], dict[str, Source]]]:
         """Name in the stock model -> the experts that are in it, {role: which part of it}."""
@@ -133,8 +142,7 @@ class _Tensors:
             return self.source.checkpoint.read(name)
         mixture = next(each for each in self.source.mixtures if name.startswith(f"{self._path(each)}."))
         experts, roles = self._held(mixture)[name]
-        dtype = getattr(torch, self.source.dtype(mixture, next(iter(roles))))
-        tensor = torch.empty(self.model.state_dict()[name].shape, dtype=dtype)
+        tensor = torch.empty(self.model.state_dict()[name].shape, dtype=self._dtype(mixture, roles))
         is_listed = self.family.layout is not None and self.family.layout.listed
         stack = tensor.unsqueeze(0) if is_listed else tensor
         for role, source in roles.items():

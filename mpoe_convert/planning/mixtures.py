@@ -25,13 +25,14 @@ from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
 from .resolve import Resolved, select_ffns
+from .rounding import rounding_bytes, rounding_in_words, without_large_cores
 from .totals import Totals, model_totals
 
 # What can be chosen where the source is a mixture.
 USED = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
-        *("max_shard_size", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
+        *("max_shard_size", "bits", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
         *by_name(TextSource),
     }
 )
@@ -210,20 +211,20 @@ class MixturePlan(Plan):
         if not ffns:
             return self.largest_shard(files)
         layer = max(
-            self.bytes_of(ffn.tensors)
-            + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
+            ffn.num_bytes + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in ffns
         )
         moments = max(map(moment_bytes, ffns)) if self.takes_moments else 0
+        rounding = max(rounding_bytes(ffn, self.recipe.bits) for ffn in ffns)
         stack = max(4 * 2 * matrix.dense_params for ffn in ffns for matrix in ffn.matrices)
-        return self.largest_shard(files) + layer + moments + stack
+        return self.largest_shard(files) + layer + moments + max(rounding, stack)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False
 
     @property
     def warnings(self) -> list[str]:
-        return list(self.notes)
+        return [*self.notes, *filter(None, [without_large_cores(self)])]
 
     @property
     def forecasts(self) -> list[str]:
@@ -251,6 +252,7 @@ class MixturePlan(Plan):
             yield fewer.table().head(limit)
         yield self.totals_table()
         yield self.savings
+        yield rounding_in_words(self)
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
         if self.takes_moments:

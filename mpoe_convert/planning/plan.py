@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..artifact.rounding import BITS
 from ..artifact.weight_files import num_bytes
 from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
@@ -19,6 +20,7 @@ from ..source.families import Family
 from ..source.ffn import FFN, Source
 from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warning
 from .recipe import Recipe
+from .rounding import rounding_bytes, rounding_in_words, source_bytes, without_large_cores
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
 
 # Above this relative error of a matrix, a model of more than a few layers no longer works: on trained
@@ -142,6 +144,11 @@ class FFNPlan:
     form: Form
     tensors: dict[str, tuple[tuple[int, ...], str]]
     runs_per_token: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors, before any is rounded."""
+        return sum(OutTensor(name, *spec, None).num_bytes for name, spec in self.tensors.items())
 
 
 @dataclass(frozen=True)
@@ -294,17 +301,19 @@ class Plan(Shown):
 
         A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
         back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
-        at once, as they are and as features, centred and halved. What calibration takes is left out.
+        at once, as they are and as features, centred and halved. Rounding comes when all matrices of an FFN
+        are done. What calibration takes is left out.
 
         Args:
             files: weight files that the process makes.
         """
         ffns = self.ffns_in(files)
-        largest = max((self.bytes_of(ffn.tensors) for ffn in ffns), default=0)
+        largest = max((ffn.num_bytes for ffn in ffns), default=0)
         matrix = max((4 * 5 * m.rows * m.cols for ffn in ffns for m in ffn.matrices), default=0)
         reordered = [ffn for ffn in ffns if self.seeks_order(ffn)]
         order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
-        return self.largest_shard(files) + largest + max(matrix, order)
+        rounding = max((rounding_bytes(ffn, self.recipe.bits) for ffn in ffns), default=0)
+        return self.largest_shard(files) + largest + max(matrix, order, rounding)
 
     def ffns_in(self, files: Collection[str]) -> list[FFNPlan]:
         """The FFNs of which these weight files hold tensors."""
@@ -326,7 +335,7 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What can be said before any tensor is read."""
-        warnings = list(self.notes)
+        warnings = [*self.notes, *filter(None, [without_large_cores(self)])]
         alone = [
             m.name for m in self.matrices if m.sites and m.sites.auxiliary_params * 1000 < m.dense_params
         ]
@@ -373,6 +382,7 @@ class Plan(Shown):
             "model_type": self.model_type,
             "recipe": self.recipe.to_mapping(),
             "totals": asdict(self.totals) | {"ffn": asdict(self.ffn_totals)},
+            "rounded_source_bytes": {str(bits): source_bytes(self, bits) for bits in BITS},
             "exact": self.is_exact,
             "peak_bytes": self.peak_bytes,
             "kept_dense": list(self.kept_dense),
@@ -419,6 +429,7 @@ class Plan(Shown):
         yield Table("Matrices", rows, left).short().head(limit)
         yield self.totals_table()
         yield self.savings
+        yield rounding_in_words(self)
         yield self.shards_table().head(limit)
         yield f"Peak memory for tensors, estimated: {size(self.peak_bytes)}"
         if self.budget:

@@ -17,6 +17,7 @@ from ..source.matrices import FLOAT_DTYPES, matrix_size
 from .plan import FFNPlan, MatrixPlan, OutTensor, Plan
 from .recipe import Recipe, parse_size
 from .resolve import Resolved
+from .rounding import rounded_specs
 from .totals import dense_flops_per_token, mixture
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
@@ -141,7 +142,8 @@ def _out_tensors(
             plan = owner[name]
             if plan.ffn.key not in done:
                 done.add(plan.ffn.key)
-                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in plan.tensors.items()]
+                stored = rounded_specs(plan, recipe.bits)
+                out += [OutTensor(n, s, d, plan.ffn.key) for n, (s, d) in stored.items()]
         elif name not in dropped:
             floating = info.dtype in FLOAT_DTYPES
             stays = not floating or any(f".{part}." in f".{name}." for part in kept)

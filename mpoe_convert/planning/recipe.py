@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Self
 
 from .. import experts
+from ..artifact.rounding import BITS
 from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
@@ -171,6 +172,17 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         group="Output",
         choices=DTYPES,
         default_text="as in the source",
+    )
+    bits: int | None = option(
+        default=None,
+        help="Round the large cores to so many bits, 8 or 4, in the format of compressed-tensors, which is "
+        "needed to load them; they cannot be trained.",
+        group="Output",
+        at_least=min(BITS),
+        at_most=max(BITS),
+        valid=lambda bits: bits in BITS,
+        expected="8 or 4",
+        default_text="not rounded",
     )
     keep: float | None = option(
         default=None,

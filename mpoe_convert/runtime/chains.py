@@ -21,6 +21,16 @@ from torch import Tensor, nn
 
 from .costs import Cost
 from .header import init
+from .linears import (
+    Layers,
+    as_linears,
+    bytes_of,
+    dtype_of,
+    is_large,
+    itemsize_of,
+    matrix_of,
+    run_by_expert,
+)
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -86,15 +96,19 @@ def name_cores(term: dict) -> list[str]:
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
 
 
-def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
+def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
     """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
+    if isinstance(weight, nn.Module):
+        return weight(x.mT).mT
     if torch.is_grad_enabled():  # one product over transposed copies, whose gradient is not made per row
         return weight.mT @ x
     return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x)
 
 
-def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
+def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
+    if isinstance(weight, nn.Module):
+        return weight(x)
     if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
@@ -131,8 +145,10 @@ class Picks(NamedTuple):
             return cls(experts, ends=counts.cumsum(0).to(torch.int32))
         return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
 
-    def right(self, x: Tensor, weight: Tensor) -> Tensor:
+    def right(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """x (N, p, l) times its expert's matrix of (E, l, q) -> (N, p, q)."""
+        if isinstance(weight, nn.Module):
+            return run_by_expert(weight, x, self.experts)
         if self.sizes is not None:
             return self._by_segment(x, weight, torch.matmul)
         if self.ends is not None:
@@ -142,9 +158,9 @@ class Picks(NamedTuple):
             return x @ weight[self.experts]
         return torch.bmm(x, weight.index_select(0, self.experts))
 
-    def left(self, x: Tensor, weight: Tensor) -> Tensor:
+    def left(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """The transpose of its expert's matrix of (E, l, q) times x (N, l, p) -> (N, q, p)."""
-        if x.shape[-1] == 1 or self.ends is not None:
+        if x.shape[-1] == 1 or self.ends is not None or isinstance(weight, nn.Module):
             return self.right(x.mT.contiguous(), weight).mT
         if self.sizes is not None:
             return self._by_segment(x, weight, lambda part, own: multiply_left(own, part))
@@ -249,6 +265,7 @@ class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
     Attributes:
+        large: per core, whether it may be rounded, and is a linear layer then.
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
@@ -275,10 +292,24 @@ class Chain(nn.Module):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         sizes = [math.prod(shape) for shape in self.shapes]
+        whole = self.in_features * self.out_features
+        tied = [copies == 1 for copies in self.copies]
+        self.large = [t and is_large(*matrix_shape(s), whole) for t, s in zip(tied, self.shapes, strict=True)]
         self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
         self.own_params = sum(sizes) - self.shared_params
         self.flops_per_row = self._count_flops_per_row()
         self.rebuild_flops = self._count_rebuild_flops()
+
+    def use_linears(self) -> None:
+        """Let the large cores be linear layers from now on, with random weights."""
+        for name, shape, large in zip(self.core_names, self.shapes, self.large, strict=True):
+            core = getattr(self, name)
+            if not large or isinstance(core, nn.Module):
+                continue
+            delattr(self, name)
+            self.add_module(name, as_linears(core))
+            rows, cols = matrix_shape(shape)
+            self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
 
     def forward(
         self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
@@ -290,26 +321,37 @@ class Chain(nn.Module):
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
         """
+        picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
-        rows = rows.to(cores[0].dtype)
+        rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
         if self.is_common or isinstance(picks.experts, int):
             expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
-            return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
+            if cache and not any(isinstance(core, nn.Module) for core in cores):
+                return rows @ cache.matrix(self, cores, expert)
+            return rows @ self._contract(cores, expert, rows)
         hit = slice(None)
         if picks.sizes is not None:  # build the matrices that are needed
             hit = [e for e, size in enumerate(picks.sizes) if size] or [0]
             picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
-        return picks.right(rows.unsqueeze(1), self._contract(cores, hit)).squeeze(1)
+        return picks.right(rows.unsqueeze(1), self._contract(cores, hit, rows)).squeeze(1)
 
     def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
         """One expert's matrix, (in, out)."""
-        return self._contract(cores, expert)
+        return self._contract(cores, expert, cores[0])
 
-    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
-        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
-        chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
+    def _contract(
+        self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
+    ) -> Tensor:
+        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out).
+
+        `like`: with dtype and device of what rounded cores become.
+        """
+        chosen = [
+            _choose(core, slice(None) if shared else experts, like)
+            for core, shared in zip(cores, self.shared, strict=True)
+        ]
         shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
         return contract_chain(shaped, self.copies)
 
@@ -347,15 +389,16 @@ class Chain(nn.Module):
 
     def cost(self, rows: float, experts: float, schedule: str) -> Cost:
         """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
-        itemsize = getattr(self, self.core_names[0]).itemsize
-        stored = self.shared_params + experts * self.own_params
+        cores = [getattr(self, name) for name in self.core_names]
+        sizes = zip(map(bytes_of, cores), self.shared, strict=True)
+        stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+            return Cost(rows * self.flops_per_row, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
-        matrices = experts * self.in_features * self.out_features
+        built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":
-            return Cost(flops, 0, matrices * itemsize)
-        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+            return Cost(flops, 0, built)
+        return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
     def _count_flops_per_row(self) -> int:
         if not self.acts:
@@ -385,11 +428,23 @@ class Chain(nn.Module):
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741
             core, l = getattr(self, name), l // self.copies[k]  # noqa: E741
+            if isinstance(core, nn.Module):  # initialised as the linear layers of the stock model
+                continue
             if l * i * o * r == 1:  # it scales features
                 init.ones_(core)
                 continue
             fan = l * i * o if k < centre else i * o * r
             init.normal_(core, std=std if k == centre else fan**-0.5)
+
+
+def _choose(core: Tensor | Layers, experts: int | list[int] | slice, like: Tensor) -> Tensor:
+    """The experts' part of a core, which may be rounded; a shared core has one part, `slice(None)`."""
+    if isinstance(core, nn.ModuleList):
+        if isinstance(experts, int):
+            return matrix_of(core[experts], like)
+        hit = range(len(core))[experts] if isinstance(experts, slice) else experts
+        return torch.stack([matrix_of(core[expert], like) for expert in hit])
+    return matrix_of(core, like) if isinstance(core, nn.Module) else core[experts]
 
 
 def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:

@@ -80,6 +80,7 @@ try:
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
     from transformers.utils.generic import ModelOutput
 except ImportError as error:

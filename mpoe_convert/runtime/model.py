@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from .chains import Chain
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .experts import MIXTURE, block_class, replace_experts
 from .header import (
@@ -24,6 +25,7 @@ from .header import (
     init,
     register_checkpoint_conversion_mapping,
 )
+from .linears import LoadLinears
 from .mixing import Mixing
 from .mixture import FeedForward
 from .parts import PARTS, Part, inner_size_of
@@ -266,7 +268,11 @@ class MixtureMixin(_Stock):
                 initialise = _innermost_model(base, path)._init_weights
                 swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
+        self._rounds = getattr(config, "quantization_config", None) is not None
         for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
             if isinstance(ffn, FeedForward):
                 ffn.configure(config, len(present))
                 ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
@@ -294,6 +300,16 @@ class MixtureMixin(_Stock):
             if renames is not None and _renames_experts(renames):
                 ours = [] if _keeps_routers(self.config) else renames
                 register_checkpoint_conversion_mapping(name, ours, overwrite=True)
+        name, stock_type = type(self).__name__, self.config.model_type
+        before = get_checkpoint_conversion_mapping(name)
+        renames = [rename for rename in before or [] if not isinstance(rename, LoadLinears)]
+        if self._rounds:
+            before = renames if before is not None else get_checkpoint_conversion_mapping(stock_type) or []
+            register_checkpoint_conversion_mapping(
+                name, [*before, *LoadLinears.of_model(self.base_model)], overwrite=True
+            )
+        elif before is not None:
+            register_checkpoint_conversion_mapping(name, renames, overwrite=True)
 
     def _layer_paths(self) -> dict[str, int]:
         """{path of a layer with a mixture below the base model: index of its form}, of those that are here.
@@ -337,7 +353,11 @@ class MixtureMixin(_Stock):
         mixin._prune_plans()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the stock class; the config that a stack shares with its model is not changed."""
+        """As of the stock class; the config that a stack shares with its model is not changed.
+
+        Cores that `--bits` rounded are packed again, if a forward pass has made whole matrices of them.
+        """
+        self._pack()
         if self._stack is None:
             return super().save_pretrained(*args, **kwargs)
         config, self.config = self.config, copy.deepcopy(self.config)
@@ -346,6 +366,15 @@ class MixtureMixin(_Stock):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config = config
+
+    def _pack(self) -> None:
+        """Let compressed-tensors pack what it has unpacked; scales are kept, so that no number changes."""
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        unpacked = any(
+            hasattr(module, "weight") and hasattr(module, "weight_scale") for module in self.modules()
+        )
+        if compressor is not None and unpacked:
+            compressor.compress_model(self)
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.

@@ -71,19 +71,20 @@ N choices, each of which is a row that passes one expert; k choices per token, s
 Contents:
     1. Config: options at its top level, and the version of its `mpoe` block
     2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
-    3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
-    4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
-    5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
-    6. Combine weights of experts that were chosen by their logits
-    7. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
-    8. Rule top-k: every token goes to the k experts with the largest logits
-    9. Rule top-p: every token goes to as many experts as it takes to reach a probability
-    10. Routers: which experts a token goes to, and the losses that routers learn from
-    11. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    12. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
-    13. The mixture: the FFN of several experts with a router of its own
-    14. Experts: what takes the place of the experts of a stock mixture, whose routers stay
-    15. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    3. Linear layers: large cores as the modules that libraries round
+    4. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+    5. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+    6. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+    7. Combine weights of experts that were chosen by their logits
+    8. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+    9. Rule top-k: every token goes to the k experts with the largest logits
+    10. Rule top-p: every token goes to as many experts as it takes to reach a probability
+    11. Routers: which experts a token goes to, and the losses that routers learn from
+    12. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    13. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+    14. The mixture: the FFN of several experts with a router of its own
+    15. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+    16. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -116,6 +117,7 @@ try:
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.integrations.moe import _grouped_mm_fallback  # noqa: F401  (registers the operator)
     from transformers.utils.generic import ModelOutput
 except ImportError as error:
@@ -285,7 +287,147 @@ class Cost(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
+# 3. Linear layers: large cores as the modules that libraries round
+#
+# bitsandbytes, torchao, HQQ and compressed-tensors round the weights of `nn.Linear`, each behind a forward of
+# its own. In a model that is loaded with a `quantization_config`, every large core (`is_large`) is such a
+# layer, whose weight (o * r, l * i) is the transposed core; for a stack of cores there is one per expert.
+# Files keep names and shapes of cores: `LoadLinears` splits and transposes a core while it is loaded.
+
+
+# A core where libraries are to round it: a layer, or one for each expert.
+Layers = nn.Linear | nn.ModuleList
+# Below so many rows or columns a core is small: scales of groups would weigh as much as what is saved.
+_MIN_SIDE = 32
+# A core with a smaller share of its projection's matrix is small beside the others, and cheap to keep exact.
+_MIN_SHARE = 1 / 64
+
+
+def is_large(rows: int, cols: int, matrix_size: int) -> bool:
+    """Whether a core, as the matrix (rows, cols) of one expert, is worth rounding.
+
+    Args:
+        matrix_size: number of entries of the projection's matrix.
+    """
+    return min(rows, cols) >= _MIN_SIDE and rows * cols >= _MIN_SHARE * matrix_size
+
+
+def as_linears(core: Tensor) -> Layers:
+    """Layers for a core (l * i, o * r), or a list for a stack (E, l * i, o * r); with random weights."""
+    if core.ndim == 3:
+        return nn.ModuleList(as_linears(own) for own in core)
+    rows, cols = core.shape
+    return nn.Linear(rows, cols, bias=False, device=core.device, dtype=core.dtype)
+
+
+def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
+    """The matrix (in, out) that a layer multiplies by, whatever holds it; dtype and device of `like`."""
+    size: Any = layer.in_features
+    return layer(torch.eye(size, dtype=like.dtype, device=like.device))
+
+
+def dtype_of(core: Tensor | Layers) -> torch.dtype | None:
+    """What a core computes in; None: its layers take rows of any dtype."""
+    tensors = [core] if isinstance(core, Tensor) else [*core.parameters(), *core.buffers()]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def itemsize_of(core: Tensor | Layers) -> int:
+    """Bytes per number of a matrix that is built from a core; 2 where its layers take rows of any dtype."""
+    if isinstance(core, nn.Module):
+        dtype = dtype_of(core)
+        return 2 if dtype is None else dtype.itemsize
+    return core.itemsize
+
+
+def bytes_of(core: Tensor | Layers) -> int:
+    """Bytes that a core is held in, as it is now."""
+    if isinstance(core, nn.Module):
+        return sum(tensor.numel() * tensor.itemsize for tensor in (*core.parameters(), *core.buffers()))
+    return core.numel() * core.itemsize
+
+
+def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
+    """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out).
+
+    In a compiled graph, whose shapes cannot follow the choices, every layer runs on all rows.
+    """
+    assert isinstance(layers, nn.ModuleList)
+    if isinstance(experts, int):
+        return layers[experts](x)
+    if torch.compiler.is_compiling():
+        y = layers[0](x)
+        for expert in range(1, len(layers)):
+            y = torch.where((experts == expert)[:, None, None], layers[expert](x), y)
+        return y
+    hit = experts.unique().tolist() or [0]  # one synchronisation
+    places = [(experts == expert).nonzero().squeeze(-1) for expert in hit]
+    made = [layers[expert](x[place]) for expert, place in zip(hit, places, strict=True)]
+    return torch.cat(made)[torch.cat(places).argsort()]
+
+
+class _SplitCore(ConversionOps):
+    """A core, or a stack of them, into the weights of its layers, by their names."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`full_layer_name`: of the first weight."""
+        ((core,),), first = input_dict.values(), kwargs["full_layer_name"]
+        if core.ndim == 2:
+            return {first: core.mT.contiguous()}
+        start = first.removesuffix("0.weight")
+        return {f"{start}{expert}.weight": own.mT.contiguous() for expert, own in enumerate(core)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Layers are saved as what they are."""
+        return self
+
+
+class LoadLinears(WeightConverter):
+    """Loads cores into linear layers, which a quantiser rounds one by one."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> list[WeightConverter]:
+        """For the cores of a model that are linear layers, wherever they are in it: below any prefix."""
+        names: dict[str, list[str]] = {".weight": [], ".0.weight": []}
+        for name, module in model.named_modules():
+            parent, _, core = name.rpartition(".")
+            if core in getattr(model.get_submodule(parent), "core_names", ()):
+                names[".0.weight" if isinstance(module, nn.ModuleList) else ".weight"].append(re.escape(name))
+        return [
+            cls(rf"(?<![^.])({'|'.join(found)})$", rf"\1{tail}", [_SplitCore()])
+            for tail, found in names.items()
+            if found
+        ]
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{name: weight} of the layers of one core; `layer_name` is that of the first."""
+        operation, self.quantization_operation = self.quantization_operation, None
+        made = super().convert(layer_name, *args, **kwargs)
+        if operation is None:
+            return made
+        loading = kwargs.pop("loading_info", None)
+        rounded: dict[str, Any] = {}
+        for name, weight in made.items():
+            rounded |= operation.convert(
+                {name: [weight]},
+                source_patterns=[name],
+                target_patterns=[name],
+                full_layer_name=name,
+                missing_keys=loading.missing_keys if loading else None,
+                **kwargs,
+            )
+        return rounded
+
+    def reverse_transform(self) -> WeightConverter:
+        """Layers are saved as what they are: nothing matches."""
+        return type(self)(r"(?!)", "none", self.operations)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Chains of cores: contraction, which expert a row goes to, matrices that are kept, the chain itself
 #
 # A chain multiplies rows x (N, in) by a matrix (in, out) that is never stored, only its cores: core k has the
 # shape (l, i, o, r), left bond, input dimension, output dimension, right bond. It is stored as the matrix
@@ -361,15 +503,19 @@ def name_cores(term: dict) -> list[str]:
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
 
 
-def multiply_left(weight: Tensor, x: Tensor) -> Tensor:
+def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
     """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
+    if isinstance(weight, nn.Module):
+        return weight(x.mT).mT
     if torch.is_grad_enabled():  # one product over transposed copies, whose gradient is not made per row
         return weight.mT @ x
     return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x)
 
 
-def multiply_right(x: Tensor, weight: Tensor) -> Tensor:
+def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
+    if isinstance(weight, nn.Module):
+        return weight(x)
     if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
@@ -406,8 +552,10 @@ class Picks(NamedTuple):
             return cls(experts, ends=counts.cumsum(0).to(torch.int32))
         return cls(experts, sizes=counts.tolist())  # one synchronisation per FFN
 
-    def right(self, x: Tensor, weight: Tensor) -> Tensor:
+    def right(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """x (N, p, l) times its expert's matrix of (E, l, q) -> (N, p, q)."""
+        if isinstance(weight, nn.Module):
+            return run_by_expert(weight, x, self.experts)
         if self.sizes is not None:
             return self._by_segment(x, weight, torch.matmul)
         if self.ends is not None:
@@ -417,9 +565,9 @@ class Picks(NamedTuple):
             return x @ weight[self.experts]
         return torch.bmm(x, weight.index_select(0, self.experts))
 
-    def left(self, x: Tensor, weight: Tensor) -> Tensor:
+    def left(self, x: Tensor, weight: Tensor | Layers) -> Tensor:
         """The transpose of its expert's matrix of (E, l, q) times x (N, l, p) -> (N, q, p)."""
-        if x.shape[-1] == 1 or self.ends is not None:
+        if x.shape[-1] == 1 or self.ends is not None or isinstance(weight, nn.Module):
             return self.right(x.mT.contiguous(), weight).mT
         if self.sizes is not None:
             return self._by_segment(x, weight, lambda part, own: multiply_left(own, part))
@@ -524,6 +672,7 @@ class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
     Attributes:
+        large: per core, whether it may be rounded, and is a linear layer then.
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
@@ -550,10 +699,24 @@ class Chain(nn.Module):
             size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         sizes = [math.prod(shape) for shape in self.shapes]
+        whole = self.in_features * self.out_features
+        tied = [copies == 1 for copies in self.copies]
+        self.large = [t and is_large(*matrix_shape(s), whole) for t, s in zip(tied, self.shapes, strict=True)]
         self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
         self.own_params = sum(sizes) - self.shared_params
         self.flops_per_row = self._count_flops_per_row()
         self.rebuild_flops = self._count_rebuild_flops()
+
+    def use_linears(self) -> None:
+        """Let the large cores be linear layers from now on, with random weights."""
+        for name, shape, large in zip(self.core_names, self.shapes, self.large, strict=True):
+            core = getattr(self, name)
+            if not large or isinstance(core, nn.Module):
+                continue
+            delattr(self, name)
+            self.add_module(name, as_linears(core))
+            rows, cols = matrix_shape(shape)
+            self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
 
     def forward(
         self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
@@ -565,26 +728,37 @@ class Chain(nn.Module):
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
         """
+        picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
-        rows = rows.to(cores[0].dtype)
+        rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
             return self._act(rows, picks, cores)
         if self.is_common or isinstance(picks.experts, int):
             expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
-            return rows @ (cache.matrix(self, cores, expert) if cache else self.matrix(cores, expert))
+            if cache and not any(isinstance(core, nn.Module) for core in cores):
+                return rows @ cache.matrix(self, cores, expert)
+            return rows @ self._contract(cores, expert, rows)
         hit = slice(None)
         if picks.sizes is not None:  # build the matrices that are needed
             hit = [e for e, size in enumerate(picks.sizes) if size] or [0]
             picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
-        return picks.right(rows.unsqueeze(1), self._contract(cores, hit)).squeeze(1)
+        return picks.right(rows.unsqueeze(1), self._contract(cores, hit, rows)).squeeze(1)
 
     def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
         """One expert's matrix, (in, out)."""
-        return self._contract(cores, expert)
+        return self._contract(cores, expert, cores[0])
 
-    def _contract(self, cores: list[Tensor], experts: int | list[int] | slice) -> Tensor:
-        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out)."""
-        chosen = [c if shared else c[experts] for c, shared in zip(cores, self.shared, strict=True)]
+    def _contract(
+        self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
+    ) -> Tensor:
+        """The matrices of an index of experts: (in, out) for an integer, else (number, in, out).
+
+        `like`: with dtype and device of what rounded cores become.
+        """
+        chosen = [
+            _choose(core, slice(None) if shared else experts, like)
+            for core, shared in zip(cores, self.shared, strict=True)
+        ]
         shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
         return contract_chain(shaped, self.copies)
 
@@ -622,15 +796,16 @@ class Chain(nn.Module):
 
     def cost(self, rows: float, experts: float, schedule: str) -> Cost:
         """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
-        itemsize = getattr(self, self.core_names[0]).itemsize
-        stored = self.shared_params + experts * self.own_params
+        cores = [getattr(self, name) for name in self.core_names]
+        sizes = zip(map(bytes_of, cores), self.shared, strict=True)
+        stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored * itemsize)
+            return Cost(rows * self.flops_per_row, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
-        matrices = experts * self.in_features * self.out_features
+        built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":
-            return Cost(flops, 0, matrices * itemsize)
-        return Cost(flops, experts * self.rebuild_flops, (stored + 2 * matrices) * itemsize)
+            return Cost(flops, 0, built)
+        return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
     def _count_flops_per_row(self) -> int:
         if not self.acts:
@@ -660,11 +835,23 @@ class Chain(nn.Module):
         for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
             l, i, o, r = shape  # noqa: E741
             core, l = getattr(self, name), l // self.copies[k]  # noqa: E741
+            if isinstance(core, nn.Module):  # initialised as the linear layers of the stock model
+                continue
             if l * i * o * r == 1:  # it scales features
                 init.ones_(core)
                 continue
             fan = l * i * o if k < centre else i * o * r
             init.normal_(core, std=std if k == centre else fan**-0.5)
+
+
+def _choose(core: Tensor | Layers, experts: int | list[int] | slice, like: Tensor) -> Tensor:
+    """The experts' part of a core, which may be rounded; a shared core has one part, `slice(None)`."""
+    if isinstance(core, nn.ModuleList):
+        if isinstance(experts, int):
+            return matrix_of(core[experts], like)
+        hit = range(len(core))[experts] if isinstance(experts, slice) else experts
+        return torch.stack([matrix_of(core[expert], like) for expert in hit])
+    return matrix_of(core, like) if isinstance(core, nn.Module) else core[experts]
 
 
 def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared: bool) -> Tensor:
@@ -674,7 +861,7 @@ def _multiply_untied(x: Tensor, core: Tensor, copies: int, picks: Picks, shared:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
+# 5. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
 #
 # A part says itself what it owns, what it costs and what it starts as. Another type of part is one more class
 # and one more row in `PARTS`.
@@ -764,6 +951,7 @@ class Projection(Part):
         common: Tensor | None = None,
     ) -> Tensor:
         """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        picks = Picks(*picks)  # as in a chain
         y = common  # (N, out)
         for term, chain in zip(self.terms, self._chains, strict=True):
             if common is None or not chain.is_common:
@@ -816,6 +1004,7 @@ class Adapter(Part):
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
+        picks = Picks(*picks)  # as in a chain
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 
@@ -844,7 +1033,7 @@ def inner_size_of(form: dict) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
+# 6. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
 
 
 class Choices(NamedTuple):
@@ -979,7 +1168,7 @@ def find_rule(name: str) -> Rule:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Combine weights of experts that were chosen by their logits
+# 7. Combine weights of experts that were chosen by their logits
 
 
 def weigh(
@@ -1036,7 +1225,7 @@ def _weigh_parts(
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+# 8. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
 
 
 @rule
@@ -1099,7 +1288,7 @@ def likeness_loss(rows: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. Rule top-k: every token goes to the k experts with the largest logits
+# 9. Rule top-k: every token goes to the k experts with the largest logits
 
 
 @rule
@@ -1121,7 +1310,7 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. Rule top-p: every token goes to as many experts as it takes to reach a probability
+# 10. Rule top-p: every token goes to as many experts as it takes to reach a probability
 
 
 @rule
@@ -1146,7 +1335,7 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 10. Routers: which experts a token goes to, and the losses that routers learn from
+# 11. Routers: which experts a token goes to, and the losses that routers learn from
 
 
 class Router(Part):
@@ -1318,7 +1507,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 11. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 12. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 #
 # The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
 # outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
@@ -1570,7 +1759,7 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 12. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+# 13. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -1831,7 +2020,7 @@ def _seconds(cost: Cost) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 13. The mixture: the FFN of several experts with a router of its own
+# 14. The mixture: the FFN of several experts with a router of its own
 
 
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
@@ -1972,7 +2161,7 @@ def _check_learned_thresholds(config: PretrainedConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 14. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+# 15. Experts: what takes the place of the experts of a stock mixture, whose routers stay
 #
 # The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`, or
 # one of a list after the other: `self.experts[3](rows)`. That module alone is replaced. Ours stands in the
@@ -2132,7 +2321,7 @@ def block_class(stock: type[nn.Module], namespace: dict, experts: str = "experts
 
 
 # ---------------------------------------------------------------------------------------------------
-# 15. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 16. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -2372,7 +2561,11 @@ class MixtureMixin(_Stock):
                 initialise = _innermost_model(base, path)._init_weights
                 swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
         self._note_paths()
+        self._rounds = getattr(config, "quantization_config", None) is not None
         for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
             if isinstance(ffn, FeedForward):
                 ffn.configure(config, len(present))
                 ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
@@ -2400,6 +2593,16 @@ class MixtureMixin(_Stock):
             if renames is not None and _renames_experts(renames):
                 ours = [] if _keeps_routers(self.config) else renames
                 register_checkpoint_conversion_mapping(name, ours, overwrite=True)
+        name, stock_type = type(self).__name__, self.config.model_type
+        before = get_checkpoint_conversion_mapping(name)
+        renames = [rename for rename in before or [] if not isinstance(rename, LoadLinears)]
+        if self._rounds:
+            before = renames if before is not None else get_checkpoint_conversion_mapping(stock_type) or []
+            register_checkpoint_conversion_mapping(
+                name, [*before, *LoadLinears.of_model(self.base_model)], overwrite=True
+            )
+        elif before is not None:
+            register_checkpoint_conversion_mapping(name, renames, overwrite=True)
 
     def _layer_paths(self) -> dict[str, int]:
         """{path of a layer with a mixture below the base model: index of its form}, of those that are here.
@@ -2443,7 +2646,11 @@ class MixtureMixin(_Stock):
         mixin._prune_plans()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the stock class; the config that a stack shares with its model is not changed."""
+        """As of the stock class; the config that a stack shares with its model is not changed.
+
+        Cores that `--bits` rounded are packed again, if a forward pass has made whole matrices of them.
+        """
+        self._pack()
         if self._stack is None:
             return super().save_pretrained(*args, **kwargs)
         config, self.config = self.config, copy.deepcopy(self.config)
@@ -2452,6 +2659,15 @@ class MixtureMixin(_Stock):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config = config
+
+    def _pack(self) -> None:
+        """Let compressed-tensors pack what it has unpacked; scales are kept, so that no number changes."""
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        unpacked = any(
+            hasattr(module, "weight") and hasattr(module, "weight_scale") for module in self.modules()
+        )
+        if compressor is not None and unpacked:
+            compressor.compress_model(self)
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.

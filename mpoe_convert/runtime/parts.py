@@ -99,6 +99,7 @@ class Projection(Part):
         common: Tensor | None = None,
     ) -> Tensor:
         """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        picks = Picks(*picks)  # as in a chain
         y = common  # (N, out)
         for term, chain in zip(self.terms, self._chains, strict=True):
             if common is None or not chain.is_common:
@@ -151,6 +152,7 @@ class Adapter(Part):
 
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
+        picks = Picks(*picks)  # as in a chain
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
 

@@ -144,6 +144,16 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
+def _check_whole(model: str, config: PretrainedConfig) -> None:
+    """Raises TrainingError if the weights are rounded."""
+    if found := getattr(config, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise TrainingError(
+            f"'{model}' has rounded weights ({getattr(method, 'value', method)}), which cannot be trained: "
+            f"fine-tune the model first, or convert without {called('bits')}"
+        )
+
+
 def _finetune(
     run: Finetuning, output: Path, resume: bool, token: str | None, progress: OnLog | None, watch: Watch
 ) -> dict:
@@ -159,6 +169,7 @@ def _finetune(
     _check_precision(run, state)
     arguments = _arguments(run, output)
     config = load_config(run.model, token, **run.trust)
+    _check_whole(run.model, config)
     kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
     options = _options(run, config, kind, token)
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)

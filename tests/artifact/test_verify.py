@@ -18,7 +18,7 @@ from mpoe_convert import Export, Recipe, convert, export
 from mpoe_convert.artifact import verify as verification
 from mpoe_convert.artifact.fingerprint import weights_of
 from mpoe_convert.artifact.layout import move_base_path
-from mpoe_convert.artifact.verify import verify
+from mpoe_convert.artifact.verify import Verification, verify
 from mpoe_convert.artifact.verify_child import (
     compare,
     damaged_outputs,
@@ -292,6 +292,13 @@ def printed(result) -> str:
     out = Console(record=True, width=200, file=io.StringIO())
     print_verification(result, out)
     return out.export_text()
+
+
+def test_the_verdict_on_one_that_leaves_neurons_out_is_not_that_it_was_trained():
+    outputs = dict(relative_difference=0.7, max_difference=5.0, top1_agreement=0.3, greedy_agreement=None)
+    result = Verification("a", "b", "AutoModel", "M", "2 x 48", tolerance=None, trained=False, **outputs)
+    last = printed(result).splitlines()[-1]
+    assert last.endswith("agrees with its reports; it leaves out neurons of the dense model's FFNs.")
 
 
 def test_the_verdict_on_a_trained_artifact(trained):

@@ -38,6 +38,7 @@ NUMBERS = {
         "keep": (ABOVE_0, 8),  # a plan knows how much less is the most: tests/compression/test_prepare.py
         "max_error": (ABOVE_0, math.nextafter(1, 0)),
         "calibration_tokens": COUNT,
+        "bits": (4, 8),
     },
     Finetuning: {
         "length": COUNT,

@@ -165,3 +165,12 @@ def test_one_basis_is_trained_to_the_best_of_its_rank():
         least = squares[3:].sum() / squares.sum()
         assert least * (1 - 1e-6) <= error < 1.05 * least
         assert error == pytest.approx(float((made - turned).square().sum() / turned.square().sum()), rel=1e-4)
+
+
+def test_levels_between_the_ends_of_a_group_are_all_used():
+    """Two bits, by hand: steps of 1 from -1 to 2, and of 2 from 0 to 6 where all are positive."""
+    row = torch.tensor([[-1.0, 0.4, 0.6, 2.0, 6.0, 2.9, 3.1, 0.9]])
+    expected = torch.tensor([[-1.0, 0.0, 1.0, 2.0, 6.0, 2.0, 4.0, 0.0]])
+    torch.testing.assert_close(rivals.rounded_between(row, 2, 4), expected)
+    exact = torch.zeros(2, 8)
+    assert torch.equal(rivals.rounded_between(exact, 3, 8), exact)

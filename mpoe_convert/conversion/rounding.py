@@ -1,0 +1,56 @@
+"""Rounds the large cores of an FFN, and measures what that changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..artifact.rounding import round_core
+from ..planning.plan import FFNPlan, MatrixPlan
+from ..planning.rounding import large_cores
+from ..runtime.shapes import functions
+
+
+def round_ffn(
+    plan: FFNPlan, tensors: dict[str, Tensor], bits: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(the tensors as stored, {matrix with a large core: relative error that rounding adds}).
+
+    The error is of all experts' matrices together: Frobenius norm of the change over that of the matrices.
+    """
+    stored, exact = dict(tensors), dict(tensors)
+    errors = {}
+    for matrix in plan.matrices:
+        large = list(large_cores(matrix))
+        for name in large:
+            made, exact[name] = round_core(name, stored.pop(name), bits)
+            stored |= made
+        if large:
+            errors[matrix.name] = _error(matrix, tensors, exact)
+    return stored, errors
+
+
+def _error(matrix: MatrixPlan, before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    lost = energy = 0.0
+    for expert in range(matrix.num_experts):
+        whole = _contract(matrix, before, expert)
+        lost += float((_contract(matrix, after, expert) - whole).square().sum())
+        energy += float(whole.square().sum())
+    return (lost / energy) ** 0.5 if energy else 0.0
+
+
+def _contract(matrix: MatrixPlan, tensors: dict[str, Tensor], expert: int) -> Tensor:
+    """One expert's matrix (in, out), in float32 at least."""
+    total: Tensor | None = None
+    for number, term in enumerate(matrix.spec["terms"]):
+        with torch.device("meta"):
+            chain = functions().Chain(term, matrix.num_experts)
+        cores = []
+        for name, shared in zip(chain.core_names, chain.shared, strict=True):
+            core = tensors[f"{matrix.name}.terms.{number}.{name}"]
+            core = core.double() if core.dtype == torch.float64 else core.float()
+            cores.append(core if shared else core[expert : expert + 1])
+        part = chain.matrix(cores, 0)
+        total = part if total is None else total + part
+    assert total is not None, "a projection has at least one term"
+    return total
