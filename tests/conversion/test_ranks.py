@@ -42,7 +42,7 @@ def ran(tmp_path_factory):
     cases = {
         "blocks": ["llama", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
-        "few": ["llama", "--kind", "split", "--experts", "2", *CALIBRATED, "128", *SHARDS],
+        "few": ["llama", "--kind", "split", "--experts", "3", *CALIBRATED, "128", *SHARDS],
         "mixture": ["mixtral", "--keep", "0.6", *CALIBRATED, "640", *SHARDS],
     }
     runs = {}

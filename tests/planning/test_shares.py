@@ -14,7 +14,6 @@ from mpoe_convert.compression.mixtures import prepare_mixture
 from mpoe_convert.compression.prepare import prepare
 from mpoe_convert.conversion.convert import _Builder
 from mpoe_convert.planning.shares import plan_shares, share_out
-from mpoe_convert.source.checkpoint import Checkpoint
 from mpoe_convert.source.in_memory import InMemory
 from mpoe_convert.source.opening import open_source
 
@@ -48,18 +47,15 @@ CASES = {
 def test_bytes_are_those_that_each_process_moves(folders, case, count, monkeypatch):
     checkpoint, made = prepared(folders / case, **CASES[case])
     shares = plan_shares(made.plan, count).each
-    read = []
-    whole = Checkpoint.read
+    read, cls = [], type(checkpoint)
+    original = cls.read
 
     def noted(self, name):
-        tensor = whole(self, name)
+        tensor = original(self, name)
         read.append(tensor.nbytes)
         return tensor
 
-    for cls in {Checkpoint, type(checkpoint)}:
-        if "read" in vars(cls):
-            whole = vars(cls)["read"]
-            monkeypatch.setattr(cls, "read", noted)
+    monkeypatch.setattr(cls, "read", noted)
     for share, files in zip(shares, share_out(made.plan, count), strict=True):
         read.clear()
         builder = _Builder(made, checkpoint, files, torch.device("cpu"), None)
