@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from .chains import Chain
+from .choices import TOP_ANY
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .experts import MIXTURE, block_class, replace_experts
 from .header import (
@@ -447,7 +448,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        has_thresholds = any(ffn.router.threshold_bias is not None for _, ffn in mixtures)
+        has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
         names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
         coefs = [getattr(config, name) if learns else 0.0 for name in names]
         rate = config.router_bias_update_rate if learns else 0.0

@@ -2030,7 +2030,8 @@ class FeedForward(Mixing):
     """The mixture that takes the place of a dense FFN: down(act(up x)) or down(act(gate x) * up x).
 
     Attributes:
-        router: chooses the experts, by the selection rule of that name in `RULES`.
+        router: chooses the experts.
+        rule: the name in `RULES` by which it does.
         shared: experts that every token passes beside those that the router chooses, behind them in the
             stacks (DeepSeekMoE, arXiv 2401.06066).
         weight_scale: of all combine weights. With M shared experts 1 / (1 + M), so that identical experts
@@ -2051,6 +2052,7 @@ class FeedForward(Mixing):
     ):
         router = Router(hidden_size_of(form), num_experts, top_k, rule, parts, threshold)
         super().__init__(form, num_experts + shared_experts, top_k + shared_experts, router)
+        self.rule = rule
         self.shared = range(num_experts, num_experts + shared_experts)
         self.weight_scale = 1.0 if parts > 1 else 1 / (1 + shared_experts)
         self.outer_dropout: nn.Module = nn.Identity()
@@ -2078,7 +2080,7 @@ class FeedForward(Mixing):
             ValueError: an option has a value that it cannot have.
         """
         self.router.combine = read_option(config, "router_combine")
-        if self.router.threshold_bias is not None:
+        if self.rule == TOP_ANY:
             _check_learned_thresholds(config)
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
@@ -2740,7 +2742,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        has_thresholds = any(ffn.router.threshold_bias is not None for _, ffn in mixtures)
+        has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
         names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
         coefs = [getattr(config, name) if learns else 0.0 for name in names]
         rate = config.router_bias_update_rate if learns else 0.0

@@ -100,9 +100,11 @@ def holds_experts(module: nn.Module) -> bool:
         return len(experts) > 1 and len(kinds) == 1 and len(_linears(experts[0])) in (2, 3)
     if any(isinstance(each, (nn.ModuleList, nn.ModuleDict, nn.Conv1d)) for each in module.children()):
         return False
-    own = [parameter for _, parameter in module.named_parameters(recurse=False)]
+    own = [*module.parameters(recurse=False)]
+    if not own and any(holds_experts(child) for child in module.children()):
+        return False
     below = [p for child in module.children() for p in child.parameters(recurse=False)]
-    return sum(p.ndim == 3 for p in own or below) in (2, 3)
+    return sum(p.ndim == 3 and p.shape[0] > 1 for p in own or below) in (2, 3)
 
 
 def _linears(expert: nn.Module) -> list[str]:
@@ -354,7 +356,8 @@ def _resize(module: nn.Module, sizes: Mapping[int, int], experts: int) -> None:
     for each in module.modules():
         for name, value in vars(each).items():
             if isinstance(value, int) and not isinstance(value, bool):
-                counts = "expert" in name and not any(part in name for part in ("dim", "size", "width"))
+                is_number = "expert" in name or name.startswith(("num", "n_"))
+                counts = is_number and not any(part in name for part in ("dim", "size", "width"))
                 vars(each)[name] = numbers.get(value, value) if counts else sizes.get(value, value)
         if "config" in vars(each):
             config: Any = copy.copy(each.config) or SimpleNamespace()

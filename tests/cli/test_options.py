@@ -33,7 +33,7 @@ COMMON = {"as_json", "quiet", "verbose", "token"}
 PUSH = {"repo_id", "private", "create_pr", "branch", "commit_message"}
 COMMANDS = {
     "convert": (Recipe, {"output", "overwrite", "resume", "dry_run", "config", *PUSH}),
-    "plan": (Recipe, {"config"}),
+    "plan": (Recipe, {"config", "processes"}),
     "finetune": (Finetuning, {"output", "resume", "config"}),
     "evaluate": (Scoring, set()),
     "export": (Export, {"artifact", "output", "overwrite", "revision"}),
