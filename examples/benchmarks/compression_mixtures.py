@@ -15,7 +15,8 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
   largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
-* `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more.
+* `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
+  `--ways` names them.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
   `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
 
@@ -363,10 +364,11 @@ WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["reap, auto"] = fewer_and_smaller
-WAYS |= {
+TRAINED = {
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
 }
+WAYS |= TRAINED
 
 
 def bytes_of(bits: int) -> float:
@@ -387,7 +389,7 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
     """(key in the results, share of the numbers, way)"""
     for kept in arguments.shares:
-        for way in arguments.ways or WAYS:
+        for way in arguments.ways or [way for way in WAYS if way not in TRAINED]:
             yield f"{way} {kept:g}", kept, WAYS[way]
     if not arguments.ways:
         for name, share, kept, way in at_equal_bytes():

@@ -66,7 +66,7 @@ def round_core(name: str, core: Tensor, bits: int) -> tuple[dict[str, Tensor], T
 def round_rows(weight: Tensor, size: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(integers, scales in this dtype) of a weight (rows, cols), to the nearest in groups of this size.
 
-    The largest number of a group is the largest integer, 127 or 7, so that nothing is cut off.
+    The largest number of a group is the largest integer, 127 or 7, up to the rounding of its scale.
     """
     groups = weight.unflatten(-1, (-1, size))
     largest = 2 ** (bits - 1) - 1

@@ -28,7 +28,7 @@ from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
 from .expert_moments import _project, expert_outputs
 from .fisher import run_backward
-from .named_experts import as_marked, watch_gradients
+from .named_experts import as_marked, first_input, watch_gradients
 from .stream import check_activations
 
 if TYPE_CHECKING:
@@ -102,12 +102,13 @@ class _Squares:
             return
         path = next(path for path, each in self.model.named_modules() if each is module)
         block = self.model.get_submodule(path.rpartition(".")[0])
-        yield block.register_forward_pre_hook(self._count)
+        yield block.register_forward_pre_hook(self._count, with_kwargs=True)
         yield from watch_gradients(module, self.layout, self._add_rows)
 
-    def _count(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _count(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """The tokens of a block with a list of experts."""
-        self.tokens += args[0].numel() // args[0].shape[-1]
+        x = first_input(args, kwargs)
+        self.tokens += x.numel() // x.shape[-1]
 
     def _add_rows(self, role: str, gradient: Tensor) -> None:
         """The gradients (n, out) at what a projection of a list's experts gives; each row has weight one."""

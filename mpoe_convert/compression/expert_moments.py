@@ -30,7 +30,7 @@ from ..ranks import ALONE, Ranks
 from ..source.expert_layout import Layout
 from .batches import Batch, is_held_out, share_of, token_mask
 from .lockstep import Lockstep
-from .named_experts import as_marked, watch_inputs
+from .named_experts import as_marked, first_input, watch_inputs
 from .stream import check_activations, run_batch
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _watched(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
     handles: list[Any] = []
     for path, module in modules.items():
         block = walk.model.get_submodule(path.rpartition(".")[0])
-        handles.append(block.register_forward_pre_hook(partial(walk.enter, path, module)))
+        handles.append(block.register_forward_pre_hook(partial(walk.enter, path, module), with_kwargs=True))
         handles.append(block.register_forward_hook(partial(walk.leave, path)))
         handles += watch_inputs(module, walk.layout, walk.see)
     try:
@@ -275,14 +275,22 @@ class _Walk:
         if not self.calls_left[self.lockstep.current]:
             self.lockstep.stop()  # behind the last experts
 
-    def enter(self, path: str, experts: nn.Module, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def enter(
+        self,
+        path: str,
+        experts: nn.Module,
+        block: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+    ) -> None:
         """In front of a block with a list of experts."""
         assert self.layout is not None
         self.lockstep.wait()
+        x = first_input(args, kwargs)
         if self.sums is None:
-            self.path, self.sums = path, self.make(*self.layout.size(experts), args[0].device)
+            self.path, self.sums = path, self.make(*self.layout.size(experts), x.device)
         if self._counts:
-            self.sums.total += args[0].numel() // args[0].shape[-1]
+            self.sums.total += x.numel() // x.shape[-1]
 
     def see(self, expert: int, role: str, rows: Tensor) -> None:
         """What gate and up ("up"), or down, of one expert of a list get (n, in)."""

@@ -13,7 +13,7 @@ import torch
 
 from ..decomposition.stack_choices import stack_choices
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
-from ..errors import CheckpointError, RecipeError, counted
+from ..errors import CheckpointError, DataError, RecipeError, counted
 from ..options import assigned, called
 from ..planning.fewer_experts import FewerExperts, by_size
 from ..planning.mixtures import (
@@ -101,6 +101,7 @@ def prepare_mixture(
     if calibrated:
         source_plan = whole if fewer is None else _source_plan(recipe, checkpoint, fewer)
         run = _open_run(source_plan, resolved.recipe, checkpoint, batches, token, ranks)
+        _check_unpadded(run)
         calibration = _calibrated(run, resolved.recipe, _labelled(report, "calibrating"))
     if calibration is not None and fewer is not None:
         located = locate_experts(checkpoint, recipe.experts_at)
@@ -118,6 +119,18 @@ def prepare_mixture(
             notes = (*resolved.notes, *_unseen(whole, calibration))
         plan = plan_mixture(replace(resolved, notes=notes), small, chosen, fewer)
     return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
+
+
+def _check_unpadded(run: dense_run.DenseRun) -> None:
+    """Raises DataError for padding where the experts of a list are calibrated, which see no mask."""
+    layout = _family(run).layout
+    masks = [batch["attention_mask"] for batch in run.batches if "attention_mask" in batch]
+    padded = not all(bool(mask.all()) for mask in masks)
+    if layout is not None and layout.listed and padded:
+        raise DataError(
+            "calibration batches are padded, and experts of a list are not told which tokens are padding; "
+            "expected batches without it, such as examples of one length each"
+        )
 
 
 def _check_calibrated(recipe: Recipe, fewer: FewerExperts | None, calibrated: bool, only_plan: bool) -> None:

@@ -6,7 +6,7 @@ and what its linear layers get is looked at; the combine weights are not seen th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,17 +85,23 @@ def linear_layers(experts: nn.Module, layout: Layout) -> Iterator[tuple[int, str
             yield number, role, expert.get_submodule(source.weight.removesuffix(".weight"))
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is called with, by place or by name."""
+    return next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+
+
 def watch_inputs(
     experts: nn.Module, layout: Layout, see: Callable[[int, str, Tensor], None]
 ) -> Iterator[RemovableHandle]:
     """Let `see(expert, role, rows)` be called with what "up" and "down" of a list's experts get."""
 
-    def before(number: int, role: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(number, role, args[0].reshape(-1, args[0].shape[-1]))
+    def before(number: int, role: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs)
+        see(number, role, x.reshape(-1, x.shape[-1]))
 
     for number, role, linear in linear_layers(experts, layout):
         if role in ("up", "down"):
-            yield linear.register_forward_pre_hook(partial(before, number, role))
+            yield linear.register_forward_pre_hook(partial(before, number, role), with_kwargs=True)
 
 
 def watch_gradients(

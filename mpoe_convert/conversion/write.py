@@ -8,6 +8,7 @@ from pathlib import Path
 from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
+from ..experts.selection import THRESHOLD, TOP_K
 from ..planning.mixtures import USED
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
@@ -27,6 +28,10 @@ def _write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
     values = recipe.to_mapping()
     if is_mixture:  # whose other options have no meaning, and are refused
         values = {name: value for name, value in values.items() if name in USED}
+    if recipe.select != TOP_K and "top_k" not in recipe.given:  # no limit, whatever the number of experts
+        values.pop("top_k")
+    if recipe.threshold == THRESHOLD:  # what top-p takes anyway, and other selections refuse
+        values.pop("threshold")
     # Whoever repeats it decides on that anew.
     trust = " --trust-remote-code" if values.pop("trust_remote_code") else ""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -68,12 +68,13 @@ def assemble(
 def _reads(
     checkpoint: Checkpoint, ffns: tuple[FFNPlan, ...], tensors: tuple[OutTensor, ...]
 ) -> dict[str, int]:
-    """See `Plan.reads`. A tensor that holds gate and up is read once for each."""
-    found = {each.name: num_bytes(checkpoint.tensors[each.name]) for each in tensors if each.ffn is None}
+    """See `Plan.reads`. A tensor that holds gate and up is read once for each; one that is cut, whole."""
+    whole = checkpoint.uncut
+    found = {each.name: num_bytes(whole.tensors[each.name]) for each in tensors if each.ffn is None}
     for plan in ffns:
         sources = plan.ffn.projections.values()
         names = [name for source in sources for name in (source.weight, source.bias) if name]
-        found[plan.ffn.key] = sum(num_bytes(checkpoint.info(name)) for name in names)
+        found[plan.ffn.key] = sum(num_bytes(whole.info(name)) for name in names)
     return found
 
 

@@ -14,7 +14,18 @@ from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
 from ..experts.selection import TOP_K, TOP_P
-from ..options import OptionGroup, Text, Texts, assigned, called, described, in_home, option
+from ..options import (
+    OptionGroup,
+    Text,
+    Texts,
+    assigned,
+    by_name,
+    called,
+    default_of,
+    described,
+    in_home,
+    option,
+)
 from ..request import Request, plugin_options
 from ..source.text_options import TextSource
 
@@ -247,8 +258,9 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     )
 
     def __post_init__(self) -> None:
-        if self.select != TOP_K and "top_k" not in self.given:  # there is no limit
-            object.__setattr__(self, "top_k", self.experts)
+        if "top_k" not in self.given:  # where the number varies, there is no limit
+            default = default_of(by_name(type(self))["top_k"])
+            object.__setattr__(self, "top_k", default if self.select == TOP_K else self.experts)
         super().__post_init__()
 
     def read_from_file(self, names: Collection[str]) -> Self:

@@ -11,6 +11,10 @@ from .parts import hidden_size_of
 from .passes import Repeatable, RouterPass, in_backward
 from .routers import Router
 
+_NO_BIAS = (
+    "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts have "
+    "thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
+)
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
@@ -80,7 +84,13 @@ class FeedForward(Mixing):
         self.configure_schedule(config, num_mixtures)
 
     def add_balance_bias(self) -> None:
-        """Let there be a bias (E,), zero at first; one that is there stays."""
+        """Let there be a bias (E,), zero at first; one that is there stays.
+
+        Raises:
+            ValueError: the rule is top-any.
+        """
+        if self.rule == TOP_ANY:
+            raise ValueError(_NO_BIAS)
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
@@ -144,7 +154,4 @@ def _check_learned_thresholds(config: PretrainedConfig) -> None:
             "expected 'renormalised'"
         )
     if config.router_bias_update_rate or config.router_balance_bias:
-        raise ValueError(
-            "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts "
-            "have thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
-        )
+        raise ValueError(_NO_BIAS)

@@ -227,6 +227,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def generating(self: "MixtureMixin", *args: Any, task_ids: _Task | None = None, **kwargs: Any) -> Any:
+        self._unpack()  # an encoder runs first, on its own
         if task_ids is None:
             return generate(self, *args, **kwargs)
         before = [ffn.task for _, ffn in self.mixtures()]
@@ -356,9 +357,13 @@ class MixtureMixin(_Stock):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As of the stock class; the config that a stack shares with its model is not changed.
 
-        Cores that `--bits` rounded are packed again, if a forward pass has made whole matrices of them.
+        Cores that `--bits` rounded are packed for it, if a forward pass has made whole matrices of them.
         """
-        self._pack()
+        if self._pack():
+            try:
+                return self.save_pretrained(*args, **kwargs)
+            finally:
+                self._unpack()
         if self._stack is None:
             return super().save_pretrained(*args, **kwargs)
         config, self.config = self.config, copy.deepcopy(self.config)
@@ -368,14 +373,25 @@ class MixtureMixin(_Stock):
         finally:
             self.config = config
 
-    def _pack(self) -> None:
-        """Let compressed-tensors pack what it has unpacked; scales are kept, so that no number changes."""
+    def _pack(self) -> bool:
+        """Let compressed-tensors pack what it has unpacked, if there is anything.
+
+        Scales are kept, so that no number changes.
+        """
         compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
         unpacked = any(
             hasattr(module, "weight") and hasattr(module, "weight_scale") for module in self.modules()
         )
-        if compressor is not None and unpacked:
-            compressor.compress_model(self)
+        if compressor is None or not unpacked:
+            return False
+        compressor.compress_model(self)
+        return True
+
+    def _unpack(self) -> None:
+        """Let compressed-tensors make matrices of what is packed, as in the model's forward pass."""
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        if compressor is not None and any(hasattr(module, "weight_packed") for module in self.modules()):
+            compressor.decompress_model(self)
 
     def mixtures(self) -> list[tuple[str, FeedForward]]:
         """The mixtures and their paths below the base model; a layer used several times is listed once.
@@ -501,8 +517,8 @@ class MixtureMixin(_Stock):
         rate = self.config.router_bias_update_rate
         for _, ffn in self.mixtures():
             if rate:
-                self.config.router_balance_bias = True
                 ffn.add_balance_bias()
+                self.config.router_balance_bias = True
             ffn.update_bias(rate)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:

@@ -91,6 +91,11 @@ class Checkpoint:
         """The classes and the config of the model."""
         return Architecture(self.config, self.code)
 
+    @property
+    def uncut(self) -> Checkpoint:
+        """What its tensors are read from, before experts are left out."""
+        return self
+
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor that `read` gives."""
         return self.tensors[name]

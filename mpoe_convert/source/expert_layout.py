@@ -144,7 +144,7 @@ def read_layout(module: nn.Module, projections: Sequence[str] = ()) -> Layout:
     if not candidates:
         raise FamilyError(f"{name} holds {_held(module)}; expected {_EXPECTED}")
     if not runs:
-        raise FamilyError(f"{name} does not run on small numbers ({error})")
+        raise FamilyError(f"{name} could not be tried with smaller sizes ({error})")
     gated = any("gate" in layout.projections for layout in candidates)
     formula = "down(act(gate x) * up x)" if gated else "down(act(up x))"
     raise FamilyError(f"{name} computes something else than {formula}")
@@ -352,13 +352,12 @@ def _shrink(module: Any, layout: Layout, generator: torch.Generator, *leading: i
 
 def _resize(module: nn.Module, sizes: Mapping[int, int], experts: int) -> None:
     """Let the sizes that a module and its children have noted be those of the trial."""
-    numbers = {experts: EXPERTS}
     for each in module.modules():
         for name, value in vars(each).items():
             if isinstance(value, int) and not isinstance(value, bool):
-                is_number = "expert" in name or name.startswith(("num", "n_"))
-                counts = is_number and not any(part in name for part in ("dim", "size", "width"))
-                vars(each)[name] = numbers.get(value, value) if counts else sizes.get(value, value)
+                counts = "expert" in name and not any(part in name for part in ("dim", "size", "width"))
+                known = {**sizes, experts: EXPERTS} if counts else {experts: EXPERTS, **sizes}
+                vars(each)[name] = known.get(value, value)
         if "config" in vars(each):
             config: Any = copy.copy(each.config) or SimpleNamespace()
             config._experts_implementation = "eager"

@@ -212,7 +212,12 @@ def _why_not(memory: InMemory, base: nn.Module) -> str:
             "by config.json all its layers are dense, and dense layers of mixtures are not converted",
         )
     who = f"{named[0]} of {type(base).__name__}"
-    return refusal(model_type, f"{who} is not called as the experts of other families are")
+    why = f"{who} is not called as the experts of other families are"
+    if found := proposals(base):
+        return f"{refusal(model_type, why)}; to name them by hand: " + " or ".join(
+            f'{called("experts_at")} "{each}"' for each in found
+        )
+    return refusal(model_type, why)
 
 
 def _flags(module: Any) -> tuple[bool, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .in_memory import in_memory
-from .mixtures import is_mixture, refuse
+from .mixtures import is_mixture, locate_experts, refuse
 from .named_experts import parse
 
 
@@ -38,4 +38,7 @@ def open_source(
         if not is_mixture(checkpoint):
             return checkpoint
         refuse(checkpoint)
-    return in_memory(checkpoint)
+    memory = in_memory(checkpoint)
+    if experts_at is not None:
+        locate_experts(memory, experts_at)  # what is read of lists is noted in the checkpoint
+    return memory

@@ -165,6 +165,8 @@ def _score(request: Scoring, ranks: Ranks, token: str | None, progress: Progress
         recorded_evaluations(Path(model))
     texts.check_sources(request.data)
     config = load_config(model, token, **trust)
+    if getattr(config, "quantization_config", None) is not None:
+        ranks.refuse_several("evaluate of a rounded model")
     kind = TASKS[request.task or task_of(config, model, **trust)]
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")
     limits = {model: positions(config)}

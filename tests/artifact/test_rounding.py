@@ -13,10 +13,13 @@ from helpers.models import stored
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from mpoe_convert import Export, Finetuning, Recipe, convert, export, finetune, plan, verify
@@ -373,3 +376,18 @@ def test_inspect_counts_the_numbers_that_were_rounded(name, made):
 def test_bits_are_8_or_4():
     with pytest.raises(RecipeError, match="bits is 6; expected 8 or 4"):
         Recipe("m", bits=6)
+
+
+def test_an_encoder_that_runs_before_its_model_has_matrices(tmp_path):
+    """`generate` calls it first; and a model that was saved goes on as before."""
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "d_model": 64, "d_ff": 96, "d_kv": 32, "num_heads": 2, "num_layers": 1}
+    config = T5Config(**sizes, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    convert(Recipe(str(tmp_path / "t5"), experts=2, bond_dim=8, bits=8), tmp_path / "out")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = torch.arange(3, 15)[None]
+    found = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), found)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import tree
 from helpers.data import words
+from helpers.quire import AT, save_quire
 from helpers.ranks import run_all
 from helpers.stock_mixtures import make_model
 from helpers.tiny import save_tiny, save_tokenizer
@@ -21,11 +22,12 @@ from mpoe_convert.source.opening import open_source
 SHARDS = ["--max-shard-size", "4KB", "-q"]
 SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
 CALIBRATED = ["--calibrate", "text.txt", "--calibration-tokens"]
+CUT = ["--keep", "0.6", *CALIBRATED, "640"]
 BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 
 # "few" has two batches for three processes.
-COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 3)}
+COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 3), "list": (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,14 @@ def ran(tmp_path_factory):
     mixtral.config.max_position_embeddings = 64
     mixtral.save_pretrained(folder / "mixtral")
     save_tokenizer(folder / "mixtral")
+    save_quire(folder / "quire", bound=False)
     (folder / "text.txt").write_text(words(4000), encoding="utf-8")
     cases = {
         "blocks": ["llama", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
         "few": ["llama", "--kind", "split", "--experts", "3", *CALIBRATED, "128", *SHARDS],
-        "mixture": ["mixtral", "--keep", "0.6", *CALIBRATED, "640", *SHARDS],
+        "list": ["quire", "--trust-remote-code", "--experts-at", AT, *CUT, *SHARDS],
+        "mixture": ["mixtral", *CUT, *SHARDS],
     }
     runs = {}
     for case, args in cases.items():
@@ -202,3 +206,9 @@ def test_whoever_is_not_asked_works_alone(monkeypatch):
     with joined(distributed=False) as ranks:
         assert ranks == Ranks() and ranks.is_first
     assert Path(str(ranks.device("cpu"))) == Path("cpu")
+
+
+def test_what_one_process_does_alone_is_refused_to_several():
+    Ranks().refuse_several("bits with calibration")
+    with pytest.raises(RequestError, match="bits with calibration was started in 3 processes; expected one"):
+        Ranks(count=3).refuse_several("bits with calibration")

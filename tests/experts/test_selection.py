@@ -123,9 +123,24 @@ def test_parts_are_exact_only_where_all_are_chosen(tiny_gpt2):
     for select in SELECTIONS:
         found = plan(Recipe(str(tiny_gpt2), kind="split", experts=4, top_k=4, select=select))
         assert found.is_exact == (select == "top-k")
-        said = [warning for warning in found.warnings if "a token passes at most 4 of 4 parts" in warning]
+        said = [
+            warning for warning in found.warnings if "as its router chooses, at most 4, of 4 parts" in warning
+        ]
         assert bool(said) == (select != "top-k")
     assert INNER % 4 == 0
+
+
+def test_no_limit_stays_none(tiny_gpt2, tmp_path):
+    """What was not given follows the number of experts, and a recipe file does not list it."""
+    recipe = Recipe(str(tiny_gpt2), experts=4, bond_dim=4, select="top-p")
+    assert (recipe.top_k, recipe.replace(experts=6).top_k, recipe.replace(select="top-k").top_k) == (4, 6, 2)
+    convert(recipe, tmp_path / "out")
+    listed = read_recipe(tmp_path / "out" / "mpoe_recipe.yaml")
+    assert listed["select"] == "top-p" and not {"top_k", "threshold"} & listed.keys()
+    assert Recipe.from_mapping(listed | {"select": "top-any", "experts": 6}).top_k == 6
+    convert(recipe.replace(top_k=3, threshold=0.5), tmp_path / "limited")
+    listed = read_recipe(tmp_path / "limited" / "mpoe_recipe.yaml")
+    assert (listed["top_k"], listed["threshold"]) == (3, 0.5)
 
 
 def test_parts_that_a_selection_leaves_out():

@@ -165,6 +165,15 @@ def test_a_limit_takes_the_best(rule):
     assert torch.equal(limited.experts, whole.experts[kept])
 
 
+def test_learned_thresholds_take_no_balancing_bias():
+    made = make_ffn()
+    made.add_balance_bias()
+    assert made.balance_bias is not None
+    made.rule = "top-any"
+    with pytest.raises(ValueError, match="rule 'top-any', whose experts have thresholds that are learned"):
+        made.add_balance_bias()
+
+
 def test_ranks_with_a_balancing_bias():
     """It changes the order in which experts are taken, not what they add up to, nor their weights."""
     module, tokens = router("top-p"), some_tokens()

@@ -118,7 +118,7 @@ def test_another_function_is_told():
 def test_a_module_that_needs_more_is_told():
     module = made()
     module.forward = lambda states: states
-    with pytest.raises(FamilyError, match=r"^Tensors does not run on small numbers \(TypeError: "):
+    with pytest.raises(FamilyError, match=r"^Tensors could not be tried with smaller sizes \(TypeError: "):
         read_layout(module)
 
 

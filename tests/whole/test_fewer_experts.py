@@ -244,6 +244,12 @@ def test_it_is_scored_and_trained(fewer, readable, tmp_path):
     assert verify(tmp_path / "tuned").problems() == []
 
 
+def test_what_is_cut_is_read_whole(readable):
+    """As many bytes as without a cut, of every tensor that is read."""
+    whole, cut = (plan(Recipe(str(readable[0]), **options)).reads for options in ({}, {"experts": 3}))
+    assert whole == cut and sum(whole.values()) > 0
+
+
 def test_a_plan_from_headers_has_the_sizes(fewer, readable):
     report, _ = fewer
     recipe = Recipe(str(readable[0]), experts=3)

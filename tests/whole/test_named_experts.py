@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mpoe_convert import Export, Finetuning, Recipe, convert, evaluate, export, finetune, plan, verify
 from mpoe_convert.cli import main
-from mpoe_convert.errors import CheckpointError, FamilyError, RecipeError
+from mpoe_convert.errors import CheckpointError, DataError, FamilyError, RecipeError
 from mpoe_convert.request import read_recipe
 from mpoe_convert.source import mixtures, named_experts
 
@@ -267,3 +267,29 @@ def test_damaged_experts_are_named(tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or Inf in 1 of 384 places; repair"):
         convert(Recipe(str(source), **OWN), tmp_path / "out")
+
+
+def test_a_block_that_is_called_by_name_is_calibrated(text, tmp_path):
+    """As one that is called by place."""
+    edits = [("self.block(self.norm(x + past))", "self.block(x=self.norm(x + past))")]
+    reports = []
+    for name, changes in (("quire_by_name", edits), ("quire_by_place", ())):
+        source = save_quire(tmp_path / name, bound=False, edits=changes)
+        recipe = Recipe(str(source), **OWN, keep=0.6, calibrate=(text,), calibration_tokens=1024)
+        reports.append(convert(recipe, tmp_path / f"{name}_out"))
+    by_name, by_place = ([matrix.output_error for matrix in report.matrices] for report in reports)
+    assert by_name == by_place
+
+
+def test_padding_that_a_list_would_not_see_is_refused(quire, tmp_path):
+    source, _, bound = quire
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    ids = torch.randint(3, 40, (4, 2, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": each, "attention_mask": mask.clone()} for each in ids]
+    batches[1]["attention_mask"][:, 8:] = 0
+    recipe = Recipe(str(source), **OWN, keep=0.6)
+    if bound:
+        convert(recipe, tmp_path / "out", calibration=batches)
+        return
+    with pytest.raises(DataError, match="calibration batches are padded, and experts of a list are not told"):
+        convert(recipe, tmp_path / "out", calibration=batches)

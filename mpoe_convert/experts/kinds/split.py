@@ -105,7 +105,7 @@ class Options(experts.Options):
         if activation is not None and _SPARSE in activation.lower():
             return ()
         chosen, parts = self.top_k + self.shared_experts, self.num_parts + self.shared_experts
-        number = f"at most {min(chosen, parts)}" if self.varies else chosen
+        number = f"as many as its router chooses, at most {min(chosen, parts)}," if self.varies else chosen
         exact = assigned("top_k", self.num_parts)
         if self.varies:
             exact = f"{assigned('select', 'top-k')} with {exact}"
