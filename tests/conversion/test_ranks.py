@@ -22,7 +22,7 @@ from mpoe_convert.source.opening import open_source
 SHARDS = ["--max-shard-size", "4KB", "-q"]
 SMALL = ["--experts", "2", "--bond-dim", "4", *SHARDS]
 CALIBRATED = ["--calibrate", "text.txt", "--calibration-tokens"]
-CUT = ["--keep", "0.6", *CALIBRATED, "640"]
+CUT = ["--keep", "0.6", *CALIBRATED]
 BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 
@@ -46,8 +46,8 @@ def ran(tmp_path_factory):
         "blocks": ["llama", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
         "few": ["llama", "--kind", "split", "--experts", "3", *CALIBRATED, "128", *SHARDS],
-        "list": ["quire", "--trust-remote-code", "--experts-at", AT, *CUT, *SHARDS],
-        "mixture": ["mixtral", *CUT, *SHARDS],
+        "list": ["quire", "--trust-remote-code", "--experts-at", AT, *CUT, "1024", *SHARDS],
+        "mixture": ["mixtral", *CUT, "640", *SHARDS],
     }
     runs = {}
     for case, args in cases.items():
