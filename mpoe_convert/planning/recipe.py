@@ -258,7 +258,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     )
 
     def __post_init__(self) -> None:
-        if "top_k" not in self.given:  # where the number varies, there is no limit
+        if "top_k" not in self.given and self.top_k:  # where the number varies, there is no limit
             default = default_of(by_name(type(self))["top_k"])
             object.__setattr__(self, "top_k", default if self.select == TOP_K else self.experts)
         super().__post_init__()

@@ -26,12 +26,19 @@ CUT = ["--keep", "0.6", *CALIBRATED]
 BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 
-# "few" has two batches for three processes.
-COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 3), "list": (1, 2)}
+# "few" has two batches for three processes; its runs, and "budget" by three, are slow.
+COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 2), "list": (1, 2)}
+SLOW = {"few": (1, 3), "budget": (3,)}
+CALIBRATED_CASES = ("budget", pytest.param("few", marks=pytest.mark.slow), "mixture")
+
+
+def counts_of(case: str, config: pytest.Config) -> list[int]:
+    """By how many processes a case is run: fewer without the slow tests."""
+    return [n for n in COUNTS[case] if config.option.markexpr != "not slow" or n not in SLOW.get(case, ())]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(request, tmp_path_factory):
     """(folder, {name: what came of it}) of all runs."""
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
@@ -51,7 +58,7 @@ def ran(tmp_path_factory):
     }
     runs = {}
     for case, args in cases.items():
-        for count in COUNTS[case]:
+        for count in counts_of(case, request.config):
             runs[f"{case} {count}"] = {"args": [*args, "-o", f"{case}-{count}"], "count": count}
     for event in ("nan", "kill", "full"):
         args = [*cases["blocks"], "-o", event]
@@ -71,21 +78,21 @@ def ran(tmp_path_factory):
     return folder, found
 
 
-@pytest.mark.parametrize("case", COUNTS)
-def test_several_processes_write_what_one_writes(ran, case):
+@pytest.mark.parametrize("case", ["blocks", "list", *CALIBRATED_CASES])
+def test_several_processes_write_what_one_writes(ran, case, pytestconfig):
     folder, runs = ran
-    for count in COUNTS[case]:
+    for count in counts_of(case, pytestconfig):
         assert (runs[f"{case} {count}"]["codes"], runs[f"{case} {count}"]["stderr"]) == ([0] * count, "")
-    alone, *shared = (tree(folder / f"{case}-{count}") for count in COUNTS[case])
+    alone, *shared = (tree(folder / f"{case}-{count}") for count in counts_of(case, pytestconfig))
     assert len([name for name in alone if name.endswith(".safetensors")]) > 3
     assert all(each == alone for each in shared)
 
 
-@pytest.mark.parametrize("case", ["budget", "few", "mixture"])
-def test_several_processes_find_the_moments_that_one_finds(ran, case):
+@pytest.mark.parametrize("case", CALIBRATED_CASES)
+def test_several_processes_find_the_moments_that_one_finds(ran, case, pytestconfig):
     """To the last bit; none has read what another run has left."""
     _, runs = ran
-    alone, *shared = (tree(runs[f"{case} {count}"]["moments"]) for count in COUNTS[case])
+    alone, *shared = (tree(runs[f"{case} {count}"]["moments"]) for count in counts_of(case, pytestconfig))
     assert alone and all(each == alone for each in shared)
 
 

@@ -20,6 +20,7 @@ def load_check():
 check = load_check()
 
 
+@pytest.mark.slow
 def test_it_passes_on_a_cpu_and_writes_what_it_found(tmp_path, capsys):
     assert check.main(["--device", "cpu", "--small", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
