@@ -102,7 +102,14 @@ def cut(source, number):
     return with_experts(checkpoint, located, kept), dropped
 
 
-@pytest.mark.parametrize("model_type", sorted({*TYPES} - {*CONVERTED} - {*REFUSED}))
+# Every fourth quickly, all of them with the slow tests.
+OTHERS = [
+    pytest.param(each, marks=[pytest.mark.slow] if number % 4 else [])
+    for number, each in enumerate(sorted({*TYPES} - {*CONVERTED} - {*REFUSED}))
+]
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
 def test_routers_without_some_rows_choose_among_the_others(model_type, tmp_path):
     source = save_mixture(model_type, tmp_path / "source")
     stock = getattr(transformers, stock_name(model_type)[1]).from_pretrained(source).eval()
