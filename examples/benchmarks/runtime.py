@@ -306,13 +306,7 @@ def compare_split(experts: int, tokens: int, budget: float) -> dict:
         error = ((ffn(x) - dense(x)).norm() / dense(x).norm()).item()
     assert error < TOLERANCE[torch.float32], f"all parts differ from the dense FFN by {error:.2g}"
     ffn.router.top_k = top_k
-    seconds: dict[str, list[float]] = {"dense": [], "split": []}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 5 or (time.perf_counter() - start < budget and rounds < 200):
-        for name, module in (("dense", dense), ("split", ffn)):
-            seconds[name].append(timed(module, x, train=False)[0])
-        rounds += 1
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    median, rounds = medians({"dense": dense, "split": ffn}, x, False, budget)
     return {
         "experts": experts,
         "chosen": top_k,
@@ -321,6 +315,21 @@ def compare_split(experts: int, tokens: int, budget: float) -> dict:
         "seconds": median,
         "dense_over_split": median["dense"] / median["split"],
     }
+
+
+def medians(
+    modules: dict[str, nn.Module], x: torch.Tensor, train: bool, budget: float
+) -> tuple[dict[str, float], int]:
+    """Median seconds of modules that take turns, and of how many rounds; one more round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in modules}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 6 or (time.perf_counter() - start < budget and rounds < 400):
+        for name, module in modules.items():
+            elapsed = timed(module, x, train)[0]
+            if rounds:
+                seconds[name].append(elapsed)
+        rounds += 1
+    return {name: statistics.median(times) for name, times in seconds.items()}, rounds - 1
 
 
 class Routed(nn.Module):
@@ -357,20 +366,12 @@ def compare_varying(shape: str, tokens: int, train: bool, budget: float) -> dict
     x = torch.randn(tokens, SHAPES[shape][0])
     found = {rule: Routed(ffn, rule) for rule in ("top-k", "top-p", "top-any")}
     means = {rule: module.tune(x) for rule, module in found.items()}
-    seconds: dict[str, list[float]] = {rule: [] for rule in found}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 6 or (time.perf_counter() - start < budget and rounds < 400):
-        for rule, module in found.items():
-            elapsed, _ = timed(module, x, train)
-            if rounds:  # the first warms up
-                seconds[rule].append(elapsed)
-        rounds += 1
-    median = {rule: statistics.median(times) for rule, times in seconds.items()}
+    median, rounds = medians(found, x, train, budget)
     return {
         "shape": shape,
         "tokens": tokens,
         "train": train,
-        "rounds": rounds - 1,
+        "rounds": rounds,
         "experts_per_token": means,
         "seconds": median,
         "over_top_k": {rule: median[rule] / median["top-k"] for rule in found},

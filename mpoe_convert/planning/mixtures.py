@@ -205,7 +205,7 @@ class MixturePlan(Plan):
         """Estimated peak of tensor memory: the largest shard, a layer as read and as made, its largest stack,
         and the moments of a layer if there are some.
 
-        A stack in work is held in float32, twice while it is fitted.
+        A stack in work is held in float32, twice while it is fitted. Calibration sums moments in float64.
         """
         ffns = self.ffns_in(files)
         if not ffns:
@@ -217,7 +217,8 @@ class MixturePlan(Plan):
         moments = max(map(moment_bytes, ffns)) if self.takes_moments else 0
         rounding = max(rounding_bytes(ffn, self.recipe.bits) for ffn in ffns)
         stack = max(4 * 2 * matrix.dense_params for ffn in ffns for matrix in ffn.matrices)
-        return self.largest_shard(files) + layer + moments + max(rounding, stack)
+        work = max(rounding, stack, 2 * moments)
+        return self.largest_shard(files) + layer + moments + work
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False

@@ -393,7 +393,10 @@ def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeyp
     assert len(files) == 2 and needed < sum(file.stat().st_size for file in files) < 1.1 * needed
     lines = [line for line in planned.shown() if isinstance(line, str)]
     assert "Moments of the calibration, kept in the cache of Hugging Face: 51.2 kB" in lines
-    assert planned.peak_bytes == plan(recipe.replace(calibrate=())).peak_bytes + needed // 2
+    # Of one layer: as they are kept beside the work on its largest stack, or thrice while they are summed.
+    own, stack = needed // 2, max(8 * matrix.dense_params for matrix in planned.matrices)
+    without = plan(recipe.replace(calibrate=())).peak_bytes
+    assert planned.peak_bytes == without - stack + own + max(stack, 2 * own)
 
 
 @pytest.mark.parametrize("allocation", [None, "energy"])
