@@ -26,15 +26,21 @@ CUT = ["--keep", "0.6", *CALIBRATED]
 BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 
-# "few" has two batches for three processes; its runs, and "budget" by three, are slow.
+# By how many processes; "few" has two batches for three of them. The slow tests run more.
 COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 2), "list": (1, 2)}
-SLOW = {"few": (1, 3), "budget": (3,)}
+SLOW = {"few": (1, 3), "budget": (3,), "list": (1, 2)}
+SLOW_EVENTS = ("full", "calibrating nan", "calibrating kill", "evaluate nan")
+LISTED = pytest.param("list", marks=pytest.mark.slow)
 CALIBRATED_CASES = ("budget", pytest.param("few", marks=pytest.mark.slow), "mixture")
 
 
 def counts_of(case: str, config: pytest.Config) -> list[int]:
     """By how many processes a case is run: fewer without the slow tests."""
-    return [n for n in COUNTS[case] if config.option.markexpr != "not slow" or n not in SLOW.get(case, ())]
+    return [n for n in COUNTS[case] if slow_too(config) or n not in SLOW.get(case, ())]
+
+
+def slow_too(config: pytest.Config) -> bool:
+    return config.option.markexpr != "not slow"
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +78,15 @@ def ran(request, tmp_path_factory):
     runs["evaluate nan"] = {"args": scored, "count": 2, "scoring": 1}
     runs["one file"] = {"args": ["llama", "--experts", "2", "-q", "-o", "one"], "count": 3}
     runs["no source"] = {"args": ["absent", "-q", "-o", "absent-out"], "count": 2}
+    if not slow_too(request.config):
+        runs = {name: run for name, run in runs.items() if name not in SLOW_EVENTS}
     found = dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
     for number, name in enumerate(runs):
         found[name]["moments"] = folder / f"moments-{number}"
     return folder, found
 
 
-@pytest.mark.parametrize("case", ["blocks", "list", *CALIBRATED_CASES])
+@pytest.mark.parametrize("case", ["blocks", LISTED, *CALIBRATED_CASES])
 def test_several_processes_write_what_one_writes(ran, case, pytestconfig):
     folder, runs = ran
     for count in counts_of(case, pytestconfig):
@@ -103,6 +111,7 @@ def test_an_error_of_one_process_is_told_once_and_leaves_nothing(ran):
     assert not list(folder.glob("*nan*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_process_is_told_once(ran):
     folder, runs = ran
     assert runs["full"]["codes"] == [1, 1]
@@ -122,6 +131,7 @@ def test_a_process_that_is_killed_ends_the_run(ran):
     assert not list(folder.glob("*kill*"))
 
 
+@pytest.mark.slow
 def test_what_one_process_meets_in_its_batches_is_told_once(ran):
     folder, runs = ran
     assert runs["calibrating nan"]["codes"] == [1, 1]
@@ -132,6 +142,7 @@ def test_what_one_process_meets_in_its_batches_is_told_once(ran):
     assert not list(folder.glob("*calibrating-nan*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_in_its_batches_ends_the_run(ran):
     folder, runs = ran
     assert runs["calibrating kill"]["codes"] == [1, -9]
@@ -147,6 +158,7 @@ def test_scores_of_several_processes_are_those_of_one(ran):
     assert alone == shared and alone["units"] == 50
 
 
+@pytest.mark.slow
 def test_what_one_process_meets_in_scoring_is_told_once(ran):
     _, runs = ran
     assert runs["evaluate nan"]["codes"] == [1, 1]

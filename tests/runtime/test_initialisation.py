@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import generative
+from helpers.selection import every
 from transformers import initialization
 
 from mpoe_convert.source.families import FAMILY_OF
@@ -33,7 +34,7 @@ WAYS = [(t, "made") for t in TYPES] + [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "way"), WAYS)
+@pytest.mark.parametrize(("model_type", "way"), every(4, WAYS))
 def test_scales_are_the_familys_own(model_type, way, artifact):
     folder, out = artifact(model_type, experts=2)
     auto = getattr(transformers, generative(model_type))

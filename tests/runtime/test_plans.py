@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import generative, load
+from helpers.selection import every
 from transformers import GenerationMixin
 
 from mpoe_convert.runtime.modeling_mpoe import subclass
@@ -21,7 +22,7 @@ LISTS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 KINDS = [(t, "mpo") for t in FAMILY_OF] + [(t, "adapter") for t in ("gpt2", "llama", "t5")]
 
 
-@pytest.mark.parametrize(("model_type", "kind"), KINDS)
+@pytest.mark.parametrize(("model_type", "kind"), every(3, KINDS))
 def test_they_name_what_is_there_and_nothing_else(model_type, kind, artifact):
     folder, out = artifact(model_type, kind=kind)
     model = load(out, model_type)

@@ -171,8 +171,8 @@ def test_tasks_are_saved(load, tmp_path):
     ("model_type", "auto_class", "task"),
     [
         ("gpt2", "AutoModelForCausalLM", "causal"),
-        ("t5", "AutoModelForSeq2SeqLM", "seq2seq"),
-        ("llama", "AutoModelForSequenceClassification", "classification"),
+        pytest.param("t5", "AutoModelForSeq2SeqLM", "seq2seq", marks=pytest.mark.slow),
+        pytest.param("llama", "AutoModelForSequenceClassification", "classification", marks=pytest.mark.slow),
     ],
 )
 def test_finetune_and_evaluate(model_type, auto_class, task, artifact, tmp_path):

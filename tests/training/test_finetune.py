@@ -237,8 +237,8 @@ def kill_while_saving(step: int, monkeypatch) -> dict:
     ("model_type", "how", "at"),
     [
         ("gpt2", kill(3), 2),
-        ("gpt2", interrupt(3, signal.SIGINT), 3),
-        ("llama", interrupt(5, signal.SIGTERM), 5),
+        pytest.param("gpt2", interrupt(3, signal.SIGINT), 3, marks=pytest.mark.slow),
+        pytest.param("llama", interrupt(5, signal.SIGTERM), 5, marks=pytest.mark.slow),
         ("gpt2", kill_while_saving, 2),
     ],
 )

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from helpers.data import QUICK, words
 from helpers.expert_mixtures import EXPERTS, HIDDEN, TYPES, save_mixture, stock_name, token_ids
 from helpers.models import stored
+from helpers.selection import every
 from helpers.tiny import save_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -102,11 +103,7 @@ def cut(source, number):
     return with_experts(checkpoint, located, kept), dropped
 
 
-# Every fourth quickly, all of them with the slow tests.
-OTHERS = [
-    pytest.param(each, marks=[pytest.mark.slow] if number % 4 else [])
-    for number, each in enumerate(sorted({*TYPES} - {*CONVERTED} - {*REFUSED}))
-]
+OTHERS = every(4, sorted({*TYPES} - {*CONVERTED} - {*REFUSED}))
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

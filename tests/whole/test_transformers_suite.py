@@ -119,6 +119,7 @@ from .generation.test_utils import GenerationTesterMixin
 """
 
 
+@pytest.mark.slow
 def test_a_difference_is_found(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_modeling_common.py").write_text(RELEASE)
