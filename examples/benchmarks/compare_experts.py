@@ -43,6 +43,7 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -394,7 +395,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
-    own = whole_experts(inner) | selections(block)
+    own = whole_experts(inner) | selections(block) | thin_chains(task.own, matrices, hidden, inner)
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
@@ -409,6 +410,59 @@ def whole_experts(inner: int) -> dict[str, dict]:
         "plain MoE, top-1": {"kind": "dense", "top_k": 1},
         "plain MoE, 1 shared": {"kind": "dense", "shared_experts": 1},
     }
+
+
+def thin_chains(own: int, matrices: int, hidden: int, inner: int) -> dict[str, dict]:
+    """Recipes of low-rank experts whose thin chains are shared in part, at equal size; see `share_thin`."""
+    wide = matrices - 1  # matrices of which the input is the smaller side
+    sizes = {
+        "out": own // (wide * inner + hidden),
+        "in": own // (wide * hidden + inner),
+        "centre": math.isqrt(own // matrices),
+    }
+    return {
+        f"low-rank {rank}, owned {thin}": {"kind": "low-rank", "bond_dim": rank, "thin": thin}
+        for thin, rank in sizes.items()
+    }
+
+
+def share_thin(folder: Path, owned: str, seed: int) -> None:
+    """Let the experts of a low-rank artifact own one core of their thin chains, and share the others.
+
+    Args:
+        owned: "out", the core that gives the outputs (HydraLoRA, arXiv 2404.19245); "in", the one that takes
+            the inputs; "centre", a square one between two that are shared (CoMoL, arXiv 2603.00573). Cores
+            that are not zero start random, with the variance of one over their inputs.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    terms = [part["terms"][1] for form in config["mpoe"]["forms"] for part in form.values()]
+    for term in terms:
+        rows, cols, rank = term["in_dims"][0], term["out_dims"][1], term["bonds"][0]
+        if owned == "centre":
+            term.update(in_dims=[rows, 1, 1], out_dims=[1, 1, cols], bonds=[rank, rank])
+        term["shared"] = {"out": [True, False], "in": [False, True], "centre": [True, False, True]}[owned]
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    file = folder / "model.safetensors"
+    tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
+    for name in [name for name in tensors if ".terms.1.aux_0" in name]:
+        left, right = (
+            tensors.pop(name),
+            tensors.pop(name.replace("aux_0", "aux_1")),
+        )  # (E, in, r), (E, r, out)
+        stem = name.removesuffix("aux_0")
+        if owned == "out":
+            tensors |= {stem + "central_0": left[0].clone(), stem + "aux_1": right}
+        elif owned == "in":
+            tensors |= {stem + "aux_0": left, stem + "central_1": right[0].clone()}
+        else:
+            rank, cols = right.shape[1:]
+            last = torch.randn(rank, cols, generator=generator) / rank**0.5
+            tensors |= {
+                stem + "central_0": left[0].clone(),
+                stem + "aux_1": right.new_zeros(len(right), rank, rank),
+            }
+            tensors[stem + "central_2"] = last
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def selections(block: int) -> dict[str, dict]:
@@ -456,7 +510,10 @@ class Runs:
         if recipe is not None:
             start = str(work / "converted")
             layout = {} if "kind" in recipe else {"layout": LAYOUT}
-            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | layout | recipe), start)
+            given = {name: value for name, value in recipe.items() if name != "thin"}
+            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | layout | given), start)
+            if "thin" in recipe:
+                share_thin(Path(start), recipe["thin"], seed)
             options = {"skip_centre": 0.0, "auxiliary_lr": factor}
         steps, tuned = self.options.steps, str(work / "tuned")
         report = finetune(
