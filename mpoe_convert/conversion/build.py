@@ -190,16 +190,23 @@ def matrix_report(plan: MatrixPlan, recipe: Recipe, measured: Measured) -> Matri
 def _drift(
     exact: list[list[Tensor]], clone: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype
 ) -> float:
-    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows where there are 8.
+    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
     """
 
-    def some_rows(terms: list[list[Tensor]]) -> Tensor:
-        pieces = [[cores[0][:, : max(cores[0].shape[1] // 8, 1)], *cores[1:]] for cores in terms]
-        return _matrix_of(pieces, copies, dtype)
+    def some(terms: list[list[Tensor]]) -> Tensor:
+        return _matrix_of([_eighth(cores) for cores in terms], copies, dtype)
 
-    return relative_error(some_rows(exact), some_rows(clone))
+    return relative_error(some(exact), some(clone))
+
+
+def _eighth(cores: list[Tensor]) -> list[Tensor]:
+    """A chain's first rows, or its first columns if its last core has more of them than its first has rows."""
+    rows, columns = cores[0].shape[1], cores[-1].shape[2]
+    if rows >= columns:
+        return [cores[0][:, : max(rows // 8, 1)], *cores[1:]]
+    return [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
 
 
 def _matrix_of(terms: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype) -> Tensor:
