@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from ..compression import metrics
 from ..compression.moments import FFNMoments
 from ..decomposition.als import nearest_chain
 from ..decomposition.low_rank import factor
-from ..decomposition.mpo import fit, relative_error
+from ..decomposition.mpo import error_of_pieces, fit, relative_error
 from ..decomposition.neuron_order import bisection, neuron_features, reordered
 from ..experts.ffn import Activations, FFNShape, Fitted, Target
 from ..planning.plan import FFNPlan, MatrixPlan
@@ -24,6 +24,9 @@ from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_bias, read_wide
 from ..tensors import cast
 from .report import MatrixReport, NeuronOrder
+
+# A matrix is compared with its chain in pieces of about this many numbers.
+_PIECE = 1 << 20
 
 
 class FFNTargets:
@@ -141,14 +144,16 @@ def finish_projection(
         )
     dense = targets.dense(role)
     copies = [functions().count_copies(term) for term in plan.spec["terms"]]
-    made = _matrix_of(exact, copies, dense.dtype)
-    error = before = relative_error(dense, made)
+    error = before = _error(dense, exact, copies)
     if stored != fitted.terms[0][0].dtype:
-        before = relative_error(dense, _matrix_of(unrounded, copies, dense.dtype))
+        before = _error(dense, unrounded, copies)
     drift = _drift(exact, clone, copies, dense.dtype) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
-    output_error = None if targets.moments is None else targets.moments.output_error(plan, dense, made)
+    output_error = None
+    if targets.moments is not None:
+        made = _matrix_of(exact, copies, dense.dtype)
+        output_error = targets.moments.output_error(plan, dense, made)
     measured = Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
     return tensors, matrix_report(plan, recipe, measured)
 
@@ -187,6 +192,36 @@ def matrix_report(plan: MatrixPlan, recipe: Recipe, measured: Measured) -> Matri
     )
 
 
+def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]]) -> float:
+    """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds."""
+    return error_of_pieces(dense, _pieces(dense, terms, copies))
+
+
+def _pieces(
+    dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of a matrix and of the sum of the terms.
+
+    Rows are cut where a chain's first core has them, columns where its last core has them all.
+    """
+    number = max(dense.numel() // _PIECE, 1)
+    rows = {cores[0].shape[1] for cores in terms}
+    columns = {cores[-1].shape[2] for cores in terms}
+    if len(rows) == 1 and min(rows) >= number:
+        size = dense.shape[0] // min(rows)  # of the matrix, per row of the first core
+        for part in torch.arange(min(rows)).chunk(number):
+            first, last = int(part[0]), int(part[-1]) + 1
+            cut = [[cores[0][:, first:last], *cores[1:]] for cores in terms]
+            yield dense[first * size : last * size], _matrix_of(cut, copies, dense.dtype)
+    elif columns == {dense.shape[1]}:
+        for part in torch.arange(dense.shape[1]).chunk(number):
+            first, last = int(part[0]), int(part[-1]) + 1
+            cut = [[*cores[:-1], cores[-1][:, :, first:last]] for cores in terms]
+            yield dense[:, first:last], _matrix_of(cut, copies, dense.dtype)
+    else:
+        yield dense, _matrix_of(terms, copies, dense.dtype)
+
+
 def _drift(
     exact: list[list[Tensor]], clone: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype
 ) -> float:
@@ -202,13 +237,14 @@ def _drift(
 
 
 def _eighth(cores: list[Tensor]) -> list[Tensor]:
-    """A chain's first rows, or its first columns if its last core has more of them than its first has rows."""
+    """A chain's first rows; or its first columns, if its last core has more of them."""
     rows, columns = cores[0].shape[1], cores[-1].shape[2]
     if rows >= columns:
         return [cores[0][:, : max(rows // 8, 1)], *cores[1:]]
     return [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
 
 
+@torch.no_grad()
 def _matrix_of(terms: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype) -> Tensor:
     """The sum of the terms; `copies`: per term, see `count_copies`."""
     contract: Callable[[list[Tensor], list[int]], Tensor] = functions().contract_chain

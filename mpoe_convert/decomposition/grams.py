@@ -1,4 +1,4 @@
-"""Gram matrices A A^T, as accurate as their use needs: float64 sums, of products in float32 where those do."""
+"""Gram matrices A A^T, as accurate as needed: float64 sums, of float32 products where those do."""
 
 from __future__ import annotations
 

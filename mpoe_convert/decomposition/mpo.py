@@ -16,6 +16,7 @@ algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, prod
@@ -130,7 +131,16 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
             "both have to be the same matrix"
         )
     rows = max(_CACHED // matrix.shape[1], 1)
-    pieces = zip(matrix.split(rows), approximation.split(rows), strict=True)
+    return error_of_pieces(matrix, zip(matrix.split(rows), approximation.split(rows), strict=True))
+
+
+def error_of_pieces(matrix: Tensor, pieces: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`relative_error` of an approximation that is never there as a whole.
+
+    Args:
+        matrix: (rows, cols).
+        pieces: of the matrix and of its approximation; together the whole matrix.
+    """
     with torch.no_grad():
         # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64

@@ -498,7 +498,7 @@ def _apart_right(merged: Tensor, untied: Tensor) -> Tensor:
 
 
 def _is_plain(*cores: Tensor) -> bool:
-    """Whether the cores have neither an expert axis nor a gradient, so that a product may be written in place."""
+    """Whether a product may be written in place: no expert axis, no gradient."""
     return max(core.ndim for core in cores) == 4 and not (
         torch.is_grad_enabled() or torch.compiler.is_compiling()
     )
