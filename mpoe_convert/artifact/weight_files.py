@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ from ..source.safetensors_file import CODE2DTYPE, DTYPE2BYTES
 from ..source.state_dict import is_buffer
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from torch import Tensor
 
 
@@ -106,7 +107,7 @@ def stream_shard(specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tenso
                 _check_weight(name, tensor)
                 _check_place(name, tensor, places)
                 begin, _ = places.pop(name)
-                waiting.append((pool.submit(_write_at, file.fileno(), tensor, begin), tensor.nbytes))
+                waiting.append((pool.submit(_write_at, file, tensor, begin), tensor.nbytes))
                 del tensor
                 while sum(size for _, size in waiting) > IN_FLIGHT:
                     waiting.popleft()[0].result()
@@ -156,7 +157,7 @@ def _layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, tuple[int, in
     return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in offsets}
 
 
-def _write_at(file: int, tensor: Tensor, begin: int) -> None:
+def _write_at(file: FileIO, tensor: Tensor, begin: int) -> None:
     """Write a tensor's bytes from a place in the file on. Raises OSError."""
     import torch
 
@@ -164,9 +165,9 @@ def _write_at(file: int, tensor: Tensor, begin: int) -> None:
         return
     data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     left = memoryview(data)
+    file.seek(begin)
     while left:
-        written = os.pwrite(file, left, begin)
-        left, begin = left[written:], begin + written
+        left = left[file.write(left) :]
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -146,7 +146,8 @@ def finish_projection(
     copies = [functions().count_copies(term) for term in plan.spec["terms"]]
     error = before = _error(dense, exact, copies)
     if stored != fitted.terms[0][0].dtype:
-        before = _error(dense, unrounded, copies)
+        is_exact = plan.is_exact and targets.fits_the_source(role)  # to rounding, which a part shows
+        before = _error(dense, unrounded, copies, every=8 if is_exact else 1)
     drift = _drift(exact, clone, copies, dense.dtype) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
@@ -192,34 +193,46 @@ def matrix_report(plan: MatrixPlan, recipe: Recipe, measured: Measured) -> Matri
     )
 
 
-def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]]) -> float:
-    """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds."""
-    return error_of_pieces(dense, _pieces(dense, terms, copies))
+def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]], every: int = 1) -> float:
+    """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds.
+
+    Args:
+        every: take the first of so many pieces.
+    """
+    cut = _cuts(dense, terms)[::every]
+    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in cut)
+    return error_of_pieces(dense, pieces)
 
 
-def _pieces(
-    dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of a matrix and of the sum of the terms.
+def _cuts(dense: Tensor, terms: list[list[Tensor]]) -> list[tuple[tuple[slice, slice], list[list[Tensor]]]]:
+    """Pieces of a matrix, each with what the terms are there.
 
     Rows are cut where a chain's first core has them, columns where its last core has them all.
     """
-    number = max(dense.numel() // _PIECE, 1)
+    whole, number = slice(None), max(dense.numel() // _PIECE, 1)
     rows = {cores[0].shape[1] for cores in terms}
     columns = {cores[-1].shape[2] for cores in terms}
     if len(rows) == 1 and min(rows) >= number:
-        size = dense.shape[0] // min(rows)  # of the matrix, per row of the first core
-        for part in torch.arange(min(rows)).chunk(number):
-            first, last = int(part[0]), int(part[-1]) + 1
-            cut = [[cores[0][:, first:last], *cores[1:]] for cores in terms]
-            yield dense[first * size : last * size], _matrix_of(cut, copies, dense.dtype)
-    elif columns == {dense.shape[1]}:
-        for part in torch.arange(dense.shape[1]).chunk(number):
-            first, last = int(part[0]), int(part[-1]) + 1
-            cut = [[*cores[:-1], cores[-1][:, :, first:last]] for cores in terms]
-            yield dense[:, first:last], _matrix_of(cut, copies, dense.dtype)
-    else:
-        yield dense, _matrix_of(terms, copies, dense.dtype)
+        each = dense.shape[0] // min(rows)  # rows of the matrix per row of the first core
+        return [
+            (
+                (slice(first * each, last * each), whole),
+                [[cores[0][:, first:last], *cores[1:]] for cores in terms],
+            )
+            for first, last in _ranges(min(rows), number)
+        ]
+    if columns == {dense.shape[1]}:
+        return [
+            ((whole, slice(first, last)), [[*cores[:-1], cores[-1][:, :, first:last]] for cores in terms])
+            for first, last in _ranges(dense.shape[1], number)
+        ]
+    return [((whole, whole), terms)]
+
+
+def _ranges(size: int, number: int) -> list[tuple[int, int]]:
+    """About so many ranges that make up a size."""
+    step = -(-size // number)
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def _drift(

@@ -139,14 +139,14 @@ def error_of_pieces(matrix: Tensor, pieces: Iterable[tuple[Tensor, Tensor]]) -> 
 
     Args:
         matrix: (rows, cols).
-        pieces: of the matrix and of its approximation; together the whole matrix.
+        pieces: of the matrix and of its approximation; the error is that of these pieces.
     """
     with torch.no_grad():
         # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64
-        norm = float(torch.linalg.vector_norm(matrix, dtype=dtype))
-        norms = [torch.linalg.vector_norm(ours - theirs, dtype=dtype) for ours, theirs in pieces]
-        error = float(torch.linalg.vector_norm(torch.stack(norms)))
+        size = partial(torch.linalg.vector_norm, dtype=dtype)
+        norms = [torch.stack([size(ours), size(ours - theirs)]) for ours, theirs in pieces]
+        norm, error = torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=torch.float64).tolist()
     if norm == 0.0:
         return 0.0 if error == 0.0 else inf
     return error / norm

@@ -199,7 +199,12 @@ def test_the_error_by_pieces_is_that_of_the_whole_matrix(layout, size, monkeypat
     cores = [core + 0.01 * randn(*core.shape, seed=2, dtype=torch.float32) for core in cores]
     copies = [list(sites.copies) if layout == "blocks" else [1] * 3]
     whole = build._matrix_of([cores], copies, torch.float64)
-    pieces = list(build._pieces(matrix, [cores], copies))
-    assert sum(made.numel() for _, made in pieces) == matrix.numel()
+    seen = torch.zeros_like(matrix)
+    for part, own in build._cuts(matrix, [cores]):
+        seen[part] += 1
+        torch.testing.assert_close(
+            build._matrix_of(own, copies, torch.float64), whole[part], rtol=1e-6, atol=1e-6
+        )
+    assert (seen == 1).all()
     expected = ((whole - matrix).norm() / matrix.norm()).item()
     assert build._error(matrix, [cores], copies) == pytest.approx(expected, rel=1e-5)
