@@ -87,7 +87,18 @@ NEEDED = {
     (Export, "base_revision"): {"to": "lora", "base": "b"},
 }
 # What commands take beside the fields of their requests.
-FLAGS = {"overwrite", "dry_run", "resume", "private", "create_pr", "as_json", "quiet", "verbose"}
+FLAGS = {
+    "overwrite",
+    "dry_run",
+    "resume",
+    "stream",
+    "timed",
+    "private",
+    "create_pr",
+    "as_json",
+    "quiet",
+    "verbose",
+}
 PATHS_AND_NAMES = {"output", "config", "artifact", "repo_id", "branch", "commit_message", "shell", "token"}
 OF_COMMANDS = PATHS_AND_NAMES | {"tolerance", "processes", "disk_speed", "compute_speed"}  # tested below
 

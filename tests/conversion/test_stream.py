@@ -26,9 +26,9 @@ def models(tmp_path_factory):
     """Folders: one file, several, and a pickle. Weights are many times as large as what headers take."""
     folder = tmp_path_factory.mktemp("models")
     model = make_model("gpt2", "AutoModelForCausalLM", seed=0)
-    model.resize_token_embeddings(80_000)
+    model.resize_token_embeddings(40_000)
     model.save_pretrained(folder / "one")
-    model.save_pretrained(folder / "several", max_shard_size="4MB")
+    model.save_pretrained(folder / "several", max_shard_size="1MB")
     (folder / "bin").mkdir()
     (folder / "bin/config.json").write_bytes((folder / "one/config.json").read_bytes())
     torch.save({"x": torch.ones(3)}, folder / "bin/pytorch_model.bin")
@@ -60,6 +60,12 @@ def session(models, tmp_path_factory):
             client.stdin.close()
 
 
+@pytest.fixture(autouse=True)
+def without_faults(session):
+    yield
+    session[0].faults.clear()
+
+
 def weight_requests(hub) -> list:
     return hub.fetched(".safetensors")
 
@@ -78,7 +84,7 @@ def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, mo
     requests = weight_requests(hub)
     assert {request.status for request in requests} == {206}
     assert needed <= sum(request.sent for request in requests) <= needed + len(files) * (HEADER + 8)
-    assert needed > 10 * HEADER * len(files) / 2
+    assert needed > 10 * HEADER * len(files)
     assert not list((folder / "home").rglob("*.safetensors"))
     convert(Recipe(str(models / name), experts=2, bond_dim=4), folder / f"local-{name}")
     ours, local = tree(folder / f"out-{name}"), tree(folder / f"local-{name}")
@@ -89,6 +95,7 @@ def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, mo
 
 def test_a_connection_that_drops_is_tried_again(session):
     hub, ask, folder = session
+    hub.fault("GET", "/model.safetensors", lambda: None)  # the header, which the library asks for once
     for what in ("short", "cut", 503):
         hub.fault("GET", "/model.safetensors", what)
     assert ask("o/one", "-o", "dropped", "--stream", "-q", *SMALL)[0] == 0

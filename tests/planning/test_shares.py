@@ -113,7 +113,7 @@ def test_times_follow_from_the_costs_of_the_parts(folders):
         ("llama", {}),
         ("llama", {"kind": "low-rank"}),
         ("llama", {"layout": "balanced"}),
-        ("llama", {"experts": 2, "keep": 0.8}),
+        ("llama", {"keep": 2.3}),
         ("phi3", {"layout": "one-sided"}),
         ("llama", {"kind": "split", "experts": 4}),
         ("mixtral", {"keep": 0.5}),
@@ -121,7 +121,7 @@ def test_times_follow_from_the_costs_of_the_parts(folders):
 )
 def test_whatever_is_planned_can_be_timed(folder, options, folders, monkeypatch):
     """Its own work, whole or on cut matrices; of a machine that is slower by 1,000."""
-    planned = plan(Recipe(str(folders / folder), **(options if "keep" in options else SMALL | options)))
+    planned = plan(Recipe(str(folders / folder), **(options if folder == "mixtral" else SMALL | options)))
 
     def timed(work):
         work()
@@ -129,9 +129,9 @@ def test_whatever_is_planned_can_be_timed(folder, options, folders, monkeypatch)
 
     monkeypatch.setattr(times, "_timed", timed)
     flops = times._products_per_second(torch.device("cpu")) / 1000
-    for tried, is_cut in ((1 << 20, False), (1024, True)):
+    for tried, is_cut in ((1 << 20, False), (64, True)):
         monkeypatch.setattr(times, "TRIED", tried)
-        monkeypatch.setattr(times, "STEP", 8)
+        monkeypatch.setattr(times, "STEP", 4)
         costs = times.measure(planned, disk=1e9, flops=flops)
         assert costs.disk == 1e9 and costs.ffns.keys() == {ffn.ffn.key for ffn in planned.ffns}
         for ffn in planned.ffns:
