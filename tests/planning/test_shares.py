@@ -113,7 +113,7 @@ def test_times_follow_from_the_costs_of_the_parts(folders):
         ("llama", {}),
         ("llama", {"kind": "low-rank"}),
         ("llama", {"layout": "balanced"}),
-        ("llama", {"keep": 2.3}),
+        ("llama", {"max_error": 0.5}),
         ("phi3", {"layout": "one-sided"}),
         ("llama", {"kind": "split", "experts": 4}),
         ("mixtral", {"keep": 0.5}),
