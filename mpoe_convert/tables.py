@@ -319,6 +319,17 @@ def listed(values: Iterable[object]) -> str | None:
     return ",".join(map(str, values)) or None
 
 
+def duration(seconds: float) -> str:
+    """4000 -> "1 h 7 min", 75 -> "1 min 15 s", 7.25 -> "7.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
+
+
 def size(num_bytes: int) -> str:
     """1234567 -> "1.2 MB" (powers of 1,000, as safetensors and the Hub count)."""
     value = float(num_bytes)

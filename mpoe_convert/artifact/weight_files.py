@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..source.safetensors_file import DTYPE2BYTES
+from ..source.safetensors_file import CODE2DTYPE, DTYPE2BYTES
 from ..source.state_dict import is_buffer
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from torch import Tensor
 
 
 INDEX_FILE = "model.safetensors.index.json"
+# So many bytes of tensors may wait to be written while another one is made: those of an FFN or two.
+IN_FLIGHT = 1 << 27
+# The order of dtypes in a file, so that every tensor is aligned.
+LARGEST_FIRST = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
 
 
 class TensorSpec(Protocol):
@@ -29,6 +41,15 @@ class TensorSpec(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A `TensorSpec` of its own."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[str, tuple[str, ...]]:
@@ -54,27 +75,99 @@ def num_bytes(tensor: TensorSpec) -> int:
     return prod(tensor.shape) * DTYPE2BYTES[tensor.dtype]
 
 
-def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file.
+def save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, as `stream_shard` does, of tensors that are all there."""
+    specs = [Spec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    stream_shard(specs, tensors.items(), path)
+
+
+def stream_shard(specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Write one safetensors file, each tensor while the next ones are made.
+
+    The file is that of `safetensors.torch.save_file`, to the byte.
+
+    Args:
+        specs: what the file will hold.
+        tensors: (name, tensor) in any order, contiguous and on the CPU; at most `IN_FLIGHT` bytes of those
+            that are made wait to be written while another one is asked for.
+        path: of the file; removed again if it cannot be finished.
 
     Raises:
         CheckpointError: a weight holds NaN or infinities; masks and tables may.
         OSError: it cannot be written, for example on a full disk.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from concurrent.futures import Future, ThreadPoolExecutor
 
+    header, places = _layout(specs)
+    waiting: deque[tuple[Future[None], int]] = deque()
+    try:
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            file.write(header)
+            for name, tensor in tensors:
+                _check_weight(name, tensor)
+                _check_place(name, tensor, places)
+                begin, _ = places.pop(name)
+                waiting.append((pool.submit(_write_at, file, tensor, begin), tensor.nbytes))
+                del tensor
+                while sum(size for _, size in waiting) > IN_FLIGHT:
+                    waiting.popleft()[0].result()
+            for future, _ in waiting:
+                future.result()
+        assert not places, f"tensors that were never made: {sorted(places)}"
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _check_weight(name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError if a weight holds NaN or infinities."""
     from ..tensors import check_finite
 
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_buffer(name):
-            check_finite(tensor, name)
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if "os error 28" in str(error).lower() or "no space" in str(error).lower():
-            raise OSError(28, "No space left on device") from error
-        raise OSError(5, f"safetensors: {error}") from error
+    if tensor.is_floating_point() and not is_buffer(name):
+        check_finite(tensor, name)
+
+
+def _check_place(name: str, tensor: Tensor, places: Mapping[str, tuple[int, int]]) -> None:
+    begin, end = places[name]
+    assert tensor.nbytes == end - begin and tensor.is_contiguous() and tensor.device.type == "cpu", name
+
+
+def _layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What stands before the data, and where in the file every tensor begins and ends.
+
+    The format: 8 bytes little-endian header length, that many bytes of JSON, padded to a multiple of 8, and
+    the data, which the offsets tile. As safetensors orders them: by dtype, then by name.
+    """
+    codes = {dtype: code for code, (dtype, _) in CODE2DTYPE.items()}
+    order = {code: number for number, code in enumerate(LARGEST_FIRST)}
+    ordered = sorted(specs, key=lambda spec: (order[codes[spec.dtype]], spec.name.encode()))
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    reached = 0
+    for spec in ordered:
+        offsets = [reached, reached := reached + num_bytes(spec)]
+        entries[spec.name] = {
+            "dtype": codes[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    offsets = ((name, entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__")
+    return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in offsets}
+
+
+def _write_at(file: FileIO, tensor: Tensor, begin: int) -> None:
+    """Write a tensor's bytes from a place in the file on. Raises OSError."""
+    import torch
+
+    if not tensor.numel():
+        return
+    data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    left = memoryview(data)
+    file.seek(begin)
+    while left:
+        left = left[file.write(left) :]
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import RequestError
+from ..options import called, switched
 from ..planning.recipe import Recipe
 from ..ranks import is_first
 from ..request import as_text
@@ -51,6 +53,13 @@ RECIPE_OPTIONS = add(
     help="Keep the weight files that are finished when this run is interrupted, and go on from those that an "
     "interrupted run with --resume has kept.",
 )
+@option(
+    "--stream",
+    heading="Source",
+    is_flag=True,
+    help="Leave the weights of a model on the Hub there, and read each tensor when it is needed. Not with "
+    "--calibrate, which runs the whole model.",
+)
 @option("--dry-run", heading="Output", is_flag=True, help="Show the plan and write nothing, as `plan` does.")
 @option(
     "--push-to-hub",
@@ -67,6 +76,7 @@ def convert(
     output: str | None,
     overwrite: bool,
     resume: bool,
+    stream: bool,
     dry_run: bool,
     repo_id: str | None,
     config: str | None,
@@ -93,7 +103,7 @@ def convert(
             return
         announce(f"Converting {recipe.model}", quiet)
         quiet = quiet or not is_first()
-        report = run_conversion(recipe, output, overwrite, resume, token, quiet)
+        report = run_conversion(recipe, output, overwrite, resume, stream, token, quiet)
         if not is_first():
             return
         if not (as_json or quiet):
@@ -107,7 +117,13 @@ def convert(
 
 
 def run_conversion(
-    recipe: Recipe, output: str, overwrite: bool, resume: bool, token: str | None, quiet: bool
+    recipe: Recipe,
+    output: str,
+    overwrite: bool,
+    resume: bool,
+    stream: bool,
+    token: str | None,
+    quiet: bool,
 ) -> Report:
     from ..conversion.convert import convert as convert_checkpoint
     from .progress import conversion_progress, silence_libraries
@@ -121,6 +137,7 @@ def run_conversion(
             overwrite=overwrite,
             resume=resume,
             distributed=True,
+            stream=stream,
             token=token,
             progress=progress,
         )
@@ -141,11 +158,35 @@ def show_conversion(report: Report, output: str, verbose: int) -> None:
     metavar="N",
     help="Show what each of N processes that torchrun starts reads, writes and holds in memory.",
 )
+@option(
+    "--time",
+    "timed",
+    heading="General",
+    is_flag=True,
+    help="Show how long the conversion takes, from some seconds of its work on this machine.",
+)
+@option(
+    "--disk-speed",
+    heading="General",
+    type=float,
+    metavar="GB/S",
+    help="With --time: what the disk reads or writes in a second; by default measured, in the page cache.",
+)
+@option(
+    "--compute-speed",
+    heading="General",
+    type=float,
+    metavar="GFLOP/S",
+    help="With --time: float32 operations of one process of another machine; by default this one's.",
+)
 @RECIPE_OPTIONS
 @COMMON
 def plan(
     model: str | None,
     processes: int | None,
+    timed: bool,
+    disk_speed: float | None,
+    compute_speed: float | None,
     config: str | None,
     token: str | None,
     as_json: bool,
@@ -159,20 +200,40 @@ def plan(
     --max-error the weights are read, and calibrated with --calibrate.
     """
     with one_line_errors(verbose, quiet):
-        if processes is not None:
-            from ..planning.shares import check_count
-
-            check_count(processes)
+        check_shares(processes, timed, disk_speed, compute_speed)
         recipe, _ = request_of(Recipe, options, config, model)
         check_model(recipe.model, recipe.revision)
         check_sources(recipe.calibrate)
         announce(f"Planning {recipe.model}", quiet)
-        show_plan(recipe, token, as_json, quiet, processes)
+        speeds = (disk_speed, compute_speed) if timed else None
+        show_plan(recipe, token, as_json, quiet, processes, speeds)
+
+
+def check_shares(
+    processes: int | None, timed: bool, disk_speed: float | None, compute_speed: float | None
+) -> None:
+    """Raises RequestError for what `plan` cannot share out or time."""
+    from ..planning.shares import check_count, check_speed
+
+    if processes is not None:
+        check_count(processes)
+    for name, speed in (("disk_speed", disk_speed), ("compute_speed", compute_speed)):
+        check_speed(name, speed)
+        if speed is not None and not timed:
+            raise RequestError(
+                f"{called(name)} was given without {switched('time')}; expected both or neither"
+            )
 
 
 def show_plan(
-    recipe: Recipe, token: str | None, as_json: bool, quiet: bool, processes: int | None = None
+    recipe: Recipe,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+    processes: int | None = None,
+    speeds: tuple[float | None, float | None] | None = None,
 ) -> None:
+    """Print a plan; `speeds`: of disk (GB/s) and machine (GFLOP/s), None: times are left out."""
     from ..compression.plan import plan as plan_conversion
     from ..planning.shares import plan_shares
     from .progress import conversion_progress, silence_libraries
@@ -182,8 +243,14 @@ def show_plan(
         silence_libraries()
     with conversion_progress(not quiet) as progress:
         result = plan_conversion(recipe, token=token, progress=progress)
-    shares = None if processes is None else plan_shares(result, processes)
+    costs = None
+    if speeds is not None:
+        from ..conversion.times import measure  # torch, which plans of headers do without
+
+        costs = measure(result, *(None if speed is None else speed * 1e9 for speed in speeds))
+    is_shared = processes is not None or costs is not None
+    shares = plan_shares(result, processes or 1, costs) if is_shared else None
     if as_json:
-        echo_json(result.to_json() | ({"processes": shares.to_json()} if shares else {}))
+        echo_json(result.to_json() | (shares.to_json() if shares else {}))
     elif not quiet:
         console().print(*filter(None, (result, shares)), sep="\n")

@@ -14,7 +14,7 @@ from ..compression import metrics
 from ..compression.moments import FFNMoments
 from ..decomposition.als import nearest_chain
 from ..decomposition.low_rank import factor
-from ..decomposition.mpo import fit, relative_error
+from ..decomposition.mpo import error_of_pieces, fit, relative_error
 from ..decomposition.neuron_order import bisection, neuron_features, reordered
 from ..experts.ffn import Activations, FFNShape, Fitted, Target
 from ..planning.plan import FFNPlan, MatrixPlan
@@ -24,6 +24,9 @@ from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_bias, read_wide
 from ..tensors import cast
 from .report import MatrixReport, NeuronOrder
+
+# A matrix is compared with its chain in pieces of about this many numbers.
+_PIECE = 1 << 20
 
 
 class FFNTargets:
@@ -141,14 +144,17 @@ def finish_projection(
         )
     dense = targets.dense(role)
     copies = [functions().count_copies(term) for term in plan.spec["terms"]]
-    made = _matrix_of(exact, copies, dense.dtype)
-    error = before = relative_error(dense, made)
+    error = before = _error(dense, exact, copies)
     if stored != fitted.terms[0][0].dtype:
-        before = relative_error(dense, _matrix_of(unrounded, copies, dense.dtype))
+        is_exact = plan.is_exact and targets.fits_the_source(role)  # to rounding, which a part shows
+        before = _error(dense, unrounded, copies, every=8 if is_exact else 1)
     drift = _drift(exact, clone, copies, dense.dtype) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
-    output_error = None if targets.moments is None else targets.moments.output_error(plan, dense, made)
+    output_error = None
+    if targets.moments is not None:
+        made = _matrix_of(exact, copies, dense.dtype)
+        output_error = targets.moments.output_error(plan, dense, made)
     measured = Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
     return tensors, matrix_report(plan, recipe, measured)
 
@@ -187,21 +193,71 @@ def matrix_report(plan: MatrixPlan, recipe: Recipe, measured: Measured) -> Matri
     )
 
 
+def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]], every: int = 1) -> float:
+    """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds.
+
+    Args:
+        every: take the first of so many pieces.
+    """
+    cut = _cuts(dense, terms)[::every]
+    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in cut)
+    return error_of_pieces(dense, pieces)
+
+
+def _cuts(dense: Tensor, terms: list[list[Tensor]]) -> list[tuple[tuple[slice, slice], list[list[Tensor]]]]:
+    """Pieces of a matrix, each with what the terms are there.
+
+    Rows are cut where a chain's first core has them, columns where its last core has them all.
+    """
+    whole, number = slice(None), max(dense.numel() // _PIECE, 1)
+    rows = {cores[0].shape[1] for cores in terms}
+    columns = {cores[-1].shape[2] for cores in terms}
+    if len(rows) == 1 and min(rows) >= number:
+        each = dense.shape[0] // min(rows)  # rows of the matrix per row of the first core
+        return [
+            (
+                (slice(first * each, last * each), whole),
+                [[cores[0][:, first:last], *cores[1:]] for cores in terms],
+            )
+            for first, last in _ranges(min(rows), number)
+        ]
+    if columns == {dense.shape[1]}:
+        return [
+            ((whole, slice(first, last)), [[*cores[:-1], cores[-1][:, :, first:last]] for cores in terms])
+            for first, last in _ranges(dense.shape[1], number)
+        ]
+    return [((whole, whole), terms)]
+
+
+def _ranges(size: int, number: int) -> list[tuple[int, int]]:
+    """About so many ranges that make up a size."""
+    step = -(-size // number)
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
+
+
 def _drift(
     exact: list[list[Tensor]], clone: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype
 ) -> float:
-    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows where there are 8.
+    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
     """
 
-    def some_rows(terms: list[list[Tensor]]) -> Tensor:
-        pieces = [[cores[0][:, : max(cores[0].shape[1] // 8, 1)], *cores[1:]] for cores in terms]
-        return _matrix_of(pieces, copies, dtype)
+    def some(terms: list[list[Tensor]]) -> Tensor:
+        return _matrix_of([_eighth(cores) for cores in terms], copies, dtype)
 
-    return relative_error(some_rows(exact), some_rows(clone))
+    return relative_error(some(exact), some(clone))
 
 
+def _eighth(cores: list[Tensor]) -> list[Tensor]:
+    """A chain's first rows; or its first columns, if its last core has more of them."""
+    rows, columns = cores[0].shape[1], cores[-1].shape[2]
+    if rows >= columns:
+        return [cores[0][:, : max(rows // 8, 1)], *cores[1:]]
+    return [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
+
+
+@torch.no_grad()
 def _matrix_of(terms: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype) -> Tensor:
     """The sum of the terms; `copies`: per term, see `count_copies`."""
     contract: Callable[[list[Tensor], list[int]], Tensor] = functions().contract_chain

@@ -17,13 +17,13 @@ from .. import experts
 from ..artifact.card_file import source_license
 from ..artifact.folder import check_output, check_space, count_finished, output_error, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
-from ..artifact.weight_files import save_shard, write_index
+from ..artifact.weight_files import stream_shard, write_index
 from ..compression.batches import Batch
 from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..compression.shared import help_collect
 from ..devices import pick_device
-from ..errors import MachineError, MpoeError, counted
+from ..errors import MachineError, MpoeError, RequestError, counted
 from ..experts.ffn import Fitted
 from ..extras import need
 from ..options import called, named_by_flags, switched
@@ -66,6 +66,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     distributed: bool = False,
+    stream: bool = False,
     token: str | None = None,
     calibration: Sequence[Batch] | None = None,
     progress: Progress | None = None,
@@ -80,6 +81,8 @@ def convert(
             that an interrupted run of the same recipe has kept.
         distributed: share the calibration's batches and the weight files out over the processes that torchrun
             has started, which all call this with the same arguments. They need a folder that all of them see.
+        stream: leave the weights of a model on the Hub there, and read each tensor, by requests for its
+            bytes, when it is needed. Not with a calibration, which runs the whole model.
         token: Hub token for gated or private models and data; by default the stored login.
         calibration: batches of the model's inputs to calibrate on, instead of the recipe's text; `labels` of
             -100 leave a token out of what the model is to say.
@@ -104,7 +107,7 @@ def convert(
         if recipe.bits and (recipe.calibrate or calibration):
             ranks.first(lambda: ranks.refuse_several(f"{called('bits')} with calibration"))
         checkpoint = _open_everywhere(
-            ranks, partial(_open, recipe, output, overwrite, token, bool(calibration))
+            ranks, partial(_open, recipe, output, overwrite, stream, token, bool(calibration))
         )
         prepared, trials = ranks.first(
             lambda: _prepare(recipe, checkpoint, output, calibration, progress, token, ranks),
@@ -128,9 +131,14 @@ def _open_everywhere(ranks: Ranks, opening: Callable[[], Checkpoint]) -> Checkpo
 
 
 def _open(
-    recipe: Recipe, output: Path, overwrite: bool, token: str | None, is_calibrated: bool
+    recipe: Recipe, output: Path, overwrite: bool, stream: bool, token: str | None, is_calibrated: bool
 ) -> Checkpoint:
     """The source, once everything that can be told without it is right."""
+    if stream and (recipe.calibrate or is_calibrated):
+        raise RequestError(
+            f"{switched('stream')} was given with a calibration, which runs the whole model; expected one of "
+            "them"
+        )
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)
@@ -140,6 +148,7 @@ def _open(
         recipe.model,
         revision=recipe.revision,
         token=token,
+        stream=stream,
         trust_remote_code=recipe.trust_remote_code,
         experts_at=recipe.experts_at,
     )
@@ -270,9 +279,9 @@ class _Job:
         device = self.ranks.device(self.plan.recipe.device)
         builder = _Builder(self.prepared, self.checkpoint, files, device, progress)
         for file in files:
-            tensors = {name: builder.take(name) for name in self.plan.shards[file]}
-            save_shard(tensors, self.folder / file)
-            del tensors
+            names = self.plan.shards[file]
+            made = ((name, builder.take(name)) for name in names)
+            stream_shard([self.plan.by_name[name] for name in names], made, self.folder / file)
             self.records.add(file, builder.reports, builder.orders, builder.rounding)
             builder.forget_reports()
 

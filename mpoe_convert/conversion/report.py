@@ -27,14 +27,16 @@ class MatrixReport:
 
     Attributes:
         relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
-        relative_error_before_cast: the same before the cores were rounded to the stored dtype.
+        relative_error_before_cast: the same before the cores were rounded to the stored dtype; of an eighth
+            of a large matrix where nothing is truncated.
         rank: of the two thin matrices that replace the dense one; None: it was not compressed.
         output_error: relative difference between the outputs of expert 0 as stored and those of the dense
             matrix, on held-out calibration inputs; None without calibration.
         discarded_weight: per bond, the share of the squared norm that TT-SVD truncated there; empty for a
             matrix that was fitted in another way.
         clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
-            first site's rows; all clones are drawn from the same distribution.
+            first site's rows, or of the last one's columns if it has more; all clones are drawn from the same
+            distribution.
     """
 
     name: str

@@ -132,7 +132,6 @@ def resume_run(records: Records, prepared: Prepared, checkpoint: Checkpoint) -> 
 def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a run makes, of what."""
     plan, calibration = prepared.plan, prepared.calibration or prepared.activated
-    stats = {file: (checkpoint.folder / file).stat() for file in checkpoint.stored_files}
     made = [[tensor.name, tensor.shape, tensor.dtype] for tensor in plan.tensors]
     ranks = [[matrix.name, matrix.spec] for matrix in plan.matrices]
     stay = plan.fewer.kept if isinstance(plan, MixturePlan) and plan.fewer else None
@@ -140,10 +139,18 @@ def _identity(prepared: Prepared, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "version": __version__,
         "recipe": plan.recipe.to_mapping(),
-        "source": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "source": {file: _version(checkpoint, file) for file in checkpoint.stored_files},
         "calibration": calibration and calibration.folder.name,
         "plan": digest.hexdigest(),
     }
+
+
+def _version(checkpoint: Checkpoint, file: str) -> str | list[int]:
+    """What changes with a weight file of the source: its commit, or its size and time."""
+    if checkpoint.revision is not None:
+        return checkpoint.revision
+    stat = (checkpoint.folder / file).stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import check_finite
+from .grams import cheap_gram
 from .sites import Sites
 
 
@@ -49,7 +50,8 @@ def _of_inputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Tens
     _, block, number = sites.in_dims
     split = whole[0].reshape(block, number, -1).transpose(0, 1)  # (P, b, out or rank)
     basis = _basis(split @ whole[1] if len(whole) > 1 else split, gauge)  # (P, b, b)
-    inner = (basis.mT @ split).transpose(0, 1)  # (b, P, out or rank)
+    inner = split.new_empty(block, number, split.shape[-1])  # (b, P, out or rank)
+    torch.bmm(basis.mT, split, out=inner.transpose(0, 1))
     outside = [second[:, None, :, None] for second in whole[1:]]
     centre = [inner.unsqueeze(2 if outside else 3), *outside]
     cores = (_scales(basis, block * number), basis.unsqueeze(2), *centre)
@@ -61,7 +63,8 @@ def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Ten
     number, block, _ = sites.out_dims
     split = whole[-1].reshape(-1, number, block).transpose(0, 1)  # (P, in or rank, b)
     basis = _basis((whole[0] @ split if len(whole) > 1 else split).mT, gauge)  # (P, b, b)
-    inner = (split @ basis).transpose(0, 1)  # (in or rank, P, b)
+    inner = split.new_empty(split.shape[1], number, block)  # (in or rank, P, b)
+    torch.bmm(split, basis, out=inner.transpose(0, 1))
     outside = [first[None, :, None, :] for first in whole[:-1]]
     centre = [*outside, inner.unsqueeze(1 if outside else 0)]
     untied = basis.mT.flatten(0, 1)[:, None, :, None]  # (P * b, 1, b, 1)
@@ -80,6 +83,6 @@ def _basis(blocks: Tensor, gauge: str) -> Tensor:
         number, size, _ = blocks.shape
         return torch.eye(size, dtype=blocks.dtype, device=blocks.device).repeat(number, 1, 1)
     wide = blocks.cpu() if blocks.device.type == "mps" else blocks  # MPS has no float64
-    grams = torch.stack([block.double() @ block.double().mT for block in wide])  # no float64 copy of all
-    _, vectors = torch.linalg.eigh(grams)  # ascending
+    # Nothing is dropped: what counts is that the basis is orthogonal, which float64 eigenvectors are.
+    _, vectors = torch.linalg.eigh(cheap_gram(wide))  # ascending
     return vectors.flip(-1).to(blocks)

@@ -16,6 +16,7 @@ algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, prod
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..errors import SitesError
 from ..options import assigned, called
 from ..tensors import check_finite
+from .grams import gram, is_reliable
 from .sites import SVDS, Sites
 
 # Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
@@ -39,10 +41,6 @@ _MAX_GRAM = 1024
 # squared norm is dropped, or where squares may leave the range of float32, it is computed again
 # from float64 products.
 _SMALL_LOSS = 1e-3
-_SAFE_NORM = (1e-20, 1e30)
-_PRODUCT_COLUMNS = 16384
-# float64 copies are made of this many entries at a time: 32 MiB.
-_CHUNK = 1 << 22
 # Differences are taken in pieces of this many entries, which fit into a core's cache.
 _CACHED = 1 << 17
 _OVERSAMPLING = 16
@@ -133,13 +131,22 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
             "both have to be the same matrix"
         )
     rows = max(_CACHED // matrix.shape[1], 1)
-    pieces = zip(matrix.split(rows), approximation.split(rows), strict=True)
+    return error_of_pieces(matrix, zip(matrix.split(rows), approximation.split(rows), strict=True))
+
+
+def error_of_pieces(matrix: Tensor, pieces: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`relative_error` of an approximation that is never there as a whole.
+
+    Args:
+        matrix: (rows, cols).
+        pieces: of the matrix and of its approximation; the error is that of these pieces.
+    """
     with torch.no_grad():
         # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64
-        norm = float(torch.linalg.vector_norm(matrix, dtype=dtype))
-        norms = [torch.linalg.vector_norm(ours - theirs, dtype=dtype) for ours, theirs in pieces]
-        error = float(torch.linalg.vector_norm(torch.stack(norms)))
+        size = partial(torch.linalg.vector_norm, dtype=dtype)
+        norms = [torch.stack([size(ours), size(ours - theirs)]) for ours, theirs in pieces]
+        norm, error = torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=torch.float64).tolist()
     if norm == 0.0:
         return 0.0 if error == 0.0 else inf
     return error / norm
@@ -242,11 +249,11 @@ def _sweep(
         return _in_chain_order(cores, lost, block, unfolding.dtype) + (rest,)
     found = None
     for products in dict.fromkeys((unfolding.dtype, torch.float64)):
-        gram = _gram(unfolding, products)
-        norm = gram.trace()  # of A, squared
-        if products == torch.float32 and not _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
+        made = gram(unfolding, products)
+        if products == torch.float32 and not is_reliable(made):
             continue
-        found = cores, lost, _ = _tensor_train(_square_root(gram), block, _Split("exact", seed))
+        norm = made.trace()  # of A, squared
+        found = cores, lost, _ = _tensor_train(_square_root(made), block, _Split("exact", seed))
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
     assert found is not None  # float64 is never skipped
@@ -332,7 +339,7 @@ def _exact_basis(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
         q, r = torch.linalg.qr(matrix)
         basis, lost = _exact_basis(r, rank)
         return q @ basis, lost
-    values, vectors = torch.linalg.eigh(_gram(matrix, torch.float64))  # ascending
+    values, vectors = torch.linalg.eigh(gram(matrix, torch.float64))  # ascending
     dropped = values[: rows - rank].clamp(min=0)
     return vectors.flip(1)[:, :rank].to(matrix.dtype).contiguous(), float(dropped.sum())
 
@@ -355,29 +362,13 @@ def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Ten
     return q @ rotation, projected, max(lost, 0.0)
 
 
-def _square_root(gram: Tensor) -> Tensor:
+def _square_root(made: Tensor) -> Tensor:
     """Square B with B B^T = the given positive semidefinite matrix."""
-    factor, info = torch.linalg.cholesky_ex(gram)
+    factor, info = torch.linalg.cholesky_ex(made)
     if info == 0:  # far cheaper than the eigendecomposition, which only rank deficiency needs
         return factor
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(made)
     return vectors * values.clamp(min=0).sqrt()
-
-
-def _gram(matrix: Tensor, products: torch.dtype) -> Tensor:
-    """A A^T, summed in float64 over chunks of columns, so that no float64 copy of A exists.
-
-    Args:
-        matrix: A, (rows, columns).
-        products: dtype in which a chunk is multiplied.
-    """
-    rows = matrix.shape[0]
-    width = _CHUNK // rows if products == torch.float64 else _PRODUCT_COLUMNS
-    gram = matrix.new_zeros(rows, rows, dtype=torch.float64)
-    for chunk in matrix.split(max(width, 1), dim=1):
-        chunk = chunk.to(products)
-        gram += chunk @ chunk.mT
-    return gram
 
 
 def _squared_norm(matrix: Tensor) -> float:

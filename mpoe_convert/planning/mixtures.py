@@ -202,14 +202,14 @@ class MixturePlan(Plan):
         )
 
     def peak_of(self, files: Collection[str]) -> int:
-        """Estimated peak of tensor memory: the largest shard, a layer as read and as made, its largest stack,
-        and the moments of a layer if there are some.
+        """Estimated peak of tensor memory: what waits to be written, a layer as read and as made, its largest
+        stack, and the moments of a layer if there are some.
 
         A stack in work is held in float32, twice while it is fitted. Calibration sums moments in float64.
         """
         ffns = self.ffns_in(files)
         if not ffns:
-            return self.largest_shard(files)
+            return self.held_of(files)
         layer = max(
             ffn.num_bytes + sum(matrix.dense_params * DTYPE2BYTES[matrix.dtype] for matrix in ffn.matrices)
             for ffn in ffns
@@ -218,7 +218,7 @@ class MixturePlan(Plan):
         rounding = max(rounding_bytes(ffn, self.recipe.bits) for ffn in ffns)
         stack = max(4 * 2 * matrix.dense_params for ffn in ffns for matrix in ffn.matrices)
         work = max(rounding, stack, 2 * moments)
-        return self.largest_shard(files) + layer + moments + work
+        return self.held_of(files) + layer + moments + work
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         return False

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..artifact.rounding import BITS
-from ..artifact.weight_files import num_bytes
+from ..artifact.weight_files import IN_FLIGHT, num_bytes
 from ..decomposition.random_error import random_error
 from ..decomposition.sites import Sites, full_bonds
 from ..errors import counted
@@ -297,7 +297,7 @@ class Plan(Shown):
         return self.peak_of(self.shards)
 
     def peak_of(self, files: Collection[str]) -> int:
-        """Estimated peak of tensor memory: the largest shard, the largest FFN, and the work on a matrix.
+        """Estimated peak of tensor memory: what waits to be written, the largest FFN, the work on a matrix.
 
         A matrix in work is held as read, in float32, interleaved for the decomposition, contracted
         back for the error, and as its cores. Finding an order of neurons takes all of an FFN's matrices
@@ -313,7 +313,7 @@ class Plan(Shown):
         reordered = [ffn for ffn in ffns if self.seeks_order(ffn)]
         order = max((4 * 4 * sum(m.rows * m.cols for m in ffn.matrices) for ffn in reordered), default=0)
         rounding = max((rounding_bytes(ffn, self.recipe.bits) for ffn in ffns), default=0)
-        return self.largest_shard(files) + largest + max(matrix, order, rounding)
+        return self.held_of(files) + largest + max(matrix, order, rounding)
 
     def ffns_in(self, files: Collection[str]) -> list[FFNPlan]:
         """The FFNs of which these weight files hold tensors."""
@@ -324,9 +324,10 @@ class Plan(Shown):
         """Of these tensors of the artifact."""
         return sum(self.by_name[name].num_bytes for name in names)
 
-    def largest_shard(self, files: Collection[str]) -> int:
-        """Bytes of the largest of these weight files."""
-        return max((self.bytes_of(self.shards[file]) for file in files), default=0)
+    def held_of(self, files: Collection[str]) -> int:
+        """Bytes that wait to be written while a tensor of these weight files is made, and its own."""
+        sizes = ([self.by_name[name].num_bytes for name in self.shards[file]] for file in files)
+        return max((min(sum(each), IN_FLIGHT + max(each, default=0)) for each in sizes), default=0)
 
     def seeks_order(self, ffn: FFNPlan) -> bool:
         """Whether another order of an FFN's neurons is tried."""

@@ -466,14 +466,49 @@ def contract_chain(cores: Sequence[Tensor], copies: Sequence[int] | None = None)
             merged = merge_cores([cores[k], merged])
         else:
             untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-2)  # (..., I, l, i, r)
-            merged = torch.einsum("...Ilir,...rIOR->...liIOR", untied, merged).flatten(-4, -3)
+            merged = _apart_left(untied, merged)
     for k in range(centre + 1, len(cores)):  # its outputs o stand behind those to its left
         if copies[k] == 1:
             merged = merge_cores([merged, cores[k]])
         else:
             untied = cores[k].unflatten(-4, (copies[k], -1)).squeeze(-3)  # (..., O, l, o, r)
-            merged = torch.einsum("...LIOl,...Olor->...LIOor", merged, untied).flatten(-3, -2)
+            merged = _apart_right(merged, untied)
     return merged.squeeze(-1).squeeze(-3)
+
+
+def _apart_left(untied: Tensor, merged: Tensor) -> Tensor:
+    """(..., I, l, i, r) and (..., r, I, O, R) over r, apart for every I -> (..., l, i * I, O, R)."""
+    if untied.shape[-3:] == (1, 1, 1):
+        return untied.transpose(-4, -3) * merged
+    if _is_plain(untied, merged):
+        number, left, size, _ = untied.shape
+        made = _multiply_apart(untied.flatten(1, 2), merged.transpose(0, 1).flatten(2))
+        return made.reshape(left, size * number, *merged.shape[2:])
+    return torch.einsum("...Ilir,...rIOR->...liIOR", untied, merged).flatten(-4, -3)
+
+
+def _apart_right(merged: Tensor, untied: Tensor) -> Tensor:
+    """(..., L, I, O, l) and (..., O, l, o, r) over l, apart for every O -> (..., L, I, O * o, r)."""
+    if untied.shape[-3:] == (1, 1, 1):
+        return merged * untied.transpose(-4, -2)
+    if _is_plain(merged, untied):
+        made = _multiply_apart(merged.flatten(0, 1).transpose(0, 1), untied.flatten(2))
+        return made.reshape(*merged.shape[:2], -1, untied.shape[-1])
+    return torch.einsum("...LIOl,...Olor->...LIOor", merged, untied).flatten(-3, -2)
+
+
+def _is_plain(*cores: Tensor) -> bool:
+    """Whether a product may be written in place: no expert axis, no gradient."""
+    return max(core.ndim for core in cores) == 4 and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling()
+    )
+
+
+def _multiply_apart(first: Tensor, second: Tensor) -> Tensor:
+    """(P, m, k) times (P, k, n) -> (m, P, n), without a copy into that order."""
+    made = first.new_empty(first.shape[1], len(first), second.shape[2])
+    torch.bmm(first, second, out=made.transpose(0, 1))
+    return made
 
 
 def count_copies(term: dict) -> list[int]:

@@ -18,11 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, FamilyError, few
+from ..options import switched
 from . import custom_code, hub
 from .architecture import Architecture
 from .families import REFUSED, refusal
 from .json_files import read_json_object
 from .paths import stays_inside
+from .ranges import RemoteWeights
 from .repository import Folder, HubSnapshot, Repository, find_repository
 from .safetensors_file import TensorInfo, read_header, read_tensor
 from .sentence_encoder import local_module_files
@@ -66,6 +68,7 @@ class Checkpoint:
         shared_storage: name -> the earlier name whose storage, offset, shape and stride it repeats (tied
             weights in a `.bin`; safetensors files cannot share).
         headers_only: nothing but JSON and companions is local, and `read` refuses.
+        remote: the weight files on the Hub that `read` reads parts of; None: they are local.
         code: folder of the custom code, if there is some and it may run.
         stored_names: name -> the name in the file, of tensors whose wrappers were taken off
             (`wrappers.unwrap`).
@@ -84,6 +87,7 @@ class Checkpoint:
     stored_names: dict[str, str] = field(default_factory=dict)
     key_mapping: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    remote: RemoteWeights | None = None
     _bins: BinReader | None = field(default=None, repr=False)
 
     @cached_property
@@ -106,6 +110,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the name is unknown, the checkpoint was opened with `headers_only`, or the file
                 has changed or cannot be read any more.
+            HubError: the weights are on the Hub, which refuses, cannot be reached, or has other ones now.
         """
         info = self.tensors.get(name)
         if info is None:
@@ -119,7 +124,9 @@ class Checkpoint:
                 "open it without headers_only to download the weights"
             )
         path, stored = self.folder / info.file, self.stored_names.get(name, name)
-        if path.suffix == ".bin":
+        if self.remote is not None:
+            tensor = self.remote.read(info, stored)
+        elif path.suffix == ".bin":
             assert self._bins is not None  # opening the folder made it
             tensor = self._bins.read(path, stored)
         else:
@@ -164,6 +171,7 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | None = None,
     headers_only: bool = False,
+    stream: bool = False,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model: check the config and every tensor header, read no data.
@@ -176,6 +184,8 @@ def open_checkpoint(
         token: Hub token.
         headers_only: leave the weights of a Hub source there, unless they are in the cache already or are
             `.bin` files, which have no remote headers.
+        stream: leave the weights of a Hub source there, unless they are in the cache already, and read each
+            tensor by requests for its bytes.
         trust_remote_code: custom code may run, here or later.
 
     Raises:
@@ -186,6 +196,11 @@ def open_checkpoint(
     model = str(model)
     with readable(model):
         repository = find_repository(model, revision, token)
+        if stream and repository.revision is None:
+            raise CheckpointError(
+                f"{switched('stream')} was given, but {model!r} is a local folder: leave it out, or pass a "
+                "Hub id"
+            )
         _reject_broken_links(repository.folder)
         config = read_config(repository)
         _reject_artifact(config, repository)
@@ -193,11 +208,16 @@ def open_checkpoint(
         if trust_remote_code:
             repository.fetch_code()
         config, code = custom_code.admit(model, repository.folder, config, trust_remote_code, token)
-        return _unwrapped(open_weights(repository, config, code, headers_only=headers_only))
+        return _unwrapped(open_weights(repository, config, code, headers_only=headers_only, stream=stream))
 
 
 def open_weights(
-    repository: Repository, config: dict, code: Path | None, *, headers_only: bool = False
+    repository: Repository,
+    config: dict,
+    code: Path | None,
+    *,
+    headers_only: bool = False,
+    stream: bool = False,
 ) -> Checkpoint:
     """Fetch the weights of a repository and read their headers.
 
@@ -205,17 +225,33 @@ def open_weights(
         repository: where the files are.
         config: its config.json, as it was admitted.
         code: folder of the custom code that may run.
-        headers_only: as for `open_checkpoint`.
+        headers_only, stream: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: weights are missing, damaged or quantised.
+        CheckpointError: weights are missing, damaged or quantised, or they are to be streamed and cannot be.
         HubError: the Hub refuses or cannot be reached.
     """
     source, folder, revision = repository.source, repository.folder, repository.revision
     choices = _weight_choices(config, repository)
-    if headers_only and (tensors := repository.remote_headers(choices)) is not None:
-        _reject_tensors(source, tensors)
-        return Checkpoint(source, folder, revision, config, _natural(tensors), headers_only=True, code=code)
+    if (headers_only or stream) and (found := repository.remote_headers(choices)) is not None:
+        _reject_tensors(source, found.tensors)
+        if stream:
+            repository.fetch_modules()
+        return Checkpoint(
+            source,
+            folder,
+            revision,
+            config,
+            _natural(found.tensors),
+            headers_only=not stream,
+            code=code,
+            remote=found.weights if stream else None,
+        )
+    if stream and not hub.weights_cached(folder, repository.names(), choices):
+        raise CheckpointError(
+            f"'{source}' has no safetensors files, whose tensors can be read one by one: leave out "
+            f"{switched('stream')}"
+        )
     repository.fetch_weights(choices)
     bins = BinReader()
     tensors, shared = _read_headers(repository, bins, choices)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import HubError, one_line
 from .hub_errors import damaged, explain, is_connection, is_offline
@@ -93,11 +94,24 @@ def download(
     folder, commit = _snapshot(model_id, revision, token, small, ignore)
     if any(fnmatchcase(name, CHAT_TEMPLATES) for name in listing(model_id, commit)):
         _snapshot(model_id, commit, token, [CHAT_TEMPLATES], [*NEVER_PATTERNS, "*/*/*"])
-    if modules := module_files(folder, listing(model_id, commit), weights=bool(weights)):
-        _snapshot(model_id, commit, token, [escape(name) for name in modules], None)
+    download_modules(model_id, folder, commit, token, weights=bool(weights))
     if weights:
         _fetch_weights(model_id, folder, commit, token, weights)
     return folder, commit
+
+
+def download_modules(model_id: str, folder: Path, commit: str, token: str | None, *, weights: bool) -> None:
+    """Download the modules of a sentence encoder, if it is one, into its snapshot's folder.
+
+    Args:
+        weights: their weights as well.
+
+    Raises:
+        HubError: the Hub or the connection fails.
+        CheckpointError: the list of modules is damaged.
+    """
+    if modules := module_files(folder, listing(model_id, commit), weights=weights):
+        _snapshot(model_id, commit, token, [escape(name) for name in modules], None)
 
 
 def download_except_weights(model_id: str, token: str | None = None) -> Path:
@@ -312,10 +326,26 @@ def listing(model_id: str, commit: str) -> list[str]:
         return []
 
 
+class RemoteHeader(NamedTuple):
+    """A tensor of a safetensors file on the Hub.
+
+    Attributes:
+        code: its dtype in safetensors' spelling: "BF16".
+        shape: of the tensor.
+        file: path in the repository.
+        offsets: (begin, end) in the file's data.
+    """
+
+    code: str
+    shape: tuple[int, ...]
+    file: str
+    offsets: tuple[int, int]
+
+
 def remote_headers(
     model_id: str, revision: str | None, token: str | None, files: Sequence[str] | None = None
-) -> dict[str, tuple[str, tuple[int, ...], str]] | None:
-    """Read tensor name -> (safetensors dtype code, shape, file) without downloading weights.
+) -> dict[str, RemoteHeader] | None:
+    """Read the header of every tensor, by name, without downloading weights.
 
     Makes at most two ranged requests per file.
 
@@ -352,5 +382,5 @@ def remote_headers(
             if not all(type(count) is int and count >= 0 for count in tensor.shape):
                 what = f"'{file}': tensor {name!r} has the shape {tensor.shape}"
                 raise HubError(damaged(f"'{model_id}'", what))
-            headers[name] = (tensor.dtype, tuple(tensor.shape), file)
+            headers[name] = RemoteHeader(tensor.dtype, tuple(tensor.shape), file, tensor.data_offsets)
     return headers

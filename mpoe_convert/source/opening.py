@@ -14,6 +14,7 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     headers_only: bool = False,
+    stream: bool = False,
     trust_remote_code: bool = False,
     experts_at: str | None = None,
 ) -> Checkpoint:
@@ -32,6 +33,7 @@ def open_source(
         revision=revision,
         token=token,
         headers_only=headers_only,
+        stream=stream,
         trust_remote_code=trust_remote_code,
     )
     if experts_at is None:

@@ -9,14 +9,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ..errors import CheckpointError, HubError
 from ..options import called
 from . import hub
-from .hub_errors import no_id
+from .hub_errors import damaged, no_id
 from .paths import is_dir, is_file, is_path, is_written_like_a_path, local, suggest_path
+from .ranges import RemoteWeights
 from .safetensors_file import TensorInfo, tensor_info
+
+
+class RemoteHeaders(NamedTuple):
+    """What is known of the tensors of a repository whose weights stay there, and what reads them."""
+
+    tensors: dict[str, TensorInfo]
+    weights: RemoteWeights
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,10 @@ class Folder:
     def fetch_weights(self, choices: Sequence[str]) -> None:
         """Nothing to fetch."""
 
-    def remote_headers(self, choices: Sequence[str]) -> dict[str, TensorInfo] | None:
+    def fetch_modules(self) -> None:
+        """Nothing to fetch."""
+
+    def remote_headers(self, choices: Sequence[str]) -> RemoteHeaders | None:
         """None: headers are read from the local files."""
         return None
 
@@ -79,8 +90,12 @@ class HubSnapshot:
         """Download the weights into the folder: the first of the files, or indexes, that is there."""
         hub.download(self.source, revision=self.revision, token=self.token, weights=choices)
 
-    def remote_headers(self, choices: Sequence[str]) -> dict[str, TensorInfo] | None:
-        """Name -> header of every tensor, read from the Hub without downloading weights.
+    def fetch_modules(self) -> None:
+        """Download the modules of a sentence encoder with their weights, which are copied as they are."""
+        hub.download_modules(self.source, self.folder, self.revision, self.token, weights=True)
+
+    def remote_headers(self, choices: Sequence[str]) -> RemoteHeaders | None:
+        """The header of every tensor, read from the Hub without downloading weights.
 
         Args:
             choices: as for `fetch_weights`.
@@ -96,7 +111,16 @@ class HubSnapshot:
         headers = hub.remote_headers(self.source, self.revision, self.token, files)
         if headers is None:
             return None
-        return {name: tensor_info(self.source, name, *header) for name, header in headers.items()}
+        tensors = {
+            name: tensor_info(self.source, name, header.code, header.shape, header.file)
+            for name, header in headers.items()
+        }
+        offsets = {name: header.offsets for name, header in headers.items()}
+        for name, (begin, end) in offsets.items():
+            if end - begin != tensors[name].num_bytes:
+                what = f"tensor {name!r} spans {end - begin} bytes, expected {tensors[name].num_bytes}"
+                raise HubError(damaged(f"'{self.source}'", what))
+        return RemoteHeaders(tensors, RemoteWeights(self.source, self.revision, offsets, self.token))
 
 
 Repository = Folder | HubSnapshot

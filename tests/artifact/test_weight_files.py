@@ -1,14 +1,76 @@
 """Weight files hold finite weights, or are not written."""
 
 import shutil
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Export, export
-from mpoe_convert.artifact.weight_files import save_shard
+from mpoe_convert.artifact import weight_files
+from mpoe_convert.artifact.weight_files import Spec, save_shard, stream_shard
 from mpoe_convert.errors import CheckpointError
+from mpoe_convert.source.safetensors_file import CODE2DTYPE
+
+
+def tensors_of_all_dtypes():
+    """Sizes that are no multiples of 8 among them."""
+    return {
+        f"{at}.é.{dtype}": torch.full(size, 1).to(getattr(torch, dtype))
+        for at, size in enumerate([(3, 5), (7,), (), (0, 4)])
+        for dtype, _ in CODE2DTYPE.values()
+    }
+
+
+@pytest.mark.parametrize("in_flight", [0, 100, 1 << 27])
+def test_files_are_those_of_safetensors_in_whatever_order_tensors_come(in_flight, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "IN_FLIGHT", in_flight)
+    monkeypatch.setattr(weight_files, "_check_weight", lambda *_: None)  # torch has no extremes of float8
+    tensors = tensors_of_all_dtypes()
+    save_file(tensors, tmp_path / "stock.safetensors", metadata={"format": "pt"})
+    save_shard(dict(reversed(tensors.items())), tmp_path / "ours.safetensors")
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "stock.safetensors").read_bytes()
+
+
+def test_few_bytes_wait_to_be_written_while_the_next_tensor_is_made(tmp_path, monkeypatch):
+    """A disk that is slower than what is made: never more than two tensors are done but not written."""
+    monkeypatch.setattr(weight_files, "IN_FLIGHT", 100)
+    made, written, most = [], [], []
+    write = weight_files._write_at
+
+    def slowly(*args):
+        time.sleep(0.01)
+        write(*args)
+        written.append(1)
+
+    def making():
+        for name in "abcdefgh":
+            most.append(len(made) - len(written))
+            made.append(name)
+            yield name, torch.full((20,), 1.0)  # 80 bytes: one may wait, not two
+
+    monkeypatch.setattr(weight_files, "_write_at", slowly)
+    stream_shard([Spec(name, (20,), "float32") for name in "abcdefgh"], making(), tmp_path / "x.safetensors")
+    assert len(made) == 8 == len(load_file(tmp_path / "x.safetensors")) and max(most) == 1
+
+
+@pytest.mark.parametrize("where", ["write", "make"])
+def test_a_file_that_cannot_be_finished_is_removed(where, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    def making():
+        yield "a", torch.ones(3)
+        if where == "make":
+            raise KeyboardInterrupt
+        yield "b", torch.ones(3)
+
+    if where == "write":
+        monkeypatch.setattr(weight_files, "_write_at", fail)
+    with pytest.raises(OSError if where == "write" else KeyboardInterrupt):
+        stream_shard([Spec(name, (3,), "float32") for name in "ab"], making(), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -32,8 +32,8 @@ from mpoe_convert.training.request import Scoring
 COMMON = {"as_json", "quiet", "verbose", "token"}
 PUSH = {"repo_id", "private", "create_pr", "branch", "commit_message"}
 COMMANDS = {
-    "convert": (Recipe, {"output", "overwrite", "resume", "dry_run", "config", *PUSH}),
-    "plan": (Recipe, {"config", "processes"}),
+    "convert": (Recipe, {"output", "overwrite", "resume", "stream", "dry_run", "config", *PUSH}),
+    "plan": (Recipe, {"config", "processes", "timed", "disk_speed", "compute_speed"}),
     "finetune": (Finetuning, {"output", "resume", "config"}),
     "evaluate": (Scoring, set()),
     "export": (Export, {"artifact", "output", "overwrite", "revision"}),

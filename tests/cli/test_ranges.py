@@ -87,9 +87,20 @@ NEEDED = {
     (Export, "base_revision"): {"to": "lora", "base": "b"},
 }
 # What commands take beside the fields of their requests.
-FLAGS = {"overwrite", "dry_run", "resume", "private", "create_pr", "as_json", "quiet", "verbose"}
+FLAGS = {
+    "overwrite",
+    "dry_run",
+    "resume",
+    "stream",
+    "timed",
+    "private",
+    "create_pr",
+    "as_json",
+    "quiet",
+    "verbose",
+}
 PATHS_AND_NAMES = {"output", "config", "artifact", "repo_id", "branch", "commit_message", "shell", "token"}
-OF_COMMANDS = PATHS_AND_NAMES | {"tolerance", "processes"}  # tested below
+OF_COMMANDS = PATHS_AND_NAMES | {"tolerance", "processes", "disk_speed", "compute_speed"}  # tested below
 
 
 def cases(table):
@@ -229,3 +240,15 @@ def test_the_processes_of_a_plan_are_a_number_from_1_to_10000(count, is_good):
     done = CliRunner().invoke(main, ["plan", "none", "--processes", str(count)])
     said = "none" if is_good else f"Error: --processes is {count}; expected a whole number from 1 to 10,000"
     assert said in done.stderr and done.exit_code == (1 if is_good else 2)
+
+
+@pytest.mark.parametrize(
+    ("speed", "is_good"), [("1e-300", True), ("1e6", True), ("0", False), ("1000001", False), ("nan", False)]
+)
+@pytest.mark.parametrize("name", ["--disk-speed", "--compute-speed"])
+def test_a_speed_of_a_plan_is_a_number_above_0(name, speed, is_good):
+    done = CliRunner().invoke(main, ["plan", "none", "--time", name, speed])
+    said = f"Error: {name} is {float(speed):g}; expected a number above 0 and of at most 1e+06"
+    assert ("none" if is_good else said) in done.stderr and done.exit_code == (1 if is_good else 2)
+    done = CliRunner().invoke(main, ["plan", "none", name, "1"])
+    assert f"{name} was given without --time; expected both or neither" in done.stderr

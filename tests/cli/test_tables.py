@@ -188,10 +188,12 @@ def test_a_report_is_short_when_shown(deep, tmp_path):
     whole, short = printed(report), repr(report)
     layers = next(part for part in report.shown() if isinstance(part, Table))
     names = [f"{prefix_of(layers)}{name}" for row in layers.rows for name in expanded(row["FFN"])]
-    assert names == list(dict.fromkeys(m.name.rpartition(".")[0] for m in report.matrices))
+    # Layers whose numbers look the same share a row.
+    assert sorted(names) == sorted({m.name.rpartition(".")[0] for m in report.matrices})
     assert "h.20 mlp" in whole and report.plan.savings in whole
-    assert len(short) < 5000 and "and 17 rows more" in short and "Totals" in short
-    assert "and 17 rows more" in report._repr_html_()
+    more = f"and {len(layers.rows) - 4} rows more"
+    assert len(short) < 5000 and more in short and "Totals" in short
+    assert more in report._repr_html_()
     card = (tmp_path / "out/README.md").read_text()
     assert all(f"`{matrix.name}`" in card for matrix in report.matrices) and report.plan.savings in card
     for width in (60, 80):

@@ -5,6 +5,7 @@ from math import prod
 
 import pytest
 import torch
+from helpers.mixtures import randn
 from helpers.tiny import save_tiny
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -12,6 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mpoe_convert import Recipe, __version__, convert, plan
+from mpoe_convert.conversion import build
+from mpoe_convert.decomposition.blocks import fit_blocks
+from mpoe_convert.decomposition.mpo import fit
+from mpoe_convert.decomposition.sites import choose
 from mpoe_convert.planning.plan import works_at_once
 
 WAYS = [
@@ -181,3 +186,25 @@ def test_sharded_and_whole_artifacts_hold_the_same(tmp_path, tiny_gpt2):
     for file in parts.plan.shards:
         found |= load_file(tmp_path / "parts" / file)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["blocks", "one-sided", "two-sided", "balanced"])
+@pytest.mark.parametrize("size", [(24, 96), (96, 24)])
+def test_the_error_by_pieces_is_that_of_the_whole_matrix(layout, size, monkeypatch):
+    """Pieces cover the matrix once, and each lies beside its own part of the approximation."""
+    monkeypatch.setattr(build, "_PIECE", 100)
+    matrix = randn(*size, dtype=torch.float32)
+    sites = choose(*size, layout=layout, num_sites=3, bond_dim=6)
+    cores = fit_blocks(matrix, sites) if layout == "blocks" else list(fit(matrix, sites).cores)
+    cores = [core + 0.01 * randn(*core.shape, seed=2, dtype=torch.float32) for core in cores]
+    copies = [list(sites.copies) if layout == "blocks" else [1] * 3]
+    whole = build._matrix_of([cores], copies, torch.float64)
+    seen = torch.zeros_like(matrix)
+    for part, own in build._cuts(matrix, [cores]):
+        seen[part] += 1
+        torch.testing.assert_close(
+            build._matrix_of(own, copies, torch.float64), whole[part], rtol=1e-6, atol=1e-6
+        )
+    assert (seen == 1).all()
+    expected = ((whole - matrix).norm() / matrix.norm()).item()
+    assert build._error(matrix, [cores], copies) == pytest.approx(expected, rel=1e-5)

@@ -62,17 +62,17 @@ def recipe(case: str = "dense", **options) -> Recipe:
 def saving(after: int | None = None, error: BaseException | None = None) -> Iterator[list[str]]:
     """The names of the weight files that are saved; `error` comes in place of the one behind `after`."""
     files: list[str] = []
-    save = conversion.save_shard
+    save = conversion.stream_shard
 
-    def watched(tensors, path: Path):
+    def watched(specs, tensors, path: Path):
         if len(files) == after:
             assert error is not None
             raise error
         files.append(path.name)
-        save(tensors, path)
+        save(specs, tensors, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "save_shard", watched)
+        patch.setattr(conversion, "stream_shard", watched)
         yield files
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 
-from mpoe_convert.decomposition import mpo
+from mpoe_convert.decomposition import grams, mpo
 from mpoe_convert.decomposition.mpo import fit, relative_error
 from mpoe_convert.decomposition.sites import LAYOUTS, SVDS, Sites, balanced, choose, explicit
 from mpoe_convert.errors import CheckpointError, SitesError
@@ -249,7 +249,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     sites = choose(48, 192, layout="balanced", num_sites=3, bond_dim=20)
     matrix = random_matrix(sites, 7)
     whole, error = fit(matrix, sites), relative_error(matrix, torch.zeros_like(matrix))
-    monkeypatch.setattr(mpo, "_CHUNK", 100)
+    monkeypatch.setattr(grams, "_CHUNK", 100)
     chunked = fit(matrix, sites)
     torch.testing.assert_close(oracle(chunked.cores), oracle(whole.cores), rtol=1e-9, atol=1e-9)
     assert relative_error(matrix, torch.zeros_like(matrix)) == pytest.approx(error) == 1.0

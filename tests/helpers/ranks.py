@@ -50,19 +50,20 @@ def disturb(run: dict, rank: int) -> None:
     """Let a process meet what the run says."""
     from mpoe_convert.conversion import convert as conversion
 
-    save, files = conversion.save_shard, []
+    save, files = conversion.stream_shard, []
 
-    def disturbed(tensors, path):
+    def disturbed(specs, tensors, path):
         files.append(path)
         if run.get("nan") == [rank, len(files)]:
-            next(iter(tensors.values())).fill_(float("nan"))
+            tensors = list(tensors)
+            tensors[0][1].fill_(float("nan"))
         if run.get("full") == [rank, len(files)]:
             raise OSError(28, "No space left on device")
         if run.get("kill") == [rank, len(files)]:
             os.kill(os.getpid(), signal.SIGKILL)
-        save(tensors, path)
+        save(specs, tensors, path)
 
-    conversion.save_shard = disturbed
+    conversion.stream_shard = disturbed
 
 
 def disturb_passes(event: str) -> None:

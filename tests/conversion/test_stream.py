@@ -1,0 +1,226 @@
+"""Conversions whose source stays on the Hub: requests are counted; the artifact is that of a folder."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.commands import DRIVER, tree
+from helpers.loopback_hub import LoopbackHub, environment
+from helpers.tiny import make_model
+from safetensors.torch import save_file
+
+from mpoe_convert import Recipe, convert
+from mpoe_convert.source import ranges
+from mpoe_convert.source.safetensors_file import read_header
+
+SMALL = ["--experts", "2", "--bond-dim", "4"]
+HEADER = 100_001  # what huggingface_hub asks for to read a header
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders: one file, several, and a pickle. Weights are many times as large as what headers take."""
+    folder = tmp_path_factory.mktemp("models")
+    model = make_model("gpt2", "AutoModelForCausalLM", seed=0)
+    model.resize_token_embeddings(40_000)
+    model.save_pretrained(folder / "one")
+    model.save_pretrained(folder / "several", max_shard_size="1MB")
+    (folder / "bin").mkdir()
+    (folder / "bin/config.json").write_bytes((folder / "one/config.json").read_bytes())
+    torch.save({"x": torch.ones(3)}, folder / "bin/pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(models, tmp_path_factory):
+    """(hub, ask, folder): the command in one process that can see the loopback Hub and nothing else."""
+    folder = tmp_path_factory.mktemp("client")
+    with LoopbackHub() as hub:
+        for path in models.iterdir():
+            hub.add(f"o/{path.name}", {each.name: each.read_bytes() for each in path.iterdir()})
+        with subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            cwd=folder,
+            env=environment(folder / "home", hub.endpoint, HF_HUB_VERBOSITY="error"),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as client:
+
+            def ask(*args: str) -> list:
+                client.stdin.write(json.dumps(args) + "\n")
+                client.stdin.flush()
+                return json.loads(client.stdout.readline())
+
+            yield hub, ask, folder
+            client.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def without_faults(session):
+    yield
+    session[0].faults.clear()
+
+
+def weight_requests(hub) -> list:
+    return hub.fetched(".safetensors")
+
+
+def header_bytes(data: bytes) -> int:
+    return 8 + struct.unpack("<Q", data[:8])[0]
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, models):
+    hub, ask, folder = session
+    hub.requests.clear()
+    assert ask(f"o/{name}", "-o", f"out-{name}", "--stream", "-q", *SMALL) == [0, "", ""]
+    files = {path.name: path.read_bytes() for path in (models / name).glob("*.safetensors")}
+    needed = sum(len(data) - header_bytes(data) for data in files.values())
+    requests = weight_requests(hub)
+    assert {request.status for request in requests} == {206}
+    assert needed <= sum(request.sent for request in requests) <= needed + len(files) * (HEADER + 8)
+    assert needed > 10 * HEADER * len(files)
+    assert not list((folder / "home").rglob("*.safetensors"))
+    convert(Recipe(str(models / name), experts=2, bond_dim=4), folder / f"local-{name}")
+    ours, local = tree(folder / f"out-{name}"), tree(folder / f"local-{name}")
+    differ = {"README.md", "conversion_report.json", "mpoe_recipe.yaml"}  # they name the source
+    assert ours.keys() == local.keys()
+    assert all(ours[file] == local[file] for file in ours.keys() - differ)
+
+
+def test_a_connection_that_drops_is_tried_again(session):
+    hub, ask, folder = session
+    hub.fault("GET", "/model.safetensors", lambda: None)  # the header, which the library asks for once
+    for what in ("short", "cut", 503):
+        hub.fault("GET", "/model.safetensors", what)
+    assert ask("o/one", "-o", "dropped", "--stream", "-q", *SMALL)[0] == 0
+    assert all(not fault.times for fault in hub.faults)
+    assert (folder / "dropped/model.safetensors").read_bytes() == (
+        folder / "out-one/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(session, models):
+    """The weights are read from the commit that the branch was at when the run began."""
+    hub, ask, folder = session
+    repo = hub.repos["o/one"]
+    before = repo.commit("main")
+    moved = dict(repo.revisions["main"])
+    moved["model.safetensors"] = b"something else"
+    repo.revisions["old"], repo.commits["old"] = repo.revisions["main"], before
+    hub.fault("GET", "/model.safetensors", lambda: repo.write("main", moved))
+    assert ask("o/one", "-o", "moved", "--stream", "-q", *SMALL) == [0, "", ""]
+    assert repo.commit("main") != before
+    assert (folder / "moved/model.safetensors").read_bytes() == (
+        folder / "out-one/model.safetensors"
+    ).read_bytes()
+    repo.write("main", repo.revisions["old"])
+
+
+def broken(hub, models, what):
+    """A repository that changes, is closed or disappears once its headers were read."""
+    files = {path.name: path.read_bytes() for path in (models / "one").iterdir()}
+    repo = hub.add("o/changing", files)
+
+    def change():
+        if what == "changed":
+            other = files["model.safetensors"][:-4] + b"\0\0\0\0"
+            repo.revisions["main"] = files | {"model.safetensors": other}
+        elif what == "gated":
+            repo.refuse = (403, "GatedRepo", "Access to model o/changing is restricted")
+        elif what == "refused":
+            repo.refuse = (401, None, "Invalid credentials in Authorization header")
+        else:
+            repo.commits["main"] = "0" * 40
+
+    for what_now in (None, None, None, change):  # the header, the data's start, a tensor
+        hub.fault("GET", "/model.safetensors", what_now or (lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("changed", r"'model.safetensors' of 'o/changing' has changed while it was read \(\d+ bytes, ETag "),
+        ("gated", "'o/changing' is gated: accept its conditions on its Hub page"),
+        ("refused", "the Hub refused the token for 'o/changing': run `hf auth login`"),
+        ("gone", "'o/changing' has no revision '"),
+    ],
+)
+def test_a_repository_that_changes_meanwhile_is_refused(what, said, session, models):
+    hub, ask, folder = session
+    broken(hub, models, what)
+    code, out, err = ask("o/changing", "-o", f"broken-{what}", "--stream", *SMALL)
+    assert (code, out) == (1, "") and err.startswith("Error: ") and err.count("\n") == 1, err
+    assert re.search(said, err), err
+    assert not (folder / f"broken-{what}").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["o/bin"], 1, "'o/bin' has no safetensors files, whose tensors can be read one by one: leave out "),
+        (["here"], 1, "--stream was given, but 'here' is a local folder: leave it out, or pass a Hub id"),
+        (
+            ["o/one", "--calibrate", "text.txt"],
+            2,
+            "--stream was given with a calibration, which runs the whole model; expected one of them",
+        ),
+        (["o/absent"], 1, "'o/absent' is neither a folder here nor a repository on the Hub that you can see"),
+    ],
+)
+def test_what_cannot_be_streamed_is_told(args, code, said, session, models):
+    _, ask, folder = session
+    (folder / "text.txt").write_text("some words\n" * 10)
+    if not (folder / "here").exists():
+        (folder / "here").symlink_to(models / "one")
+    found, out, err = ask(*args, "-o", "never", "--stream", *SMALL)
+    assert (found, out) == (code, "") and said in err, err
+    assert not (folder / "never").exists()
+
+
+def test_it_goes_on_after_an_interruption(session):
+    """Weights that another run, which downloaded them, has finished are not requested."""
+    hub, ask, folder = session
+    sizes = ["--max-shard-size", "1MB", "--resume", "--stream"]
+    hub.fault("GET", "/model.safetensors", lambda: None, 6)
+    hub.fault("GET", "/model.safetensors", 404)
+    assert ask("o/one", "-o", "resumed", *sizes, *SMALL)[0] == 1
+    hub.requests.clear()
+    assert ask("o/one", "-o", "resumed", *sizes, *SMALL, "-q")[0] == 0
+    sent = sum(request.sent for request in weight_requests(hub))
+    whole = len(hub.repos["o/one"].revisions["main"]["model.safetensors"])
+    assert sent < whole
+
+
+def test_large_tensors_come_in_parts(monkeypatch, tmp_path):
+    """Of any size, scalars and empty ones among them; every byte once."""
+    tensors = {
+        "a": torch.arange(1000.0),
+        "b": torch.tensor(3.5),
+        "c": torch.zeros(0, 4),
+        "d": torch.ones(7) > 0,
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    start = header_bytes(data)
+    header = json.loads(data[8:start])
+    remote = ranges.RemoteWeights("o/m", "commit", {name: header[name]["data_offsets"] for name in tensors})
+    asked = []
+
+    def answer(file, first, count):
+        asked.append((first, count))
+        return data[first : first + count]
+
+    monkeypatch.setattr(ranges, "PART", 1000)
+    monkeypatch.setattr(remote, "_range", answer)
+    infos = read_header(tmp_path / "x.safetensors", "x.safetensors")
+    for name, tensor in tensors.items():
+        found = remote.read(infos[name], name)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    assert asked[0] == (0, 8) and max(count for _, count in asked) == 1000
+    assert sum(count for _, count in asked[1:]) == len(data) - start
