@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -29,6 +30,16 @@ class TensorSpec(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that will be written; `make` reads its sources and computes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor] = field(repr=False)
 
 
 def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[str, tuple[str, ...]]:
@@ -75,6 +86,30 @@ def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
         if "os error 28" in str(error).lower() or "no space" in str(error).lower():
             raise OSError(28, "No space left on device") from error
         raise OSError(5, f"safetensors: {error}") from error
+
+
+def write_planned(
+    folder: Path, shards: Mapping[str, Iterable[str]], tensors: Iterable[PlannedTensor]
+) -> Iterator[PlannedTensor]:
+    """Make and write tensors, one file in memory at a time; yields each when it has been made.
+
+    Args:
+        folder: of the files.
+        shards: file name -> names of its tensors; of several files there is an index, too.
+        tensors: all of them.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for file, names in shards.items():
+        made = {}
+        for name in names:
+            made[name] = by_name[name].make()
+            found = (tuple(made[name].shape), str(made[name].dtype).removeprefix("torch."))
+            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
+            yield by_name[name]
+        save_shard(made, folder / file)
+        del made
+    if len(shards) > 1:
+        write_index(folder, shards, sum(map(num_bytes, by_name.values())))
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
