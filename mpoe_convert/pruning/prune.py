@@ -115,6 +115,8 @@ class _Run:
     def write(self, output: Path, overwrite: bool) -> Smaller:
         """The whole work, into a folder that appears whole or not at all."""
         source, checkpoint = self.source, self.source.checkpoint
+        local = checkpoint.folder if checkpoint.revision is None else None
+        check_space(output, local, 0)
         companions = self._companions()
         own = self._pools()
         batches, held_out = hold_out(make_batches(self.request, self._base, self.token))
@@ -123,15 +125,15 @@ class _Run:
         kept = {path: choose(found.scores(asked.by), asked.experts, own) for path, found in observed.items()}
         config, cuts = self._shrink(kept)
         tensors = list(planned(source, kept, cuts))
-        local = checkpoint.folder if checkpoint.revision is None else None
         check_space(output, local, sum(map(num_bytes, tensors)))
         with staged(output, overwrite) as folder:
             copy_companions(companions, folder)
             write_json(folder / "config.json", config)
             self._write_weights(folder, tensors)
             smaller = Smaller(
-                artifact=checkpoint.source,
+                artifact=checkpoint.source if local is None else local.resolve().name,
                 by=asked.by,
+                text=tuple(Path(each).name if Path(each).is_file() else each for each in asked.calibrate),
                 experts_before=source.num_experts,
                 experts=asked.experts,
                 layers=tuple(

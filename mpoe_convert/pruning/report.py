@@ -47,6 +47,7 @@ class Smaller(Shown):
     Attributes:
         artifact: the one that it was made of.
         by: what decided which experts stay.
+        text: names of the files or Hub datasets on which experts were observed.
         experts_before, experts: per mixture, without those that every token passes.
         layers: in layer order.
         divergence: from that artifact, on held-out text.
@@ -55,6 +56,7 @@ class Smaller(Shown):
 
     artifact: str
     by: str
+    text: tuple[str, ...]
     experts_before: int
     experts: int
     layers: tuple[Layer, ...]
@@ -73,8 +75,8 @@ class Smaller(Shown):
     def in_words(self) -> str:
         """Sizes, and what it cost."""
         size = (
-            f"Of {self.experts_before} experts per mixture {self.experts} are left: {self.params:,} "
-            f"parameters of {self.params_before:,}."
+            f"Of {self.experts_before} experts per mixture {self.experts} are left, by {self.by} on "
+            f"{', '.join(self.text)}: {self.params:,} parameters of {self.params_before:,}."
         )
         found = self.divergence
         if self.losses is None:
