@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from .exports.export import export as export
     from .exports.targets import Export as Export
     from .planning.recipe import Recipe as Recipe
+    from .pruning.prune import prune as prune
+    from .pruning.request import Pruning as Pruning
     from .training.evaluate import evaluate as evaluate
     from .training.finetune import finetune as finetune
     from .training.request import Finetuning as Finetuning
@@ -39,6 +41,7 @@ _HOME = {
     "Export": "exports.targets",
     "Finetuning": "training.request",
     "MpoeError": "errors",
+    "Pruning": "pruning.request",
     "Recipe": "planning.recipe",
     "convert": "conversion.convert",
     "draw_pictures": "artifact.pictures",
@@ -49,6 +52,7 @@ _HOME = {
     "mask_centre": "training.roles",
     "param_groups": "training.roles",
     "plan": "compression.plan",
+    "prune": "pruning.prune",
     "push": "artifact.push",
     "router_stats": "training.router_stats",
     "verify": "artifact.verify",

@@ -15,6 +15,7 @@ from mpoe_convert import (
     CentreMask,
     Export,
     Finetuning,
+    Pruning,
     Recipe,
     convert,
     draw_pictures,
@@ -26,6 +27,7 @@ from mpoe_convert import (
     mask_centre,
     param_groups,
     plan,
+    prune,
     push,
     router_stats,
     verify,
@@ -63,6 +65,7 @@ NO_PATHS = [3, "", None, "a\0b", ["out"]]
 NO_TOKENS = [3, True, "", "hf_a b", "hf_\n"]
 GOOD = Recipe("model", keep=0.5)
 GOOD_RUN = Finetuning("none", "t.txt")
+GOOD_PRUNING = Pruning("t.txt", 4)
 # What is wrong, and how each function is called with it. No model is there: none is reached.
 FROM_PYTHON = {
     "recipe": (convert, [3, None, ["gpt2"], ""], lambda wrong: convert(wrong, "out")),
@@ -83,6 +86,11 @@ FROM_PYTHON = {
     "convert's progress": (convert, [3], lambda wrong: convert(GOOD, "out", progress=wrong)),
     "plan's progress": (plan, [3], lambda wrong: plan(GOOD, progress=wrong)),
     "export's progress": (export, [3], lambda wrong: export("none", "out", progress=wrong)),
+    "pruning": (prune, [3, "none", None, GOOD], lambda wrong: prune("none", "out", wrong)),
+    "prune's model": (prune, NO_PATHS, lambda wrong: prune(wrong, "out", GOOD_PRUNING)),
+    "prune's output": (prune, NO_PATHS, lambda wrong: prune("none", wrong, GOOD_PRUNING)),
+    "prune's token": (prune, NO_TOKENS, lambda wrong: prune("none", "out", GOOD_PRUNING, token=wrong)),
+    "prune's progress": (prune, [3], lambda wrong: prune("none", "out", GOOD_PRUNING, progress=wrong)),
     "evaluate's progress": (evaluate, [3], lambda wrong: evaluate("none", "t.txt", progress=wrong)),
     "columns": (evaluate, [3, "text"], lambda wrong: evaluate("none", "t.txt", columns=wrong)),
     "artifact": (verify, NO_PATHS, verify),

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
+from ..errors import CheckpointError, one_line
 from . import snippets
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
+
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+# The section with the results of `evaluate`.
+EVALUATION = "Evaluation"
 UNTRAINED = (
     "The router is untrained: this is a starting point for fine-tuning, not a better model than its base."
 )
@@ -68,3 +75,31 @@ def remove_section(path: Path, title: str) -> None:
         start = lines.index(f"## {title}")
         end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("## ")), len(lines))
         path.write_text("\n".join(lines[:start] + lines[end:]).rstrip() + "\n", encoding="utf-8")
+
+
+def open_card(path: Path) -> ModelCard:
+    """Raises CheckpointError if it is no card, or its front matter cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise CheckpointError(
+            f"'{path}' is no model card with front matter ({one_line(error)}): repair it"
+        ) from None
+
+
+def forget_evaluations(path: Path) -> None:
+    """Remove all results from a card, for a model whose weights are others since."""
+    if not path.is_file():
+        return
+    remove_section(path, EVALUATION)
+    try:
+        made = open_card(path)
+    except CheckpointError:  # a damaged card has no results that could be read
+        return
+    data = cast("ModelCardData", made.data)
+    if data.eval_results:
+        data.eval_results = data.model_name = None
+        made.save(path)

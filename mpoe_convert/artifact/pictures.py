@@ -148,6 +148,8 @@ def _sizes(folder: Path, report: dict) -> Figure:
     used = own * report["recipe"]["top_k"] / report["recipe"]["experts"]
     routers = params.get("routers", 0)  # none of ours where the source was a mixture
     plain = "plain MoE" if routers else "source"
+    if routers and (steps := report.get("pruning")):
+        plain += f" of {steps[0]['experts_before']} experts"
     most = ", at most" if totals.get("varies") else ""  # which earlier reports lack
     bars = [
         (f"this model, used per token{most}", shared, used, routers),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,6 +50,16 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that will be written; `make` reads its sources and computes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor] = field(repr=False)
 
 
 def split_into_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> dict[str, tuple[str, ...]]:
@@ -168,6 +178,30 @@ def _write_at(file: FileIO, tensor: Tensor, begin: int) -> None:
     file.seek(begin)
     while left:
         left = left[file.write(left) :]
+
+
+def write_planned(
+    folder: Path, shards: Mapping[str, Iterable[str]], tensors: Iterable[PlannedTensor]
+) -> Iterator[PlannedTensor]:
+    """Make and write tensors, one file in memory at a time; yields each when it has been made.
+
+    Args:
+        folder: of the files.
+        shards: file name -> names of its tensors; of several files there is an index, too.
+        tensors: all of them.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for file, names in shards.items():
+        made = {}
+        for name in names:
+            made[name] = by_name[name].make()
+            found = (tuple(made[name].shape), str(made[name].dtype).removeprefix("torch."))
+            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
+            yield by_name[name]
+        save_shard(made, folder / file)
+        del made
+    if len(shards) > 1:
+        write_index(folder, shards, sum(map(num_bytes, by_name.values())))
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:

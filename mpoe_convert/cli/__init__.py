@@ -1,6 +1,6 @@
 """The command line. A command parses, makes one library call and prints."""
 
-from . import convert, export, inspect, push, train
+from . import convert, export, inspect, prune, push, train
 from .app import main
 
 # In the order of --help.
@@ -11,6 +11,7 @@ for command in (
     inspect.inspect,
     train.finetune,
     train.evaluate,
+    prune.prune,
     export.export,
     push.push,
     inspect.report,

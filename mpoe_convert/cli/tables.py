@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..artifact.verify import Verification
     from ..conversion.report import Report
     from ..exports.export import Exported
+    from ..pruning.report import Smaller
     from ..training.evaluate import Evaluation
 
 # Relative difference of outputs up to which they are said to agree.
@@ -45,6 +46,11 @@ def print_export(result: Exported, output: str, out: Console) -> None:
     if result.comparison:
         out.print(result.comparison.in_words())
     out.print(f"Written to [bold]{escape(output)}[/].")
+
+
+def print_pruning(result: Smaller, output: str, out: Console) -> None:
+    out.print(*drawn(result.shown()), sep="\n")
+    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
 
 
 def print_evaluation(result: Evaluation, out: Console) -> None:
@@ -153,6 +159,10 @@ def print_summary(summary: Summary, out: Console) -> None:
             f"{error}, clone drift "
             f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
             f"noise {recipe['noise']:g}, seed {recipe['seed']}."
+        )
+    for step in summary.report.get("pruning", ()):
+        out.print(
+            f"Of {step['experts_before']} experts per mixture {step['experts']} were left, by {step['by']}."
         )
     if summary.bits:
         worst = max((summary.report.get("rounding") or {"errors": {"": 0.0}})["errors"].values())

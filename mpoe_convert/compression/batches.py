@@ -266,7 +266,13 @@ def prediction_mask(model: PreTrainedModel, batch: Batch, is_causal: bool) -> Te
 def token_rows(model: PreTrainedModel, batch: Batch, path: str, x: Tensor) -> Tensor:
     """Activations of the FFN at `path` as (tokens, features) in float32, without padding."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
+    counted = counted_tokens(model, batch, path, len(rows))
+    return rows if counted is None else rows[counted.to(rows.device)]
+
+
+def counted_tokens(model: PreTrainedModel, batch: Batch, path: str, number: int) -> Tensor | None:
+    """Which of an FFN's tokens are no padding: (number,) of bool; None: all, or it is not known."""
     mask = token_mask(model, batch, decoder=path.startswith("decoder"))
-    if mask is None or mask.numel() != len(rows):
-        return rows
-    return rows[mask.reshape(-1).bool().to(rows.device)]
+    if mask is None or mask.numel() != number:
+        return None
+    return mask.reshape(-1).bool()

@@ -14,7 +14,7 @@ from ..artifact.folder import check_output, check_space, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
-from ..artifact.weight_files import num_bytes, save_shard, split_into_shards, write_index
+from ..artifact.weight_files import PlannedTensor, num_bytes, split_into_shards, write_planned
 from ..errors import ExportError
 from ..extras import need
 from ..options import assigned, called
@@ -26,7 +26,7 @@ from ..source.paths import is_dir
 from ..source.texts import check_sources
 from . import targets
 from .card import write_export
-from .targets import Checked, Export, ExportPlan, Part, PlannedTensor
+from .targets import Checked, Export, ExportPlan, Part
 
 HALVES = ("bfloat16", "float16")
 
@@ -168,18 +168,7 @@ def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) ->
         shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
         copy_companions(folder, source.checkpoint, source.architecture)
         keep_tokenizer(folder, source.checkpoint.folder, source.architecture.code is not None)
-    by_name = {tensor.name: tensor for tensor in part.tensors}
-    for file, names in shards.items():
-        tensors = {}
-        for name in names:
-            tensors[name] = by_name[name].make()
-            found = (tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
-            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
-            yield by_name[name]
-        save_shard(tensors, folder / file)
-        del tensors
-    if len(shards) > 1:
-        write_index(folder, shards, sum(map(num_bytes, part.tensors)))
+    yield from write_planned(folder, shards, part.tensors)
 
 
 def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:

@@ -121,11 +121,11 @@ def fewer_than(recipe: Recipe, located: Located) -> bool:
             f"{called('experts')} is {asked}, and the source is a mixture of {own} experts, {top_k} per "
             f"token; {expected}"
         )
-    _check_groups(asked, located)
+    check_groups(asked, located)
     return True
 
 
-def _check_groups(asked: int, located: Located) -> None:
+def check_groups(asked: int, located: Located) -> None:
     """Raises RecipeError unless every group of experts can keep as many, and enough to choose from.
 
     Routers rank groups by their best two experts; a token takes its experts out of `top_groups` of them.

@@ -6,21 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ..artifact.card_file import remove_section, set_section
+from ..artifact.card_file import EVALUATION, open_card, set_section
 from ..artifact.fingerprint import is_about, sha256_of, weights_of
 from ..artifact.layout import CARD_FILE, EVALUATION_REPORT_FILE, read_artifact, register_files
 from ..artifact.loading import AUTO_CLASSES
 from ..artifact.snippets import PIPELINE_TAGS
-from ..errors import CheckpointError, OutputError, one_line
+from ..errors import CheckpointError, OutputError
 from ..source.json_files import read_json_object, write_json
 from ..source.texts import BUILDERS
 from .intervals import Metric, notes
 from .tasks import TASKS, Score
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
-SECTION = "Evaluation"
 # Keys of a recorded evaluation that are read again.
 _KEYS = {"task", "data", "split", "sha256", "settings", "count", "metrics", "other", "against", "differences"}
 
@@ -51,7 +50,7 @@ def record_evaluation(folder: str | Path, evaluation: Mapping) -> None:
         kept = [each for each in recorded if is_about(each, weights) and not _same_subject(each, found)]
         evaluations = [*kept, found]
         write_json(path, {"evaluations": evaluations})
-        set_section(folder / CARD_FILE, SECTION, "\n\n".join(map(_in_words, evaluations)))
+        set_section(folder / CARD_FILE, EVALUATION, "\n\n".join(map(_in_words, evaluations)))
         results, gone = ([r for each in some for r in eval_results(each)] for some in (evaluations, stale))
         _set_results(folder, results, gone)
         register_files(folder, [EVALUATION_REPORT_FILE])
@@ -66,7 +65,7 @@ def recorded_evaluations(folder: Path) -> list[dict]:
         CheckpointError: as `record_evaluation`.
     """
     read_artifact(folder)
-    _open_card(folder / CARD_FILE)
+    open_card(folder / CARD_FILE)
     path = folder / EVALUATION_REPORT_FILE
     if not path.is_file():
         return []
@@ -76,34 +75,6 @@ def recorded_evaluations(folder: Path) -> list[dict]:
     ):
         raise CheckpointError(f"'{path}' holds no evaluations as this tool writes them: delete it")
     return found
-
-
-def _open_card(path: Path) -> ModelCard:
-    """Raises CheckpointError if it is no card, or its front matter cannot be read."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    try:
-        return ModelCard(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError) as error:
-        raise CheckpointError(
-            f"'{path}' is no model card with front matter ({one_line(error)}): repair it"
-        ) from None
-
-
-def forget_evaluations(path: Path) -> None:
-    """Remove all results from a card, for a model that has been trained since."""
-    if not path.is_file():
-        return
-    remove_section(path, SECTION)
-    try:
-        made = _open_card(path)
-    except CheckpointError:  # a damaged card has no results that could be read
-        return
-    data = cast("ModelCardData", made.data)
-    if data.eval_results:
-        data.eval_results = data.model_name = None
-        made.save(path)
 
 
 def eval_results(evaluation: Mapping) -> list[EvalResult]:
@@ -164,7 +135,7 @@ def _without_paths(evaluation: Mapping) -> dict:
 
 def _set_results(folder: Path, results: Sequence, gone: Sequence) -> None:
     """Write results into the card's metadata and take those out that are gone; others in it are kept."""
-    made = _open_card(folder / CARD_FILE)
+    made = open_card(folder / CARD_FILE)
     ours = {_place(result) for result in (*results, *gone)}
     data = cast("ModelCardData", made.data)
     others = [result for result in data.eval_results or () if _place(result) not in ours]

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifact.card_file import remove_section
+from ..artifact.card_file import forget_evaluations, remove_section
 from ..artifact.fingerprint import weights_of
 from ..artifact.layout import (
     CARD_FILE,
@@ -31,7 +31,6 @@ from ..source.hub import CHAT_TEMPLATES, asked_once, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
 from .checkpoints import SCRATCH, find_checkpoint
-from .record import forget_evaluations
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

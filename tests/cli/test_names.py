@@ -17,6 +17,7 @@ from mpoe_convert.errors import RequestError
 from mpoe_convert.training.request import Scoring
 
 SENTENCE = "a pasted sentence, " * 20  # more than the 255 bytes that a name can have
+PRUNING = ["--experts", "2", "--calibrate"]
 TRAIN = ["finetune", "dense", "--data", "topics.txt"]
 COMMANDS = {
     "convert": ["convert", SENTENCE, "-o", "out"],
@@ -40,6 +41,9 @@ COMMANDS = {
     "export": ["export", SENTENCE, "-o", "out"],
     "output of an export": ["export", "dense", "-o", SENTENCE],
     "base of an export": ["export", "dense", "-o", "out", "--to", "lora", "--base", SENTENCE],
+    "prune": ["prune", SENTENCE, "-o", "out", *PRUNING, "topics.txt"],
+    "output of a pruning": ["prune", "dense", "-o", SENTENCE, *PRUNING, "topics.txt"],
+    "text of a pruning": ["prune", "dense", "-o", "out", *PRUNING, SENTENCE],
     "verify": ["verify", SENTENCE],
     "inspect": ["inspect", SENTENCE],
     "report": ["report", SENTENCE],

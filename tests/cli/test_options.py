@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mpoe_convert import Export, Finetuning, Recipe, evaluate, experts
+from mpoe_convert import Export, Finetuning, Pruning, Recipe, evaluate, experts
 from mpoe_convert.cli import main
 from mpoe_convert.errors import LibraryError, RecipeError, RunError
 from mpoe_convert.exports import targets as exports
@@ -37,6 +37,7 @@ COMMANDS = {
     "finetune": (Finetuning, {"output", "resume", "config"}),
     "evaluate": (Scoring, set()),
     "export": (Export, {"artifact", "output", "overwrite", "revision"}),
+    "prune": (Pruning, {"artifact", "output", "overwrite"}),
 }
 # The command line as it was before it was made of fields: none of these may go, each keeps its default.
 STABLE = {
@@ -144,6 +145,7 @@ REQUESTS = {
     Finetuning: ("model", "data.txt"),
     Scoring: ("model", "data.txt"),
     Export: (),
+    Pruning: ("text.txt", 4),
 }
 WRONG = {int: 1.5, float: "1e-3", bool: "yes", str: 3}
 

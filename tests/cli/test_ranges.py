@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mpoe_convert import Export, Finetuning, Recipe
+from mpoe_convert import Export, Finetuning, Pruning, Recipe
 from mpoe_convert.cli import main
 from mpoe_convert.errors import RecipeError, RequestError, RunError
 from mpoe_convert.options import LARGEST_COUNT, by_name, description, in_home, types_of
@@ -19,6 +19,7 @@ REQUESTS = {
     Finetuning: {"model": "m", "data": "d"},
     Scoring: {"model": "m", "data": "d"},
     Export: {},
+    Pruning: {"experts": 4, "calibrate": "t"},
 }
 ABOVE_0 = math.nextafter(0, 1)
 FINITE = math.nextafter(math.inf, 0)
@@ -70,6 +71,7 @@ NUMBERS = {
         "seed": (0, 2**63 - 1),
     },
     Export: {"expert": (0, LARGEST_COUNT), "calibration_tokens": COUNT},
+    Pruning: {"experts": (2, LARGEST_COUNT), "calibration_tokens": COUNT},
 }
 # Texts that are read in a way of their own: some that are taken, some that are refused.
 TEXTS = {
@@ -202,6 +204,7 @@ def test_paths_are_taken_where_text_is():
 COMMANDS = {Recipe: ["plan", "m"], Finetuning: ["finetune", "m", "-o", "o", "--data", "d"]} | {
     Scoring: ["evaluate", "m", "--data", "d"],
     Export: ["export", "a", "-o", "o"],
+    Pruning: ["prune", "a", "-o", "o", "--calibrate", "t", "--experts", "4"],
 }
 
 

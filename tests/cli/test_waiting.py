@@ -62,6 +62,7 @@ def made(tmp_path_factory) -> Path:
 
 FINETUNE = ["finetune", "dense", "-o", "out", "--data"]
 EVALUATE = ["evaluate", "dense", "--data"]
+PRUNING = ["--experts", "2", "--calibrate", "topics.txt"]
 KEEP = ["--keep", "0.9", "--calibrate"]
 OFFLINE = "is not complete in the local cache and offline mode is on"
 REFUSED = {
@@ -90,6 +91,7 @@ REFUSED = {
     "another model": ([*EVALUATE, "topics.txt", "--against", "no/such"], OFFLINE, None),
     "an artifact to export": (["export", "ful", "-o", "out"], OFFLINE, "full"),
     "the output of an export": (["export", "dense", "-o", "full"], "'full' is not empty and not", None),
+    "an artifact to prune": (["prune", "ful", "-o", "out", *PRUNING], OFFLINE, "full"),
     "an artifact to verify": (["verify", "dnese"], "'dnese' is not a folder", "dense"),
     "an artifact to push": (["push", "dnese", "me/model"], "'dnese' is not a folder", "dense"),
 }

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "mpoe_convert"
 LEVELS = (
     ("__main__",),
     ("cli",),
-    ("training", "exports", "conversion"),
+    ("training", "exports", "conversion", "pruning"),
     ("compression",),
     ("planning",),
     ("experts",),

@@ -21,14 +21,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ...artifact.weight_files import PlannedTensor as PlannedTensor
 from ...options import OptionGroup, described, option
 from ...planning.recipe import WeightFiles
 from ...request import Request, plugin_options
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import Tensor
 
     from ...artifact.verify import Comparison
 
@@ -43,16 +42,6 @@ def load(target: str) -> ModuleType:
 @described
 class Options(OptionGroup):
     """What every target is told: nothing."""
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor that will be written; `make` reads its sources and computes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    make: Callable[[], Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)

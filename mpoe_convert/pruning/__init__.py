@@ -1,0 +1,1 @@
+"""Artifacts with fewer experts: which ones stay, and what it costs."""

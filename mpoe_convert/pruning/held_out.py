@@ -1,0 +1,31 @@
+"""Examples of the text that experts are not observed on: they measure what leaving some out costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..compression.batches import Batch, num_examples, num_tokens
+from ..compression.divergence import MAX_TOKENS
+
+# Of batches with one example each, one in so many is held out.
+_ONE_IN = 8
+
+
+def hold_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(batches to observe experts on, examples that are held out), both spread over the whole text.
+
+    The first example of a batch is held out: of every batch, or of every so many that there are `MAX_TOKENS`.
+    """
+    firsts = [{name: tensor[:1] for name, tensor in batch.items()} for batch in batches]
+    every = max(-(-(num_tokens(firsts) or 0) // MAX_TOKENS), 1)
+    observed: list[Batch] = []
+    held_out: list[Batch] = []
+    for number, (batch, first) in enumerate(zip(batches, firsts, strict=True)):
+        is_single = num_examples(batch) == 1
+        if number % (max(every, _ONE_IN) if is_single else every):
+            observed.append(batch)
+            continue
+        held_out.append(first)
+        if not is_single:
+            observed.append({name: tensor[1:] for name, tensor in batch.items()})
+    return observed, held_out
