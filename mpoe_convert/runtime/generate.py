@@ -18,4 +18,4 @@ def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     return type(model).generate(model, *args, **kwargs)
 
 
-generate.calls_method = True  # so that a model that is loaded keeps its method
+vars(generate)["calls_method"] = True  # so that a model that is loaded keeps its method
