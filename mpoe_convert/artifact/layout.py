@@ -20,6 +20,7 @@ from ..source.safetensors_file import read_header
 from ..source.sentence_encoder import module_files
 
 MODELING_FILE = "modeling_mpoe.py"
+GENERATE_FILE = "custom_generate/generate.py"  # where transformers looks for custom generation
 REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"
@@ -173,14 +174,15 @@ def _code_files(folder: Path) -> set[str]:
 def files_in_folders(folder: Path) -> list[str]:
     """The artifact's own files in subfolders that belong to any model made of it.
 
-    They are chat templates and the modules of a sentence encoder. Pictures show the artifact itself.
+    They are custom generation, chat templates and the modules of a sentence encoder. Pictures show the
+    artifact itself.
 
     Raises:
         CheckpointError: the folder is no artifact, or its report is damaged.
     """
     listed = listed_files(read_artifact(folder)[1])
     modules = module_files(folder, listed)
-    kept = [name for name in listed if fnmatchcase(name, CHAT_TEMPLATES) or name in modules]
+    kept = [name for name in listed if fnmatchcase(name, CHAT_TEMPLATES) or name in {*modules, GENERATE_FILE}]
     return [name for name in kept if (folder / name).is_file()]
 
 

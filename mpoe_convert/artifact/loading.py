@@ -15,13 +15,13 @@ import torch
 
 from ..errors import MpoeError, TrainingError, few, one_line
 from ..options import switched
-from ..runtime import MODELING_PATH
+from ..runtime import GENERATE_PATH, MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
 from ..source.hub import asked_once
 from ..source.repository import local_folder, suggesting
 from ..source.texts import TASKS
-from .layout import MODELING_FILE, base_config
+from .layout import GENERATE_FILE, MODELING_FILE, base_config
 from .reader import Artifact
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
     try:
         configs = [json.loads(read(file) or "{}") for file in ("config.json", "tokenizer_config.json")]
         maps = [config.get("auto_map") for config in configs]
-        if {*references(maps)} != {("", Path(MODELING_FILE).stem)} or read("custom_generate/generate.py"):
+        if {*references(maps)} != {("", Path(MODELING_FILE).stem)}:
+            return False
+        if (custom := read(GENERATE_FILE)) and custom != GENERATE_PATH.read_bytes():
             return False
         return read(MODELING_FILE) == MODELING_PATH.read_bytes()
     except (OSError, ValueError, AttributeError):  # loading will report the error

@@ -7,19 +7,22 @@ from pathlib import Path
 
 from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
-from ..artifact.layout import MODELING_FILE
+from ..artifact.layout import GENERATE_FILE, MODELING_FILE
 from ..experts.selection import THRESHOLD, TOP_K
-from ..planning.mixtures import USED
+from ..planning.mixtures import USED, MixturePlan
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..planning.rounding import config_of
 from ..planning.totals import routing
-from ..runtime import MODELING_PATH
+from ..runtime import GENERATE_PATH, MODELING_PATH
 from ..runtime.shapes import modeling
-from ..source.architecture import Architecture
+from ..source.architecture import Architecture, main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import GLUE_FILE, glue
 from ..source.json_files import write_json
+
+# Whose models take `generate(self_contrast=...)`.
+_GENERATING = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"}
 
 
 def _write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
@@ -93,6 +96,10 @@ def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     name_classes(folder, checkpoint, architecture)
     write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
+    generates = main_auto_class(checkpoint.config, plan.model_type) in _GENERATING
+    if generates and not isinstance(plan, MixturePlan):  # whose routers choose as they do
+        (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
+        shutil.copyfile(GENERATE_PATH, folder / GENERATE_FILE)
     if architecture.is_custom:
         text = glue(architecture, Path(MODELING_FILE).stem, modeling().CLASS_PREFIX)
         (folder / GLUE_FILE).write_text(text, encoding="utf-8")

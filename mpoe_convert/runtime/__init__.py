@@ -8,3 +8,5 @@ a second time.
 from pathlib import Path
 
 MODELING_PATH = Path(__file__).with_name("modeling_mpoe.py")
+# What an artifact has as `custom_generate/generate.py`.
+GENERATE_PATH = Path(__file__).with_name("generate.py")

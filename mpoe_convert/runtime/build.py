@@ -21,7 +21,7 @@ from . import MODELING_PATH
 FOLDER = MODELING_PATH.parent
 # From the bottom up: a part uses what stands above it in the built file.
 BELOW_RULES = ("header", "config", "costs", "linears", "chains", "parts", "choices", "weights")
-ABOVE_RULES = ("routers", "passes", "mixing", "mixture", "experts", "model")
+ABOVE_RULES = ("routers", "passes", "mixing", "mixture", "experts", "contrast", "model")
 RULER = "# " + "-" * 99
 Import = ast.Import | ast.ImportFrom
 

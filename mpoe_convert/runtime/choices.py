@@ -74,6 +74,18 @@ class Choices(NamedTuple):
         joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
         return Choices(tokens.repeat_interleave(k), both.flatten(), joined.flatten(), per_token=k)
 
+    def followed_by(self, others: "Choices", num_tokens: int) -> "Choices":
+        """These, of the first `num_tokens` tokens, and `others`, all chosen, of the tokens behind them."""
+        real = None
+        if self.real is not None:
+            real = torch.cat([self.real, torch.ones_like(others.experts, dtype=torch.bool)])
+        return Choices(
+            torch.cat([self.tokens, others.tokens + num_tokens]),
+            torch.cat([self.experts, others.experts]),
+            torch.cat([self.weights, others.weights]),
+            real=real,
+        )
+
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
         counted = (
@@ -117,6 +129,11 @@ class Routing(NamedTuple):
         if has_fixed_shapes(self.room):
             return self.choices._replace(weights=self.choices.weights * self.room)
         return self.choices.take(self.room.nonzero().squeeze(-1))
+
+
+def preferences(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """(T, E) what experts are ranked by: the logits, or with a balancing bias (E,) probabilities plus it."""
+    return logits if bias is None else logits.softmax(-1) + bias.float()
 
 
 Rule = Callable[["Router", Tensor, Tensor | None], Choices]

@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.models.auto.configuration_auto import (
 from .chains import Chain
 from .choices import TOP_ANY
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
+from .contrast import check_mode, contrasting
 from .experts import MIXTURE, block_class, replace_experts
 from .header import (
     get_checkpoint_conversion_mapping,
@@ -223,17 +225,23 @@ def _constructing(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """A stock `generate` that takes `task_ids`, for encoders too."""
+    """A stock `generate` that takes `task_ids`, for encoders too, and `self_contrast`, see `contrasting`."""
 
     @functools.wraps(generate)
-    def generating(self: "MixtureMixin", *args: Any, task_ids: _Task | None = None, **kwargs: Any) -> Any:
+    def generating(
+        self: "MixtureMixin",
+        *args: Any,
+        task_ids: _Task | None = None,
+        self_contrast: float = 0.0,
+        **kwargs: Any,
+    ) -> Any:
         self._unpack()  # an encoder runs first, on its own
-        if task_ids is None:
-            return generate(self, *args, **kwargs)
         before = [ffn.task for _, ffn in self.mixtures()]
         try:
-            self.route_by(task_ids)
-            return generate(self, *args, **kwargs)
+            if task_ids is not None:
+                self.route_by(task_ids)
+            with contrasting(self, self_contrast, kwargs) if self_contrast else nullcontext():
+                return generate(self, *args, **kwargs)
         finally:
             for (_, ffn), task in zip(self.mixtures(), before, strict=True):
                 ffn.task = task
@@ -248,6 +256,7 @@ class MixtureMixin(_Stock):
     # The last pass whose load was noted, and the versions of the mixtures' parameters then.
     _balancing: RouterPass | None = None
     _versions: Sequence[int] = ()
+    _contrasts = False  # whether generation with `self_contrast` is running
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -529,6 +538,18 @@ class MixtureMixin(_Stock):
         predicts_next = self.loss_type in ("ForCausalLM", "ForConditionalGeneration")
         shifted = predicts_next and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        if self._contrasts:
+            check_mode(generation_mode.value)
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        loaded = getattr(vars(self).get("generate"), "func", None)
+        if getattr(loaded, "calls_method", False):
+            del self.generate
 
     def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
         """(T,) which of the tokens of a mixture's call are no padding; None if the arguments do not tell.

@@ -84,7 +84,8 @@ Contents:
     13. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
     14. The mixture: the FFN of several experts with a router of its own
     15. Experts: what takes the place of the experts of a stock mixture, whose routers stay
-    16. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    16. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
+    17. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -98,7 +99,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -1135,6 +1136,18 @@ class Choices(NamedTuple):
         joined = torch.cat([weights[0].view(shape), weights[1].view(num_tokens, count)], 1)
         return Choices(tokens.repeat_interleave(k), both.flatten(), joined.flatten(), per_token=k)
 
+    def followed_by(self, others: "Choices", num_tokens: int) -> "Choices":
+        """These, of the first `num_tokens` tokens, and `others`, all chosen, of the tokens behind them."""
+        real = None
+        if self.real is not None:
+            real = torch.cat([self.real, torch.ones_like(others.experts, dtype=torch.bool)])
+        return Choices(
+            torch.cat([self.tokens, others.tokens + num_tokens]),
+            torch.cat([self.experts, others.experts]),
+            torch.cat([self.weights, others.weights]),
+            real=real,
+        )
+
     def load(self, num_experts: int, mask: Tensor | None = None) -> Tensor:
         """(E,) how many choices fell on each expert, in float32; `mask` (T,) is zero for padding."""
         counted = (
@@ -1178,6 +1191,11 @@ class Routing(NamedTuple):
         if has_fixed_shapes(self.room):
             return self.choices._replace(weights=self.choices.weights * self.room)
         return self.choices.take(self.room.nonzero().squeeze(-1))
+
+
+def preferences(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """(T, E) what experts are ranked by: the logits, or with a balancing bias (E,) probabilities plus it."""
+    return logits if bias is None else logits.softmax(-1) + bias.float()
 
 
 Rule = Callable[["Router", Tensor, Tensor | None], Choices]
@@ -1335,12 +1353,8 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         bias: (E,) added to the probabilities to choose experts, never to weigh them (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2).
     """
-    k = router.top_k
-    if bias is None:
-        ranked, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
-    else:
-        experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
-        ranked = logits.gather(-1, experts)  # (T, k)
+    experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the best first
+    ranked = logits.gather(-1, experts)  # (T, k)
     return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
 
 
@@ -1360,8 +1374,7 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         bias: (E,) added to the probabilities to rank experts, see `top_k`.
     """
     probabilities = logits.softmax(-1)
-    ranking = logits if bias is None else probabilities + bias.float()
-    experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the most probable first
+    experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the most probable first
     reached = probabilities.gather(-1, experts).cumsum(-1)  # (T, k)
     chosen = F.pad(reached[:, :-1], (1, 0)) < router.threshold  # (T, k) by those before
     ranked = logits.gather(-1, experts)
@@ -2365,7 +2378,150 @@ def block_class(stock: type[nn.Module], namespace: dict, experts: str = "experts
 
 
 # ---------------------------------------------------------------------------------------------------
-# 16. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 16. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
+#
+# With z_strong, the logits of the model, and z_weak, those of the same model when every token goes to one
+# weak expert in every layer, the next token is drawn by
+#
+#     z = (1 + b) z_strong - b z_weak    where z_strong >= max z_strong + log(alpha), else -inf
+#
+# Both passes are one batch: the sequences, and behind them the same ones once more, whose tokens are routed
+# weakly. So both keep their keys and values in one cache, and weights are read once for both.
+
+
+# As in the authors' code: the weak expert of a token is its third best ...
+WEAK_RANK = 2
+# ... and tokens count whose strong probability is at least this share of the most probable one's (alpha).
+_PLAUSIBLE = 0.1
+_MODES = ("greedy_search", "sample")
+# Arguments that bring no text begin so.
+_IMAGES = ("pixel_values", "image_", "video_", "mm_")
+
+
+def contrast(strong: Tensor, weak: Tensor, strength: float) -> Tensor:
+    """(..., V) contrasted logits of both passes' (..., V), in float32; `strength` is b."""
+    strong, weak = strong.float(), weak.float()
+    counts = strong >= strong.amax(-1, keepdim=True) + math.log(_PLAUSIBLE)
+    return torch.where(counts, (1 + strength) * strong - strength * weak, -math.inf)
+
+
+def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+    """One expert per token, that of rank `WEAK_RANK`, or the last one if there are fewer.
+
+    It weighs what an only choice does: one, or with raw probabilities its own.
+    """
+    rank = min(WEAK_RANK, router.num_experts - 1)
+    experts = preferences(logits, bias).topk(rank + 1, dim=-1).indices[:, rank:]  # (T, 1)
+    ranked = logits.gather(-1, experts)
+    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+
+
+def _choose_both(select: Rule, router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+    """By the rule for the first half of the tokens, weakly for the second."""
+    strong, weak = logits.tensor_split(2)
+    return select(router, strong, bias).followed_by(choose_weakly(router, weak, bias), len(strong))
+
+
+@contextmanager
+def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
+    """While this is open, a model's forward pass also runs weakly, and returns contrasted logits (B, 1, V).
+
+    Args:
+        model: one with mixtures.
+        strength: b, above zero.
+        arguments: of `generate`, by name.
+
+    Raises:
+        ValueError: the model or an argument has no weak pass.
+    """
+    mixtures = [ffn for _, ffn in model.mixtures()]
+    _check(mixtures, strength, arguments)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    rules, tasks = [router.select for router in routers], [ffn.task for ffn in mixtures]
+    hooks = [
+        model.register_forward_pre_hook(_repeat_inputs, with_kwargs=True),
+        model.register_forward_hook(functools.partial(_contrast_output, strength)),
+    ]
+    if model.config.is_encoder_decoder:  # it runs first, on its own
+        hooks.append(model.get_encoder().register_forward_pre_hook(_repeat_inputs, with_kwargs=True))
+    try:
+        model._contrasts = True
+        for router in routers:
+            router.select = functools.partial(_choose_both, router.select)
+        for ffn in mixtures:
+            ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
+        yield
+    finally:
+        model._contrasts = False
+        for hook in hooks:
+            hook.remove()
+        for router, rule in zip(routers, rules, strict=True):
+            router.select = rule
+        for ffn, task in zip(mixtures, tasks, strict=True):
+            ffn.task = task
+
+
+def _check(mixtures: list, strength: float, arguments: dict) -> None:
+    """Raises ValueError, see `contrasting`."""
+    if not 0 < strength < math.inf:
+        raise ValueError(f"self_contrast is {strength}: expected 0, which is off, or more, such as 0.5")
+    if not mixtures:
+        raise ValueError(
+            "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
+            "mixture, whose own routers stay: leave it out"
+        )
+    if min(ffn.router.num_experts for ffn in mixtures) < 2:
+        raise ValueError(
+            "self_contrast needs a second expert to choose a weak one, found one per mixture: leave it out"
+        )
+    cache = next((arguments[name] for name in ("past_key_values", "cache") if arguments.get(name)), None)
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "self_contrast needs a cache of both passes, found one that another call has filled: pass all "
+            "tokens without it"
+        )
+    if arguments.get("cache_implementation") == "paged":
+        check_mode("continuous_batching")
+    given = (name for name, value in arguments.items() if value is not None)
+    strange = [name for name in given if name == "encoder_outputs" or name.startswith(_IMAGES)]
+    if strange:
+        raise ValueError(
+            f"self_contrast runs its weak pass on text, found {strange[0]}: leave out one of the two"
+        )
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError if a way of generating, of transformers' `GenerationMode`, has no weak pass."""
+    if mode not in _MODES:
+        raise ValueError(
+            f"self_contrast goes with greedy decoding and sampling, found {mode.replace('_', ' ')}, which "
+            "has no cache for a weak pass: leave out one of the two, beams by num_beams=1"
+        )
+
+
+def _repeat_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a forward pass with all sequences twice."""
+    return tuple(map(_twice, args)), {name: _twice(value) for name, value in kwargs.items()}
+
+
+def _twice(value: Any) -> Any:
+    """A tensor of B sequences, or masks by name, for 2 B. What has one axis is no tensor of sequences."""
+    if type(value) is dict:
+        return {name: _twice(each) for name, each in value.items()}
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    return torch.cat([value, value])
+
+
+def _contrast_output(strength: float, module: nn.Module, args: tuple, output: Any) -> Any:
+    """The output of a pass of 2 B sequences with the logits (B, 1, V) of their last tokens, contrasted."""
+    strong, weak = output.logits[:, -1:].tensor_split(2)
+    output.logits = contrast(strong, weak, strength)
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------
+# 17. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -2559,17 +2715,23 @@ def _constructing(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """A stock `generate` that takes `task_ids`, for encoders too."""
+    """A stock `generate` that takes `task_ids`, for encoders too, and `self_contrast`, see `contrasting`."""
 
     @functools.wraps(generate)
-    def generating(self: "MixtureMixin", *args: Any, task_ids: _Task | None = None, **kwargs: Any) -> Any:
+    def generating(
+        self: "MixtureMixin",
+        *args: Any,
+        task_ids: _Task | None = None,
+        self_contrast: float = 0.0,
+        **kwargs: Any,
+    ) -> Any:
         self._unpack()  # an encoder runs first, on its own
-        if task_ids is None:
-            return generate(self, *args, **kwargs)
         before = [ffn.task for _, ffn in self.mixtures()]
         try:
-            self.route_by(task_ids)
-            return generate(self, *args, **kwargs)
+            if task_ids is not None:
+                self.route_by(task_ids)
+            with contrasting(self, self_contrast, kwargs) if self_contrast else nullcontext():
+                return generate(self, *args, **kwargs)
         finally:
             for (_, ffn), task in zip(self.mixtures(), before, strict=True):
                 ffn.task = task
@@ -2584,6 +2746,7 @@ class MixtureMixin(_Stock):
     # The last pass whose load was noted, and the versions of the mixtures' parameters then.
     _balancing: RouterPass | None = None
     _versions: Sequence[int] = ()
+    _contrasts = False  # whether generation with `self_contrast` is running
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -2865,6 +3028,18 @@ class MixtureMixin(_Stock):
         predicts_next = self.loss_type in ("ForCausalLM", "ForConditionalGeneration")
         shifted = predicts_next and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        if self._contrasts:
+            check_mode(generation_mode.value)
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        loaded = getattr(vars(self).get("generate"), "func", None)
+        if getattr(loaded, "calls_method", False):
+            del self.generate
 
     def token_mask(self, ffn: FeedForward, num_tokens: int, index: int, *, arguments: dict) -> Tensor | None:
         """(T,) which of the tokens of a mixture's call are no padding; None if the arguments do not tell.

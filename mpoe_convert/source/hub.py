@@ -128,7 +128,9 @@ def download_except_weights(model_id: str, token: str | None = None) -> Path:
     patterns = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
     folder, commit = _snapshot(model_id, None, token, patterns, ["*/*", "*.safetensors.index.json"])
     names = listing(model_id, commit)
-    below = [name for name in names if fnmatchcase(name, CHAT_TEMPLATES)] + module_files(folder, names)
+    kept = (CHAT_TEMPLATES, "custom_generate/generate.py")
+    below = [name for name in names if any(fnmatchcase(name, each) for each in kept)]
+    below += module_files(folder, names)
     if below:
         _snapshot(model_id, commit, token, [escape(name) for name in below], None)
     return folder

@@ -358,7 +358,6 @@ def test_an_artifact_with_other_code_than_ours_is_not_run_unasked(artifact, tmp_
     (tmp_path / "text.txt").write_text(TEXT)
     ask = {"task": "causal", "length": 8, "limit": 2}
     evaluate(str(out), str(tmp_path / "text.txt"), **ask)
-    (out / "custom_generate").mkdir()
     (out / "custom_generate/generate.py").write_text("raise SystemExit")
     with pytest.raises(TrainingError, match="has custom code"):
         evaluate(str(out), str(tmp_path / "text.txt"), **ask)

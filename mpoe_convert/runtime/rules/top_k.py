@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..choices import Choices, rule
+from ..choices import Choices, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         bias: (E,) added to the probabilities to choose experts, never to weigh them (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2).
     """
-    k = router.top_k
-    if bias is None:
-        ranked, experts = logits.topk(k, dim=-1)  # (T, k) each, the largest logit first
-    else:
-        experts = (logits.softmax(-1) + bias.float()).topk(k, dim=-1).indices  # (T, k)
-        ranked = logits.gather(-1, experts)  # (T, k)
+    experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the best first
+    ranked = logits.gather(-1, experts)  # (T, k)
     return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choices import Choices, rule
+from ..choices import Choices, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
         bias: (E,) added to the probabilities to rank experts, see `top_k`.
     """
     probabilities = logits.softmax(-1)
-    ranking = logits if bias is None else probabilities + bias.float()
-    experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the most probable first
+    experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the most probable first
     reached = probabilities.gather(-1, experts).cumsum(-1)  # (T, k)
     chosen = F.pad(reached[:, :-1], (1, 0)) < router.threshold  # (T, k) by those before
     ranked = logits.gather(-1, experts)

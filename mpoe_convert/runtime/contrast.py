@@ -1,0 +1,153 @@
+"""Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507).
+
+With z_strong, the logits of the model, and z_weak, those of the same model when every token goes to one
+weak expert in every layer, the next token is drawn by
+
+    z = (1 + b) z_strong - b z_weak    where z_strong >= max z_strong + log(alpha), else -inf
+
+Both passes are one batch: the sequences, and behind them the same ones once more, whose tokens are routed
+weakly. So both keep their keys and values in one cache, and weights are read once for both.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .choices import Choices, Rule, preferences
+from .routers import Router
+from .weights import weigh
+
+# As in the authors' code: the weak expert of a token is its third best ...
+WEAK_RANK = 2
+# ... and tokens count whose strong probability is at least this share of the most probable one's (alpha).
+_PLAUSIBLE = 0.1
+_MODES = ("greedy_search", "sample")
+# Arguments that bring no text begin so.
+_IMAGES = ("pixel_values", "image_", "video_", "mm_")
+
+
+def contrast(strong: Tensor, weak: Tensor, strength: float) -> Tensor:
+    """(..., V) contrasted logits of both passes' (..., V), in float32; `strength` is b."""
+    strong, weak = strong.float(), weak.float()
+    counts = strong >= strong.amax(-1, keepdim=True) + math.log(_PLAUSIBLE)
+    return torch.where(counts, (1 + strength) * strong - strength * weak, -math.inf)
+
+
+def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+    """One expert per token, that of rank `WEAK_RANK`, or the last one if there are fewer.
+
+    It weighs what an only choice does: one, or with raw probabilities its own.
+    """
+    rank = min(WEAK_RANK, router.num_experts - 1)
+    experts = preferences(logits, bias).topk(rank + 1, dim=-1).indices[:, rank:]  # (T, 1)
+    ranked = logits.gather(-1, experts)
+    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+
+
+def _choose_both(select: Rule, router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+    """By the rule for the first half of the tokens, weakly for the second."""
+    strong, weak = logits.tensor_split(2)
+    return select(router, strong, bias).followed_by(choose_weakly(router, weak, bias), len(strong))
+
+
+@contextmanager
+def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
+    """While this is open, a model's forward pass also runs weakly, and returns contrasted logits (B, 1, V).
+
+    Args:
+        model: one with mixtures.
+        strength: b, above zero.
+        arguments: of `generate`, by name.
+
+    Raises:
+        ValueError: the model or an argument has no weak pass.
+    """
+    mixtures = [ffn for _, ffn in model.mixtures()]
+    _check(mixtures, strength, arguments)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    rules, tasks = [router.select for router in routers], [ffn.task for ffn in mixtures]
+    hooks = [
+        model.register_forward_pre_hook(_repeat_inputs, with_kwargs=True),
+        model.register_forward_hook(functools.partial(_contrast_output, strength)),
+    ]
+    if model.config.is_encoder_decoder:  # it runs first, on its own
+        hooks.append(model.get_encoder().register_forward_pre_hook(_repeat_inputs, with_kwargs=True))
+    try:
+        model._contrasts = True
+        for router in routers:
+            router.select = functools.partial(_choose_both, router.select)
+        for ffn in mixtures:
+            ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
+        yield
+    finally:
+        model._contrasts = False
+        for hook in hooks:
+            hook.remove()
+        for router, rule in zip(routers, rules, strict=True):
+            router.select = rule
+        for ffn, task in zip(mixtures, tasks, strict=True):
+            ffn.task = task
+
+
+def _check(mixtures: list, strength: float, arguments: dict) -> None:
+    """Raises ValueError, see `contrasting`."""
+    if not 0 < strength < math.inf:
+        raise ValueError(f"self_contrast is {strength}: expected 0, which is off, or more, such as 0.5")
+    if not mixtures:
+        raise ValueError(
+            "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
+            "mixture, whose own routers stay: leave it out"
+        )
+    if min(ffn.router.num_experts for ffn in mixtures) < 2:
+        raise ValueError(
+            "self_contrast needs a second expert to choose a weak one, found one per mixture: leave it out"
+        )
+    cache = next((arguments[name] for name in ("past_key_values", "cache") if arguments.get(name)), None)
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "self_contrast needs a cache of both passes, found one that another call has filled: pass all "
+            "tokens without it"
+        )
+    if arguments.get("cache_implementation") == "paged":
+        check_mode("continuous_batching")
+    given = (name for name, value in arguments.items() if value is not None)
+    strange = [name for name in given if name == "encoder_outputs" or name.startswith(_IMAGES)]
+    if strange:
+        raise ValueError(
+            f"self_contrast runs its weak pass on text, found {strange[0]}: leave out one of the two"
+        )
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError if a way of generating, of transformers' `GenerationMode`, has no weak pass."""
+    if mode not in _MODES:
+        raise ValueError(
+            f"self_contrast goes with greedy decoding and sampling, found {mode.replace('_', ' ')}, which "
+            "has no cache for a weak pass: leave out one of the two, beams by num_beams=1"
+        )
+
+
+def _repeat_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a forward pass with all sequences twice."""
+    return tuple(map(_twice, args)), {name: _twice(value) for name, value in kwargs.items()}
+
+
+def _twice(value: Any) -> Any:
+    """A tensor of B sequences, or masks by name, for 2 B. What has one axis is no tensor of sequences."""
+    if type(value) is dict:
+        return {name: _twice(each) for name, each in value.items()}
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    return torch.cat([value, value])
+
+
+def _contrast_output(strength: float, module: nn.Module, args: tuple, output: Any) -> Any:
+    """The output of a pass of 2 B sequences with the logits (B, 1, V) of their last tokens, contrasted."""
+    strong, weak = output.logits[:, -1:].tensor_split(2)
+    output.logits = contrast(strong, weak, strength)
+    return output
