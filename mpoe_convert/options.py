@@ -48,12 +48,12 @@ if TYPE_CHECKING:
         ) -> None: ...
 
     class Numbers:
-        """One whole number, or several; also as text, separated by commas."""
+        """One whole number, or several; also as text, separated by commas. Or one per expert, as text."""
 
-        def __get__(self, instance: object, owner: Any) -> int | tuple[int, ...]: ...
+        def __get__(self, instance: object, owner: Any) -> int | tuple[int, ...] | str: ...
         def __set__(self, instance: object, value: int | str | Sequence[int]) -> None: ...
 else:
-    Text, OptionalText, Texts, Numbers = str, str | None, tuple[str, ...], int | tuple[int, ...]
+    Text, OptionalText, Texts, Numbers = str, str | None, tuple[str, ...], int | tuple[int, ...] | str
 
 
 @dataclass(frozen=True)

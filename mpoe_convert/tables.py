@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -328,6 +328,12 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,} h {minutes} min"
+
+
+def listed_bonds(term: Mapping[str, Any]) -> str | None:
+    """The bonds of a term: "12,64", or, where experts differ in size, one's after the other: "1,4/1,8"."""
+    each = term.get("by_expert", {}).get("bonds")
+    return "/".join(filter(None, map(listed, each))) if each else listed(term["bonds"])
 
 
 def size(num_bytes: int) -> str:

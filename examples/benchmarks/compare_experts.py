@@ -29,6 +29,7 @@ import argparse
 import csv
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -395,6 +396,8 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
     found |= {name: (*each, task.factors) for name, each in free.items()}
+    sized = different_sizes("low-rank", rank) | different_sizes("adapter", width)
+    found |= {name: (*each, task.factors) for name, each in sized.items()}
     own = whole_experts(inner) | selections(block) | thin_chains(task.own, matrices, hidden, inner)
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
@@ -463,6 +466,22 @@ def share_thin(folder: Path, owned: str, seed: int) -> None:
             }
             tensors[stem + "central_2"] = last
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
+    """Experts that differ in size as HMoE's, 9 to 23 parts, beside those of the mean: as much is stored."""
+    parts = range(9, 25, 2)
+    ends = [round(mean * sum(parts[:n]) / 16) for n in range(len(parts) + 1)]
+    sizes = [end - start for start, end in itertools.pairwise(ends)]
+    name = f"{kind} {mean}, sizes {min(sizes)} to {max(sizes)}"
+    recipe = {"kind": kind, "bond_dim": "/".join(map(str, sizes))}
+    alike = {"options": {"router_size_penalty": False}}
+    strong = {"options": {"router_aux_loss_coef": 0.05}}
+    return {
+        name: (recipe, {}),
+        f"{name}, no penalty": (recipe, alike),
+        f"{name}, penalty 0.05": (recipe, strong),
+    }
 
 
 def selections(block: int) -> dict[str, dict]:
@@ -561,11 +580,15 @@ class Runs:
             for inputs in self.task.examples(tokenizer):
                 model(**inputs)
         chosen = mean(layer.experts_per_token for layer in stats.values())
-        share = chosen / block["num_experts"]
+        always = sum(sum(ffn.own_by_expert[block["num_experts"] :]) for _, ffn in model.mixtures())
         found = {
             "experts_per_token": chosen,
             "stored": sum(number for number, _ in numbers),
-            "active": round(sum(number * (share if own else 1) for number, own in numbers)),
+            "active": round(
+                sum(number for number, own in numbers if not own)
+                + always
+                + sum(layer.own_params for layer in stats.values())
+            ),
         }
         others = ~torch.eye(block["num_experts"], dtype=torch.bool)
         entropies = [float(torch.special.entr(s.load).sum()) / math.log(len(s.load)) for s in stats.values()]

@@ -157,9 +157,7 @@ class Artifact:
         total: Tensor | None = None
         for number, chain in enumerate(chains):
             for expert, share in ({0: 1.0} if all(chain.shared) else shares).items():
-                pairs = zip(cores[number], chain.shared, strict=True)
-                own = [core if shared else core[expert : expert + 1] for core, shared in pairs]
-                part = chain.matrix([core.to(work) for core in own], 0)
+                part = chain.matrix(cores[number], expert, work)
                 part = part if share == 1 else share * part
                 total = part if total is None else total + part
         assert total is not None, "shares of no expert, for a projection without shared terms"
@@ -189,14 +187,16 @@ class Artifact:
         routed = range(number * self.parts, (number + 1) * self.parts)
         return [*routed, *range(self.num_experts, self.num_experts + self.shared_experts)]
 
-    def rank(self, mixture: Mixture, role: str) -> int:
+    def rank(self, mixture: Mixture, role: str, expert: int) -> int:
         """The rank of what a low-rank expert adds to the shared matrix."""
-        return mixture.form[role]["terms"][-1]["bonds"][0]
+        return functions().term_of(mixture.form[role]["terms"][-1], expert)["bonds"][0]
 
     def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
         """The two matrices, (in, rank) and (rank, out), whose product a low-rank expert adds."""
-        first, second = self._read_cores(mixture, role)[-1]
-        return first[expert], second[expert]
+        with torch.device("meta"):
+            chain = functions().Chain(mixture.form[role]["terms"][-1], self.num_experts)
+        first, second = chain.cores_of(self._read_cores(mixture, role)[-1], expert)
+        return first[0, :, 0, :], second[:, 0, :, 0]
 
     def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
         """Whether the adapters of these experts, if the kind has adapters, output zero, as after conversion.
@@ -207,8 +207,11 @@ class Artifact:
         """
         if "adapter" not in mixture.form:
             return True
-        up_projection = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
-        return not any(up_projection[expert].any() for expert in experts or range(self.num_experts))
+        ups = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
+        if isinstance(widths := mixture.form["adapter"], list):
+            hidden = mixture.size("up")[0]
+            ups = functions().split_experts(ups, [(width, hidden) for width in widths])
+        return not any(ups[expert].any() for expert in experts or range(self.num_experts))
 
     def balance_bias(self, mixture: Mixture) -> Tensor | None:
         """(E,) what the router adds to the probabilities before it chooses experts; None if that is zero."""

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..errors import counted
 from ..experts.selection import in_short, of_block
-from ..tables import Cell, Table, drawn, escape, listed, short_paths, size, warning
+from ..tables import Cell, Table, drawn, escape, listed, listed_bonds, short_paths, size, warning
 
 if TYPE_CHECKING:
     from ..artifact.inspect import Summary
@@ -183,13 +183,14 @@ def _forms_table(block: dict) -> Table:
         for role, spec in form.items():
             start: dict[str, Cell] = {unit: str(count), "projection": role}
             if role == "adapter":
-                rows.append(start | {"sites (in x out)": f"width {spec}"})
+                widths = spec if isinstance(spec, int) else "/".join(map(str, spec))
+                rows.append(start | {"sites (in x out)": f"width {widths}"})
                 continue
             rows += [
                 start
                 | {
                     "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
-                    "bonds": listed(term["bonds"]),
+                    "bonds": listed_bonds(term),
                     "shared": listed(k for k, shared in enumerate(term["shared"]) if shared),
                     "bias": spec["bias"],
                 }

@@ -17,6 +17,7 @@ from ..decomposition.low_rank import factor
 from ..decomposition.mpo import error_of_pieces, fit, relative_error
 from ..decomposition.neuron_order import bisection, neuron_features, reordered
 from ..experts.ffn import Activations, FFNShape, Fitted, Target
+from ..experts.matrixwise import perturbed
 from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..runtime.shapes import functions
@@ -122,19 +123,24 @@ def finish_projection(
     clone: list[list[Tensor]] = []
     unrounded: list[list[Tensor]] = []
     for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted.terms, strict=True)):
-        unrounded.append([(core if core.ndim == 4 else core[0]).to(device) for core in cores])
+        unrounded.append(
+            [(core[0] if isinstance(core, list) or core.ndim == 5 else core).to(device) for core in cores]
+        )
         exact.append([])
         clone.append([])
         for name, core, shared in zip(functions().name_cores(term), cores, term["shared"], strict=True):
-            core = core.to(device)
-            if not shared and core.ndim == 4:
-                core = clones(core, recipe.own_options.stored_experts, recipe.noise, generator)
-            core = cast(f"{plan.name} (core {name})", core, stored)
-            exact[-1].append(core if shared else core[0])
-            clone[-1].append(core if shared else core[1])
-            l, i, o, r = core.shape[-4:]  # noqa: E741  (bond names)
-            matrices = core.reshape(*core.shape[:-4], *functions().matrix_shape((l, i, o, r)))
-            tensors[f"terms.{number}.{name}"] = matrices.cpu()
+            whole = f"{plan.name} (core {name})"
+            if isinstance(core, list):
+                core = [cast(whole, own.to(device), stored) for own in core]
+            elif shared or core.ndim == 5:
+                core = cast(whole, core.to(device), stored)
+            else:
+                core = clones(core.to(device), recipe.own_options.stored_experts, recipe.noise, generator)
+                core = cast(whole, core, stored)
+            both = (core, core) if isinstance(core, Tensor) and shared else (core[0], core[1])
+            exact[-1].append(both[0])
+            clone[-1].append(both[1])
+            tensors[f"terms.{number}.{name}"] = _as_stored(core).cpu()
     if plan.spec["bias"] is not None:
         bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
         tensors["bias"] = (
@@ -143,12 +149,12 @@ def finish_projection(
             else bias.clone()
         )
     dense = targets.dense(role)
-    copies = [functions().count_copies(term) for term in plan.spec["terms"]]
+    copies, of_clone = (_copies(plan, expert) for expert in (0, 1))
     error = before = _error(dense, exact, copies)
-    if stored != fitted.terms[0][0].dtype:
+    if stored != unrounded[0][0].dtype:
         is_exact = plan.is_exact and targets.fits_the_source(role)  # to rounding, which a part shows
         before = _error(dense, unrounded, copies, every=8 if is_exact else 1)
-    drift = _drift(exact, clone, copies, dense.dtype) if recipe.noise else 0.0
+    drift = _drift((exact, copies), (clone, of_clone), dense.dtype) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
     output_error = None
@@ -235,18 +241,36 @@ def _ranges(size: int, number: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 
+def _as_stored(core: Tensor | list[Tensor]) -> Tensor:
+    """A core, (..., l, i, o, r), or the experts' in a list, as a chain holds it."""
+    if isinstance(core, list):
+        matrices = [_as_stored(own) for own in core]
+        differ = len({matrix.shape for matrix in matrices}) > 1
+        return torch.cat([matrix.flatten() for matrix in matrices]) if differ else torch.stack(matrices)
+    l, i, o, r = core.shape[-4:]  # noqa: E741  (bond names)
+    return core.reshape(*core.shape[:-4], *functions().matrix_shape((l, i, o, r)))
+
+
+def _copies(plan: MatrixPlan, expert: int) -> list[list[int]]:
+    """Per term, see `count_copies`, as an expert has it."""
+    terms = (functions().term_of(term, expert) for term in plan.spec["terms"])
+    return [functions().count_copies(term) for term in terms]
+
+
 def _drift(
-    exact: list[list[Tensor]], clone: list[list[Tensor]], copies: list[list[int]], dtype: torch.dtype
+    exact: tuple[list[list[Tensor]], list[list[int]]],
+    clone: tuple[list[list[Tensor]], list[list[int]]],
+    dtype: torch.dtype,
 ) -> float:
     """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
     """
 
-    def some(terms: list[list[Tensor]]) -> Tensor:
+    def some(terms: list[list[Tensor]], copies: list[list[int]]) -> Tensor:
         return _matrix_of([_eighth(cores) for cores in terms], copies, dtype)
 
-    return relative_error(some(exact), some(clone))
+    return relative_error(some(*exact), some(*clone))
 
 
 def _eighth(cores: list[Tensor]) -> list[Tensor]:
@@ -275,10 +299,8 @@ def seeded(seed: int, name: str) -> torch.Generator:
 def clones(core: Tensor, num_experts: int, noise: float, generator: torch.Generator) -> Tensor:
     """(l, i, o, r) -> (E, l, i, o, r): expert 0 exact, the others with noise of the core's own scale."""
     clones = core.repeat(num_experts, 1, 1, 1, 1)
-    if noise:
-        scale = noise * float(core.square().mean().sqrt())
-        for clone in clones[1:]:
-            clone += scale * torch.randn(core.shape, generator=generator).to(core)
+    for clone in clones[1:] if noise else ():
+        clone.copy_(perturbed(core, noise, generator))
     return clones
 
 

@@ -29,6 +29,7 @@ class MatrixReport:
         relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
         relative_error_before_cast: the same before the cores were rounded to the stored dtype; of an eighth
             of a large matrix where nothing is truncated.
+        in_dims, out_dims, bonds: where experts differ in size, those of the largest.
         rank: of the two thin matrices that replace the dense one; None: it was not compressed.
         output_error: relative difference between the outputs of expert 0 as stored and those of the dense
             matrix, on held-out calibration inputs; None without calibration.

@@ -45,12 +45,9 @@ def _contract(matrix: MatrixPlan, tensors: dict[str, Tensor], expert: int) -> Te
     for number, term in enumerate(matrix.spec["terms"]):
         with torch.device("meta"):
             chain = functions().Chain(term, matrix.num_experts)
-        cores = []
-        for name, shared in zip(chain.core_names, chain.shared, strict=True):
-            core = tensors[f"{matrix.name}.terms.{number}.{name}"]
-            core = core.double() if core.dtype == torch.float64 else core.float()
-            cores.append(core if shared else core[expert : expert + 1])
-        part = chain.matrix(cores, 0)
+        cores = [tensors[f"{matrix.name}.terms.{number}.{name}"] for name in chain.core_names]
+        is_double = any(core.dtype == torch.float64 for core in cores)
+        part = chain.matrix(cores, expert, torch.float64 if is_double else torch.float32)
         total = part if total is None else total + part
     assert total is not None, "a projection has at least one term"
     return total

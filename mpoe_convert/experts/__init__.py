@@ -19,12 +19,13 @@ Kinds whose experts are chains have both from `matrixwise`. The modules import t
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 
-from ..options import LARGEST_COUNT, Numbers, OptionGroup, described, option
+from ..options import LARGEST_COUNT, Numbers, OptionGroup, assigned, described, option
 from . import kinds, selection
 
 KINDS: tuple[str, ...] = tuple(
@@ -54,14 +55,31 @@ def by_kind(attribute: str) -> str:
 
 
 def _read_bonds(value: Any) -> Any:
-    """ "64" -> 64; "12,64,64,16" -> (12, 64, 64, 16); what is neither stays and is refused."""
+    """ "64" -> 64; "12,64,64,16" -> (12, 64, 64, 16); "16/32" stays, as what is nothing, which is refused."""
     if not isinstance(value, str):
         return None if value in ((), []) else value
+    if "/" in value:
+        return "/".join(part.strip() for part in value.split("/"))
     try:
         bonds = [int(part) for part in value.split(",")]
     except ValueError:
         return value
     return bonds if len(bonds) > 1 else bonds[0]
+
+
+def sizes_of(bond_dim: Any) -> tuple[int, ...] | None:
+    """ "16/32/64" -> (16, 32, 64), one per expert; None: it is no such text.
+
+    The slash has no meaning to shells and in YAML, where "16:32" is a number.
+    """
+    if not isinstance(bond_dim, str) or not re.fullmatch(r"\d{1,10}(/\d{1,10})+", bond_dim, re.ASCII):
+        return None
+    sizes = tuple(map(int, bond_dim.split("/")))
+    return sizes if all(1 <= size <= LARGEST_COUNT for size in sizes) else None
+
+
+def _is_bond_dim(value: Any) -> bool:
+    return not isinstance(value, str) or sizes_of(value) is not None
 
 
 @described
@@ -109,13 +127,16 @@ class Options(OptionGroup):
     )
     bond_dim: Numbers = option(
         default=64,
-        help="Size of what an expert owns.",
+        help="Size of what an expert owns; or one for each expert, such as 4/4/8/8 for four (HMoE; not with "
+        "--kind dense and split).",
         group="Experts",
         metavar="INT|LIST",
         read=_read_bonds,
         at_least=1,
         at_most=LARGEST_COUNT,
-        expected="a whole number of at least 1, or one for every bond, such as 12,64,64,16",
+        valid=_is_bond_dim,
+        expected="a whole number of at least 1, one for every bond, such as 12,64,64,16, or one for every "
+        "expert, such as 4/4/8/8",
     )
     noise: float = option(
         default=0.01,
@@ -156,6 +177,11 @@ class Options(OptionGroup):
         return self.experts + self.shared_experts
 
     @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The bond dimension of every expert, where there is one for each."""
+        return sizes_of(self.bond_dim)
+
+    @property
     def varies(self) -> bool:
         """Whether one token goes to more experts than another."""
         return self.select != selection.TOP_K
@@ -189,6 +215,16 @@ class Options(OptionGroup):
     def why_uncalibrated(self) -> str | None:
         """Why text is of no use to the kind's own fits, if that needs words of the kind's own."""
         return None
+
+    def why_one_size(self, compresses: bool) -> str | None:
+        """What forbids that experts differ in size, why, and what was expected; None: nothing.
+
+        compresses: under a budget.
+        """
+        return (
+            f"{assigned('kind', 'dense')}, whose experts are whole copies of the FFN; expected "
+            f"{assigned('kind', 'adapter', 'low-rank', 'mpo')}"
+        )
 
     def takes_activations(self) -> bool:
         """Whether the kind looks at activations of the dense FFNs, if there is calibration text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,12 +115,13 @@ class Fitted:
 
     Attributes:
         terms: per term of the form its cores, (bond_left, in_dim, out_dim, bond_right): expert 0's, to be
-            cloned with noise where they are not shared; or all experts', with an expert axis in front.
+            cloned with noise where they are not shared; or all experts', with an expert axis in front, or in
+            a list, which may differ in size.
         discarded: per bond, the squared norm that was truncated.
         neurons: (E, n) int64, which of the FFN's hidden neurons each expert has; None: all.
     """
 
-    terms: list[list[Tensor]]
+    terms: Sequence[Sequence[Tensor | list[Tensor]]]
     discarded: tuple[float, ...] = ()
     neurons: Tensor | None = None
 

@@ -10,7 +10,7 @@ Such a kind has two functions about one matrix W (in, out):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MpoeError
@@ -54,6 +54,31 @@ def whole_term(rows: int, cols: int, rank: int | None, *, shared: bool) -> dict:
     """The term of a matrix as it is, or as two thin ones."""
     term = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [shared]}
     return term if rank is None else factored(term, 0, rank)
+
+
+def expert_sizes(options: Any) -> tuple[int, ...]:
+    """The bond dimension of every expert, for kinds with one bond dimension."""
+    return options.sizes or (options.bond_dim,) * options.stored_experts
+
+
+def by_expert(term: dict, each: Sequence[dict]) -> dict:
+    """The term of experts that differ in size: their largest one's, with the lists in which they differ.
+
+    each: the term that every expert would have.
+    """
+    keys = ("in_dims", "out_dims", "bonds")
+    lists = {key: [own[key] for own in each] for key in keys if any(own[key] != term[key] for own in each)}
+    return term | {"by_expert": lists} if lists else term
+
+
+def perturbed(core: Tensor, noise: float, generator: Generator) -> Tensor:
+    """A core with noise relative to the root mean square of its numbers."""
+    import torch
+
+    if not noise:
+        return core
+    scale = noise * float(core.square().mean().sqrt())
+    return core + scale * torch.randn(core.shape, generator=generator).to(core)
 
 
 def factored(term: dict, k: int, rank: int) -> dict:

@@ -18,7 +18,7 @@ from ..options import assigned, called
 from ..runtime.shapes import modeling
 from ..source.families import Family
 from ..source.ffn import FFN, Source
-from ..tables import Cell, Shown, Table, escape, listed, merge_names, size, warning
+from ..tables import Cell, Shown, Table, escape, listed, listed_bonds, merge_names, size, warning
 from .recipe import Recipe
 from .rounding import rounding_bytes, rounding_in_words, source_bytes, without_large_cores
 from .totals import Totals, ffn_totals, model_totals, savings_in_words
@@ -103,7 +103,7 @@ class MatrixPlan:
             "matrix": self.name,
             "size": f"{self.rows} x {self.cols}",
             "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
-            "bonds": listed(term["bonds"]),
+            "bonds": listed_bonds(term),
             "full bonds": listed(self.full_bonds) if self.is_truncated else None,
             "rank": self.rank,
             "dense": self.dense_params,
@@ -125,8 +125,7 @@ class MatrixPlan:
     @cached_property
     def stored_params(self) -> int:
         """Parameters of all experts, by the shipped module's own count."""
-        projection = modeling().Projection(self.spec, self.num_experts)
-        return projection.shared_params + self.num_experts * projection.own_params
+        return modeling().Projection(self.spec, self.num_experts).stored_params
 
 
 @dataclass(frozen=True)

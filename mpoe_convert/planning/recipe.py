@@ -272,6 +272,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
 
     def check_together(self) -> None:
         self._check_selection()
+        self._check_sizes()
         if "experts" in self.given:  # else it is that of the source, if the source is a mixture
             self.check_against_experts()
         if self.experts_at is not None and self.ffn is not None:
@@ -307,8 +308,28 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
                 f"token then never varies; expected at least 2, or {assigned('select', TOP_K)}"
             )
 
+    def _check_sizes(self) -> None:
+        """What has a meaning where every expert has a size of its own."""
+        if self.own_options.sizes is None:
+            return
+        if why := self.own_options.why_one_size(self.compresses):
+            raise RecipeError(
+                f"{assigned('bond_dim', self.bond_dim)}, a size for every expert, given with {why}"
+            )
+        if self.shared_experts:
+            raise RecipeError(
+                f"{called('shared_experts')} given with {assigned('bond_dim', self.bond_dim)}, sizes of the "
+                "routed experts; expected one of them"
+            )
+
     def check_against_experts(self) -> None:
         """Raises RecipeError for what so many experts do not allow."""
+        sizes = self.own_options.sizes
+        if sizes is not None and len(sizes) != self.experts:
+            raise RecipeError(
+                f"{assigned('bond_dim', self.bond_dim)} has {len(sizes)} sizes for {self.experts} experts; "
+                "expected one for each, or one number for all"
+            )
         if self.top_k > self.experts:
             raise RecipeError(
                 f"{called('top_k')} is {self.top_k} with {self.experts} experts; expected 1 to {self.experts}"

@@ -106,7 +106,7 @@ def ffn_totals(plan: Plan) -> Totals:
     recipe, experts, top_k = plan.recipe, plan.recipe.experts, plan.recipe.top_k
     modules = [mixture(ffn.form.parts, recipe) for ffn in plan.ffns]
     shared = sum(module.shared_params for module in modules)
-    own = sum(module.own_params for module in modules)
+    own = sum(module.own_params for module in modules)  # where experts differ in size the mean
     routers = sum(module.router.shared_params for module in modules)
     dense = sum(m.dense_params for m in plan.matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
@@ -121,9 +121,9 @@ def ffn_totals(plan: Plan) -> Totals:
     return Totals(
         dense_params=dense,
         plain_moe_params=experts * dense + routers,
-        stored_params=shared + stored * own,
+        stored_params=sum(module.stored_params for module in modules),
         plain_moe_active_params=top_k * dense + routers,
-        active_params=shared + rows * own,
+        active_params=round(shared + rows * own),
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),

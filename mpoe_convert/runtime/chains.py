@@ -9,17 +9,21 @@ to its right (`L (x) I`); one that carries only outputs alike for the outputs to
 has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor
 train (BTT, arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest; stored as (P * l * i, o * r).
 One at an end of a chain, with l = i = o = r = 1, is a vector that scales the inputs (or the outputs).
+
+Where experts differ in size (HMoE, arXiv 2408.10681), so do the shapes of their cores. Such a core is one
+vector, the experts' matrices one after the other, with nothing between them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .costs import Cost
+from .costs import Cost, mean
 from .header import init
 from .linears import (
     Layers,
@@ -113,6 +117,12 @@ def count_copies(term: dict) -> list[int]:
     return [max(i, o) if apart else 1 for i, o, apart in zip(later, earlier, untied, strict=True)]
 
 
+def term_of(term: dict, expert: int) -> dict:
+    """A term as one expert has it: where experts differ in size, with the dimensions of this one."""
+    lists = term.get("by_expert", {})
+    return term | {key: values[expert] for key, values in lists.items()}
+
+
 def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
     """Core shapes (P * bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
     bonds = [1, *term["bonds"], 1]
@@ -129,6 +139,89 @@ def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
 def name_cores(term: dict) -> list[str]:
     """Parameter names of a term's cores, from left to right."""
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
+
+
+class Step(NamedTuple):
+    """What a core does to rows, as a chain acts on them core after core.
+
+    An input core takes x (N, width, inputs) and gives (N, r, inputs): one more site of the inputs is summed.
+    Another takes x (N, outputs, width) and gives (N, outputs, o * r).
+    """
+
+    is_input: bool
+    copies: int
+    width: int  # l * i
+    inputs: int  # features of the inputs that the cores behind it take
+    outputs: int  # features of the outputs that the cores before it gave
+
+    def run(self, x: Tensor, core: Any, picks: "Picks", shared: bool) -> Tensor:
+        """x (N, ...) times the core, or for each row times that of its expert."""
+        num_rows = x.shape[0]
+        if self.is_input:
+            x = x.reshape(num_rows, self.width, self.inputs)
+            if self.copies > 1:
+                return _multiply_untied(x.mT, core, self.copies, picks, shared).mT  # (N, r, inputs)
+            if shared and self.inputs == 1:
+                return multiply_right(x.mT, core).mT  # (N, r, 1)
+            return multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
+        x = x.reshape(num_rows, self.outputs, self.width)
+        if self.copies > 1:
+            return _multiply_untied(x, core, self.copies, picks, shared)
+        return multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
+
+
+class Layout(NamedTuple):
+    """The cores of a chain by their shapes (P * l, i, o, r) and their numbers P of matrices, see `Chain`."""
+
+    shapes: list[tuple[int, int, int, int]]
+    copies: list[int]
+
+    @classmethod
+    def of(cls, term: dict) -> "Layout":
+        """Of a term without `by_expert`."""
+        return cls(chain_shapes(term), count_copies(term))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each core."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def steps(self) -> list[Step]:
+        """What the cores do one after the other."""
+        found: list[Step] = []
+        inputs, outputs = math.prod(i for _, i, _, _ in self.shapes), 1
+        for (left, i, o, _), copies in zip(self.shapes, self.copies, strict=True):
+            is_input = inputs > 1 and o == 1
+            inputs //= i
+            found.append(Step(is_input, copies, left // copies * i, inputs, outputs))
+            outputs *= o
+        return found
+
+    def flops_per_row(self) -> int:
+        """Operations of the steps, see `Chain`."""
+        flops, inputs, outputs = 0, math.prod(i for _, i, _, _ in self.shapes), 1
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            inputs //= i  # a matrix (l * i, o * r) for every input and output
+            if copies == 1 or math.prod(shape) > copies:
+                flops += 2 * inputs * outputs * math.prod(shape) // copies
+            outputs *= o
+        return flops
+
+    def rebuild_flops(self) -> int:
+        """Operations to contract the matrix."""
+        flops, rows, cols = 0, 1, 1
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            flops += 2 * rows * cols * math.prod(shape) // copies  # rows * cols: what is contracted so far
+            rows, cols = rows * i, cols * o
+        return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
+
+
+def split_experts(core: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The experts' matrices, of these shapes, in a core that has one after the other."""
+    parts = core.split([rows * cols for rows, cols in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
@@ -228,6 +321,24 @@ class Picks(NamedTuple):
         return torch.cat(products) if products else product(x, weight[0])
 
 
+def run_each(x: Tensor, picks: Picks, num_experts: int, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Rows x (N, ...), each by what `function` makes of it for its expert, where experts differ in size.
+
+    In a compiled graph, whose shapes cannot follow the choices, every expert runs on all rows.
+    """
+    if isinstance(picks.experts, int):
+        return function(x, picks.experts)
+    if picks.sizes is not None:
+        parts = enumerate(x.split(picks.sizes))
+        made = [function(part, expert) for expert, part in parts if len(part)]
+        return torch.cat(made) if made else function(x, 0)
+    y = function(x, 0)
+    for expert in range(1, num_experts):
+        is_own = (picks.experts == expert).reshape(-1, *[1] * (y.ndim - 1))
+        y = torch.where(is_own, function(x, expert), y)
+    return y
+
+
 def _multiply_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """One kernel for all experts: rows (M, l), expert e's up to `ends[e]`, with (E, l, q) -> (M, q)."""
     device, dtype = rows.device.type, rows.dtype
@@ -304,36 +415,59 @@ class Chain(nn.Module):
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shapes, copies: see `Layout`; where experts differ in size, of the largest.
+        layouts: one, or, where experts differ in size, one per expert.
+        apart: per core, whether experts differ in its size; it is then a vector, see `split_experts`.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself.
         flops_per_row: operations per row (2 per multiply-add), but neither the contraction of matrices nor
-            scales.
+            scales; of experts that differ the mean, as of `rebuild_flops`.
         rebuild_flops: operations to contract one expert's matrix.
     """
 
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        self.shapes, self.copies = chain_shapes(term), count_copies(term)
+        differ = "by_expert" in term
+        terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
+        self.layouts = [Layout.of(own) for own in terms]
+        self.steps = [layout.steps() for layout in self.layouts]
+        largest = Layout.of(term)
+        self.shapes, self.copies = largest.shapes, largest.copies
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(bool(shared) for shared in term["shared"])
         self.is_common = all(self.shared)
         self.core_names = name_cores(term)
-        inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
-        outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
-        self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
-        if max(self.copies) > 1 and not self.acts:
-            raise ValueError("a chain with an untied core has to carry its inputs left of its outputs")
-        for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
-            size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
+        self.acts = all(map(_acts, terms))
+        if not self.acts and (differ or max(self.copies) > 1):
+            what = "of experts that differ in size" if differ else "with an untied core"
+            raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
+        stored = [
+            list(map(matrix_shape, shapes))
+            for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
+        ]
+        self.apart = [len(set(shapes)) > 1 for shapes in stored]
+        neighbours = itertools.groupby(range(len(stored)), self.apart.__getitem__)
+        self._groups = [(apart, list(group)) for apart, group in neighbours]  # of cores, from left to right
+        for name, shapes, shared, apart in zip(self.core_names, stored, self.shared, self.apart, strict=True):
+            if shared and apart:
+                raise ValueError(
+                    f"{name} is shared by experts in which it has the shapes {sorted(set(shapes))}"
+                )
+            numbers = (sum(rows * cols for rows, cols in shapes),)
+            size = shapes[0] if shared else numbers if apart else (num_experts, *shapes[0])
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
-        sizes = [math.prod(shape) for shape in self.shapes]
         whole = self.in_features * self.out_features
-        tied = [copies == 1 for copies in self.copies]
-        self.large = [t and is_large(*matrix_shape(s), whole) for t, s in zip(tied, self.shapes, strict=True)]
-        self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
-        self.own_params = sum(sizes) - self.shared_params
-        self.flops_per_row = self._count_flops_per_row()
-        self.rebuild_flops = self._count_rebuild_flops()
+        self.large = [
+            copies == 1 and not apart and is_large(*matrix_shape(shape), whole)
+            for copies, apart, shape in zip(self.copies, self.apart, self.shapes, strict=True)
+        ]
+        sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
+        self.shared_params = sum(size for size, shared in sizes if shared)
+        own = [sum(layout.sizes) - self.shared_params for layout in self.layouts]
+        self.own_by_expert = tuple(own if differ else own * num_experts)
+        self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
+        self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
 
     def use_linears(self) -> None:
         """Let the large cores be linear layers from now on, with random weights."""
@@ -372,9 +506,17 @@ class Chain(nn.Module):
             picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
         return picks.right(rows.unsqueeze(1), self._contract(cores, hit, rows)).squeeze(1)
 
-    def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
-        """One expert's matrix, (in, out)."""
-        return self._contract(cores, expert, cores[0])
+    def matrix(self, cores: Sequence[Tensor], expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's matrix, (in, out), computed in the cores' dtype or another."""
+        own = [core.to(dtype or core.dtype) for core in self.cores_of(cores, expert)]
+        return contract_chain(own, self._layout_of(expert).copies)
+
+    def cores_of(self, cores: Sequence[Tensor], expert: int) -> list[Tensor]:
+        """One expert's cores (P * l, i, o, r) of those that are stored."""
+        return self._shaped(cores, expert, cores[0])
+
+    def _layout_of(self, expert: int) -> Layout:
+        return self.layouts[expert if len(self.layouts) > 1 else 0]
 
     def _contract(
         self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
@@ -383,42 +525,54 @@ class Chain(nn.Module):
 
         `like`: with dtype and device of what rounded cores become.
         """
-        chosen = [
-            _choose(core, slice(None) if shared else experts, like)
-            for core, shared in zip(cores, self.shared, strict=True)
-        ]
-        shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
-        return contract_chain(shaped, self.copies)
+        if isinstance(experts, int) or len(self.layouts) == 1:
+            copies = self._layout_of(experts if isinstance(experts, int) else 0).copies
+            return contract_chain(self._shaped(cores, experts, like), copies)
+        hit = range(self.num_experts)[experts] if isinstance(experts, slice) else experts
+        return torch.stack([self._contract(cores, expert, like) for expert in hit])
+
+    def _shaped(
+        self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
+    ) -> list[Tensor]:
+        """The cores (..., P * l, i, o, r) of an index of experts: an integer where they differ in size."""
+        shapes = self._layout_of(experts if isinstance(experts, int) else 0).shapes
+        found = []
+        for k, (core, shape) in enumerate(zip(cores, shapes, strict=True)):
+            if self.apart[k]:
+                assert isinstance(core, Tensor) and isinstance(experts, int)
+                found.append(self._own(core, k)[experts].reshape(shape))
+                continue
+            chosen = _choose(core, slice(None) if self.shared[k] else experts, like)
+            found.append(chosen.reshape(*chosen.shape[:-2], *shape))
+        return found
+
+    def _own(self, core: Tensor, k: int) -> list[Tensor]:
+        """The experts' matrices in core k, in whose size they differ."""
+        return split_experts(core, [matrix_shape(layout.shapes[k]) for layout in self.layouts])
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core: rows (N, in) -> (N, out).
-
-        First the cores that carry only input take one input site after the other: x (N, l, i, later inputs)
-        becomes (N, r, later inputs). Then the others give one output site after the other:
-        x (N, earlier outputs, l, i) becomes (N, earlier outputs, o, r).
-        """
-        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
-        x = rows.unsqueeze(-1)  # (N, in, 1)
-        steps = zip(cores, self.shapes, self.copies, self.shared, strict=True)
-        for core, (left, i, o, _), copies, shared in steps:
-            is_input, width = inputs > 1 and o == 1, left // copies * i  # l * i
-            inputs //= i
-            if is_input:
-                x = x.reshape(num_rows, width, inputs)
-                if copies > 1:
-                    x = _multiply_untied(x.mT, core, copies, picks, shared).mT  # (N, r, inputs)
-                elif shared and inputs == 1:
-                    x = multiply_right(x.mT, core).mT  # (N, r, 1)
-                else:
-                    x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
+        """Core after core, see `Step`: rows (N, in) -> (N, out)."""
+        x = rows
+        for apart, group in self._groups:
+            if apart:
+                x = self._act_apart(x, {k: self._own(cores[k], k) for k in group}, picks)
                 continue
-            x = x.reshape(num_rows, outputs, width)
-            if copies > 1:
-                x = _multiply_untied(x, core, copies, picks, shared)
-            else:
-                x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
-            outputs *= o
-        return x.reshape(num_rows, self.out_features)
+            for k in group:
+                x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
+        return x.reshape(rows.shape[0], self.out_features)
+
+    def _act_apart(self, x: Tensor, own: dict[int, list[Tensor]], picks: Picks) -> Tensor:
+        """x (N, ...) by neighbouring cores in whose size experts differ, {k: the experts'} -> (N, features).
+
+        What is between such cores may have another size for every expert.
+        """
+
+        def run(part: Tensor, expert: int) -> Tensor:
+            for k, matrices in own.items():
+                part = self.steps[expert][k].run(part, matrices[expert], picks, True)
+            return part.flatten(1)
+
+        return run_each(x, picks, self.num_experts, run)
 
     # ------------------------------------------------------------------------------------- cost
 
@@ -435,26 +589,6 @@ class Chain(nn.Module):
             return Cost(flops, 0, built)
         return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
-    def _count_flops_per_row(self) -> int:
-        if not self.acts:
-            return 2 * self.in_features * self.out_features
-        flops, inputs, outputs = 0, self.in_features, 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
-            _, i, o, _ = shape
-            inputs //= i  # a matrix (l * i, o * r) for every input and output
-            if copies == 1 or math.prod(shape) > copies:
-                flops += 2 * inputs * outputs * math.prod(shape) // copies
-            outputs *= o
-        return flops
-
-    def _count_rebuild_flops(self) -> int:
-        flops, rows, cols = 0, 1, 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
-            _, i, o, _ = shape
-            flops += 2 * rows * cols * math.prod(shape) // copies  # rows * cols: what is contracted so far
-            rows, cols = rows * i, cols * o
-        return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
-
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Random experts: outer cores near isometries, the largest core of scale `std`."""
@@ -470,6 +604,13 @@ class Chain(nn.Module):
                 continue
             fan = l * i * o if k < centre else i * o * r
             init.normal_(core, std=std if k == centre else fan**-0.5)
+
+
+def _acts(term: dict) -> bool:
+    """Whether the chain can act on rows, see `Chain`."""
+    inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
+    outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
+    return not inputs or not outputs or inputs[-1] <= outputs[0]
 
 
 def _choose(core: Tensor | Layers, experts: int | list[int] | slice, like: Tensor) -> Tensor:

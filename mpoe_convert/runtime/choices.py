@@ -114,6 +114,7 @@ class Routing(NamedTuple):
     room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
     gates: Tensor | None = None  # (T, E) of rule top-any, one for experts that pass, with a gradient
     likeness: Tensor | None = None  # () of its router's rows, a loss; both None without that rule
+    sizes: tuple[float, ...] | None = None  # of the experts, by which a choice counts for the balancing loss
 
     def weighted(self, weights: Tensor) -> "Routing":
         """The same with other combine weights (N,)."""

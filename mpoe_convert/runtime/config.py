@@ -30,6 +30,13 @@ CONFIG_OPTIONS = (
         "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
         "balanced, that is the number of experts per token",
     ),
+    Option(
+        "router_size_penalty",
+        bool,
+        True,
+        "where experts differ in size: in the load-balancing loss a choice counts by the size of its expert, "
+        "the mean being 1, so that small experts are preferred (HMoE's parameter penalty); false: all alike",
+    ),
     Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
         "router_likeness_loss_coef",

@@ -1,7 +1,13 @@
 """Costs: what a call of a mixture amounts to, counted in operations and in bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+
+def mean(numbers: Sequence[int]) -> float:
+    """As a whole number, if it is one."""
+    total = sum(numbers)
+    return total / len(numbers) if total % len(numbers) else total // len(numbers)
 
 
 class Work(NamedTuple):

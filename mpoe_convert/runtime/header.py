@@ -48,7 +48,9 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
                        "bias": "shared", "per-expert", "once" (added to the sum) or null}; "untied",
                        one of a term's lists, is absent where no core is untied;
-                       "adapter": size, if the experts are adapters behind a shared FFN;
+                       where experts differ in size, "by_expert" has what differs, {"bonds": [expert 0's,
+                       expert 1's, ...], ...}, and the term's own lists are those of the largest expert;
+                       "adapter": size, or one per expert, if the experts are adapters behind a shared FFN;
                        `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces

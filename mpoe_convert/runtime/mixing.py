@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from .chains import MatrixCache, Picks
 from .choices import Choices
 from .config import read_option
-from .costs import Cost, Work
+from .costs import Cost, Work, mean
 from .parts import PARTS, Part, Projection
 from .routers import Router
 
@@ -65,7 +65,9 @@ class Mixing(nn.Module):
 
     Attributes:
         parts: the router, if there is one, and those of the form, in the order of `PARTS`.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself; `own_params` is their mean.
+        differ: experts differ in size.
         top_k: choices per token; where it varies, what estimates go by.
     """
 
@@ -85,7 +87,9 @@ class Mixing(nn.Module):
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
         parts = tuple(getattr(self, key) for key in PARTS if key in form)
         self.parts: tuple[Part, ...] = parts if router is None else (router, *parts)
-        self.own_params = sum(part.own_params for part in self.parts)
+        each = zip(*(part.own_by_expert for part in self.parts if part.own_by_expert), strict=True)
+        self.own_by_expert = tuple(map(sum, each)) or (0,) * num_experts
+        self.own_params, self.differ = mean(self.own_by_expert), len(set(self.own_by_expert)) > 1
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
@@ -122,6 +126,10 @@ class Mixing(nn.Module):
     @property
     def shared_params(self) -> int:
         return sum(part.shared_params for part in self.parts)
+
+    @property
+    def stored_params(self) -> int:
+        return self.shared_params + sum(self.own_by_expert)
 
     def cost(self, work: Work, schedule: str = "apply") -> Cost:
         """Of a forward pass: the sum over the parts."""
@@ -177,12 +185,14 @@ class Mixing(nn.Module):
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and self.acts
-        if applies and num_rows * self.own_params <= self._few_copied(tokens):
+        copies = applies and not self.differ  # what differs in size cannot be gathered
+        if copies and num_rows * self.own_params <= self._few_copied(tokens):
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
-        on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
+        on_device = tokens.is_cuda and schedule != "cached" and not self.differ
+        on_device = on_device or torch.compiler.is_compiling()
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):

@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing
 from .config import read_option
+from .costs import mean
 from .mixing import Mixing
 from .parts import hidden_size_of
 from .passes import Repeatable, RouterPass, in_backward
@@ -72,6 +73,9 @@ class FeedForward(Mixing):
             ValueError: an option has a value that it cannot have.
         """
         self.router.combine = read_option(config, "router_combine")
+        if self.differ and config.router_size_penalty:
+            routed = self.own_by_expert[: self.router.num_experts]
+            self.router.sizes = tuple(size / mean(routed) for size in routed)
         if self.rule == TOP_ANY:
             _check_learned_thresholds(config)
         self.router.jitter_noise = config.router_jitter_noise

@@ -48,7 +48,9 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
                        projection is {"terms": [{"in_dims", "out_dims", "bonds", "shared"}, ...],
                        "bias": "shared", "per-expert", "once" (added to the sum) or null}; "untied",
                        one of a term's lists, is absent where no core is untied;
-                       "adapter": size, if the experts are adapters behind a shared FFN;
+                       where experts differ in size, "by_expert" has what differs, {"bonds": [expert 0's,
+                       expert 1's, ...], ...}, and the term's own lists are those of the largest expert;
+                       "adapter": size, or one per expert, if the experts are adapters behind a shared FFN;
                        `PARTS` says which class reads which key
     family             how the FFN is wired into its layer; all paths are relative to the layer:
       slot             the submodule that the mixture replaces
@@ -92,6 +94,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -153,6 +156,13 @@ CONFIG_OPTIONS = (
         0.005,
         "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
         "balanced, that is the number of experts per token",
+    ),
+    Option(
+        "router_size_penalty",
+        bool,
+        True,
+        "where experts differ in size: in the load-balancing loss a choice counts by the size of its expert, "
+        "the mean being 1, so that small experts are preferred (HMoE's parameter penalty); false: all alike",
     ),
     Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
     Option(
@@ -264,6 +274,12 @@ def read_option(config: PretrainedConfig, name: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------------
 # 2. Costs: what a call of a mixture amounts to, counted in operations and in bytes
+
+
+def mean(numbers: Sequence[int]) -> float:
+    """As a whole number, if it is one."""
+    total = sum(numbers)
+    return total / len(numbers) if total % len(numbers) else total // len(numbers)
 
 
 class Work(NamedTuple):
@@ -439,6 +455,9 @@ class LoadLinears(WeightConverter):
 # has a matrix of its own for every such value: the index p is copied, not contracted, as in a block tensor
 # train (BTT, arXiv 2406.06248). Its shape is (P * l, i, o, r), p slowest; stored as (P * l * i, o * r).
 # One at an end of a chain, with l = i = o = r = 1, is a vector that scales the inputs (or the outputs).
+#
+# Where experts differ in size (HMoE, arXiv 2408.10681), so do the shapes of their cores. Such a core is one
+# vector, the experts' matrices one after the other, with nothing between them.
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
@@ -521,6 +540,12 @@ def count_copies(term: dict) -> list[int]:
     return [max(i, o) if apart else 1 for i, o, apart in zip(later, earlier, untied, strict=True)]
 
 
+def term_of(term: dict, expert: int) -> dict:
+    """A term as one expert has it: where experts differ in size, with the dimensions of this one."""
+    lists = term.get("by_expert", {})
+    return term | {key: values[expert] for key, values in lists.items()}
+
+
 def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
     """Core shapes (P * bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
     bonds = [1, *term["bonds"], 1]
@@ -537,6 +562,89 @@ def matrix_shape(shape: tuple[int, int, int, int]) -> tuple[int, int]:
 def name_cores(term: dict) -> list[str]:
     """Parameter names of a term's cores, from left to right."""
     return [f"central_{k}" if shared else f"aux_{k}" for k, shared in enumerate(term["shared"])]
+
+
+class Step(NamedTuple):
+    """What a core does to rows, as a chain acts on them core after core.
+
+    An input core takes x (N, width, inputs) and gives (N, r, inputs): one more site of the inputs is summed.
+    Another takes x (N, outputs, width) and gives (N, outputs, o * r).
+    """
+
+    is_input: bool
+    copies: int
+    width: int  # l * i
+    inputs: int  # features of the inputs that the cores behind it take
+    outputs: int  # features of the outputs that the cores before it gave
+
+    def run(self, x: Tensor, core: Any, picks: "Picks", shared: bool) -> Tensor:
+        """x (N, ...) times the core, or for each row times that of its expert."""
+        num_rows = x.shape[0]
+        if self.is_input:
+            x = x.reshape(num_rows, self.width, self.inputs)
+            if self.copies > 1:
+                return _multiply_untied(x.mT, core, self.copies, picks, shared).mT  # (N, r, inputs)
+            if shared and self.inputs == 1:
+                return multiply_right(x.mT, core).mT  # (N, r, 1)
+            return multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
+        x = x.reshape(num_rows, self.outputs, self.width)
+        if self.copies > 1:
+            return _multiply_untied(x, core, self.copies, picks, shared)
+        return multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
+
+
+class Layout(NamedTuple):
+    """The cores of a chain by their shapes (P * l, i, o, r) and their numbers P of matrices, see `Chain`."""
+
+    shapes: list[tuple[int, int, int, int]]
+    copies: list[int]
+
+    @classmethod
+    def of(cls, term: dict) -> "Layout":
+        """Of a term without `by_expert`."""
+        return cls(chain_shapes(term), count_copies(term))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each core."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def steps(self) -> list[Step]:
+        """What the cores do one after the other."""
+        found: list[Step] = []
+        inputs, outputs = math.prod(i for _, i, _, _ in self.shapes), 1
+        for (left, i, o, _), copies in zip(self.shapes, self.copies, strict=True):
+            is_input = inputs > 1 and o == 1
+            inputs //= i
+            found.append(Step(is_input, copies, left // copies * i, inputs, outputs))
+            outputs *= o
+        return found
+
+    def flops_per_row(self) -> int:
+        """Operations of the steps, see `Chain`."""
+        flops, inputs, outputs = 0, math.prod(i for _, i, _, _ in self.shapes), 1
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            inputs //= i  # a matrix (l * i, o * r) for every input and output
+            if copies == 1 or math.prod(shape) > copies:
+                flops += 2 * inputs * outputs * math.prod(shape) // copies
+            outputs *= o
+        return flops
+
+    def rebuild_flops(self) -> int:
+        """Operations to contract the matrix."""
+        flops, rows, cols = 0, 1, 1
+        for shape, copies in zip(self.shapes, self.copies, strict=True):
+            _, i, o, _ = shape
+            flops += 2 * rows * cols * math.prod(shape) // copies  # rows * cols: what is contracted so far
+            rows, cols = rows * i, cols * o
+        return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
+
+
+def split_experts(core: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The experts' matrices, of these shapes, in a core that has one after the other."""
+    parts = core.split([rows * cols for rows, cols in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
@@ -636,6 +744,24 @@ class Picks(NamedTuple):
         return torch.cat(products) if products else product(x, weight[0])
 
 
+def run_each(x: Tensor, picks: Picks, num_experts: int, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Rows x (N, ...), each by what `function` makes of it for its expert, where experts differ in size.
+
+    In a compiled graph, whose shapes cannot follow the choices, every expert runs on all rows.
+    """
+    if isinstance(picks.experts, int):
+        return function(x, picks.experts)
+    if picks.sizes is not None:
+        parts = enumerate(x.split(picks.sizes))
+        made = [function(part, expert) for expert, part in parts if len(part)]
+        return torch.cat(made) if made else function(x, 0)
+    y = function(x, 0)
+    for expert in range(1, num_experts):
+        is_own = (picks.experts == expert).reshape(-1, *[1] * (y.ndim - 1))
+        y = torch.where(is_own, function(x, expert), y)
+    return y
+
+
 def _multiply_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """One kernel for all experts: rows (M, l), expert e's up to `ends[e]`, with (E, l, q) -> (M, q)."""
     device, dtype = rows.device.type, rows.dtype
@@ -712,36 +838,59 @@ class Chain(nn.Module):
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shapes, copies: see `Layout`; where experts differ in size, of the largest.
+        layouts: one, or, where experts differ in size, one per expert.
+        apart: per core, whether experts differ in its size; it is then a vector, see `split_experts`.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself.
         flops_per_row: operations per row (2 per multiply-add), but neither the contraction of matrices nor
-            scales.
+            scales; of experts that differ the mean, as of `rebuild_flops`.
         rebuild_flops: operations to contract one expert's matrix.
     """
 
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        self.shapes, self.copies = chain_shapes(term), count_copies(term)
+        differ = "by_expert" in term
+        terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
+        self.layouts = [Layout.of(own) for own in terms]
+        self.steps = [layout.steps() for layout in self.layouts]
+        largest = Layout.of(term)
+        self.shapes, self.copies = largest.shapes, largest.copies
         self.in_features, self.out_features = math.prod(term["in_dims"]), math.prod(term["out_dims"])
         self.shared = tuple(bool(shared) for shared in term["shared"])
         self.is_common = all(self.shared)
         self.core_names = name_cores(term)
-        inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
-        outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
-        self.acts = not inputs or not outputs or inputs[-1] <= outputs[0]
-        if max(self.copies) > 1 and not self.acts:
-            raise ValueError("a chain with an untied core has to carry its inputs left of its outputs")
-        for name, shape, shared in zip(self.core_names, self.shapes, self.shared, strict=True):
-            size = matrix_shape(shape) if shared else (num_experts, *matrix_shape(shape))
+        self.acts = all(map(_acts, terms))
+        if not self.acts and (differ or max(self.copies) > 1):
+            what = "of experts that differ in size" if differ else "with an untied core"
+            raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
+        stored = [
+            list(map(matrix_shape, shapes))
+            for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
+        ]
+        self.apart = [len(set(shapes)) > 1 for shapes in stored]
+        neighbours = itertools.groupby(range(len(stored)), self.apart.__getitem__)
+        self._groups = [(apart, list(group)) for apart, group in neighbours]  # of cores, from left to right
+        for name, shapes, shared, apart in zip(self.core_names, stored, self.shared, self.apart, strict=True):
+            if shared and apart:
+                raise ValueError(
+                    f"{name} is shared by experts in which it has the shapes {sorted(set(shapes))}"
+                )
+            numbers = (sum(rows * cols for rows, cols in shapes),)
+            size = shapes[0] if shared else numbers if apart else (num_experts, *shapes[0])
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
-        sizes = [math.prod(shape) for shape in self.shapes]
         whole = self.in_features * self.out_features
-        tied = [copies == 1 for copies in self.copies]
-        self.large = [t and is_large(*matrix_shape(s), whole) for t, s in zip(tied, self.shapes, strict=True)]
-        self.shared_params = sum(s for s, shared in zip(sizes, self.shared, strict=True) if shared)
-        self.own_params = sum(sizes) - self.shared_params
-        self.flops_per_row = self._count_flops_per_row()
-        self.rebuild_flops = self._count_rebuild_flops()
+        self.large = [
+            copies == 1 and not apart and is_large(*matrix_shape(shape), whole)
+            for copies, apart, shape in zip(self.copies, self.apart, self.shapes, strict=True)
+        ]
+        sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
+        self.shared_params = sum(size for size, shared in sizes if shared)
+        own = [sum(layout.sizes) - self.shared_params for layout in self.layouts]
+        self.own_by_expert = tuple(own if differ else own * num_experts)
+        self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
+        self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
 
     def use_linears(self) -> None:
         """Let the large cores be linear layers from now on, with random weights."""
@@ -780,9 +929,17 @@ class Chain(nn.Module):
             picks = picks._replace(sizes=[picks.sizes[e] for e in hit])
         return picks.right(rows.unsqueeze(1), self._contract(cores, hit, rows)).squeeze(1)
 
-    def matrix(self, cores: list[Tensor], expert: int) -> Tensor:
-        """One expert's matrix, (in, out)."""
-        return self._contract(cores, expert, cores[0])
+    def matrix(self, cores: Sequence[Tensor], expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's matrix, (in, out), computed in the cores' dtype or another."""
+        own = [core.to(dtype or core.dtype) for core in self.cores_of(cores, expert)]
+        return contract_chain(own, self._layout_of(expert).copies)
+
+    def cores_of(self, cores: Sequence[Tensor], expert: int) -> list[Tensor]:
+        """One expert's cores (P * l, i, o, r) of those that are stored."""
+        return self._shaped(cores, expert, cores[0])
+
+    def _layout_of(self, expert: int) -> Layout:
+        return self.layouts[expert if len(self.layouts) > 1 else 0]
 
     def _contract(
         self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
@@ -791,42 +948,54 @@ class Chain(nn.Module):
 
         `like`: with dtype and device of what rounded cores become.
         """
-        chosen = [
-            _choose(core, slice(None) if shared else experts, like)
-            for core, shared in zip(cores, self.shared, strict=True)
-        ]
-        shaped = [c.reshape(*c.shape[:-2], *s) for c, s in zip(chosen, self.shapes, strict=True)]
-        return contract_chain(shaped, self.copies)
+        if isinstance(experts, int) or len(self.layouts) == 1:
+            copies = self._layout_of(experts if isinstance(experts, int) else 0).copies
+            return contract_chain(self._shaped(cores, experts, like), copies)
+        hit = range(self.num_experts)[experts] if isinstance(experts, slice) else experts
+        return torch.stack([self._contract(cores, expert, like) for expert in hit])
+
+    def _shaped(
+        self, cores: Sequence[Tensor | Layers], experts: int | list[int] | slice, like: Tensor
+    ) -> list[Tensor]:
+        """The cores (..., P * l, i, o, r) of an index of experts: an integer where they differ in size."""
+        shapes = self._layout_of(experts if isinstance(experts, int) else 0).shapes
+        found = []
+        for k, (core, shape) in enumerate(zip(cores, shapes, strict=True)):
+            if self.apart[k]:
+                assert isinstance(core, Tensor) and isinstance(experts, int)
+                found.append(self._own(core, k)[experts].reshape(shape))
+                continue
+            chosen = _choose(core, slice(None) if self.shared[k] else experts, like)
+            found.append(chosen.reshape(*chosen.shape[:-2], *shape))
+        return found
+
+    def _own(self, core: Tensor, k: int) -> list[Tensor]:
+        """The experts' matrices in core k, in whose size they differ."""
+        return split_experts(core, [matrix_shape(layout.shapes[k]) for layout in self.layouts])
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core: rows (N, in) -> (N, out).
-
-        First the cores that carry only input take one input site after the other: x (N, l, i, later inputs)
-        becomes (N, r, later inputs). Then the others give one output site after the other:
-        x (N, earlier outputs, l, i) becomes (N, earlier outputs, o, r).
-        """
-        num_rows, inputs, outputs = rows.shape[0], self.in_features, 1  # features still to come, and done
-        x = rows.unsqueeze(-1)  # (N, in, 1)
-        steps = zip(cores, self.shapes, self.copies, self.shared, strict=True)
-        for core, (left, i, o, _), copies, shared in steps:
-            is_input, width = inputs > 1 and o == 1, left // copies * i  # l * i
-            inputs //= i
-            if is_input:
-                x = x.reshape(num_rows, width, inputs)
-                if copies > 1:
-                    x = _multiply_untied(x.mT, core, copies, picks, shared).mT  # (N, r, inputs)
-                elif shared and inputs == 1:
-                    x = multiply_right(x.mT, core).mT  # (N, r, 1)
-                else:
-                    x = multiply_left(core, x) if shared else picks.left(x, core)  # (N, r, inputs)
+        """Core after core, see `Step`: rows (N, in) -> (N, out)."""
+        x = rows
+        for apart, group in self._groups:
+            if apart:
+                x = self._act_apart(x, {k: self._own(cores[k], k) for k in group}, picks)
                 continue
-            x = x.reshape(num_rows, outputs, width)
-            if copies > 1:
-                x = _multiply_untied(x, core, copies, picks, shared)
-            else:
-                x = multiply_right(x, core) if shared else picks.right(x, core)  # (N, outputs, o * r)
-            outputs *= o
-        return x.reshape(num_rows, self.out_features)
+            for k in group:
+                x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
+        return x.reshape(rows.shape[0], self.out_features)
+
+    def _act_apart(self, x: Tensor, own: dict[int, list[Tensor]], picks: Picks) -> Tensor:
+        """x (N, ...) by neighbouring cores in whose size experts differ, {k: the experts'} -> (N, features).
+
+        What is between such cores may have another size for every expert.
+        """
+
+        def run(part: Tensor, expert: int) -> Tensor:
+            for k, matrices in own.items():
+                part = self.steps[expert][k].run(part, matrices[expert], picks, True)
+            return part.flatten(1)
+
+        return run_each(x, picks, self.num_experts, run)
 
     # ------------------------------------------------------------------------------------- cost
 
@@ -843,26 +1012,6 @@ class Chain(nn.Module):
             return Cost(flops, 0, built)
         return Cost(flops, experts * self.rebuild_flops, stored + 2 * built)
 
-    def _count_flops_per_row(self) -> int:
-        if not self.acts:
-            return 2 * self.in_features * self.out_features
-        flops, inputs, outputs = 0, self.in_features, 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
-            _, i, o, _ = shape
-            inputs //= i  # a matrix (l * i, o * r) for every input and output
-            if copies == 1 or math.prod(shape) > copies:
-                flops += 2 * inputs * outputs * math.prod(shape) // copies
-            outputs *= o
-        return flops
-
-    def _count_rebuild_flops(self) -> int:
-        flops, rows, cols = 0, 1, 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
-            _, i, o, _ = shape
-            flops += 2 * rows * cols * math.prod(shape) // copies  # rows * cols: what is contracted so far
-            rows, cols = rows * i, cols * o
-        return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
-
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Random experts: outer cores near isometries, the largest core of scale `std`."""
@@ -878,6 +1027,13 @@ class Chain(nn.Module):
                 continue
             fan = l * i * o if k < centre else i * o * r
             init.normal_(core, std=std if k == centre else fan**-0.5)
+
+
+def _acts(term: dict) -> bool:
+    """Whether the chain can act on rows, see `Chain`."""
+    inputs = [k for k, i in enumerate(term["in_dims"]) if i > 1]
+    outputs = [k for k, o in enumerate(term["out_dims"]) if o > 1]
+    return not inputs or not outputs or inputs[-1] <= outputs[0]
 
 
 def _choose(core: Tensor | Layers, experts: int | list[int] | slice, like: Tensor) -> Tensor:
@@ -911,7 +1067,9 @@ class Part(nn.Module):
         behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
         in_float32: its parameters are float32 in every model dtype.
         initial_scale: standard deviation of the entries of matrices in a new model; None: the config's.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself; empty: none has any.
+        own_params: their mean.
     """
 
     acts = True
@@ -919,7 +1077,16 @@ class Part(nn.Module):
     in_float32 = False
     initial_scale: float | None = None
     shared_params: int
-    own_params: int
+    own_by_expert: tuple[int, ...] = ()
+
+    @property
+    def own_params(self) -> float:
+        return mean(self.own_by_expert) if self.own_by_expert else 0
+
+    @property
+    def stored_params(self) -> int:
+        """Of all experts."""
+        return self.shared_params + sum(self.own_by_expert)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Part":
@@ -962,7 +1129,8 @@ class Projection(Part):
         self._shared_bias = out_features if self.bias_kind in ("shared", "once") else 0
         self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
-        self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
+        each = zip(*(chain.own_by_expert for chain in self._chains), strict=True)
+        self.own_by_expert = tuple(self._own_bias + sum(numbers) for numbers in each)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
@@ -1021,18 +1189,25 @@ class Projection(Part):
 class Adapter(Part):
     """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
 
-    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
+    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H); of experts that differ in r, vectors, see
+    `split_experts`.
+
+    Attributes:
+        widths: r, of each expert.
     """
 
     behind = True
     shared_params = 0
 
-    def __init__(self, hidden_size: int, size: int, num_experts: int):
+    def __init__(self, hidden_size: int, size: int | list[int], num_experts: int):
         super().__init__()
-        self.hidden_size, self.size = hidden_size, size
-        self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
-        self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
-        self.own_params = 2 * hidden_size * size
+        self.hidden_size = hidden_size
+        self.widths = [size] * num_experts if isinstance(size, int) else size
+        self.differ = len(set(self.widths)) > 1
+        total, r = hidden_size * sum(self.widths), self.widths[0]
+        self.aux_0 = nn.Parameter(torch.empty((total,) if self.differ else (num_experts, hidden_size, r)))
+        self.aux_1 = nn.Parameter(torch.empty((total,) if self.differ else (num_experts, r, hidden_size)))
+        self.own_by_expert = tuple(2 * hidden_size * width for width in self.widths)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Adapter":
@@ -1041,8 +1216,20 @@ class Adapter(Part):
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
         picks = Picks(*picks)  # as in a chain
+        if self.differ:
+            return self._run_each(rows, picks)
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
+
+    def _run_each(self, rows: Tensor, picks: Picks) -> Tensor:
+        """The same where experts differ in size."""
+        first = split_experts(self.aux_0, [(self.hidden_size, width) for width in self.widths])
+        second = split_experts(self.aux_1, [(width, self.hidden_size) for width in self.widths])
+
+        def run(part: Tensor, expert: int) -> Tensor:
+            return F.gelu(part @ first[expert]) @ second[expert]
+
+        return rows + run_each(rows.to(self.aux_0.dtype), picks, len(self.widths), run)
 
     def cost(self, work: Work, schedule: str) -> Cost:
         nbytes = work.experts * self.own_params * self.aux_0.itemsize
@@ -1176,6 +1363,7 @@ class Routing(NamedTuple):
     room: Tensor | None = None  # (N,) False where the expert was full; None: there is no capacity
     gates: Tensor | None = None  # (T, E) of rule top-any, one for experts that pass, with a gradient
     likeness: Tensor | None = None  # () of its router's rows, a loss; both None without that rule
+    sizes: tuple[float, ...] | None = None  # of the experts, by which a choice counts for the balancing loss
 
     def weighted(self, weights: Tensor) -> "Routing":
         """The same with other combine weights (N,)."""
@@ -1406,12 +1594,13 @@ class Router(Part):
             over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
             down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
+        sizes: of the experts, in means of all, where the balancing loss favours small ones; None: all count
+            alike.
         capacity_factor: in training an expert takes at most this times N / E of the N choices, first
             choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
     in_float32 = True
-    own_params = 0
 
     def __init__(
         self,
@@ -1434,6 +1623,7 @@ class Router(Part):
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
+        self.sizes: tuple[float, ...] | None = None
         self.by_task = False
         self.register_parameter("tasks", None)
 
@@ -1465,7 +1655,7 @@ class Router(Part):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = self._logits(x)  # (T, E)
-            routing = Routing(logits, self.select(self, logits, bias))
+            routing = Routing(logits, self.select(self, logits, bias), sizes=self.sizes)
             if not self.training:
                 return routing
             if self.capacity_factor is not None:
@@ -1529,10 +1719,16 @@ def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
     `mask` (T,) is zero for tokens that do not count.
+
+    Where the routing has sizes, a choice counts by that of its expert: f_e becomes h_e f_e with h_e the
+    expert's size, the mean of all being 1 (the parameter penalty of HMoE, arXiv 2408.10681, in means rather
+    than numbers of parameters). It is least where small experts are preferred.
     """
     num_experts = routing.logits.shape[-1]
     load = routing.choices.load(num_experts, mask)  # (E,)
     per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    if routing.sizes is not None:
+        per_token = per_token * per_token.new_tensor(routing.sizes)
     return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
 
 
@@ -1861,7 +2057,9 @@ class Mixing(nn.Module):
 
     Attributes:
         parts: the router, if there is one, and those of the form, in the order of `PARTS`.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself; `own_params` is their mean.
+        differ: experts differ in size.
         top_k: choices per token; where it varies, what estimates go by.
     """
 
@@ -1881,7 +2079,9 @@ class Mixing(nn.Module):
         # A tuple, so not registered a second time. PEFT puts wrappers in the place of modules.
         parts = tuple(getattr(self, key) for key in PARTS if key in form)
         self.parts: tuple[Part, ...] = parts if router is None else (router, *parts)
-        self.own_params = sum(part.own_params for part in self.parts)
+        each = zip(*(part.own_by_expert for part in self.parts if part.own_by_expert), strict=True)
+        self.own_by_expert = tuple(map(sum, each)) or (0,) * num_experts
+        self.own_params, self.differ = mean(self.own_by_expert), len(set(self.own_by_expert)) > 1
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
@@ -1918,6 +2118,10 @@ class Mixing(nn.Module):
     @property
     def shared_params(self) -> int:
         return sum(part.shared_params for part in self.parts)
+
+    @property
+    def stored_params(self) -> int:
+        return self.shared_params + sum(self.own_by_expert)
 
     def cost(self, work: Work, schedule: str = "apply") -> Cost:
         """Of a forward pass: the sum over the parts."""
@@ -1973,12 +2177,14 @@ class Mixing(nn.Module):
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and self.acts
-        if applies and num_rows * self.own_params <= self._few_copied(tokens):
+        copies = applies and not self.differ  # what differs in size cannot be gathered
+        if copies and num_rows * self.own_params <= self._few_copied(tokens):
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
-        on_device = torch.compiler.is_compiling() or (tokens.is_cuda and schedule != "cached")
+        on_device = tokens.is_cuda and schedule != "cached" and not self.differ
+        on_device = on_device or torch.compiler.is_compiling()
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
@@ -2132,6 +2338,9 @@ class FeedForward(Mixing):
             ValueError: an option has a value that it cannot have.
         """
         self.router.combine = read_option(config, "router_combine")
+        if self.differ and config.router_size_penalty:
+            routed = self.own_by_expert[: self.router.num_experts]
+            self.router.sizes = tuple(size / mean(routed) for size in routed)
         if self.rule == TOP_ANY:
             _check_learned_thresholds(config)
         self.router.jitter_noise = config.router_jitter_noise

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chains import Chain, MatrixCache, Picks
-from .costs import Cost, Work
+from .chains import Chain, MatrixCache, Picks, run_each, split_experts
+from .costs import Cost, Work, mean
 from .header import init
 
 
@@ -23,7 +23,9 @@ class Part(nn.Module):
         behind: it works on what the FFN made of a token, in the order of `PARTS`: (N, H) -> (N, H).
         in_float32: its parameters are float32 in every model dtype.
         initial_scale: standard deviation of the entries of matrices in a new model; None: the config's.
-        shared_params, own_params: parameters that are stored once, and that each expert has for itself.
+        shared_params: parameters that are stored once.
+        own_by_expert: parameters that each expert has for itself; empty: none has any.
+        own_params: their mean.
     """
 
     acts = True
@@ -31,7 +33,16 @@ class Part(nn.Module):
     in_float32 = False
     initial_scale: float | None = None
     shared_params: int
-    own_params: int
+    own_by_expert: tuple[int, ...] = ()
+
+    @property
+    def own_params(self) -> float:
+        return mean(self.own_by_expert) if self.own_by_expert else 0
+
+    @property
+    def stored_params(self) -> int:
+        """Of all experts."""
+        return self.shared_params + sum(self.own_by_expert)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Part":
@@ -74,7 +85,8 @@ class Projection(Part):
         self._shared_bias = out_features if self.bias_kind in ("shared", "once") else 0
         self._own_bias = out_features if self.bias_kind == "per-expert" else 0
         self.shared_params = self._shared_bias + sum(chain.shared_params for chain in self._chains)
-        self.own_params = self._own_bias + sum(chain.own_params for chain in self._chains)
+        each = zip(*(chain.own_by_expert for chain in self._chains), strict=True)
+        self.own_by_expert = tuple(self._own_bias + sum(numbers) for numbers in each)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
@@ -133,18 +145,25 @@ class Projection(Part):
 class Adapter(Part):
     """One small bottleneck per expert behind an FFN that all share: y + gelu(y aux_0[e]) aux_1[e].
 
-    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H).
+    PESC, arXiv 2401.02731. `aux_0` (E, H, r), `aux_1` (E, r, H); of experts that differ in r, vectors, see
+    `split_experts`.
+
+    Attributes:
+        widths: r, of each expert.
     """
 
     behind = True
     shared_params = 0
 
-    def __init__(self, hidden_size: int, size: int, num_experts: int):
+    def __init__(self, hidden_size: int, size: int | list[int], num_experts: int):
         super().__init__()
-        self.hidden_size, self.size = hidden_size, size
-        self.aux_0 = nn.Parameter(torch.empty(num_experts, hidden_size, size))
-        self.aux_1 = nn.Parameter(torch.empty(num_experts, size, hidden_size))
-        self.own_params = 2 * hidden_size * size
+        self.hidden_size = hidden_size
+        self.widths = [size] * num_experts if isinstance(size, int) else size
+        self.differ = len(set(self.widths)) > 1
+        total, r = hidden_size * sum(self.widths), self.widths[0]
+        self.aux_0 = nn.Parameter(torch.empty((total,) if self.differ else (num_experts, hidden_size, r)))
+        self.aux_1 = nn.Parameter(torch.empty((total,) if self.differ else (num_experts, r, hidden_size)))
+        self.own_by_expert = tuple(2 * hidden_size * width for width in self.widths)
 
     @classmethod
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Adapter":
@@ -153,8 +172,20 @@ class Adapter(Part):
     def forward(self, rows: Tensor, picks: Picks) -> Tensor:
         """(N, H) -> (N, H)."""
         picks = Picks(*picks)  # as in a chain
+        if self.differ:
+            return self._run_each(rows, picks)
         inner = F.gelu(picks.right(rows.to(self.aux_0.dtype).unsqueeze(1), self.aux_0))  # (N, 1, r)
         return rows + picks.right(inner, self.aux_1).squeeze(1)
+
+    def _run_each(self, rows: Tensor, picks: Picks) -> Tensor:
+        """The same where experts differ in size."""
+        first = split_experts(self.aux_0, [(self.hidden_size, width) for width in self.widths])
+        second = split_experts(self.aux_1, [(width, self.hidden_size) for width in self.widths])
+
+        def run(part: Tensor, expert: int) -> Tensor:
+            return F.gelu(part @ first[expert]) @ second[expert]
+
+        return rows + run_each(rows.to(self.aux_0.dtype), picks, len(self.widths), run)
 
     def cost(self, work: Work, schedule: str) -> Cost:
         nbytes = work.experts * self.own_params * self.aux_0.itemsize

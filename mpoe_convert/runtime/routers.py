@@ -33,12 +33,13 @@ class Router(Part):
             over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
             down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
+        sizes: of the experts, in means of all, where the balancing loss favours small ones; None: all count
+            alike.
         capacity_factor: in training an expert takes at most this times N / E of the N choices, first
             choices before second, early tokens before late ones; others are dropped. None: no limit.
     """
 
     in_float32 = True
-    own_params = 0
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Router(Part):
         self.combine = "renormalised"
         self.jitter_noise = 0.0
         self.capacity_factor: float | None = None
+        self.sizes: tuple[float, ...] | None = None
         self.by_task = False
         self.register_parameter("tasks", None)
 
@@ -92,7 +94,7 @@ class Router(Part):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = self._logits(x)  # (T, E)
-            routing = Routing(logits, self.select(self, logits, bias))
+            routing = Routing(logits, self.select(self, logits, bias), sizes=self.sizes)
             if not self.training:
                 return routing
             if self.capacity_factor is not None:
@@ -156,10 +158,16 @@ def load_balancing_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     Switch Transformer, arXiv 2101.03961, equations 4-6, counted as transformers counts it, for one layer.
     `mask` (T,) is zero for tokens that do not count.
+
+    Where the routing has sizes, a choice counts by that of its expert: f_e becomes h_e f_e with h_e the
+    expert's size, the mean of all being 1 (the parameter penalty of HMoE, arXiv 2408.10681, in means rather
+    than numbers of parameters). It is least where small experts are preferred.
     """
     num_experts = routing.logits.shape[-1]
     load = routing.choices.load(num_experts, mask)  # (E,)
     per_token = load / (routing.logits.shape[0] if mask is None else mask.sum().clamp(min=1))  # (E,)
+    if routing.sizes is not None:
+        per_token = per_token * per_token.new_tensor(routing.sizes)
     return num_experts * (per_token * _mean(routing.logits.softmax(-1), mask)).sum()
 
 

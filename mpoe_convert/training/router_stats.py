@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,8 @@ class RouterStats:
         num_tokens: how many.
         load: (E,) each expert's share of the choices; sums to one.
         experts_per_token: mean number of experts that a token goes to, without those of --shared-experts.
+        load_by_size: {parameters that an expert owns: share of the choices that fell on such experts}.
+        own_params: mean number of parameters that the chosen experts of a token own together.
         counts: (E + 1,) share of the tokens that go to none, one, ..., all experts; sums to one.
         probability: (E,) mean router probability.
         entropy: of the router's softmax, mean over tokens, in nats; log(E) if the router is indifferent.
@@ -34,8 +36,9 @@ class RouterStats:
         similarity: (E, E) mean cosine between experts' outputs on the same tokens; None if not asked for.
     """
 
-    def __init__(self, num_experts: int):
+    def __init__(self, num_experts: int, sizes: Sequence[int] = ()):
         self.num_tokens = 0.0
+        self._sizes = sizes or [0] * num_experts
         self._choices = torch.zeros(num_experts, dtype=torch.float64)
         self._counts = torch.zeros(num_experts + 1, dtype=torch.float64)
         self._probability = torch.zeros(num_experts, dtype=torch.float64)
@@ -77,6 +80,17 @@ class RouterStats:
         return float(self._choices.sum()) / max(self.num_tokens, 1)
 
     @property
+    def load_by_size(self) -> dict[int, float]:
+        found = dict.fromkeys(sorted(set(self._sizes)), 0.0)
+        for size, share in zip(self._sizes, self.load.tolist(), strict=True):
+            found[size] += share
+        return found
+
+    @property
+    def own_params(self) -> float:
+        return self.experts_per_token * sum(size * share for size, share in self.load_by_size.items())
+
+    @property
     def counts(self) -> Tensor:
         return self._counts / max(self.num_tokens, 1)
 
@@ -107,6 +121,12 @@ class RouterStats:
 def num_routed(ffn: FeedForward) -> int:
     """E: the experts that the router chooses from, without those that every token passes."""
     return ffn.num_experts - len(getattr(ffn, "shared", ()))  # which the code of earlier releases lacks
+
+
+def _sizes(ffn: FeedForward) -> Sequence[int]:
+    """(E,) parameters that each routed expert owns."""
+    each = getattr(ffn, "own_by_expert", None)  # which the code of earlier releases lacks
+    return (each or (int(ffn.own_params),) * ffn.num_experts)[: num_routed(ffn)]
 
 
 def router_stats(
@@ -148,7 +168,7 @@ def router_stats(
 
 @contextmanager
 def _watch(model: MixtureMixin, similarity_tokens: int) -> Iterator[dict[str, RouterStats]]:
-    stats = {path: RouterStats(num_routed(ffn)) for path, ffn in model.mixtures()}
+    stats = {path: RouterStats(num_routed(ffn), _sizes(ffn)) for path, ffn in model.mixtures()}
     calls = {ffn: 0 for _, ffn in model.mixtures()}  # in the pass that is running
     arguments: dict = {}  # of that pass
     names = list(inspect.signature(model.forward).parameters)

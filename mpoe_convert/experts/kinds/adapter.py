@@ -1,7 +1,7 @@
 """Adapter experts (PESC, arXiv 2401.02731): the dense FFN, shared, and a bottleneck per expert behind it.
 
-`--bond-dim` is the adapter's width r: an expert owns 2 r H parameters per FFN. The FFN runs once per token,
-whatever k is.
+`--bond-dim` is the adapter's width r, which may differ from expert to expert: one owns 2 r H parameters per
+FFN. The FFN runs once per token, whatever k is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ... import experts
 from ...errors import RecipeError
 from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
-from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
+from ..matrixwise import build_matrices, describe_matrices, expert_sizes, whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -29,11 +29,12 @@ ABOUT = "the dense FFN, which they share, and behind it a small adapter each (PE
 class Options(experts.Options):
     """Adapters know no bonds; they start equal, whatever the noise."""
 
-    bond_dim: int = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
+    bond_dim: int | str = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
         "bond_dim",
         "Hidden width of an expert's adapter.",
-        expected="a whole number of at least 1, the width of kind adapter",
+        expected="a whole number of at least 1, the width of kind adapter, or one for every expert, such as "
+        "4/4/8/8",
     )
     noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
 
@@ -47,6 +48,9 @@ class Options(experts.Options):
             raise RecipeError(
                 f"{called('bias')} is 'per-expert'; kind adapter shares the whole FFN: expected shared"
             )
+
+    def why_one_size(self, compresses: bool) -> None:
+        return None
 
 
 def terms(
@@ -64,7 +68,9 @@ def fit(target: Target, sites: None, options: Options, generator: Generator) -> 
 def describe(ffn: FFNShape, options: Options) -> Form:
     """See `experts`: the FFN, and adapters of `bond_dim` hidden features behind it."""
     form = describe_matrices(ffn, options, terms)
-    return replace(form, parts=form.parts | {"adapter": options.bond_dim})
+    widths = expert_sizes(options)
+    size = list(widths) if len(set(widths)) > 1 else widths[0]
+    return replace(form, parts=form.parts | {"adapter": size})
 
 
 def build(ffn: Targets, form: Form, options: Options) -> Parts:
@@ -75,6 +81,9 @@ def build(ffn: Targets, form: Form, options: Options) -> Parts:
     import torch
 
     yield from build_matrices(ffn, form, options, fit)
-    hidden, width = ffn.shape.hidden_size, options.bond_dim
-    down = torch.randn((options.experts, hidden, width), generator=ffn.generator("adapter")) / hidden**0.5
-    yield "adapter", {"aux_0": down, "aux_1": torch.zeros(options.experts, width, hidden)}
+    hidden, widths = ffn.shape.hidden_size, expert_sizes(options)
+    down = torch.randn(hidden * sum(widths), generator=ffn.generator("adapter")) / hidden**0.5
+    up = torch.zeros(sum(widths) * hidden)
+    if isinstance(form.parts["adapter"], int):
+        down, up = (part.view(len(widths), rows, -1) for part, rows in ((down, hidden), (up, widths[0])))
+    yield "adapter", {"aux_0": down, "aux_1": up}

@@ -1,7 +1,7 @@
 """Low-rank experts (LoRA, arXiv 2106.09685): the dense matrix, shared, plus a product of two thin ones each.
 
 The control for MPO experts of equal size. `--bond-dim` is the rank r: an expert owns r (in + out) parameters
-per matrix.
+per matrix; ranks may differ from expert to expert.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from ... import experts
 from ...errors import RecipeError, SitesError
 from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
-from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
+from ..matrixwise import (
+    build_matrices,
+    by_expert,
+    describe_matrices,
+    expert_sizes,
+    whole_cores,
+    whole_term,
+)
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -28,11 +35,12 @@ ABOUT = "the dense FFN, which they share, plus a low-rank matrix each (LoRA)"
 class Options(experts.Options):
     """Low-rank experts know no bonds; they start equal, whatever the noise."""
 
-    bond_dim: int = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
+    bond_dim: int | str = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
         "bond_dim",
         "Rank of an expert's two thin matrices.",
-        expected="a whole number of at least 1, the rank of kind low-rank",
+        expected="a whole number of at least 1, the rank of kind low-rank, or one for every expert, such as "
+        "4/4/8/8",
     )
     noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
 
@@ -43,16 +51,21 @@ class Options(experts.Options):
                 "experts share the dense matrices: every token passes them already; expected another kind"
             )
 
+    def why_one_size(self, compresses: bool) -> None:
+        return None
+
 
 def terms(
     rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], None]:
     """See `matrixwise`: the whole matrix, and (in, r) times (r, out) per expert."""
-    own = options.bond_dim
+    ranks = expert_sizes(options)
+    own = max(ranks)
     if own > min(rows, cols):
         raise SitesError(f"the rank ({called('bond_dim')}) is {own}; expected at most {min(rows, cols)}")
     thin = whole_term(rows, cols, own, shared=False)
-    return [whole_term(rows, cols, rank, shared=True), thin], None
+    each = [whole_term(rows, cols, size, shared=False) for size in ranks]
+    return [whole_term(rows, cols, rank, shared=True), by_expert(thin, each)], None
 
 
 def fit(target: Target, sites: None, options: Options, generator: Generator) -> Fitted:
@@ -63,10 +76,12 @@ def fit(target: Target, sites: None, options: Options, generator: Generator) -> 
     import torch
 
     rows, cols = target.matrix.shape
-    shape = (options.experts, 1, rows, 1, options.bond_dim)
-    left = torch.randn(shape, generator=generator).to(target.matrix) / rows**0.5
-    right = target.matrix.new_zeros(options.bond_dim, 1, cols, 1)
-    return Fitted([whole_cores(target), [left, right]])
+    ranks = expert_sizes(options)
+    drawn = torch.randn(rows * sum(ranks), generator=generator).to(target.matrix) / rows**0.5
+    parts = zip(drawn.split([rows * rank for rank in ranks]), ranks, strict=True)
+    lefts = [part.view(1, rows, 1, rank) for part, rank in parts]
+    rights = [target.matrix.new_zeros(rank, 1, cols, 1) for rank in ranks]
+    return Fitted([whole_cores(target), [lefts, rights]])
 
 
 def describe(ffn: FFNShape, options: Options) -> Form:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from ...decomposition.sites import LAYOUTS, MOST_SITES, SVDS
 from ...errors import RecipeError, SitesError
 from ...options import Numbers, again, assigned, called, described, option
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
-from ..matrixwise import build_matrices, describe_matrices, factored
+from ..matrixwise import build_matrices, by_expert, describe_matrices, factored, perturbed
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from ...decomposition.sites import Sites
+    from ...decomposition.sites import Dims, Sites
 
 
 GAUGES = ("canonical", "identity")
@@ -51,7 +52,7 @@ class Options(experts.Options):
         experts.Options,
         "bond_dim",
         "Largest bond dimension, the size that neighbouring cores share: one number, or one per bond, such "
-        "as 12,64,64,16.",
+        "as 12,64,64,16. One per expert for layouts blocks and one-sided.",
     )
     layout: str | None = option(
         default=None,
@@ -117,6 +118,22 @@ class Options(experts.Options):
         layout = self.layout or ("one-sided" if compresses else layout_of(self))
         return {"layout": layout, "sites": num_sites(self, layout)}
 
+    def why_one_size(self, compresses: bool) -> str | None:
+        if compresses:
+            return (
+                f"{called('keep')} or {called('max_error')}, which factor the centre between cores of "
+                f"one size; expected {assigned('kind', 'adapter', 'low-rank')}"
+            )
+        if self.factors is not None or layout_of(self) not in WHOLE_CENTRES:
+            what = assigned("layout", self.layout) if self.factors is None else called("factors")
+            return (
+                f"{what}, by which the centre depends on the bonds, so that experts could not share it; "
+                f"expected {assigned('layout', *WHOLE_CENTRES)}"
+            )
+        if num_sites(self) != 3:
+            return f"{assigned('sites', self.sites)}; expected {assigned('sites', 3)}"
+        return None
+
     def may_truncate(self) -> bool:
         return self.layout == "balanced" or self.factors is not None
 
@@ -145,32 +162,50 @@ def num_sites(options: Options, layout: str | None = None) -> int:
 def terms(
     rows: int, cols: int, options: Options, swapped: bool, rank: int | None = None
 ) -> tuple[list[dict], Sites]:
-    """See `matrixwise`. If `swapped`, explicit factors are read columns first."""
+    """See `matrixwise`. If `swapped`, explicit factors are read columns first.
+
+    Where every expert has a bond dimension, the sites are those of the largest one.
+    """
+    if options.sizes is not None:
+        each = [_choose(rows, cols, options, size) for size in options.sizes]
+        largest = max(each, key=lambda sites: sites.auxiliary_params)
+        return [by_expert(_term(largest), list(map(_term, each)))], largest
     factors = site_layouts.parse_factors(options.factors) if options.factors else None
     if factors and swapped:
         factors = factors[1], factors[0]
-    sites = site_layouts.choose(
-        rows,
-        cols,
-        layout=layout_of(options),
-        num_sites=num_sites(options),
-        bond_dim=options.bond_dim,
-        factors=factors,
-    )
+    assert not isinstance(options.bond_dim, str)
+    sites = _choose(rows, cols, options, options.bond_dim, factors)
     if options.gauge == "identity" and not sites.is_exact:
         raise RecipeError(
             f"the identity gauge needs full bonds {sites.full_bonds}, found {sites.bonds}; expected a larger "
             f"{called('bond_dim')} or {assigned('gauge', 'canonical')}"
         )
-    shape = {
+    shape = _term(sites)
+    return [shape if rank is None else factored(shape, sites.centre, rank)], sites
+
+
+def _choose(
+    rows: int, cols: int, options: Options, bond_dim: int | Dims, factors: tuple[Dims, Dims] | None = None
+) -> Sites:
+    return site_layouts.choose(
+        rows,
+        cols,
+        layout=layout_of(options),
+        num_sites=num_sites(options),
+        bond_dim=bond_dim,
+        factors=factors,
+    )
+
+
+def _term(sites: Sites) -> dict:
+    """The term of a chain over these sites."""
+    term = {
         "in_dims": list(sites.in_dims),
         "out_dims": list(sites.out_dims),
         "bonds": list(sites.bonds),
         "shared": [k == sites.centre for k in range(sites.num_sites)],
     }
-    if sites.untied:
-        shape["untied"] = list(sites.untied)
-    return [shape if rank is None else factored(shape, sites.centre, rank)], sites
+    return term | ({"untied": list(sites.untied)} if sites.untied else {})
 
 
 def fit(target: Target, sites: Sites, options: Options, generator: Generator) -> Fitted:
@@ -182,6 +217,8 @@ def fit(target: Target, sites: Sites, options: Options, generator: Generator) ->
     from ...decomposition.blocks import fit_blocks
     from ...decomposition.mpo import fit as fit_mpo
 
+    if options.sizes is not None:
+        return _fit_sizes(target.matrix, options, generator)
     if sites.untied:
         return Fitted([fit_blocks(target.matrix, sites, target.factors, gauge=options.gauge)])
     decompose = partial(fit_mpo, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge)
@@ -192,6 +229,33 @@ def fit(target: Target, sites: Sites, options: Options, generator: Generator) ->
     mpo = decompose(first @ second)
     left, right = mpo.cores[: sites.centre], mpo.cores[sites.centre + 1 :]
     return Fitted([[*left, *_between(left, first, second, right), *right]])
+
+
+def _fit_sizes(matrix: Tensor, options: Options, generator: Generator) -> Fitted:
+    """Cores of experts that differ in size, around the centre of the chain that fits into all of theirs."""
+    from ...decomposition.sizes import common_sites, widened
+
+    rows, cols = matrix.shape
+    each = [_choose(rows, cols, options, size) for size in options.sizes or ()]
+    small = common_sites(each)
+    cores: list[Tensor | list[Tensor]] = []
+    for k, core in enumerate(_decompose(matrix, small, options)):
+        if k == small.centre:
+            cores.append(core)
+            continue
+        first, *others = (widened(core, k, small, sites) for sites in each)
+        cores.append([first, *(perturbed(other, options.noise, generator) for other in others)])
+    return Fitted([cores])
+
+
+def _decompose(matrix: Tensor, sites: Sites, options: Options) -> Sequence[Tensor]:
+    """The cores of a matrix in a layout that is exact."""
+    from ...decomposition.blocks import fit_blocks
+    from ...decomposition.mpo import fit as fit_mpo
+
+    if sites.untied:
+        return fit_blocks(matrix, sites, gauge=options.gauge)
+    return fit_mpo(matrix, sites=sites, svd=options.svd, seed=options.seed, gauge=options.gauge).cores
 
 
 def _between(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import experts
 from ...errors import RecipeError, SitesError
-from ...options import LARGEST_COUNT, again, assigned, called, described, option
+from ...options import LARGEST_COUNT, Numbers, again, assigned, called, described, option
 from ...runtime.shapes import functions
 from ..ffn import FFNShape, Fitted, Form, Parts, Targets
 from ..matrixwise import whole_term
@@ -42,7 +42,7 @@ class Options(experts.Options):
 
     SIZED_BY = "top_k"
 
-    bond_dim: int = again(  # pyright: ignore[reportIncompatibleVariableOverride]
+    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]
         experts.Options, "bond_dim", "Ignored, an expert has inner size / parts neurons."
     )
     noise: float = again(
@@ -83,6 +83,12 @@ class Options(experts.Options):
 
     def starts_exact(self) -> bool:
         return not self.varies and self.top_k % self.num_parts == 0
+
+    def why_one_size(self, compresses: bool) -> str | None:
+        return (
+            f"{assigned('kind', 'split')}, whose experts have equal parts of the neurons; expected "
+            f"{assigned('kind', 'adapter', 'low-rank', 'mpo')}"
+        )
 
     def takes_activations(self) -> bool:
         return self.num_parts == self.experts and not self.starts_exact()

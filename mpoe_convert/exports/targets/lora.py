@@ -78,9 +78,9 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     model = request.base or str(output / "base")
     names = [f"expert-{expert}" for expert in range(source.num_experts)]
     modules = _modules(source)
-    config = _adapter_config(source, modules, model, request.base_revision)
     parts = [] if request.base else [Part("base", {"config.json": source.config}, base)]
     for expert, name in enumerate(names):
+        config = _adapter_config(source, modules, model, request.base_revision, expert)
         tensors = tuple(_adapter(source, modules, expert))
         parts.append(Part(name, {"adapter_config.json": config}, tensors, adapter=True))
     warnings = ["The routers are not exported: whoever serves the adapters chooses one for each text."]
@@ -171,14 +171,14 @@ def _modules(source: Artifact) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | None) -> dict:
+def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | None, expert: int) -> dict:
     """adapter_config.json. Alpha is the rank: the products are added as they are."""
     from ...source.architecture import main_auto_class
 
     ranks, own_biases = {}, False
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
-            ranks[module] = sum(source.rank(mixture, role) for role in roles)
+            ranks[module] = sum(source.rank(mixture, role, expert) for role in roles)
             own_biases |= mixture.bias_kind(roles[0]) == "per-expert"
     rank = min(ranks.values())
     # A fused projection has twice the rank.
@@ -208,7 +208,7 @@ def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTe
 
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
-            rank = sum(source.rank(mixture, role) for role in roles)
+            rank = sum(source.rank(mixture, role, expert) for role in roles)
             inputs, outputs = mixture.size(roles[0])[0], sum(mixture.size(role)[1] for role in roles)
             dtype = source.dtype(mixture, roles[0])
             key = f"base_model.model.{module}"
