@@ -41,6 +41,8 @@ _MAX_GRAM = 1024
 # squared norm is dropped, or where squares may leave the range of float32, it is computed again
 # from float64 products.
 _SMALL_LOSS = 1e-3
+# From this many rows on eigenvectors are computed in float32, where nothing or much is dropped.
+_LARGE_GRAM = 128
 # Differences are taken in pieces of this many entries, which fit into a core's cache.
 _CACHED = 1 << 17
 _OVERSAMPLING = 16
@@ -253,7 +255,8 @@ def _sweep(
         if products == torch.float32 and not is_reliable(made):
             continue
         norm = made.trace()  # of A, squared
-        found = cores, lost, _ = _tensor_train(_square_root(made), block, _Split("exact", seed))
+        split = _Split("exact", seed, in_float32=products == torch.float32)
+        found = cores, lost, _ = _tensor_train(_square_root(made), block, split)
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
     assert found is not None  # float64 is never skipped
@@ -312,16 +315,17 @@ class _Split:
     slightly larger on a flat spectrum, the worst case, so the smaller unfoldings stay exact.
     """
 
-    def __init__(self, method: str, seed: int) -> None:
+    def __init__(self, method: str, seed: int, in_float32: bool = False) -> None:
         self.method = method
         self.seed = seed
+        self.in_float32 = in_float32  # large eigendecompositions, see `_eigenvectors`
         self.discarded: list[float] = []
 
     def __call__(self, matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, ...]:
         if self._randomized(min(matrix.shape), n_eigenvecs):
             basis, projected, lost = _randomized_split(matrix, n_eigenvecs, self.seed)
         else:
-            basis, lost = _exact_basis(matrix, n_eigenvecs)
+            basis, lost = _exact_basis(matrix, n_eigenvecs, self.in_float32)
             projected = basis.mT @ matrix
         self.discarded.append(lost)
         return basis, torch.ones_like(projected[:, 0]), projected
@@ -332,16 +336,36 @@ class _Split:
         return self.method == "randomized" and rank < side
 
 
-def _exact_basis(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+def _exact_basis(matrix: Tensor, rank: int, in_float32: bool = False) -> tuple[Tensor, float]:
     """Leading left singular vectors (rows, rank); the sum of the other squared singular values."""
     rows, columns = matrix.shape
     if rows > columns:  # the Gram matrix of the short side; Q keeps the long one isometric
         q, r = torch.linalg.qr(matrix)
-        basis, lost = _exact_basis(r, rank)
+        basis, lost = _exact_basis(r, rank, in_float32)
         return q @ basis, lost
-    values, vectors = torch.linalg.eigh(gram(matrix, torch.float64))  # ascending
+    made = gram(matrix, torch.float64)
+    if in_float32 and rows >= _LARGE_GRAM:
+        vectors, lost = _eigenvectors(made, rank)
+        return vectors.to(matrix.dtype), lost
+    values, vectors = torch.linalg.eigh(made)  # ascending
     dropped = values[: rows - rank].clamp(min=0)
     return vectors.flip(1)[:, :rank].to(matrix.dtype).contiguous(), float(dropped.sum())
+
+
+def _eigenvectors(made: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Leading eigenvectors (rows, rank) of a Gram matrix, and the sum of the other eigenvalues; in float64.
+
+    They are computed in float32, which is faster. What counts is done in float64: one step of Newton and
+    Schulz makes them orthonormal, and what they leave out is summed, which is stationary at the true
+    eigenvectors and errs by the second order.
+    """
+    scale = made.diagonal().max().clamp(min=torch.finfo(torch.float32).tiny)
+    vectors = torch.linalg.eigh((made / scale).float()).eigenvectors.flip(1)[:, :rank].double()
+    vectors = 1.5 * vectors - 0.5 * vectors @ (vectors.mT @ vectors)
+    if rank == len(made):
+        return vectors, 0.0
+    kept = (vectors * (made @ vectors)).sum()
+    return vectors.contiguous(), max(float(made.trace() - kept), 0.0)
 
 
 def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:

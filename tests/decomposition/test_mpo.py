@@ -231,6 +231,20 @@ def test_the_gram_shortcut_changes_nothing(monkeypatch, num_sites, limit):
     torch.testing.assert_close(oracle(short.cores), oracle(direct.cores), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("limit", [5, 20, FULL])
+@pytest.mark.parametrize("num_sites", [3, 5])
+def test_eigenvectors_in_float32_lose_no_more(monkeypatch, num_sites, limit):
+    """Isometric, with the error that is said of them, and as near as those in float64."""
+    sites = balanced(96, 144, limit, num_sites)
+    for matrix in (random_matrix(sites, 3).float(), decaying(sites, 0.5).float()):
+        monkeypatch.setattr(mpo, "_LARGE_GRAM", 1)
+        found = fit(matrix, sites)
+        assert_valid(matrix, found)
+        monkeypatch.setattr(mpo, "_LARGE_GRAM", 1000)
+        best = squared_error(matrix, fit(matrix, sites))
+        assert squared_error(matrix, found) <= best * (1 + 1e-5) + 1e-10 * matrix.norm() ** 2
+
+
 @pytest.mark.parametrize(
     "in_dims, out_dims", [((8, 1, 2), (6, 1, 1)), ((2, 1, 8), (1, 1, 6)), ((3, 4, 1, 1, 1),) * 2]
 )
