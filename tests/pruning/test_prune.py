@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Export, Pruning, Recipe, convert, export, prune, verify
 from mpoe_convert.artifact.fingerprint import weights_of
+from mpoe_convert.artifact.layout import register_files
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.compression.batches import make_batches
 from mpoe_convert.errors import CheckpointError, RecipeError
 from mpoe_convert.pruning.held_out import hold_out
 from mpoe_convert.pruning.observe import observe
-from mpoe_convert.pruning.request import WAYS
 
 BASE = {"experts": 4, "bond_dim": 4}
 KINDS = {
@@ -39,6 +39,7 @@ KINDS = {
     "top-p": {"kind": "dense", "select": "top-p", "threshold": 0.6, "top_k": 4},
     "top-any": {"kind": "dense", "select": "top-any", "top_k": 4},
 }
+SLOW = ("two-sided, own biases", "dense", "low-rank", "parts", "top-p")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def made(folder):
     """An artifact of a kind, as after training; made once."""
 
     def make(kind: str):
-        out = folder / kind.replace(" ", "")
+        out = folder / f"of {kind}"
         if not out.exists():
             convert(Recipe(str(folder / "dense"), **BASE | KINDS[kind]), out)
             perturb(out)
@@ -94,7 +95,9 @@ def agree(one, other) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS]
+)
 def test_it_computes_what_it_would_without_the_others(kind, made, folder, tmp_path):
     before, small = made(kind), 4 if "parts" in kind else 3
     smaller = prune(before, tmp_path / "small", asked(folder, small))
@@ -105,8 +108,7 @@ def test_it_computes_what_it_would_without_the_others(kind, made, folder, tmp_pa
     assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
-@pytest.mark.parametrize("by", WAYS)
-def test_a_balancing_bias_goes_with_its_expert(by, made, folder, tmp_path):
+def test_a_balancing_bias_goes_with_its_expert(made, folder, tmp_path):
     out = shutil.copytree(made("dense"), tmp_path / "biased")
     set_options(out, router_balance_bias=True)
     [path] = out.glob("*.safetensors")
@@ -114,7 +116,7 @@ def test_a_balancing_bias_goes_with_its_expert(by, made, folder, tmp_path):
     layers = {name.partition(".router.")[0] for name in tensors if ".router." in name}
     biases = {f"{layer}.balance_bias": torch.randn(4) / 4 for layer in layers}
     save_file(tensors | biases, path, metadata={"format": "pt"})
-    smaller = prune(out, tmp_path / "small", asked(folder, 2, by=by))
+    smaller = prune(out, tmp_path / "small", asked(folder, 2, by="load"))
     agree(logits(load(tmp_path / "small")), logits(never_chosen(load(out), smaller)))
 
 
@@ -171,6 +173,7 @@ def test_reports_and_card_say_what_was_done_and_the_artifact_is_whole(made, fold
     trained = shutil.copytree(made("dense"), tmp_path / "trained")
     report = {"log": [], "evaluation": {"eval_loss": 1.0}, "change": None, "written_step": 4}
     (trained / "training_report.json").write_text(json.dumps(report | weights_of(trained)))
+    register_files(trained, ["training_report.json"])
     smaller = prune(trained, tmp_path / "three", asked(folder, 3))
     again = prune(tmp_path / "three", tmp_path / "two", asked(folder, 2, by="load"))
     assert verify(tmp_path / "two").ok
@@ -195,27 +198,27 @@ def test_reports_and_card_say_what_was_done_and_the_artifact_is_whole(made, fold
     assert back.comparison.relative_difference < 1e-4
 
 
-MIXTURES = {"mixtral": {}, "deepseek_v3": {"n_group": 2, "topk_group": 1}}
+# Changes of the config, and how many experts are left, once or twice.
+MIXTURES = {
+    "mixtral": ({"num_local_experts": 6}, (4, 3)),
+    "deepseek_v3": ({"n_routed_experts": 8, "n_group": 2, "topk_group": 1}, (6,)),
+}
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_mixtures_as_sources_keep_what_the_source_has_of_these_experts(model_type, folder, tmp_path):
     """`verify` compares with the source, cut to the experts that stay; also the second time."""
-    dense = save_mixture(model_type, tmp_path / "dense", **MIXTURES[model_type])
-    save_tokenizer(dense)
-    convert(Recipe(str(dense)), tmp_path / "out")
-    count = open_artifact(str(tmp_path / "out")).num_experts
-    prune(tmp_path / "out", tmp_path / "first", asked(folder, count - 2))
-    if model_type == "mixtral":
-        prune(tmp_path / "first", tmp_path / "second", asked(folder, count - 3, by="load"))
-        last = tmp_path / "second"
-    else:
-        last = tmp_path / "first"
+    changes, numbers = MIXTURES[model_type]
+    save_tokenizer(save_mixture(model_type, tmp_path / "dense", **changes))
+    convert(Recipe(str(tmp_path / "dense")), last := tmp_path / "out")
+    for count in numbers:
+        prune(last, tmp_path / str(count), asked(folder, count, by="load"))
+        last = tmp_path / str(count)
     found = verify(last)
     assert found.ok and found.relative_difference < 1e-4
     report = json.loads((last / "conversion_report.json").read_text())
     layer = report["fewer_experts"]["layers"][0]
-    layer["kept"][0] = next(e for e in range(count) if e not in layer["kept"])
+    layer["kept"][0] = next(expert for expert in range(9) if expert not in layer["kept"])
     (last / "conversion_report.json").write_text(json.dumps(report))
     assert not verify(last).ok
 
@@ -259,11 +262,10 @@ def test_artifacts_whose_experts_all_stay_are_told(made, folder, tmp_path):
 def test_the_command_prints_what_is_left_out_and_the_losses(made, folder, tmp_path):
     args = ["prune", str(made("adapter")), "-o", str(tmp_path / "small"), "--experts", "3", "--by", "load"]
     args += ["--calibrate", str(folder / "text.txt"), "--calibration-tokens", "640"]
-    done = CliRunner().invoke(main, [*args, "--json"])
+    done = CliRunner().invoke(main, args)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["experts"] == 3 and len(found["layers"][0]["kept"]) == 3
-    done = CliRunner().invoke(main, [*args, "--overwrite"])
+    [found] = json.loads((tmp_path / "small/conversion_report.json").read_text())["pruning"]
+    assert (found["experts"], found["text"], len(found["layers"][0]["kept"])) == (3, ["text.txt"], 3)
     before, after = (math.log(found["divergence"][name]) for name in ("dense_perplexity", "perplexity"))
     assert f"{after:.4f} nats per token, {before:.4f} before" in " ".join(done.stdout.split())
     assert "their share of choices" in done.stdout
