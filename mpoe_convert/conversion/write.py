@@ -8,7 +8,7 @@ from pathlib import Path
 from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import GENERATE_FILE, MODELING_FILE
-from ..experts.selection import THRESHOLD, TOP_K
+from ..experts.selection import LIMITED, THRESHOLD
 from ..planning.mixtures import USED, MixturePlan
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
@@ -31,7 +31,7 @@ def _write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
     values = recipe.to_mapping()
     if is_mixture:  # whose other options have no meaning, and are refused
         values = {name: value for name, value in values.items() if name in USED}
-    if recipe.select != TOP_K and "top_k" not in recipe.given:  # no limit, whatever the number of experts
+    if recipe.select in LIMITED and "top_k" not in recipe.given:  # no limit, whatever the number of experts
         values.pop("top_k")
     if recipe.threshold == THRESHOLD:  # what top-p takes anyway, and other selections refuse
         values.pop("threshold")

@@ -102,8 +102,8 @@ class Options(OptionGroup):
     )
     top_k: int = option(
         default=2,
-        help="Experts chosen per token; with another --select the most that are chosen, all if this is not "
-        "given.",
+        help="Experts chosen per token; with --select expert-choice in the mean, with top-p and top-any the "
+        "most that are chosen, all if this is not given.",
         group="Experts",
         at_least=1,
         at_most=LARGEST_COUNT,
@@ -112,7 +112,7 @@ class Options(OptionGroup):
         default=selection.TOP_K,
         help="How many experts a token goes to. top-k: --top-k; top-p: as many as it takes for their "
         "probabilities to reach --threshold (XMoE); top-any: all whose learned thresholds it passes "
-        "(DynMoE).",
+        "(DynMoE); expert-choice: each expert takes its best tokens of a sequence, in encoders.",
         group="Experts",
         choices=selection.SELECTIONS,
     )
@@ -183,12 +183,12 @@ class Options(OptionGroup):
 
     @property
     def varies(self) -> bool:
-        """Whether one token goes to more experts than another."""
-        return self.select != selection.TOP_K
+        """Whether one token goes to more experts than another, at most `top_k`."""
+        return self.select in selection.LIMITED
 
     def routing(self) -> dict[str, Any]:
         """What `config.mpoe` says of the routing beside the number of experts, see `modeling_mpoe`."""
-        found: dict[str, Any] = {"rule": self.select} if self.varies else {}
+        found: dict[str, Any] = {"rule": self.select} if self.select != selection.TOP_K else {}
         if self.threshold is not None:
             found["threshold"] = self.threshold
         return found | ({"shared_experts": self.shared_experts} if self.shared_experts else {})

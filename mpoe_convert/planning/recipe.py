@@ -13,7 +13,7 @@ from ..artifact.rounding import BITS
 from ..devices import DEVICES, is_device
 from ..errors import RecipeError
 from ..experts import KINDS
-from ..experts.selection import TOP_K, TOP_P
+from ..experts.selection import EXPERT_CHOICE, LIMITED, TOP_K, TOP_P
 from ..options import (
     OptionGroup,
     Text,
@@ -260,13 +260,13 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
     def __post_init__(self) -> None:
         if "top_k" not in self.given and self.top_k:  # where the number varies, there is no limit
             default = default_of(by_name(type(self))["top_k"])
-            object.__setattr__(self, "top_k", default if self.select == TOP_K else self.experts)
+            object.__setattr__(self, "top_k", self.experts if self.select in LIMITED else default)
         super().__post_init__()
 
     def read_from_file(self, names: Collection[str]) -> Self:
         """As `Request` says; but a limit of the experts per token stays one."""
         made = super().read_from_file(names)
-        if made.select != TOP_K:
+        if made.select in LIMITED:
             object.__setattr__(made, "given", made.given | (self.given & {"top_k"}))
         return made
 
@@ -302,7 +302,13 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
                 f"{called('threshold')} given with {assigned('select', self.select)}; expected with "
                 f"{assigned('select', TOP_P)} only"
             )
-        if self.select != TOP_K and self.top_k == 1:
+        if self.select == EXPERT_CHOICE and self.kind == "split":
+            raise RecipeError(
+                f"{assigned('select', EXPERT_CHOICE)} with {assigned('kind', 'split')}, of which a token "
+                f"that one expert takes would pass one part; expected another {called('kind')} or "
+                f"{called('select')}"
+            )
+        if self.select in LIMITED and self.top_k == 1:
             raise RecipeError(
                 f"{called('top_k')} is 1 with {assigned('select', self.select)}, whose number of experts per "
                 f"token then never varies; expected at least 2, or {assigned('select', TOP_K)}"

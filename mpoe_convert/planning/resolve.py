@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 from .. import experts
 from ..errors import RecipeError, counted
-from ..experts.selection import THRESHOLD, TOP_P
-from ..options import called
+from ..experts.selection import EXPERT_CHOICE, THRESHOLD, TOP_P
+from ..options import assigned, called
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
@@ -62,6 +62,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
         recipe.check_chains()
     family, found = resolve(checkpoint.architecture, checkpoint.tensors, recipe.ffn)
     chosen = select_ffns(recipe, found)
+    if recipe.select == EXPERT_CHOICE:
+        check_bidirectional(checkpoint, chosen)
     check_alike(checkpoint.architecture, family, chosen)
     converted, told = fit(checkpoint, family, chosen)
     changes = with_fit(recipe, calibrated)
@@ -122,6 +124,27 @@ def select_ffns(recipe: Recipe, found: Sequence[FFN]) -> list[FFN]:
         names = "/".join(map(called, ("layers", "include", "exclude")))
         raise RecipeError(f"{names} leave no FFN to convert; {has}")
     return chosen
+
+
+# A model with one of these heads is an encoder: its tokens see later ones.
+_BIDIRECTIONAL = {"AutoModelForMaskedLM", "AutoModelForImageClassification"}
+
+
+def check_bidirectional(checkpoint: Checkpoint, chosen: Sequence[FFN]) -> None:
+    """Raises RecipeError if an FFN is of a decoder, whose experts cannot choose among all tokens."""
+    config = checkpoint.config
+    if config.get("is_encoder_decoder"):
+        decoders = [ffn.path for ffn in chosen if "decoder" in ffn.path.split(".")]
+        instead = f"leave the decoder dense by {called('exclude')}, or choose another {called('select')}"
+    else:
+        is_encoder = not _BIDIRECTIONAL.isdisjoint(checkpoint.architecture.heads)
+        decoders = [] if is_encoder and not config.get("is_decoder") else [ffn.path for ffn in chosen]
+        instead = f"choose another {called('select')}"
+    if decoders:
+        raise RecipeError(
+            f"{assigned('select', EXPERT_CHOICE)} for '{decoders[0]}', a layer of a decoder, where an expert "
+            f"would choose a token by later ones; {instead}"
+        )
 
 
 def _check_layers(layers: str | None, indices: Sequence[int], has: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choices import Choices, Rule, preferences
+from .choices import Choices, Rule, Sequences, preferences
 from .routers import Router
 from .weights import weigh
 
@@ -49,10 +49,14 @@ def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choice
     return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
 
 
-def _choose_both(select: Rule, router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+def _choose_both(
+    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, sequences: Sequences
+) -> Choices:
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
-    return select(router, strong, bias).followed_by(choose_weakly(router, weak, bias), len(strong))
+    return select(router, strong, bias, sequences.first_half()).followed_by(
+        choose_weakly(router, weak, bias), len(strong)
+    )
 
 
 @contextmanager

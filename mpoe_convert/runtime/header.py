@@ -27,7 +27,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 * One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
   and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
   Rule top-p (XMoE, arXiv 2403.18926) gives it as many as it takes to reach a probability, rule top-any
-  (DynMoE, arXiv 2405.14297) all that it is like enough. Compiled code, whose shapes must not depend on
+  (DynMoE, arXiv 2405.14297) all that it is like enough; by rule expert-choice (arXiv 2202.09368), of
+  encoders, every expert takes its best tokens of a sequence. Compiled code, whose shapes must not depend on
   values, computes `top_k` experts per token, those that are not chosen with the weight zero.
 * Combine weights are the softmax over the chosen logits (of rule top-any, equal) and sum to one: identical
   experts compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds
@@ -37,7 +38,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
     format             version of this block, FORMAT_VERSION
     num_experts
-    top_k              experts per token; with other rules than top-k the most that there may be
+    top_k              experts per token; with rule expert-choice in the mean, with others than top-k the most
+                       that there may be
     rule               name of the selection rule, see `RULES`; "top-k" if it is absent
     threshold          of rule top-p, a probability
     parts              P: expert e holds part e mod P of an FFN's neurons, and the experts' outputs add up;

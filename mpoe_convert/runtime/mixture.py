@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing
+from .choices import DEFAULT_RULE, EXPERT_CHOICE, TOP_ANY, Choices, Routing
 from .config import read_option
 from .costs import mean
 from .mixing import Mixing
@@ -16,6 +16,7 @@ _NO_BIAS = (
     "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts have "
     "thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
 )
+_IS_BALANCED = "{} is set with the rule 'expert-choice', whose load is balanced; leave it out"
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
@@ -78,6 +79,8 @@ class FeedForward(Mixing):
             self.router.sizes = tuple(size / mean(routed) for size in routed)
         if self.rule == TOP_ANY:
             _check_learned_thresholds(config)
+        if self.rule == EXPERT_CHOICE:
+            _check_expert_choice(config)
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -91,10 +94,12 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays.
 
         Raises:
-            ValueError: the rule is top-any.
+            ValueError: the rule is top-any or expert-choice.
         """
         if self.rule == TOP_ANY:
             raise ValueError(_NO_BIAS)
+        if self.rule == EXPERT_CHOICE:
+            raise ValueError(_IS_BALANCED.format("router_bias_update_rate or router_balance_bias"))
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
@@ -108,20 +113,21 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        choices = self._route(tokens).beside(self.shared, tokens.shape[0], self.weight_scale)
+        num_sequences = hidden_states.shape[0] if hidden_states.ndim > 2 else 1  # B
+        choices = self._route(tokens, num_sequences).beside(self.shared, tokens.shape[0], self.weight_scale)
         output = self._mix(tokens, choices).reshape(hidden_states.shape)
         if self.down.bias is not None and self.down.bias_kind == "once":
             output = output + self.down.bias
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _route(self, tokens: Tensor) -> Choices:
-        """The choices for tokens (T, H) that are to be computed."""
+    def _route(self, tokens: Tensor, num_sequences: int) -> Choices:
+        """The choices for tokens (T, H) of B sequences that are to be computed."""
         running = self.router_pass
         if running is not None:
             mask = running.mask(self, len(tokens))  # (T,)
             task = self.task if running.task is None else running.task
-            routing = self.router(tokens, self.balance_bias, mask, task)
+            routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
             return running.add(self, routing, mask, task).served()
         if self.training and not torch.compiler.is_compiling():
             if not in_backward():
@@ -129,9 +135,9 @@ class FeedForward(Mixing):
             elif self.repeatable:
                 # the backward pass repeats the last call first
                 repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task)
+                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
                 return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task).served()
+        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -148,6 +154,24 @@ class FeedForward(Mixing):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         self.balance_bias += rate * (load.mean() - load).sign()
+
+
+def _check_expert_choice(config: PretrainedConfig) -> None:
+    """Raises ValueError for options that have no meaning with rule expert-choice."""
+    if config.router_bias_update_rate or config.router_balance_bias:
+        raise ValueError(_IS_BALANCED.format("router_bias_update_rate or router_balance_bias"))
+    if config.router_capacity_factor is not None:
+        raise ValueError(_IS_BALANCED.format("router_capacity_factor"))
+    if config.router_tasks is not None:
+        raise ValueError(
+            "router_tasks is set with the rule 'expert-choice', whose experts choose among the tokens of a "
+            "sequence, which have one task; leave it out"
+        )
+    if getattr(config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"chunk_size_feed_forward is {config.chunk_size_feed_forward} with the rule 'expert-choice', "
+            "whose experts choose among all tokens of a sequence; expected 0"
+        )
 
 
 def _check_learned_thresholds(config: PretrainedConfig) -> None:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from .chains import Chain
-from .choices import TOP_ANY
+from .choices import EXPERT_CHOICE, TOP_ANY
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
 from .contrast import check_mode, contrasting
 from .experts import MIXTURE, block_class, replace_experts
@@ -287,6 +287,11 @@ class MixtureMixin(_Stock):
             if isinstance(ffn, FeedForward):
                 ffn.configure(config, len(present))
                 ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+                if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
+                    raise ValueError(
+                        f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
+                        "experts would choose a token by later ones; convert with another --select"
+                    )
             else:
                 ffn.configure_schedule(config, len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
@@ -465,7 +470,8 @@ class MixtureMixin(_Stock):
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
         show = config.output_router_logits if show is None else show
-        if not (self.training or show or config.router_tasks is not None or task is not None):
+        in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
+        if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
             return stock(**given)
         mixtures = self.mixtures()
         if any(ffn.router_pass is not None for _, ffn in mixtures):
@@ -476,9 +482,10 @@ class MixtureMixin(_Stock):
         has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
         names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
         coefs = [getattr(config, name) if learns else 0.0 for name in names]
+        coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or task is not None or (learns and config.router_tasks is not None)):
+        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
             return stock(**given)
         if rate:
             self._follow_step()

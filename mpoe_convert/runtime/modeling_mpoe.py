@@ -27,7 +27,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 * One form of decisions. A router returns `Choices`, a list of (token, expert, weight): losses, load, capacity
   and costs are made of it, and a selection rule is one function. Rule top-k gives every token k experts.
   Rule top-p (XMoE, arXiv 2403.18926) gives it as many as it takes to reach a probability, rule top-any
-  (DynMoE, arXiv 2405.14297) all that it is like enough. Compiled code, whose shapes must not depend on
+  (DynMoE, arXiv 2405.14297) all that it is like enough; by rule expert-choice (arXiv 2202.09368), of
+  encoders, every expert takes its best tokens of a sequence. Compiled code, whose shapes must not depend on
   values, computes `top_k` experts per token, those that are not chosen with the weight zero.
 * Combine weights are the softmax over the chosen logits (of rule top-any, equal) and sum to one: identical
   experts compute exactly what the dense FFN computed, whatever the router decides. Where every expert holds
@@ -37,7 +38,8 @@ tested with torch 2.13 and transformers 5.18 and 5.24). What is notable:
 
     format             version of this block, FORMAT_VERSION
     num_experts
-    top_k              experts per token; with other rules than top-k the most that there may be
+    top_k              experts per token; with rule expert-choice in the mean, with others than top-k the most
+                       that there may be
     rule               name of the selection rule, see `RULES`; "top-k" if it is absent
     threshold          of rule top-p, a probability
     parts              P: expert e holds part e mod P of an FFN's neurons, and the experts' outputs add up;
@@ -78,16 +80,17 @@ Contents:
     5. Parts of a mixture: projections, and adapters behind the FFN; the table of what a form may hold
     6. Choices: what a router decides, as a list of (token, expert, weight), and the table of selection rules
     7. Combine weights of experts that were chosen by their logits
-    8. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
-    9. Rule top-k: every token goes to the k experts with the largest logits
-    10. Rule top-p: every token goes to as many experts as it takes to reach a probability
-    11. Routers: which experts a token goes to, and the losses that routers learn from
-    12. Passes: how the routers' losses join the graph of a forward pass, and its outputs
-    13. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
-    14. The mixture: the FFN of several experts with a router of its own
-    15. Experts: what takes the place of the experts of a stock mixture, whose routers stay
-    16. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
-    17. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+    8. Rule expert-choice: every expert takes its best tokens of a sequence
+    9. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+    10. Rule top-k: every token goes to the k experts with the largest logits
+    11. Rule top-p: every token goes to as many experts as it takes to reach a probability
+    12. Routers: which experts a token goes to, and the losses that routers learn from
+    13. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+    14. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+    15. The mixture: the FFN of several experts with a router of its own
+    16. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+    17. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
+    18. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
 import copy
@@ -1386,16 +1389,28 @@ def preferences(logits: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.softmax(-1) + bias.float()
 
 
-Rule = Callable[["Router", Tensor, Tensor | None], Choices]
+class Sequences(NamedTuple):
+    """How T tokens lie in sequences, for rules that choose among the tokens of one."""
+
+    number: int = 1  # B, all of T / B tokens
+    mask: Tensor | None = None  # (T,) zero for padding; None: there is none, or none is known
+
+    def first_half(self) -> "Sequences":
+        """Of the first half of them."""
+        return Sequences(self.number // 2, None if self.mask is None else self.mask.tensor_split(2)[0])
+
+
+Rule = Callable[["Router", Tensor, Tensor | None, Sequences], Choices]
 DEFAULT_RULE = "top-k"
 TOP_ANY = "top-any"  # whose routers have thresholds of their own
+EXPERT_CHOICE = "expert-choice"  # whose experts choose tokens
 RULES: dict[str, Rule] = {}
 
 
 def rule(function: Rule) -> Rule:
     """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
 
-    A rule takes the router, logits (T, E) in float32, and the balancing bias (E,) or None.
+    A rule takes the router, logits (T, E) in float32, the balancing bias (E,) or None, and the sequences.
     """
     RULES[function.__name__.replace("_", "-")] = function
     return function
@@ -1466,11 +1481,58 @@ def _weigh_parts(
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+# 8. Rule expert-choice: every expert takes its best tokens of a sequence
 
 
 @rule
-def top_any(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+def expert_choice(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+    """Every expert takes the C tokens of a sequence whose probabilities of it are largest.
+
+    Expert choice routing, arXiv 2202.09368: C = ceil(n k / E) of n tokens, padding not counted, where
+    k = `router.top_k` is their capacity factor, the experts per token in the mean. With combine "raw" all is
+    as in the paper: the weights are the probabilities, and a token that no expert takes gets nothing. Else
+    the weights are the softmax over the experts that take a token, and one that none takes goes to its best
+    one.
+
+    Args:
+        logits: (T, E).
+        bias: None: the load is balanced.
+    """
+    assert bias is None
+    chosen = taken(logits.detach().softmax(-1), router.top_k, sequences)  # (T, E)
+    if router.combine != "raw":
+        best = torch.zeros_like(chosen).scatter(-1, logits.argmax(-1, keepdim=True), True)
+        chosen = chosen | (best & ~chosen.any(-1, keepdim=True))
+    experts = logits.argsort(-1, descending=True)  # (T, E), the best first
+    chosen, ranked = chosen.gather(-1, experts), logits.gather(-1, experts)
+    return Choices.of_table(
+        experts, weigh(logits, ranked, experts, router.combine, router.parts, chosen), chosen
+    )
+
+
+def taken(probabilities: Tensor, per_token: int, sequences: Sequences) -> Tensor:
+    """(T, E) which tokens the experts take, of probabilities (T, E)."""
+    scores = probabilities.unflatten(0, (sequences.number, -1))  # (B, L, E)
+    length, num_experts = scores.shape[1:]
+    most = min(-(-length * per_token // num_experts), length)  # C of a sequence without padding
+    if sequences.mask is None:
+        index = scores.topk(most, dim=1).indices  # (B, C, E)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, index, True).flatten(0, 1)
+    real = sequences.mask.bool().reshape(sequences.number, length, 1)  # (B, L, 1)
+    index = scores.masked_fill(~real, -1).topk(most, dim=1).indices
+    capacity = (real.sum(1, keepdim=True) * per_token + num_experts - 1) // num_experts  # (B, 1, 1)
+    places = torch.arange(most, device=scores.device).view(1, -1, 1)
+    has_room = (places < capacity).expand_as(index)  # (B, C, E)
+    found = torch.zeros_like(scores, dtype=torch.bool).scatter(1, index, has_room)
+    return (found & real).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. Rule top-any: every token goes to all experts that it is like enough, by learned thresholds
+
+
+@rule
+def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
     """Every expert whose score passes its threshold; the one of the largest score where none does.
 
     At most `router.top_k`: those that pass by the largest margins.
@@ -1529,11 +1591,11 @@ def likeness_loss(rows: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. Rule top-k: every token goes to the k experts with the largest logits
+# 10. Rule top-k: every token goes to the k experts with the largest logits
 
 
 @rule
-def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
     """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
 
     Args:
@@ -1547,11 +1609,11 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 10. Rule top-p: every token goes to as many experts as it takes to reach a probability
+# 11. Rule top-p: every token goes to as many experts as it takes to reach a probability
 
 
 @rule
-def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
     """From the most probable expert on, until they have the probability `router.threshold` together.
 
     XMoE, arXiv 2403.18926: one expert at least, `router.top_k` at most. Its weights are the probabilities
@@ -1571,7 +1633,7 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 11. Routers: which experts a token goes to, and the losses that routers learn from
+# 12. Routers: which experts a token goes to, and the losses that routers learn from
 
 
 class Router(Part):
@@ -1582,7 +1644,8 @@ class Router(Part):
 
     Attributes:
         select: the selection rule.
-        top_k: k, for rules that choose so many experts per token; for others the most that they choose.
+        top_k: k, for rules that choose so many experts per token; for others the most that they choose, for
+            rule expert-choice the mean number.
         threshold: of rule top-p, a probability.
         threshold_bias: (E,) of rule top-any, learned, what the cosine of an expert's row and the input is
             compared with; None with other rules, whose logits are products. (Trainers take what is called a
@@ -1641,6 +1704,7 @@ class Router(Part):
         bias: Tensor | None = None,
         mask: Tensor | None = None,
         task: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> Routing:
         """Decide for tokens (T, H).
 
@@ -1648,6 +1712,7 @@ class Router(Part):
             bias: (E,) for balancing: it changes the selection, not the weights.
             mask: (T,) zero for padding, which takes no room of the capacity.
             task: numbers (B,) or embeddings (B, H) of the tasks of B sequences; one, or one per sequence.
+            num_sequences: B, of which rule expert-choice chooses in each.
         """
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
@@ -1655,7 +1720,8 @@ class Router(Part):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = self._logits(x)  # (T, E)
-            routing = Routing(logits, self.select(self, logits, bias), sizes=self.sizes)
+            choices = self.select(self, logits, bias, Sequences(num_sequences, mask))
+            routing = Routing(logits, choices, sizes=self.sizes)
             if not self.training:
                 return routing
             if self.capacity_factor is not None:
@@ -1751,7 +1817,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 12. Passes: how the routers' losses join the graph of a forward pass, and its outputs
+# 13. Passes: how the routers' losses join the graph of a forward pass, and its outputs
 #
 # The losses join at the combine weights (`_AddGradient`), not at the model's loss: that may be computed
 # outside of the model, and gradient checkpointing throws the graph of a layer away and makes it again.
@@ -2003,7 +2069,7 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 13. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
+# 14. Mixing: what several experts make of tokens, given the choices; schedules and what they cost
 
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -2274,13 +2340,14 @@ def _seconds(cost: Cost) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 14. The mixture: the FFN of several experts with a router of its own
+# 15. The mixture: the FFN of several experts with a router of its own
 
 
 _NO_BIAS = (
     "router_bias_update_rate or router_balance_bias is set with the rule 'top-any', whose experts have "
     "thresholds that are learned; leave it out, and balance by router_aux_loss_coef"
 )
+_IS_BALANCED = "{} is set with the rule 'expert-choice', whose load is balanced; leave it out"
 _REPEATABLE = 256  # calls of one FFN that a backward pass to come may repeat
 
 
@@ -2343,6 +2410,8 @@ class FeedForward(Mixing):
             self.router.sizes = tuple(size / mean(routed) for size in routed)
         if self.rule == TOP_ANY:
             _check_learned_thresholds(config)
+        if self.rule == EXPERT_CHOICE:
+            _check_expert_choice(config)
         self.router.jitter_noise = config.router_jitter_noise
         self.router.capacity_factor = config.router_capacity_factor
         if config.router_tasks is not None:
@@ -2356,10 +2425,12 @@ class FeedForward(Mixing):
         """Let there be a bias (E,), zero at first; one that is there stays.
 
         Raises:
-            ValueError: the rule is top-any.
+            ValueError: the rule is top-any or expert-choice.
         """
         if self.rule == TOP_ANY:
             raise ValueError(_NO_BIAS)
+        if self.rule == EXPERT_CHOICE:
+            raise ValueError(_IS_BALANCED.format("router_bias_update_rate or router_balance_bias"))
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
@@ -2373,20 +2444,21 @@ class FeedForward(Mixing):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        choices = self._route(tokens).beside(self.shared, tokens.shape[0], self.weight_scale)
+        num_sequences = hidden_states.shape[0] if hidden_states.ndim > 2 else 1  # B
+        choices = self._route(tokens, num_sequences).beside(self.shared, tokens.shape[0], self.weight_scale)
         output = self._mix(tokens, choices).reshape(hidden_states.shape)
         if self.down.bias is not None and self.down.bias_kind == "once":
             output = output + self.down.bias
         output = self.outer_dropout(output)
         return output + residual if self.adds_residual else output
 
-    def _route(self, tokens: Tensor) -> Choices:
-        """The choices for tokens (T, H) that are to be computed."""
+    def _route(self, tokens: Tensor, num_sequences: int) -> Choices:
+        """The choices for tokens (T, H) of B sequences that are to be computed."""
         running = self.router_pass
         if running is not None:
             mask = running.mask(self, len(tokens))  # (T,)
             task = self.task if running.task is None else running.task
-            routing = self.router(tokens, self.balance_bias, mask, task)
+            routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
             return running.add(self, routing, mask, task).served()
         if self.training and not torch.compiler.is_compiling():
             if not in_backward():
@@ -2394,9 +2466,9 @@ class FeedForward(Mixing):
             elif self.repeatable:
                 # the backward pass repeats the last call first
                 repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task)
+                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
                 return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task).served()
+        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -2415,6 +2487,24 @@ class FeedForward(Mixing):
         self.balance_bias += rate * (load.mean() - load).sign()
 
 
+def _check_expert_choice(config: PretrainedConfig) -> None:
+    """Raises ValueError for options that have no meaning with rule expert-choice."""
+    if config.router_bias_update_rate or config.router_balance_bias:
+        raise ValueError(_IS_BALANCED.format("router_bias_update_rate or router_balance_bias"))
+    if config.router_capacity_factor is not None:
+        raise ValueError(_IS_BALANCED.format("router_capacity_factor"))
+    if config.router_tasks is not None:
+        raise ValueError(
+            "router_tasks is set with the rule 'expert-choice', whose experts choose among the tokens of a "
+            "sequence, which have one task; leave it out"
+        )
+    if getattr(config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"chunk_size_feed_forward is {config.chunk_size_feed_forward} with the rule 'expert-choice', "
+            "whose experts choose among all tokens of a sequence; expected 0"
+        )
+
+
 def _check_learned_thresholds(config: PretrainedConfig) -> None:
     """Raises ValueError for options that have no meaning with rule top-any."""
     if config.router_combine == "raw":
@@ -2427,7 +2517,7 @@ def _check_learned_thresholds(config: PretrainedConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 15. Experts: what takes the place of the experts of a stock mixture, whose routers stay
+# 16. Experts: what takes the place of the experts of a stock mixture, whose routers stay
 #
 # The stock block of a mixture routes and calls `self.experts(hidden_states, top_k_index, top_k_weights)`, or
 # one of a list after the other: `self.experts[3](rows)`. That module alone is replaced. Ours stands in the
@@ -2587,7 +2677,7 @@ def block_class(stock: type[nn.Module], namespace: dict, experts: str = "experts
 
 
 # ---------------------------------------------------------------------------------------------------
-# 16. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
+# 17. Self-contrast: generation against what weakly chosen experts say (SCMoE, arXiv 2405.14507)
 #
 # With z_strong, the logits of the model, and z_weak, those of the same model when every token goes to one
 # weak expert in every layer, the next token is drawn by
@@ -2625,10 +2715,14 @@ def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choice
     return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
 
 
-def _choose_both(select: Rule, router: Router, logits: Tensor, bias: Tensor | None) -> Choices:
+def _choose_both(
+    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, sequences: Sequences
+) -> Choices:
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
-    return select(router, strong, bias).followed_by(choose_weakly(router, weak, bias), len(strong))
+    return select(router, strong, bias, sequences.first_half()).followed_by(
+        choose_weakly(router, weak, bias), len(strong)
+    )
 
 
 @contextmanager
@@ -2730,7 +2824,7 @@ def _contrast_output(strength: float, module: nn.Module, args: tuple, output: An
 
 
 # ---------------------------------------------------------------------------------------------------
-# 17. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
+# 18. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 
 
 # What `MixtureMixin` is mixed into.
@@ -2986,6 +3080,11 @@ class MixtureMixin(_Stock):
             if isinstance(ffn, FeedForward):
                 ffn.configure(config, len(present))
                 ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+                if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
+                    raise ValueError(
+                        f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
+                        "experts would choose a token by later ones; convert with another --select"
+                    )
             else:
                 ffn.configure_schedule(config, len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
@@ -3164,7 +3263,8 @@ class MixtureMixin(_Stock):
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
         show = config.output_router_logits if show is None else show
-        if not (self.training or show or config.router_tasks is not None or task is not None):
+        in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
+        if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
             return stock(**given)
         mixtures = self.mixtures()
         if any(ffn.router_pass is not None for _, ffn in mixtures):
@@ -3175,9 +3275,10 @@ class MixtureMixin(_Stock):
         has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
         names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
         coefs = [getattr(config, name) if learns else 0.0 for name in names]
+        coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or task is not None or (learns and config.router_tasks is not None)):
+        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
             return stock(**given)
         if rate:
             self._follow_step()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing, find_rule
+from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing, Sequences, find_rule
 from .costs import Cost, Work
 from .header import init
 from .parts import Part
@@ -21,7 +21,8 @@ class Router(Part):
 
     Attributes:
         select: the selection rule.
-        top_k: k, for rules that choose so many experts per token; for others the most that they choose.
+        top_k: k, for rules that choose so many experts per token; for others the most that they choose, for
+            rule expert-choice the mean number.
         threshold: of rule top-p, a probability.
         threshold_bias: (E,) of rule top-any, learned, what the cosine of an expert's row and the input is
             compared with; None with other rules, whose logits are products. (Trainers take what is called a
@@ -80,6 +81,7 @@ class Router(Part):
         bias: Tensor | None = None,
         mask: Tensor | None = None,
         task: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> Routing:
         """Decide for tokens (T, H).
 
@@ -87,6 +89,7 @@ class Router(Part):
             bias: (E,) for balancing: it changes the selection, not the weights.
             mask: (T,) zero for padding, which takes no room of the capacity.
             task: numbers (B,) or embeddings (B, H) of the tasks of B sequences; one, or one per sequence.
+            num_sequences: B, of which rule expert-choice chooses in each.
         """
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
@@ -94,7 +97,8 @@ class Router(Part):
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits = self._logits(x)  # (T, E)
-            routing = Routing(logits, self.select(self, logits, bias), sizes=self.sizes)
+            choices = self.select(self, logits, bias, Sequences(num_sequences, mask))
+            routing = Routing(logits, choices, sizes=self.sizes)
             if not self.training:
                 return routing
             if self.capacity_factor is not None:

@@ -801,7 +801,7 @@ def big_tiny_gpt2(folder: Path, seed: int) -> dict[str, bytes]:
     model = make_model("gpt2", "AutoModelForCausalLM", seed=seed)
     model.resize_token_embeddings(10_000)
     model.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_models_of_the_hub(hub_cli, tmp_path):

@@ -383,7 +383,7 @@ def test_an_output_that_holds_something_is_left_alone(artifact, text, tmp_path):
 
 def test_from_an_artifact_on_the_hub(artifact, text, tmp_path):
     _, out = artifact("gpt2")
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with LoopbackHub() as hub:
         hub.add("me/moe", files)
         variables = environment(tmp_path / "home", hub.endpoint, HF_HUB_OFFLINE="0")

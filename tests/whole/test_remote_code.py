@@ -678,7 +678,7 @@ for source, target in (("o/song", "me/out"), ("o/elsewhere", "me/other")):
 
 def test_models_of_the_hub_with_their_code_there_or_elsewhere(own, tmp_path):
     folder, _ = own("minstrel")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     code = {name: files.pop(name) for name in FILES["minstrel"]}
     pointing = {
         file: re.sub(rb'"(\w+\.Minstrel)', rb'"o/code--\1', files[file])

@@ -75,10 +75,16 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
 def _check(source: Artifact) -> None:
     import torch
 
-    from ...runtime.modeling_mpoe import FeedForward
+    from ...runtime.modeling_mpoe import EXPERT_CHOICE, FeedForward
 
     if source.options["router_tasks"] is not None:
         raise ExportError("routers that choose by task take task_ids, for which the graph has no input")
+    if source.rule == EXPERT_CHOICE:
+        raise ExportError(
+            f"the experts of '{source.checkpoint.source}' take more tokens of a longer sequence (selection "
+            f"rule {EXPERT_CHOICE}), and the graph has one number for all; {assigned('to', 'dense')} writes "
+            "a stock model"
+        )
     for mixture in {id(mixture.form): mixture for mixture in source.mixtures}.values():
         with torch.device("meta"):
             ffn = FeedForward.from_block(mixture.form, source.checkpoint.config["mpoe"]).eval()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..choices import Choices, preferences, rule
+from ..choices import Choices, Sequences, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @rule
-def top_k(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
     """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
 
     Args:

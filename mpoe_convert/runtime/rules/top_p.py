@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choices import Choices, preferences, rule
+from ..choices import Choices, Sequences, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @rule
-def top_p(router: "Router", logits: Tensor, bias: Tensor | None) -> Choices:
+def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
     """From the most probable expert on, until they have the probability `router.threshold` together.
 
     XMoE, arXiv 2403.18926: one expert at least, `router.top_k` at most. Its weights are the probabilities
