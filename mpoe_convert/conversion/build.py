@@ -126,6 +126,7 @@ def finish_projection(
         unrounded.append(
             [(core[0] if isinstance(core, list) or core.ndim == 5 else core).to(device) for core in cores]
         )
+        unrounded[-1] = _of_expert(unrounded[-1], term, 0)
         exact.append([])
         clone.append([])
         for name, core, shared in zip(functions().name_cores(term), cores, term["shared"], strict=True):
@@ -141,6 +142,7 @@ def finish_projection(
             exact[-1].append(both[0])
             clone[-1].append(both[1])
             tensors[f"terms.{number}.{name}"] = _as_stored(core).cpu()
+        exact[-1], clone[-1] = _of_expert(exact[-1], term, 0), _of_expert(clone[-1], term, 1)
     if plan.spec["bias"] is not None:
         bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
         tensors["bias"] = (
@@ -249,6 +251,12 @@ def _as_stored(core: Tensor | list[Tensor]) -> Tensor:
         return torch.cat([matrix.flatten() for matrix in matrices]) if differ else torch.stack(matrices)
     l, i, o, r = core.shape[-4:]  # noqa: E741  (bond names)
     return core.reshape(*core.shape[:-4], *functions().matrix_shape((l, i, o, r)))
+
+
+def _of_expert(cores: list[Tensor], term: dict, expert: int) -> list[Tensor]:
+    """The cores of one expert, what all share in the shape that it has there."""
+    shapes = functions().chain_shapes(functions().term_of(term, expert))
+    return [core.reshape(shape) for core, shape in zip(cores, shapes, strict=True)]
 
 
 def _copies(plan: MatrixPlan, expert: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from mpoe_convert.decomposition.mpo import fit
 from mpoe_convert.decomposition.sites import Sites
 from mpoe_convert.decomposition.sizes import common_sites, widened
 from mpoe_convert.errors import RecipeError, SitesError
-from mpoe_convert.experts.ffn import FFNShape, MatrixShape
+from mpoe_convert.experts.ffn import FFNShape, MatrixShape, Target
 from mpoe_convert.runtime.modeling_mpoe import (
     Choices,
     FeedForward,
@@ -30,7 +30,7 @@ from mpoe_convert.runtime.modeling_mpoe import (
 from mpoe_convert.source.json_files import read_json_object
 
 H, INNER = 8, 24
-SIZES = {"low-rank": (1, 2, 2, 5), "adapter": (3, 1, 3, 2), "blocks": (2, 8, 4, 2), "one-sided": (2, 4, 8, 4)}
+SIZES = {"low-rank": (1, 2, 2, 5), "adapter": (3, 1, 3, 2), "blocks": (8, 2, 4, 2), "one-sided": (4, 2, 8, 4)}
 KINDS = list(SIZES)
 
 
@@ -144,7 +144,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, selection):
         torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["blocks", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "blocks")]
+)
 def test_compiled_code_computes_the_same(kind):
     ffn = feed_forward(kind).eval()
     tokens = torch.randn(5, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -221,7 +223,7 @@ def test_what_several_sizes_have_in_common():
 # Whole models
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_as_the_dense_model(kind, model_type, artifact):
     dense, out = artifact(model_type, **recipe(kind), noise=0.0)
@@ -263,12 +265,18 @@ def trained(artifact, tmp_path_factory):
     return found
 
 
-def test_what_is_saved_loads_without_this_package(trained, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_loads(kind, trained):
+    dense, folder, expected = trained[kind]
+    _, model = load_pair(dense, folder, "AutoModelForCausalLM")
+    torch.testing.assert_close(logits(model, "llama"), expected)
+
+
+@pytest.mark.slow
+def test_it_loads_without_this_package(trained, tmp_path):
     cases = {}
-    for kind, (dense, folder, expected) in trained.items():
-        _, model = load_pair(dense, folder, "AutoModelForCausalLM")
-        torch.testing.assert_close(logits(model, "llama"), expected)
-        inputs = make_inputs(model, "AutoModelForCausalLM")
+    for kind, (_, folder, _) in trained.items():
+        inputs = make_inputs(load(folder, "llama"), "AutoModelForCausalLM")
         cases[kind] = {
             "auto_class": "AutoModelForCausalLM",
             "folder": str(folder),
@@ -348,14 +356,26 @@ def test_sizes_are_counted_unless_they_are_alike_or_the_config_says_no(artifact)
     assert model.mixtures()[0][1].router.sizes == pytest.approx([0.4, 0.8, 0.8, 2.0])
     plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, router_size_penalty=False)
     assert plain.mixtures()[0][1].router.sizes is None
-    _, equal = artifact("llama", kind="low-rank", experts=4, bond_dim="2/2/2/2", noise=0.0)
-    _, usual = artifact("llama", kind="low-rank", experts=4, bond_dim=2, noise=0.0)
-    assert load(equal, "llama").mixtures()[0][1].router.sizes is None
-    same, tensors = stored(equal), stored(usual)
-    assert same.keys() == tensors.keys() and all(torch.equal(same[n], tensors[n]) for n in same)
 
 
-@pytest.mark.parametrize("shows", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_sizes_are_one_size(kind):
+    """The same form, and the same numbers."""
+    shape = FFNShape("h.0.mlp", {"up": MatrixShape(H, INNER, has_bias=False)})
+    module, target = experts.load(recipe(kind)["kind"]), Target(torch.randn(H, INNER, dtype=torch.float64))
+    found = []
+    for bond_dim in ("4/4/4/4", 4):
+        options = Recipe("gpt2", **recipe(kind) | {"bond_dim": bond_dim, "noise": 0.0}).own_options
+        form = module.describe(shape, options)
+        cores = module.fit(target, form.sites.get("up"), options, torch.Generator().manual_seed(0)).terms[-1]
+        firsts = [core[0] if isinstance(core, list) or core.ndim == 5 else core for core in cores]
+        found.append((form.parts, firsts))
+    assert found[0][0] == found[1][0]
+    for core, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(core, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shows", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_comes_to_prefer_small_experts(shows, artifact):
     """With the penalty, and not without it; in either way in which the loss reaches a training loop."""
     _, out = artifact("gpt2", kind="low-rank", experts=4, bond_dim="1/6/6/1", noise=0.0)
@@ -366,7 +386,7 @@ def test_training_comes_to_prefer_small_experts(shows, artifact):
         routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
         for block in model.transformer.h:  # what all tokens have in common, as in a trained model
             torch.nn.init.ones_(block.ln_2.bias)
-        optimizer = torch.optim.Adam(routers, lr=0.01)
+        optimizer = torch.optim.Adam(routers, lr=0.02)
         for step in range(30):
             ids = token_ids(4, 16, seed=step)
             model(ids, labels=ids).loss.backward()
@@ -376,7 +396,7 @@ def test_training_comes_to_prefer_small_experts(shows, artifact):
             model(token_ids(8, 16, seed=99))
         load_ = torch.stack([each.load for each in stats.values()]).mean(0)
         shares[penalty] = float(load_[0] + load_[3])
-    assert shares[True] > 0.8 and 0.35 < shares[False] < 0.65, shares
+    assert shares[True] > 0.8 and 0.3 < shares[False] < 0.7, shares
 
 
 # ---------------------------------------------------------------------------------------------------

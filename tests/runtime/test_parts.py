@@ -20,7 +20,7 @@ class Scale(Part):
         super().__init__()
         self.own = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.shared = nn.Parameter(torch.empty(hidden_size))
-        self.shared_params = self.own_params = hidden_size
+        self.shared_params, self.own_by_expert = hidden_size, (hidden_size,) * num_experts
         self.start = start
 
     @classmethod
