@@ -64,6 +64,7 @@ from mpoe_convert.decomposition.stack_choices import StackChoices, stack_choices
 from mpoe_convert.decomposition.stack_fit import StackFit, fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack, expand, side_spectra
 from mpoe_convert.decomposition.stacks import FORMS, ranks_within
+from mpoe_convert.ranks import ALONE
 from mpoe_convert.source.mixtures import sources_of
 
 SHARES = (0.8, 0.6, 0.4, 0.2)
@@ -152,8 +153,8 @@ class Source:
             roles = sources_of(module, path)
             matrices = [SimpleNamespace(role=role) for role in roles]
             ffns.append(SimpleNamespace(ffn=SimpleNamespace(path=path, projections=roles), matrices=matrices))
-        plan = SimpleNamespace(ffns=ffns)
-        run = SimpleNamespace(plan=plan, fitted_to=split(self.batches)[0], is_causal=True)
+        plan = SimpleNamespace(ffns=ffns, family=None)
+        run = SimpleNamespace(plan=plan, fitted_to=split(self.batches)[0], is_causal=True, ranks=ALONE)
         return expert_sensitivities(run, self.model, self.modules, lambda *_: None)
 
     def choices(self, kept: float) -> dict[tuple[str, str], StackChoices]:

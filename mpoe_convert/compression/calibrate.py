@@ -163,7 +163,11 @@ def check_scored(run: DenseRun) -> None:
 def _check_enough(run: DenseRun) -> None:
     """A moment of n features needs n tokens, and one batch has to be held out."""
     check_scored(run)
-    needed = max(m.rows if observed_side(m) == "in" else m.cols for m in run.plan.matrices)
+    check_spans(run, max(m.rows if observed_side(m) == "in" else m.cols for m in run.plan.matrices))
+
+
+def check_spans(run: DenseRun, needed: int) -> None:
+    """Raises DataError if there are fewer tokens to fit to than features."""
     seen = num_tokens(run.fitted_to)
     if seen is not None and seen < needed:
         raise DataError(

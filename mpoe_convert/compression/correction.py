@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.folder import TemporaryFolder
-from ..decomposition.low_rank import factor, thin_side
+from ..decomposition.low_rank import factor, root, thin_side
 from ..errors import DataError, RecipeError
 from ..options import called
 from ..planning.plan import FFNPlan, MatrixPlan
@@ -123,10 +123,11 @@ class _LeastSquares:
     def solve(self) -> dict[str, Tensor]:
         """W' of each, in float64. The ridge is added to the moment for good."""
         level = RIDGE * float(self.gram.diagonal().mean())
-        self.gram.diagonal().add_(level if level > 0 else 1.0)
-        root = torch.linalg.cholesky(self.gram)
+        ridge = level if level > 0 else 1.0
+        self.gram.diagonal().add_(ridge)
+        half = root(self.gram, ridge)
         return {
-            name: torch.cholesky_solve(self.targets[name] + level * weight.double(), root)
+            name: torch.cholesky_solve(self.targets[name] + level * weight.double(), half)
             for name, weight in self.weights.items()
         }
 

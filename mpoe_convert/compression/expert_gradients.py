@@ -28,7 +28,14 @@ from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
 from .expert_moments import _project, expert_outputs
 from .fisher import run_backward
-from .named_experts import as_marked, first_input, watch_gradients
+from .named_experts import (
+    ExpertCall,
+    as_marked,
+    combine_weights,
+    first_input,
+    watch_calls,
+    watch_gradients,
+)
 from .stream import check_activations
 
 if TYPE_CHECKING:
@@ -94,6 +101,7 @@ class _Squares:
         self.combine: list[float] = []
         self.squares: dict[str, list[float]] = {matrix.role: [] for matrix in ffn.matrices}
         self.tokens = 0
+        self.calls: list[ExpertCall] = []  # of the experts of a list, in the pass that runs
 
     def handles(self, module: nn.Module) -> Iterator[Any]:
         """Hooks by which the sums grow."""
@@ -102,19 +110,30 @@ class _Squares:
             return
         path = next(path for path, each in self.model.named_modules() if each is module)
         block = self.model.get_submodule(path.rpartition(".")[0])
-        yield block.register_forward_pre_hook(self._count, with_kwargs=True)
+        yield block.register_forward_hook(self._weigh, with_kwargs=True)
+        yield from watch_calls(module, self.layout, self.calls.append, apart=False)
         yield from watch_gradients(module, self.layout, self._add_rows)
 
-    def _count(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        """The tokens of a block with a list of experts."""
+    def _weigh(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Behind a block with a list of experts: its tokens, and the squares of their combine weights."""
         x = first_input(args, kwargs)
-        self.tokens += x.numel() // x.shape[-1]
+        counted = self._counted(x.reshape(-1, x.shape[-1]))
+        self.tokens += int(counted.sum())
+        y = output[0] if isinstance(output, tuple) else output
+        scales = combine_weights(y, self.calls, counted)
+        self.combine += [float(scale.double().square().sum()) for scale in scales]
+        self.calls.clear()
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """(tokens,) which of the tokens (tokens, d) are no padding."""
+        mask = token_mask(self.model, self.batch, decoder=".decoder." in f".{self.ffn.ffn.path}.")
+        if mask is None or mask.numel() != len(x):
+            return x.new_ones(len(x), dtype=torch.bool)
+        return mask.reshape(-1).bool().to(x.device)
 
     def _add_rows(self, role: str, gradient: Tensor) -> None:
-        """The gradients (n, out) at what a projection of a list's experts gives; each row has weight one."""
+        """The gradients (n, out) at what a projection of a list's experts gives, combine weight included."""
         self.squares[role].append(float(gradient.float().square().mean(1).sum()))
-        if role == "down":
-            self.combine.append(len(gradient))
 
     def watch(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).args
@@ -140,11 +159,8 @@ class _Squares:
 
     def _add(self, x: Tensor, experts: Tensor, weights: Tensor, gradient: Tensor) -> None:
         """x and gradient (tokens, d), experts and weights (tokens, k)."""
-        decoder = ".decoder." in f".{self.ffn.ffn.path}."
-        mask = token_mask(self.model, self.batch, decoder=decoder)
-        if mask is not None and mask.numel() == len(x):
-            kept = mask.reshape(-1).bool().to(x.device)
-            x, experts, weights, gradient = (t[kept] for t in (x, experts, weights, gradient))
+        kept = self._counted(x)
+        x, experts, weights, gradient = (t[kept] for t in (x, experts, weights, gradient))
         self.tokens += len(x)
         for expert in experts.unique().tolist():
             rows, places = (experts == expert).nonzero(as_tuple=True)

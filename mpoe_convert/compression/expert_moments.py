@@ -30,7 +30,7 @@ from ..ranks import ALONE, Ranks
 from ..source.expert_layout import Layout
 from .batches import Batch, is_held_out, share_of, token_mask
 from .lockstep import Lockstep
-from .named_experts import as_marked, first_input, watch_inputs
+from .named_experts import ExpertCall, as_marked, combine_weights, first_input, watch_calls
 from .stream import check_activations, run_batch
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _watched(walk: _Walk, modules: dict[str, nn.Module]) -> Iterator[None]:
         block = walk.model.get_submodule(path.rpartition(".")[0])
         handles.append(block.register_forward_pre_hook(partial(walk.enter, path, module), with_kwargs=True))
         handles.append(block.register_forward_hook(partial(walk.leave, path)))
-        handles += watch_inputs(module, walk.layout, walk.see)
+        handles += watch_calls(module, walk.layout, walk.calls.append, apart=True)
     try:
         yield
     finally:
@@ -246,6 +246,7 @@ class _Walk:
         self.make = _MomentSums if moments else _Sums
         self.lockstep = Lockstep()
         self.path, self.sums = "", None
+        self.calls: list[ExpertCall] = []  # of the experts of a list, in the block that runs
         self.calls_left = [count] * len(self.own)
 
     def wait(self, *_: object) -> None:
@@ -289,17 +290,24 @@ class _Walk:
         x = first_input(args, kwargs)
         if self.sums is None:
             self.path, self.sums = path, self.make(*self.layout.size(experts), x.device)
-        if self._counts:
-            self.sums.total += x.numel() // x.shape[-1]
+        self.calls.clear()
+        self.counted = self._counted(x.reshape(-1, x.shape[-1]))
+        self.sums.total += int(self.counted.sum())
+        torch.set_grad_enabled(True)
 
-    def see(self, expert: int, role: str, rows: Tensor) -> None:
-        """What gate and up ("up"), or down, of one expert of a list get (n, in)."""
-        if self.sums is not None and self._counts:
-            self.sums.add_rows(expert, role, rows)
-
-    def leave(self, path: str, block: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+    def leave(self, path: str, block: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         """Behind a block with a list of experts."""
-        self._leave(path, output[0] if isinstance(output, tuple) else output)
+        y = output[0] if isinstance(output, tuple) else output
+        scales = combine_weights(y, self.calls, self.counted)
+        torch.set_grad_enabled(False)
+        if self.sums is not None:
+            for call, scale in zip(self.calls, scales, strict=True):
+                self.sums.add_call(call, scale)
+        self.calls.clear()
+        self._leave(path, y.detach())
+        if isinstance(output, tuple):
+            return tuple(each.detach() if isinstance(each, Tensor) else each for each in output)
+        return output.detach()
 
     @property
     def _number(self) -> int:
@@ -363,9 +371,14 @@ class _Sums:
     def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
         """Of an expert's rows: inputs (n, in), hidden neurons (n, inner), weights (n, 1), 0: not counted."""
 
-    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
-        """What one expert's gate and up ("up"), or down, of a list get (n, in), each row with weight one."""
-        self.tokens[expert] += len(rows) if role == "down" else 0
+    def add_call(self, call: ExpertCall, scale: Tensor) -> None:
+        """Add a call of an expert of a list, with the weights of its rows (n, 1), 0: not counted."""
+        if not (chosen := int((scale != 0).sum())):
+            return
+        self.tokens[call.expert] += chosen
+        norms = (call.output.detach().flatten(0, -2).float() * scale).norm(dim=-1)
+        self.saliency[call.expert] += float(norms.sum())
+        self.note(call.expert, call.inputs, call.inner, scale)
 
     def finish(self, ranks: Ranks) -> ExpertScores | None:
         """What all processes have; None in others than the first."""
@@ -390,10 +403,6 @@ class _MomentSums(_Sums):
     def note(self, expert: int, x: Tensor, inner: Tensor, scale: Tensor) -> None:
         add_gram(self.inputs[expert], x.float() * scale)
         add_gram(self.inner[expert], inner.float() * scale)
-
-    def add_rows(self, expert: int, role: str, rows: Tensor) -> None:
-        super().add_rows(expert, role, rows)
-        add_gram((self.inner if role == "down" else self.inputs)[expert], rows.float())
 
     def finish(self, ranks: Ranks) -> ExpertMoments | None:
         found = self._added_up(ranks, inputs=self.inputs, inner=self.inner)

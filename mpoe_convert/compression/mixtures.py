@@ -13,7 +13,7 @@ import torch
 
 from ..decomposition.stack_choices import stack_choices
 from ..decomposition.stacks import FORMS, count_stack, ranks_within
-from ..errors import CheckpointError, DataError, RecipeError, counted
+from ..errors import CheckpointError, RecipeError, counted
 from ..options import assigned, called
 from ..planning.fewer_experts import FewerExperts, by_size
 from ..planning.mixtures import (
@@ -24,6 +24,7 @@ from ..planning.mixtures import (
     plan_mixture,
     resolve_mixture,
 )
+from ..planning.plan import MatrixPlan
 from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
 from ..ranks import ALONE, Ranks
@@ -33,7 +34,7 @@ from ..source.mixtures import Located, MixtureFamily, locate_experts, read_stack
 from ..source.pruned import with_experts
 from . import dense_run
 from .batches import Batch
-from .calibrate import gradient_dtype
+from .calibrate import check_spans, gradient_dtype
 from .moment_cache import Calibration
 from .prepare import Prepared, Progress, _device, _labelled, _open_run
 from .pruning import scored_layer
@@ -101,7 +102,8 @@ def prepare_mixture(
     if calibrated:
         source_plan = whole if fewer is None else _source_plan(recipe, checkpoint, fewer)
         run = _open_run(source_plan, resolved.recipe, checkpoint, batches, token, ranks)
-        _check_unpadded(run)
+        if recipe.keep is not None:
+            check_spans(run, max(_distinct_rows(matrix, resolved.recipe.top_k) for matrix in whole.matrices))
         calibration = _calibrated(run, resolved.recipe, _labelled(report, "calibrating"))
     if calibration is not None and fewer is not None:
         located = locate_experts(checkpoint, recipe.experts_at)
@@ -121,16 +123,9 @@ def prepare_mixture(
     return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
 
 
-def _check_unpadded(run: dense_run.DenseRun) -> None:
-    """Raises DataError for padding where the experts of a list are calibrated, which see no mask."""
-    layout = _family(run).layout
-    masks = [batch["attention_mask"] for batch in run.batches if "attention_mask" in batch]
-    padded = not all(bool(mask.all()) for mask in masks)
-    if layout is not None and layout.listed and padded:
-        raise DataError(
-            "calibration batches are padded, and experts of a list are not told which tokens are padding; "
-            "expected batches without it, such as examples of one length each"
-        )
+def _distinct_rows(matrix: MatrixPlan, top_k: int) -> int:
+    """How many tokens bring as many different inputs to the experts of a layer as a matrix has features."""
+    return ceil(matrix.rows / top_k) if matrix.role == "down" else matrix.rows
 
 
 def _check_calibrated(recipe: Recipe, fewer: FewerExperts | None, calibrated: bool, only_plan: bool) -> None:

@@ -1,12 +1,14 @@
 """Experts that were named by hand, in calibration: those of one tensor per projection, and those of a list.
 
 The first are read like those that transformers marks. Of a list, each expert runs as the stock code calls it,
-and what its linear layers get is looked at; the combine weights are not seen there and count as one.
+and what its linear layers get is looked at. The block's output is a sum of what its experts give, each row
+times its combine weight: the weights are the derivatives of that output by what the experts give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,18 +92,81 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
 
 
-def watch_inputs(
-    experts: nn.Module, layout: Layout, see: Callable[[int, str, Tensor], None]
+@dataclass(frozen=True, eq=False)
+class ExpertCall:
+    """One call of an expert of a list.
+
+    Attributes:
+        expert: its number.
+        inputs: (n, in), of gate and up.
+        inner: (n, inner), of down.
+        output: (n, in), what the block goes on with.
+    """
+
+    expert: int
+    inputs: Tensor
+    inner: Tensor
+    output: Tensor
+
+
+def watch_calls(
+    experts: nn.Module, layout: Layout, see: Callable[[ExpertCall], None], *, apart: bool
 ) -> Iterator[RemovableHandle]:
-    """Let `see(expert, role, rows)` be called with what "up" and "down" of a list's experts get."""
+    """Let `see` be called with every call of a list's experts.
 
-    def before(number: int, role: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    Args:
+        apart: the experts run without gradients, and their blocks with; what an expert gives begins a graph.
+    """
+    rows: dict[str, Tensor] = {}
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        torch.set_grad_enabled(False)
+
+    def before(role: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_input(args, kwargs)
-        see(number, role, x.reshape(-1, x.shape[-1]))
+        rows[role] = x.detach().reshape(-1, x.shape[-1])
 
-    for number, role, linear in linear_layers(experts, layout):
+    def behind(number: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if apart:
+            torch.set_grad_enabled(True)
+        output = output.detach().requires_grad_(True) if apart else output.clone()
+        see(ExpertCall(number, rows["up"], rows["down"], output))
+        return output.clone()  # which the block may change in place
+
+    for number, expert in enumerate(listed_experts(experts)):
+        if apart:
+            yield expert.register_forward_pre_hook(begin)
+        yield expert.register_forward_hook(partial(behind, number))
+    for _, role, linear in linear_layers(experts, layout):
         if role in ("up", "down"):
-            yield linear.register_forward_pre_hook(partial(before, number, role), with_kwargs=True)
+            yield linear.register_forward_pre_hook(partial(before, role), with_kwargs=True)
+
+
+def combine_weights(block_output: Tensor, calls: Sequence[ExpertCall], counted: Tensor) -> list[Tensor]:
+    """Per call (n, 1) in float32: what the block multiplies each row by; 0 for tokens that do not count.
+
+    A layer that goes on with what its block gives, and is no sum any more, counts every row as one.
+
+    Args:
+        block_output: (..., in), of a graph that has the calls' outputs.
+        counted: (tokens,) bool.
+    """
+    if not calls:
+        return []
+    weigh = counted.reshape(*block_output.shape[:-1], 1).to(block_output).expand_as(block_output)
+    outputs = [call.output for call in calls]
+    found = torch.autograd.grad(block_output, outputs, weigh, retain_graph=True, allow_unused=True)
+    pairs = zip(found, outputs, strict=True)
+    return [_per_row(torch.zeros_like(y) if slope is None else slope) for slope, y in pairs]
+
+
+def _per_row(slope: Tensor) -> Tensor:
+    """(n, 1) of derivatives (..., in), whose entries are the same in each row of a sum."""
+    slope = slope.detach().float().reshape(-1, slope.shape[-1])
+    mean = slope.mean(-1, keepdim=True)
+    if torch.allclose(slope, mean, rtol=0.05, atol=1e-6):
+        return mean
+    return (slope != 0).any(-1, keepdim=True).float()
 
 
 def watch_gradients(

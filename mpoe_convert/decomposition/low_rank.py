@@ -109,15 +109,22 @@ def _importance(matrix: Tensor, metric: Metric, exact: bool) -> tuple[Tensor | N
 def _root(moment: Tensor) -> Tensor:
     """R with R R^T = the moment plus a ridge; the identity for a zero moment."""
     level = float(moment.diagonal().mean()) * RIDGE
-    if level <= 0:
-        return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    ridge = level * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    root, failed = torch.linalg.cholesky_ex(moment + ridge)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return root(moment + level * identity, level) if level > 0 else identity
+
+
+def root(moment: Tensor, least: float) -> Tensor:
+    """L, lower triangular, with L L^T = a positive definite moment (n, n).
+
+    Sums in float32 of inputs that span few dimensions, and are large there, have eigenvalues that rounding
+    made negative. Then those below `least` count as `least`, which is above zero.
+    """
+    found, failed = torch.linalg.cholesky_ex(moment)
     if not failed:
-        return root
-    # Rounding left eigenvalues below -level: the inputs span fewer dimensions, and some are very large.
+        return found
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp(min=level).sqrt()
+    half = vectors * values.clamp(min=least).sqrt()
+    return torch.linalg.qr(half.mT).R.mT.contiguous()
 
 
 def _share_evenly(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

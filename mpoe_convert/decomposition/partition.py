@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .neuron_order import bisection
+from .stack_metric import solve
 
 # Rounds of k-means; it ends earlier where no neuron changes its part.
 ROUNDS = 20
@@ -70,7 +71,7 @@ def fitted_rows(inputs: Tensor, sizes: Tensor) -> Tensor:
     moment, target = inputs.mT @ inputs, inputs.mT @ sizes
     level = RIDGE * moment.diagonal().mean()
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve(moment + level * identity, target).mT
+    return solve(moment + level * identity, target).mT.to(inputs)
 
 
 def contributions(inner: Tensor, down: Tensor, parts: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Bases(Shared):
     def __init__(self, stack: Stack, rank: int, right: Tensor | None, experts: list[int]) -> None:
         super().__init__(stack, experts)
         self.right = right
-        root = torch.linalg.cholesky(stack.mean_moment())
+        root = stack.root(stack.mean_moment())
         inner = leading(stack.input_importance(root, self.target), rank)
         self.shared = torch.linalg.solve_triangular(root.mT, inner, upper=True).to(stack.dtype)
         self.inverse = torch.cholesky_inverse(root).to(stack.dtype)
@@ -122,7 +122,7 @@ class Bases(Shared):
         gram = self.stack.mean(lambda e: self.own[e] @ self.own[e].mT)
         level = float(gram.diagonal().mean())
         gram.diagonal().add_(RIDGE * level if level > 0 else 1.0)
-        return self.inverse @ torch.linalg.solve(gram, slope.mT.double()).mT.to(slope)
+        return self.inverse @ solve(gram, slope.mT).mT.to(slope)
 
     def curvature(self, direction: Tensor) -> float:
         def one(expert: int) -> Tensor:
@@ -168,7 +168,7 @@ class Base(Shared):
     def __init__(self, stack: Stack, rank: int, experts: list[int]) -> None:
         super().__init__(stack, experts)
         self.rank, self.mean_moment = rank, stack.mean_moment()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.mean_moment))
+        self.inverse = torch.cholesky_inverse(stack.root(self.mean_moment))
         self.own: list[tuple[Tensor, Tensor]] = []
         self.shared, self.experts = self._start(), spread(len(stack), PROBED)
         mean_error = self._solve_own()

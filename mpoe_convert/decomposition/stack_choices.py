@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .stack_curves import differences_lost, stack_curves
+from .stack_curves import stack_curves
 from .stack_fit import alikeness, fit_stack
 from .stack_metric import Stack
 from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
+
+
+# Shares of the numbers that "base" is fitted at.
+_AROUND = (0.6, 1.0, 1.4)
 
 
 class Choice(NamedTuple):
@@ -56,7 +61,8 @@ def stack_choices(
     """What every form costs and loses at its ranks.
 
     The losses are those of the closed-form starts. Of stacks that are small enough every form is fitted once.
-    What the descent gains there counts at all ranks; of "base" the fitted matrix is taken at all ranks.
+    What the descent gains there counts at all ranks; "base", whose gain depends on the rank, is fitted at some
+    ranks around, and its gain is interpolated.
 
     Args:
         matrices, moments: as for `Stack`.
@@ -88,15 +94,23 @@ def _choices(stack: Stack, form: str, lost: Tensor) -> Iterator[Choice]:
 
 
 def _descended(stack: Stack, form: str, lost: Tensor, numbers: int) -> Tensor:
-    """The losses of a form after the descent, from those before and one fit, see `stack_choices`."""
-    within = [each for each in _choices(stack, form, lost) if each.numbers <= numbers and each.lost > 0]
-    if not within:
+    """The losses of a form after the descent, from those before and few fits, see `stack_choices`."""
+    parts = _AROUND if form == "base" else (1.0,)
+    tried = dict.fromkeys(filter(None, (_largest(stack, form, lost, part * numbers) for part in parts)))
+    fits = [(at, fit_stack(stack.matrices, form, at.ranks, stack.moments)) for at in tried]
+    if not fits:
         return lost
-    at = min(within, key=lambda choice: choice.lost)
-    fit = fit_stack(stack.matrices, form, at.ranks, stack.moments)
-    if form == "base":
-        return torch.minimum(lost, differences_lost(stack, fit.cores[0][0].double()).cpu())
-    return lost * min(float(fit.lost.sum()) / at.lost, 1.0)
+    gains = [min(float(fit.lost.sum()) / at.lost, 1.0) for at, fit in fits]
+    if form != "base":
+        return lost * gains[0]
+    at_all = np.interp(np.arange(len(lost)), [at.ranks[0] for at, _ in fits], gains)
+    return lost * torch.from_numpy(at_all)
+
+
+def _largest(stack: Stack, form: str, lost: Tensor, numbers: float) -> Choice | None:
+    """The best choice of a form within so many numbers that loses something."""
+    within = [each for each in _choices(stack, form, lost) if each.numbers <= numbers and each.lost > 0]
+    return min(within, key=lambda choice: choice.lost, default=None)
 
 
 def _best(choices: Sequence[Choice]) -> Iterator[Choice]:

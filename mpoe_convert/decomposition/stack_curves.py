@@ -42,7 +42,7 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     Of larger stacks some of the experts stand for all.
     """
     experts = _looked_at(stack)
-    root = torch.linalg.cholesky(stack.mean_moment())
+    root = stack.root(stack.mean_moment())
     sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
     energy, sums = 0.0, {}
     for expert in experts:
@@ -56,7 +56,7 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     scale, lost = len(stack) / len(experts), {}
     for form in forms:
         if form == "base":
-            lost[form] = differences_lost(stack, _mean(stack, root)) / scale
+            lost[form] = _differences_lost(stack, _mean(stack, root)) / scale
         elif form in ("input", "output"):
             lost[form] = _tail(sums["both"].sum(1 if form == "input" else 0))
         elif form != "whole":
@@ -64,7 +64,7 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     return StackCurves(scale * energy, {form: (scale * each).cpu() for form, each in lost.items()})
 
 
-def differences_lost(stack: Stack, base: Tensor) -> Tensor:
+def _differences_lost(stack: Stack, base: Tensor) -> Tensor:
     """(n + 1,): what "base" loses at every rank of the differences, with this W_0 (in, out)."""
     experts = _looked_at(stack)
     squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
@@ -79,7 +79,7 @@ def _looked_at(stack: Stack) -> list[int]:
 
 def _half(stack: Stack, expert: int) -> Tensor:
     """R_e^T in the dtype of products."""
-    return torch.linalg.cholesky(stack.moment(expert).double()).mT.to(stack.dtype)
+    return stack.root(stack.moment(expert)).mT.to(stack.dtype)
 
 
 def _mean(stack: Stack, root: Tensor) -> Tensor:

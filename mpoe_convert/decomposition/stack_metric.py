@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .low_rank import RIDGE
+from .low_rank import RIDGE, root
 
 # Stacks with up to this many entries are multiplied in float64, larger ones in float32; sums are in float64.
 SMALL = 1 << 24
@@ -95,6 +95,10 @@ class Stack:
         """(in, in) in float64."""
         return self.mean(self.moment)
 
+    def root(self, moment: Tensor) -> Tensor:
+        """R, lower triangular, with R R^T = the moment of an expert, or the mean one; in float64."""
+        return root(moment.double(), self.ridge)
+
     def input_importance(self, root: Tensor, target: Callable[[int], Tensor]) -> Tensor:
         """R^T (the mean of T_e T_e^T, each weighed by the size of M_e) R, (in, in) in float64.
 
@@ -123,7 +127,7 @@ def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:
 
     Keeping the first r of one side loses about the sum of the others, per expert.
     """
-    root = torch.linalg.cholesky(stack.mean_moment())
+    root = stack.root(stack.mean_moment())
     inputs, outputs = stack.input_importance(root, stack.matrix), stack.output_importance()
     return descending(inputs), descending(outputs)
 
@@ -143,11 +147,7 @@ def solve(normal: Tensor, aim: Tensor) -> Tensor:
     normal = normal.to(torch.float64, copy=True)
     level = float(normal.diagonal().mean())
     normal.diagonal().add_(1e-12 * level if level > 0 else 1.0)
-    root, failed = torch.linalg.cholesky_ex(normal)
-    if not failed:
-        return torch.cholesky_solve(aim.double(), root)
-    values, vectors = torch.linalg.eigh(normal)
-    return vectors @ ((vectors.mT @ aim.double()) / values.clamp(min=RIDGE * level)[:, None])
+    return torch.cholesky_solve(aim.double(), root(normal, RIDGE * level if level > 0 else 1.0))
 
 
 def expand(cores: Cores, expert: int, dtype: torch.dtype | None = None) -> Tensor:

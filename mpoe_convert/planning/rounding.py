@@ -73,15 +73,18 @@ def rounded_specs(ffn: FFNPlan, bits: int | None) -> Specs:
 
 def config_of(plan: Plan, bits: int) -> dict | None:
     """`quantization_config` of config.json; None: no core is rounded."""
-    targets: dict[int, list[str]] = {}
+    paths: dict[tuple[int, str], list[str]] = {}
     for ffn in plan.ffns:
-        start = r"(.*\.)?" + re.escape(ffn.ffn.path) + r"\..*"
         for matrix in ffn.matrices:
             for name in large_cores(matrix):
                 shape = ffn.tensors[name][0]
                 tail = re.escape(name.removeprefix(f"{ffn.ffn.key}.")) + (r"\.\d+" if len(shape) == 3 else "")
                 size = group_size(shape[-2], bits) if bits == 4 else 0
-                targets.setdefault(size, []).append(rf"{start}\b{tail}$")
+                paths.setdefault((size, tail), []).append(re.escape(ffn.ffn.path))
+    targets: dict[int, list[str]] = {}
+    for (size, tail), found in paths.items():
+        # One expression for all layers: an encoder that is loaded alone has none of the decoder's.
+        targets.setdefault(size, []).append(rf"(.*\.)?({'|'.join(found)})\..*\b{tail}$")
     return rounding_config(targets, bits) if targets else None
 
 

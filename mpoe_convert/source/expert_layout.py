@@ -107,6 +107,11 @@ def holds_experts(module: nn.Module) -> bool:
     return sum(p.ndim == 3 and p.shape[0] > 1 for p in own or below) in (2, 3)
 
 
+def is_readable(module: nn.Module) -> bool:
+    """Whether the shapes of all that a module learns could be those of experts."""
+    return any(True for _ in _candidates(module, ()))
+
+
 def _linears(expert: nn.Module) -> list[str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D

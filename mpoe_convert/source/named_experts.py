@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FamilyError, nearest, one_line
 from ..options import called
 from ..runtime.shapes import functions
-from .expert_layout import Layout, holds_experts, listed_experts, make_ours, read_layout, same
+from .expert_layout import (
+    Layout,
+    holds_experts,
+    is_readable,
+    listed_experts,
+    make_ours,
+    read_layout,
+    same,
+)
 from .probe import describe_slot
 
 if TYPE_CHECKING:
@@ -118,7 +126,8 @@ def _dense_ffn(base: Any, path: str) -> str | None:
 
 def proposals(base: Any) -> list[str]:
     """Paths of modules that may hold experts, as --experts-at takes them."""
-    found = (_template(path) for path, module in base.named_modules() if _may_be(module))
+    modules = ((path, module) for path, module in base.named_modules() if _may_be(module))
+    found = (_template(path) for path, module in modules if is_marked(module) or is_readable(module))
     return list(dict.fromkeys(filter(None, found)))
 
 

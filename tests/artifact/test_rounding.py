@@ -29,7 +29,7 @@ from mpoe_convert.artifact.rounding import group_size, pack, read_core, round_co
 from mpoe_convert.cli import main
 from mpoe_convert.conversion.rounding import round_ffn
 from mpoe_convert.errors import RecipeError, TrainingError
-from mpoe_convert.planning.rounding import rounding_bytes
+from mpoe_convert.planning.rounding import config_of, rounding_bytes
 
 SIZES = {
     "vocab_size": 48,
@@ -391,3 +391,17 @@ def test_an_encoder_that_runs_before_its_model_has_matrices(tmp_path):
     found = model.generate(tokens, max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), found)
+
+
+def test_an_encoder_alone_has_layers_of_every_target(tmp_path):
+    """compressed-tensors complains of targets that a model has no layer of."""
+    sizes = {"vocab_size": 48, "d_model": 64, "d_ff": 96, "d_kv": 32, "num_heads": 2, "num_layers": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    planned = plan(Recipe(str(tmp_path / "t5"), experts=2, bond_dim=8, bits=4))
+    config = config_of(planned, 4)
+    targets = [t.removeprefix("re:") for g in config["config_groups"].values() for t in g["targets"]]
+    ends = (tensor.name.partition(".weight_packed") for tensor in planned.tensors)
+    layers = [layer for layer, end, _ in ends if end]
+    assert layers and all(sum(bool(re.match(target, layer)) for target in targets) == 1 for layer in layers)
+    alone = [layer for layer in layers if layer.startswith("encoder.")]
+    assert alone and all(any(re.match(target, layer) for layer in alone) for target in targets)

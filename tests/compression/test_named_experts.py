@@ -38,10 +38,11 @@ def make_run(folder, count, length, **options):
     return run, model, {path: model.base_model.get_submodule(name) for path, name in modules.items()}
 
 
-def moments_of(model, count, length, layout, ending):
+def moments_of(model, count, length, layout, ending, change=lambda batch: batch):
     found = {}
     wanted = lambda path: path.endswith(ending)  # noqa: E731
-    collect(model, batches(count, length), found.__setitem__, wanted=wanted, layout=layout)
+    made = [change(batch) for batch in batches(count, length)]
+    collect(model, made, found.__setitem__, wanted=wanted, layout=layout)
     return found
 
 
@@ -87,8 +88,8 @@ def blocks_seen(model, paths, seen):
 
 
 def chosen_by(block, x):
-    """(tokens, 2) the experts of every token."""
-    return block.choice(x).softmax(-1).topk(2, dim=-1).indices
+    """(tokens, 2) the weights of every token's experts, and (tokens, 2) the experts."""
+    return block.choice(x).softmax(-1).topk(2, dim=-1)
 
 
 def neurons(sheet, x):
@@ -106,22 +107,43 @@ def test_moments_of_a_list_are_of_what_its_experts_get(listed):
             model(**batch)
         for path, experts in modules.items():
             moments, x = found[f"model.{path}.block.sheets"], torch.cat(seen[path])
-            chosen = chosen_by(model.base_model.get_submodule(f"{path}.block"), x)
+            weights, chosen = chosen_by(model.base_model.get_submodule(f"{path}.block"), x)
             assert moments.total == len(x)
             for number, sheet in enumerate(experts):
-                rows = x[(chosen == number).any(1)]
+                own, places = (chosen == number).nonzero(as_tuple=True)
+                rows, combine = x[own], weights[own, places, None]
                 assert moments.tokens[number] == len(rows)
                 for sums, each in ((moments.inputs, rows), (moments.inner, neurons(sheet, rows))):
-                    torch.testing.assert_close(unpacked(sums[number]), each.mT @ each, rtol=1e-4, atol=1e-4)
+                    expected = (combine * each).mT @ (combine * each)
+                    torch.testing.assert_close(unpacked(sums[number]), expected, rtol=1e-4, atol=1e-4)
+                norms = (combine * sheet(rows)).norm(dim=1)
+                assert float(moments.saliency[number]) == pytest.approx(norms.sum().item(), rel=1e-4)
     for handle in handles:
         handle.remove()
+
+
+def padded(batch):
+    """The same text, and padding behind it."""
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 3), value=5)
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < ids.shape[1] - 3).long()[None]}
+
+
+def test_padding_does_not_count_in_a_list(listed):
+    """No token of this model sees later ones."""
+    run, model, _ = make_run(listed, 5, 7, **OWN)
+    layout = run.plan.family.layout
+    plain = moments_of(model, 5, 7, layout, ".sheets")
+    for path, moments in moments_of(model, 5, 7, layout, ".sheets", padded).items():
+        for field in fields(moments):
+            expected, found = (torch.as_tensor(getattr(each, field.name)) for each in (plain[path], moments))
+            torch.testing.assert_close(found, expected)
 
 
 def test_gradients_of_a_list_are_those_of_its_weights(listed):
     """One token's gradient at a projection times its input is the gradient of the weights."""
     run, model, modules = make_run(listed, 9, 1, **OWN)
     found = expert_sensitivities(run, model, modules, lambda *_: None)
-    squares, rows, seen = {}, 0, {}
+    squares, combine, rows, seen = {}, {}, 0, {}
     handles = [*blocks_seen(model, modules, seen)]
     model.requires_grad_(True)
     for place, batch in enumerate(split(run.batches)[0]):
@@ -131,7 +153,9 @@ def test_gradients_of_a_list_are_those_of_its_weights(listed):
         loss.backward()
         for path, experts in modules.items():
             x = seen[path][-1]
-            for number in chosen_by(model.base_model.get_submodule(f"{path}.block"), x)[0].tolist():
+            weights, chosen = chosen_by(model.base_model.get_submodule(f"{path}.block"), x)
+            combine[path] = combine.get(path, 0.0) + weights.square().sum().item()
+            for number in chosen[0].tolist():
                 sheet, rows = experts[number], rows + 1
                 inputs = {"gate": ("w1", x), "up": ("w3", x), "down": ("w2", neurons(sheet, x))}
                 for role, (name, each) in inputs.items():
@@ -142,4 +166,4 @@ def test_gradients_of_a_list_are_those_of_its_weights(listed):
         handle.remove()
     assert rows == 2 * 2 * 8  # of 8 tokens that are not held out, in two layers
     for (path, role), total in squares.items():
-        assert float(found[path][role]) == pytest.approx(0.5 * total / 16, rel=1e-4)
+        assert float(found[path][role]) == pytest.approx(0.5 * total / combine[path], rel=1e-4)

@@ -150,3 +150,13 @@ def test_ranks_from_64_on_are_multiples_of_eight():
     for largest in (5, 64, 100):
         within = [ranks_within("none", 3, largest, 120, 3 * rank * (largest + 120)) for rank in range(1, 121)]
         assert rank_steps(largest) == sorted({ranks[0] for ranks in within})
+
+
+def test_a_base_and_differences_lose_about_what_a_fit_at_each_rank_does():
+    _, inputs = problem(16, 14)
+    weights, moments = randn(16, 14, seed=9) + 0.6 * randn(EXPERTS, 16, 14), inputs.mT @ inputs
+    found = stack_choices(weights, int(0.7 * weights.numel()), moments, forms=("base",))
+    assert [choice.ranks for choice in found.choices] == [(1,), (2,), (3,), (4,), (5,)]
+    for choice in found.choices:
+        fit = fit_stack(weights, "base", choice.ranks, moments)
+        assert choice.lost == pytest.approx(float(fit.lost.sum()), rel=0.2)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpoe_convert.decomposition import stack_fit, stack_metric
+from mpoe_convert.decomposition import low_rank, stack_fit, stack_metric
 from mpoe_convert.decomposition.stack_bases import Base, Bases
+from mpoe_convert.decomposition.stack_choices import stack_choices
 from mpoe_convert.decomposition.stack_fit import alikeness, fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack
 from mpoe_convert.decomposition.stacks import FORMS, largest_ranks, stack_terms
@@ -249,3 +250,27 @@ def test_some_experts_estimate_the_error_of_all(make):
 
 def test_forms_are_those_that_are_fitted():
     assert set(stack_fit._FITS) == set(FORMS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_moments_that_rounding_made_indefinite_are_fitted(form):
+    """Inputs that are all the same: one direction, and eigenvalues below zero by rounding to float32."""
+    direction = randn(12, seed=3)
+    moments = (direction[:, None] * direction).float().expand(EXPERTS, 12, 12)
+    assert float(torch.linalg.eigvalsh(moments[0].double())[0]) < -1e-6 * float(moments[0].trace()) / 12
+    weights = randn(EXPERTS, 12, 9)
+    found = stack_choices(weights, 400, moments, forms=(form, "whole"))
+    assert all(np.isfinite(choice.lost) for choice in found.choices)
+    fit = fit_stack(weights, form, ranks_of(form, EXPERTS), moments)
+    expected = torch.stack([direction @ weight for weight in weights])
+    made = torch.stack([direction @ fit.matrix(expert) for expert in range(EXPERTS)])
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_root_is_exact_but_for_what_rounding_lost():
+    basis = torch.linalg.qr(randn(6, 6, seed=4))[0]
+    values = torch.tensor([4.0, 1.0, 0.5, 1e-3, -1e-9, -1e-8], dtype=torch.float64)
+    root = low_rank.root(basis * values @ basis.mT, 1e-6)
+    assert torch.equal(root, root.tril())
+    expected = basis * values.clamp(min=1e-6) @ basis.mT
+    torch.testing.assert_close(root @ root.mT, expected, rtol=0, atol=1e-12)

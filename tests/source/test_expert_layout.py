@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mpoe_convert.errors import FamilyError
-from mpoe_convert.source.expert_layout import computes_the_same, holds_experts, read_layout
+from mpoe_convert.source.expert_layout import computes_the_same, holds_experts, is_readable, read_layout
+from mpoe_convert.source.named_experts import proposals
 
 EXPERTS = 5
 
@@ -181,3 +182,20 @@ def test_the_module_is_left_as_it_is():
 def test_what_holds_no_experts():
     plain = [nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)] * 3), Linear(), nn.ModuleList([Linear()])]
     assert not any(map(holds_experts, [*plain, nn.ModuleList([Linear(), nn.Sequential()]), nn.Tanh()]))
+
+
+class Normed(Linear):
+    """An FFN that learns a norm too, as blocks of a convolution do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+
+def test_lists_of_what_learns_more_are_not_proposed():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].experts = nn.ModuleList(Linear() for _ in range(2))
+    model.layers[0].blocks = nn.ModuleList(Normed() for _ in range(2))
+    assert [is_readable(each) for each in model.layers[0].children()] == [True, False]
+    assert proposals(model) == ["layers.{}.experts"]

@@ -1,5 +1,6 @@
 """Mixtures as sources: names and values as in memory, experts located, bad input."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from mpoe_convert.planning.mixtures import USED
 from mpoe_convert.request import read_recipe
 from mpoe_convert.source.families import REFUSED
 from mpoe_convert.source.mixtures import check_module, locate_experts
+from mpoe_convert.source.named_experts import is_marked
 from mpoe_convert.source.opening import open_source
 
 
@@ -152,6 +154,25 @@ def test_experts_that_need_more_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------- coverage
+
+
+# Experts of text towers that transformers has no model of its own for.
+TOWERS = {
+    "deepseek_ocr2": ("DeepseekOcr2TextExperts", {"n_routed_experts": 4, "mlp_layer_types": ["sparse"]}),
+    "diffusion_gemma": ("DiffusionGemmaTextExperts", {"num_experts": 4, "top_k_experts": 2}),
+}
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_experts_of_text_towers_compute_as_ours(model_type):
+    name, changes = TOWERS[model_type]
+    small = {"hidden_size": 8, "moe_intermediate_size": 12, "num_hidden_layers": 1}
+    config = transformers.CONFIG_MAPPING[f"{model_type}_text"](**small, **changes)
+    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    with torch.device("meta"):
+        module = getattr(modeling, name)(config)
+    assert is_marked(module)
+    check_module(model_type, module)
 
 
 # Types with experts that are not converted here; why.
