@@ -47,7 +47,7 @@ from mpoe_convert.training.router_stats import RouterStats
 LEAST = 0.4  # probability that an expert needs to be chosen
 
 
-def threshold(router, logits, bias):
+def threshold(router, logits, bias, sequences):
     """Every expert of at least this probability: none, one or several per token."""
     probabilities = logits.softmax(-1)
     scores = probabilities if bias is None else probabilities + bias
