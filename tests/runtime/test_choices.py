@@ -350,7 +350,7 @@ def routings(model, inputs) -> dict[str, Routing]:
 
 
 def test_an_unknown_rule_is_named(artifact, tmp_path):
-    with pytest.raises(ValueError, match="the rule 'best': this file knows top-any, top-k, top-p, threshold"):
+    with pytest.raises(ValueError, match="the rule 'best': this file knows expert-choice, top-any, top-k, top-p, threshold"):
         Router(12, NUM_EXPERTS, 2, "best")
     folder = shutil.copytree(artifact("gpt2")[1], tmp_path / "out")
     config = read_json_object(folder / "config.json")
