@@ -126,7 +126,7 @@ def peak_bytes(code: str) -> int:
 
 def benchmark_memory(source: Path, folder: Path) -> dict:
     recipe = f"from mpoe_convert import Recipe; recipe = Recipe({str(source)!r}, experts=8, bond_dim=64)"
-    peak = peak_bytes(f"{recipe}\nmpoe_convert.conversion.convert(recipe, {str(folder / 'out')!r})")
+    peak = peak_bytes(f"{recipe}\nmpoe_convert.convert(recipe, {str(folder / 'out')!r})")
     report = json.loads((folder / "out/conversion_report.json").read_text())
     assert report["max_relative_error"] < 5e-3, report["max_relative_error"]  # bfloat16 cores
     base = peak_bytes("")
