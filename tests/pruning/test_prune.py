@@ -181,15 +181,11 @@ def test_reports_and_card_say_what_was_done_and_the_artifact_is_whole(made, fold
     assert written["pruning"] == json.loads(json.dumps([smaller.to_json(), again.to_json()]))
     assert written["recipe"]["experts"] == 2
     training = json.loads((tmp_path / "two/training_report.json").read_text())
-    assert (
-        training["evaluation"] is None
-        and training["weights_sha256"] == weights_of(tmp_path / "two")["weights_sha256"]
-    )
+    assert training["evaluation"] is None
+    assert training["weights_sha256"] == weights_of(tmp_path / "two")["weights_sha256"]
     card = (tmp_path / "two/README.md").read_text()
-    assert (
-        "# dense as a mixture of 2 experts\n\n> **Note:** What follows was written when there were 3 experts"
-        in card
-    )
+    title, note = "# dense as a mixture of 2 experts", "**Note:** What follows was written when there were 3"
+    assert f"{title}\n\n> {note} experts per mixture; 2 are left" in card
     assert card.count("**Note:** What follows") == card.count("\n## Fewer experts\n") == 1
     assert "\n## Parameters, with 4 experts\n" in card and again.in_words() in card
     sizes = [sum(t.numel() for t in stored(out).values()) for out in (trained, tmp_path / "three")]
