@@ -16,7 +16,7 @@ from ..source import custom_code
 from .dense_run import DenseRun
 from .moments import FFNMoments, observed_side
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from .stack_fit import alikeness, fit_stack
 from .stack_metric import Stack
 from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
 
-
 # Shares of the numbers that "base" is fitted at.
 _AROUND = (0.6, 1.0, 1.4)
 
@@ -61,8 +60,8 @@ def stack_choices(
     """What every form costs and loses at its ranks.
 
     The losses are those of the closed-form starts. Of stacks that are small enough every form is fitted once.
-    What the descent gains there counts at all ranks; "base", whose gain depends on the rank, is fitted at some
-    ranks around, and its gain is interpolated.
+    What the descent gains there counts at all ranks; "base", whose gain depends on the rank, is fitted at
+    some ranks around, and its gain is interpolated.
 
     Args:
         matrices, moments: as for `Stack`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .low_rank import RIDGE, root
 
 # Stacks with up to this many entries are multiplied in float64, larger ones in float32; sums are in float64.
 SMALL = 1 << 24
+
+# Experts of a larger stack whose moments are tried.
+LOOKED_AT = 4
 
 Cores = Sequence[Sequence[Tensor]]
 
@@ -54,7 +57,14 @@ class Stack:
         return self.matrices[expert].to(self.dtype)
 
     def moment(self, expert: int) -> Tensor:
-        """M_e, (in, in), with its weight and a ridge."""
+        """M_e, (in, in), positive definite: with its weight and a ridge."""
+        found = self._moment(expert)
+        if not self._is_rounded:
+            return found
+        half = self.root(found)
+        return (half @ half.mT).to(self.dtype)
+
+    def _moment(self, expert: int) -> Tensor:
         weight = 1.0 if self.weights is None else float(self.weights[expert])
         device = self.matrices[expert].device
         if self.moments is None:
@@ -62,6 +72,14 @@ class Stack:
         moment = self.moments[expert].to(device, self.dtype) * weight
         moment.diagonal().add_(self.ridge)
         return moment
+
+    @cached_property
+    def _is_rounded(self) -> bool:
+        """Whether rounding made moments indefinite; of larger stacks some experts are looked at."""
+        if self.moments is None:
+            return False
+        some = range(0, len(self), 1 if self.is_small else max(len(self) // LOOKED_AT, 1))
+        return any(bool(torch.linalg.cholesky_ex(self._moment(e).double()).info) for e in some)
 
     def energy(self, expert: int) -> float:
         """tr(W_e^T M_e W_e): the expected squared size of an expert's outputs."""

@@ -167,6 +167,7 @@ TOWERS = {
 def test_experts_of_text_towers_compute_as_ours(model_type):
     name, changes = TOWERS[model_type]
     small = {"hidden_size": 8, "moe_intermediate_size": 12, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.CONFIG_MAPPING[f"{model_type}_text"](**small, **changes)
     modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     with torch.device("meta"):
