@@ -60,6 +60,15 @@ def session(models, tmp_path_factory):
             client.stdin.close()
 
 
+@pytest.fixture(scope="module")
+def local(models, tmp_path_factory):
+    """What a run that has the files writes, by the name of the model."""
+    folder = tmp_path_factory.mktemp("local")
+    for name in ("one", "several"):
+        convert(Recipe(str(models / name), experts=2, bond_dim=4), folder / name)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def without_faults(session):
     yield
@@ -75,7 +84,7 @@ def header_bytes(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("name", ["one", "several"])
-def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, models):
+def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, models, local):
     hub, ask, folder = session
     hub.requests.clear()
     assert ask(f"o/{name}", "-o", f"out-{name}", "--stream", "-q", *SMALL) == [0, "", ""]
@@ -86,14 +95,13 @@ def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, mo
     assert needed <= sum(request.sent for request in requests) <= needed + len(files) * (HEADER + 8)
     assert needed > 10 * HEADER * len(files)
     assert not list((folder / "home").rglob("*.safetensors"))
-    convert(Recipe(str(models / name), experts=2, bond_dim=4), folder / f"local-{name}")
-    ours, local = tree(folder / f"out-{name}"), tree(folder / f"local-{name}")
+    ours, expected = tree(folder / f"out-{name}"), tree(local / name)
     differ = {"README.md", "conversion_report.json", "mpoe_recipe.yaml"}  # they name the source
-    assert ours.keys() == local.keys()
-    assert all(ours[file] == local[file] for file in ours.keys() - differ)
+    assert ours.keys() == expected.keys()
+    assert all(ours[file] == expected[file] for file in ours.keys() - differ)
 
 
-def test_a_connection_that_drops_is_tried_again(session):
+def test_a_connection_that_drops_is_tried_again(session, local):
     hub, ask, folder = session
     hub.fault("GET", "/model.safetensors", lambda: None)  # the header, which the library asks for once
     for what in ("short", "cut", 503):
@@ -101,11 +109,11 @@ def test_a_connection_that_drops_is_tried_again(session):
     assert ask("o/one", "-o", "dropped", "--stream", "-q", *SMALL)[0] == 0
     assert all(not fault.times for fault in hub.faults)
     assert (folder / "dropped/model.safetensors").read_bytes() == (
-        folder / "out-one/model.safetensors"
+        local / "one/model.safetensors"
     ).read_bytes()
 
 
-def test_a_branch_that_moves_meanwhile_changes_nothing(session, models):
+def test_a_branch_that_moves_meanwhile_changes_nothing(session, local):
     """The weights are read from the commit that the branch was at when the run began."""
     hub, ask, folder = session
     repo = hub.repos["o/one"]
@@ -116,9 +124,7 @@ def test_a_branch_that_moves_meanwhile_changes_nothing(session, models):
     hub.fault("GET", "/model.safetensors", lambda: repo.write("main", moved))
     assert ask("o/one", "-o", "moved", "--stream", "-q", *SMALL) == [0, "", ""]
     assert repo.commit("main") != before
-    assert (folder / "moved/model.safetensors").read_bytes() == (
-        folder / "out-one/model.safetensors"
-    ).read_bytes()
+    assert (folder / "moved/model.safetensors").read_bytes() == (local / "one/model.safetensors").read_bytes()
     repo.write("main", repo.revisions["old"])
 
 
@@ -184,7 +190,7 @@ def test_what_cannot_be_streamed_is_told(args, code, said, session, models):
 
 
 def test_it_goes_on_after_an_interruption(session):
-    """Weights that another run, which downloaded them, has finished are not requested."""
+    """What the interrupted run has finished is not requested again."""
     hub, ask, folder = session
     sizes = ["--max-shard-size", "1MB", "--resume", "--stream"]
     hub.fault("GET", "/model.safetensors", lambda: None, 6)
