@@ -281,15 +281,17 @@ def test_a_block_that_is_called_by_name_is_calibrated(text, tmp_path):
     assert by_name == by_place
 
 
-def test_padding_that_a_list_would_not_see_is_refused(quire, tmp_path):
-    source, _, bound = quire
-    mask = torch.ones(2, 16, dtype=torch.int64)
+def test_texts_with_padding_and_of_one_word_are_calibrated_and_short_ones_refused(quire, tmp_path):
+    recipe = Recipe(str(quire[0]), **OWN, keep=0.6)
     ids = torch.randint(3, 40, (4, 2, 16), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": each, "attention_mask": mask.clone()} for each in ids]
-    batches[1]["attention_mask"][:, 8:] = 0
-    recipe = Recipe(str(source), **OWN, keep=0.6)
-    if bound:
-        convert(recipe, tmp_path / "out", calibration=batches)
-        return
-    with pytest.raises(DataError, match="calibration batches are padded, and experts of a list are not told"):
-        convert(recipe, tmp_path / "out", calibration=batches)
+    mask = (torch.arange(16) < 12).long().repeat(2, 1)
+    for name, change in (
+        ("padded", {"attention_mask": mask}),
+        ("alike", {"input_ids": torch.full((2, 16), 7)}),
+    ):
+        batches = [{"input_ids": each} | change for each in ids]
+        report = convert(recipe, tmp_path / name, calibration=batches)
+        assert all(0 <= matrix.output_error < 1 for matrix in report.matrices)
+    said = "calibration has 15 tokens beside those held out; expected the 16 that moments of 16 features need"
+    with pytest.raises(DataError, match=said):
+        convert(recipe, tmp_path / "out", calibration=[{"input_ids": each[:1, :5]} for each in ids])
