@@ -50,20 +50,28 @@ def module(form: Form, parts) -> FeedForward:
             continue
         for number, (term, cores) in enumerate(zip(form.parts[part]["terms"], built.terms, strict=True)):
             for name, core, shared in zip(name_cores(term), cores, term["shared"], strict=True):
-                if not shared and core.ndim == 4:
-                    core = core.repeat(EXPERTS, 1, 1, 1, 1)
-                core = core.reshape(*core.shape[:-4], *matrix_shape(core.shape[-4:]))
-                state[f"{part}.terms.{number}.{name}"] = core
+                each = core if isinstance(core, list) else [core] * (1 if shared else EXPERTS)
+                each = [own.reshape(matrix_shape(own.shape)) for own in each]
+                differ = len({own.shape for own in each}) > 1
+                whole = torch.cat([own.flatten() for own in each]) if differ else torch.stack(each)
+                state[f"{part}.terms.{number}.{name}"] = whole[0] if shared else whole
     made.load_state_dict(state)
     return made
 
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [*((kind, {}) for kind in KINDS if kind != "split"), *(("mpo", {"layout": layout}) for layout in WIDE)],
+    [
+        *((kind, {}) for kind in KINDS if kind != "split"),
+        *(("mpo", {"layout": layout}) for layout in WIDE),
+        *((kind, {"bond_dim": "3/1/2"}) for kind in ("adapter", "low-rank")),
+        *(("mpo", {"layout": layout, "bond_dim": "6/2/4"}) for layout in ("blocks", "one-sided")),
+        *(("mpo", {"layout": layout, "bond_dim": "4/3/6"}) for layout in ("blocks", "one-sided")),
+    ],
 )
 def test_every_expert_starts_as_the_dense_ffn(kind, more):
-    options = Recipe("dense", kind=kind, experts=EXPERTS, bond_dim=3, bias="shared", **more).own_options
+    own = {"bond_dim": 3, "bias": "shared", "noise": 0.0} | more
+    options = Recipe("dense", kind=kind, experts=EXPERTS, **own).own_options
     ffn, kind = Given(), load(kind)
     form = kind.describe(FFN, options)
     made = module(form, kind.build(ffn, form, options))
