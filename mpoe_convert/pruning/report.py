@@ -89,7 +89,8 @@ class Smaller(Shown):
 
     def table(self) -> Table:
         """One row per layer."""
-        return Table("Experts", tuple(layer.row() for layer in self.layers), left=("layer", "left out"))
+        rows = tuple(layer.row() for layer in self.layers)
+        return Table("Experts that are left out", rows, left=("layer", "left out"))
 
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""

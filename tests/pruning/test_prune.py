@@ -196,8 +196,11 @@ def test_reports_and_card_say_what_was_done_and_the_artifact_is_whole(made, fold
 
 # Changes of the config, and how many experts are left, once or twice.
 MIXTURES = {
-    "mixtral": ({"num_local_experts": 6}, (4, 3)),
-    "deepseek_v3": ({"n_routed_experts": 8, "n_group": 2, "topk_group": 1}, (6,)),
+    "mixtral": ({"num_local_experts": 6, "num_experts": 6}, (4, 3)),
+    "deepseek_v3": (
+        {"n_routed_experts": 8, "num_local_experts": 8, "num_experts": 8, "n_group": 2, "topk_group": 1},
+        (6,),
+    ),
 }
 
 
