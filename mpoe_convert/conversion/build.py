@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -270,23 +271,34 @@ def _drift(
     clone: tuple[list[list[Tensor]], list[list[int]]],
     dtype: torch.dtype,
 ) -> float:
-    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns.
+    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns, if it can.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
     """
+    kept = _eighth([*exact[0], *clone[0]])
 
     def some(terms: list[list[Tensor]], copies: list[list[int]]) -> Tensor:
-        return _matrix_of([_eighth(cores) for cores in terms], copies, dtype)
+        return _matrix_of([kept(cores) for cores in terms], copies, dtype)
 
     return relative_error(some(*exact), some(*clone))
 
 
-def _eighth(cores: list[Tensor]) -> list[Tensor]:
-    """A chain's first rows; or its first columns, if its last core has more of them."""
-    rows, columns = cores[0].shape[1], cores[-1].shape[2]
-    if rows >= columns:
-        return [cores[0][:, : max(rows // 8, 1)], *cores[1:]]
-    return [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
+def _eighth(terms: list[list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """What leaves of a chain its matrix's first rows, or some columns, if its last core has more of them.
+
+    The same of all these chains, whose first cores may differ in their rows, and whose last cores in their
+    columns: it is then all that they have in common, a half or the whole.
+    """
+    rows, columns = (gcd(*sizes) for sizes in zip(*map(_ends, terms), strict=True))
+    if rows < columns and len({_ends(cores)[1] for cores in terms}) == 1:
+        return lambda cores: [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
+    part = max(rows // 8, 1)  # of so many rows
+    return lambda cores: [cores[0][:, : part * cores[0].shape[1] // rows], *cores[1:]]
+
+
+def _ends(cores: list[Tensor]) -> tuple[int, int]:
+    """Rows of the first core and columns of the last one."""
+    return cores[0].shape[1], cores[-1].shape[2]
 
 
 @torch.no_grad()
