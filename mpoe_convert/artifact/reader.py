@@ -208,9 +208,9 @@ class Artifact:
         if "adapter" not in mixture.form:
             return True
         ups = self.checkpoint.read(f"{mixture.key}.adapter.aux_1")
-        if isinstance(widths := mixture.form["adapter"], list):
+        if ups.ndim == 1:  # of experts that differ in size
             hidden = mixture.size("up")[0]
-            ups = functions().split_experts(ups, [(width, hidden) for width in widths])
+            ups = functions().split_experts(ups, [(width, hidden) for width in mixture.form["adapter"]])
         return not any(ups[expert].any() for expert in experts or range(self.num_experts))
 
     def balance_bias(self, mixture: Mixture) -> Tensor | None:

@@ -236,7 +236,7 @@ def _limits(report: Report, checkpoint: Checkpoint) -> str:
     totals, name = report.plan.totals, _name(report, checkpoint)
     stored = totals.stored_params / totals.dense_params
     flops = totals.flops_per_token / totals.dense_flops_per_token
-    most = "at most " if totals.varies else ""
+    most = f"{totals.per_token} " if totals.per_token else ""
     lines = [
         f"It stores {stored:.2f} times the parameters of {name} and takes {most}{flops:.2f} times its FLOPs "
         "per token. It gains nothing from this until its experts are trained.",

@@ -1,7 +1,10 @@
 """Chains of different bond dimensions around one centre: the outer cores of a small chain in larger ones.
 
-The centre of a chain with square outer cores stays what it is when they are embedded in larger square ones,
-block by block, so that experts of different sizes (HMoE, arXiv 2408.10681) can share it.
+Experts of different sizes (HMoE, arXiv 2408.10681) share the centre of one small chain. Its bonds are the
+greatest common divisors of all experts' bonds: 2 for 4, 6 and 10; 1 where there is no common divisor. The
+matrix is decomposed over these bonds (`common_sites`), and every expert gets the small chain's outer cores,
+placed block by block in its own larger ones (`widened`), which changes no entry of the matrix. The canonical
+gauge is therefore that of the common blocks; where the common bond is 1, the outer cores are diagonal.
 """
 
 from __future__ import annotations

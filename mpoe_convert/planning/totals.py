@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ..tables import Cell, size
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..runtime.modeling_mpoe import FeedForward
+    from ..runtime.modeling_mpoe import Experts, FeedForward
     from .plan import Plan
 
 
@@ -32,7 +32,8 @@ class Totals:
     and are left out. Of an encoder-decoder, "per token" is one token of either stack; layers that see
     one position (poolers, classifiers) or patches (ViT's Conv2d) count as if they saw every token, and
     cross-attention as if it were used. If `varies`, the number of experts per token does, and what is said
-    per token is of the largest number.
+    per token is of the largest number, and of the largest experts. If not, and `differ` says that experts
+    differ in size, it is the mean under equal load.
     """
 
     dense_params: int
@@ -48,10 +49,16 @@ class Totals:
     flops_per_token: int
     rebuild_flops_per_forward: int
     varies: bool = False
+    differ: bool = False
+
+    @property
+    def per_token(self) -> str:
+        """What numbers per token are, unless every token takes that: "at most", "in the mean" or ""."""
+        return "at most" if self.varies else "in the mean" if self.differ else ""
 
     def rows(self, label: str) -> Iterator[dict[str, Cell]]:
         """As a table shows them: the artifact beside both references."""
-        most = ", at most" if self.varies else ""
+        most = f", {self.per_token}" if self.per_token else ""
         for what, dense, moe, ours in (
             ("parameters stored", self.dense_params, self.plain_moe_params, self.stored_params),
             (
@@ -88,7 +95,7 @@ def savings_in_words(totals: Totals, experts: int) -> str:
         "stored parameters": (totals.stored_params, totals.plain_moe_params),
         "FLOPs per token": (totals.flops_per_token, totals.plain_moe_flops_per_token),
     }
-    most = {"FLOPs per token": "at most "} if totals.varies else {}
+    most = {"FLOPs per token": f"{totals.per_token} "} if totals.per_token else {}
     numbers = {
         what: f"{what} ({most.get(what, '')}{ours:,}, {ours / moe:.1%})"
         for what, (ours, moe) in pairs.items()
@@ -106,15 +113,21 @@ def ffn_totals(plan: Plan) -> Totals:
     recipe, experts, top_k = plan.recipe, plan.recipe.experts, plan.recipe.top_k
     modules = [mixture(ffn.form.parts, recipe) for ffn in plan.ffns]
     shared = sum(module.shared_params for module in modules)
-    own = sum(module.own_params for module in modules)  # where experts differ in size the mean
     routers = sum(module.router.shared_params for module in modules)
     dense = sum(m.dense_params for m in plan.matrices)
     dense_bytes = sum(m.dense_params * DTYPE2BYTES[m.dtype] for m in plan.matrices)
     # A token has a row per expert that it passes; where cores cannot act, a pass contracts all matrices.
     stored, rows = recipe.own_options.stored_experts, top_k + recipe.shared_experts
     work = modeling().Work(tokens=1, rows=rows, experts=stored)
+    own = [rows * module.own_params for module in modules]  # where experts differ in size, in the mean
     costs = [module.cost(work) for module in modules]
     routing = [module.router.cost(work, "apply") for module in modules]
+    if recipe.own_options.varies:
+        for n, (ffn, module) in enumerate(zip(plan.ffns, modules, strict=True)):
+            if module.differ:
+                largest = _largest(ffn.form.parts, module.own_by_expert, top_k)
+                own[n] = sum(largest.own_by_expert)
+                costs[n] = modeling().Cost.total([largest.cost(work), routing[n]])
     products = [sum(m.rows * m.cols for m in ffn.matrices) for ffn in plan.ffns]
     runs = [ffn.runs_per_token for ffn in plan.ffns]
     per_token = list(zip(runs, products, costs, routing, strict=True))
@@ -123,7 +136,7 @@ def ffn_totals(plan: Plan) -> Totals:
         plain_moe_params=experts * dense + routers,
         stored_params=sum(module.stored_params for module in modules),
         plain_moe_active_params=top_k * dense + routers,
-        active_params=round(shared + rows * own),
+        active_params=round(shared + sum(own)),
         dense_bytes=dense_bytes,
         plain_moe_bytes=experts * dense_bytes + 4 * routers,
         stored_bytes=sum(t.num_bytes for t in plan.tensors if t.ffn is not None),
@@ -132,7 +145,28 @@ def ffn_totals(plan: Plan) -> Totals:
         flops_per_token=int(sum(n * cost.flops for n, _, cost, _ in per_token)),
         rebuild_flops_per_forward=int(sum(n * cost.rebuild_flops for n, _, cost, _ in per_token)),
         varies=recipe.own_options.varies,
+        differ=any(module.differ for module in modules),
     )
+
+
+def _largest(form: dict, sizes: Sequence[int], number: int) -> Experts:
+    """The shipped module of so many experts of a form, the largest ones, without a router."""
+    kept = sorted(range(len(sizes)), key=sizes.__getitem__)[-number:]
+    parts = {}
+    for key, spec in form.items():
+        if isinstance(spec, list):  # widths
+            parts[key] = [spec[expert] for expert in kept]
+        else:
+            parts[key] = spec | {"terms": [_term_of_some(term, kept) for term in spec["terms"]]}
+    return modeling().Experts(parts, number, number)
+
+
+def _term_of_some(term: dict, kept: Sequence[int]) -> dict:
+    """A term of some of its experts."""
+    lists = term.get("by_expert")
+    if lists is None:
+        return term
+    return term | {"by_expert": {key: [each[e] for e in kept] for key, each in lists.items()}}
 
 
 def model_totals(plan: Plan, flops: int) -> Totals:
@@ -158,6 +192,7 @@ def model_totals(plan: Plan, flops: int) -> Totals:
         flops_per_token=ffn.flops_per_token + flops,
         rebuild_flops_per_forward=ffn.rebuild_flops_per_forward,
         varies=ffn.varies,
+        differ=ffn.differ,
     )
 
 

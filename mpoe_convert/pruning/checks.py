@@ -33,16 +33,12 @@ def check(source: Artifact, request: Pruning) -> None:
             f"the experts of '{name}' were named by hand ({called('experts_at')}), and which rows of its "
             "routers belong to which is not known: it keeps all of them"
         )
-    if any("by_expert" in term for mixture in source.mixtures for term in _terms(mixture.form)):
+    if any(modeling().differs(mixture.form) for mixture in source.mixtures):
         raise CheckpointError(
             f"the experts of '{name}' differ in size, and every layer would keep others; expected experts "
             "of one size"
         )
     _check_number(source, request)
-
-
-def _terms(form: dict) -> list[dict]:
-    return [term for spec in form.values() if isinstance(spec, dict) for term in spec["terms"]]
 
 
 def _check_number(source: Artifact, request: Pruning) -> None:

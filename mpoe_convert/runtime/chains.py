@@ -123,6 +123,15 @@ def term_of(term: dict, expert: int) -> dict:
     return term | {key: values[expert] for key, values in lists.items()}
 
 
+def check_one_each(what: str, values: Sequence[Any], num_experts: int) -> None:
+    """Raises ValueError: what `config.mpoe` lists by expert is not one value for each."""
+    if len(values) != num_experts:
+        raise ValueError(
+            f"config.mpoe lists {what} of {len(values)} experts, and there are {num_experts}; expected one "
+            "value for each: take config.json as it came with these weights"
+        )
+
+
 def chain_shapes(term: dict) -> list[tuple[int, int, int, int]]:
     """Core shapes (P * bond_left, in_dim, out_dim, bond_right) of a term, without the expert axis."""
     bonds = [1, *term["bonds"], 1]
@@ -185,6 +194,14 @@ class Layout(NamedTuple):
     def sizes(self) -> list[int]:
         """Numbers in each core."""
         return [math.prod(shape) for shape in self.shapes]
+
+    def isometric_std(self, k: int, is_left: bool) -> float | None:
+        """Of random numbers that make core k nearly an isometry, left of the centre or right of it; None: it
+        scales features.
+        """
+        l, i, o, r = self.shapes[k]  # noqa: E741
+        l //= self.copies[k]  # noqa: E741
+        return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
 
     def steps(self) -> list[Step]:
         """What the cores do one after the other."""
@@ -429,6 +446,8 @@ class Chain(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         differ = "by_expert" in term
+        for key, values in term.get("by_expert", {}).items():
+            check_one_each(key, values, num_experts)
         terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
         self.layouts = [Layout.of(own) for own in terms]
         self.steps = [layout.steps() for layout in self.layouts]
@@ -592,18 +611,28 @@ class Chain(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Random experts: outer cores near isometries, the largest core of scale `std`."""
-        sizes = [math.prod(shape) for shape in self.shapes]
+        largest = Layout(self.shapes, self.copies)
+        sizes = [min(of_core) for of_core in zip(*(layout.sizes for layout in self.layouts), strict=True)]
         centre = sizes.index(max(sizes))
-        for k, (name, shape) in enumerate(zip(self.core_names, self.shapes, strict=True)):
-            l, i, o, r = shape  # noqa: E741
-            core, l = getattr(self, name), l // self.copies[k]  # noqa: E741
+        for k, name in enumerate(self.core_names):
+            core = getattr(self, name)
             if isinstance(core, nn.Module):  # initialised as the linear layers of the stock model
                 continue
-            if l * i * o * r == 1:  # it scales features
+            layouts = self.layouts if self.apart[k] else [largest]
+            isometric = [layout.isometric_std(k, k < centre) for layout in layouts]
+            stds = [own if own is None or k != centre else std for own in isometric]
+            if self.apart[k]:
+                pairs = zip(core.split([layout.sizes[k] for layout in layouts]), stds, strict=True)
+                init.copy_(core, torch.cat([_random(part, own) for part, own in pairs]))
+            elif stds[0] is None:  # it scales features
                 init.ones_(core)
-                continue
-            fan = l * i * o if k < centre else i * o * r
-            init.normal_(core, std=std if k == centre else fan**-0.5)
+            else:
+                init.normal_(core, std=stds[0])
+
+
+def _random(like: Tensor, std: float | None) -> Tensor:
+    """Numbers of this standard deviation; None: ones."""
+    return torch.ones_like(like) if std is None else std * torch.randn_like(like)
 
 
 def _acts(term: dict) -> bool:

@@ -11,7 +11,7 @@ from .chains import MatrixCache, Picks
 from .choices import Choices
 from .config import read_option
 from .costs import Cost, Work, mean
-from .parts import PARTS, Part, Projection
+from .parts import PARTS, Part, Projection, differs
 from .routers import Router
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -89,7 +89,7 @@ class Mixing(nn.Module):
         self.parts: tuple[Part, ...] = parts if router is None else (router, *parts)
         each = zip(*(part.own_by_expert for part in self.parts if part.own_by_expert), strict=True)
         self.own_by_expert = tuple(map(sum, each)) or (0,) * num_experts
-        self.own_params, self.differ = mean(self.own_by_expert), len(set(self.own_by_expert)) > 1
+        self.own_params, self.differ = mean(self.own_by_expert), differs(form)
         self.acts = all(part.acts for part in self.parts)
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.

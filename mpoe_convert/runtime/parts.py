@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chains import Chain, MatrixCache, Picks, run_each, split_experts
+from .chains import Chain, MatrixCache, Picks, check_one_each, run_each, split_experts
 from .costs import Cost, Work, mean
 from .header import init
 
@@ -159,6 +159,7 @@ class Adapter(Part):
         super().__init__()
         self.hidden_size = hidden_size
         self.widths = [size] * num_experts if isinstance(size, int) else size
+        check_one_each("widths of adapters", self.widths, num_experts)
         self.differ = len(set(self.widths)) > 1
         total, r = hidden_size * sum(self.widths), self.widths[0]
         self.aux_0 = nn.Parameter(torch.empty((total,) if self.differ else (num_experts, hidden_size, r)))
@@ -209,3 +210,10 @@ def hidden_size_of(form: dict) -> int:
 def inner_size_of(form: dict) -> int:
     """The number of hidden neurons of an expert: the output features of the up-projection."""
     return math.prod(form["up"]["terms"][0]["out_dims"])
+
+
+def differs(form: dict) -> bool:
+    """Whether experts differ in size: in the cores of a chain, or in the widths of adapters."""
+    terms = [term for key, spec in form.items() if PARTS.get(key) is Projection for term in spec["terms"]]
+    widths = form.get("adapter", 0)
+    return any("by_expert" in term for term in terms) or (isinstance(widths, list) and len(set(widths)) > 1)

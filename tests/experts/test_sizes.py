@@ -10,7 +10,7 @@ from helpers.models import load, load_pair, logits, stored, token_ids
 from helpers.tiny import make_inputs
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert import Export, Recipe, convert, experts, export, router_stats
+from mpoe_convert import Export, Recipe, convert, experts, export, plan, router_stats
 from mpoe_convert.artifact.layout import REPORT_FILE
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.decomposition.blocks import fit_blocks
@@ -20,6 +20,7 @@ from mpoe_convert.decomposition.sizes import common_sites, widened
 from mpoe_convert.errors import RecipeError, SitesError
 from mpoe_convert.experts.ffn import FFNShape, MatrixShape, Target
 from mpoe_convert.runtime.modeling_mpoe import (
+    Chain,
     Choices,
     FeedForward,
     MatrixCache,
@@ -244,6 +245,31 @@ def test_noise_separates_the_experts_within_its_share(artifact):
         assert 0.01 < (other - matrices[0]).norm() / matrices[0].norm() < 0.5
 
 
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        ("one-sided", "2/4/4/2"),
+        ("one-sided", "8/2/4/2"),
+        ("one-sided", "4/8/2/2"),
+        ("one-sided", "3/8/2/4"),
+        ("blocks", "2/8/4/4"),
+    ],
+)
+def test_the_report_measures_experts_of_sizes_in_any_order(layout, sizes, artifact):
+    dense, out = artifact("llama", kind="mpo", layout=layout, experts=4, bond_dim=sizes, noise=0.1)
+    source, weights = open_artifact(str(out)), stored(dense)
+    matrices = {matrix["name"]: matrix for matrix in read_json_object(out / REPORT_FILE)["matrices"]}
+    for mixture in source.mixtures:
+        for role in ("gate", "up", "down"):
+            first, second = (source.matrix(mixture, role, {expert: 1.0}) for expert in (0, 1))
+            target = weights[f"{mixture.key}.{role}_proj.weight"].T
+            assert (first - target).norm() <= 1e-6 * target.norm()
+            found = matrices[f"{mixture.key}.{role}"]
+            assert found["relative_error"] < 1e-6
+            drift = float((second - first).norm() / first.norm())
+            assert found["clone_drift"] == pytest.approx(drift, rel=0.5)  # of a part of the matrix
+
+
 @pytest.fixture(scope="module")
 def trained(artifact, tmp_path_factory):
     """{kind: (dense folder, folder of a saved model whose experts differ)}"""
@@ -438,5 +464,56 @@ def test_what_has_no_meaning_is_refused(given, said):
 def test_sizes_that_the_model_does_not_have(tiny_gpt2, tmp_path):
     with pytest.raises(SitesError, match=r"the rank \(bond_dim\) is 17; expected at most 16"):
         convert(Recipe(str(tiny_gpt2), kind="low-rank", experts=3, bond_dim="2/17/3"), tmp_path / "out")
+    said = r"bond_dim='5/6/7' gives all experts the bonds \(1, 4\), since .*; expected numbers with different"
+    with pytest.raises(SitesError, match=said):
+        convert(Recipe(str(tiny_gpt2), experts=3, bond_dim="5/6/7"), tmp_path / "out")
     with pytest.raises(RecipeError, match="bond_dim='2/4' has 2 sizes for 8 experts"):
         convert(Recipe(str(tiny_gpt2), kind="low-rank", bond_dim="2/4"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [3, 5])
+def test_a_config_with_sizes_of_other_experts_is_refused(kind, number):
+    shapes = {"up": MatrixShape(H, INNER, has_bias=False), "down": MatrixShape(INNER, H, has_bias=False)}
+    own = Recipe("gpt2", **recipe(kind)).own_options
+    form = experts.load(recipe(kind)["kind"]).describe(FFNShape("h.0.mlp", shapes), own).parts
+    said = f"of 4 experts, and there are {number}; expected one value for each: take config.json as it came"
+    with pytest.raises(ValueError, match=said):
+        FeedForward(form, number, 2)
+
+
+@pytest.mark.parametrize("size", [2, 16])
+def test_a_random_expert_has_the_scale_of_its_own_size(size):
+    kind, options = experts.load("mpo"), {"kind": "mpo", "layout": "one-sided", "experts": 2}
+    term = kind.terms(16, 16, Recipe("gpt2", bond_dim="2/16", **options).own_options, False)[0][0]
+    chain, expert = Chain(term, 2), (2, 16).index(size)
+    torch.manual_seed(0)
+    squares = []
+    for _ in range(30):
+        chain.reset_parameters(0.02)
+        with torch.no_grad():
+            matrix = chain.matrix([getattr(chain, name) for name in chain.core_names], expert)
+        squares.append(float(matrix.square().mean()))
+    assert (sum(squares) / 30) ** 0.5 == pytest.approx(0.02, rel=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_per_token_are_a_bound_or_a_mean_and_say_so(kind, artifact):
+    dense, _ = artifact("llama", **recipe(kind), noise=0.0)
+    means = plan(Recipe(str(dense), **recipe(kind))).ffn_totals
+    bound = plan(Recipe(str(dense), **recipe(kind), select="top-p", top_k=2)).ffn_totals
+    ffns = [ffn for _, ffn in load(artifact("llama", **recipe(kind), noise=0.0)[1], "llama").mixtures()]
+    most = sum(ffn.shared_params + sum(sorted(ffn.own_by_expert)[-2:]) for ffn in ffns)
+    assert bound.active_params == most > means.active_params
+    largest = recipe(kind) | {"bond_dim": max(SIZES[kind])}
+    alike = plan(Recipe(str(dense), **largest)).ffn_totals
+    assert means.flops_per_token < bound.flops_per_token
+    is_one = sorted(SIZES[kind])[-2] == max(SIZES[kind])
+    assert (bound.flops_per_token == alike.flops_per_token) == is_one
+    assert bound.flops_per_token <= alike.flops_per_token
+    rows = [[row[""] for row in totals.rows("FFNs")] for totals in (means, bound, alike)]
+    assert [row[1].removeprefix("FFNs: parameters used per token") for row in rows] == [
+        ", in the mean",
+        ", at most",
+        "",
+    ]

@@ -258,6 +258,14 @@ def test_artifacts_whose_experts_all_stay_are_told(made, folder, tmp_path):
         prune(folder / "dense", tmp_path / "small", asked(folder, 2))
 
 
+@pytest.mark.parametrize("kind", ["adapter", "low-rank", "mpo"])
+def test_experts_of_different_sizes_all_stay(kind, folder, tmp_path):
+    convert(Recipe(str(folder / "dense"), kind=kind, experts=4, bond_dim="2/2/4/8"), tmp_path / "sizes")
+    with pytest.raises(CheckpointError, match="differ in size, .*; expected experts of one size"):
+        prune(tmp_path / "sizes", tmp_path / "small", asked(folder, 2))
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_command_prints_what_is_left_out_and_the_losses(made, folder, tmp_path):
     args = ["prune", str(made("adapter")), "-o", str(tmp_path / "small"), "--experts", "3", "--by", "load"]
     args += ["--calibrate", str(folder / "text.txt"), "--calibration-tokens", "640"]

@@ -169,6 +169,12 @@ def terms(
     if options.sizes is not None:
         each = [_choose(rows, cols, options, size) for size in options.sizes]
         largest = max(each, key=lambda sites: sites.auxiliary_params)
+        if len(set(options.sizes)) > 1 and len({sites.bonds for sites in each}) == 1:
+            raise SitesError(
+                f"{assigned('bond_dim', options.bond_dim)} gives all experts the bonds {largest.bonds}, "
+                "since each bond is the largest divisor up to its number; expected numbers with different "
+                "largest divisors, or one number for all"
+            )
         return [by_expert(_term(largest), list(map(_term, each)))], largest
     factors = site_layouts.parse_factors(options.factors) if options.factors else None
     if factors and swapped:
