@@ -185,7 +185,8 @@ class Mixing(nn.Module):
         schedule = self.choose_schedule(num_tokens, num_rows)
         inputs = self._prepare(tokens)
         applies = schedule == "apply" and self.acts
-        copies = applies and not self.differ  # what differs in size cannot be gathered
+        # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
+        copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
         if copies and num_rows * self.own_params <= self._few_copied(tokens):
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)

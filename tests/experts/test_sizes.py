@@ -19,6 +19,7 @@ from mpoe_convert.decomposition.sites import Sites
 from mpoe_convert.decomposition.sizes import common_sites, widened
 from mpoe_convert.errors import RecipeError, SitesError
 from mpoe_convert.experts.ffn import FFNShape, MatrixShape, Target
+from mpoe_convert.exports.targets import onnx
 from mpoe_convert.runtime.modeling_mpoe import (
     Chain,
     Choices,
@@ -337,6 +338,13 @@ def test_the_reader_knows_every_expert(kind, trained):
         torch.testing.assert_close(source.matrix(mixture, "up", {expert: 1.0}), sum(chains[1:], chains[0]))
     if kind == "adapter":
         assert not source.adapters_add_nothing(mixture, {1: 1.0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_needs_no_sorting(kind, trained, tmp_path):
+    """The ONNX exporter has no function for it."""
+    source = open_artifact(str(trained[kind][1]))
+    assert onnx.plan(source, Export(to="onnx"), None, tmp_path).library == "onnx"
 
 
 def test_low_rank_experts_become_adapters_of_their_own_ranks(trained, tmp_path):

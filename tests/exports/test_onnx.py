@@ -17,9 +17,10 @@ from mpoe_convert.exports.targets import onnx
 
 
 @pytest.mark.slow
-def test_onnxruntime_computes_what_the_model_does(artifact, tmp_path):
+@pytest.mark.parametrize("options", [{"bond_dim": 8}, {"experts": 3, "bond_dim": "8/2/4"}], ids=str)
+def test_onnxruntime_computes_what_the_model_does(options, artifact, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    _, out = artifact("llama", noise=0.5, bond_dim=8)
+    _, out = artifact("llama", noise=0.5, **options)
     perturb(out)
     report = export(out, tmp_path / "graph", Export(to="onnx"))
     assert report.comparison.relative_difference < 1e-5 and report.comparison.top1_agreement == 1
