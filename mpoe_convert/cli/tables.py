@@ -160,7 +160,7 @@ def print_summary(summary: Summary, out: Console) -> None:
             f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
             f"noise {recipe['noise']:g}, seed {recipe['seed']}."
         )
-    for step in summary.report.get("pruning", ()):
+    for step in () if of_mixture else summary.report.get("pruning", ()):  # of mixtures it is said above
         out.print(
             f"Of {step['experts_before']} experts per mixture {step['experts']} were left, by {step['by']}."
         )

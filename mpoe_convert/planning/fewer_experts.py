@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -24,8 +24,8 @@ class LayerExperts:
 
     Attributes:
         path: of the layer.
-        kept: their numbers in the source, ascending.
-        scores: of all experts of the source, see `compression.pruning`; empty: they were not scored.
+        kept: their numbers before, in the order of their numbers now.
+        scores: of all experts before, the higher the more needed; empty: they were not scored.
         shares: of the choices that routers made on the calibration text, how many were of each expert.
     """
 
@@ -38,6 +38,22 @@ class LayerExperts:
     def dropped(self) -> tuple[int, ...]:
         """Those that do not stay; () where experts were not scored."""
         return tuple(expert for expert in range(len(self.scores)) if expert not in self.kept)
+
+    def renumbered(self, numbers: Sequence[int], count: int) -> LayerExperts:
+        """The same by the numbers that experts have among `count`; those that had gone before have zeros.
+
+        Args:
+            numbers: of the experts before.
+        """
+        places = {number: place for place, number in enumerate(numbers)}
+        scores, shares = (
+            tuple(values[places[number]] if number in places else 0.0 for number in range(count))
+            for values in (self.scores, self.shares)
+        )
+        return LayerExperts(self.path, tuple(numbers[expert] for expert in self.kept), scores, shares)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"dropped": list(self.dropped)}
 
     def row(self) -> dict[str, Cell]:
         left = self.dropped
@@ -75,8 +91,7 @@ class FewerExperts:
         return any(layer.scores for layer in self.layers)
 
     def table(self) -> Table:
-        rows = tuple(layer.row() for layer in self.layers if layer.scores)
-        return Table("Experts that are left out", rows, left=("layer", "left out"))
+        return table_of(self.layers)
 
     def of(self, tensors: Iterable[OutTensor], checkpoint: Pruned) -> FewerExperts:
         """The same, beside an artifact of these tensors."""
@@ -96,8 +111,14 @@ class FewerExperts:
     def to_json(self) -> dict[str, Any]:
         return {
             "source_experts": self.source_experts,
-            "layers": [asdict(layer) | {"dropped": list(layer.dropped)} for layer in self.layers],
+            "layers": [layer.to_json() for layer in self.layers],
         }
+
+
+def table_of(layers: Iterable[LayerExperts]) -> Table:
+    """One row per layer whose experts were scored."""
+    rows = tuple(layer.row() for layer in layers if layer.scores)
+    return Table("Experts that are left out", rows, left=("layer", "left out"))
 
 
 def fewer_than(recipe: Recipe, located: Located) -> bool:

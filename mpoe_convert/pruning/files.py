@@ -12,6 +12,7 @@ from ..artifact.fingerprint import weights_of
 from ..artifact.layout import (
     CARD_FILE,
     EVALUATION_REPORT_FILE,
+    RECIPE_FILE,
     REPORT_FILE,
     TRAINING_REPORT_FILE,
     file_names,
@@ -22,13 +23,15 @@ from ..artifact.layout import (
 )
 from ..artifact.pictures import FOLDER as PICTURES
 from ..artifact.reader import Artifact
-from ..planning.fewer_experts import FewerExperts, LayerExperts
+from ..planning.fewer_experts import FewerExperts
 from ..source.json_files import read_json_object, write_json
 from .card import describe
 from .report import Smaller
 
 # Of a training report, what was measured on the weights with all experts.
 _MEASURED = ("evaluation", "change")
+# Begins the line of a recipe that tells what came after the conversion.
+_SINCE = "# without what prune did to its artifact since, which has left"
 
 
 def small_config(source: Artifact, experts: int, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def write_reports(folder: Path, output: Path, companions: Path, smaller: Smaller
         training = read_json_object(folder / TRAINING_REPORT_FILE, "a training report", remedy="train again")
         write_json(folder / TRAINING_REPORT_FILE, training | dict.fromkeys(_MEASURED) | weights_of(folder))
     describe(folder / CARD_FILE, smaller)
+    _note_in_recipe(folder / RECIPE_FILE, smaller.experts)
     _, report = read_artifact(folder)
     recipe = report["recipe"]
     recipe |= {"experts": smaller.experts, "top_k": min(recipe["top_k"], smaller.experts)}
@@ -68,14 +72,19 @@ def write_reports(folder: Path, output: Path, companions: Path, smaller: Smaller
     write_json(folder / REPORT_FILE, report | {"files": file_names(folder)})
 
 
+def _note_in_recipe(path: Path, experts: int) -> None:
+    """Say in the recipe, which repeats the conversion, how many experts are left since."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [line for line in lines if not line.startswith(_SINCE)]
+        start = sum(line.startswith("#") for line in lines)
+        lines.insert(start, f"{_SINCE} {experts} experts per mixture: see {REPORT_FILE}\n")
+        path.write_text("".join(lines), encoding="utf-8")
+
+
 def _fewer(before: Mapping[str, Any] | None, smaller: Smaller) -> dict[str, Any]:
     """The experts that are left of those of a mixture, by the numbers that they have in the source."""
     count = before["source_experts"] if before else smaller.experts_before
     numbers = {layer["path"]: layer["kept"] for layer in before["layers"]} if before else {}
-    layers = tuple(
-        LayerExperts(
-            layer.path, tuple(numbers.get(layer.path, range(count))[expert] for expert in layer.kept)
-        )
-        for layer in smaller.layers
-    )
+    layers = tuple(layer.renumbered(numbers.get(layer.path, range(count)), count) for layer in smaller.layers)
     return FewerExperts(count, layers).to_json()

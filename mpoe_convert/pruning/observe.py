@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..artifact.reader import Artifact
 from ..compression.batches import Batch, counted_tokens
 from ..compression.stream import run_batch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError, few
 from ..options import assigned
+from ..planning.fewer_experts import LayerExperts
 from ..runtime.shapes import modeling
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Observed:
         """(E,) of the choices."""
         return self.choices / self.choices.sum().clamp(min=1)
 
+    def layer(self, path: str, kept: tuple[int, ...], by: str) -> LayerExperts:
+        """What becomes of the layer at a path."""
+        return LayerExperts(path, kept, tuple(self.scores(by).tolist()), tuple(self.shares.tolist()))
+
     def scores(self, by: str) -> Tensor:
         """(E,) the higher, the more an expert is needed; `by` is one of `request.WAYS`."""
         return {"load": self.weights, "output": self.differences}[by]
@@ -73,6 +78,7 @@ def observe(
 
     Raises:
         CheckpointError: the artifact's code cannot run experts that are not chosen.
+        DataError: no token chooses experts of some layer.
     """
     found = {mixture.path: Observed.nothing(source.num_experts) for mixture in source.mixtures}
     batch: Batch = {}
@@ -85,7 +91,7 @@ def observe(
             tokens, experts, weights = tokens[seen], experts[seen], weights[seen]
         sums = found[path]
         sums.choices += torch.bincount(experts, minlength=source.num_experts).cpu()
-        sums.weights.index_add_(0, experts.cpu(), weights.double().cpu())
+        sums.weights.index_add_(0, experts.cpu(), weights.cpu().double())
         if outputs:
             _add_outputs(sums, module, x, (tokens, experts, weights), source.parts)
 
@@ -105,6 +111,11 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+    if idle := [path for path, sums in found.items() if not sums.choices.any()]:
+        raise DataError(
+            f"no token of the calibration text chooses experts of {few(idle)}, so which are needed is not "
+            "known; expected text like what the model is for: give other text, or more of it"
+        )
     return found
 
 
@@ -158,4 +169,4 @@ def _add_outputs(
         rows = (copies - copies.mean(0)).flatten(0, 1)  # what all have in common tells nothing
         here = (tokens >= start) & (tokens < start + size)
         norms = rows.norm(dim=-1)[experts[here], tokens[here] - start] * weights[here].abs()
-        sums.differences.index_add_(0, experts[here].cpu(), norms.double().cpu())
+        sums.differences.index_add_(0, experts[here].cpu(), norms.cpu().double())

@@ -44,7 +44,7 @@ from .choose import choose, pools
 from .files import copy_companions, small_config, write_reports
 from .held_out import hold_out
 from .observe import Observed, observe
-from .report import Layer, Smaller
+from .report import Smaller
 from .request import Pruning
 from .stock import stock_of
 from .tensors import planned
@@ -119,6 +119,7 @@ class _Run:
         check_space(output, local, 0)
         companions = self._companions()
         own = self._pools()
+        self._shrink({mixture.path: range(self.request.experts) for mixture in source.mixtures})  # or refuse
         batches, held_out = hold_out(make_batches(self.request, self._base, self.token))
         observed, expected = self._observe(batches, held_out)
         asked = self.request
@@ -136,9 +137,7 @@ class _Run:
                 text=tuple(Path(each).name if Path(each).is_file() else each for each in asked.calibrate),
                 experts_before=source.num_experts,
                 experts=asked.experts,
-                layers=tuple(
-                    Layer(path, kept[path], tuple(found.shares.tolist())) for path, found in observed.items()
-                ),
+                layers=tuple(found.layer(path, kept[path], asked.by) for path, found in observed.items()),
                 divergence=self._measure(folder, held_out, expected),
                 params_before=_params(checkpoint.tensors.values()),
                 params=_params(tensors),

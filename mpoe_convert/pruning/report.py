@@ -8,36 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..compression.divergence import Divergence
-from ..tables import Cell, Shown, Table, listed
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What became of a layer's experts.
-
-    Attributes:
-        path: of the layer.
-        kept: those that stay, by their numbers before, in the order of their numbers now.
-        shares: of the choices that routers made on the text, how many were of each expert before.
-    """
-
-    path: str
-    kept: tuple[int, ...]
-    shares: tuple[float, ...]
-
-    @property
-    def left_out(self) -> tuple[int, ...]:
-        """Those that do not stay."""
-        return tuple(expert for expert in range(len(self.shares)) if expert not in self.kept)
-
-    def row(self) -> dict[str, Cell]:
-        """As a table shows it."""
-        lost = sum(self.shares[expert] for expert in self.left_out)
-        return {
-            "layer": self.path,
-            "left out": listed(self.left_out),
-            "their share of choices": f"{lost:.2%}",
-        }
+from ..planning.fewer_experts import LayerExperts, table_of
+from ..tables import Shown, Table
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +20,8 @@ class Smaller(Shown):
         artifact: the one that it was made of.
         by: what decided which experts stay.
         text: names of the files or Hub datasets on which experts were observed.
-        experts_before, experts: per mixture, without those that every token passes.
-        layers: in layer order.
+        experts_before, experts: per mixture; experts that every token passes are not counted.
+        layers: in layer order, by the numbers that experts had before.
         divergence: from that artifact, on held-out text.
         params_before, params: in the weight files.
     """
@@ -59,7 +31,7 @@ class Smaller(Shown):
     text: tuple[str, ...]
     experts_before: int
     experts: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerExperts, ...]
     divergence: Divergence
     params_before: int
     params: int
@@ -83,14 +55,13 @@ class Smaller(Shown):
             return f"{size} {found.in_words('the artifact before')}"
         before, after = self.losses
         return (
-            f"{size} The loss on {found.tokens:,} held-out tokens is {after:.4f} nats per token, "
-            f"{before:.4f} before ({after - before:+.4f}); the divergence is {found.nats:.3g} nats."
+            f"{size} The loss on held-out text is {after:.4f} nats per token, {before:.4f} before "
+            f"({after - before:+.4f}); the divergence is {found.nats:.3g} nats over {found.tokens:,} tokens."
         )
 
     def table(self) -> Table:
         """One row per layer."""
-        rows = tuple(layer.row() for layer in self.layers)
-        return Table("Experts that are left out", rows, left=("layer", "left out"))
+        return table_of(self.layers)
 
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""
@@ -99,4 +70,4 @@ class Smaller(Shown):
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values."""
-        return asdict(self)
+        return asdict(self) | {"layers": [layer.to_json() for layer in self.layers]}

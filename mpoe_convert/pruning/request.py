@@ -37,7 +37,8 @@ class Pruning(TextSource, WeightFiles, Request):
         kw_only=False,
     )
     experts: int = option(
-        help="Experts that are left in every mixture, without those that every token passes.",
+        help="Experts that are left in every mixture. Those that every token passes stay and are not "
+        "counted.",
         group="Experts",
         at_least=2,
         at_most=LARGEST_COUNT,

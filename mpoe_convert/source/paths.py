@@ -55,7 +55,7 @@ def suggest_path(name: str) -> str:
     "; did you mean 'examples/tiny-gpt2'?"
     """
     path = local(name)
-    if not name.strip() or not path.name:
+    if not name.strip() or not path.name or exists(path):
         return ""
     try:
         while path.name and not exists(path.parent):  # the first part that is not there

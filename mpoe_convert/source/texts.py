@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import DataError, HubError, counted, did_you_mean, few, one_line
 from ..options import called
 from .hub import asked_once, check_dataset_available
-from .paths import exists, is_file, is_path, suggest_path
+from .paths import exists, is_dir, is_file, is_path, suggest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,11 +228,13 @@ def _builder(source: str) -> tuple[str, dict[str, Any]] | None:
     known = BUILDERS.get(path.suffix.lower())
     if is_file(path) and known:
         return known
-    expected = f"expected one of {', '.join(BUILDERS)}"
+    kinds = f"one of {', '.join(BUILDERS)}"
     if is_file(path):
-        raise DataError(f"'{source}' is of an unknown kind; {expected}")
+        raise DataError(f"'{source}' is of an unknown kind; expected {kinds}")
+    if is_dir(path):
+        raise DataError(f"'{source}' is a folder; expected a file, {kinds}, or a Hub dataset")
     if exists(path) or known or is_path(source.partition(":")[0]):
-        raise DataError(f"'{source}' is no file; {expected}, or a Hub dataset{suggest_path(source)}")
+        raise DataError(f"'{source}' is no file; expected {kinds}, or a Hub dataset{suggest_path(source)}")
     return None
 
 

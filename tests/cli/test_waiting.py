@@ -78,6 +78,11 @@ REFUSED = {
     "an option": (["dense", "-o", "out", "--experts", "1"], "expected", None),
     "a calibration text": (["dense", "-o", "out", *KEEP, "topics.tx"], "topics.tx' is no file", "topics.txt"),
     "the same of a plan of weights": (["plan", "dense", *KEEP, "topic.txt"], "is no file", "topics.txt"),
+    "a folder of calibration texts": (
+        ["prune", "dense", "-o", "out", *PRUNING, "--calibrate", "full"],
+        "'full' is a folder; expected a file, one of .txt",
+        None,
+    ),
     "training data": ([*FINETUNE, "topics.tx"], "topics.tx' is no file; expected one of", "topics.txt"),
     "training data that may be an id": ([*FINETUNE, "topics"], OFFLINE, "topics.txt"),
     "held-out data": (

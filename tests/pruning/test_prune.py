@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,21 +11,23 @@ import torch
 import transformers
 from click.testing import CliRunner
 from helpers.artifacts import perturb, set_options
-from helpers.data import words
+from helpers.data import QUICK, rows, words, write
 from helpers.expert_mixtures import save_mixture
 from helpers.models import stored, token_ids
 from helpers.tiny import save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from mpoe_convert import Export, Pruning, Recipe, convert, export, prune, verify
+from mpoe_convert import Export, Finetuning, Pruning, Recipe, convert, export, finetune, prune, verify
 from mpoe_convert.artifact.fingerprint import weights_of
 from mpoe_convert.artifact.layout import register_files
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.compression.batches import make_batches
-from mpoe_convert.errors import CheckpointError, RecipeError
+from mpoe_convert.errors import CheckpointError, DataError, FamilyError, RecipeError
 from mpoe_convert.pruning.held_out import hold_out
 from mpoe_convert.pruning.observe import observe
+from mpoe_convert.request import read_recipe
+from mpoe_convert.source import pruned
 
 BASE = {"experts": 4, "bond_dim": 4}
 KINDS = {
@@ -39,7 +42,7 @@ KINDS = {
     "top-p": {"kind": "dense", "select": "top-p", "threshold": 0.6, "top_k": 4},
     "top-any": {"kind": "dense", "select": "top-any", "top_k": 4},
 }
-SLOW = ("two-sided, own biases", "dense", "low-rank", "parts", "top-p")
+SLOW = {*KINDS} - {"blocks", "parts, 1 shared"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def never_chosen(model, smaller):
     """The model, whose routers have no hope for the experts that were left out."""
     for (path, ffn), layer in zip(model.mixtures(), smaller.layers, strict=True):
         assert path.startswith(layer.path)
-        router, gone = ffn.router, torch.tensor(layer.left_out)
+        router, gone = ffn.router, torch.tensor(layer.dropped)
         before = router._logits
         router._logits = lambda x, before=before, gone=gone: before(x).index_fill(-1, gone, -1e4)
         if ffn.balance_bias is not None:
@@ -152,6 +155,92 @@ def test_statistics_are_those_of_the_choices_and_of_single_experts(made, folder)
                 assert own.differences[expert] == pytest.approx(float(far[chosen].sum()), rel=1e-4)
 
 
+def test_float64_is_made_on_the_cpu_alone(made, monkeypatch):
+    """MPS has none."""
+    to_cpu, widened = torch.Tensor.cpu, torch.Tensor.double
+
+    def cpu(tensor):
+        moved = to_cpu(tensor)
+        moved.is_moved = True
+        return moved
+
+    def double(tensor):
+        assert getattr(tensor, "is_moved", False)
+        return widened(tensor)
+
+    model, source = load(made("blocks")), open_artifact(str(made("blocks")))
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    found = observe(model, source, [{"input_ids": token_ids(2, 9)}], outputs=True)
+    assert all(sums.weights.any() and sums.differences.any() for sums in found.values())
+
+
+def test_a_layer_whose_experts_no_token_chooses_is_told(made):
+    batch = {"input_ids": token_ids(2, 9), "attention_mask": torch.zeros(2, 9, dtype=torch.long)}
+    with pytest.raises(DataError, match="no token of the calibration text chooses experts of .* other text"):
+        observe(load(made("blocks")), open_artifact(str(made("blocks"))), [batch], outputs=False)
+
+
+# A model, its text's columns, and the layers that have experts.
+OTHERS = {
+    "t5": ("AutoModelForSeq2SeqLM", "seq2seq", {"encoder", "decoder"}),
+    "bert": ("AutoModelForSequenceClassification", "classification", {"encoder"}),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_encoder_decoders_and_classifiers_are_measured_by_what_they_give(model_type, tmp_path):
+    """The loss is the model's own on held-out pairs; a head that writes no text has a divergence alone."""
+    auto, kind, sides = OTHERS[model_type]
+    save_tiny(model_type, auto, tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    convert(Recipe(str(tmp_path / "dense"), **BASE), out := tmp_path / "out")
+    perturb(out)
+    request = Pruning(write(tmp_path / "rows.jsonl", rows(kind, 40)), 3, calibration_tokens=256)
+    smaller = prune(out, tmp_path / "small", request)
+    assert {layer.path.partition(".")[0] for layer in smaller.layers} == sides
+    opened = open_artifact(str(out))
+    held_out = hold_out(make_batches(request, replace(opened.checkpoint, config=opened.config)))[1]
+    given = []
+    for folder in (out, tmp_path / "small"):
+        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            given.append([model(**batch) for batch in held_out])
+    if model_type == "bert":
+        before, after = (torch.cat([each.logits for each in own]).log_softmax(-1) for own in given)
+        distance = (before.exp() * (before - after)).sum(-1).mean()
+        assert smaller.losses is None
+        assert smaller.divergence.nats == pytest.approx(float(distance), rel=1e-3, abs=1e-7)
+        assert "nats of divergence from the artifact before" in (tmp_path / "small/README.md").read_text()
+        return
+    counts = [int((batch["labels"] != -100).sum()) for batch in held_out]
+    for own, loss in zip(given, smaller.losses, strict=True):
+        total = sum(float(each.loss) * count for each, count in zip(own, counts, strict=True))
+        assert loss == pytest.approx(total / sum(counts), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_left_can_be_trained(made, folder, tmp_path):
+    prune(made("blocks"), tmp_path / "small", asked(folder, 3))
+    run = Finetuning(str(tmp_path / "small"), (str(folder / "text.txt"),), **QUICK)
+    finetune(run, tmp_path / "trained")
+    assert verify(tmp_path / "trained").ok
+    for name in ("small", "trained"):
+        report = json.loads((tmp_path / name / "conversion_report.json").read_text())
+        assert [step["experts"] for step in report["pruning"]] == [3]
+        assert {ffn.router.num_experts for _, ffn in load(tmp_path / name).mixtures()} == {3}
+    assert (logits(load(tmp_path / "small")) - logits(load(tmp_path / "trained"))).abs().max() > 1e-3
+
+
+def test_what_cannot_be_cut_is_told_before_any_text_is_read(folder, tmp_path, monkeypatch):
+    save_tokenizer(save_mixture("mixtral", tmp_path / "dense", num_local_experts=6, num_experts=6))
+    convert(Recipe(str(tmp_path / "dense")), tmp_path / "out")
+    monkeypatch.setattr(pruned, "NUMBERS", ("another_name",))
+    monkeypatch.setattr("mpoe_convert.pruning.prune.make_batches", None)
+    with pytest.raises(FamilyError, match="this model keeps all its experts"):
+        prune(tmp_path / "out", tmp_path / "small", asked(folder, 4))
+
+
 def test_the_losses_are_those_of_the_held_out_text(made, folder, tmp_path):
     request = asked(folder, 2)
     smaller = prune(made("low-rank"), tmp_path / "small", request)
@@ -180,6 +269,9 @@ def test_reports_and_card_say_what_was_done_and_the_artifact_is_whole(made, fold
     written = json.loads((tmp_path / "two/conversion_report.json").read_text())
     assert written["pruning"] == json.loads(json.dumps([smaller.to_json(), again.to_json()]))
     assert written["recipe"]["experts"] == 2
+    recipe = (tmp_path / "two/mpoe_recipe.yaml").read_text()
+    assert recipe.count("prune did") == 1 and "since, which has left 2 experts per mixture" in recipe
+    assert read_recipe(tmp_path / "two/mpoe_recipe.yaml") == read_recipe(trained / "mpoe_recipe.yaml")
     training = json.loads((tmp_path / "two/training_report.json").read_text())
     assert training["evaluation"] is None
     assert training["weights_sha256"] == weights_of(tmp_path / "two")["weights_sha256"]
@@ -204,7 +296,21 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+def found_steps(report: dict, count: int) -> list[tuple[list[int], list[float]]]:
+    """Of each layer: the source's numbers that are left after all steps, and the last shares by them."""
+    found = []
+    for steps in zip(*(step["layers"] for step in report["pruning"]), strict=True):
+        left, shares = [*range(count)], [0.0] * count
+        for layer in steps:
+            shares = [0.0] * count
+            for number, share in zip(left, layer["shares"], strict=True):
+                shares[number] = share
+            left = [left[expert] for expert in layer["kept"]]
+        found.append((left, shares))
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_mixtures_as_sources_keep_what_the_source_has_of_these_experts(model_type, folder, tmp_path):
     """`verify` compares with the source, cut to the experts that stay; also the second time."""
     changes, numbers = MIXTURES[model_type]
@@ -216,6 +322,13 @@ def test_mixtures_as_sources_keep_what_the_source_has_of_these_experts(model_typ
     found = verify(last)
     assert found.ok and found.relative_difference < 1e-4
     report = json.loads((last / "conversion_report.json").read_text())
+    own = found_steps(report, 8 if model_type == "deepseek_v3" else 6)
+    for layer, (kept, shares) in zip(report["fewer_experts"]["layers"], own, strict=True):
+        assert layer["kept"] == kept and sorted(layer["kept"] + layer["dropped"]) == [*range(len(shares))]
+        assert layer["shares"] == shares and sum(shares) == pytest.approx(1)
+        assert len(layer["scores"]) == len(shares)
+    done = CliRunner().invoke(main, ["inspect", str(last)])
+    assert len(re.findall(r"experts per (?:layer|mixture)", done.stdout)) == 1
     layer = report["fewer_experts"]["layers"][0]
     layer["kept"][0] = next(expert for expert in range(9) if expert not in layer["kept"])
     (last / "conversion_report.json").write_text(json.dumps(report))
