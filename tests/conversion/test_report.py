@@ -208,3 +208,28 @@ def test_the_error_by_pieces_is_that_of_the_whole_matrix(layout, size, monkeypat
     assert (seen == 1).all()
     expected = ((whole - matrix).norm() / matrix.norm()).item()
     assert build._error(matrix, [cores], copies) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-30])
+def test_samples_do_not_depend_on_what_the_first_rows_hold(first, monkeypatch):
+    """Estimates from an eighth, of a matrix whose first eighth is zero or next to it; cores as stored."""
+    monkeypatch.setattr(build, "_PIECE", 1)
+    matrix = randn(64, 96, dtype=torch.float32)
+    matrix[:8] *= first
+    sites = choose(64, 96, layout="one-sided", num_sites=3, bond_dim=6)
+    fitted = [core.bfloat16().float() for core in fit(matrix, sites).cores]
+    copies = [[1] * len(fitted)]
+    whole, found = (build._error(matrix, [fitted], copies, every=every) for every in (1, 8))
+    assert 0.5 * whole < found < 2 * whole
+    clone = [core + 0.01 * randn(*core.shape, seed=2, dtype=torch.float32) for core in fitted]
+    ours, theirs = (build._matrix_of([cores], copies, torch.float32) for cores in (fitted, clone))
+    expected = ((ours - theirs).norm() / ours.norm()).item()
+    found = build._drift(([fitted], copies), ([clone], copies), torch.float32)
+    assert found == pytest.approx(expected, rel=0.5)
+
+
+def test_the_drift_of_a_matrix_whose_sample_is_zero_is_that_of_all():
+    core = randn(1, 16, 24, 1, dtype=torch.float32)
+    core[:, ::8] = core[:, :, ::8] = 0
+    expected = build._drift(([[core]], [[1]]), ([[1.5 * core]], [[1]]), torch.float32)
+    assert expected == pytest.approx(0.5)
