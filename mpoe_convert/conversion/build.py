@@ -205,11 +205,15 @@ def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]], ev
     """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds.
 
     Args:
-        every: take the first of so many pieces, and estimate the others' errors from theirs.
+        every: take the first of so many pieces, and estimate the others' errors from theirs; all if these
+            are zero.
     """
-    cut = _cuts(dense, terms)[::every]
-    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in cut)
-    return error_of_pieces(dense, pieces, is_sample=every > 1)
+    cut = _cuts(dense, terms)
+    some = cut[::every]
+    if not any(dense[part].any() for part, _ in some):
+        some = cut
+    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in some)
+    return error_of_pieces(dense, pieces, is_sample=len(some) < len(cut))
 
 
 def _cuts(dense: Tensor, terms: list[list[Tensor]]) -> list[tuple[tuple[slice, slice], list[list[Tensor]]]]:
