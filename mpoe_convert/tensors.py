@@ -33,6 +33,8 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_finite(tensor: Tensor, name: str = "the matrix") -> None:
     """Raises CheckpointError if the tensor holds NaN or Inf."""
+    if tensor.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.float()  # torch has no extremes of float8
     # NaN and Inf both show in the extremes, which take one pass and no temporary.
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
         bad = tensor.numel() - int(tensor.isfinite().sum())

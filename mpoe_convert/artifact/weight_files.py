@@ -112,7 +112,7 @@ def stream_shard(specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tenso
     waiting: deque[tuple[Future[None], int]] = deque()
     try:
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-            file.write(header)
+            _write_all(file, header)
             for name, tensor in tensors:
                 _check_weight(name, tensor)
                 _check_place(name, tensor, places)
@@ -174,8 +174,13 @@ def _write_at(file: FileIO, tensor: Tensor, begin: int) -> None:
     if not tensor.numel():
         return
     data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    left = memoryview(data)
     file.seek(begin)
+    _write_all(file, data)
+
+
+def _write_all(file: FileIO, data: Any) -> None:
+    """Write all bytes; the operating system may take some of them at a time."""
+    left = memoryview(data)
     while left:
         left = left[file.write(left) :]
 

@@ -99,7 +99,7 @@ def convert(
             check_output_first(output, overwrite, quiet, resume)
         check_push(repo_id, pushing, overwrite, token)
         if dry_run:
-            show_plan(recipe, token, as_json, quiet)
+            show_plan(recipe, token, as_json, quiet, stream=stream)
             return
         announce(f"Converting {recipe.model}", quiet)
         quiet = quiet or not is_first()
@@ -232,6 +232,7 @@ def show_plan(
     quiet: bool,
     processes: int | None = None,
     speeds: tuple[float | None, float | None] | None = None,
+    stream: bool = False,
 ) -> None:
     """Print a plan; `speeds`: of disk (GB/s) and machine (GFLOP/s), None: times are left out."""
     from ..compression.plan import plan as plan_conversion
@@ -242,7 +243,7 @@ def show_plan(
     if recipe.calibrate:
         silence_libraries()
     with conversion_progress(not quiet) as progress:
-        result = plan_conversion(recipe, token=token, progress=progress)
+        result = plan_conversion(recipe, stream=stream, token=token, progress=progress)
     costs = None
     if speeds is not None:
         from ..conversion.times import measure  # torch, which plans of headers do without

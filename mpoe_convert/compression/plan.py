@@ -15,7 +15,7 @@ from ..planning.recipe import Recipe
 from ..planning.resolve import resolve_recipe
 from ..request import check_function, check_token
 from ..source.in_memory import InMemory
-from ..source.opening import open_source
+from ..source.opening import check_stream, open_source
 from ..source.texts import check_sources
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Recipe | str | PathLike[str],
     *,
+    stream: bool = False,
     token: str | None = None,
     calibration: Sequence[Batch] | None = None,
     progress: Progress | None = None,
@@ -34,7 +35,7 @@ def plan(
 
     Without `keep` and `max_error` only headers are read: of a Hub id no weights are downloaded. With one of
     them the weights are read, except those of a mixture, and calibrated if the recipe asks for it. Arguments
-    as for `convert`.
+    as for `convert`; with `stream` what is read of a Hub id comes by requests for its bytes.
 
     Raises:
         MpoeError: the source, the recipe or their combination cannot be converted.
@@ -54,10 +55,12 @@ def plan(
     check_device(recipe.device)
     check_sources(recipe.calibrate)
     options = {"revision": recipe.revision, "token": token, "trust_remote_code": recipe.trust_remote_code}
-    options["experts_at"] = recipe.experts_at
+    options |= {"experts_at": recipe.experts_at, "stream": stream}
     calibrated = bool(recipe.calibrate) or calibration is not None
+    check_stream(stream, calibrated)
     checkpoint = open_source(recipe.model, headers_only=not (recipe.compresses and calibrated), **options)
-    if recipe.compresses and not isinstance(checkpoint, InMemory):  # of a mixture the sizes are enough
+    is_mixture = isinstance(checkpoint, InMemory)  # whose sizes are enough
+    if recipe.compresses and checkpoint.headers_only and not is_mixture:
         checkpoint = open_source(recipe.model, **options)
     if isinstance(checkpoint, InMemory):
         from .mixtures import prepare_mixture  # torch

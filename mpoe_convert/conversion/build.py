@@ -206,11 +206,15 @@ def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]], ev
     """Relative distance of the sum of the terms from a matrix, by pieces that a processor's cache holds.
 
     Args:
-        every: take the first of so many pieces.
+        every: take the first of so many pieces, and estimate the others' errors from theirs; all if these
+            are zero.
     """
-    cut = _cuts(dense, terms)[::every]
-    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in cut)
-    return error_of_pieces(dense, pieces)
+    cut = _cuts(dense, terms)
+    some = cut[::every]
+    if not any(dense[part].any() for part, _ in some):
+        some = cut
+    pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in some)
+    return error_of_pieces(dense, pieces, is_sample=len(some) < len(cut))
 
 
 def _cuts(dense: Tensor, terms: list[list[Tensor]]) -> list[tuple[tuple[slice, slice], list[list[Tensor]]]]:
@@ -280,7 +284,10 @@ def _drift(
     def some(terms: list[list[Tensor]], copies: list[list[int]]) -> Tensor:
         return _matrix_of([kept(cores) for cores in terms], copies, dtype)
 
-    return relative_error(some(*exact), some(*clone))
+    sample = some(*exact)
+    if not sample.any():  # rows of zeros, by chance or by padding
+        return relative_error(_matrix_of(*exact, dtype), _matrix_of(*clone, dtype))
+    return relative_error(sample, some(*clone))
 
 
 def _eighth(terms: list[list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -23,7 +23,7 @@ from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..compression.shared import help_collect
 from ..devices import pick_device
-from ..errors import MachineError, MpoeError, RequestError, counted
+from ..errors import MachineError, MpoeError, counted
 from ..experts.ffn import Fitted
 from ..extras import need
 from ..options import called, named_by_flags, switched
@@ -40,7 +40,7 @@ from ..source.checkpoint import Checkpoint
 from ..source.in_memory import InMemory
 from ..source.json_files import write_json
 from ..source.matrices import read_wide
-from ..source.opening import open_source
+from ..source.opening import check_stream, open_source
 from ..source.state_dict import is_buffer
 from ..source.texts import check_sources
 from ..tensors import cast, check_finite
@@ -134,11 +134,7 @@ def _open(
     recipe: Recipe, output: Path, overwrite: bool, stream: bool, token: str | None, is_calibrated: bool
 ) -> Checkpoint:
     """The source, once everything that can be told without it is right."""
-    if stream and (recipe.calibrate or is_calibrated):
-        raise RequestError(
-            f"{switched('stream')} was given with a calibration, which runs the whole model; expected one of "
-            "them"
-        )
+    check_stream(stream, bool(recipe.calibrate) or is_calibrated)
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
     pick_device(recipe.device)

@@ -22,6 +22,7 @@ def finish_slices(targets: FFNTargets, role: str, fitted: Fitted) -> tuple[dict[
     plan, recipe, dense = targets.matrices[role], targets.recipe, targets.dense(role)
     neurons, stored = fitted.neurons.to(dense.device), getattr(torch, plan.dtype)
     [[core]] = fitted.terms  # (E, 1, in, out, 1)
+    assert isinstance(core, Tensor), "parts are of one size"
     exact = core[:, 0, :, :, 0]
     is_copy = _copies(neurons)
     own = exact.clone()

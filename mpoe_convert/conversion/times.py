@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from math import sqrt
+from math import lcm, sqrt
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from .slices import finish_slices
 TRIED = 1 << 23
 # Experts of a mixture's layer that are tried.
 TRIED_EXPERTS = 8
-# Sizes are cut to multiples of this, which every layout can split.
+# Sizes are cut to multiples of this, which every layout can split, and of what the kind asks for.
 STEP = 64
 # Bytes that are written and read to measure the disk.
 DISK_BYTES = 1 << 27
@@ -80,10 +80,11 @@ def _numbers(ffn: FFNPlan) -> int:
 
 def _cut_ffn(plan: Plan, ffn: FFNPlan, cut: float) -> tuple[FFNPlan, _Random]:
     """The FFN with smaller matrices, and a checkpoint that has them."""
+    step = lcm(STEP, plan.recipe.own_options.divides_neurons_by)
     shapes = {
         matrix.role: MatrixShape(
-            _cut(matrix.rows, cut),
-            _cut(matrix.cols, cut),
+            _cut(matrix.rows, cut, step),
+            _cut(matrix.cols, cut, step),
             matrix.source.bias is not None,
             None if matrix.rank is None else max(int(matrix.rank * cut), 1),
         )
@@ -105,8 +106,8 @@ def _cut_ffn(plan: Plan, ffn: FFNPlan, cut: float) -> tuple[FFNPlan, _Random]:
     return replace(ffn, shape=shape, matrices=matrices, form=form, tensors={}), _Random.of(matrices)
 
 
-def _cut(size: int, cut: float) -> int:
-    return size if cut == 1 else min(max(round(size * cut / STEP), 1) * STEP, size)
+def _cut(size: int, cut: float, step: int) -> int:
+    return size if cut == 1 else min(max(round(size * cut / step), 1) * step, size)
 
 
 class _Random(Checkpoint):
@@ -154,7 +155,7 @@ def _seconds_of_stack(matrix: StackPlan, device: torch.device) -> float:
         return 0.0
     number = min(matrix.num_experts, TRIED_EXPERTS)
     cut = min(sqrt(TRIED / (number * matrix.rows * matrix.cols)), 1.0)
-    rows, cols = _cut(matrix.rows, cut), _cut(matrix.cols, cut)
+    rows, cols = _cut(matrix.rows, cut, STEP), _cut(matrix.cols, cut, STEP)
     most = largest_ranks(matrix.form, number, rows, cols)
     ranks = tuple(min(max(int(rank * cut), 1), limit) for rank, limit in zip(matrix.ranks, most, strict=True))
     matrices = torch.randn(number, rows, cols, device=device)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, prod
+from math import inf, prod, sqrt
 
 import tensorly
 import torch
@@ -136,19 +136,27 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
     return error_of_pieces(matrix, zip(matrix.split(rows), approximation.split(rows), strict=True))
 
 
-def error_of_pieces(matrix: Tensor, pieces: Iterable[tuple[Tensor, Tensor]]) -> float:
+def error_of_pieces(
+    matrix: Tensor, pieces: Iterable[tuple[Tensor, Tensor]], is_sample: bool = False
+) -> float:
     """`relative_error` of an approximation that is never there as a whole.
 
     Args:
         matrix: (rows, cols).
-        pieces: of the matrix and of its approximation; the error is that of these pieces.
+        pieces: of the matrix and of its approximation.
+        is_sample: they are not all; the error is estimated as if it were alike everywhere.
     """
     with torch.no_grad():
         # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64
         size = partial(torch.linalg.vector_norm, dtype=dtype)
-        norms = [torch.stack([size(ours), size(ours - theirs)]) for ours, theirs in pieces]
+        norms, seen = [], 0
+        for ours, theirs in pieces:
+            norms.append(torch.stack([size(ours), size(ours - theirs)]))
+            seen += ours.numel()
         norm, error = torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=torch.float64).tolist()
+        if is_sample:
+            norm, error = float(size(matrix)), error * sqrt(matrix.numel() / seen)
     if norm == 0.0:
         return 0.0 if error == 0.0 else inf
     return error / norm

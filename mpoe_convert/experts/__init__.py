@@ -186,6 +186,11 @@ class Options(OptionGroup):
         """Whether one token goes to more experts than another, at most `top_k`."""
         return self.select in selection.LIMITED
 
+    @property
+    def divides_neurons_by(self) -> int:
+        """What the number of hidden neurons has to be a multiple of."""
+        return 1
+
     def routing(self) -> dict[str, Any]:
         """What `config.mpoe` says of the routing beside the number of experts, see `modeling_mpoe`."""
         found: dict[str, Any] = {"rule": self.select} if self.select != selection.TOP_K else {}

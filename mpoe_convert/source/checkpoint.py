@@ -89,6 +89,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     remote: RemoteWeights | None = None
     _bins: BinReader | None = field(default=None, repr=False)
+    _halves: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -137,6 +138,22 @@ class Checkpoint:
                 f"'{path}': tensor {name!r} is now {found[0]} {list(found[1])}, expected "
                 f"{info.dtype} {list(info.shape)}: the file changed meanwhile, run again"
             )
+        return tensor
+
+    def read_for(self, name: str, part: int | None) -> torch.Tensor:
+        """`read` of a tensor that may hold gate and up. One on the Hub is requested once for both.
+
+        Args:
+            part: whose half is wanted, 0 or 1; then the tensor is kept until it is read for the other one.
+                None: it is not shared.
+        """
+        if part is None or self.remote is None:
+            return self.read(name)
+        wanted, kept = self._halves.pop(name, (None, None))
+        if kept is not None and wanted == part:
+            return kept
+        tensor = self.read(name)
+        self._halves[name] = 1 - part, tensor
         return tensor
 
     @property

@@ -20,7 +20,7 @@ def read_matrix(checkpoint: Checkpoint, source: Source, device: torch.device) ->
     """One matrix (in, out), in the dtype of the source. Raises CheckpointError on NaN or Inf."""
     from ..tensors import check_finite
 
-    tensor = checkpoint.read(source.weight).to(device)
+    tensor = checkpoint.read_for(source.weight, source.part).to(device)
     check_finite(tensor, source.weight)
     if source.part is not None:
         tensor = tensor.chunk(2, dim=1 if source.transposed else 0)[source.part]
@@ -41,7 +41,7 @@ def read_bias(checkpoint: Checkpoint, source: Source) -> Tensor:
     from ..tensors import check_finite
 
     assert source.bias is not None
-    tensor = checkpoint.read(source.bias)
+    tensor = checkpoint.read_for(source.bias, source.part)
     check_finite(tensor, source.bias)
     return tensor if source.part is None else tensor.chunk(2)[source.part]
 

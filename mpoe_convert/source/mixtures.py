@@ -331,7 +331,7 @@ def _read(
 ) -> Tensor:
     from ..tensors import check_finite
 
-    tensor = part(checkpoint.read(name), source).contiguous()
+    tensor = part(checkpoint.read_for(name, source.part), source).contiguous()
     stored = checkpoint.name_on_disk(name) if isinstance(checkpoint, InMemory) else name
     for expert, own in enumerate(tensor):
         check_finite(own, f"{stored} (expert {expert})")

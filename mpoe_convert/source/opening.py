@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from ..errors import RequestError
+from ..options import switched
 from .checkpoint import Checkpoint, open_checkpoint
 from .in_memory import in_memory
 from .mixtures import is_mixture, locate_experts, refuse
 from .named_experts import parse
+
+
+def check_stream(stream: bool, is_calibrated: bool) -> None:
+    """Raises RequestError: a source that is calibrated cannot stay on the Hub."""
+    if stream and is_calibrated:
+        raise RequestError(
+            f"{switched('stream')} was given with a calibration, which runs the whole model; expected one of "
+            "them"
+        )
 
 
 def open_source(

@@ -75,34 +75,56 @@ class RemoteWeights:
     def _start(self, file: str) -> int:
         """Where the data of a file begin: behind the header, whose length is its first 8 bytes."""
         if file not in self._starts:
+            self._check_ranges(file)
             (length,) = struct.unpack("<Q", self._range(file, 0, 8))
             self._starts[file] = 8 + length
         return self._starts[file]
 
-    def _range(self, file: str, first: int, count: int) -> bytes:
-        """`count` bytes of a file. Raises HubError."""
+    def _check_ranges(self, file: str) -> None:
+        """Raises HubError for a file that is sent as a whole only, before its body is read."""
+        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+        try:
+            with http_stream_backoff("GET", **self._request(file, 0, 8)) as response:
+                hf_raise_for_status(response)
+                is_part = response.status_code == 206 and _range_of(response.headers) is not None
+        except Exception as exc:
+            raise explain(exc, self.source, self.revision) from exc
+        if not is_part:
+            raise self._no_ranges(file)
+
+    def _no_ranges(self, file: str) -> HubError:
+        return HubError(
+            f"the Hub sends '{file}' of '{self.source}' as a whole only, expected a range of its bytes: "
+            f"leave out {switched('stream')}"
+        )
+
+    def _request(self, file: str, first: int, count: int) -> dict[str, Any]:
+        """What a request for `count` bytes of a file says, beside its method."""
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub.utils import build_hf_headers
 
         headers = build_hf_headers(token=self.token, library_name="mpoe-convert")
-        headers["Range"] = f"bytes={first}-{first + count - 1}"
+        headers |= {"Range": f"bytes={first}-{first + count - 1}", "Accept-Encoding": "identity"}
+        return {
+            "url": hf_hub_url(self.source, file, revision=self.revision),
+            "headers": headers,
+            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            "follow_redirects": True,
+        }
+
+    def _range(self, file: str, first: int, count: int) -> bytes:
+        """`count` bytes of a file. Raises HubError."""
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
+
         try:
-            response = http_backoff(
-                "GET",
-                hf_hub_url(self.source, file, revision=self.revision),
-                headers=headers,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                follow_redirects=True,
-            )
+            response = http_backoff("GET", **self._request(file, first, count))
             hf_raise_for_status(response)
         except Exception as exc:
             raise explain(exc, self.source, self.revision) from exc
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        found = _range_of(response.headers)
         if response.status_code != 206 or found is None:
-            raise HubError(
-                f"the Hub sends '{file}' of '{self.source}' as a whole only, expected a range of its bytes: "
-                f"leave out {switched('stream')}"
-            )
+            raise self._no_ranges(file)
         self._check_same(file, _Version(int(found[2]), response.headers.get("ETag")))
         if int(found[1]) != first or len(response.content) != count:
             raise HubError(
@@ -119,3 +141,8 @@ class RemoteWeights:
                 f"'{file}' of '{self.source}' has changed while it was read ({known.num_bytes} bytes, ETag "
                 f"{known.etag}; now {found.num_bytes}, {found.etag}): run again"
             )
+
+
+def _range_of(headers: Any) -> re.Match[str] | None:
+    """(first byte, bytes of the file) that an answer's headers name."""
+    return re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))

@@ -1,7 +1,9 @@
 """Weight files hold finite weights, or are not written."""
 
+import io
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +28,31 @@ def tensors_of_all_dtypes():
 @pytest.mark.parametrize("in_flight", [0, 100, 1 << 27])
 def test_files_are_those_of_safetensors_in_whatever_order_tensors_come(in_flight, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_files, "IN_FLIGHT", in_flight)
-    monkeypatch.setattr(weight_files, "_check_weight", lambda *_: None)  # torch has no extremes of float8
     tensors = tensors_of_all_dtypes()
     save_file(tensors, tmp_path / "stock.safetensors", metadata={"format": "pt"})
     save_shard(dict(reversed(tensors.items())), tmp_path / "ours.safetensors")
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "stock.safetensors").read_bytes()
+
+
+def test_a_write_may_take_some_bytes_at_a_time(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    tensors = {"a": torch.arange(9.0), "b": torch.tensor(3)}
+    save_file(tensors, tmp_path / "stock.safetensors", metadata={"format": "pt"})
+    expected = (tmp_path / "stock.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda self, mode, **_: Short(self, mode))
+        save_shard(tensors, tmp_path / "ours.safetensors")
+    assert (tmp_path / "ours.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte_are_checked_too(dtype, tmp_path):
+    tensors = {"a.weight": torch.tensor([1.0, float("nan")]).to(dtype)}
+    with pytest.raises(CheckpointError, match=r"a\.weight holds NaN or Inf in 1 of 2 places"):
+        save_shard(tensors, tmp_path / "x.safetensors")
 
 
 def test_few_bytes_wait_to_be_written_while_the_next_tensor_is_made(tmp_path, monkeypatch):

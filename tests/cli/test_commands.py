@@ -377,7 +377,7 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
         ("include: 3", "include is 3; expected a pattern or a list of patterns"),
         (
             "bond_dim: wide",
-            "--bond-dim is 'wide'; expected a whole number of at least 1, or one for every bond",
+            "--bond-dim is 'wide'; expected a whole number of at least 1, one for every bond, such as 12,64",
         ),
         ("bond_dim: 2.5", "--bond-dim is 2.5; expected a whole number"),
         ("layers: 3-1", "layers is '3-1'; the range 3-1 runs backwards"),
@@ -404,7 +404,7 @@ def test_a_recipe_that_is_not_there_is_told(here):
         (
             ["--bond-dim", "4,x"],
             2,
-            "--bond-dim is '4,x'; expected a whole number of at least 1, or one for every bond",
+            "--bond-dim is '4,x'; expected a whole number of at least 1, one for every bond, such as 12,64",
         ),
         (["--bond-dim", "4,4,4"], 1, "transformer.h.0.mlp.up (16 x 24): "),
         (["--experts", "1"], 2, "experts is 1; expected a whole number of at least 2"),

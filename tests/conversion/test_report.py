@@ -208,3 +208,30 @@ def test_the_error_by_pieces_is_that_of_the_whole_matrix(layout, size, monkeypat
     assert (seen == 1).all()
     expected = ((whole - matrix).norm() / matrix.norm()).item()
     assert build._error(matrix, [cores], copies) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-30])
+def test_samples_do_not_depend_on_what_the_first_rows_hold(first, monkeypatch):
+    """Estimates from an eighth, of a matrix whose first eighth is zero or next to it, and of noise on it."""
+    monkeypatch.setattr(build, "_PIECE", 96 * 64 // 8)
+    matrix = randn(96, 64, dtype=torch.float32)
+    matrix[:12] *= first
+    noisy = matrix + 0.01 * randn(96, 64, seed=2, dtype=torch.float32)
+    whole = ((noisy - matrix).norm() / matrix.norm()).item()
+    ours, theirs = ([[each[None, :, :, None]]] for each in (matrix, noisy))
+    assert build._error(matrix, theirs, [[1]], every=8) == pytest.approx(whole, rel=0.2)
+    assert build._drift((ours, [[1]]), (theirs, [[1]]), torch.float32) == pytest.approx(whole, rel=0.2)
+
+
+def test_a_sample_of_zeros_is_not_taken_for_the_matrix(monkeypatch):
+    monkeypatch.setattr(build, "_PIECE", 96 * 64 // 8)
+    matrix = randn(96, 64, dtype=torch.float32)
+    matrix[:12] = 0
+    assert build._error(matrix, [[1.5 * matrix[None, :, :, None]]], [[1]], every=8) == pytest.approx(0.5)
+
+
+def test_the_drift_of_a_matrix_whose_sample_is_zero_is_that_of_all():
+    core = randn(1, 16, 24, 1, dtype=torch.float32)
+    core[:, ::8] = core[:, :, ::8] = 0
+    expected = build._drift(([[core]], [[1]]), ([[1.5 * core]], [[1]]), torch.float32)
+    assert expected == pytest.approx(0.5)

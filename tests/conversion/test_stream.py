@@ -5,15 +5,19 @@ import re
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.commands import DRIVER, tree
 from helpers.loopback_hub import LoopbackHub, environment
+from helpers.stock_mixtures import make_model as make_mixture
 from helpers.tiny import make_model
 from safetensors.torch import save_file
 
 from mpoe_convert import Recipe, convert
+from mpoe_convert.errors import HubError
 from mpoe_convert.source import ranges
 from mpoe_convert.source.safetensors_file import read_header
 
@@ -32,6 +36,9 @@ def models(tmp_path_factory):
     (folder / "bin").mkdir()
     (folder / "bin/config.json").write_bytes((folder / "one/config.json").read_bytes())
     torch.save({"x": torch.ones(3)}, folder / "bin/pytorch_model.bin")
+    for name in ("mixtral", "gpt_oss"):
+        make_mixture(name).save_pretrained(folder / name)
+    make_model("phi3", "AutoModelForCausalLM", seed=0).save_pretrained(folder / "phi3")
     return folder
 
 
@@ -92,13 +99,44 @@ def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, mo
     needed = sum(len(data) - header_bytes(data) for data in files.values())
     requests = weight_requests(hub)
     assert {request.status for request in requests} == {206}
-    assert needed <= sum(request.sent for request in requests) <= needed + len(files) * (HEADER + 8)
+    assert needed <= sum(request.sent for request in requests) <= needed + len(files) * (HEADER + 16)
     assert needed > 10 * HEADER * len(files)
     assert not list((folder / "home").rglob("*.safetensors"))
     ours, expected = tree(folder / f"out-{name}"), tree(local / name)
     differ = {"README.md", "conversion_report.json", "mpoe_recipe.yaml"}  # they name the source
     assert ours.keys() == expected.keys()
     assert all(ours[file] == expected[file] for file in ours.keys() - differ)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("mixtral", []), ("gpt_oss", ["--keep", "0.6", "--dry-run"]), ("phi3", SMALL)]
+)
+def test_a_tensor_that_holds_gate_and_up_is_requested_once(name, options, session, models):
+    """Every byte of the data comes once: experts one by one, all of a layer in one tensor, dense."""
+    hub, ask, folder = session
+    hub.requests.clear()
+    code, _, said = ask(f"o/{name}", "-o", f"halves-{name}", "--stream", "-q", *options)
+    assert (code, said) == (0, "")
+    data = (models / name / "model.safetensors").read_bytes()
+    header, *others = [request.sent for request in weight_requests(hub)]
+    assert header == len(data) < HEADER  # as the library asks for it
+    expected = 0 if "--dry-run" in options else 16 + len(data) - header_bytes(data)
+    assert sum(others) == expected
+
+
+def test_a_plan_streams_too(session, models):
+    """Its weights are read for the ranks: those of the FFNs come, and no file."""
+    hub, ask, folder = session
+    hub.requests.clear()
+    code, out, err = ask("o/phi3", "--stream", "--dry-run", "--max-error", "0.9", "--experts", "2", "--json")
+    assert code == 0 and json.loads(out)["budget"], err
+    data = (models / "phi3/model.safetensors").read_bytes()
+    start = header_bytes(data)
+    infos = {k: v for k, v in json.loads(data[8:start]).items() if ".mlp." in k}
+    ffns = sum(end - begin for begin, end in (info["data_offsets"] for info in infos.values()))
+    _, *others = [request.sent for request in weight_requests(hub)]
+    assert sum(others) == 16 + ffns
+    assert not list((folder / "home").rglob("*.safetensors"))
 
 
 def test_a_connection_that_drops_is_tried_again(session, local):
@@ -144,7 +182,7 @@ def broken(hub, models, what):
         else:
             repo.commits["main"] = "0" * 40
 
-    for what_now in (None, None, None, change):  # the header, the data's start, a tensor
+    for what_now in (None, None, None, None, change):  # the header, the start of the data twice, a tensor
         hub.fault("GET", "/model.safetensors", what_now or (lambda: None))
 
 
@@ -176,6 +214,12 @@ def test_a_repository_that_changes_meanwhile_is_refused(what, said, session, mod
             2,
             "--stream was given with a calibration, which runs the whole model; expected one of them",
         ),
+        (
+            ["o/one", "--calibrate", "text.txt", "--keep", "0.5", "--dry-run"],
+            2,
+            "--stream was given with a calibration, which runs the whole model; expected one of them",
+        ),
+        (["here", "--dry-run"], 1, "--stream was given, but 'here' is a local folder: leave it out, or pass"),
         (["o/absent"], 1, "'o/absent' is neither a folder here nor a repository on the Hub that you can see"),
     ],
 )
@@ -203,6 +247,32 @@ def test_it_goes_on_after_an_interruption(session):
     assert sent < whole
 
 
+def test_a_server_that_sends_whole_files_is_told_before_a_body_is_read(monkeypatch):
+    class Whole:
+        status_code, headers = 200, {}
+
+        def raise_for_status(self):
+            pass
+
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was asked for")
+
+    asked = []
+
+    @contextmanager
+    def answer(method, **request):
+        asked.append(request["headers"])
+        yield Whole()
+
+    monkeypatch.setattr(huggingface_hub.utils, "http_stream_backoff", answer)
+    monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", Whole.raise_for_status)
+    remote = ranges.RemoteWeights("o/m", "commit", {"a": (0, 4)})
+    info = ranges.TensorInfo("a", "float32", (1,), "x.safetensors")
+    with pytest.raises(HubError, match=r"sends 'x\.safetensors' of 'o/m' as a whole only, expected a range"):
+        remote.read(info, "a")
+    assert [(each["Range"], each["Accept-Encoding"]) for each in asked] == [("bytes=0-7", "identity")]
+
+
 def test_large_tensors_come_in_parts(monkeypatch, tmp_path):
     """Of any size, scalars and empty ones among them; every byte once."""
     tensors = {
@@ -224,6 +294,7 @@ def test_large_tensors_come_in_parts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ranges, "PART", 1000)
     monkeypatch.setattr(remote, "_range", answer)
+    monkeypatch.setattr(remote, "_check_ranges", lambda file: None)
     infos = read_header(tmp_path / "x.safetensors", "x.safetensors")
     for name, tensor in tensors.items():
         found = remote.read(infos[name], name)

@@ -231,6 +231,20 @@ def test_the_gram_shortcut_changes_nothing(monkeypatch, num_sites, limit):
     torch.testing.assert_close(oracle(short.cores), oracle(direct.cores), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rank", [1, 40, 160])
+def test_large_eigenvectors_are_orthonormal_in_float64_and_in_order(rank):
+    """Against float64's own eigenvalues, which lie apart."""
+    generator = torch.Generator().manual_seed(3)
+    basis, _ = torch.linalg.qr(torch.randn(160, 160, dtype=torch.float64, generator=generator))
+    values = torch.linspace(1, 100, 160, dtype=torch.float64).flip(0)
+    made = basis * values @ basis.mT
+    vectors, lost = mpo._eigenvectors(made, rank)
+    assert vectors.dtype == torch.float64 and vectors.shape == (160, rank)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-11)
+    torch.testing.assert_close((vectors * (made @ vectors)).sum(0), values[:rank], rtol=1e-6, atol=0)
+    assert lost == pytest.approx(float(values[rank:].sum()), rel=1e-6)
+
+
 @pytest.mark.parametrize("limit", [5, 20, FULL])
 @pytest.mark.parametrize("num_sites", [3, 5])
 def test_eigenvectors_in_float32_lose_no_more(monkeypatch, num_sites, limit):

@@ -116,6 +116,7 @@ def test_times_follow_from_the_costs_of_the_parts(folders):
         ("llama", {"max_error": 0.5}),
         ("phi3", {"layout": "one-sided"}),
         ("llama", {"kind": "split", "experts": 4}),
+        ("llama", {"kind": "split", "experts": 10, "shared_experts": 2}),
         ("mixtral", {"keep": 0.5}),
     ],
 )

@@ -75,6 +75,10 @@ class Options(experts.Options):
         """P: parts that are routed."""
         return self.parts or self.experts
 
+    @property
+    def divides_neurons_by(self) -> int:
+        return self.num_parts + self.shared_experts
+
     def resolved(self, compresses: bool) -> dict[str, Any]:
         return {"parts": self.num_parts}
 
@@ -151,7 +155,7 @@ def describe(ffn: FFNShape, options: Options) -> Form:
         SitesError: the parts cannot be equally large.
     """
     inner, shared = ffn.matrices["up"].cols, options.shared_experts
-    parts = options.num_parts + shared
+    parts = options.divides_neurons_by
     if inner % parts:
         has_copies = options.num_parts < options.experts
         raise SitesError(
