@@ -12,7 +12,7 @@ from ..runtime.shapes import modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import weight_files
 from ..source.custom_code import GLUE_FILE, code_of_artifact, files
-from ..source.hub import CHAT_TEMPLATES
+from ..source.hub import CHAT_TEMPLATES, GENERATE_FILE
 from ..source.json_files import read_json_object, write_json
 from ..source.paths import exists, is_dir, is_file, stays_inside, suggest_path
 from ..source.repository import Folder
@@ -20,7 +20,6 @@ from ..source.safetensors_file import read_header
 from ..source.sentence_encoder import module_files
 
 MODELING_FILE = "modeling_mpoe.py"
-GENERATE_FILE = "custom_generate/generate.py"  # where transformers looks for custom generation
 REPORT_FILE = "conversion_report.json"
 RECIPE_FILE = "mpoe_recipe.yaml"
 CARD_FILE = "README.md"

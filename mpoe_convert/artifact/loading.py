@@ -18,10 +18,10 @@ from ..options import switched
 from ..runtime import GENERATE_PATH, MODELING_PATH
 from ..source.architecture import main_auto_class
 from ..source.custom_code import references
-from ..source.hub import asked_once
+from ..source.hub import GENERATE_FILE, asked_once
 from ..source.repository import local_folder, suggesting
 from ..source.texts import TASKS
-from .layout import GENERATE_FILE, MODELING_FILE, base_config
+from .layout import MODELING_FILE, base_config
 from .reader import Artifact
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
-from ..artifact.layout import GENERATE_FILE, MODELING_FILE
+from ..artifact.layout import MODELING_FILE
 from ..experts.selection import LIMITED, THRESHOLD
 from ..planning.mixtures import USED, MixturePlan
 from ..planning.plan import Plan
@@ -19,6 +19,7 @@ from ..runtime.shapes import modeling
 from ..source.architecture import Architecture, main_auto_class
 from ..source.checkpoint import Checkpoint
 from ..source.custom_code import GLUE_FILE, glue
+from ..source.hub import GENERATE_FILE
 from ..source.json_files import write_json
 
 # Whose models take `generate(self_contrast=...)`.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from .choices import Choices, Rule, Sequences, preferences
 from .routers import Router
@@ -27,6 +28,8 @@ WEAK_RANK = 2
 # ... and tokens count whose strong probability is at least this share of the most probable one's (alpha).
 _PLAUSIBLE = 0.1
 _MODES = ("greedy_search", "sample")
+# What `generate` returns for B sequences.
+_CONTRASTED = ("sequences", "scores", "logits")
 # Arguments that bring no text begin so.
 _IMAGES = ("pixel_values", "image_", "video_", "mm_")
 
@@ -59,9 +62,26 @@ def _choose_both(
     )
 
 
+def strength_of(model: Any, strength: float | None, args: tuple, arguments: dict) -> float:
+    """b of a call of `generate`: `self_contrast`, or what the GenerationConfig says, or the model's; else 0.
+
+    Args:
+        model: one that generates.
+        strength: `self_contrast` of the call.
+        args: of `generate` by position, of which the second is a GenerationConfig.
+        arguments: by name.
+    """
+    config = arguments.get("generation_config", args[1] if len(args) > 1 else None)
+    configs = (config, getattr(model, "generation_config", None))
+    found = (strength, *(getattr(each, "self_contrast", None) for each in configs))
+    return next((each for each in found if each is not None), 0.0)
+
+
 @contextmanager
 def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
     """While this is open, a model's forward pass also runs weakly, and returns contrasted logits (B, 1, V).
+
+    Code that is compiled runs uncompiled: it would pass the hooks by, or keep an earlier strength.
 
     Args:
         model: one with mixtures.
@@ -87,7 +107,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
             router.select = functools.partial(_choose_both, router.select)
         for ffn in mixtures:
             ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model._contrasts = False
         for hook in hooks:
@@ -100,8 +121,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
 
 def _check(mixtures: list, strength: float, arguments: dict) -> None:
     """Raises ValueError, see `contrasting`."""
-    if not 0 < strength < math.inf:
-        raise ValueError(f"self_contrast is {strength}: expected 0, which is off, or more, such as 0.5")
+    if not isinstance(strength, (int, float)) or not 0 < strength < math.inf:
+        raise ValueError(f"self_contrast is {strength!r}: expected 0, which is off, or more, such as 0.5")
     if not mixtures:
         raise ValueError(
             "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
@@ -127,8 +148,13 @@ def _check(mixtures: list, strength: float, arguments: dict) -> None:
         )
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: str, config: Any = None) -> None:
     """Raises ValueError if a way of generating, of transformers' `GenerationMode`, has no weak pass."""
+    if getattr(config, "prefill_chunk_size", None) and "static" in (config.cache_implementation or ""):
+        raise ValueError(
+            "self_contrast reads prompts in chunks into a dynamic cache, found prefill_chunk_size with a "
+            "static one, which is made for one pass: leave out one of the two"
+        )
     if mode not in _MODES:
         raise ValueError(
             f"self_contrast goes with greedy decoding and sampling, found {mode.replace('_', ' ')}, which "
@@ -138,16 +164,24 @@ def check_mode(mode: str) -> None:
 
 def _repeat_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments of a forward pass with all sequences twice."""
-    return tuple(map(_twice, args)), {name: _twice(value) for name, value in kwargs.items()}
+    return tuple(map(_twice, args)), {name: _twice(value, _axis(name)) for name, value in kwargs.items()}
 
 
-def _twice(value: Any) -> Any:
+def _axis(name: str) -> int:
+    """Along which sequences lie in a model's argument.
+
+    Positions (B, T) may have axes of their own in front, (3, B, T), for the height and width of an image.
+    """
+    return -2 if name == "position_ids" else 0
+
+
+def _twice(value: Any, axis: int = 0) -> Any:
     """A tensor of B sequences, or masks by name, for 2 B. What has one axis is no tensor of sequences."""
     if type(value) is dict:
         return {name: _twice(each) for name, each in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    return torch.cat([value, value])
+    return torch.cat([value, value], axis)
 
 
 def _contrast_output(strength: float, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -155,3 +189,18 @@ def _contrast_output(strength: float, module: nn.Module, args: tuple, output: An
     strong, weak = output.logits[:, -1:].tensor_split(2)
     output.logits = contrast(strong, weak, strength)
     return output
+
+
+def strong_half(generated: Any) -> Any:
+    """What `generate` returned, without the weak pass's states and attention and the cache of both."""
+    if not isinstance(generated, ModelOutput):
+        return generated
+    halves = {name: _first_half(value) for name, value in generated.items() if name not in _CONTRASTED}
+    return type(generated)(**dict(generated) | halves)
+
+
+def _first_half(value: Any) -> Any:
+    """Of a tensor of 2 B sequences, or of those in a tuple; None of a cache."""
+    if isinstance(value, tuple):
+        return tuple(map(_first_half, value))
+    return value.tensor_split(2)[0] if isinstance(value, Tensor) else None

@@ -6,7 +6,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.models.auto.configuration_auto import (
 from .chains import Chain
 from .choices import EXPERT_CHOICE, TOP_ANY
 from .config import CLASS_PREFIX, CONFIG_OPTIONS, FORMAT_VERSION, MODEL_TYPE_PREFIX, OPTIONS
-from .contrast import check_mode, contrasting
+from .contrast import check_mode, contrasting, strength_of, strong_half
 from .experts import MIXTURE, block_class, replace_experts
 from .header import (
     get_checkpoint_conversion_mapping,
@@ -232,7 +231,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         self: "MixtureMixin",
         *args: Any,
         task_ids: _Task | None = None,
-        self_contrast: float = 0.0,
+        self_contrast: float | None = None,
         **kwargs: Any,
     ) -> Any:
         self._unpack()  # an encoder runs first, on its own
@@ -240,8 +239,10 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if task_ids is not None:
                 self.route_by(task_ids)
-            with contrasting(self, self_contrast, kwargs) if self_contrast else nullcontext():
+            if not (strength := strength_of(self, self_contrast, args, kwargs)):
                 return generate(self, *args, **kwargs)
+            with contrasting(self, strength, kwargs):
+                return strong_half(generate(self, *args, **kwargs))
         finally:
             for (_, ffn), task in zip(self.mixtures(), before, strict=True):
                 ffn.task = task
@@ -546,10 +547,10 @@ class MixtureMixin(_Stock):
         shifted = predicts_next and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
-    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+    def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
-            check_mode(generation_mode.value)
-        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            check_mode(generation_mode.value, config)
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""

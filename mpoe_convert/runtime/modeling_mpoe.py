@@ -117,6 +117,7 @@ from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedCo
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils.generic import ModelOutput
 
 try:
     from transformers import initialization as init
@@ -2731,6 +2732,8 @@ WEAK_RANK = 2
 # ... and tokens count whose strong probability is at least this share of the most probable one's (alpha).
 _PLAUSIBLE = 0.1
 _MODES = ("greedy_search", "sample")
+# What `generate` returns for B sequences.
+_CONTRASTED = ("sequences", "scores", "logits")
 # Arguments that bring no text begin so.
 _IMAGES = ("pixel_values", "image_", "video_", "mm_")
 
@@ -2763,9 +2766,26 @@ def _choose_both(
     )
 
 
+def strength_of(model: Any, strength: float | None, args: tuple, arguments: dict) -> float:
+    """b of a call of `generate`: `self_contrast`, or what the GenerationConfig says, or the model's; else 0.
+
+    Args:
+        model: one that generates.
+        strength: `self_contrast` of the call.
+        args: of `generate` by position, of which the second is a GenerationConfig.
+        arguments: by name.
+    """
+    config = arguments.get("generation_config", args[1] if len(args) > 1 else None)
+    configs = (config, getattr(model, "generation_config", None))
+    found = (strength, *(getattr(each, "self_contrast", None) for each in configs))
+    return next((each for each in found if each is not None), 0.0)
+
+
 @contextmanager
 def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
     """While this is open, a model's forward pass also runs weakly, and returns contrasted logits (B, 1, V).
+
+    Code that is compiled runs uncompiled: it would pass the hooks by, or keep an earlier strength.
 
     Args:
         model: one with mixtures.
@@ -2791,7 +2811,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
             router.select = functools.partial(_choose_both, router.select)
         for ffn in mixtures:
             ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model._contrasts = False
         for hook in hooks:
@@ -2804,8 +2825,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
 
 def _check(mixtures: list, strength: float, arguments: dict) -> None:
     """Raises ValueError, see `contrasting`."""
-    if not 0 < strength < math.inf:
-        raise ValueError(f"self_contrast is {strength}: expected 0, which is off, or more, such as 0.5")
+    if not isinstance(strength, (int, float)) or not 0 < strength < math.inf:
+        raise ValueError(f"self_contrast is {strength!r}: expected 0, which is off, or more, such as 0.5")
     if not mixtures:
         raise ValueError(
             "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
@@ -2831,8 +2852,13 @@ def _check(mixtures: list, strength: float, arguments: dict) -> None:
         )
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: str, config: Any = None) -> None:
     """Raises ValueError if a way of generating, of transformers' `GenerationMode`, has no weak pass."""
+    if getattr(config, "prefill_chunk_size", None) and "static" in (config.cache_implementation or ""):
+        raise ValueError(
+            "self_contrast reads prompts in chunks into a dynamic cache, found prefill_chunk_size with a "
+            "static one, which is made for one pass: leave out one of the two"
+        )
     if mode not in _MODES:
         raise ValueError(
             f"self_contrast goes with greedy decoding and sampling, found {mode.replace('_', ' ')}, which "
@@ -2842,16 +2868,24 @@ def check_mode(mode: str) -> None:
 
 def _repeat_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments of a forward pass with all sequences twice."""
-    return tuple(map(_twice, args)), {name: _twice(value) for name, value in kwargs.items()}
+    return tuple(map(_twice, args)), {name: _twice(value, _axis(name)) for name, value in kwargs.items()}
 
 
-def _twice(value: Any) -> Any:
+def _axis(name: str) -> int:
+    """Along which sequences lie in a model's argument.
+
+    Positions (B, T) may have axes of their own in front, (3, B, T), for the height and width of an image.
+    """
+    return -2 if name == "position_ids" else 0
+
+
+def _twice(value: Any, axis: int = 0) -> Any:
     """A tensor of B sequences, or masks by name, for 2 B. What has one axis is no tensor of sequences."""
     if type(value) is dict:
         return {name: _twice(each) for name, each in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    return torch.cat([value, value])
+    return torch.cat([value, value], axis)
 
 
 def _contrast_output(strength: float, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -2859,6 +2893,21 @@ def _contrast_output(strength: float, module: nn.Module, args: tuple, output: An
     strong, weak = output.logits[:, -1:].tensor_split(2)
     output.logits = contrast(strong, weak, strength)
     return output
+
+
+def strong_half(generated: Any) -> Any:
+    """What `generate` returned, without the weak pass's states and attention and the cache of both."""
+    if not isinstance(generated, ModelOutput):
+        return generated
+    halves = {name: _first_half(value) for name, value in generated.items() if name not in _CONTRASTED}
+    return type(generated)(**dict(generated) | halves)
+
+
+def _first_half(value: Any) -> Any:
+    """Of a tensor of 2 B sequences, or of those in a tuple; None of a cache."""
+    if isinstance(value, tuple):
+        return tuple(map(_first_half, value))
+    return value.tensor_split(2)[0] if isinstance(value, Tensor) else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3063,7 +3112,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         self: "MixtureMixin",
         *args: Any,
         task_ids: _Task | None = None,
-        self_contrast: float = 0.0,
+        self_contrast: float | None = None,
         **kwargs: Any,
     ) -> Any:
         self._unpack()  # an encoder runs first, on its own
@@ -3071,8 +3120,10 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if task_ids is not None:
                 self.route_by(task_ids)
-            with contrasting(self, self_contrast, kwargs) if self_contrast else nullcontext():
+            if not (strength := strength_of(self, self_contrast, args, kwargs)):
                 return generate(self, *args, **kwargs)
+            with contrasting(self, strength, kwargs):
+                return strong_half(generate(self, *args, **kwargs))
         finally:
             for (_, ffn), task in zip(self.mixtures(), before, strict=True):
                 ffn.task = task
@@ -3377,10 +3428,10 @@ class MixtureMixin(_Stock):
         shifted = predicts_next and not self.config.is_encoder_decoder
         return (labels[..., int(shifted) :] != -100).sum() / num_items
 
-    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+    def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
-            check_mode(generation_mode.value)
-        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            check_mode(generation_mode.value, config)
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""

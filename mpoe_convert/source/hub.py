@@ -52,6 +52,7 @@ COMPANION_PATTERNS = (
 )
 # Named chat templates, in the folder where transformers looks for them.
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+GENERATE_FILE = "custom_generate/generate.py"  # where transformers looks for custom generation
 # Neither downloaded by `download` nor copied: code, pickles and the weights of other frameworks. For trusted
 # custom code see `download_code` and `custom_code.files`.
 NEVER_PATTERNS = (
@@ -128,7 +129,7 @@ def download_except_weights(model_id: str, token: str | None = None) -> Path:
     patterns = ["*.json", "*.yaml", "*.md", "*.py", *COMPANION_PATTERNS]
     folder, commit = _snapshot(model_id, None, token, patterns, ["*/*", "*.safetensors.index.json"])
     names = listing(model_id, commit)
-    kept = (CHAT_TEMPLATES, "custom_generate/generate.py")
+    kept = (CHAT_TEMPLATES, GENERATE_FILE)
     below = [name for name in names if any(fnmatchcase(name, each) for each in kept)]
     below += module_files(folder, names)
     if below:

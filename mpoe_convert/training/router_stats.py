@@ -150,7 +150,7 @@ def router_stats(
 
     Returns:
         Context manager that yields {path of the mixture below the base model: `RouterStats`}; inside the
-        block every forward pass adds to them.
+        block every forward pass adds to them, generation with `self_contrast` without its weak pass.
 
     Raises:
         TrainingError: it is no model, or holds no converted one.
@@ -164,6 +164,15 @@ def router_stats(
     raise TrainingError(
         f"{type(model).__name__} holds no mixture made by mpoe-convert; expected a converted model"
     )
+
+
+def _first_half(routing: Routing) -> Routing:
+    """What `RouterStats` reads of it, for the first half of the tokens."""
+    logits, choices, room = routing[:3]
+    number = len(logits) // 2
+    index = (choices.tokens < number).nonzero().squeeze(-1)
+    room = None if room is None else room[index]
+    return routing._replace(logits=logits[:number], choices=choices.take(index), room=room)
 
 
 @contextmanager
@@ -181,11 +190,14 @@ def _watch(model: MixtureMixin, similarity_tokens: int) -> Iterator[dict[str, Ro
     def add(path: str, ffn: FeedForward, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         if in_backward():
             return  # a checkpointed call, repeated: it has been counted
-        mask = model.token_mask(ffn, len(args[0]), calls[ffn], arguments=arguments)
+        tokens = args[0]
+        if getattr(model, "_contrasts", False):  # behind them are the same ones, which are routed weakly
+            tokens, routing = tokens.tensor_split(2)[0], _first_half(routing)
+        mask = model.token_mask(ffn, len(tokens), calls[ffn], arguments=arguments)
         calls[ffn] += 1
         stats[path].add(routing, mask)
         if similarity_tokens:
-            stats[path].compare(ffn, args[0][:similarity_tokens])
+            stats[path].compare(ffn, tokens[:similarity_tokens])
 
     handles = [model.register_forward_pre_hook(start_pass, with_kwargs=True)]
     for path, ffn in model.mixtures():

@@ -12,9 +12,11 @@ import transformers
 from helpers.mixtures import combined, fill
 from helpers.models import generative, load_pair, token_ids
 
-from mpoe_convert.artifact.layout import GENERATE_FILE, files_in_folders
+from mpoe_convert import router_stats
+from mpoe_convert.artifact.layout import files_in_folders
 from mpoe_convert.runtime import GENERATE_PATH
 from mpoe_convert.runtime.modeling_mpoe import Router, choose_weakly, contrast
+from mpoe_convert.source.hub import GENERATE_FILE
 
 STRENGTH, ALPHA, STEPS = 0.7, 0.1, 4
 OPTIONS = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_scores": True}
@@ -124,7 +126,7 @@ def assert_is_the_loop(model, loop, **options) -> None:
 CACHES = ({}, {"use_cache": False}, {"cache_implementation": "static"})
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+@pytest.mark.parametrize("model_type", ["gpt2", "t5", "qwen2_vl"])  # the last has positions (4, B, T)
 def test_every_token_is_that_of_the_formula(model_type, load):
     model = load(model_type)
     expected = loop(model, *prompt(model))
@@ -201,6 +203,93 @@ def test_nothing_stays(load):
     assert torch.equal(torch.stack(after.scores), torch.stack(before.scores))
 
 
+def test_contrasted_passes_are_not_compiled(load, monkeypatch):
+    """A static cache lets transformers compile; compiled code may keep the hook of an earlier strength."""
+
+    def backend(*args, **kwargs):
+        raise AssertionError("something is compiled")
+
+    model = load("gpt2")
+    monkeypatch.setattr(transformers.CompileConfig, "_compile_all_devices", True)
+    monkeypatch.setattr(model, "_compiled_call", None, raising=False)
+    ids, mask = prompt(model)
+    options = {"attention_mask": mask, "do_sample": False, **OPTIONS}
+    compiling = {"compile_config": transformers.CompileConfig(backend=backend)}
+    compiling |= {"cache_implementation": "static"}
+    for strength in (0.5, 2.0):
+        expected = model.generate(ids, self_contrast=strength, **options)
+        found = model.generate(ids, self_contrast=strength, **compiling, **options)
+        scores = (torch.stack(each.scores) for each in (found, expected))
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_may_say_it(load):
+    """That of the call before that of the model, and an argument before both."""
+    model = load("gpt2")
+    ids, mask = prompt(model)
+    options = {"attention_mask": mask}
+
+    def config(**more):
+        return transformers.GenerationConfig(max_new_tokens=STEPS, do_sample=False, **more)
+
+    def scores(found):
+        return torch.stack(found.scores)
+
+    plain, expected, other = (
+        scores(model.generate(ids, self_contrast=b, do_sample=False, **options, **OPTIONS))
+        for b in (0.0, STRENGTH, 2.0)
+    )
+    returning = {"return_dict_in_generate": True, "output_scores": True}
+    given = config(self_contrast=STRENGTH, **returning)
+    assert torch.equal(scores(model.generate(ids, given, **options)), expected)
+    before = model.generation_config
+    try:
+        model.generation_config = config(self_contrast=2.0, eos_token_id=None, **returning)
+        assert torch.equal(scores(model.generate(ids, **options)), other)
+        assert torch.equal(scores(model.generate(ids, generation_config=given, **options)), expected)
+        assert torch.equal(scores(model.generate(ids, self_contrast=0.0, **options)), plain)
+    finally:
+        model.generation_config = before
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+def test_what_is_returned_is_of_the_strong_pass(model_type, load):
+    """States and attention are those without a contrast, at the first step, where the text is the same."""
+    model = load(model_type)
+    ids, mask = prompt(model)
+    options = {"attention_mask": mask, "do_sample": False, "output_hidden_states": True, **OPTIONS}
+    options |= {"output_attentions": True, "output_logits": True}
+    model.set_attn_implementation("eager")
+    plain = model.generate(ids, **options)
+    found = model.generate(ids, self_contrast=STRENGTH, **options)
+    assert type(found) is type(plain)
+    states = {name for name in plain if name.endswith(("_states", "attentions"))}
+    contrasted = {"sequences", "scores", "logits"}
+    assert set(found) == states | contrasted
+    assert set(plain) - set(found) in ({"cache"}, {"past_key_values"})  # it would be of both passes
+    for name in states:  # an encoder has no steps
+        one, other = (each[name] if name.startswith("encoder") else each[name][0] for each in (found, plain))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for name in contrasted:
+        assert [each.shape for each in found[name]] == [each.shape for each in plain[name]]
+
+
+def test_router_stats_count_the_strong_pass_alone(load):
+    """Of a single step, that of the prompt, whose padding does not count."""
+    model = load("gpt2")
+    ids, mask = prompt(model)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 1}
+    with router_stats(model, similarity_tokens=20) as expected:
+        model.generate(ids, **options)
+    with router_stats(model, similarity_tokens=20) as found:
+        model.generate(ids, self_contrast=STRENGTH, **options)
+    for path, stats in expected.items():
+        assert found[path].num_tokens == stats.num_tokens == mask.sum()
+        assert torch.equal(found[path].load, stats.load)
+        torch.testing.assert_close(found[path].entropy, stats.entropy)
+        torch.testing.assert_close(found[path].similarity, stats.similarity)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Choice and formula
 
@@ -247,11 +336,16 @@ REFUSED = {
         "self_contrast is -1.0: expected 0, which is off",
     ),
     "not finite": (lambda model, ids: {"self_contrast": math.nan}, "self_contrast is nan: expected 0"),
+    "text": (lambda model, ids: {"self_contrast": "0.5"}, "self_contrast is '0.5': expected 0, which is off"),
     "beams": (lambda model, ids: {"num_beams": 2}, "found beam search, which has no cache for a weak pass"),
     "drafts": (lambda model, ids: {"prompt_lookup_num_tokens": 2}, "found assisted generation, which has no"),
     "paged": (
         lambda model, ids: {"cache_implementation": "paged"},
         "found continuous batching, which has no",
+    ),
+    "chunks": (
+        lambda model, ids: {"prefill_chunk_size": 2, "cache_implementation": "static"},
+        "found prefill_chunk_size with a static one",
     ),
     "cache": (filled_cache, "needs a cache of both passes, found one that another call has filled"),
     "images": (lambda model, ids: {"pixel_values": ids}, "runs its weak pass on text, found pixel_values"),
