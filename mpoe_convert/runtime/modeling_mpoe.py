@@ -623,9 +623,7 @@ class Layout(NamedTuple):
         return [math.prod(shape) for shape in self.shapes]
 
     def isometric_std(self, k: int, is_left: bool) -> float | None:
-        """Of random numbers that make core k nearly an isometry, left of the centre or right of it; None: it
-        scales features.
-        """
+        """Of random numbers that make core k nearly an isometry; None: it scales features."""
         l, i, o, r = self.shapes[k]  # noqa: E741
         l //= self.copies[k]  # noqa: E741
         return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
