@@ -155,6 +155,7 @@ class MixturePlan(Plan):
             flops_per_token=int(sum(cost.flops for cost in costs)),
             rebuild_flops_per_forward=int(sum(cost.rebuild_flops for cost in costs)),
             varies=False,
+            differ=False,
         )
 
     @cached_property
