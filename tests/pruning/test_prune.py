@@ -188,7 +188,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("bert", marks=pytest.mark.slow)])
 def test_encoder_decoders_and_classifiers_are_measured_by_what_they_give(model_type, tmp_path):
     """The loss is the model's own on held-out pairs; a head that writes no text has a divergence alone."""
     auto, kind, sides = OTHERS[model_type]
@@ -241,6 +241,7 @@ def test_what_cannot_be_cut_is_told_before_any_text_is_read(folder, tmp_path, mo
         prune(tmp_path / "out", tmp_path / "small", asked(folder, 4))
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_held_out_text(made, folder, tmp_path):
     request = asked(folder, 2)
     smaller = prune(made("low-rank"), tmp_path / "small", request)
