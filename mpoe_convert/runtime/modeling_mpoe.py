@@ -3083,7 +3083,7 @@ class MixtureMixin(_Stock):
                 if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
                     raise ValueError(
                         f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
-                        "experts would choose a token by later ones; convert with another --select"
+                        "experts would choose a token by later ones; convert with another value of select"
                     )
             else:
                 ffn.configure_schedule(config, len(present))
