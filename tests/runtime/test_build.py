@@ -105,6 +105,6 @@ def test_a_rule_is_one_file(folder, tmp_path):
     spec = importlib.util.spec_from_file_location(built.stem, built)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert sorted(module.RULES) == ["first", "top-any", "top-k", "top-p"]
+    assert sorted(module.RULES) == ["expert-choice", "first", "top-any", "top-k", "top-p"]
     choices = module.Router(4, 3, 2, "first")(torch.zeros(5, 4)).choices
     assert choices.experts.tolist() == [0] * 5
