@@ -291,16 +291,15 @@ def _drift(
 
 
 def _eighth(terms: list[list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """What leaves of a chain its matrix's first rows, or some columns, if its last core has more of them.
+    """What leaves of a chain every eighth row of its matrix, or column, if its last core has more of them.
 
-    The same of all these chains, whose first cores may differ in their rows, and whose last cores in their
-    columns: it is then all that they have in common, a half or the whole.
+    Of all these chains the same: where their first cores differ in their rows, a row stands for as many
+    neighbours as the greatest common divisor leaves together.
     """
     rows, columns = (gcd(*sizes) for sizes in zip(*map(_ends, terms), strict=True))
     if rows < columns and len({_ends(cores)[1] for cores in terms}) == 1:
-        return lambda cores: [*cores[:-1], cores[-1][:, :, : max(columns // 8, 1)]]
-    part = max(rows // 8, 1)  # of so many rows
-    return lambda cores: [cores[0][:, : part * cores[0].shape[1] // rows], *cores[1:]]
+        return lambda cores: [*cores[:-1], cores[-1][:, :, ::8]]
+    return lambda cores: [cores[0].unflatten(1, (rows, -1))[:, ::8].flatten(1, 2), *cores[1:]]
 
 
 def _ends(cores: list[Tensor]) -> tuple[int, int]:
