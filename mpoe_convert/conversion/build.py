@@ -124,9 +124,7 @@ def finish_projection(
     clone: list[list[Tensor]] = []
     unrounded: list[list[Tensor]] = []
     for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted.terms, strict=True)):
-        unrounded.append(
-            [(core[0] if isinstance(core, list) or core.ndim == 5 else core).to(device) for core in cores]
-        )
+        unrounded.append([(core[0] if isinstance(core, list) else core).to(device) for core in cores])
         unrounded[-1] = _of_expert(unrounded[-1], term, 0)
         exact.append([])
         clone.append([])
@@ -134,7 +132,7 @@ def finish_projection(
             whole = f"{plan.name} (core {name})"
             if isinstance(core, list):
                 core = [cast(whole, own.to(device), stored) for own in core]
-            elif shared or core.ndim == 5:
+            elif shared:
                 core = cast(whole, core.to(device), stored)
             else:
                 core = clones(core.to(device), recipe.own_options.stored_experts, recipe.noise, generator)

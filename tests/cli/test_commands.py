@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from helpers.commands import DRIVER, tree
+from helpers.commands import driven, tree
 from helpers.loopback_hub import LoopbackHub, environment
 from helpers.tiny import make_config, make_inputs, make_model, outputs, save_tiny
 from safetensors.torch import load_file, save_file
@@ -778,22 +778,8 @@ def hub_cli(tmp_path):
     with LoopbackHub() as hub:
         variables = environment(tmp_path / "home", hub.endpoint)
         del variables["HF_HUB_DISABLE_PROGRESS_BARS"]  # the command has to be silent by itself
-        with subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=tmp_path,
-            env=variables,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as client:
-
-            def ask(*args: str) -> list:
-                client.stdin.write(json.dumps(args) + "\n")
-                client.stdin.flush()
-                return json.loads(client.stdout.readline())
-
+        with driven(tmp_path, variables) as (ask, client):
             yield hub, ask, client
-            client.stdin.close()
 
 
 def big_tiny_gpt2(folder: Path, seed: int) -> dict[str, bytes]:

@@ -3,14 +3,12 @@
 import json
 import re
 import struct
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import huggingface_hub
 import pytest
 import torch
-from helpers.commands import DRIVER, tree
+from helpers.commands import driven, tree
 from helpers.loopback_hub import LoopbackHub, environment
 from helpers.stock_mixtures import make_model as make_mixture
 from helpers.tiny import make_model
@@ -49,22 +47,8 @@ def session(models, tmp_path_factory):
     with LoopbackHub() as hub:
         for path in models.iterdir():
             hub.add(f"o/{path.name}", {each.name: each.read_bytes() for each in path.iterdir()})
-        with subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=folder,
-            env=environment(folder / "home", hub.endpoint, HF_HUB_VERBOSITY="error"),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as client:
-
-            def ask(*args: str) -> list:
-                client.stdin.write(json.dumps(args) + "\n")
-                client.stdin.flush()
-                return json.loads(client.stdout.readline())
-
+        with driven(folder, environment(folder / "home", hub.endpoint, HF_HUB_VERBOSITY="error")) as (ask, _):
             yield hub, ask, folder
-            client.stdin.close()
 
 
 @pytest.fixture(scope="module")

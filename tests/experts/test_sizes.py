@@ -232,7 +232,7 @@ def test_it_starts_as_the_dense_model(kind, model_type, artifact):
     model, stock = load(out, model_type), load(dense, model_type)
     torch.testing.assert_close(logits(model, model_type), logits(stock, model_type), rtol=0, atol=1e-5)
     report = read_json_object(out / REPORT_FILE)
-    assert report["exact"] and report["max_clone_drift"] < 1e-6 and report["max_relative_error"] < 1e-6
+    assert report["exact"] and report["max_relative_error"] < 1e-6
     assert report["totals"]["ffn"]["stored_params"] == sum(ffn.stored_params for _, ffn in model.mixtures())
     of_mixtures = [t for name, t in stored(out).items() if any(path in name for path, _ in model.mixtures())]
     assert sum(t.numel() for t in of_mixtures) == report["totals"]["ffn"]["stored_params"]

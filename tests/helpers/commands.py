@@ -1,6 +1,11 @@
 """The command as a process that stays, and what lies in a folder."""
 
 import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,3 +29,26 @@ for line in sys.stdin:
     trouble = repr(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else ""
     print(json.dumps([done.exit_code, done.stdout, done.stderr + trouble]), flush=True)
 """
+
+
+@contextmanager
+def driven(
+    folder: Path, environment: dict[str, str]
+) -> Iterator[tuple[Callable[..., list], subprocess.Popen]]:
+    """(ask, process): the command in one process there; `ask(*args)` is [exit code, stdout, stderr]."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+
+        def ask(*args: str) -> list:
+            process.stdin.write(json.dumps(args) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask, process
+        process.stdin.close()
