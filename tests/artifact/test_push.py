@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.commands import DRIVER, tree
+from helpers.commands import driven, tree
 from helpers.data import words
 from helpers.loopback_hub import LoopbackHub, User, environment
 from huggingface_hub import ModelCard
@@ -34,21 +34,12 @@ OTHER_MODEL = {"config.json": b'{"model_type": "gpt2"}', "model.gguf": b"gguf", 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """(hub, process that runs the command): shared, since the process takes seconds to start."""
+    """(hub, ask): the command in one process, shared, since it takes seconds to start."""
     folder = tmp_path_factory.mktemp("client")
     with LoopbackHub() as hub:
         variables = environment(folder / "home", hub.endpoint, HF_HUB_OFFLINE="0")
-        with subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=folder,
-            env=variables,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as client:
-            yield hub, client
-            client.stdin.close()
+        with driven(folder, variables, stderr=subprocess.DEVNULL) as (ask, _):
+            yield hub, ask
 
 
 @pytest.fixture
@@ -62,15 +53,8 @@ def hub(server):
 
 @pytest.fixture
 def ask(server):
-    """Run the command: (exit code, stdout, stderr)."""
-    _, client = server
-
-    def run(*args: object) -> tuple[int, str, str]:
-        client.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
-        client.stdin.flush()
-        return tuple(json.loads(client.stdout.readline()))
-
-    return run
+    """Run the command: [exit code, stdout, stderr]."""
+    return server[1]
 
 
 @pytest.fixture
@@ -498,7 +482,7 @@ def test_converted_from_the_hub_pushed_to_it_and_loaded_from_it(hub, ask, artifa
     assert "HTTP 503" in said and f"the artifact is in '{tmp_path / 'out'}'," in said
     words = shlex.split(command)
     assert words == ["mpoe-convert", "push", str(tmp_path / "out"), "me/moe", "--private"]
-    assert ask(*words[1:], "--token", "hf_me", "-q") == (0, "", "")
+    assert ask(*words[1:], "--token", "hf_me", "-q") == [0, "", ""]
     shutil.rmtree(tmp_path / "out")
     code, printed, err = ask(*convert, "--token", "hf_me", "--json")
     document = json.loads(printed)
@@ -581,7 +565,7 @@ def test_exports_of_a_revision_of_a_private_repository(to, options, hub, ask, re
     ]
     said = refused(*command)
     assert f"'me/{to}'" in said and "token" in said and not (tmp_path / "back").exists()
-    assert ask(*command, "--token", "hf_me") == (0, "", "")
+    assert ask(*command, "--token", "hf_me") == [0, "", ""]
     request = Export(to=to, expert=2 if to == "dense" else None, check=False)
     export(out, tmp_path / "expected", request)
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "expected"))
@@ -608,6 +592,6 @@ def test_the_token_reaches_models_and_data_of_every_command(hub, ask, artifact, 
     for made, command in commands.items():
         code, _, err = ask(*command.split(), "-q")
         assert code == 1 and err.startswith("Error: ") and err.count("\n") == 1, err
-        assert ask(*command.split(), "-q", "--token", "hf_me") == (0, "", "")
+        assert ask(*command.split(), "-q", "--token", "hf_me") == [0, "", ""]
         assert is_artifact(tmp_path / made) or not made
     assert "hf_me" not in "".join(path.read_text() for path in tmp_path.glob("*/*.json"))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -33,9 +34,12 @@ for line in sys.stdin:
 
 @contextmanager
 def driven(
-    folder: Path, environment: dict[str, str]
+    folder: Path, environment: dict[str, str], **options: Any
 ) -> Iterator[tuple[Callable[..., list], subprocess.Popen]]:
-    """(ask, process): the command in one process there; `ask(*args)` is [exit code, stdout, stderr]."""
+    """(ask, process): the command in one process there; `ask(*args)` is [exit code, stdout, stderr].
+
+    `options`: of Popen.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER],
         cwd=folder,
@@ -43,10 +47,11 @@ def driven(
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        **options,
     ) as process:
 
-        def ask(*args: str) -> list:
-            process.stdin.write(json.dumps(args) + "\n")
+        def ask(*args: object) -> list:
+            process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
