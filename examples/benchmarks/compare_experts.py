@@ -45,6 +45,7 @@ from pathlib import Path
 import torch
 from datasets import disable_progress_bars
 from safetensors.torch import load_file, save_file
+from sklearn.cluster import KMeans
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -130,8 +131,8 @@ class Text:
                 found[name] = float(model(input_ids=windows, labels=windows).loss)
         return found
 
-    def examples(self, tokenizer) -> list[dict]:
-        texts = [path.read_text(encoding="utf-8")[:20_000] for path in self.paths["report"].values()]
+    def examples(self, tokenizer, part: str = "report") -> list[dict]:
+        texts = [path.read_text(encoding="utf-8")[:20_000] for path in self.paths[part].values()]
         windows = [torch.tensor(tokenizer(text)["input_ids"][:2048]).reshape(-1, 128) for text in texts]
         return [{"input_ids": ids} for ids in windows]
 
@@ -227,8 +228,8 @@ class Phonemes:
         found = evaluate(folder, self.paths[part], task="seq2seq", length=32, batch_size=128, limit=1000)
         return {"words": 100 * (1 - found.metrics["exact_match"].value)}
 
-    def examples(self, tokenizer) -> list[dict]:
-        rows = Path(self.paths["report"][0]).read_text(encoding="utf-8").splitlines()[1:257]
+    def examples(self, tokenizer, part: str = "report") -> list[dict]:
+        rows = Path(self.paths[part][0]).read_text(encoding="utf-8").splitlines()[1:257]
         words, phonemes = zip(*(row.split("\t") for row in rows), strict=True)
         made = tokenizer(list(words), text_target=list(phonemes), padding=True, return_tensors="pt")
         return [dict(made) | {"labels": made["labels"].masked_fill(made["labels"] == 0, -100)}]
@@ -304,8 +305,8 @@ class Source:
         found = evaluate(folder, self.paths[part], task="classification", length=32, batch_size=64)
         return {"lines": 100 * (1 - found.metrics["accuracy"].value)}
 
-    def examples(self, tokenizer) -> list[dict]:
-        with Path(self.paths["report"][0]).open(encoding="utf-8", newline="") as file:
+    def examples(self, tokenizer, part: str = "report") -> list[dict]:
+        with Path(self.paths[part][0]).open(encoding="utf-8", newline="") as file:
             lines = [text for text, _ in csv.reader(file)][1:257]
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return [dict(tokenizer(lines, padding=True, truncation=True, max_length=32, return_tensors="pt"))]
@@ -341,6 +342,8 @@ ROLES = (
     ("router x 0.1", {"router_lr": 0.1}),
     ("router x 10", {"router_lr": 10.0}),
 )
+# Keys of a recipe that say what happens to the artifact behind the conversion.
+CHANGES = ("thin", "routers")
 # Recipes of MPO experts that name no layout have this one.
 LAYOUT = "one-sided"
 
@@ -386,6 +389,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
             EVEN,
         ),
         f"blocks {block}, balance 0.01": (blocks, EVEN),
+        f"blocks {block}, clustered routers": (blocks | {"routers": "clustered"}, {}),
         **{f"blocks {block}, {role}": (blocks, tuned) for role, tuned in ROLES},
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
@@ -468,6 +472,30 @@ def share_thin(folder: Path, owned: str, seed: int) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def cluster_routers(folder: Path, examples: list[dict], seed: int) -> None:
+    """Start the routers of an artifact from k-means of the tokens that reach them.
+
+    The rows are the clusters' centres less their mean, scaled so that the logits have the variance of one.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.mixtures()}
+    hooks = [
+        ffn.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0].flatten(0, 1)))
+        for name, ffn in model.mixtures()
+    ]
+    with torch.no_grad():
+        for inputs in examples:
+            model(**inputs)
+        for name, ffn in model.mixtures():
+            tokens = torch.cat(seen[name])  # (tokens, H)
+            centres = KMeans(ffn.num_experts, random_state=seed).fit(tokens.numpy()).cluster_centers_
+            rows = torch.from_numpy(centres) - torch.from_numpy(centres).mean(0)
+            ffn.router.weight.copy_(rows / (tokens @ rows.mT).std())
+    for hook in hooks:
+        hook.remove()
+    model.save_pretrained(folder)
+
+
 def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
     """Experts that differ in size as HMoE's, 9 to 23 parts, beside those of the mean: as much is stored."""
     parts = range(9, 25, 2)
@@ -529,10 +557,13 @@ class Runs:
         if recipe is not None:
             start = str(work / "converted")
             layout = {} if "kind" in recipe else {"layout": LAYOUT}
-            given = {name: value for name, value in recipe.items() if name != "thin"}
+            given = {name: value for name, value in recipe.items() if name not in CHANGES}
             convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | layout | given), start)
             if "thin" in recipe:
                 share_thin(Path(start), recipe["thin"], seed)
+            if recipe.get("routers") == "clustered":
+                tokenizer = AutoTokenizer.from_pretrained(start)
+                cluster_routers(Path(start), self.task.examples(tokenizer, "choose"), seed)
             options = {"skip_centre": 0.0, "auxiliary_lr": factor}
         steps, tuned = self.options.steps, str(work / "tuned")
         report = finetune(
