@@ -427,10 +427,11 @@ def thin_chains(own: int, matrices: int, hidden: int, inner: int) -> dict[str, d
         "in": own // (wide * hidden + inner),
         "centre": math.isqrt(own // matrices),
     }
-    return {
+    found = {
         f"low-rank {rank}, owned {thin}": {"kind": "low-rank", "bond_dim": rank, "thin": thin}
         for thin, rank in sizes.items()
     }
+    return found | {f"{name}, 64 experts": recipe | {"experts": 64} for name, recipe in found.items()}
 
 
 def share_thin(folder: Path, owned: str, seed: int) -> None:
