@@ -23,7 +23,7 @@ from helpers.mixtures import (
     randn,
     schedule,
 )
-from helpers.models import assert_same_outputs, generative, load_pair
+from helpers.models import assert_same_outputs, generative
 from helpers.tiny import make_inputs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -255,31 +255,12 @@ def test_statistics_count_experts_per_token(rule, masked):
 # ---------------------------------------------------------------------------------------------------
 # Whole models
 
-KINDS = ("mpo", "low-rank", "adapter", "dense", "split")
-
 
 def with_router(model, scale: float = 1.0):
     """Routers that give tokens different numbers of experts, as after training."""
     for number, (_, ffn) in enumerate(model.mixtures()):
         fill(ffn.router, number, scale)
     return model
-
-
-@settings(SETTINGS, max_examples=10)
-@given(st.sampled_from(KINDS[:4]), st.sampled_from(VARYING), st.integers(0, 1), st.integers(2, 4))
-def test_identical_experts_compute_the_dense_model(artifact, kind, rule, shared, top_k):
-    """Whatever the routers decide."""
-    shared = 0 if kind in ("low-rank", "adapter") else shared  # which are refused
-    recipe = {"kind": kind, "select": rule, "experts": 4, "top_k": top_k, "shared_experts": shared}
-    folder, out = artifact("gpt2", **recipe)
-    dense, model = load_pair(folder, out, generative("gpt2"))
-    inputs = make_inputs(dense, generative("gpt2"))
-    for scale in (None, 1.0 if rule == "top-p" else 0.3):
-        model = model if scale is None else with_router(model, scale)
-        with router_stats(model) as stats:
-            assert_same_outputs(dense, model, inputs)
-    numbers = torch.stack([each.counts for each in stats.values()]).sum(0)
-    assert (numbers > 0).sum() > 1 and not numbers[0] and not numbers[top_k + 1 :].any()
 
 
 def test_with_weights_that_are_probabilities_it_does_not(artifact):
