@@ -347,16 +347,19 @@ class Routed(nn.Module):
         return self.ffn(x)
 
     def tune(self, x: torch.Tensor) -> float:
-        """Set the threshold so that tokens get `TOP_K` choices in the mean, and return the mean."""
-        low, high, mean = -1.0, 1.0, 0.0
+        """Set the threshold so that tokens get `TOP_K` choices in the mean, hardly more; return the mean."""
+        low, high = -1.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            self.router.threshold = middle
-            if self.router.threshold_bias is not None:
-                self.router.threshold_bias.data.fill_(-middle)
-            mean = len(self.router(x).choices.experts) / len(x)
-            low, high = (middle, high) if mean < TOP_K else (low, middle)
-        return mean
+            low, high = (middle, high) if self.mean_at(middle, x) < TOP_K else (low, middle)
+        return self.mean_at(high, x)
+
+    def mean_at(self, threshold: float, x: torch.Tensor) -> float:
+        """The mean number of choices at this threshold, which is set."""
+        self.router.threshold = threshold
+        if self.router.threshold_bias is not None:
+            self.router.threshold_bias.data.fill_(-threshold)
+        return len(self.router(x).choices.experts) / len(x)
 
 
 def compare_varying(shape: str, tokens: int, train: bool, budget: float) -> dict:
@@ -364,7 +367,7 @@ def compare_varying(shape: str, tokens: int, train: bool, budget: float) -> dict
     torch.manual_seed(0)
     ffn = make_ffn(shape)
     x = torch.randn(tokens, SHAPES[shape][0])
-    found = {rule: Routed(ffn, rule) for rule in ("top-k", "top-p", "top-any")}
+    found = {rule: Routed(ffn, rule).train(train) for rule in ("top-k", "top-p", "top-any")}
     means = {rule: module.tune(x) for rule, module in found.items()}
     median, rounds = medians(found, x, train, budget)
     return {

@@ -29,19 +29,26 @@ class Choices(NamedTuple):
     def of_table(cls, experts: Tensor, weights: Tensor, chosen: Tensor | None = None) -> "Choices":
         """Of experts (T, k) and weights (T, k) per token, those that `chosen` (T, k) has; None: all."""
         k = experts.shape[-1]
+        if chosen is not None and not has_fixed_shapes(experts):
+            tokens, ranks = chosen.nonzero(as_tuple=True)
+            index = torch.add(ranks, tokens, alpha=k)
+            return cls(
+                tokens,
+                experts.reshape(-1).index_select(0, index),
+                weights.reshape(-1).index_select(0, index),
+            )
         places = torch.arange(experts.numel(), device=experts.device)
         choices = cls(places.div(k, rounding_mode="floor"), experts.reshape(-1), weights.reshape(-1), k)
         if chosen is None:
             return choices
         real = chosen.reshape(-1)
-        if has_fixed_shapes(experts):
-            return choices._replace(weights=choices.weights * real, real=real)
-        return choices.take(real.nonzero().squeeze(-1))
+        return choices._replace(weights=choices.weights * real, real=real)
 
     def take(self, index: Tensor) -> "Choices":
         """Those at `index` (M,), in its order."""
-        real = None if self.real is None else self.real[index]
-        return Choices(self.tokens[index], self.experts[index], self.weights[index], real=real)
+        real = None if self.real is None else self.real.index_select(0, index)
+        tokens, experts = self.tokens.index_select(0, index), self.experts.index_select(0, index)
+        return Choices(tokens, experts, self.weights.index_select(0, index), real=real)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
@@ -56,7 +63,7 @@ class Choices(NamedTuple):
         if self.per_token is not None:  # reshape and sum: faster than by index, and in a fixed order on CUDA
             return weighted.unflatten(0, (num_tokens, self.per_token)).sum(1).to(rows.dtype)
         output = weighted.new_zeros(num_tokens, rows.shape[-1])
-        return output.index_add(0, self.tokens, weighted).to(rows.dtype)
+        return output.index_add_(0, self.tokens, weighted).to(rows.dtype)
 
     def beside(self, experts: range, num_tokens: int, scale: float) -> "Choices":
         """All weights times `scale`, and for every token these experts too, each with the weight `scale`."""

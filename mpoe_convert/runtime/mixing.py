@@ -17,10 +17,10 @@ from .routers import Router
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many parameters in all, every row gets a copy of its own expert's cores.
+# Up to so many parameters in all, every row gets a copy of its own expert's cores: in compiled code and on
+# accelerators, and on a processor, where more of them no longer stay in its cache.
 _FEW_COPIED_PARAMS = 1 << 23
-# The same for the whole matrices of one token's experts on a processor.
-_FEW_COPIED_WHOLE = 1 << 21
+_FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
@@ -94,9 +94,6 @@ class Mixing(nn.Module):
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
-        specs = [form[key] for key in PARTS if key in form and PARTS[key] is Projection]
-        # Experts whose matrices are stored as they are.
-        self._is_whole = all(term["shared"] == [False] for spec in specs for term in spec["terms"])
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -187,7 +184,9 @@ class Mixing(nn.Module):
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
         copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
-        if copies and num_rows * self.own_params <= self._few_copied(tokens):
+        is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
+        few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
+        if copies and num_rows * self.own_params <= few:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
@@ -202,18 +201,6 @@ class Mixing(nn.Module):
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
-
-    def _few_copied(self, tokens: Tensor) -> int:
-        """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
-        if (
-            not self._is_whole
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not tokens.is_cpu
-        ):
-            return _FEW_COPIED_PARAMS
-        # A token has every expert once: a processor multiplies by whole matrices where they lie.
-        return _FEW_COPIED_PARAMS if tokens.shape[0] > 1 else _FEW_COPIED_WHOLE
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str

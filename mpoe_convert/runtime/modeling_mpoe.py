@@ -1317,19 +1317,26 @@ class Choices(NamedTuple):
     def of_table(cls, experts: Tensor, weights: Tensor, chosen: Tensor | None = None) -> "Choices":
         """Of experts (T, k) and weights (T, k) per token, those that `chosen` (T, k) has; None: all."""
         k = experts.shape[-1]
+        if chosen is not None and not has_fixed_shapes(experts):
+            tokens, ranks = chosen.nonzero(as_tuple=True)
+            index = torch.add(ranks, tokens, alpha=k)
+            return cls(
+                tokens,
+                experts.reshape(-1).index_select(0, index),
+                weights.reshape(-1).index_select(0, index),
+            )
         places = torch.arange(experts.numel(), device=experts.device)
         choices = cls(places.div(k, rounding_mode="floor"), experts.reshape(-1), weights.reshape(-1), k)
         if chosen is None:
             return choices
         real = chosen.reshape(-1)
-        if has_fixed_shapes(experts):
-            return choices._replace(weights=choices.weights * real, real=real)
-        return choices.take(real.nonzero().squeeze(-1))
+        return choices._replace(weights=choices.weights * real, real=real)
 
     def take(self, index: Tensor) -> "Choices":
         """Those at `index` (M,), in its order."""
-        real = None if self.real is None else self.real[index]
-        return Choices(self.tokens[index], self.experts[index], self.weights[index], real=real)
+        real = None if self.real is None else self.real.index_select(0, index)
+        tokens, experts = self.tokens.index_select(0, index), self.experts.index_select(0, index)
+        return Choices(tokens, experts, self.weights.index_select(0, index), real=real)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the tokens (T, ...) -> one row for each choice (N, ...)."""
@@ -1344,7 +1351,7 @@ class Choices(NamedTuple):
         if self.per_token is not None:  # reshape and sum: faster than by index, and in a fixed order on CUDA
             return weighted.unflatten(0, (num_tokens, self.per_token)).sum(1).to(rows.dtype)
         output = weighted.new_zeros(num_tokens, rows.shape[-1])
-        return output.index_add(0, self.tokens, weighted).to(rows.dtype)
+        return output.index_add_(0, self.tokens, weighted).to(rows.dtype)
 
     def beside(self, experts: range, num_tokens: int, scale: float) -> "Choices":
         """All weights times `scale`, and for every token these experts too, each with the weight `scale`."""
@@ -1480,40 +1487,43 @@ def weigh(
         combine, parts: see `Router`.
         chosen: (T, k) which of them are chosen, one at least per token; None: all.
     """
-    has_copies = parts < logits.shape[-1]  # of the same neurons
-    if combine == "renormalised" and has_copies and experts.shape[-1] > 1:
-        if parts > 1:
-            return _weigh_parts(logits, ranked, experts, parts, chosen)
-        if chosen is None:
-            return ranked.softmax(-1)
-        weights = ranked.masked_fill(~chosen, -math.inf).softmax(-1)  # (T, k)
-        is_alone = chosen.sum(-1, keepdim=True) == 1  # (T, 1)
-        log_probability = logits.log_softmax(-1).gather(-1, experts)
-        return torch.where(is_alone & chosen, _straight_through(log_probability), weights)
-    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
     if combine == "raw":
-        return log_probability.exp()
-    return _straight_through(log_probability)
+        return logits.log_softmax(-1).gather(-1, experts).exp()  # (T, k)
+    has_copies = parts < logits.shape[-1]  # of the same neurons
+    if not has_copies or experts.shape[-1] == 1:
+        return _straight_through_one(logits, experts)
+    if parts > 1:
+        weights, is_alone = _weigh_parts(ranked, experts, parts, chosen)
+    elif chosen is None:
+        return ranked.softmax(-1)
+    else:
+        weights = ranked.masked_fill(~chosen, -math.inf).softmax(-1)  # (T, k)
+        is_alone = chosen & (chosen.sum(-1, keepdim=True) == 1)
+    if not torch.is_grad_enabled():  # the weight of an expert that is alone is one as it is
+        return weights
+    return torch.where(is_alone, _straight_through_one(logits, experts), weights)
 
 
-def _straight_through(log_probability: Tensor) -> Tensor:
-    """p / p.detach() by logarithms, so that p = 0 in float32 gives one as well."""
+def _straight_through_one(logits: Tensor, experts: Tensor) -> Tensor:
+    """(T, k) p / p.detach() with p the experts' probabilities: ones, with the gradient of log p."""
+    if not torch.is_grad_enabled():
+        return torch.ones_like(experts, dtype=logits.dtype)
+    log_probability = logits.log_softmax(-1).gather(-1, experts)  # in float32 p itself may be 0
     return (log_probability - log_probability.detach()).exp()
 
 
-def _weigh_parts(
-    logits: Tensor, ranked: Tensor, experts: Tensor, parts: int, chosen: Tensor | None
-) -> Tensor:
-    """(T, k) softmax over those of the chosen experts that hold the same neurons, see `Router`."""
+def _weigh_parts(ranked: Tensor, experts: Tensor, parts: int, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T, k) softmax over those of the chosen experts that hold the same neurons, see `Router`.
+
+    And (T, k) whether there is no other that does.
+    """
     part = experts % parts  # (T, k)
     same = part.unsqueeze(-1) == part.unsqueeze(-2)  # (T, k, k)
     if chosen is not None:  # those that are not chosen stand alone
         both = chosen.unsqueeze(-1) & chosen.unsqueeze(-2)
         same = same & (both | torch.eye(experts.shape[-1], dtype=torch.bool, device=experts.device))
     others = ranked.unsqueeze(-2).masked_fill(~same, -math.inf)
-    weights = (ranked - others.logsumexp(-1)).exp()  # (T, k)
-    log_probability = logits.log_softmax(-1).gather(-1, experts)  # (T, k)
-    return torch.where(same.sum(-1) == 1, _straight_through(log_probability), weights)
+    return (ranked - others.logsumexp(-1)).exp(), same.sum(-1) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1585,14 +1595,12 @@ def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Se
     ranking = torch.where(margins > 0, margins + 2, logits)  # above all cosines: those that pass come first
     experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the best first
     margins = margins.gather(-1, experts)
-    best = torch.arange(router.top_k, device=logits.device) == 0  # (k,)
-    passes = margins > 0
-    chosen = passes | (best & ~passes.any(-1, keepdim=True))  # (T, k)
+    chosen = F.pad(margins[:, 1:] > 0, (1, 0), value=True)  # (T, k) the first, whether it passes or not
     gates = torch.where(chosen, straight_through_one(margins), 0.0)
-    every = torch.zeros_like(logits).scatter(-1, experts, gates)  # (T, E)
-    of_parts = every.unflatten(-1, (-1, router.parts)).sum(-2)  # (T, P) how many experts hold a part
-    total = of_parts.gather(-1, experts % router.parts)  # (T, k)
-    weights = torch.where(total > 1.5, gates / total.clamp(min=1), gates)
+    part = experts % router.parts  # (T, k)
+    holders = gates.new_zeros(len(gates), router.parts).scatter_add(-1, part, gates)  # (T, P) of each part
+    total = holders.gather(-1, part)  # (T, k)
+    weights = gates / torch.where(total > 1.5, total, 1.0)
     return Choices.of_table(experts, weights, chosen)
 
 
@@ -1603,7 +1611,7 @@ def score_margins(cosines: Tensor, thresholds: Tensor) -> Tensor:
 
 def straight_through_one(margins: Tensor) -> Tensor:
     """One in value, with the gradient of `margins`."""
-    return margins - margins.detach() + 1
+    return margins - margins.detach() + 1 if torch.is_grad_enabled() else torch.ones_like(margins)
 
 
 def passing_gates(cosines: Tensor, thresholds: Tensor) -> Tensor:
@@ -2111,10 +2119,10 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many parameters in all, every row gets a copy of its own expert's cores.
+# Up to so many parameters in all, every row gets a copy of its own expert's cores: in compiled code and on
+# accelerators, and on a processor, where more of them no longer stay in its cache.
 _FEW_COPIED_PARAMS = 1 << 23
-# The same for the whole matrices of one token's experts on a processor.
-_FEW_COPIED_WHOLE = 1 << 21
+_FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
 _MANY_ROWS = 384
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
@@ -2188,9 +2196,6 @@ class Mixing(nn.Module):
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
-        specs = [form[key] for key in PARTS if key in form and PARTS[key] is Projection]
-        # Experts whose matrices are stored as they are.
-        self._is_whole = all(term["shared"] == [False] for spec in specs for term in spec["terms"])
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -2281,7 +2286,9 @@ class Mixing(nn.Module):
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
         copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
-        if copies and num_rows * self.own_params <= self._few_copied(tokens):
+        is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
+        few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
+        if copies and num_rows * self.own_params <= few:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
@@ -2296,18 +2303,6 @@ class Mixing(nn.Module):
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
-
-    def _few_copied(self, tokens: Tensor) -> int:
-        """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
-        if (
-            not self._is_whole
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not tokens.is_cpu
-        ):
-            return _FEW_COPIED_PARAMS
-        # A token has every expert once: a processor multiplies by whole matrices where they lie.
-        return _FEW_COPIED_PARAMS if tokens.shape[0] > 1 else _FEW_COPIED_WHOLE
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str

@@ -138,10 +138,11 @@ def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
 
 
 # How many rows take which way, so that a handful of tokens takes any of them.
+COPIED = ("_FEW_COPIED_PARAMS", "_FEW_COPIED_BY_CPU")
 WAYS = {
-    "each row its own cores": {"_FEW_COPIED_PARAMS": 1 << 60},
-    "sorted rows": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 1 << 60},
-    "expert by expert": {"_FEW_COPIED_PARAMS": -1, "_MANY_ROWS": 0},
+    "each row its own cores": dict.fromkeys(COPIED, 1 << 60),
+    "sorted rows": dict.fromkeys(COPIED, -1) | {"_MANY_ROWS": 1 << 60},
+    "expert by expert": dict.fromkeys(COPIED, -1) | {"_MANY_ROWS": 0},
 }
 
 

@@ -30,14 +30,12 @@ def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Se
     ranking = torch.where(margins > 0, margins + 2, logits)  # above all cosines: those that pass come first
     experts = ranking.topk(router.top_k, dim=-1).indices  # (T, k), the best first
     margins = margins.gather(-1, experts)
-    best = torch.arange(router.top_k, device=logits.device) == 0  # (k,)
-    passes = margins > 0
-    chosen = passes | (best & ~passes.any(-1, keepdim=True))  # (T, k)
+    chosen = F.pad(margins[:, 1:] > 0, (1, 0), value=True)  # (T, k) the first, whether it passes or not
     gates = torch.where(chosen, straight_through_one(margins), 0.0)
-    every = torch.zeros_like(logits).scatter(-1, experts, gates)  # (T, E)
-    of_parts = every.unflatten(-1, (-1, router.parts)).sum(-2)  # (T, P) how many experts hold a part
-    total = of_parts.gather(-1, experts % router.parts)  # (T, k)
-    weights = torch.where(total > 1.5, gates / total.clamp(min=1), gates)
+    part = experts % router.parts  # (T, k)
+    holders = gates.new_zeros(len(gates), router.parts).scatter_add(-1, part, gates)  # (T, P) of each part
+    total = holders.gather(-1, part)  # (T, k)
+    weights = gates / torch.where(total > 1.5, total, 1.0)
     return Choices.of_table(experts, weights, chosen)
 
 
@@ -48,7 +46,7 @@ def score_margins(cosines: Tensor, thresholds: Tensor) -> Tensor:
 
 def straight_through_one(margins: Tensor) -> Tensor:
     """One in value, with the gradient of `margins`."""
-    return margins - margins.detach() + 1
+    return margins - margins.detach() + 1 if torch.is_grad_enabled() else torch.ones_like(margins)
 
 
 def passing_gates(cosines: Tensor, thresholds: Tensor) -> Tensor:
