@@ -337,7 +337,7 @@ SYSTEMS = {
     "plain MoE, 1 shared": "sparse upcycling, a shared expert",
     "fine-grained N, 1 shared": "DeepSeekMoE (2401.06066)",
     "split N": "MoEfication (2110.01786), all parts",
-    "split, top 4": "MoEfication, half of the parts",
+    "split, top N": "MoEfication, half of the parts",
     "split, top-p 0.5": "MoEfication with XMoE's choice (2403.18926)",
     "split, top-any": "MoEfication with DynMoE's choice (2405.14297)",
     "blocks N": "MPOE (2203.01104), untied cores",
@@ -426,14 +426,14 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     found |= {name: (*each, task.factors) for name, each in free.items()}
     sized = different_sizes("low-rank", rank) | different_sizes("adapter", width)
     found |= {name: (*each, task.factors) for name, each in sized.items()}
-    own = whole_experts(inner) | selections(block) | thin_chains(task.own, matrices, hidden, inner)
+    parts = max(size for size in range(2, 9) if inner % size == 0)
+    own = whole_experts(parts) | selections(block, parts) | thin_chains(task.own, matrices, hidden, inner)
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
-def whole_experts(inner: int) -> dict[str, dict]:
+def whole_experts(parts: int) -> dict[str, dict]:
     """Name -> recipe of mixtures whose experts share nothing: copies of the FFN, or parts of its neurons."""
-    parts = max(size for size in range(2, 9) if inner % size == 0)
     fine = {"kind": "split", "parts": parts - 1, "experts": 8 * (parts - 1), "shared_experts": 1}
     return {
         f"split {parts}": {"kind": "split", "experts": parts, "top_k": parts},
@@ -512,15 +512,15 @@ def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
     }
 
 
-def selections(block: int) -> dict[str, dict]:
+def selections(block: int, parts: int) -> dict[str, dict]:
     """Recipes in which the number of experts per token varies, beside fixed numbers of the same experts."""
-    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split"}
+    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split", "experts": parts}
     return {
         f"blocks {block}, top-p 0.25": blocks | {"select": "top-p", "threshold": 0.25, "top_k": 8},
         f"blocks {block}, top-any": blocks | {"select": "top-any", "top_k": 8},
-        "split, top 4": split | {"top_k": 4},
-        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": 8},
-        "split, top-any": split | {"select": "top-any", "top_k": 8},
+        f"split, top {parts // 2}": split | {"top_k": parts // 2},
+        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": parts},
+        "split, top-any": split | {"select": "top-any", "top_k": parts},
     }
 
 
