@@ -2,6 +2,7 @@
 
     python examples/benchmarks/compare_experts.py TASK --out examples/results
     python examples/benchmarks/compare_experts.py text --out out --only "dense;one-sided*" --seeds 1
+    python examples/benchmarks/compare_experts.py stories --out out --only systems --rates 4e-3 --seeds 1
 
 TASK is one of
 
@@ -16,7 +17,8 @@ Every kind of expert is tried at every learning rate with the first seed; the ra
 of the held-out data is used with the other seeds, and the other half makes the table. Variations on one-sided
 MPO experts take the rate that those chose; the table says how many pairs of rate and factor on what experts
 own were tried. Every run leaves one JSON file in OUT/TASK/runs and is not
-repeated: interrupt it and start it again.
+repeated: interrupt it and start it again. `--only systems` takes a contender for each system of the field,
+whose name stands in the table, and writes systems.md and systems.png in place of table.md and by-size.png.
 
 Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m, llama-stories260k,
 t5-g2p-en-us and bart-misaki-g2p-us; words with phonemes, outputs of another model, three sources of English),
@@ -35,10 +37,12 @@ import math
 import os
 import pydoc_data.topics
 import random
+import re
 import shutil
 import statistics
 import sysconfig
 import tempfile
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -326,6 +330,24 @@ TASKS = {
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
+# The systems of the field, by the names of the contenders that stand for them; N is a number.
+SYSTEMS = {
+    "dense": "no experts",
+    "plain MoE": "sparse upcycling (2212.05055)",
+    "plain MoE, top-1": "Switch (2101.03961)",
+    "plain MoE, 1 shared": "sparse upcycling, a shared expert",
+    "fine-grained N, 1 shared": "DeepSeekMoE (2401.06066)",
+    "split N": "MoEfication (2110.01786), all parts",
+    "split, top N": "MoEfication, half of the parts",
+    "split, top-p 0.5": "MoEfication with XMoE's choice (2403.18926)",
+    "split, top-any": "MoEfication with DynMoE's choice (2405.14297)",
+    "blocks N": "MPOE (2203.01104), untied cores",
+    "blocks N, top-p 0.25": "MPOE with XMoE's choice",
+    "blocks N, top-any": "MPOE with DynMoE's choice",
+    "low-rank N": "LoRA experts",
+    "low-rank N, sizes N to N": "HMoE's sizes (2408.10681) of LoRA experts",
+    "adapter N": "PESC (2401.02731)",
+}
 # Twice the weight that the load-balancing loss has by default.
 EVEN = {"options": {"router_aux_loss_coef": 0.01}}
 # What the shared matrix, what experts own, and the routers learn: the mask, and factors on the rate.
@@ -346,6 +368,12 @@ ROLES = (
 CHANGES = ("thin", "routers")
 # Recipes of MPO experts that name no layout have this one.
 LAYOUT = "one-sided"
+
+
+def system_of(name: str) -> str | None:
+    """The system of the field that a contender stands for, if it does for one."""
+    patterns = ((re.escape(known).replace("N", r"\d+"), system) for known, system in SYSTEMS.items())
+    return next((system for pattern, system in patterns if re.fullmatch(pattern, name)), None)
 
 
 def like(task) -> str:
@@ -402,14 +430,14 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     found |= {name: (*each, task.factors) for name, each in free.items()}
     sized = different_sizes("low-rank", rank) | different_sizes("adapter", width)
     found |= {name: (*each, task.factors) for name, each in sized.items()}
-    own = whole_experts(inner) | selections(block) | thin_chains(task.own, matrices, hidden, inner)
+    parts = max(size for size in range(2, 9) if inner % size == 0)
+    own = whole_experts(parts) | selections(block, parts) | thin_chains(task.own, matrices, hidden, inner)
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
-def whole_experts(inner: int) -> dict[str, dict]:
+def whole_experts(parts: int) -> dict[str, dict]:
     """Name -> recipe of mixtures whose experts share nothing: copies of the FFN, or parts of its neurons."""
-    parts = max(size for size in range(2, 9) if inner % size == 0)
     fine = {"kind": "split", "parts": parts - 1, "experts": 8 * (parts - 1), "shared_experts": 1}
     return {
         f"split {parts}": {"kind": "split", "experts": parts, "top_k": parts},
@@ -513,15 +541,15 @@ def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
     }
 
 
-def selections(block: int) -> dict[str, dict]:
+def selections(block: int, parts: int) -> dict[str, dict]:
     """Recipes in which the number of experts per token varies, beside fixed numbers of the same experts."""
-    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split"}
+    blocks, split = {"layout": "blocks", "bond_dim": block}, {"kind": "split", "experts": parts}
     return {
         f"blocks {block}, top-p 0.25": blocks | {"select": "top-p", "threshold": 0.25, "top_k": 8},
         f"blocks {block}, top-any": blocks | {"select": "top-any", "top_k": 8},
-        "split, top 4": split | {"top_k": 4},
-        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": 8},
-        "split, top-any": split | {"select": "top-any", "top_k": 8},
+        f"split, top {parts // 2}": split | {"top_k": parts // 2},
+        "split, top-p 0.5": split | {"select": "top-p", "threshold": 0.5, "top_k": parts},
+        "split, top-any": split | {"select": "top-any", "top_k": parts},
     }
 
 
@@ -652,6 +680,8 @@ class Runs:
             "score": mean(scores),
             "tried": len(self.contenders[name][2] or ()) * len(self.rates),
         }
+        if self.options.only == "systems":
+            row["system"] = system_of(name)
         row["spread"] = spread(scores)
         parts = results[0]["report"]
         row["parts"] = {part: mean(result["report"][part] for result in results) for part in parts}
@@ -695,14 +725,17 @@ EXTRA = {
 def table(rows: list[dict], task) -> str:
     parts = list(rows[0]["parts"]) if len(rows[0]["parts"]) > 1 else []
     names = [f"perplexity, {part}" for part in parts]
-    head = ["contender", "rate", "x", "tried", "seeds", task.unit, "spread", "less dense", "95 %", *names]
+    named = any("system" in row for row in rows)
+    head = ["contender", *["system"] * named, "rate", "x", "tried", "seeds"]
+    head += [task.unit, "spread", "less dense", "95 %", *names]
     head += ["stored", "active", "s / step"]
     extra = [key for key in EXTRA if any(key in row for row in rows)]
     head += [EXTRA[key] for key in extra]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    left = 1 + named  # columns of words
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
     for row in sorted(rows, key=lambda row: row["score"]):
-        cells = [row["name"], f"{row['rate']:g}", f"{row['factor']:g}"]
+        cells = [row["name"], *[row.get("system", "")] * named, f"{row['rate']:g}", f"{row['factor']:g}"]
         cells += [str(row["tried"] or ""), str(row["seeds"])]
         gained = gains(row, dense) if dense else []
         cells += [f"{row['score']:.4f}", f"{row['spread']:.4f}"]
@@ -731,38 +764,48 @@ def gains(row: dict, dense: list[float]) -> list[float]:
     return [ours - theirs for ours, theirs in zip(row["scores"], dense, strict=False)]
 
 
-def plot(rows: list[dict], task, path: Path) -> None:
-    """Score against size, and, where dense was run, the difference from it."""
+def plot(rows: list[dict], task, path: Path, costs: Sequence[str] = ("stored",)) -> None:
+    """Score against costs; against one alone also the difference from dense, where that was run."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     dense = next((row["scores"] for row in rows if row["name"] == "dense"), None)
-    panels = 1 if dense is None else 2
-    figure, grid = pyplot.subplots(
-        1, panels, figsize=(6 * panels + 3, 6), layout="constrained", squeeze=False
-    )
+    panels = [(cost, False) for cost in costs]
+    if len(costs) == 1 and dense is not None:
+        panels.append((costs[0], True))
+    size = (6 * len(panels) + 3, 6)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for number, row in enumerate(sorted(rows, key=lambda row: row["score"])):
         style = {"marker": "osv^Dp*X"[number // 10 % 8], "capsize": 3, "ls": ""}
-        name = f"{row['name']} ({row['score']:.3f})"
-        grid[0, 0].errorbar(row["stored"], row["score"], row["spread"], label=name, **style)
-        if dense is not None:
-            gained = gains(row, dense)
-            grid[0, 1].errorbar(row["stored"], mean(gained), interval(gained), **style)
-    for axes, what in zip(grid.flat, ("held out", "held out, less dense with the same seed"), strict=False):
-        axes.set(xscale="log", xlabel="FFN parameters stored (routers apart)", ylabel=f"{what}: {task.unit}")
+        style["label"] = f"{row['name']} ({row['score']:.3f})"
+        for axes, (cost, is_gain) in zip(grid.flat, panels, strict=True):
+            values = gains(row, dense) if is_gain else row["scores"]
+            error = interval(values) if is_gain else row["spread"]
+            axes.errorbar(row[cost], mean(values), error, **style)
+    for axes, (cost, is_gain) in zip(grid.flat, panels, strict=True):
+        what = "held out, less dense with the same seed" if is_gain else "held out"
+        axes.set(xscale="log", xlabel=f"FFN parameters {cost} (routers apart)", ylabel=f"{what}: {task.unit}")
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def chosen(names: Iterable[str], only: str | None) -> list[str]:
+    """The contenders that --only takes."""
+    if only == "systems":
+        return [name for name in names if system_of(name)]
+    patterns = only.split(";") if only else ["*"]
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("compare-experts"))
-    parser.add_argument("--only", help="contenders, as patterns of names, separated by semicolons")
+    parser.add_argument("--only", help="systems, or patterns of contenders' names with semicolons between")
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="250; 2500 for stories")
@@ -775,16 +818,17 @@ def main() -> None:
         raise SystemExit(f"{options.task} needs MPOE_TEST_DATA")
     options.steps = options.steps or task.steps
     runs = Runs(task, options)
-    patterns = options.only.split(";") if options.only else ["*"]
-    names = [name for name in runs.contenders if any(fnmatch(name, pattern) for pattern in patterns)]
     with tempfile.TemporaryDirectory() as data:
         task.write(Path(data))
-        rows = [runs.row(name) for name in names]
-    text = table(rows, task)
-    folder = options.out / options.task
-    (folder / "table.md").write_text(text, encoding="utf-8")
+        rows = [runs.row(name) for name in chosen(runs.contenders, options.only)]
+    text, folder = table(rows, task), options.out / options.task
+    if options.only == "systems":
+        names, costs = ("systems.md", "systems"), ("stored", "active")
+    else:
+        names, costs = ("table.md", "by-size"), ("stored",)
+    (folder / names[0]).write_text(text, encoding="utf-8")
     for suffix in ("png", "svg"):
-        plot(rows, task, folder / f"by-size.{suffix}")
+        plot(rows, task, folder / f"{names[1]}.{suffix}", costs)
     print(text)
 
 
