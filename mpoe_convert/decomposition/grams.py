@@ -8,6 +8,8 @@ from torch import Tensor
 # Squared norms whose parts are ordinary float32 values.
 _SAFE_NORM = (1e-20, 1e30)
 _PRODUCT_COLUMNS = 16384
+# On a CPU so many rows at a time are multiplied by those up to them: half of a symmetric matrix.
+_PRODUCT_ROWS = 64
 # float64 copies are made of this many entries at a time: 32 MiB.
 _CHUNK = 1 << 22
 
@@ -23,11 +25,14 @@ def gram(matrix: Tensor, products: torch.dtype) -> Tensor:
     """
     *batch, rows, _ = matrix.shape
     width = _CHUNK // (matrix[..., 0].numel() or 1) if products == torch.float64 else _PRODUCT_COLUMNS
+    step = _PRODUCT_ROWS if matrix.device.type == "cpu" else rows
     made = matrix.new_zeros(*batch, rows, rows, dtype=torch.float64)
     for chunk in matrix.split(max(width, 1), dim=-1):
         chunk = chunk.to(products)
-        made += chunk @ chunk.mT
-    return made
+        for first in range(0, rows, step):
+            end = min(first + step, rows)
+            made[..., first:end, :end] += chunk[..., first:end, :] @ chunk[..., :end, :].mT
+    return made if rows <= step else made.tril() + made.tril(-1).mT
 
 
 def is_reliable(made: Tensor) -> bool:

@@ -1,10 +1,11 @@
 """Decompose a weight matrix into a matrix product operator (MPO, also called a TT-matrix).
 
-TensorLy's TT-SVD does the sweeps and its `TTMatrix` holds the cores. This module decides in which
-direction the sweeps run and hands TensorLy an SVD made for the unfoldings that occur here::
+TensorLy's `TTMatrix` holds the cores, and its TT-SVD does the sweeps over large unfoldings. This module
+decides in which direction the sweeps run and hands TensorLy an SVD made for the unfoldings that occur here::
 
      L1 --> L2 --> [C] <-- R1 <-- R2        arrows: the direction in which the weight is pushed
 
+* Where a block of sites has few rows, its cores are found in the Gram matrix of its unfolding alone.
 * Both sweeps end at the central core, which becomes the orthogonality centre: the left cores are
   left-isometric, the right ones right-isometric, so norm(C) = norm(W_hat), and the squared error is
   the sum of the discarded squared singular values over all bonds.
@@ -33,7 +34,7 @@ from ..tensors import check_finite
 from .grams import gram, is_reliable
 from .sites import SVDS, Sites
 
-# Up to this many rows an unfolding is replaced by a square root of its Gram matrix (see `_sweep`).
+# Up to this many rows an unfolding is replaced by its Gram matrix (see `_sweep`).
 # Above, the float64 eigendecomposition, cubic in the rows, costs more than it saves.
 _MAX_GRAM = 1024
 # The Gram matrix of float32 data is summed in float64 from float32 products: accurate to about 1e-7
@@ -242,9 +243,8 @@ def _sweep(
 
         rows --[unfolding]-- everything else   ->   [1]--[2]--...--[rest]-- everything else
 
-    An unfolding A with at most `_MAX_GRAM` rows is replaced by the square B with B B^T = A A^T.
-    A = B Q with orthonormal rows of Q, so at every bond of the block both have the same left
-    singular vectors and drop the same weight, while the large A is read only twice (Gram matrix,
+    The left singular vectors of an unfolding A with at most `_MAX_GRAM` rows, and the weight that each bond
+    drops, are those of its Gram matrix A A^T (`_gram_train`). So the large A is read only twice (Gram matrix,
     projection), however many sites there are.
 
     Args:
@@ -263,16 +263,53 @@ def _sweep(
         if products == torch.float32 and not is_reliable(made):
             continue
         norm = made.trace()  # of A, squared
-        split = _Split("exact", seed, in_float32=products == torch.float32)
-        found = cores, lost, _ = _tensor_train(_square_root(made), block, split)
+        found = cores, lost = _gram_train(made, block, in_float32=products == torch.float32)
         if sum(lost) == 0 or sum(lost) >= _SMALL_LOSS * norm:
             break
     assert found is not None  # float64 is never skipped
-    cores, lost = _in_chain_order(*found[:2], block, unfolding.dtype)
+    cores, lost = _in_chain_order(*found, block, unfolding.dtype)
     isometry = _block_isometry(cores, block)
     if unfolding.is_contiguous():
         return cores, lost, isometry @ unfolding
     return cores, lost, (unfolding.mT @ isometry.mT).mT  # keeps the memory order that the core will have
+
+
+def _gram_train(made: Tensor, block: _Block, in_float32: bool) -> tuple[list[Tensor], list[float]]:
+    """TT-SVD of one block out of the Gram matrix G of its unfolding: cores, discarded weights; sweep order.
+
+    ::
+
+        [U]--x--[G]--x--[U]      x: the bond of the sites before, y: the others, over which the trace is taken
+              y--|_|--y          U: leading eigenvectors of the trace; the next G is U^T G U
+
+    Args:
+        made: G, (block.rows, block.rows), of at least as many columns.
+        block: its sites.
+        in_float32: large eigendecompositions, see `_eigenvectors`.
+    """
+    step, sites = -1 if block.from_right else 1, len(block.in_dims)
+    order = [place for k in range(sites)[::step] for place in (k, sites + k)]
+    dims = (*block.in_dims, *block.out_dims)
+    made = made.reshape(*dims, *dims).permute(*order, *(2 * sites + place for place in order))
+    cores, lost, width, rest = [], [], 1, block.rows
+    for in_dim, out_dim, bond in zip(block.in_dims[::step], block.out_dims[::step], block.bonds, strict=True):
+        rows, rest = width * in_dim * out_dim, rest // (in_dim * out_dim)
+        made = made.reshape(rows, rest, rows, rest)
+        basis, dropped = _leading(made.diagonal(dim1=1, dim2=3).sum(-1), min(bond, rows), in_float32)
+        basis = _with_signs(basis)
+        cores.append(basis.reshape(width, in_dim, out_dim, -1))
+        lost.append(dropped)
+        width = basis.shape[1]
+        if len(cores) < sites:
+            made = (basis.mT @ made.reshape(rows, -1)).reshape(width * rest, rows, rest)
+            made = basis.mT @ made
+    return cores, lost
+
+
+def _with_signs(basis: Tensor) -> Tensor:
+    """The largest entry of every column positive, as TensorLy's `svd_flip` makes them."""
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -basis, basis)
 
 
 def _tensor_train(tensor: Tensor, block: _Block, split: _Split) -> tuple[list[Tensor], list[float], Tensor]:
@@ -323,17 +360,16 @@ class _Split:
     slightly larger on a flat spectrum, the worst case, so the smaller unfoldings stay exact.
     """
 
-    def __init__(self, method: str, seed: int, in_float32: bool = False) -> None:
+    def __init__(self, method: str, seed: int) -> None:
         self.method = method
         self.seed = seed
-        self.in_float32 = in_float32  # large eigendecompositions, see `_eigenvectors`
         self.discarded: list[float] = []
 
     def __call__(self, matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, ...]:
         if self._randomized(min(matrix.shape), n_eigenvecs):
             basis, projected, lost = _randomized_split(matrix, n_eigenvecs, self.seed)
         else:
-            basis, lost = _exact_basis(matrix, n_eigenvecs, self.in_float32)
+            basis, lost = _exact_basis(matrix, n_eigenvecs)
             projected = basis.mT @ matrix
         self.discarded.append(lost)
         return basis, torch.ones_like(projected[:, 0]), projected
@@ -344,20 +380,27 @@ class _Split:
         return self.method == "randomized" and rank < side
 
 
-def _exact_basis(matrix: Tensor, rank: int, in_float32: bool = False) -> tuple[Tensor, float]:
+def _exact_basis(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     """Leading left singular vectors (rows, rank); the sum of the other squared singular values."""
     rows, columns = matrix.shape
     if rows > columns:  # the Gram matrix of the short side; Q keeps the long one isometric
         q, r = torch.linalg.qr(matrix)
-        basis, lost = _exact_basis(r, rank, in_float32)
+        basis, lost = _exact_basis(r, rank)
         return q @ basis, lost
-    made = gram(matrix, torch.float64)
-    if in_float32 and rows >= _LARGE_GRAM:
-        vectors, lost = _eigenvectors(made, rank)
-        return vectors.to(matrix.dtype), lost
+    vectors, lost = _leading(gram(matrix, torch.float64), rank)
+    return vectors.to(matrix.dtype), lost
+
+
+def _leading(made: Tensor, rank: int, in_float32: bool = False) -> tuple[Tensor, float]:
+    """Leading eigenvectors (rows, rank) of a Gram matrix, contiguous, and the sum of the other eigenvalues.
+
+    Both in float64; of large ones by way of float32 where `in_float32` allows it.
+    """
+    if in_float32 and len(made) >= _LARGE_GRAM:
+        return _eigenvectors(made, rank)
     values, vectors = torch.linalg.eigh(made)  # ascending
-    dropped = values[: rows - rank].clamp(min=0)
-    return vectors.flip(1)[:, :rank].to(matrix.dtype).contiguous(), float(dropped.sum())
+    dropped = values[: len(made) - rank].clamp(min=0)
+    return vectors.flip(1)[:, :rank].contiguous(), float(dropped.sum())
 
 
 def _eigenvectors(made: Tensor, rank: int) -> tuple[Tensor, float]:
@@ -368,12 +411,15 @@ def _eigenvectors(made: Tensor, rank: int) -> tuple[Tensor, float]:
     eigenvectors and errs by the second order.
     """
     scale = made.diagonal().max().clamp(min=torch.finfo(torch.float32).tiny)
-    vectors = torch.linalg.eigh((made / scale).float()).eigenvectors.flip(1)[:, :rank].double()
-    vectors = 1.5 * vectors - 0.5 * vectors @ (vectors.mT @ vectors)
+    rough = torch.linalg.eigh((made / scale).float()).eigenvectors.flip(1)[:, :rank].contiguous()
+    vectors = rough.double()
+    excess = vectors.mT @ vectors
+    excess.diagonal().sub_(1)
+    vectors -= 0.5 * rough @ excess.float()  # small, so that float32 is enough for it
     if rank == len(made):
         return vectors, 0.0
     kept = (vectors * (made @ vectors)).sum()
-    return vectors.contiguous(), max(float(made.trace() - kept), 0.0)
+    return vectors, max(float(made.trace() - kept), 0.0)
 
 
 def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:
@@ -392,15 +438,6 @@ def _randomized_split(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Ten
     projected = rotation.mT @ sketch
     lost = _squared_norm(matrix) - _squared_norm(projected)
     return q @ rotation, projected, max(lost, 0.0)
-
-
-def _square_root(made: Tensor) -> Tensor:
-    """Square B with B B^T = the given positive semidefinite matrix."""
-    factor, info = torch.linalg.cholesky_ex(made)
-    if info == 0:  # far cheaper than the eigendecomposition, which only rank deficiency needs
-        return factor
-    values, vectors = torch.linalg.eigh(made)
-    return vectors * values.clamp(min=0).sqrt()
 
 
 def _squared_norm(matrix: Tensor) -> float:

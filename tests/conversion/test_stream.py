@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.commands import driven, tree
 from helpers.loopback_hub import LoopbackHub, environment
+from helpers.ranks import run_all
 from helpers.stock_mixtures import make_model as make_mixture
 from helpers.tiny import make_model
 from safetensors.torch import save_file
@@ -21,6 +22,8 @@ from mpoe_convert.source.safetensors_file import read_header
 
 SMALL = ["--experts", "2", "--bond-dim", "4"]
 HEADER = 100_001  # what huggingface_hub asks for to read a header
+TOKEN = "hf_for_the_hub_alone"
+SENT_ON = ["o/several", "--stream", "-q", "--max-shard-size", "1MB", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,32 @@ def session(models, tmp_path_factory):
     with LoopbackHub() as hub:
         for path in models.iterdir():
             hub.add(f"o/{path.name}", {each.name: each.read_bytes() for each in path.iterdir()})
-        with driven(folder, environment(folder / "home", hub.endpoint, HF_HUB_VERBOSITY="error")) as (ask, _):
+        with driven(folder, client(folder, hub)) as (ask, _):
             yield hub, ask, folder
+
+
+def client(folder, hub) -> dict[str, str]:
+    return environment(folder / "home", hub.endpoint, HF_HUB_VERBOSITY="error", HF_TOKEN=TOKEN)
+
+
+@pytest.fixture(scope="module")
+def storage(session):
+    """Another server, to which the Hub sends requests for weights on while the test runs."""
+    with LoopbackHub() as other:
+        other.repos = session[0].repos
+        yield other
+
+
+@pytest.fixture(scope="module")
+def sent_on(session, storage):
+    """(requests to the Hub, requests to the other server) of a run that writes "sent-on"."""
+    hub, ask, _ = session
+    hub.requests.clear()
+    hub.storage = storage
+    assert ask(*SENT_ON, "-o", "sent-on") == [0, "", ""]
+    found = [*hub.requests], [*storage.requests]
+    hub.storage = None
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +91,7 @@ def local(models, tmp_path_factory):
 def without_faults(session):
     yield
     session[0].faults.clear()
+    session[0].storage = None
 
 
 def weight_requests(hub) -> list:
@@ -90,6 +118,37 @@ def test_what_is_needed_is_requested_and_no_file_is_downloaded(name, session, mo
     differ = {"README.md", "conversion_report.json", "mpoe_recipe.yaml"}  # they name the source
     assert ours.keys() == expected.keys()
     assert all(ours[file] == expected[file] for file in ours.keys() - differ)
+
+
+def test_requests_that_are_sent_on_leave_the_token_behind(sent_on, models):
+    """Large files of the Hub lie on servers of others, to which its token must not go."""
+    at_hub, at_storage = sent_on
+    weights = [request for request in at_hub if "-of-" in request.path]
+    assert {(request.status, request.token) for request in weights} == {(302, TOKEN)}
+    assert {(request.status, request.token) for request in at_storage} == {(206, "")}
+    assert len(weights) == len(at_storage)
+    assert_sent_once(at_storage, models, readers=1)
+
+
+def assert_sent_once(requests, models, readers):
+    """Every byte of the data; the headers to each of the readers."""
+    files = [path.read_bytes() for path in (models / "several").glob("*.safetensors")]
+    needed, sent = sum(len(data) - header_bytes(data) for data in files), sum(each.sent for each in requests)
+    assert needed <= sent <= needed + readers * len(files) * (HEADER + 16)
+    assert needed > 10 * HEADER * len(files)
+
+
+def test_several_processes_share_what_is_requested(session, sent_on, storage, models):
+    """They write what one writes, and each reads what it writes; requests are sent on here, too."""
+    hub, _, folder = session
+    hub.storage = storage
+    storage.requests.clear()
+    run = {"args": [*SENT_ON, "-o", "shared"], "count": 2}
+    assert run_all([run], folder, client(folder, hub)) == [{"codes": [0, 0], "stderr": ""}]
+    assert tree(folder / "shared") == tree(folder / "sent-on")
+    assert len(list((folder / "shared").glob("*.safetensors"))) == 2
+    assert {request.token for request in storage.requests} == {""}
+    assert_sent_once(storage.requests, models, readers=2)
 
 
 @pytest.mark.parametrize(

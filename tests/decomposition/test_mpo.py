@@ -212,7 +212,7 @@ def test_bonds_that_cannot_exist_are_clipped(method):
     assert relative_error(matrix, contract_chain(fitted.cores)) < 1e-12
 
 
-# --- both ways through a sweep: over a square root of the Gram matrix, or the unfolding itself ---
+# --- both ways through a sweep: over the Gram matrix, or the unfolding itself ---
 
 
 @pytest.mark.parametrize("limit", [5, FULL])
@@ -229,6 +229,16 @@ def test_the_gram_shortcut_changes_nothing(monkeypatch, num_sites, limit):
     torch.testing.assert_close(short.discarded, direct.discarded, rtol=1e-9, atol=1e-12)
     # Signs are fixed and the spectra are simple, so even the cores are the same.
     torch.testing.assert_close(oracle(short.cores), oracle(direct.cores), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 30), (65, 7), (2, 150, 40)])
+@pytest.mark.parametrize("products", DTYPES)
+def test_gram_matrices_are_whole(shape, products):
+    """Though only half of the products are made."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    made = grams.gram(matrix, products)
+    expected = matrix.double() @ matrix.double().mT
+    torch.testing.assert_close(made, expected, rtol=0, atol=ROUNDING[products] * 64)
 
 
 @pytest.mark.parametrize("rank", [1, 40, 160])

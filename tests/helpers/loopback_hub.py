@@ -26,12 +26,13 @@ from helpers.loopback_uploads import Uploads, git_oid
 
 
 class Request(NamedTuple):
-    """One answered request: `sent` counts the bytes of the body that went out."""
+    """One answered request: `sent` counts the bytes of the body that went out; `token`: whose it was."""
 
     method: str
     path: str
     status: int
     sent: int
+    token: str = ""
 
 
 @dataclass
@@ -113,6 +114,7 @@ class LoopbackHub:
         self.objects: dict[str, bytes] = {}  # uploaded by LFS, by SHA-256
         self.users: dict[str, User] = {}  # by token; without any, everybody may do everything
         self.faults: list[Fault] = []
+        self.storage: LoopbackHub | None = None  # to which requests for weights are sent on
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -244,6 +246,10 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         headers = {"ETag": f'"{git_oid(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if self.hub.storage and self.path.endswith(".safetensors"):
+            linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+            place = {"Location": self.hub.storage.endpoint + self.path, "X-Repo-Commit": commit}
+            return self._send(302, b"", place | linked)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if self.fault == "half" and self.command == "GET":
             data = data[: len(data) // 2]
@@ -268,7 +274,8 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         sent = 0 if self.command == "HEAD" else len(body)
-        self.hub.requests.append(Request(self.command, urlsplit(self.path).path, status, sent))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.hub.requests.append(Request(self.command, urlsplit(self.path).path, status, sent, token))
         if sent and self.fault == "short":
             self.close_connection = True
             self.wfile.write(body[: sent // 2])

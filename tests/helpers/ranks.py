@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 
-def run_all(runs: list[dict], cwd: Path) -> list[dict]:
+def run_all(runs: list[dict], cwd: Path, environment: dict[str, str] | None = None) -> list[dict]:
     """Run one after the other; every run ends before the next begins.
 
     Args:
@@ -23,6 +23,8 @@ def run_all(runs: list[dict], cwd: Path) -> list[dict]:
             `calibrating`, if there, is (rank, "nan" or "kill"): what happens to that process in its first
             pass over the calibration text; `scoring` is the rank of a process that reads NaN as the model.
             Moments are in the folder "moments-" and the run's number.
+        cwd: where they run.
+        environment: of all of them; None: that of this process.
 
     Returns:
         For each {"codes": exit codes by rank, "stderr": of all together}.
@@ -33,7 +35,7 @@ def run_all(runs: list[dict], cwd: Path) -> list[dict]:
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**(environment or os.environ), "OMP_NUM_THREADS": "1"},
         timeout=300,
         check=True,
     )
