@@ -319,6 +319,11 @@ def listed(values: Iterable[object]) -> str | None:
     return ",".join(map(str, values)) or None
 
 
+def listed_ranks(ranks: Sequence[int]) -> str | None:
+    """(12, 64) -> "12,64"; of more experts than two, which have ranks of their own, "4 to 64"."""
+    return f"{min(ranks)} to {max(ranks)}" if len(ranks) > 2 else listed(ranks)
+
+
 def duration(seconds: float) -> str:
     """4000 -> "1 h 7 min", 75 -> "1 min 15 s", 7.25 -> "7.2 s"."""
     if seconds < 60:

@@ -11,6 +11,7 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 
 * `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
   `uniform`: the best form for every matrix, each with the same share.
+* `one rank`: as `auto`, with the same ranks for all experts of a matrix.
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
@@ -18,7 +19,7 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
   `--ways` names them.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
-  `auto, 8 bits`: the cores of `auto` rounded alike, at that share.
+  `auto, N bits`: the cores of `one rank` rounded alike, at that share.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -116,7 +117,7 @@ class Source:
     modules: dict = field(init=False)
     layers: Layers = field(init=False)
     moments: dict[str, ExpertMoments] = field(init=False)
-    candidates: dict[float, dict] = field(default_factory=dict)
+    candidates: dict[tuple[float, bool], dict] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)  # by path; the experts that `layers` are of
 
     def __post_init__(self) -> None:
@@ -157,13 +158,16 @@ class Source:
         run = SimpleNamespace(plan=plan, fitted_to=split(self.batches)[0], is_causal=True, ranks=ALONE)
         return expert_sensitivities(run, self.model, self.modules, lambda *_: None)
 
-    def choices(self, kept: float) -> dict[tuple[str, str], StackChoices]:
-        if kept not in self.candidates:
-            self.candidates[kept] = {
-                (path, role): stack_choices(stack, int(kept * stack.numel()), self.metric(path, role))
+    def choices(self, kept: float, uneven: bool) -> dict[tuple[str, str], StackChoices]:
+        """What every matrix can become. `uneven`: experts may have ranks of their own."""
+        if (kept, uneven) not in self.candidates:
+            self.candidates[kept, uneven] = {
+                (path, role): stack_choices(
+                    stack, int(kept * stack.numel()), self.metric(path, role), uneven=uneven
+                )
                 for path, role, stack in self.matrices()
             }
-        return self.candidates[kept]
+        return self.candidates[kept, uneven]
 
     @cached_property
     def calls(self) -> dict[str, list[Tensor]]:
@@ -239,12 +243,12 @@ def one_form(form: str) -> Way:
     return compress
 
 
-def ours(allocation: str, bits: int = 16) -> Way:
+def ours(allocation: str, bits: int = 16, uneven: bool = True) -> Way:
     """The forms and ranks of every matrix as a conversion chooses them."""
 
     def compress(source: Source, share: float) -> Iterator[dict]:
         candidates = []
-        for (path, role), found in source.choices(share).items():
+        for (path, role), found in source.choices(share, uneven and bits == 16).items():
             unit = float(source.nats[path][role]) if allocation == "loss" else 1 / found.energy
             whole = source.layers[path][role].numel()
             candidates.append(StackCandidate(f"{path} {role}", whole, found.choices, unit))
@@ -365,6 +369,7 @@ WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["reap, auto"] = fewer_and_smaller
+WAYS["one rank"] = ours("loss", uneven=False)
 TRAINED = {
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
@@ -383,8 +388,9 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
         share = bytes_of(bits)
         yield f"rounded {bits}", share, 1.0, rounding(bits)
         yield "auto", share, share, ours("loss")
-        if bits < 8:
-            yield "auto, 8 bits", share, share / bytes_of(8), ours("loss", 8)
+        for fewer in (8, 4):
+            if bits < fewer:
+                yield f"auto, {fewer} bits", share, share / bytes_of(fewer), ours("loss", fewer)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:

@@ -259,7 +259,13 @@ def _candidates(
             metric = (
                 None if moments is None else moments.metric("inner" if matrix.role == "down" else "inputs")
             )
-            found = stack_choices(stack, _numbers(recipe, matrix), metric, forms=_forms(recipe))
+            found = stack_choices(
+                stack,
+                _numbers(recipe, matrix),
+                metric,
+                forms=_forms(recipe),
+                uneven=recipe.bits is None,  # cores of experts that differ in size are not rounded
+            )
             unit = nats[matrix.role] if nats is not None else 1 / found.energy if found.energy else 0.0
             yield StackCandidate(matrix.name, matrix.numbers, found.choices, unit, found.alike)
 

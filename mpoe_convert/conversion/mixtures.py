@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..decomposition.stack_fit import alikeness, fit_stack, stack_errors
 from ..decomposition.stack_metric import Stack
+from ..decomposition.stacks import packed_cores
 from ..options import called
 from ..planning.fewer_experts import FewerExperts
 from ..planning.mixtures import MixturePlan, StackPlan
 from ..runtime.shapes import functions
 from ..source.checkpoint import Checkpoint
 from ..source.mixtures import read_biases, read_stack
-from ..tables import Cell, Table, listed
+from ..tables import Cell, Table, listed_ranks
 from ..tensors import cast
 from .report import BROKEN_NATS, MatrixReport, Report
 
@@ -49,7 +50,7 @@ class StackReport(MatrixReport):
             "experts' matrix": self.name,
             "size": f"{self.experts} x {self.shape[0]} x {self.shape[1]}",
             "shared": self.form,
-            "ranks": listed(self.ranks),
+            "ranks": listed_ranks(self.ranks),
             "alike": f"{self.alike:.2f}",
             "relative error": f"{self.relative_error:.2e}",
             "worst expert": f"{max(self.expert_errors):.2e}",
@@ -78,23 +79,21 @@ def build_stack(
         fit = fit_stack(matrices, plan.form, plan.ranks, metric)
         cores, stack = fit.cores, fit.stack
     tensors: dict[str, Tensor] = {}
+    kept: list[list[Tensor]] = []
     for number, (term, made) in enumerate(zip(terms, cores, strict=True)):
-        for name, core in zip(functions().name_cores(term), made, strict=True):
-            core = cast(f"{plan.name} (core {name})", core, stored).contiguous().cpu()
-            tensors[f"terms.{number}.{name}"] = core
-    report = _measure(plan, stack, tensors)
+        names = functions().name_cores(term)
+        kept.append([cast(f"{plan.name} (core {n})", c, stored) for n, c in zip(names, made, strict=True)])
+        packed = packed_cores(kept[-1], plan.ranks) if "by_expert" in term else kept[-1]
+        for name, core in zip(names, packed, strict=True):
+            tensors[f"terms.{number}.{name}"] = core.contiguous().cpu()
+    report = _measure(plan, stack, kept)
     if plan.source.bias is not None:
         tensors["bias"] = cast(f"{plan.name}.bias", read_biases(checkpoint, plan.source), stored).contiguous()
     return tensors, report
 
 
-def _measure(plan: StackPlan, stack: Stack, tensors: dict[str, Tensor]) -> StackReport:
-    """The errors of a stack, from its tensors as stored."""
-    device = stack.matrices[0].device
-    cores = [
-        [tensors[f"terms.{number}.{name}"].to(device) for name in functions().name_cores(term)]
-        for number, term in enumerate(plan.spec["terms"])
-    ]
+def _measure(plan: StackPlan, stack: Stack, cores: Sequence[Sequence[Tensor]]) -> StackReport:
+    """The errors of a stack, from its cores in the dtype in which they are stored."""
     found = stack_errors(stack, cores)
     error = _root(found.weight_lost, found.weight_energy)
     return StackReport(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import lcm, sqrt
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -157,7 +158,8 @@ def _seconds_of_stack(matrix: StackPlan, device: torch.device) -> float:
     cut = min(sqrt(TRIED / (number * matrix.rows * matrix.cols)), 1.0)
     rows, cols = _cut(matrix.rows, cut, STEP), _cut(matrix.cols, cut, STEP)
     most = largest_ranks(matrix.form, number, rows, cols)
-    ranks = tuple(min(max(int(rank * cut), 1), limit) for rank, limit in zip(matrix.ranks, most, strict=True))
+    each = matrix.ranks if len(matrix.ranks) == len(most) else (round(mean(matrix.ranks)),)
+    ranks = tuple(min(max(int(rank * cut), 1), limit) for rank, limit in zip(each, most, strict=True))
     matrices = torch.randn(number, rows, cols, device=device)
 
     def run() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .low_rank import RIDGE, Metric, factor, thin_side
 from .stack_metric import Stack, dot, leading, solve
+from .stacks import Ranks
 
 # Experts of a stack that is estimated by some of them.
 PROBED = 16
@@ -162,12 +163,12 @@ class Base(Shared):
 
     Attributes:
         shared: W_0, (in, out).
-        own: (A_e, B_e), (in, r) and (r, out).
+        own: (A_e, B_e), (in, r_e) and (r_e, out).
     """
 
-    def __init__(self, stack: Stack, rank: int, experts: list[int]) -> None:
+    def __init__(self, stack: Stack, ranks: Ranks, experts: list[int]) -> None:
         super().__init__(stack, experts)
-        self.rank, self.mean_moment = rank, stack.mean_moment()
+        self.ranks, self.mean_moment = ranks, stack.mean_moment()
         self.inverse = torch.cholesky_inverse(stack.root(self.mean_moment))
         self.own: list[tuple[Tensor, Tensor]] = []
         self.shared, self.experts = self._start(), spread(len(stack), PROBED)
@@ -202,7 +203,7 @@ class Base(Shared):
         slope = torch.zeros_like(self.shared, dtype=torch.float64)
         for expert in self.experts:
             weight, moment = self.stack.matrix(expert) - self.shared, self.stack.moment(expert)
-            own = alone(weight, moment, self.rank)
+            own = alone(weight, moment, self.ranks[expert])
             rest = weight - own[0] @ own[1]
             image = moment @ rest
             lost += dot(rest, image)

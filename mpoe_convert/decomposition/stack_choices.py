@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -14,10 +14,13 @@ from torch import Tensor
 from .stack_curves import stack_curves
 from .stack_fit import alikeness, fit_stack
 from .stack_metric import Stack
-from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps
+from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps, shared_out_ranks
 
 # Shares of the numbers that "base" is fitted at.
 _AROUND = (0.6, 1.0, 1.4)
+# Ranks differ between experts where that leaves less than this part of what even ranks lose: experts of one
+# size go through the kernels for groups of products.
+_WORTH = 0.9
 
 
 class Choice(NamedTuple):
@@ -56,6 +59,7 @@ def stack_choices(
     moments: Sequence[Tensor] | Tensor | None = None,
     *,
     forms: Sequence[str] = FORMS,
+    uneven: bool = True,
 ) -> StackChoices:
     """What every form costs and loses at its ranks.
 
@@ -67,14 +71,16 @@ def stack_choices(
         matrices, moments: as for `Stack`.
         numbers: about as many as will be stored; the fits are made at the largest ranks within.
         forms: to choose from.
+        uneven: let experts have ranks of their own in the forms of `stacks.UNEVEN`, where that pays.
     """
     stack = Stack(matrices, moments)
     found = [Choice(count_stack("whole", (), *_size(stack)), 0.0, "whole", ())] if "whole" in forms else []
     curves = stack_curves(stack, forms)
     for form, lost in curves.lost.items():
-        if stack.is_small:
-            lost = _descended(stack, form, lost, numbers)
-        found += _choices(stack, form, lost)
+        choices = list(_choices(stack, form, lost))
+        if uneven and form in curves.squares:
+            choices = _worth(choices, list(_shared_out(stack, form, curves.squares[form])), numbers)
+        found += _descended(stack, choices, numbers) if stack.is_small else choices
     return StackChoices(curves.energy, alikeness(stack), tuple(_best(found)))
 
 
@@ -92,23 +98,41 @@ def _choices(stack: Stack, form: str, lost: Tensor) -> Iterator[Choice]:
             yield Choice(numbers, float(values[ranks]), form, ranks)
 
 
-def _descended(stack: Stack, form: str, lost: Tensor, numbers: int) -> Tensor:
-    """The losses of a form after the descent, from those before and few fits, see `stack_choices`."""
-    parts = _AROUND if form == "base" else (1.0,)
-    tried = dict.fromkeys(filter(None, (_largest(stack, form, lost, part * numbers) for part in parts)))
-    fits = [(at, fit_stack(stack.matrices, form, at.ranks, stack.moments)) for at in tried]
+def _shared_out(stack: Stack, form: str, squares: Tensor) -> Iterator[Choice]:
+    """The same with the ranks of every step shared out over the experts, by their squares (E, n)."""
+    size, tails = _size(stack), squares.sum(1, keepdim=True) - squares.cumsum(1)
+    tails = torch.cat([squares.sum(1, keepdim=True), tails], 1).clamp(min=0)  # (E, n + 1)
+    whole = count_stack("whole", (), *size)
+    for rank in rank_steps(squares.shape[1]):
+        ranks = shared_out_ranks(squares, rank * len(squares))
+        numbers = count_stack(form, ranks, *size)
+        if numbers < whole:
+            lost = float(tails.gather(1, torch.tensor(ranks)[:, None]).sum())
+            yield Choice(numbers, lost, form, ranks)
+
+
+def _worth(even: list[Choice], uneven: list[Choice], numbers: int) -> list[Choice]:
+    """Those with one rank for all, or those with ranks of their own if these lose clearly less."""
+    one, other = (_largest(choices, numbers) for choices in (even, uneven))
+    is_better = one is not None and other is not None and other.lost < _WORTH * one.lost
+    return uneven if is_better else even
+
+
+def _descended(stack: Stack, choices: list[Choice], numbers: int) -> list[Choice]:
+    """The choices of a form with what they lose after the descent, from few fits, see `stack_choices`."""
+    parts = _AROUND if choices and choices[0].form == "base" else (1.0,)
+    tried = dict.fromkeys(filter(None, (_largest(choices, part * numbers) for part in parts)))
+    fits = [(at, fit_stack(stack.matrices, at.form, at.ranks, stack.moments)) for at in tried]
     if not fits:
-        return lost
+        return choices
     gains = [min(float(fit.lost.sum()) / at.lost, 1.0) for at, fit in fits]
-    if form != "base":
-        return lost * gains[0]
-    at_all = np.interp(np.arange(len(lost)), [at.ranks[0] for at, _ in fits], gains)
-    return lost * torch.from_numpy(at_all)
+    at_all = np.interp([each.numbers for each in choices], [at.numbers for at, _ in fits], gains)
+    return [each._replace(lost=each.lost * gain) for each, gain in zip(choices, at_all.tolist(), strict=True)]
 
 
-def _largest(stack: Stack, form: str, lost: Tensor, numbers: float) -> Choice | None:
+def _largest(choices: Iterable[Choice], numbers: float) -> Choice | None:
     """The best choice of a form within so many numbers that loses something."""
-    within = [each for each in _choices(stack, form, lost) if each.numbers <= numbers and each.lost > 0]
+    within = [each for each in choices if each.numbers <= numbers and each.lost > 0]
     return min(within, key=lambda choice: choice.lost, default=None)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .stack_bases import PROBED, spread
 from .stack_metric import Stack, descending, dot, leading
+from .stacks import UNEVEN
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +31,14 @@ class StackCurves:
         energy: squared size of the expected outputs.
         lost: by form, with the first r directions kept: (n + 1,) for one rank, (in + 1, out + 1) for "both".
             Experts together, float64, on the CPU.
+        squares: by form of `UNEVEN`, (E, n) squared singular values of every expert's matrix, or difference,
+            descending. Of larger stacks those of experts that were not looked at are of the mean shape, and
+            of the size that their metric says.
     """
 
     energy: float
     lost: dict[str, Tensor]
+    squares: dict[str, Tensor]
 
 
 def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
@@ -44,33 +49,38 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     experts = _looked_at(stack)
     root = stack.root(stack.mean_moment())
     sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
-    energy, sums = 0.0, {}
+    base = _mean(stack, root).to(stack.dtype) if "base" in forms else None
+    energy, both, own = 0.0, 0.0, {form: [] for form in UNEVEN if form in forms}
     for expert in experts:
         half = _half(stack, expert)
         image = half @ stack.matrix(expert)
         energy += dot(image, image)
-        found = {"none": _spectrum(image)} if "none" in forms else {}
+        if "none" in own:
+            own["none"].append(_spectrum(image))
+        if base is not None:
+            own["base"].append(_spectrum(half @ (stack.matrix(expert) - base)))
         if sides is not None:
-            found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
-        sums = {form: squares + sums.get(form, 0.0) for form, squares in found.items()}
+            both += (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
     scale, lost = len(stack) / len(experts), {}
+    squares = {form: torch.stack(spectra) for form, spectra in own.items()}
     for form in forms:
-        if form == "base":
-            lost[form] = _differences_lost(stack, _mean(stack, root)) / scale
-        elif form in ("input", "output"):
-            lost[form] = _tail(sums["both"].sum(1 if form == "input" else 0))
-        elif form != "whole":
-            lost[form] = _tails(sums[form]) if form == "both" else _tail(sums[form])
-    return StackCurves(scale * energy, {form: (scale * each).cpu() for form, each in lost.items()})
+        if form in squares:
+            lost[form] = _tail(squares[form].sum(0))
+        elif isinstance(both, Tensor) and form != "whole":
+            lost[form] = _tails(both) if form == "both" else _tail(both.sum(1 if form == "input" else 0))
+    lost = {form: (scale * each).cpu() for form, each in lost.items()}
+    return StackCurves(scale * energy, lost, {form: _of_all(stack, each) for form, each in squares.items()})
 
 
-def _differences_lost(stack: Stack, base: Tensor) -> Tensor:
-    """(n + 1,): what "base" loses at every rank of the differences, with this W_0 (in, out)."""
+def _of_all(stack: Stack, squares: Tensor) -> Tensor:
+    """(E, n) on the CPU: of those that were looked at, and a guess for the others."""
+    if stack.is_small:
+        return squares.cpu()
     experts = _looked_at(stack)
-    squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
-    for expert in experts:
-        squares += _spectrum(_half(stack, expert) @ (stack.matrix(expert) - base.to(stack.dtype)))
-    return _tail(squares) * (len(stack) / len(experts))
+    levels = torch.tensor(stack.levels(), dtype=torch.float64) + stack.ridge
+    found = levels[:, None] * (squares.cpu() / levels[experts, None]).mean(0)
+    found[experts] = squares.cpu()
+    return found
 
 
 def _looked_at(stack: Stack) -> list[int]:

@@ -27,11 +27,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .low_rank import thin_side
 from .stack_bases import PROBED, Base, Bases, best_product, spread
 from .stack_metric import SMALL, Cores, Stack, dot, expand, leading
-from .stacks import Ranks, count_stack
+from .stacks import Ranks, count_stack, each_rank
 
 # The largest number of sweeps. Every sweep takes as long as the closed form, which is near the minimum
 # already, so that larger stacks get fewer; from ten times `SMALL` entries on none.
@@ -59,7 +60,8 @@ class StackFit:
     Attributes:
         form, ranks: see `stacks`.
         cores: per term the cores as `modeling_mpoe.Chain` stores them: (l * i, o * r) if shared, with a
-            leading expert axis if owned; float64 for a float64 stack, else float32.
+            leading expert axis if owned; float64 for a float64 stack, else float32. Where experts have ranks
+            of their own, zeros fill them up to the largest (see `stacks.packed_cores`).
         stack: what they were fitted to.
     """
 
@@ -167,8 +169,8 @@ def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
 
 
 def _fit_none(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
-    own = (_alone(stack, expert, ranks[0]) for expert in range(len(stack)))
-    return [_stacked([[part.to(stack.result) for part in pair] for pair in own])]
+    own = (_alone(stack, expert, rank) for expert, rank in enumerate(each_rank(ranks, len(stack))))
+    return [_stacked([[part.to(stack.result) for part in _filled(pair, max(ranks))] for pair in own])]
 
 
 def _alone(stack: Stack, expert: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -197,9 +199,9 @@ def _fit_both(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
 
 
 def _fit_base(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:
-    fit = Base(stack, ranks[0], _all(stack))
+    fit = Base(stack, each_rank(ranks, len(stack)), _all(stack))
     fit.descend(max_sweeps)
-    return [[fit.shared], _stacked(fit.own)]
+    return [[fit.shared], _stacked([_filled(pair, max(ranks)) for pair in fit.own])]
 
 
 _FITS: dict[str, Callable[[Stack, Ranks, int], Cores]] = {
@@ -210,6 +212,12 @@ _FITS: dict[str, Callable[[Stack, Ranks, int], Cores]] = {
     "base": _fit_base,
     "whole": _fit_whole,
 }
+
+
+def _filled(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The product of (in, r) and (r, out) as one of this rank: zeros behind."""
+    missing = rank - pair[1].shape[0]
+    return pad(pair[0], (0, missing)), pad(pair[1], (0, 0, 0, missing))
 
 
 def _input_bases(stack: Stack, ranks: Ranks, experts: list[int]) -> Bases:

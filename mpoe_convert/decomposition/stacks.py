@@ -9,7 +9,8 @@
     base     (in)--[shared]--(out)  +  (in)--[own]--r--[own]--(out)
     whole    (in)--[own]--(out)                               as it is
 
-`stack_fit` finds the cores. Sources: MoLAE (one-sided bases), TD-MoE (Tucker), D2-MoE (arXiv 2502.17298, base
+Where both cores are owned, experts may have ranks of their own. `stack_fit` finds the cores.
+Sources: MoLAE (one-sided bases), TD-MoE (Tucker), D2-MoE (arXiv 2502.17298, base
 and difference), SVD-LLM (arXiv 2403.07378, each alone).
 """
 
@@ -26,6 +27,9 @@ FORMS = ("none", "input", "output", "both", "base", "whole")
 MULTIPLE = 8
 _FEW = 8 * MULTIPLE
 
+# Forms whose experts may have ranks of their own.
+UNEVEN = ("none", "base")
+
 Ranks = tuple[int, ...]
 
 
@@ -34,14 +38,16 @@ def stack_terms(form: str, ranks: Ranks, in_dim: int, out_dim: int) -> list[dict
 
     Args:
         form: one of `FORMS`.
-        ranks: (r1, r2) for "both", () for "whole", else (r,).
+        ranks: (r1, r2) for "both", () for "whole", else (r,); for those of `UNEVEN` also one for each expert.
         in_dim, out_dim: size of one expert's matrix.
 
     Raises:
         ValueError: unknown form, or another number of ranks.
     """
     _check(form, ranks)
-    two = {"in_dims": [in_dim, 1], "out_dims": [1, out_dim], "bonds": list(ranks)}
+    two: dict = {"in_dims": [in_dim, 1], "out_dims": [1, out_dim], "bonds": [max(ranks, default=0)]}
+    if len(set(ranks)) > 1 and form in UNEVEN:
+        two["by_expert"] = {"bonds": [[rank] for rank in ranks]}
     if form == "both":
         three = {"in_dims": [in_dim, 1, 1], "out_dims": [1, 1, out_dim], "bonds": list(ranks)}
         return [three | {"shared": [True, False, True]}]
@@ -53,17 +59,53 @@ def stack_terms(form: str, ranks: Ranks, in_dim: int, out_dim: int) -> list[dict
 
 def count_stack(form: str, ranks: Ranks, num_experts: int, in_dim: int, out_dim: int) -> int:
     """Numbers that are stored for all experts. Arguments and errors as for `stack_terms`."""
-    _check(form, ranks)
+    _check(form, ranks, num_experts)
     if form == "whole":
         return num_experts * in_dim * out_dim
     if form == "both":
         first, second = ranks
         return in_dim * first + num_experts * first * second + second * out_dim
+    if form in UNEVEN:
+        base = in_dim * out_dim if form == "base" else 0
+        return base + sum(each_rank(ranks, num_experts)) * (in_dim + out_dim)
     (rank,) = ranks
     ins = 1 if form == "input" else num_experts
     outs = 1 if form == "output" else num_experts
-    base = in_dim * out_dim if form == "base" else 0
-    return base + rank * (ins * in_dim + outs * out_dim)
+    return rank * (ins * in_dim + outs * out_dim)
+
+
+def each_rank(ranks: Ranks, num_experts: int) -> Ranks:
+    """One rank for each expert, of those of a form of `UNEVEN`."""
+    return ranks * num_experts if len(ranks) == 1 else ranks
+
+
+def packed_cores(cores: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Two owned cores (E, in, r) and (E, r, out) as they are stored: vectors where experts' ranks differ.
+
+    Args:
+        ranks: of the experts; what lies behind an expert's own is left out.
+    """
+    first, second = cores
+    if len(set(ranks)) <= 1:
+        return [first, second]
+    parts = list(zip(first, second, ranks, strict=True))
+    return [
+        torch.cat([left[:, :rank].flatten() for left, _, rank in parts]),
+        torch.cat([right[:rank].flatten() for _, right, rank in parts]),
+    ]
+
+
+def shared_out_ranks(squares: Tensor, total: int) -> Ranks:
+    """One rank for each expert, about `total` together, that lose least: those of the largest values.
+
+    Every expert has at least 1, and from 64 on multiples of `MULTIPLE`.
+
+    Args:
+        squares: (E, n) squared singular values, descending.
+    """
+    count, largest = squares.shape
+    chosen = squares.flatten().argsort(descending=True, stable=True)[:total] // largest
+    return tuple(max(_aligned(rank, largest), 1) for rank in torch.bincount(chosen, minlength=count).tolist())
 
 
 def ranks_within(
@@ -113,10 +155,12 @@ def rank_steps(largest: int) -> list[int]:
     return sorted({*range(1, min(_FEW, largest)), *range(_FEW, largest + 1, MULTIPLE), largest})
 
 
-def _check(form: str, ranks: Sequence[int]) -> None:
+def _check(form: str, ranks: Sequence[int], num_experts: int | None = None) -> None:
     if form not in FORMS:
         raise ValueError(f"no form is called {form!r}: choose one of {', '.join(FORMS)}")
     needed = {"both": 2, "whole": 0}.get(form, 1)
+    if form in UNEVEN and len(ranks) > 1 and num_experts in (None, len(ranks)):
+        return
     if len(ranks) != needed:
         raise ValueError(f"the form {form} has {needed} ranks, found {tuple(ranks)}")
 

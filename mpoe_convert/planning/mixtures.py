@@ -19,7 +19,7 @@ from ..source.mixtures import Located, locate_experts
 from ..source.pruned import Pruned
 from ..source.safetensors_file import DTYPE2BYTES
 from ..source.text_options import TextSource
-from ..tables import Cell, Table, escape, listed, merge_names, size, warning
+from ..tables import Cell, Table, escape, listed_ranks, merge_names, size, warning
 from .fewer_experts import FewerExperts, fewer_than
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
@@ -75,7 +75,7 @@ class StackPlan(MatrixPlan):
             "experts' matrix": self.name,
             "size": f"{self.num_experts} x {self.rows} x {self.cols}",
             "shared": self.form,
-            "ranks": listed(self.ranks),
+            "ranks": listed_ranks(self.ranks),
             "alike": None if self.alike is None else f"{self.alike:.2f}",
             "source": self.dense_params,
             "stored": self.stored_params,
@@ -147,15 +147,15 @@ class MixturePlan(Plan):
         flops = sum(2 * top_k * matrix.rows * matrix.cols for matrix in self.matrices)
         return MixtureTotals(
             **_twice(params=source, active_params=top_k * source // self.source_experts, bytes=num_bytes),
-            stored_params=shared + experts * own,
-            active_params=shared + top_k * own,
+            stored_params=sum(module.stored_params for module in modules),
+            active_params=int(shared + top_k * own),
             stored_bytes=sum(tensor.num_bytes for tensor in self.tensors if tensor.ffn is not None),
             dense_flops_per_token=flops,
             plain_moe_flops_per_token=flops,
             flops_per_token=int(sum(cost.flops for cost in costs)),
             rebuild_flops_per_forward=int(sum(cost.rebuild_flops for cost in costs)),
             varies=False,
-            differ=False,
+            differ=any(module.differ for module in modules),
         )
 
     @cached_property

@@ -10,7 +10,14 @@ from mpoe_convert.decomposition.stack_choices import stack_choices
 from mpoe_convert.decomposition.stack_curves import stack_curves
 from mpoe_convert.decomposition.stack_fit import fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack
-from mpoe_convert.decomposition.stacks import FORMS, count_stack, largest_ranks, rank_steps, ranks_within
+from mpoe_convert.decomposition.stacks import (
+    FORMS,
+    UNEVEN,
+    count_stack,
+    largest_ranks,
+    rank_steps,
+    ranks_within,
+)
 
 EXPERTS = 4
 SIZES = [(12, 9), (9, 12)]
@@ -102,6 +109,32 @@ def test_choices_rise_in_numbers_and_fall_in_loss(moments):
     assert found.choices[0].lost < found.energy * (1 + 1e-9) and found.choices[-1].lost == 0
 
 
+@pytest.mark.parametrize("form", UNEVEN)
+@pytest.mark.parametrize("small", [True, False])
+def test_experts_that_count_less_get_lower_ranks(form, small, monkeypatch):
+    """The last expert's outputs are much smaller than the others'."""
+    if not small:
+        monkeypatch.setattr("mpoe_convert.decomposition.stack_metric.SMALL", 10)
+    weights, inputs = problem(12, 9)
+    inputs[-1] *= 0.05
+    numbers, metric = int(0.8 * weights.numel()), inputs.mT @ inputs
+    own, one = (
+        stack_choices(weights, numbers, metric, forms=(form,), uneven=uneven) for uneven in (True, False)
+    )
+    assert all(len(choice.ranks) == 1 for choice in one.choices)
+    best = [[each for each in found.choices if each.numbers <= numbers][-1] for found in (own, one)]
+    fits = [float(fit_stack(weights, form, choice.ranks, metric).lost.sum()) for choice in best]
+    assert fits[0] < 0.9 * fits[1] and best[0].ranks[-1] == 1 < max(best[0].ranks)
+    if small or form == "none":  # else the descent, of which nothing is known, gains more
+        assert best[0].lost == pytest.approx(fits[0], rel=0.05)
+
+
+def test_experts_of_one_size_have_one_rank():
+    weights = randn(12, 9).expand(EXPERTS, -1, -1) + 1e-6 * randn(EXPERTS, 12, 9)
+    found = stack_choices(weights, weights.numel() // 2, forms=("none",))
+    assert all(len(choice.ranks) == 1 for choice in found.choices)
+
+
 @pytest.mark.parametrize("form", FORMS[:-1])
 def test_the_best_ranks_within_the_budget_lose_what_their_fit_does(form):
     weights, inputs = problem(12, 9)
@@ -155,7 +188,7 @@ def test_ranks_from_64_on_are_multiples_of_eight():
 def test_a_base_and_differences_lose_about_what_a_fit_at_each_rank_does():
     _, inputs = problem(16, 14)
     weights, moments = randn(16, 14, seed=9) + 0.6 * randn(EXPERTS, 16, 14), inputs.mT @ inputs
-    found = stack_choices(weights, int(0.7 * weights.numel()), moments, forms=("base",))
+    found = stack_choices(weights, int(0.7 * weights.numel()), moments, forms=("base",), uneven=False)
     assert [choice.ranks for choice in found.choices] == [(1,), (2,), (3,), (4,), (5,)]
     for choice in found.choices:
         fit = fit_stack(weights, "base", choice.ranks, moments)

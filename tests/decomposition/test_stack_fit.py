@@ -11,7 +11,7 @@ from mpoe_convert.decomposition.stack_bases import Base, Bases
 from mpoe_convert.decomposition.stack_choices import stack_choices
 from mpoe_convert.decomposition.stack_fit import alikeness, fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack
-from mpoe_convert.decomposition.stacks import FORMS, largest_ranks, stack_terms
+from mpoe_convert.decomposition.stacks import FORMS, UNEVEN, largest_ranks, stack_terms
 from mpoe_convert.runtime.modeling_mpoe import Chain
 
 EXPERTS = 4
@@ -97,6 +97,23 @@ def test_each_alone_is_the_truncated_svd_of_its_outputs(in_dim, out_dim):
         values = np.linalg.svd(x @ weight, compute_uv=False)
         found = np.linalg.norm(x @ (weight - fit.matrix(expert).numpy()))
         np.testing.assert_allclose(found, np.linalg.norm(values[5:]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", UNEVEN)
+@pytest.mark.parametrize(("in_dim", "out_dim"), SIZES)
+def test_each_expert_has_its_own_rank(form, in_dim, out_dim):
+    """Given the base, each is the truncated SVD of its outputs, at its rank; zeros lie behind."""
+    weights, inputs = problem(in_dim, out_dim)
+    ranks = (6, 3, 4, 1)
+    fit = fit_stack(weights, form, ranks, moments_of(inputs))
+    base = fit.cores[0][0] if form == "base" else torch.zeros_like(weights[0])
+    first, second = fit.cores[-1]
+    for expert, rank in enumerate(ranks):
+        values = torch.linalg.svdvals(inputs[expert] @ (weights[expert] - base))
+        expected = float(values[rank:].norm())
+        found = float((inputs[expert] @ (weights[expert] - fit.matrix(expert))).norm())
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert not first[expert, :, rank:].any() and not second[expert, rank:].any()
 
 
 @pytest.mark.parametrize(("in_dim", "out_dim"), SIZES)
@@ -240,7 +257,7 @@ def test_alikeness():
     assert alikeness(Stack(weights, moments)) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda s, e: Bases(s, 4, None, e), lambda s, e: Base(s, 4, e)])
+@pytest.mark.parametrize("make", [lambda s, e: Bases(s, 4, None, e), lambda s, e: Base(s, (4,) * EXPERTS, e)])
 def test_some_experts_estimate_the_error_of_all(make):
     weights, inputs = problem(12, 9)
     stack = Stack(weights, moments_of(inputs))

@@ -1,6 +1,6 @@
 """Forms of a stack of experts' matrices: their sizes, and the ranks that a budget allows."""
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
@@ -9,9 +9,12 @@ import torch
 from mpoe_convert.decomposition.stacks import (
     FORMS,
     MULTIPLE,
+    UNEVEN,
     count_stack,
     largest_ranks,
+    packed_cores,
     ranks_within,
+    shared_out_ranks,
     stack_terms,
 )
 from mpoe_convert.runtime.modeling_mpoe import Chain
@@ -76,6 +79,7 @@ def test_without_spectra_both_ranks_take_the_same_part_of_their_sides(share):
         ("both", (3,), r"the form both has 2 ranks, found \(3,\)"),
         ("whole", (3,), r"the form whole has 0 ranks, found \(3,\)"),
         ("none", (), r"the form none has 1 ranks, found \(\)"),
+        ("input", (3, 2), r"the form input has 1 ranks, found \(3, 2\)"),
     ],
 )
 def test_wrong_forms_and_ranks(form, ranks, message):
@@ -88,3 +92,38 @@ def test_terms_keep_the_sizes():
     for form in FORMS:
         for term in stack_terms(form, RANKS.get(form, (3,)), 12, 10):
             assert (prod(term["in_dims"]), prod(term["out_dims"])) == (12, 10)
+
+
+@pytest.mark.parametrize("form", UNEVEN)
+def test_experts_with_ranks_of_their_own_store_what_is_counted(form):
+    ranks = (3, 1, 5, 2)
+    *base, term = stack_terms(form, ranks, 12, 10)
+    chains = [Chain(each, 4).double() for each in (*base, term)]
+    stored = sum(parameter.numel() for chain in chains for parameter in chain.parameters())
+    assert count_stack(form, ranks, 4, 12, 10) == stored == len(base) * 120 + 11 * 22
+    left, right = torch.randn(4, 12, 5).double(), torch.randn(4, 5, 10).double()
+    cores = packed_cores([left, right], ranks)
+    for core, name in zip(cores, chains[-1].core_names, strict=True):
+        assert core.shape == getattr(chains[-1], name).shape
+    for expert, rank in enumerate(ranks):
+        torch.testing.assert_close(
+            chains[-1].matrix(cores, expert), left[expert, :, :rank] @ right[expert, :rank]
+        )
+    assert stack_terms(form, (3,) * 4, 12, 10) == stack_terms(form, (3,), 12, 10)
+    with pytest.raises(ValueError, match=rf"the form {form} has 1 ranks, found \(3, 1\)"):
+        count_stack(form, (3, 1), 4, 12, 10)
+
+
+def test_ranks_are_shared_out_where_least_is_lost():
+    squares = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).sort(1, descending=True).values
+    squares *= torch.tensor([[4.0], [1.0], [0.3]])
+    every = list(product(range(1, 5), repeat=3))
+    lost = {each: sum(float(s[r:].sum()) for s, r in zip(squares, each, strict=True)) for each in every}
+    for total in range(5, 13):
+        found = shared_out_ranks(squares, total)
+        best = min((each for each in every if sum(each) == sum(found)), key=lost.__getitem__)
+        assert lost[found] == pytest.approx(lost[best]) and total <= sum(found) <= total + 2
+    long = torch.logspace(0, -3, 200).repeat(3, 1) * torch.tensor([[1.0], [0.5], [1e-9]])
+    ranks = [shared_out_ranks(long, 3 * rank) for rank in range(20, 200, 7)]
+    assert all(rank < 64 or rank % MULTIPLE == 0 or rank == 200 for each in ranks for rank in each)
+    assert all(less <= more for pair in pairwise(ranks) for less, more in zip(*pair, strict=True))

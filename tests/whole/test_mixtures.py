@@ -40,6 +40,7 @@ from mpoe_convert.errors import (
     TrainingError,
 )
 from mpoe_convert.planning.mixtures import moment_bytes
+from mpoe_convert.runtime.modeling_mpoe import Picks
 from mpoe_convert.tables import Table
 
 
@@ -256,6 +257,31 @@ def test_shared_experts_compute_what_their_cores_say(mixtral, tmp_path, share):
         for _, ffn in model._mixings():
             ffn.schedule = schedule
         assert difference(model, stock) < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_experts_have_ranks_of_their_own(mixtral, tmp_path):
+    """One expert of the source is a twentieth of the others."""
+    source = AutoModelForCausalLM.from_pretrained(mixtral[0])
+    for block in source.model.layers:
+        for parameter in block.mlp.experts.parameters():
+            parameter.data[1] *= 0.05
+    source.save_pretrained(tmp_path / "source")
+    recipe = Recipe(str(tmp_path / "source"), keep=0.7, share="none", allocation="uniform")
+    report = convert(recipe, tmp_path / "out")
+    assert all(len(m.ranks) == EXPERTS and m.ranks[1] < min(m.ranks[0], m.ranks[2]) for m in report.matrices)
+    assert report.plan.ffn_totals.stored_params <= 0.7 * report.plan.ffn_totals.dense_params
+    stock, model = load_pair(tmp_path / "source", tmp_path / "out")
+    told = {matrix.name: matrix for matrix in report.matrices}
+    for layer, block in enumerate(stock.model.layers):
+        exact, ours = block.mlp.experts.down_proj.detach().mT, model.model.layers[layer].mlp.mixture.down
+        for expert, matrix in enumerate(exact):
+            rows = ours(torch.eye(len(matrix)), Picks(expert)).detach()
+            error = float((rows - matrix).norm() / matrix.norm())
+            matrix_report = told[f"model.layers.{layer}.mlp.mixture.down"]
+            assert matrix_report.expert_errors[expert] == pytest.approx(error, rel=1e-4)
+    exported = export(tmp_path / "out", tmp_path / "again", Export(to="moe"))
+    assert exported.comparison.relative_difference < 5e-6
 
 
 def test_the_form_is_chosen_by_the_error(mixtral, tmp_path):
