@@ -42,35 +42,29 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     Of larger stacks some of the experts stand for all.
     """
     experts = _looked_at(stack)
-    root = stack.root(stack.mean_moment())
-    sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
+    root, sides, base = stack.root(stack.mean_moment), None, None
+    if {"input", "output", "both", "base"} & {*forms}:
+        aim, outputs = stack.image_means()
+        sides = _directions(stack, root, outputs) if {"input", "output", "both"} & {*forms} else None
+        base = torch.cholesky_solve(aim, root).to(stack.dtype)  # W_0, best for all experts alone
     energy, sums = 0.0, {}
     for expert in experts:
-        half = _half(stack, expert)
-        image = half @ stack.matrix(expert)
+        half, matrix = _half(stack, expert), stack.matrix(expert)
+        image = half @ matrix
         energy += dot(image, image)
         found = {"none": _spectrum(image)} if "none" in forms else {}
+        if base is not None and "base" in forms:
+            found["base"] = _spectrum(half @ (matrix - base))
         if sides is not None:
             found["both"] = (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
         sums = {form: squares + sums.get(form, 0.0) for form, squares in found.items()}
     scale, lost = len(stack) / len(experts), {}
     for form in forms:
-        if form == "base":
-            lost[form] = _differences_lost(stack, _mean(stack, root)) / scale
-        elif form in ("input", "output"):
+        if form in ("input", "output"):
             lost[form] = _tail(sums["both"].sum(1 if form == "input" else 0))
         elif form != "whole":
             lost[form] = _tails(sums[form]) if form == "both" else _tail(sums[form])
     return StackCurves(scale * energy, {form: (scale * each).cpu() for form, each in lost.items()})
-
-
-def _differences_lost(stack: Stack, base: Tensor) -> Tensor:
-    """(n + 1,): what "base" loses at every rank of the differences, with this W_0 (in, out)."""
-    experts = _looked_at(stack)
-    squares = torch.zeros(min(stack.size), dtype=torch.float64, device=base.device)
-    for expert in experts:
-        squares += _spectrum(_half(stack, expert) @ (stack.matrix(expert) - base.to(stack.dtype)))
-    return _tail(squares) * (len(stack) / len(experts))
 
 
 def _looked_at(stack: Stack) -> list[int]:
@@ -82,16 +76,10 @@ def _half(stack: Stack, expert: int) -> Tensor:
     return stack.root(stack.moment(expert)).mT.to(stack.dtype)
 
 
-def _mean(stack: Stack, root: Tensor) -> Tensor:
-    """W_0, (in, out): the matrix that is best for all experts alone."""
-    aim = stack.mean(lambda e: stack.moment(e) @ stack.matrix(e))
-    return torch.cholesky_solve(aim, root)
-
-
-def _directions(stack: Stack, root: Tensor) -> tuple[Tensor, Tensor]:
-    """A (in, in) and B (out, out), the most important directions first."""
+def _directions(stack: Stack, root: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """A (in, in) and B (out, out), the most important directions first; `importance`: that of the outputs."""
     inputs = leading(stack.input_importance(root, stack.matrix), len(root))
-    outputs = leading(stack.output_importance(), stack.size[1])
+    outputs = leading(importance, stack.size[1])
     inputs = torch.linalg.solve_triangular(root.mT, inputs, upper=True)
     return inputs.to(stack.dtype), outputs.to(stack.dtype)
 
