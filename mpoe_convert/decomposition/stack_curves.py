@@ -80,7 +80,7 @@ def _of_all(stack: Stack, squares: Tensor) -> Tensor:
     if stack.is_small:
         return squares.cpu()
     experts = _looked_at(stack)
-    levels = torch.tensor(stack.levels(), dtype=torch.float64) + stack.ridge
+    levels = torch.tensor(stack.levels, dtype=torch.float64) + stack.ridge
     found = levels[:, None] * (squares.cpu() / levels[experts, None]).mean(0)
     found[experts] = squares.cpu()
     return found
