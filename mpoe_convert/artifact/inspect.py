@@ -10,7 +10,8 @@ from typing import Any
 
 from ..request import as_path
 from ..source.safetensors_file import read_header, read_tensor
-from .layout import MODELING_FILE, file_names, read_artifact
+from .block import checked_artifact
+from .layout import MODELING_FILE, file_names
 from .rounding import PACKED, SCALE, SHAPE, bits_of
 
 # A tensor that stands for a rounded core, or for one expert's part of a stack.
@@ -44,7 +45,7 @@ class Summary:
     @property
     def heads(self) -> tuple[str, ...]:
         """The Auto classes that load it."""
-        entries = self.config["auto_map"].items()
+        entries = (self.config.get("auto_map") or {}).items()
         ours = (auto for auto, name in entries if str(name).startswith(Path(MODELING_FILE).stem))
         return tuple(auto for auto in ours if auto != "AutoConfig")
 
@@ -56,7 +57,7 @@ class Summary:
         return {
             "folder": self.folder,
             "model_type": self.config["model_type"],
-            "auto_map": self.config["auto_map"],
+            "auto_map": self.config.get("auto_map"),
             "mpoe": block,
             "recipe": self.report["recipe"],
             "parts": parts,
@@ -73,10 +74,11 @@ def inspect(folder: str | Path) -> Summary:
     """Summarise an artifact. Reads headers, and of rounded cores the shapes.
 
     Raises:
-        CheckpointError: the folder is no artifact of this tool, or a weight file is damaged.
+        CheckpointError: the folder is no artifact of this tool, a weight file is damaged, or config.json does
+            not fit the tensors.
     """
     folder = as_path("folder", folder)
-    config, report = read_artifact(folder)
+    config, report = checked_artifact(folder)
     parts: dict[str, tuple[int, int, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for tensor in read_header(path, path.name).values():

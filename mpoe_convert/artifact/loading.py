@@ -21,6 +21,7 @@ from ..source.custom_code import references
 from ..source.hub import GENERATE_FILE, asked_once
 from ..source.repository import local_folder, suggesting
 from ..source.texts import TASKS
+from .block import check_folder
 from .layout import MODELING_FILE, base_config
 from .reader import Artifact
 
@@ -195,10 +196,12 @@ def load_config(name: str, token: str | None = None, **trust: bool) -> Pretraine
     """Load the config of a model.
 
     Raises:
+        CheckpointError: it is that of an artifact in a folder, and damaged, or does not fit the tensors.
         TrainingError: it does not load.
     """
     from transformers import AutoConfig
 
+    check_folder(name)
     return from_pretrained(AutoConfig, name, token=token, **trust)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..request import as_path, check_token
 from ..source.json_files import json_text, read_json_object
+from .block import checked_artifact
 from .card_file import for_repository
 from .destination import Destination, check_nothing_hides, explained, left_by_an_artifact, make_api, survey
 from .layout import (
@@ -79,7 +80,8 @@ def push(
 
     Raises:
         RequestError: as for `Destination`.
-        CheckpointError: the folder is no artifact, or is incomplete.
+        CheckpointError: the folder is no artifact, is incomplete, or has tensors that do not
+            fit its config.json.
         HubError: the Hub refuses, cannot be reached, or holds something else there.
 
     >>> from mpoe_convert import push
@@ -92,6 +94,7 @@ def push(
     folder = as_path("folder", folder)
     check_token(token)
     files = own_files(folder)
+    checked_artifact(folder)
     api = make_api(token)
     found = survey(to, api)
     check_nothing_hides(repo_id, files, found)

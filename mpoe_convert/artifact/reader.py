@@ -28,8 +28,9 @@ from ..source.pairs import family_of
 from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
+from .block import check_block, check_tensors
 from .layout import REPORT_FILE, base_config, keeps_routers
-from .rounding import PACKED, SCALE, bits_of, read_core, stored_specs
+from .rounding import PACKED, SCALE, bits_of, read_core
 
 ROLES = ("gate", "up", "down")
 # The empty share: selects the shared terms alone, to which low-rank experts are added.
@@ -281,11 +282,6 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     """
     checkpoint = _open_checkpoint(model, revision, token)
     block, runtime = checkpoint.config["mpoe"], modeling()
-    if block.get("format") != runtime.FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{checkpoint.source}' has format {block.get('format')} of the mpoe block, expected "
-            f"{runtime.FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
-        )
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
     if keeps_routers(checkpoint.config):
@@ -329,6 +325,7 @@ def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Che
                 f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
                 "conversion or finetune writes it"
             )
+        check_block(config, str(repository.folder / "config.json"))
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])
@@ -377,7 +374,7 @@ def _mixtures(
             "fetch or save it again"
         )
     for mixture in found:
-        _check_complete(checkpoint, mixture, block)
+        _check_complete(checkpoint, mixture)
     return tuple(found)
 
 
@@ -395,7 +392,7 @@ def _experts(checkpoint: Checkpoint, block: dict) -> Iterator[Mixture]:
             )
         spelling = Spelling((), "", "")
         mixture = Mixture(f"{start}{tail}", f"{start}{layer}", path, block["forms"][number], spelling)
-        _check_complete(checkpoint, mixture, block)
+        _check_complete(checkpoint, mixture)
         yield mixture
 
 
@@ -404,32 +401,10 @@ def _numbered(layer: str) -> str:
     return r"(?:.*\.)?" + re.escape(layer).replace(r"\{\}", r"(\d+)")
 
 
-def _check_complete(checkpoint: Checkpoint, mixture: Mixture, block: dict) -> None:
+def _check_complete(checkpoint: Checkpoint, mixture: Mixture) -> None:
     """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
-    if block["family"].get("experts"):
-        module = modeling().Experts(mixture.form, block["num_experts"], block["top_k"])
-    else:
-        known = block if block.get("rule") in modeling().RULES else {**block, "rule": modeling().DEFAULT_RULE}
-        module = modeling().FeedForward.from_block(mixture.form, known)
-    for tail, tensor in module.state_dict().items():
-        name = f"{mixture.key}.{tail}"
-        found = checkpoint.tensors.get(name)
-        if found is None and _is_rounded(checkpoint, name, tuple(tensor.shape)):
-            continue
-        if found is None or found.shape != tuple(tensor.shape):
-            what = "is missing" if found is None else f"has the shape {list(found.shape)}"
-            raise CheckpointError(
-                f"'{checkpoint.source}': {name} {what}, expected {list(tensor.shape)} by config.json: "
-                "fetch or save it again"
-            )
-
-
-def _is_rounded(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether there is what stands for a rounded core of this shape."""
-    bits = bits_of(checkpoint.config)
-    stored = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
-    tensors = checkpoint.tensors
-    return bool(stored) and all(n in tensors and tensors[n].shape == s for n, (s, _) in stored.items())
+    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    check_tensors(stored, mixture.key, mixture.form, checkpoint.config, checkpoint.source)
 
 
 def _mixture(layer: str, path_in_model: str, block: dict, family: Family) -> Mixture | None:

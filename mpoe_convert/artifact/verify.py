@@ -24,9 +24,10 @@ from ..source.json_files import read_json_object
 from ..source.paths import exists, is_dir, is_path, suggest_path
 from ..source.repository import suggesting
 from .auto_classes import has_own_tokenizer, has_tokenizer
+from .block import checked_artifact
 from .fingerprint import is_about, weights_of
 from .folder import TemporaryFolder
-from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, base_of, read_artifact
+from .layout import REPORT_FILE, TRAINING_REPORT_FILE, base_config, base_of
 
 # An exact decomposition multiplies in another order than the dense matrix: float32 outputs then differ by
 # a few of its units in the last place (1.2e-7 each), grown by the layers above. Leave that ample room.
@@ -227,7 +228,8 @@ def verify(
     Raises:
         VerifyError: one of the two cannot be loaded or run, or weights are missing. A difference above the
             tolerance, or of the tokenizers, raises nothing: see `Verification.ok`.
-        CheckpointError: the folder is no artifact.
+        CheckpointError: the folder is no artifact, or its config.json is damaged or does not fit the
+            tensors.
 
     >>> from mpoe_convert import verify
     >>> verify("out").ok
@@ -237,7 +239,7 @@ def verify(
     against = None if against is None else as_text("against", against)
     check_token(token)
     check_tolerance(tolerance)
-    config, report = read_artifact(folder)
+    config, report = checked_artifact(folder)
     is_named = against is not None
     revision = None if is_named else report["revision"]
     was_local = not is_named and revision is None

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..decomposition.symmetric import add_gram, packed_length, packed_size, unpacked
+from ..decomposition.stack_metric import Moments
+from ..decomposition.symmetric import add_gram, diagonal, packed_length, packed_size, unpacked
 from ..ranks import ALONE, Ranks
 from ..source.expert_layout import Layout
 from .batches import Batch, is_held_out, share_of, token_mask
@@ -91,7 +92,7 @@ class ExpertMoments(ExpertScores):
         return Borrowing(getattr(self, place), self.tokens, self.total, borrowed)
 
 
-class Borrowing(Sequence[Tensor]):
+class Borrowing(Moments):
     """M_e per token of the layer, with what expert e borrows: (S_e + c M) / total.
 
     S_e is the sum over its own n_e tokens, M the mean over all tokens of all experts, c = `borrowed` times
@@ -102,7 +103,9 @@ class Borrowing(Sequence[Tensor]):
     def __init__(self, sums: Tensor, tokens: Tensor, total: int, borrowed: float) -> None:
         self.sums, self.total = sums, max(total, 1)
         features = packed_size(sums.shape[-1])
-        self.extra = sum_of(sums) * (borrowed * features / max(int(tokens.sum()), 1))
+        self.sum = sum_of(sums)
+        self.borrowed = borrowed * features / max(int(tokens.sum()), 1)  # of the sum
+        self.extra = (self.sum * self.borrowed).to(sums.dtype)
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -111,6 +114,13 @@ class Borrowing(Sequence[Tensor]):
         if not 0 <= expert < len(self):
             raise IndexError(expert)
         return unpacked((self.sums[expert] + self.extra) / self.total)
+
+    def mean(self) -> Tensor:
+        return unpacked(self.sum * ((1 / len(self) + self.borrowed) / self.total))
+
+    def levels(self) -> list[float]:
+        extra = float(diagonal(self.sum).mean()) * self.borrowed
+        return [(float(diagonal(each).double().mean()) + extra) / self.total for each in self.sums]
 
 
 def unseen_experts(tokens: Tensor) -> list[int]:

@@ -99,11 +99,10 @@ class Bases(Shared):
     def __init__(self, stack: Stack, rank: int, right: Tensor | None, experts: list[int]) -> None:
         super().__init__(stack, experts)
         self.right = right
-        root = stack.root(stack.mean_moment())
+        root = stack.root(stack.mean_moment)
         inner = leading(stack.input_importance(root, self.target), rank)
         self.shared = torch.linalg.solve_triangular(root.mT, inner, upper=True).to(stack.dtype)
         self.inverse = torch.cholesky_inverse(root).to(stack.dtype)
-        self.energy = sum(stack.energy(e) for e in experts) / len(experts)
         self.own: list[Tensor] = []
         self._solve_own()
 
@@ -141,14 +140,14 @@ class Bases(Shared):
 
     def _solve_own(self) -> None:
         """C_e = (A^T M_e A)^-1 A^T M_e T_e."""
-        self.own, captured = [], 0.0
+        self.own, lost = [], 0.0
         for expert in self.experts:
             image = self.stack.moment(expert) @ self.shared
             aim = image.mT @ self.target(expert)
             own = solve(self.shared.mT @ image, aim)
-            captured += dot(own, aim)
+            lost += self.stack.energy(expert) - dot(own, aim)
             self.own.append(own.to(self.stack.dtype))
-        self.error = max(self.energy - captured / len(self.experts), 0.0)
+        self.error = max(lost / len(self.experts), 0.0)
 
     def _solve_right(self) -> None:
         """B = (sum F_e^T M_e F_e)^-1 sum F_e^T M_e W_e with F_e = A C_e; then its rows made orthonormal."""
@@ -168,7 +167,7 @@ class Base(Shared):
 
     def __init__(self, stack: Stack, ranks: Ranks, experts: list[int]) -> None:
         super().__init__(stack, experts)
-        self.ranks, self.mean_moment = ranks, stack.mean_moment()
+        self.ranks, self.mean_moment = ranks, stack.mean_moment
         self.inverse = torch.cholesky_inverse(stack.root(self.mean_moment))
         self.own: list[tuple[Tensor, Tensor]] = []
         self.shared, self.experts = self._start(), spread(len(stack), PROBED)

@@ -47,18 +47,20 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     Of larger stacks some of the experts stand for all.
     """
     experts = _looked_at(stack)
-    root = stack.root(stack.mean_moment())
-    sides = _directions(stack, root) if {"input", "output", "both"} & {*forms} else None
-    base = _mean(stack, root).to(stack.dtype) if "base" in forms else None
+    root, sides, base = stack.root(stack.mean_moment), None, None
+    if {"input", "output", "both", "base"} & {*forms}:
+        aim, outputs = stack.image_means()
+        sides = _directions(stack, root, outputs) if {"input", "output", "both"} & {*forms} else None
+        base = torch.cholesky_solve(aim, root).to(stack.dtype)  # W_0, best for all experts alone
     energy, both, own = 0.0, 0.0, {form: [] for form in UNEVEN if form in forms}
     for expert in experts:
-        half = _half(stack, expert)
-        image = half @ stack.matrix(expert)
+        half, matrix = _half(stack, expert), stack.matrix(expert)
+        image = half @ matrix
         energy += dot(image, image)
         if "none" in own:
             own["none"].append(_spectrum(image))
-        if base is not None:
-            own["base"].append(_spectrum(half @ (stack.matrix(expert) - base)))
+        if base is not None and "base" in own:
+            own["base"].append(_spectrum(half @ (matrix - base)))
         if sides is not None:
             both += (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
     scale, lost = len(stack) / len(experts), {}
@@ -77,10 +79,11 @@ def _of_all(stack: Stack, squares: Tensor) -> Tensor:
     if stack.is_small:
         return squares.cpu()
     experts = _looked_at(stack)
-    levels = torch.tensor(stack.levels(), dtype=torch.float64) + stack.ridge
-    found = levels[:, None] * (squares.cpu() / levels[experts, None]).mean(0)
-    found[experts] = squares.cpu()
-    return found
+    levels, known = torch.tensor(stack.levels, dtype=torch.float64) + stack.ridge, squares.cpu()
+    found = levels[:, None] * (known / levels[experts, None]).mean(0)
+    found[experts] = known
+    # Together as large as `StackCurves.lost` has them, which other forms are compared with.
+    return found * (known.sum() * len(stack) / len(experts) / found.sum().clamp(min=1e-300))
 
 
 def _looked_at(stack: Stack) -> list[int]:
@@ -92,16 +95,10 @@ def _half(stack: Stack, expert: int) -> Tensor:
     return stack.root(stack.moment(expert)).mT.to(stack.dtype)
 
 
-def _mean(stack: Stack, root: Tensor) -> Tensor:
-    """W_0, (in, out): the matrix that is best for all experts alone."""
-    aim = stack.mean(lambda e: stack.moment(e) @ stack.matrix(e))
-    return torch.cholesky_solve(aim, root)
-
-
-def _directions(stack: Stack, root: Tensor) -> tuple[Tensor, Tensor]:
-    """A (in, in) and B (out, out), the most important directions first."""
+def _directions(stack: Stack, root: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """A (in, in) and B (out, out), the most important directions first; `importance`: that of the outputs."""
     inputs = leading(stack.input_importance(root, stack.matrix), len(root))
-    outputs = leading(stack.output_importance(), stack.size[1])
+    outputs = leading(importance, stack.size[1])
     inputs = torch.linalg.solve_triangular(root.mT, inputs, upper=True)
     return inputs.to(stack.dtype), outputs.to(stack.dtype)
 

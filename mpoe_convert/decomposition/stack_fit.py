@@ -127,7 +127,7 @@ def alikeness(stack: Stack) -> float:
     The squared size of the mean matrix over the mean squared size of the matrices, both in the mean metric.
     Of stacks above `SMALL` entries the mean size is that of some of the experts.
     """
-    metric, mean = stack.mean_moment(), stack.mean(stack.matrix)
+    metric, mean = stack.mean_moment, stack.mean(stack.matrix)
     rough = metric.to(stack.dtype)
     some = _all(stack) if stack.is_small else spread(len(stack), PROBED)
     sizes = [dot(matrix, rough @ matrix) for matrix in map(stack.matrix, some)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import RIDGE, root
+from .symmetric import add_gram, packed_length, unpacked
 
 # Stacks with up to this many entries are multiplied in float64, larger ones in float32; sums are in float64.
 SMALL = 1 << 24
@@ -19,12 +22,24 @@ LOOKED_AT = 4
 Cores = Sequence[Sequence[Tensor]]
 
 
+class Moments(Sequence[Tensor]):
+    """Moments (in, in), made one at a time, of which some things are known without making them."""
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Their mean, (in, in), in float64."""
+
+    @abstractmethod
+    def levels(self) -> list[float]:
+        """The mean of the diagonal of each."""
+
+
 class Stack:
     """Matrices W_e and metrics M_e, made one at a time in the dtype of products.
 
     Args:
         matrices: (E, in, out), of any float dtype, or a sequence of E matrices.
-        moments: M_e, (E, in, in) or a sequence that gives one at a time; None: identities.
+        moments: M_e, (E, in, in) or a sequence that gives one at a time, such as `Moments`; None: identities.
         weights: (E,), multiply the moments. None: ones.
 
     Attributes:
@@ -45,9 +60,10 @@ class Stack:
         self.dtype = torch.float64 if self.is_small else torch.float32
         self.result = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
         # Directions that calibration never saw count a little, and so do experts that it never reached.
-        level = sum(self.levels()) / len(self)
+        level = sum(self.levels) / len(self)
         self.ridge = RIDGE * (level if level > 0 else 1.0)
         self._energies: dict[int, float] = {}
+        self._latest: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -57,19 +73,23 @@ class Stack:
         return self.matrices[expert].to(self.dtype)
 
     def moment(self, expert: int) -> Tensor:
-        """M_e, (in, in), positive definite: with its weight and a ridge."""
-        found = self._moment(expert)
-        if not self._is_rounded:
-            return found
-        half = self.root(found)
-        return (half @ half.mT).to(self.dtype)
+        """M_e, (in, in), positive definite: with its weight and a ridge; the latest one is kept."""
+        if self._latest is None or self._latest[0] != expert:
+            found = self._moment(expert)
+            if self._is_rounded:
+                half = self.root(found)
+                found = (half @ half.mT).to(self.dtype)
+            self._latest = (expert, found)
+        return self._latest[1]
 
     def _moment(self, expert: int) -> Tensor:
         weight = 1.0 if self.weights is None else float(self.weights[expert])
         device = self.matrices[expert].device
         if self.moments is None:
             return torch.eye(self.size[0], dtype=self.dtype, device=device) * (weight + self.ridge)
-        moment = self.moments[expert].to(device, self.dtype) * weight
+        moment = self.moments[expert].to(device, self.dtype, copy=True)
+        if self.weights is not None:
+            moment *= weight
         moment.diagonal().add_(self.ridge)
         return moment
 
@@ -90,13 +110,21 @@ class Stack:
 
     def gram(self, expert: int) -> Tensor:
         """W_e^T M_e W_e, (out, out)."""
-        matrix = self.matrix(expert)
-        found = matrix.mT @ (self.moment(expert) @ matrix)
-        self._energies.setdefault(expert, float(found.diagonal().double().sum()))
-        return found
+        return self._image(expert)[1]
 
+    def _image(self, expert: int) -> tuple[Tensor, Tensor]:
+        """M_e W_e and W_e^T M_e W_e."""
+        matrix = self.matrix(expert)
+        image = self.moment(expert) @ matrix
+        found = matrix.mT @ image
+        self._energies.setdefault(expert, float(found.diagonal().double().sum()))
+        return image, found
+
+    @cached_property
     def levels(self) -> list[float]:
         """The mean of the diagonal of every M_e, without the ridge."""
+        if isinstance(self.moments, Moments) and self.weights is None:
+            return self.moments.levels()
         weights = [1.0] * len(self) if self.weights is None else self.weights.tolist()
         if self.moments is None:
             return weights
@@ -109,9 +137,14 @@ class Stack:
             total += one(expert)
         return total / len(self)
 
+    @cached_property
     def mean_moment(self) -> Tensor:
         """(in, in) in float64."""
-        return self.mean(self.moment)
+        if not isinstance(self.moments, Moments) or self.weights is not None or self._is_rounded:
+            return self.mean(self.moment)
+        mean = self.moments.mean().to(self.matrices[0].device)
+        mean.diagonal().add_(self.ridge)
+        return mean
 
     def root(self, moment: Tensor) -> Tensor:
         """R, lower triangular, with R R^T = the moment of an expert, or the mean one; in float64."""
@@ -126,18 +159,29 @@ class Stack:
             root: R, with R R^T the mean of M_e.
             target: T_e, (in, anything).
         """
-        levels = [level + self.ridge for level in self.levels()]
-        average = sum(levels) / len(levels)
-
-        def one(expert: int) -> Tensor:
-            aim = target(expert)
-            return aim @ aim.mT * (levels[expert] / average)
-
-        return root.mT @ self.mean(one) @ root
+        average = sum(self.levels) / len(self) + self.ridge
+        total = root.new_zeros(packed_length(self.size[0]))
+        for expert, level in enumerate(self.levels):
+            add_gram(total, target(expert).mT * math.sqrt((level + self.ridge) / average))
+        return root.mT @ unpacked(total / len(self)) @ root
 
     def output_importance(self) -> Tensor:
         """The mean of W_e^T M_e W_e, (out, out) in float64: what directions of the outputs are worth."""
         return self.mean(self.gram)
+
+    def image_means(self) -> tuple[Tensor, Tensor]:
+        """The means of M_e W_e, (in, out), and of W_e^T M_e W_e, (out, out), in float64."""
+        outputs = None
+
+        def one(expert: int) -> Tensor:
+            nonlocal outputs
+            image, gram = self._image(expert)
+            outputs = gram.double() if outputs is None else outputs + gram
+            return image
+
+        mean = self.mean(one)
+        assert outputs is not None  # a stack has an expert at least
+        return mean, outputs / len(self)
 
 
 def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:
@@ -145,7 +189,7 @@ def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:
 
     Keeping the first r of one side loses about the sum of the others, per expert.
     """
-    root = stack.root(stack.mean_moment())
+    root = stack.root(stack.mean_moment)
     inputs, outputs = stack.input_importance(root, stack.matrix), stack.output_importance()
     return descending(inputs), descending(outputs)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isqrt
 
+import torch
 from torch import Tensor
 
 BLOCK = 256
@@ -50,6 +51,12 @@ def unpacked(packed: Tensor) -> Tensor:
         full[start:end, :end] = part
         full[:start, start:end] = part[:, :start].mT
     return full
+
+
+def diagonal(packed: Tensor) -> Tensor:
+    """(n,) of a packed matrix (length,)."""
+    parts = _parts(packed, packed_size(len(packed)))
+    return torch.cat([part[:, start:].diagonal() for (start, _), part in parts])
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:

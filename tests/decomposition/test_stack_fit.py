@@ -291,3 +291,42 @@ def test_a_root_is_exact_but_for_what_rounding_lost():
     assert torch.equal(root, root.tril())
     expected = basis * values.clamp(min=1e-6) @ basis.mT
     torch.testing.assert_close(root @ root.mT, expected, rtol=0, atol=1e-12)
+
+
+class Known(stack_metric.Moments):
+    """Moments of which the mean and the levels are told."""
+
+    def __init__(self, moments):
+        self.moments = moments
+
+    def __len__(self):
+        return len(self.moments)
+
+    def __getitem__(self, expert):
+        return self.moments[expert]
+
+    def mean(self):
+        return self.moments.mean(0, dtype=torch.float64)
+
+    def levels(self):
+        return [float(moment.diagonal().mean()) for moment in self.moments]
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("form", ["none", "input", "both", "base"])
+def test_moments_that_know_their_mean_give_the_same(form, small, monkeypatch):
+    weights, inputs = problem(12, 9)
+    moments = moments_of(inputs)
+    if not small:
+        monkeypatch.setattr(stack_metric, "SMALL", 1)
+        weights, moments = weights.float(), moments.float()
+    before = moments.clone()
+    fits = [fit_stack(weights, form, ranks_of(form, 4), each) for each in (moments, Known(moments))]
+    torch.testing.assert_close(fits[1].lost, fits[0].lost, rtol=1e-4, atol=0)
+    curves = [
+        stack_choices(weights, weights.numel() // 2, each).choices for each in (moments, Known(moments))
+    ]
+    for first, second in zip(*curves, strict=True):
+        assert (first.numbers, first.form, first.ranks) == (second.numbers, second.form, second.ranks)
+        assert second.lost == pytest.approx(first.lost, rel=1e-4)
+    assert torch.equal(moments, before)

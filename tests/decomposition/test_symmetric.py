@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mpoe_convert.decomposition.symmetric import BLOCK, add_gram, packed_length, packed_size, unpacked
+from mpoe_convert.decomposition.symmetric import (
+    BLOCK,
+    add_gram,
+    diagonal,
+    packed_length,
+    packed_size,
+    unpacked,
+)
 
 
 @pytest.mark.parametrize("size", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
@@ -16,6 +23,7 @@ def test_sums_are_those_of_the_full_matrices(size):
         add_gram(packed, rows)
         expected += rows.mT @ rows
     torch.testing.assert_close(unpacked(packed), expected)
+    torch.testing.assert_close(diagonal(packed), expected.diagonal())
     assert packed_size(len(packed)) == size
 
 
