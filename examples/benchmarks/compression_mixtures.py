@@ -10,8 +10,8 @@ token, per domain; beside it, how many greedy continuations end in a loop. Calib
 evaluation does not see. Results in the JSON file are not measured again. A plot is written beside it.
 
 * `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
-  `uniform`: the best form for every matrix, each with the same share.
-* `one rank`: as `auto`, with the same ranks for all experts of a matrix.
+  `uniform`: the best form for every matrix, each with the same share; both with one rank for all experts.
+* `one rank`: as `auto`, with one rank for all experts of a matrix.
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
@@ -366,7 +366,8 @@ def rounding(bits: int) -> Way:
     return compress
 
 
-WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform": ours("uniform")}
+WAYS: dict[str, Way] = {"auto": ours("loss")}
+WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["one rank"] = ours("loss", uneven=False)
