@@ -335,9 +335,18 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min"
 
 
+# So many experts' bonds are listed one by one.
+_MANY = 8
+
+
 def listed_bonds(term: Mapping[str, Any]) -> str | None:
-    """The bonds of a term: "12,64", or, where experts differ in size, one's after the other: "1,4/1,8"."""
+    """The bonds of a term: "12,64", or, where experts differ in size, one's after the other: "1,4/1,8".
+
+    Of more than `_MANY` experts with one bond each the lowest and the highest: "4 to 64".
+    """
     each = term.get("by_expert", {}).get("bonds")
+    if each and len(each) > _MANY and len(each[0]) == 1:
+        return listed_ranks([bond for (bond,) in each])
     return "/".join(filter(None, map(listed, each))) if each else listed(term["bonds"])
 
 

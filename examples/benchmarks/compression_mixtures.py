@@ -10,16 +10,17 @@ token, per domain; beside it, how many greedy continuations end in a loop. Calib
 evaluation does not see. Results in the JSON file are not measured again. A plot is written beside it.
 
 * `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
-  `uniform`: the best form for every matrix, each with the same share.
-* `one rank`: as `auto`, with the same ranks for all experts of a matrix.
+  `uniform`: the best form for every matrix, each with the same share; both with one rank for all experts.
+* `one rank`: as `auto`, with one rank for all experts of a matrix.
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
-  largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
+  largest number within the share); `reap, one rank`: an eighth of the experts left out, the rest as
+  `one rank`.
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
   `--ways` names them.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
-  `auto, N bits`: the cores of `one rank` rounded alike, at that share.
+  `one rank, N bits`: its cores rounded alike, at that share.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -318,7 +319,7 @@ def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
             path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
             for path, module in source.modules.items()
         }
-        yield from ours("loss")(source.of(kept), share / whole)
+        yield from WAYS["one rank"](source.of(kept), share / whole)
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -365,11 +366,12 @@ def rounding(bits: int) -> Way:
     return compress
 
 
-WAYS: dict[str, Way] = {"auto": ours("loss"), "energy": ours("energy"), "uniform": ours("uniform")}
+WAYS: dict[str, Way] = {"auto": ours("loss")}
+WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
-WAYS["reap, auto"] = fewer_and_smaller
 WAYS["one rank"] = ours("loss", uneven=False)
+WAYS["reap, one rank"] = fewer_and_smaller
 TRAINED = {
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
@@ -387,10 +389,10 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
     for bits in BITS:
         share = bytes_of(bits)
         yield f"rounded {bits}", share, 1.0, rounding(bits)
-        yield "auto", share, share, ours("loss")
+        yield "one rank", share, share, WAYS["one rank"]
         for fewer in (8, 4):
             if bits < fewer:
-                yield f"auto, {fewer} bits", share, share / bytes_of(fewer), ours("loss", fewer)
+                yield f"one rank, {fewer} bits", share, share / bytes_of(fewer), ours("loss", fewer)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:

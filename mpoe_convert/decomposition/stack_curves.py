@@ -80,10 +80,11 @@ def _of_all(stack: Stack, squares: Tensor) -> Tensor:
     if stack.is_small:
         return squares.cpu()
     experts = _looked_at(stack)
-    levels = torch.tensor(stack.levels, dtype=torch.float64) + stack.ridge
-    found = levels[:, None] * (squares.cpu() / levels[experts, None]).mean(0)
-    found[experts] = squares.cpu()
-    return found
+    levels, known = torch.tensor(stack.levels, dtype=torch.float64) + stack.ridge, squares.cpu()
+    found = levels[:, None] * (known / levels[experts, None]).mean(0)
+    found[experts] = known
+    # Together as large as `StackCurves.lost` has them, which other forms are compared with.
+    return found * (known.sum() * len(stack) / len(experts) / found.sum().clamp(min=1e-300))
 
 
 def _looked_at(stack: Stack) -> list[int]:

@@ -94,6 +94,18 @@ def test_some_experts_of_a_large_stack_stand_for_all(monkeypatch):
         torch.testing.assert_close(rough.lost[form], lost, rtol=1e-3, atol=1e-5 * exact.energy)
 
 
+def test_experts_that_were_not_looked_at_count_by_their_moments(monkeypatch):
+    """Forty alike, but for the size of what they get, of which sixteen are looked at."""
+    weights, inputs = problem(12, 9)
+    sizes = torch.linspace(0.5, 1.5, 40)[:, None, None]
+    weights, moments = weights[:1].expand(40, -1, -1), (inputs.mT @ inputs)[:1] * sizes
+    exact = stack_curves(Stack(weights, moments), ("none",)).squares["none"]
+    monkeypatch.setattr("mpoe_convert.decomposition.stack_metric.SMALL", 0)
+    found = stack_curves(Stack(weights.float(), moments), ("none",))
+    torch.testing.assert_close(found.squares["none"], exact, rtol=0.05, atol=1e-5 * found.energy)
+    assert float(found.squares["none"].sum()) == pytest.approx(float(found.lost["none"][0]))
+
+
 @pytest.mark.parametrize("moments", [True, False])
 def test_choices_rise_in_numbers_and_fall_in_loss(moments):
     weights, inputs = problem(12, 9)
