@@ -18,7 +18,7 @@ of the held-out data is used with the other seeds, and the other half makes the 
 MPO experts take the rate that those chose; the table says how many pairs of rate and factor on what experts
 own were tried. Every run leaves one JSON file in OUT/TASK/runs and is not
 repeated: interrupt it and start it again. `--only systems` takes a contender for each system of the field,
-whose name stands in the table, and writes systems.md and systems.png in place of table.md and by-size.png.
+whose name stands in the table, and writes systems.* in place of table.md and by-size.*.
 
 Models and data are those of the folder named by MPOE_TEST_DATA (gpt2-mix-2m, llama-stories260k,
 t5-g2p-en-us and bart-misaki-g2p-us; words with phonemes, outputs of another model, three sources of English),
@@ -42,11 +42,12 @@ import shutil
 import statistics
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import disable_progress_bars
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
@@ -381,6 +382,13 @@ def like(task) -> str:
     return f"one-sided {task.bond}"
 
 
+def recipe_of(task, recipe: dict, seed: int) -> Recipe:
+    """The recipe of a contender's conversion."""
+    layout = {} if "kind" in recipe else {"layout": LAYOUT}
+    given = {name: value for name, value in recipe.items() if name not in CHANGES}
+    return Recipe(str(task.model), **BASE | {"seed": seed} | layout | given)
+
+
 def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     """Name -> (recipe, None for the dense model; options of the fine-tuning, None for none; factors)."""
     config = AutoConfig.from_pretrained(task.model)
@@ -501,12 +509,11 @@ def share_thin(folder: Path, owned: str, seed: int) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def cluster_routers(folder: Path, examples: list[dict], seed: int) -> None:
-    """Start the routers of an artifact from k-means of the tokens that reach them.
+def cluster_routers(model, examples: list[dict], seed: int) -> None:
+    """Start the routers of an artifact from k-means of the tokens that reach them, and write it again.
 
     The rows are the clusters' centres less their mean, scaled so that the logits have the variance of one.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     seen: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.mixtures()}
     hooks = [
         ffn.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0].flatten(0, 1)))
@@ -522,7 +529,7 @@ def cluster_routers(folder: Path, examples: list[dict], seed: int) -> None:
             ffn.router.weight.copy_(rows / (tokens @ rows.mT).std())
     for hook in hooks:
         hook.remove()
-    model.save_pretrained(folder)
+    model.save_pretrained(model.name_or_path)
 
 
 def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
@@ -585,14 +592,12 @@ class Runs:
             return self.measure(start) | {"seconds_per_step": 0.0}
         if recipe is not None:
             start = str(work / "converted")
-            layout = {} if "kind" in recipe else {"layout": LAYOUT}
-            given = {name: value for name, value in recipe.items() if name not in CHANGES}
-            convert(Recipe(str(self.task.model), **BASE | {"seed": seed} | layout | given), start)
+            convert(recipe_of(self.task, recipe, seed), start)
             if "thin" in recipe:
                 share_thin(Path(start), recipe["thin"], seed)
             if recipe.get("routers") == "clustered":
                 tokenizer = AutoTokenizer.from_pretrained(start)
-                cluster_routers(Path(start), self.task.examples(tokenizer, "choose"), seed)
+                cluster_routers(self.load(start), self.task.examples(tokenizer, "choose"), seed)
             options = {"skip_centre": 0.0, "auxiliary_lr": factor}
         steps, tuned = self.options.steps, str(work / "tuned")
         report = finetune(
@@ -617,12 +622,14 @@ class Runs:
             found["accuracy"] = self.task.harness(folder)
         return found | self.look(folder)
 
+    def load(self, folder: str):
+        """The model, by the Auto class of the task."""
+        auto = getattr(transformers, AUTO_CLASSES[self.task.options.get("task", "causal")])
+        return auto.from_pretrained(folder, trust_remote_code=True).eval()
+
     def look(self, folder: str) -> dict:
         """Sizes of the FFNs, and what the routers do on held-out data."""
-        import transformers
-
-        auto = getattr(transformers, AUTO_CLASSES[self.task.options.get("task", "causal")])
-        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        model = self.load(folder)
         block = getattr(model.config, "mpoe", None)
         if block is None:
             places = (".mlp.", ".DenseReluDense.", ".fc1.", ".fc2.")
@@ -793,11 +800,14 @@ def plot(rows: list[dict], task, path: Path, costs: Sequence[str] = ("stored",))
     pyplot.close(figure)
 
 
-def chosen(names: Iterable[str], only: str | None) -> list[str]:
+def chosen(names: Collection[str], only: str | None) -> list[str]:
     """The contenders that --only takes."""
     if only == "systems":
         return [name for name in names if system_of(name)]
     patterns = only.split(";") if only else ["*"]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise SystemExit(f"no contender is called {pattern!r}")
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 

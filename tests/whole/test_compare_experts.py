@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpoe_convert import Recipe, plan
+from mpoe_convert import plan
 
 
 def load_benchmark():
@@ -33,8 +33,7 @@ def task(tmp_path_factory):
 def test_every_contender_can_be_made(task):
     for recipe, _, _ in compare.contenders(task).values():
         if recipe is not None:
-            given = {name: value for name, value in recipe.items() if name != "thin"}
-            plan(Recipe(str(task.model), **compare.BASE | given))
+            plan(compare.recipe_of(task, recipe, seed=0))
 
 
 def test_every_system_has_one_contender(task):
