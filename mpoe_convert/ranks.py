@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .devices import pick_device
-from .errors import MachineError, MpoeError, RequestError
+from .errors import MachineError, MpoeError
 
 if TYPE_CHECKING:
     import torch
@@ -122,11 +122,6 @@ class Ranks:
         if self.count > 1:
             self._broadcast([None, None, task])
         self.together(work)
-
-    def refuse_several(self, what: str) -> None:
-        """Raises RequestError where compressed-tensors would wait for processes that take no part."""
-        if self.count > 1:
-            raise RequestError(f"{what} was started in {self.count} processes; expected one")
 
     def together(self, work: Callable[[], None]) -> None:
         """Run `work` in every process and wait for all; the first error is raised in all.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from ..errors import MpoeError, TrainingError, few, one_line
 from ..options import switched
@@ -94,6 +95,30 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     model, info = found
     _check_shapes(name, info["mismatched_keys"])
     _check_layers(name, model, info["missing_keys"])
+    return model
+
+
+def load_alone(auto: Any, name: str, device: torch.device, **options: Any) -> Any:
+    """A model to be run, on a device, in one of several processes, whatever the others do meanwhile.
+
+    compressed-tensors shares the packing of a model out over all processes that torch.distributed knows, and
+    waits for them. So it sees none of them, and matrices are unpacked here, not in the first forward pass.
+
+    Args:
+        auto, name, options: as for `from_pretrained`, which says what is raised.
+        device: where the model goes.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return from_pretrained(auto, name, **options).to(device).eval()
+    is_initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        model = from_pretrained(auto, name, **options).to(device).eval()
+        compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+        if compressor is not None:
+            compressor.decompress_model(model)
+    finally:
+        dist.is_initialized = is_initialized
     return model
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..artifact.loading import from_pretrained
+from ..artifact.loading import load_alone
 from ..errors import DataError
 from ..source.architecture import main_auto_class
 from .batches import NOTHING_COUNTS, TOKENS_PER_IMAGE, Batch, is_divisible, num_examples, prediction_mask
@@ -78,7 +78,7 @@ def measure_divergence(run: DenseRun, folder: Path) -> Divergence:
         with run.streamed() as model:
             expected = [compared_output(run_batch(model, batch)) for batch in held_out]
         cls = getattr(transformers, auto_class)
-        model = from_pretrained(cls, str(folder), dtype="auto", trust_remote_code=True).to(run.device).eval()
+        model = load_alone(cls, str(folder), run.device, dtype="auto", trust_remote_code=True)
         keep_no_cache(model)
         for batch in held_out:
             sums.add(model, batch, expected.pop(0), compared_output(run_batch(model, batch)))

@@ -104,8 +104,6 @@ def convert(
     check_token(token)
     check_function("progress", progress, "what, done, total, report")
     with joined(distributed) as ranks, ExitStack() as stack:
-        if recipe.bits and (recipe.calibrate or calibration):
-            ranks.first(lambda: ranks.refuse_several(f"{called('bits')} with calibration"))
         checkpoint = _open_everywhere(
             ranks, partial(_open, recipe, output, overwrite, stream, token, bool(calibration))
         )

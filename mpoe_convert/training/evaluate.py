@@ -18,7 +18,7 @@ from ..artifact.limits import block_length, check_length, positions
 from ..artifact.loading import (
     AUTO_CLASSES,
     HoldsMixtures,
-    from_pretrained,
+    load_alone,
     load_config,
     load_tokenizer,
     task_of,
@@ -165,8 +165,6 @@ def _score(request: Scoring, ranks: Ranks, token: str | None, progress: Progress
         recorded_evaluations(Path(model))
     texts.check_sources(request.data)
     config = load_config(model, token, **trust)
-    if getattr(config, "quantization_config", None) is not None:
-        ranks.refuse_several("evaluate of a rounded model")
     kind = TASKS[request.task or task_of(config, model, **trust)]
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")
     limits = {model: positions(config)}
@@ -266,7 +264,7 @@ def _by_route(rows: Dataset, column: str | None) -> list[tuple[str | None, Datas
 def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> PreTrainedModel:
     import transformers
 
-    model = from_pretrained(getattr(transformers, auto_class), name, **options).to(device).eval()
+    model = load_alone(getattr(transformers, auto_class), name, device, **options)
     if damaged := broken_weights(model):
         raise TrainingError(f"{name} holds NaN or infinities in {few(damaged)}, so it has no scores")
     return model

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from helpers.data import words
 from helpers.quire import AT, save_quire
 from helpers.ranks import run_all
 from helpers.stock_mixtures import make_model
-from helpers.tiny import save_tiny, save_tokenizer
+from helpers.tiny import make_config, save_tiny, save_tokenizer
+from transformers import LlamaForCausalLM
 
 from mpoe_convert import Recipe
 from mpoe_convert.compression.prepare import prepare
@@ -28,7 +30,10 @@ BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 
 # By how many processes; "few" has two batches for three of them. The slow tests run more.
 COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 2), "list": (1, 2)}
-SLOW = {"few": (1, 3), "budget": (3,), "list": (1, 2)}
+# What is run is packed and unpacked by compressed-tensors.
+ROUNDED = ["--bits", "8", *CUT, "640"]
+COUNTS["rounded"] = (1, 2) if find_spec("compressed_tensors") else ()
+SLOW = {"few": (1, 3), "budget": (3,), "list": (1, 2), "rounded": (1, 2)}
 SLOW_EVENTS = ("full", "calibrating nan", "calibrating kill", "evaluate nan")
 LISTED = pytest.param("list", marks=pytest.mark.slow)
 CALIBRATED_CASES = ("budget", pytest.param("few", marks=pytest.mark.slow), "mixture")
@@ -49,6 +54,10 @@ def ran(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
+    config = make_config("llama")
+    config.hidden_size, config.intermediate_size, config.max_position_embeddings = 32, 48, 64
+    LlamaForCausalLM(config).save_pretrained(folder / "wide")  # with cores that are rounded
+    save_tokenizer(folder / "wide")
     mixtral = make_model("mixtral")
     mixtral.config.max_position_embeddings = 64
     mixtral.save_pretrained(folder / "mixtral")
@@ -61,6 +70,7 @@ def ran(request, tmp_path_factory):
         "few": ["llama", "--kind", "split", "--experts", "3", *CALIBRATED, "128", *SHARDS],
         "list": ["quire", "--trust-remote-code", "--experts-at", AT, *CUT, "1024", *SHARDS],
         "mixture": ["mixtral", *CUT, "640", *SHARDS],
+        "rounded": ["wide", *ROUNDED, *SMALL],
     }
     runs = {}
     for case, args in cases.items():
@@ -73,6 +83,9 @@ def ran(request, tmp_path_factory):
         args = [*cases["budget"], "-o", f"calibrating-{event}"]
         runs[f"calibrating {event}"] = {"args": args, "count": 2, "calibrating": [1, event]}
     scored = ["evaluate", "llama", "--data", "text.txt", "--length", "32", "--limit", "50", "--json"]
+    for count in counts_of("rounded", request.config):
+        args = ["evaluate", "rounded-1", *scored[2:], "--trust-remote-code"]
+        runs[f"evaluate rounded {count}"] = {"args": args, "count": count}
     for count in (1, 3):
         runs[f"evaluate {count}"] = {"args": [*scored, "--batch-size", "4"], "count": count}
     runs["evaluate nan"] = {"args": scored, "count": 2, "scoring": 1}
@@ -94,6 +107,30 @@ def test_several_processes_write_what_one_writes(ran, case, pytestconfig):
     alone, *shared = (tree(folder / f"{case}-{count}") for count in counts_of(case, pytestconfig))
     assert len([name for name in alone if name.endswith(".safetensors")]) > 3
     assert all(each == alone for each in shared)
+
+
+@pytest.mark.slow
+def test_several_processes_round_what_one_rounds(ran):
+    """And the first one alone runs it, to measure what that changes."""
+    pytest.importorskip("compressed_tensors")
+    folder, runs = ran
+    assert [(runs[f"rounded {n}"]["codes"], runs[f"rounded {n}"]["stderr"]) for n in (1, 2)] == [
+        ([0], ""),
+        ([0, 0], ""),
+    ]
+    alone, shared = (tree(folder / f"rounded-{n}") for n in (1, 2))
+    assert alone == shared
+    report = json.loads((folder / "rounded-2/conversion_report.json").read_text())
+    assert report["divergence"]["tokens"] and report["rounding"]["errors"]
+
+
+@pytest.mark.slow
+def test_scores_of_a_rounded_model_by_several_processes_are_those_by_one(ran):
+    pytest.importorskip("compressed_tensors")
+    _, runs = ran
+    one, two = runs["evaluate rounded 1"], runs["evaluate rounded 2"]
+    assert (one["codes"], two["codes"]) == ([0], [0, 0]), two["stderr"]
+    assert json.loads(one["stderr"]) == json.loads(two["stderr"])
 
 
 @pytest.mark.parametrize("case", CALIBRATED_CASES)
@@ -225,9 +262,3 @@ def test_whoever_is_not_asked_works_alone(monkeypatch):
     with joined(distributed=False) as ranks:
         assert ranks == Ranks() and ranks.is_first
     assert Path(str(ranks.device("cpu"))) == Path("cpu")
-
-
-def test_what_one_process_does_alone_is_refused_to_several():
-    Ranks().refuse_several("bits with calibration")
-    with pytest.raises(RequestError, match="bits with calibration was started in 3 processes; expected one"):
-        Ranks(count=3).refuse_several("bits with calibration")

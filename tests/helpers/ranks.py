@@ -90,7 +90,7 @@ def disturb_scoring() -> None:
         model.get_input_embeddings().weight.data.fill_(float("nan"))
         return model
 
-    load, evaluate.from_pretrained = evaluate.from_pretrained, damaged
+    load, evaluate.load_alone = evaluate.load_alone, damaged
 
 
 def child(run: dict, rank: int, port: int, output: int) -> None:
