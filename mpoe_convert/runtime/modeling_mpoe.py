@@ -2397,9 +2397,8 @@ class Mixing(nn.Module):
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
             return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule, ends)
-        rows = self._experts(
-            inputs.take(choices.tokens[order]), picks, schedule, ends
-        )  # (N, H), in that order
+        inputs = inputs.take(choices.tokens[order])
+        rows = self._experts(inputs, picks, schedule, ends)  # (N, H), in that order
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
