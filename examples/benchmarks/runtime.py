@@ -3,6 +3,7 @@
     python examples/benchmarks/runtime.py [--shape gpt2|llama] [--tokens 1,32,2048,8192] [--train]
                                           [--json FILE]
     python examples/benchmarks/runtime.py --split 32 [--tokens 1,2048]
+    python examples/benchmarks/runtime.py --sources [--tokens 1,2048] [--keep 0.6]
     python examples/benchmarks/runtime.py --varying [--shape gpt2|llama] [--tokens 1,2048] [--train]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
@@ -19,6 +20,9 @@ of contenders that hold the same experts differ.
 
 --split: a dense FFN of 2048 x 8192 with ReLU against its neurons, divided among so many experts, of which a
 token takes a fifth.
+
+--sources: the experts of a mixture as source, 32 of 1024 x 512 with SiLU, 4 per token, in every form that
+stores `--keep` of their numbers, against transformers' own module that holds the same experts whole.
 
 --varying: rules top-p and top-any against top-k, by the same experts at the same mean number per token.
 """
@@ -38,10 +42,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from mpoe_convert.decomposition.sites import choose
-from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache, Router, contract_chain
+from mpoe_convert.decomposition.stacks import FORMS, ranks_within, stack_terms
+from mpoe_convert.runtime.modeling_mpoe import Experts, FeedForward, MatrixCache, Router, contract_chain
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
 SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}
+SOURCE = (32, 1024, 512, 4)  # experts, hidden, inner, chosen per token
 PLAIN = ("eager", "batched_mm", "grouped_mm")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -317,6 +323,96 @@ def compare_split(experts: int, tokens: int, budget: float) -> dict:
     }
 
 
+def source_experts(form: str, keep: float) -> Experts:
+    """Random experts of a mixture as source, whose projections have this form."""
+    experts, hidden, inner, top_k = SOURCE
+    spec = {}
+    for role, size in {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}.items():
+        ranks = ranks_within(form, experts, *size, int(keep * experts * hidden * inner))
+        assert ranks is not None, f"{form} stores more than {keep} of the numbers"
+        spec[role] = {"terms": stack_terms(form, ranks, *size), "bias": None}
+    made = Experts(spec, experts, top_k)
+    made.act = nn.SiLU()
+    for role in spec:
+        getattr(made, role).reset_parameters(0.02)
+    return made.eval()
+
+
+def stock_experts(ours: Experts) -> MixtralExperts:
+    """The same experts as transformers has them."""
+    experts, hidden, inner, _ = SOURCE
+    config = SimpleNamespace(
+        num_local_experts=experts,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        hidden_act="silu",
+        _experts_implementation="eager",
+    )
+    stock = MixtralExperts(config)
+    with torch.no_grad():
+        whole = {
+            role: torch.stack(
+                [
+                    sum(chain.matrix(chain_cores(chain), e) for chain in getattr(ours, role).terms).mT
+                    for e in range(experts)
+                ]
+            )
+            for role in ("gate", "up", "down")
+        }
+        stock.gate_up_proj.copy_(torch.cat([whole["gate"], whole["up"]], dim=1))
+        stock.down_proj.copy_(whole["down"])
+    return stock.eval()
+
+
+def chain_cores(chain: nn.Module) -> list[torch.Tensor]:
+    return [getattr(chain, name) for name in chain.core_names]
+
+
+class Chosen(nn.Module):
+    """Experts with choices that are made."""
+
+    def __init__(self, experts: nn.Module, chosen: torch.Tensor, weights: torch.Tensor):
+        super().__init__()
+        self.experts, self.chosen, self.weights = experts, chosen, weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, self.chosen, self.weights)
+
+
+def compare_sources(tokens: int, keep: float, budget: float) -> list[dict]:
+    """Every form that stores so much, whole where 1 is kept, against the stock module's implementations."""
+    experts, hidden, inner, top_k = SOURCE
+    results = []
+    for form in FORMS if keep == 1 else [form for form in FORMS if form != "whole"]:
+        torch.manual_seed(0)
+        x = torch.randn(tokens, hidden)
+        chosen = torch.rand(tokens, experts).topk(top_k).indices
+        weights = torch.rand(tokens, top_k).softmax(-1)
+        ours = source_experts(form, keep)
+        stock = stock_experts(ours)
+        contenders: dict[str, nn.Module] = {"ours": ours}
+        contenders |= {name: SharedExperts(stock, name) for name in ("eager", "grouped_mm")}
+        found = {name: Chosen(module, chosen, weights) for name, module in contenders.items()}
+        first = one_pass(found["ours"], x, False)
+        for name, module in found.items():
+            error = ((one_pass(module, x, False) - first).norm() / first.norm()).item()
+            assert error < TOLERANCE[torch.float32], f"{name} differs by {error:.2g}"
+        median, rounds = medians(found, x, False, budget)
+        results.append(
+            {
+                "form": form,
+                "tokens": tokens,
+                "rounds": rounds,
+                "stored": sum(p.numel() for p in ours.parameters())
+                / sum(p.numel() for p in stock.parameters()),
+                "seconds": median,
+                "ours_over": {name: median["ours"] / median[name] for name in ("eager", "grouped_mm")},
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
 def medians(
     modules: dict[str, nn.Module], x: torch.Tensor, train: bool, budget: float
 ) -> tuple[dict[str, float], int]:
@@ -409,12 +505,20 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10, help="seconds per case after three rounds")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as eager,rebuild")
     parser.add_argument("--split", type=int, help="experts of kind split, against the dense FFN")
+    parser.add_argument(
+        "--sources", action="store_true", help="experts of a mixture, against the stock module"
+    )
+    parser.add_argument("--keep", type=float, default=0.6, help="with --sources: the share that is stored")
     parser.add_argument("--varying", action="store_true", help="rules whose number of experts varies")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.split:
         for tokens in map(int, options.tokens.split(",")):
             print(json.dumps(compare_split(options.split, tokens, options.budget)))
+        return
+    if options.sources:
+        for tokens in map(int, options.tokens.split(",")):
+            compare_sources(tokens, options.keep, options.budget)
         return
     if options.varying:
         for shape in options.shape or SHAPES:

@@ -212,10 +212,10 @@ class Layout(NamedTuple):
             outputs *= o
         return found
 
-    def flops_per_row(self) -> int:
-        """Operations of the steps, see `Chain`."""
+    def flops_per_row(self, steps: int | None = None) -> int:
+        """Operations of the first steps, see `Chain`; None: of all."""
         flops, inputs, outputs = 0, math.prod(i for _, i, _, _ in self.shapes), 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
+        for shape, copies in zip(self.shapes[:steps], self.copies[:steps], strict=True):
             _, i, o, _ = shape
             inputs //= i  # a matrix (l * i, o * r) for every input and output
             if copies == 1 or math.prod(shape) > copies:
@@ -430,6 +430,11 @@ class Chain(nn.Module):
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
+        num_start, num_end: cores that all experts share at the beginning and at the end of a chain that acts,
+            and that is not common: what the first make of a token is the same for all of its experts, and the
+            last may work on the sum of what several experts made.
+        own_features: how many numbers per row the cores before these last ones give.
+        start_flops, end_flops: what these take of `flops_per_row`.
         shapes, copies: see `Layout`; where experts differ in size, of the largest.
         layouts: one, or, where experts differ in size, one per expert.
         apart: per core, whether experts differ in its size; it is then a vector, see `split_experts`.
@@ -485,6 +490,18 @@ class Chain(nn.Module):
         self.own_by_expert = tuple(own if differ else own * num_experts)
         self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
         self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
+        begins = self.acts and not differ and not self.is_common
+        self.num_start = [*self.shared, False].index(False) if begins else 0
+        self.num_end = [*self.shared[::-1], False].index(False) if begins else 0
+        self.start_flops = largest.flops_per_row(self.num_start)
+        self.own_features = self._features_before_end(term)
+        self.end_flops = largest.flops_per_row() - largest.flops_per_row(len(self.shared) - self.num_end)
+
+    def _features_before_end(self, term: dict) -> int:
+        """How many numbers per row the cores before the last `num_end` give."""
+        place = len(self.shared) - self.num_end
+        bond = [1, *term["bonds"], 1][place]
+        return bond * math.prod(term["in_dims"][place:]) * math.prod(term["out_dims"][:place])
 
     def use_linears(self) -> None:
         """Let the large cores be linear layers from now on, with random weights."""
@@ -498,7 +515,12 @@ class Chain(nn.Module):
             self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
 
     def forward(
-        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+        self,
+        rows: Tensor,
+        picks: Picks,
+        rebuild: bool = False,
+        cache: MatrixCache | None = None,
+        span: str = "whole",
     ) -> Tensor:
         """(N, in) rows -> (N, out).
 
@@ -506,12 +528,14 @@ class Chain(nn.Module):
             rows: in the order that `picks` describes.
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
+            span: "start": the first `num_start` cores alone, (N, in) -> (N, features); "rest": the others, of
+                rows that these made; "end": the last `num_end` alone; "own": those before, of rows (N, in).
         """
         picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
         rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
-            return self._act(rows, picks, cores)
+            return self._act(rows, picks, cores, span)
         if self.is_common or isinstance(picks.experts, int):
             expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
             if cache and not any(isinstance(core, nn.Module) for core in cores):
@@ -567,16 +591,20 @@ class Chain(nn.Module):
         """The experts' matrices in core k, in whose size they differ."""
         return split_experts(core, [matrix_shape(layout.shapes[k]) for layout in self.layouts])
 
-    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core, see `Step`: rows (N, in) -> (N, out)."""
+    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor], span: str) -> Tensor:
+        """Core after core, see `Step`: rows (N, in) -> (N, out); for `span` see `forward`."""
         x = rows
+        before_end = len(cores) - self.num_end
+        first = {"rest": self.num_start, "end": before_end}.get(span, 0)
+        end = {"start": self.num_start, "own": before_end}.get(span, len(cores))
         for apart, group in self._groups:
             if apart:
                 x = self._act_apart(x, {k: self._own(cores[k], k) for k in group}, picks)
                 continue
             for k in group:
-                x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
-        return x.reshape(rows.shape[0], self.out_features)
+                if first <= k < end:
+                    x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
+        return x.flatten(1)
 
     def _act_apart(self, x: Tensor, own: dict[int, list[Tensor]], picks: Picks) -> Tensor:
         """x (N, ...) by neighbouring cores in whose size experts differ, {k: the experts'} -> (N, features).
@@ -593,13 +621,16 @@ class Chain(nn.Module):
 
     # ------------------------------------------------------------------------------------- cost
 
-    def cost(self, rows: float, experts: float, schedule: str) -> Cost:
-        """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
+    def cost(self, rows: float, experts: float, schedule: str, spared: float = 0) -> Cost:
+        """Of so many rows that go to so many experts; for the schedules see `FeedForward`.
+
+        `spared`: operations that are not done for every row, where the cores act.
+        """
         cores = [getattr(self, name) for name in self.core_names]
         sizes = zip(map(bytes_of, cores), self.shared, strict=True)
         stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored)
+            return Cost(rows * self.flops_per_row - spared, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
         built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":

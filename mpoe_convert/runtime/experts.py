@@ -104,7 +104,8 @@ class ExpertList(Experts):
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
-        return self._experts(self._prepare(rows), Picks(expert), schedule).reshape(hidden_states.shape)
+        inputs = self._prepare(rows, self._does_once(schedule))
+        return self._experts(inputs, Picks(expert), schedule).reshape(hidden_states.shape)
 
 
 def find_activation(stock: Any, name: str | None = None) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from .chains import MatrixCache, Picks
 from .choices import Choices
 from .config import read_option
 from .costs import Cost, Work, mean
-from .parts import PARTS, Part, Projection, differs
+from .parts import PARTS, Part, Projection, Started, differs
 from .routers import Router
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
@@ -22,20 +22,18 @@ _BANDWIDTH = 1e10  # bytes per second
 _FEW_COPIED_PARAMS = 1 << 23
 _FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
-_MANY_ROWS = 384
+_MANY_ROWS = 256
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
 # weight[expert] is as large as all experts together.
 _FEW_OWN_PARAMS = 1 << 18
 
 
 class Inputs(NamedTuple):
-    """What experts start from, per token (M = T) or per choice (M = N), once the common terms are done."""
+    """What experts start from, per token (M = T) or per choice (M = N), once what is common is done."""
 
     rows: Tensor  # (M, H); what a common FFN made of the tokens, if the experts are behind it
-    up: Tensor | None = (
-        None  # (M, inner) what the common terms of `up` made of the rows; None: there are none
-    )
-    gate: Tensor | None = None  # (M, inner) the same of `gate`
+    up: Started | None = None  # what `up` made of the rows, as far as it is common; None: nothing is done
+    gate: Started | None = None
 
     def take(self, index: Tensor) -> "Inputs":
         """Those at `index`, in its order."""
@@ -47,8 +45,8 @@ class Inputs(NamedTuple):
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
         rows = function(self.rows)
-        up = None if self.up is None else function(self.up)
-        return Inputs(rows, up, None if self.gate is None else function(self.gate))
+        up = None if self.up is None else self.up.each(function)
+        return Inputs(rows, up, None if self.gate is None else self.gate.each(function))
 
 
 class Mixing(nn.Module):
@@ -94,6 +92,8 @@ class Mixing(nn.Module):
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        if not self._behind and not self._is_common:
+            self.down.ends_once = self.down.has_end()
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -178,16 +178,23 @@ class Mixing(nn.Module):
 
     def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
         """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
+        schedule = self.choose_schedule(tokens.shape[0], choices.experts.shape[0])
+        once = self._does_once(schedule)
+        if not (once and self.down.ends_once):
+            return self._sum(tokens, choices, schedule, once)
+        return self.down.finish(self._sum(tokens, choices, schedule, once, ends=False))
+
+    def _sum(self, tokens: Tensor, choices: Choices, schedule: str, once: bool, ends: bool = True) -> Tensor:
+        """The weighted sum of what experts make of tokens (T, H) -> (T, H); for `ends` see `Projection`."""
         num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
-        schedule = self.choose_schedule(num_tokens, num_rows)
-        inputs = self._prepare(tokens)
+        inputs = self._prepare(tokens, once)
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
         copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
         is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
         few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
         if copies and num_rows * self.own_params <= few:
-            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
+            rows = self._experts(inputs.spread(choices), Picks(choices.experts), ends=ends)  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
@@ -196,14 +203,15 @@ class Mixing(nn.Module):
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
-            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
-        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), in that order
+            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule, ends)
+        inputs = inputs.take(choices.tokens[order])
+        rows = self._experts(inputs, picks, schedule, ends)  # (N, H), in that order
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
 
     def _mix_by_expert(
-        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
+        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str, ends: bool
     ) -> Tensor:
         """The same, one expert after the other; `parts`: the indices of each expert's choices."""
         output: Tensor | None = None
@@ -212,18 +220,17 @@ class Mixing(nn.Module):
             if len(part) == 0:
                 continue
             own = choices.take(part)  # M of the N
-            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (M, H)
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule, ends)  # (M, H)
             rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
-                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
+                output = rows.new_zeros(len(inputs.rows), rows.shape[1])  # (T, H) in float32 at least
             output.index_add_(0, own.tokens, rows)
         assert output is not None, "there is at least one choice"
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """Whether one expert's whole FFN runs at a time: its activations stay in the processor's cache."""
-        modules = (module for part in self.parts for module in part.modules())
-        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
+        if num_rows == 0 or self._is_offloaded():
             return False  # accelerate would load an offloaded module once per expert
         if schedule == "cached" and self.cache is not None:
             return True
@@ -231,15 +238,27 @@ class Mixing(nn.Module):
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
-    def _prepare(self, tokens: Tensor) -> Inputs:
-        """Do what is the same for all experts of a token, once: tokens (T, H)."""
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate loads modules when they are called."""
+        return any("_hf_hook" in vars(module) for part in self.parts for module in part.modules())
+
+    def _does_once(self, schedule: str) -> bool:
+        """Whether shared cores at the beginning and the end of chains work on a token once.
+
+        A chain is called twice then, and would be loaded twice.
+        """
+        return schedule == "apply" and not self._is_offloaded()
+
+    def _prepare(self, tokens: Tensor, once: bool = True) -> Inputs:
+        """Do what is the same for all experts of a token: tokens (T, H); for `once` see `_does_once`."""
         if self._is_common:
             return Inputs(self._ffn(Inputs(tokens), Picks(0)))
-        return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
+        gate = None if self.gate is None else self.gate.start(tokens, once)
+        return Inputs(tokens, self.up.start(tokens, once), gate)
 
-    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply", ends: bool = True) -> Tensor:
         """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
+        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule, ends)  # (N, H)
         for key in self._behind:
             rows = getattr(self, key)(rows, picks)
         return rows
@@ -249,7 +268,7 @@ class Mixing(nn.Module):
         inputs = self._prepare(tokens)
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
-    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply", ends: bool = True) -> Tensor:
         """The FFN itself: rows (N, H) -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
@@ -257,7 +276,8 @@ class Mixing(nn.Module):
         gate = None
         if self.gate is not None:
             gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
-        return self.down(self.inner_dropout(self._activate(up, gate)), picks, rebuild, cache)
+        inner = self.inner_dropout(self._activate(up, gate))
+        return self.down(inner, picks, rebuild, cache, ends=ends)
 
     def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """(N, inner) what the activation makes of the projections."""

@@ -639,10 +639,10 @@ class Layout(NamedTuple):
             outputs *= o
         return found
 
-    def flops_per_row(self) -> int:
-        """Operations of the steps, see `Chain`."""
+    def flops_per_row(self, steps: int | None = None) -> int:
+        """Operations of the first steps, see `Chain`; None: of all."""
         flops, inputs, outputs = 0, math.prod(i for _, i, _, _ in self.shapes), 1
-        for shape, copies in zip(self.shapes, self.copies, strict=True):
+        for shape, copies in zip(self.shapes[:steps], self.copies[:steps], strict=True):
             _, i, o, _ = shape
             inputs //= i  # a matrix (l * i, o * r) for every input and output
             if copies == 1 or math.prod(shape) > copies:
@@ -857,6 +857,11 @@ class Chain(nn.Module):
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
+        num_start, num_end: cores that all experts share at the beginning and at the end of a chain that acts,
+            and that is not common: what the first make of a token is the same for all of its experts, and the
+            last may work on the sum of what several experts made.
+        own_features: how many numbers per row the cores before these last ones give.
+        start_flops, end_flops: what these take of `flops_per_row`.
         shapes, copies: see `Layout`; where experts differ in size, of the largest.
         layouts: one, or, where experts differ in size, one per expert.
         apart: per core, whether experts differ in its size; it is then a vector, see `split_experts`.
@@ -912,6 +917,18 @@ class Chain(nn.Module):
         self.own_by_expert = tuple(own if differ else own * num_experts)
         self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
         self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
+        begins = self.acts and not differ and not self.is_common
+        self.num_start = [*self.shared, False].index(False) if begins else 0
+        self.num_end = [*self.shared[::-1], False].index(False) if begins else 0
+        self.start_flops = largest.flops_per_row(self.num_start)
+        self.own_features = self._features_before_end(term)
+        self.end_flops = largest.flops_per_row() - largest.flops_per_row(len(self.shared) - self.num_end)
+
+    def _features_before_end(self, term: dict) -> int:
+        """How many numbers per row the cores before the last `num_end` give."""
+        place = len(self.shared) - self.num_end
+        bond = [1, *term["bonds"], 1][place]
+        return bond * math.prod(term["in_dims"][place:]) * math.prod(term["out_dims"][:place])
 
     def use_linears(self) -> None:
         """Let the large cores be linear layers from now on, with random weights."""
@@ -925,7 +942,12 @@ class Chain(nn.Module):
             self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
 
     def forward(
-        self, rows: Tensor, picks: Picks, rebuild: bool = False, cache: MatrixCache | None = None
+        self,
+        rows: Tensor,
+        picks: Picks,
+        rebuild: bool = False,
+        cache: MatrixCache | None = None,
+        span: str = "whole",
     ) -> Tensor:
         """(N, in) rows -> (N, out).
 
@@ -933,12 +955,14 @@ class Chain(nn.Module):
             rows: in the order that `picks` describes.
             rebuild: contract the matrices of the experts that are hit, even if the cores could act.
             cache: where contracted matrices are kept; for `picks` of one expert.
+            span: "start": the first `num_start` cores alone, (N, in) -> (N, features); "rest": the others, of
+                rows that these made; "end": the last `num_end` alone; "own": those before, of rows (N, in).
         """
         picks = Picks(*picks)  # what moves a module's arguments may have made a plain tuple of it
         cores = [getattr(self, name) for name in self.core_names]
         rows = rows.to(next(filter(None, map(dtype_of, cores)), rows.dtype))
         if self.acts and not (rebuild and len(cores) > 1):
-            return self._act(rows, picks, cores)
+            return self._act(rows, picks, cores, span)
         if self.is_common or isinstance(picks.experts, int):
             expert = picks.experts if isinstance(picks.experts, int) and not self.is_common else 0
             if cache and not any(isinstance(core, nn.Module) for core in cores):
@@ -994,16 +1018,20 @@ class Chain(nn.Module):
         """The experts' matrices in core k, in whose size they differ."""
         return split_experts(core, [matrix_shape(layout.shapes[k]) for layout in self.layouts])
 
-    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor]) -> Tensor:
-        """Core after core, see `Step`: rows (N, in) -> (N, out)."""
+    def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor], span: str) -> Tensor:
+        """Core after core, see `Step`: rows (N, in) -> (N, out); for `span` see `forward`."""
         x = rows
+        before_end = len(cores) - self.num_end
+        first = {"rest": self.num_start, "end": before_end}.get(span, 0)
+        end = {"start": self.num_start, "own": before_end}.get(span, len(cores))
         for apart, group in self._groups:
             if apart:
                 x = self._act_apart(x, {k: self._own(cores[k], k) for k in group}, picks)
                 continue
             for k in group:
-                x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
-        return x.reshape(rows.shape[0], self.out_features)
+                if first <= k < end:
+                    x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
+        return x.flatten(1)
 
     def _act_apart(self, x: Tensor, own: dict[int, list[Tensor]], picks: Picks) -> Tensor:
         """x (N, ...) by neighbouring cores in whose size experts differ, {k: the experts'} -> (N, features).
@@ -1020,13 +1048,16 @@ class Chain(nn.Module):
 
     # ------------------------------------------------------------------------------------- cost
 
-    def cost(self, rows: float, experts: float, schedule: str) -> Cost:
-        """Of so many rows that go to so many experts; for the schedules see `FeedForward`."""
+    def cost(self, rows: float, experts: float, schedule: str, spared: float = 0) -> Cost:
+        """Of so many rows that go to so many experts; for the schedules see `FeedForward`.
+
+        `spared`: operations that are not done for every row, where the cores act.
+        """
         cores = [getattr(self, name) for name in self.core_names]
         sizes = zip(map(bytes_of, cores), self.shared, strict=True)
         stored = sum(size if shared else size * experts / self.num_experts for size, shared in sizes)
         if self.acts and (schedule == "apply" or len(self.shapes) == 1):
-            return Cost(rows * self.flops_per_row, 0, stored)
+            return Cost(rows * self.flops_per_row - spared, 0, stored)
         flops = rows * 2 * self.in_features * self.out_features
         built = experts * self.in_features * self.out_features * itemsize_of(cores[0])
         if schedule == "cached":
@@ -1133,15 +1164,34 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
+class Started(NamedTuple):
+    """What a projection made of M rows, as far as it is the same for all experts."""
+
+    total: Tensor | None  # (M, out) the sum of the common terms; None: there are none
+    starts: tuple[Tensor | None, ...]  # by term (M, features), see `Chain.num_start`; None: it has no start
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Started":
+        """The same, of other rows, by a function of a tensor."""
+        total, starts = self
+        return Started(
+            None if total is None else function(total),
+            tuple(None if start is None else function(start) for start in starts),
+        )
+
+
 class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"[, "untied"]}, ...],
              "bias": "shared" | "per-expert" | "once" | None}
     "once": it is added to the weighted sum of the experts, not to each of them.
-    `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
-    experts it has.
+    `sees_tokens`: its input is the token itself, so that common terms, and what others begin with, work on a
+    token once, however many experts it has.
     """
+
+    # What is linear and the same for all experts at its end works on the sum of what a token's experts made,
+    # see `finish`.
+    ends_once = False
 
     def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
@@ -1167,15 +1217,21 @@ class Projection(Part):
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
         return cls(form[key], num_experts, sees_tokens=key != "down")
 
-    def common(self, tokens: Tensor) -> Tensor | None:
-        """What the common terms make of tokens (T, in): (T, out); None if there are none."""
+    def start(self, tokens: Tensor, applies: bool) -> Started:
+        """What is the same for all experts of tokens (T, in).
+
+        `applies`: other terms than the common ones are started too.
+        """
         picks = Picks(0)
-        y: Tensor | None = None
+        total: Tensor | None = None
+        starts: list[Tensor | None] = []
         for term, chain in zip(self.terms, self._chains, strict=True):
             if chain.is_common:
                 part = term(tokens, picks)
-                y = part if y is None else y + part
-        return y
+                total = part if total is None else total + part
+            is_started = applies and chain.num_start > 0
+            starts.append(term(tokens, picks, span="start") if is_started else None)
+        return Started(total, tuple(starts))
 
     def forward(
         self,
@@ -1183,25 +1239,67 @@ class Projection(Part):
         picks: Picks,
         rebuild: bool = False,
         cache: MatrixCache | None = None,
-        common: Tensor | None = None,
+        started: Started | None = None,
+        ends: bool = True,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        """(N, in) -> (N, out); see `Chain`.
+
+        Args:
+            started: what is the same for all experts, if done.
+            ends: False: what `finish` takes instead, (N, features).
+        """
         picks = Picks(*picks)  # as in a chain
-        y = common  # (N, out)
-        for term, chain in zip(self.terms, self._chains, strict=True):
-            if common is None or not chain.is_common:
-                part = term(rows, picks, rebuild, cache)
-                y = part if y is None else y + part
+        if not ends:
+            return self._unfinished(rows, picks)
+        total, starts = (None, (None,) * len(self._chains)) if started is None else started
+        y = total  # (N, out)
+        for term, chain, begun in zip(self.terms, self._chains, starts, strict=True):
+            if total is not None and chain.is_common:
+                continue
+            part = term(rows, picks, rebuild, cache) if begun is None else term(begun, picks, span="rest")
+            y = part if y is None else y + part
         assert y is not None, "a projection has at least one term"
         if self.bias is None or self.bias_kind == "once":
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
+    def has_end(self) -> bool:
+        """Whether the last of its work, which is linear, is the same for all experts."""
+        ends = any(chain.is_common or chain.num_end for chain in self._chains)
+        return ends and not self.sees_tokens and self.bias_kind in (None, "once")
+
+    def _unfinished(self, rows: Tensor, picks: Picks) -> Tensor:
+        """(N, in) -> (N, features): the terms without their ends, side by side; see `finish`."""
+        parts = [
+            rows if chain.is_common else term(rows, picks, span="own")
+            for term, chain in zip(self.terms, self._chains, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+
+    def finish(self, sums: Tensor) -> Tensor:
+        """What is left to do: weighted sums (T, features) of a token's unfinished rows -> (T, out)."""
+        picks, y, place = Picks(0), None, 0
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            width = chain.in_features if chain.is_common else chain.own_features
+            part = sums[:, place : place + width]
+            place += width
+            if chain.is_common or chain.num_end:
+                part = term(part, picks, span="whole" if chain.is_common else "end")
+            y = part if y is None else y + part
+        assert y is not None, "a projection has at least one term"
+        return y
+
     def cost(self, work: Work, schedule: str) -> Cost:
+        spared = (work.rows - work.tokens) * (self.sees_tokens or self.ends_once)
         costs = [
             chain.cost(work.tokens, 1, "apply")
-            if chain.is_common and self.sees_tokens
-            else chain.cost(work.rows, work.experts, schedule)
+            if chain.is_common and (self.sees_tokens or (self.ends_once and schedule == "apply"))
+            else chain.cost(
+                work.rows,
+                work.experts,
+                schedule,
+                spared * (chain.start_flops if self.sees_tokens else chain.end_flops),
+            )
             for chain in self._chains
         ]
         if self.bias is not None:
@@ -2124,20 +2222,18 @@ _BANDWIDTH = 1e10  # bytes per second
 _FEW_COPIED_PARAMS = 1 << 23
 _FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
-_MANY_ROWS = 384
+_MANY_ROWS = 256
 # ... and with gradients only if an expert owns no more parameters than this: the gradient of every
 # weight[expert] is as large as all experts together.
 _FEW_OWN_PARAMS = 1 << 18
 
 
 class Inputs(NamedTuple):
-    """What experts start from, per token (M = T) or per choice (M = N), once the common terms are done."""
+    """What experts start from, per token (M = T) or per choice (M = N), once what is common is done."""
 
     rows: Tensor  # (M, H); what a common FFN made of the tokens, if the experts are behind it
-    up: Tensor | None = (
-        None  # (M, inner) what the common terms of `up` made of the rows; None: there are none
-    )
-    gate: Tensor | None = None  # (M, inner) the same of `gate`
+    up: Started | None = None  # what `up` made of the rows, as far as it is common; None: nothing is done
+    gate: Started | None = None
 
     def take(self, index: Tensor) -> "Inputs":
         """Those at `index`, in its order."""
@@ -2149,8 +2245,8 @@ class Inputs(NamedTuple):
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
         rows = function(self.rows)
-        up = None if self.up is None else function(self.up)
-        return Inputs(rows, up, None if self.gate is None else function(self.gate))
+        up = None if self.up is None else self.up.each(function)
+        return Inputs(rows, up, None if self.gate is None else self.gate.each(function))
 
 
 class Mixing(nn.Module):
@@ -2196,6 +2292,8 @@ class Mixing(nn.Module):
         self._behind = tuple(key for key in PARTS if key in form and PARTS[key].behind)
         # Where experts own nothing in the FFN itself, it runs once per token, however many experts it has.
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
+        if not self._behind and not self._is_common:
+            self.down.ends_once = self.down.has_end()
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -2280,16 +2378,23 @@ class Mixing(nn.Module):
 
     def _mix(self, tokens: Tensor, choices: Choices) -> Tensor:
         """What the chosen experts make of tokens (T, H), weighted and summed -> (T, H)."""
+        schedule = self.choose_schedule(tokens.shape[0], choices.experts.shape[0])
+        once = self._does_once(schedule)
+        if not (once and self.down.ends_once):
+            return self._sum(tokens, choices, schedule, once)
+        return self.down.finish(self._sum(tokens, choices, schedule, once, ends=False))
+
+    def _sum(self, tokens: Tensor, choices: Choices, schedule: str, once: bool, ends: bool = True) -> Tensor:
+        """The weighted sum of what experts make of tokens (T, H) -> (T, H); for `ends` see `Projection`."""
         num_tokens, num_rows = tokens.shape[0], choices.experts.shape[0]
-        schedule = self.choose_schedule(num_tokens, num_rows)
-        inputs = self._prepare(tokens)
+        inputs = self._prepare(tokens, once)
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
         copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
         is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
         few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
         if copies and num_rows * self.own_params <= few:
-            rows = self._experts(inputs.spread(choices), Picks(choices.experts))  # (N, H)
+            rows = self._experts(inputs.spread(choices), Picks(choices.experts), ends=ends)  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
@@ -2298,14 +2403,15 @@ class Mixing(nn.Module):
         on_device = on_device or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
-            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule)
-        rows = self._experts(inputs.take(choices.tokens[order]), picks, schedule)  # (N, H), in that order
+            return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule, ends)
+        inputs = inputs.take(choices.tokens[order])
+        rows = self._experts(inputs, picks, schedule, ends)  # (N, H), in that order
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
 
     def _mix_by_expert(
-        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str
+        self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str, ends: bool
     ) -> Tensor:
         """The same, one expert after the other; `parts`: the indices of each expert's choices."""
         output: Tensor | None = None
@@ -2314,18 +2420,17 @@ class Mixing(nn.Module):
             if len(part) == 0:
                 continue
             own = choices.take(part)  # M of the N
-            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule)  # (M, H)
+            rows = self._experts(inputs.take(own.tokens), Picks(expert), schedule, ends)  # (M, H)
             rows, dtype = rows * own.weights.unsqueeze(-1), rows.dtype
             if output is None:
-                output = rows.new_zeros(inputs.rows.shape)  # (T, H) in float32 at least
+                output = rows.new_zeros(len(inputs.rows), rows.shape[1])  # (T, H) in float32 at least
             output.index_add_(0, own.tokens, rows)
         assert output is not None, "there is at least one choice"
         return output.to(dtype)
 
     def _goes_expert_by_expert(self, schedule: str, applies: bool, num_rows: int) -> bool:
         """Whether one expert's whole FFN runs at a time: its activations stay in the processor's cache."""
-        modules = (module for part in self.parts for module in part.modules())
-        if num_rows == 0 or any(hasattr(module, "_hf_hook") for module in modules):
+        if num_rows == 0 or self._is_offloaded():
             return False  # accelerate would load an offloaded module once per expert
         if schedule == "cached" and self.cache is not None:
             return True
@@ -2333,15 +2438,27 @@ class Mixing(nn.Module):
             return False
         return not applies or num_rows >= _MANY_ROWS * self.num_experts
 
-    def _prepare(self, tokens: Tensor) -> Inputs:
-        """Do what is the same for all experts of a token, once: tokens (T, H)."""
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate loads modules when they are called."""
+        return any("_hf_hook" in vars(module) for part in self.parts for module in part.modules())
+
+    def _does_once(self, schedule: str) -> bool:
+        """Whether shared cores at the beginning and the end of chains work on a token once.
+
+        A chain is called twice then, and would be loaded twice.
+        """
+        return schedule == "apply" and not self._is_offloaded()
+
+    def _prepare(self, tokens: Tensor, once: bool = True) -> Inputs:
+        """Do what is the same for all experts of a token: tokens (T, H); for `once` see `_does_once`."""
         if self._is_common:
             return Inputs(self._ffn(Inputs(tokens), Picks(0)))
-        return Inputs(tokens, self.up.common(tokens), None if self.gate is None else self.gate.common(tokens))
+        gate = None if self.gate is None else self.gate.start(tokens, once)
+        return Inputs(tokens, self.up.start(tokens, once), gate)
 
-    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+    def _experts(self, inputs: Inputs, picks: Picks, schedule: str = "apply", ends: bool = True) -> Tensor:
         """(N, H) the outputs of experts for rows that each have the one that `picks` says."""
-        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule)  # (N, H)
+        rows = inputs.rows if self._is_common else self._ffn(inputs, picks, schedule, ends)  # (N, H)
         for key in self._behind:
             rows = getattr(self, key)(rows, picks)
         return rows
@@ -2351,7 +2468,7 @@ class Mixing(nn.Module):
         inputs = self._prepare(tokens)
         return torch.stack([self._experts(inputs, Picks(expert)) for expert in range(self.num_experts)])
 
-    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply") -> Tensor:
+    def _ffn(self, inputs: Inputs, picks: Picks, schedule: str = "apply", ends: bool = True) -> Tensor:
         """The FFN itself: rows (N, H) -> (N, H)."""
         rebuild = schedule != "apply"
         cache = self.cache if schedule == "cached" and not torch.is_grad_enabled() else None
@@ -2359,7 +2476,8 @@ class Mixing(nn.Module):
         gate = None
         if self.gate is not None:
             gate = self.gate(inputs.rows, picks, rebuild, cache, inputs.gate)  # (N, inner)
-        return self.down(self.inner_dropout(self._activate(up, gate)), picks, rebuild, cache)
+        inner = self.inner_dropout(self._activate(up, gate))
+        return self.down(inner, picks, rebuild, cache, ends=ends)
 
     def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """(N, inner) what the activation makes of the projections."""
@@ -2641,7 +2759,8 @@ class ExpertList(Experts):
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
-        return self._experts(self._prepare(rows), Picks(expert), schedule).reshape(hidden_states.shape)
+        inputs = self._prepare(rows, self._does_once(schedule))
+        return self._experts(inputs, Picks(expert), schedule).reshape(hidden_states.shape)
 
 
 def find_activation(stock: Any, name: str | None = None) -> Callable[[Tensor], Tensor]:

@@ -5,6 +5,8 @@ and one more row in `PARTS`.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,15 +60,34 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
+class Started(NamedTuple):
+    """What a projection made of M rows, as far as it is the same for all experts."""
+
+    total: Tensor | None  # (M, out) the sum of the common terms; None: there are none
+    starts: tuple[Tensor | None, ...]  # by term (M, features), see `Chain.num_start`; None: it has no start
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Started":
+        """The same, of other rows, by a function of a tensor."""
+        total, starts = self
+        return Started(
+            None if total is None else function(total),
+            tuple(None if start is None else function(start) for start in starts),
+        )
+
+
 class Projection(Part):
     """y = sum of terms + bias, for rows that each have one expert.
 
     `spec`: {"terms": [{"in_dims", "out_dims", "bonds", "shared"[, "untied"]}, ...],
              "bias": "shared" | "per-expert" | "once" | None}
     "once": it is added to the weighted sum of the experts, not to each of them.
-    `sees_tokens`: its input is the token itself, so that common terms work on a token once, however many
-    experts it has.
+    `sees_tokens`: its input is the token itself, so that common terms, and what others begin with, work on a
+    token once, however many experts it has.
     """
+
+    # What is linear and the same for all experts at its end works on the sum of what a token's experts made,
+    # see `finish`.
+    ends_once = False
 
     def __init__(self, spec: dict, num_experts: int, sees_tokens: bool = True):
         super().__init__()
@@ -92,15 +113,21 @@ class Projection(Part):
     def from_form(cls, form: dict, key: str, num_experts: int) -> "Projection":
         return cls(form[key], num_experts, sees_tokens=key != "down")
 
-    def common(self, tokens: Tensor) -> Tensor | None:
-        """What the common terms make of tokens (T, in): (T, out); None if there are none."""
+    def start(self, tokens: Tensor, applies: bool) -> Started:
+        """What is the same for all experts of tokens (T, in).
+
+        `applies`: other terms than the common ones are started too.
+        """
         picks = Picks(0)
-        y: Tensor | None = None
+        total: Tensor | None = None
+        starts: list[Tensor | None] = []
         for term, chain in zip(self.terms, self._chains, strict=True):
             if chain.is_common:
                 part = term(tokens, picks)
-                y = part if y is None else y + part
-        return y
+                total = part if total is None else total + part
+            is_started = applies and chain.num_start > 0
+            starts.append(term(tokens, picks, span="start") if is_started else None)
+        return Started(total, tuple(starts))
 
     def forward(
         self,
@@ -108,25 +135,67 @@ class Projection(Part):
         picks: Picks,
         rebuild: bool = False,
         cache: MatrixCache | None = None,
-        common: Tensor | None = None,
+        started: Started | None = None,
+        ends: bool = True,
     ) -> Tensor:
-        """(N, in) -> (N, out); see `Chain`. `common`: what the common terms make of the rows, if done."""
+        """(N, in) -> (N, out); see `Chain`.
+
+        Args:
+            started: what is the same for all experts, if done.
+            ends: False: what `finish` takes instead, (N, features).
+        """
         picks = Picks(*picks)  # as in a chain
-        y = common  # (N, out)
-        for term, chain in zip(self.terms, self._chains, strict=True):
-            if common is None or not chain.is_common:
-                part = term(rows, picks, rebuild, cache)
-                y = part if y is None else y + part
+        if not ends:
+            return self._unfinished(rows, picks)
+        total, starts = (None, (None,) * len(self._chains)) if started is None else started
+        y = total  # (N, out)
+        for term, chain, begun in zip(self.terms, self._chains, starts, strict=True):
+            if total is not None and chain.is_common:
+                continue
+            part = term(rows, picks, rebuild, cache) if begun is None else term(begun, picks, span="rest")
+            y = part if y is None else y + part
         assert y is not None, "a projection has at least one term"
         if self.bias is None or self.bias_kind == "once":
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
+    def has_end(self) -> bool:
+        """Whether the last of its work, which is linear, is the same for all experts."""
+        ends = any(chain.is_common or chain.num_end for chain in self._chains)
+        return ends and not self.sees_tokens and self.bias_kind in (None, "once")
+
+    def _unfinished(self, rows: Tensor, picks: Picks) -> Tensor:
+        """(N, in) -> (N, features): the terms without their ends, side by side; see `finish`."""
+        parts = [
+            rows if chain.is_common else term(rows, picks, span="own")
+            for term, chain in zip(self.terms, self._chains, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+
+    def finish(self, sums: Tensor) -> Tensor:
+        """What is left to do: weighted sums (T, features) of a token's unfinished rows -> (T, out)."""
+        picks, y, place = Picks(0), None, 0
+        for term, chain in zip(self.terms, self._chains, strict=True):
+            width = chain.in_features if chain.is_common else chain.own_features
+            part = sums[:, place : place + width]
+            place += width
+            if chain.is_common or chain.num_end:
+                part = term(part, picks, span="whole" if chain.is_common else "end")
+            y = part if y is None else y + part
+        assert y is not None, "a projection has at least one term"
+        return y
+
     def cost(self, work: Work, schedule: str) -> Cost:
+        spared = (work.rows - work.tokens) * (self.sees_tokens or self.ends_once)
         costs = [
             chain.cost(work.tokens, 1, "apply")
-            if chain.is_common and self.sees_tokens
-            else chain.cost(work.rows, work.experts, schedule)
+            if chain.is_common and (self.sees_tokens or (self.ends_once and schedule == "apply"))
+            else chain.cost(
+                work.rows,
+                work.experts,
+                schedule,
+                spared * (chain.start_flops if self.sees_tokens else chain.end_flops),
+            )
             for chain in self._chains
         ]
         if self.bias is not None:

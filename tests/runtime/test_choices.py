@@ -233,9 +233,9 @@ def test_dropped_choices_are_not_computed(mode, rule, monkeypatch):
     assert 0 < kept < len(routing.room)
     rows, experts = [], ffn._experts
 
-    def count(inputs, *rest):
+    def count(inputs, *rest, **more):
         rows.append(len(inputs.rows))
-        return experts(inputs, *rest)
+        return experts(inputs, *rest, **more)
 
     monkeypatch.setattr(ffn, "_experts", count)
     with schedule(mode, ffn):
