@@ -31,7 +31,7 @@ BUDGET = ["--keep", "0.9", "--correct", "--metric", "loss", *CALIBRATED, "1280"]
 # By how many processes; "few" has two batches for three of them. The slow tests run more.
 COUNTS = {"blocks": (1, 2), "budget": (1, 2, 3), "few": (1, 3), "mixture": (1, 2), "list": (1, 2)}
 # What is run is packed and unpacked by compressed-tensors.
-ROUNDED = ["--bits", "8", *CUT, "640"]
+ROUNDED = ["--bits", "8", "--keep", "0.95", *CALIBRATED, "640"]
 COUNTS["rounded"] = (1, 2) if find_spec("compressed_tensors") else ()
 SLOW = {"few": (1, 3), "budget": (3,), "list": (1, 2), "rounded": (1, 2)}
 SLOW_EVENTS = ("full", "calibrating nan", "calibrating kill", "evaluate nan")
@@ -55,7 +55,7 @@ def ran(request, tmp_path_factory):
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
     config = make_config("llama")
-    config.hidden_size, config.intermediate_size, config.max_position_embeddings = 32, 48, 64
+    config.hidden_size, config.intermediate_size, config.max_position_embeddings = 64, 96, 64
     LlamaForCausalLM(config).save_pretrained(folder / "wide")  # with cores that are rounded
     save_tokenizer(folder / "wide")
     mixtral = make_model("mixtral")
@@ -114,10 +114,7 @@ def test_several_processes_round_what_one_rounds(ran):
     """And the first one alone runs it, to measure what that changes."""
     pytest.importorskip("compressed_tensors")
     folder, runs = ran
-    assert [(runs[f"rounded {n}"]["codes"], runs[f"rounded {n}"]["stderr"]) for n in (1, 2)] == [
-        ([0], ""),
-        ([0, 0], ""),
-    ]
+    assert [runs[f"rounded {n}"]["codes"] for n in (1, 2)] == [[0], [0, 0]], runs["rounded 2"]["stderr"]
     alone, shared = (tree(folder / f"rounded-{n}") for n in (1, 2))
     assert alone == shared
     report = json.loads((folder / "rounded-2/conversion_report.json").read_text())
@@ -130,7 +127,10 @@ def test_scores_of_a_rounded_model_by_several_processes_are_those_by_one(ran):
     _, runs = ran
     one, two = runs["evaluate rounded 1"], runs["evaluate rounded 2"]
     assert (one["codes"], two["codes"]) == ([0], [0, 0]), two["stderr"]
-    assert json.loads(one["stderr"]) == json.loads(two["stderr"])
+    alone, shared = (
+        json.loads(re.search(r"^\{$.*^\}$", run["stderr"], re.M | re.S)[0]) for run in (one, two)
+    )
+    assert alone == shared and alone["units"] == 50  # behind the library's progress bars
 
 
 @pytest.mark.parametrize("case", CALIBRATED_CASES)
