@@ -103,12 +103,13 @@ def _shared_out(stack: Stack, form: str, squares: Tensor) -> Iterator[Choice]:
     size, tails = _size(stack), squares.sum(1, keepdim=True) - squares.cumsum(1)
     tails = torch.cat([squares.sum(1, keepdim=True), tails], 1).clamp(min=0)  # (E, n + 1)
     whole = count_stack("whole", (), *size)
-    for rank in rank_steps(squares.shape[1]):
-        ranks = shared_out_ranks(squares, rank * len(squares))
+    totals = [rank * len(squares) for rank in rank_steps(squares.shape[1])]
+    for ranks in shared_out_ranks(squares, totals):
         numbers = count_stack(form, ranks, *size)
-        if numbers < whole:
-            lost = float(tails.gather(1, torch.tensor(ranks)[:, None]).sum())
-            yield Choice(numbers, lost, form, ranks)
+        if numbers >= whole:
+            return
+        lost = float(tails.gather(1, torch.tensor(ranks)[:, None]).sum())
+        yield Choice(numbers, lost, form, ranks)
 
 
 def _worth(even: list[Choice], uneven: list[Choice], numbers: int) -> list[Choice]:

@@ -16,7 +16,7 @@ and difference), SVD-LLM (arXiv 2403.07378, each alone).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -95,17 +95,22 @@ def packed_cores(cores: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     ]
 
 
-def shared_out_ranks(squares: Tensor, total: int) -> Ranks:
-    """One rank for each expert, about `total` together, that lose least: those of the largest values.
+def shared_out_ranks(squares: Tensor, totals: Iterable[int]) -> Iterator[Ranks]:
+    """One rank for each expert, about as many together as each total, that lose least: of the largest values.
 
     Every expert has at least 1, and from 64 on multiples of `MULTIPLE`.
 
     Args:
         squares: (E, n) squared singular values, descending.
+        totals: rising.
     """
     count, largest = squares.shape
-    chosen = squares.flatten().argsort(descending=True, stable=True)[:total] // largest
-    return tuple(max(_aligned(rank, largest), 1) for rank in torch.bincount(chosen, minlength=count).tolist())
+    experts = squares.flatten().argsort(descending=True, stable=True) // largest  # of all values, sorted
+    ranks, before = torch.zeros(count, dtype=torch.int64), 0
+    for total in totals:
+        ranks += torch.bincount(experts[before:total], minlength=count)
+        before = total
+        yield tuple(max(_aligned(rank, largest), 1) for rank in ranks.tolist())
 
 
 def ranks_within(

@@ -119,11 +119,11 @@ def test_ranks_are_shared_out_where_least_is_lost():
     squares *= torch.tensor([[4.0], [1.0], [0.3]])
     every = list(product(range(1, 5), repeat=3))
     lost = {each: sum(float(s[r:].sum()) for s, r in zip(squares, each, strict=True)) for each in every}
-    for total in range(5, 13):
-        found = shared_out_ranks(squares, total)
+    totals = range(5, 13)
+    for total, found in zip(totals, shared_out_ranks(squares, totals), strict=True):
         best = min((each for each in every if sum(each) == sum(found)), key=lost.__getitem__)
         assert lost[found] == pytest.approx(lost[best]) and total <= sum(found) <= total + 2
     long = torch.logspace(0, -3, 200).repeat(3, 1) * torch.tensor([[1.0], [0.5], [1e-9]])
-    ranks = [shared_out_ranks(long, 3 * rank) for rank in range(20, 200, 7)]
+    ranks = list(shared_out_ranks(long, [3 * rank for rank in range(20, 200, 7)]))
     assert all(rank < 64 or rank % MULTIPLE == 0 or rank == 200 for each in ranks for rank in each)
     assert all(less <= more for pair in pairwise(ranks) for less, more in zip(*pair, strict=True))
