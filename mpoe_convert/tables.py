@@ -319,9 +319,9 @@ def listed(values: Iterable[object]) -> str | None:
     return ",".join(map(str, values)) or None
 
 
-def listed_ranks(ranks: Sequence[int]) -> str | None:
-    """(12, 64) -> "12,64"; of more experts than two, which have ranks of their own, "4 to 64"."""
-    return f"{min(ranks)} to {max(ranks)}" if len(ranks) > 2 else listed(ranks)
+def listed_ranks(ranks: Sequence[int], by_expert: bool) -> str | None:
+    """(12, 64) -> "12,64"; of experts with ranks of their own, (64, 4, 8) -> "4 to 64"."""
+    return f"{min(ranks)} to {max(ranks)}" if by_expert and len(ranks) > 1 else listed(ranks)
 
 
 def duration(seconds: float) -> str:
@@ -346,7 +346,7 @@ def listed_bonds(term: Mapping[str, Any]) -> str | None:
     """
     each = term.get("by_expert", {}).get("bonds")
     if each and len(each) > _MANY and len(each[0]) == 1:
-        return listed_ranks([bond for (bond,) in each])
+        return listed_ranks([bond for (bond,) in each], by_expert=True)
     return "/".join(filter(None, map(listed, each))) if each else listed(term["bonds"])
 
 

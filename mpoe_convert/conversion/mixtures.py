@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..decomposition.stack_fit import alikeness, fit_stack, stack_errors
 from ..decomposition.stack_metric import Stack
-from ..decomposition.stacks import packed_cores
+from ..decomposition.stacks import UNEVEN, packed_cores
 from ..options import called
 from ..planning.fewer_experts import FewerExperts
 from ..planning.mixtures import MixturePlan, StackPlan
@@ -50,7 +50,7 @@ class StackReport(MatrixReport):
             "experts' matrix": self.name,
             "size": f"{self.experts} x {self.shape[0]} x {self.shape[1]}",
             "shared": self.form,
-            "ranks": listed_ranks(self.ranks),
+            "ranks": listed_ranks(self.ranks, self.form in UNEVEN),
             "alike": f"{self.alike:.2f}",
             "relative error": f"{self.relative_error:.2e}",
             "worst expert": f"{max(self.expert_errors):.2e}",
@@ -102,7 +102,7 @@ def _measure(plan: StackPlan, stack: Stack, cores: Sequence[Sequence[Tensor]]) -
         shape=(plan.rows, plan.cols),
         in_dims=(plan.rows,),
         out_dims=(plan.cols,),
-        bonds=plan.ranks,
+        bonds=(max(plan.ranks),) if plan.form in UNEVEN else plan.ranks,
         full_bonds=(),
         rank=None,
         relative_error=error,

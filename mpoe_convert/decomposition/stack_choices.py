@@ -80,7 +80,7 @@ def stack_choices(
         choices = list(_choices(stack, form, lost))
         if uneven and form in curves.squares:
             choices = _worth(choices, list(_shared_out(stack, form, curves.squares[form])), numbers)
-        found += _descended(stack, choices, numbers) if stack.is_small else choices
+        found += _descended(stack, form, choices, numbers) if stack.is_small else choices
     return StackChoices(curves.energy, alikeness(stack), tuple(_best(found)))
 
 
@@ -103,12 +103,13 @@ def _shared_out(stack: Stack, form: str, squares: Tensor) -> Iterator[Choice]:
     size, tails = _size(stack), squares.sum(1, keepdim=True) - squares.cumsum(1)
     tails = torch.cat([squares.sum(1, keepdim=True), tails], 1).clamp(min=0)  # (E, n + 1)
     whole = count_stack("whole", (), *size)
-    for rank in rank_steps(squares.shape[1]):
-        ranks = shared_out_ranks(squares, rank * len(squares))
+    totals = [rank * len(squares) for rank in rank_steps(squares.shape[1])]
+    for ranks in shared_out_ranks(squares, totals):
         numbers = count_stack(form, ranks, *size)
-        if numbers < whole:
-            lost = float(tails.gather(1, torch.tensor(ranks)[:, None]).sum())
-            yield Choice(numbers, lost, form, ranks)
+        if numbers >= whole:
+            return
+        lost = float(tails.gather(1, torch.tensor(ranks)[:, None]).sum())
+        yield Choice(numbers, lost, form, ranks)
 
 
 def _worth(even: list[Choice], uneven: list[Choice], numbers: int) -> list[Choice]:
@@ -118,11 +119,11 @@ def _worth(even: list[Choice], uneven: list[Choice], numbers: int) -> list[Choic
     return uneven if is_better else even
 
 
-def _descended(stack: Stack, choices: list[Choice], numbers: int) -> list[Choice]:
+def _descended(stack: Stack, form: str, choices: list[Choice], numbers: int) -> list[Choice]:
     """The choices of a form with what they lose after the descent, from few fits, see `stack_choices`."""
-    parts = _AROUND if choices and choices[0].form == "base" else (1.0,)
+    parts = _AROUND if form == "base" else (1.0,)
     tried = dict.fromkeys(filter(None, (_largest(choices, part * numbers) for part in parts)))
-    fits = [(at, fit_stack(stack.matrices, at.form, at.ranks, stack.moments)) for at in tried]
+    fits = [(at, fit_stack(stack.matrices, form, at.ranks, stack.moments)) for at in tried]
     if not fits:
         return choices
     gains = [min(float(fit.lost.sum()) / at.lost, 1.0) for at, fit in fits]

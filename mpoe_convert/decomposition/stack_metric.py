@@ -122,7 +122,10 @@ class Stack:
 
     @cached_property
     def levels(self) -> list[float]:
-        """The mean of the diagonal of every M_e, without the ridge."""
+        """The mean of the diagonal of every M_e, without the ridge; where rounding made it negative, 0."""
+        return [max(level, 0.0) for level in self._levels()]
+
+    def _levels(self) -> list[float]:
         if isinstance(self.moments, Moments) and self.weights is None:
             return self.moments.levels()
         weights = [1.0] * len(self) if self.weights is None else self.weights.tolist()

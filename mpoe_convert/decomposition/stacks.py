@@ -16,10 +16,12 @@ and difference), SVD-LLM (arXiv 2403.07378, each alone).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from ..errors import counted
 
 FORMS = ("none", "input", "output", "both", "base", "whole")
 # Kernels for groups of products want ranks that are multiples of this. Ranks below `_FEW` are left as they
@@ -42,23 +44,28 @@ def stack_terms(form: str, ranks: Ranks, in_dim: int, out_dim: int) -> list[dict
         in_dim, out_dim: size of one expert's matrix.
 
     Raises:
-        ValueError: unknown form, or another number of ranks.
+        ValueError: unknown form, or a number of ranks that it never has.
     """
     _check(form, ranks)
-    two: dict = {"in_dims": [in_dim, 1], "out_dims": [1, out_dim], "bonds": [max(ranks, default=0)]}
-    if len(set(ranks)) > 1 and form in UNEVEN:
-        two["by_expert"] = {"bonds": [[rank] for rank in ranks]}
     if form == "both":
         three = {"in_dims": [in_dim, 1, 1], "out_dims": [1, 1, out_dim], "bonds": list(ranks)}
         return [three | {"shared": [True, False, True]}]
-    if form in ("whole", "base"):
-        matrix = {"in_dims": [in_dim], "out_dims": [out_dim], "bonds": [], "shared": [form == "base"]}
-        return [matrix] if form == "whole" else [matrix, two | {"shared": [False, False]}]
-    return [two | {"shared": [form == "input", form == "output"]}]
+    matrix = {"in_dims": [in_dim], "out_dims": [out_dim], "bonds": [], "shared": [form == "base"]}
+    if form == "whole":
+        return [matrix]
+    two: dict = {"in_dims": [in_dim, 1], "out_dims": [1, out_dim], "bonds": [max(ranks)]}
+    if len(set(ranks)) > 1:
+        two["by_expert"] = {"bonds": [[rank] for rank in ranks]}
+    two["shared"] = [form == "input", form == "output"]
+    return [matrix, two] if form == "base" else [two]
 
 
 def count_stack(form: str, ranks: Ranks, num_experts: int, in_dim: int, out_dim: int) -> int:
-    """Numbers that are stored for all experts. Arguments and errors as for `stack_terms`."""
+    """Numbers that are stored for all experts. Arguments as for `stack_terms`.
+
+    Raises:
+        ValueError: unknown form, or another number of ranks.
+    """
     _check(form, ranks, num_experts)
     if form == "whole":
         return num_experts * in_dim * out_dim
@@ -95,17 +102,22 @@ def packed_cores(cores: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     ]
 
 
-def shared_out_ranks(squares: Tensor, total: int) -> Ranks:
-    """One rank for each expert, about `total` together, that lose least: those of the largest values.
+def shared_out_ranks(squares: Tensor, totals: Iterable[int]) -> Iterator[Ranks]:
+    """One rank for each expert, about as many together as each total, that lose least: of the largest values.
 
     Every expert has at least 1, and from 64 on multiples of `MULTIPLE`.
 
     Args:
         squares: (E, n) squared singular values, descending.
+        totals: rising.
     """
     count, largest = squares.shape
-    chosen = squares.flatten().argsort(descending=True, stable=True)[:total] // largest
-    return tuple(max(_aligned(rank, largest), 1) for rank in torch.bincount(chosen, minlength=count).tolist())
+    experts = squares.flatten().argsort(descending=True, stable=True) // largest  # of all values, sorted
+    ranks, before = torch.zeros(count, dtype=torch.int64), 0
+    for total in totals:
+        ranks += torch.bincount(experts[before:total], minlength=count)
+        before = total
+        yield tuple(max(_aligned(rank, largest), 1) for rank in ranks.tolist())
 
 
 def ranks_within(
@@ -159,10 +171,13 @@ def _check(form: str, ranks: Sequence[int], num_experts: int | None = None) -> N
     if form not in FORMS:
         raise ValueError(f"no form is called {form!r}: choose one of {', '.join(FORMS)}")
     needed = {"both": 2, "whole": 0}.get(form, 1)
-    if form in UNEVEN and len(ranks) > 1 and num_experts in (None, len(ranks)):
+    if len(ranks) == needed or (form in UNEVEN and len(ranks) > 1 and num_experts in (None, len(ranks))):
         return
-    if len(ranks) != needed:
-        raise ValueError(f"the form {form} has {needed} ranks, found {tuple(ranks)}")
+    expected = "no ranks" if form == "whole" else counted(needed, "rank")
+    if form in UNEVEN:
+        experts = "expert" if num_experts is None else f"of {counted(num_experts, 'expert')}"
+        expected += f", or one for each {experts}"
+    raise ValueError(f"the form {form} has {expected}, found {tuple(ranks)}")
 
 
 def _aligned(rank: int, largest: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..decomposition.stacks import Ranks, stack_terms
+from ..decomposition.stacks import UNEVEN, Ranks, stack_terms
 from ..decomposition.symmetric import packed_length
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
@@ -75,7 +75,7 @@ class StackPlan(MatrixPlan):
             "experts' matrix": self.name,
             "size": f"{self.num_experts} x {self.rows} x {self.cols}",
             "shared": self.form,
-            "ranks": listed_ranks(self.ranks),
+            "ranks": listed_ranks(self.ranks, self.form in UNEVEN),
             "alike": None if self.alike is None else f"{self.alike:.2f}",
             "source": self.dense_params,
             "stored": self.stored_params,

@@ -106,6 +106,16 @@ def test_experts_that_were_not_looked_at_count_by_their_moments(monkeypatch):
     assert float(found.squares["none"].sum()) == pytest.approx(float(found.lost["none"][0]))
 
 
+def test_an_expert_of_which_rounding_left_a_negative_moment_loses_about_nothing():
+    weights, moments = randn(EXPERTS, 12, 9), torch.eye(12).repeat(EXPERTS, 1, 1).double()
+    moments[-1] *= -1e-4
+    found = stack_curves(Stack(weights, moments), FORMS)
+    moments[-1] = 0
+    exact = stack_curves(Stack(weights, moments), FORMS)
+    for form, lost in exact.lost.items():
+        torch.testing.assert_close(found.lost[form], lost, rtol=0.01, atol=1e-3 * exact.energy)
+
+
 @pytest.mark.parametrize("moments", [True, False])
 def test_choices_rise_in_numbers_and_fall_in_loss(moments):
     weights, inputs = problem(12, 9)

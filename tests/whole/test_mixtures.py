@@ -270,6 +270,7 @@ def test_experts_have_ranks_of_their_own(mixtral, tmp_path):
     recipe = Recipe(str(tmp_path / "source"), keep=0.7, share="none", allocation="uniform")
     report = convert(recipe, tmp_path / "out")
     assert all(len(m.ranks) == EXPERTS and m.ranks[1] < min(m.ranks[0], m.ranks[2]) for m in report.matrices)
+    assert all(m.bonds == (max(m.ranks),) for m in report.matrices)
     assert report.plan.ffn_totals.stored_params <= 0.7 * report.plan.ffn_totals.dense_params
     stock, model = load_pair(tmp_path / "source", tmp_path / "out")
     told = {matrix.name: matrix for matrix in report.matrices}
