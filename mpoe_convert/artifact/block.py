@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -221,28 +221,49 @@ def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
     return {tail: tuple(tensor.shape) for tail, tensor in module.state_dict().items()}
 
 
-def check_tensors(stored: Mapping[str, Shape], key: str, form: dict, config: dict, where: str) -> None:
-    """Check that a mixture's tensors are there, with the shapes that the block says.
+def check_tensors(
+    stored: Mapping[str, Shape], mixtures: Iterable[tuple[str, str]], config: dict, where: str
+) -> None:
+    """Check that the tensors of mixtures are there, with the shapes that the block says.
 
     Args:
         stored: {name: shape} of all tensors of the artifact.
-        key: prefix of the mixture's: "transformer.h.0.mlp".
-        form: of the mixture.
+        mixtures: (prefix of its tensors, path that `ffns` names): ("transformer.h.0.mlp", "h.0").
         config: which `check_block` has checked.
         where: the artifact, for the message.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, which names it.
     """
-    for tail, shape in mixture_shapes(form, config["mpoe"], where).items():
-        name = f"{key}.{tail}"
-        if name not in stored and _is_rounded(stored, name, shape, bits_of(config)):
-            continue
-        if (found := stored.get(name)) != shape:
-            what = "is missing" if found is None else f"has the shape {[*found]}"
-            raise CheckpointError(
-                f"'{where}': {name} {what}, expected {[*shape]} by config.json: fetch or save it again"
-            )
+    block, bits = config["mpoe"], bits_of(config)
+    shapes = [mixture_shapes(form, block, where) for form in block["forms"]]
+    for key, path in mixtures:
+        for tail, shape in shapes[block["ffns"][path]].items():
+            name = f"{key}.{tail}"
+            if name not in stored and _is_rounded(stored, name, shape, bits):
+                continue
+            if (found := stored.get(name)) != shape:
+                what = "is missing" if found is None else f"has the shape {[*found]}"
+                raise CheckpointError(
+                    f"'{where}': {name} {what}, expected {[*shape]} by config.json: fetch or save it again"
+                )
+
+
+def missing_mixtures(block: dict, found: Collection[str]) -> list[str]:
+    """Paths that `ffns` names and that are not among those found, though others of their stack are.
+
+    A model may hold only one of the stacks, such as the encoder of T5.
+    """
+    stacks = {path.split(".")[0] for path in found}
+    return [path for path in block["ffns"] if path not in found and path.split(".")[0] in stacks]
+
+
+def refuse_missing(paths: Sequence[str], where: str) -> NoReturn:
+    """Raise the CheckpointError of mixtures without any tensor."""
+    raise CheckpointError(
+        f"'{where}' has no tensors of the mixtures that its config.json names ({', '.join(paths[:3])}): "
+        "fetch or save it again"
+    )
 
 
 def _is_rounded(stored: Mapping[str, Shape], name: str, shape: Shape, bits: int) -> bool:
@@ -264,24 +285,37 @@ def checked_artifact(folder: Path) -> tuple[dict, dict]:
 
 
 def _check_whole(config: dict, folder: Path) -> None:
-    """The block, and the tensors of all mixtures that are stored."""
+    """The block, and the tensors of all mixtures that are stored.
+
+    Other libraries store rounded tensors by names and shapes of their own, which loading is left to read.
+    """
     check_block(config, str(folder / "config.json"))
+    if config.get("quantization_config") and not bits_of(config):
+        return
     stored: dict[str, Shape] = {}
     for name in filter(is_weights, weight_files(Folder(str(folder), folder))[0]):
         stored |= {tensor.name: tensor.shape for tensor in read_header(folder / name, name).values()}
-    for key, number in _mixture_keys(stored, config):
-        check_tensors(stored, key, config["mpoe"]["forms"][number], config, str(folder))
+    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, str(folder))
 
 
-def _mixture_keys(stored: Mapping[str, Shape], config: dict) -> Iterator[tuple[str, int]]:
-    """(prefix of its tensors, place of its form) of mixtures that are stored by the names of memory."""
-    block = config["mpoe"]
-    tail = [block["family"]["slot"], *([modeling().MIXTURE] if keeps_routers(config) else [])]
-    owners = {name.rpartition(f".{part}.")[0] for name in stored for part in ("up", "router")}
-    for path, number in block["ffns"].items():
+def _stored_mixtures(stored: Mapping[str, Shape], config: dict, where: str) -> list[tuple[str, str]]:
+    """(prefix of its tensors, path) of mixtures that are stored by the names of memory.
+
+    Raises:
+        CheckpointError: there is no tensor of any mixture, or none of one whose stack has others.
+    """
+    block, in_block = config["mpoe"], keeps_routers(config)
+    tail = [block["family"]["slot"], *([modeling().MIXTURE] if in_block else [])]
+    parts = ("up", "down") if in_block else ("up", "down", "router")
+    owners = sorted({name.rpartition(f".{part}.")[0] for name in stored for part in parts} - {""})
+    found: list[tuple[str, str]] = []
+    for path in block["ffns"]:
         end = ".".join(filter(None, [path, *tail]))
-        for key in sorted(owner for owner in owners if f".{owner}".endswith(f".{end}")):
-            yield key, number
+        found += [(owner, path) for owner in owners if f".{owner}".endswith(f".{end}")]
+    missing = missing_mixtures(block, {path for _, path in found})
+    if missing or not owners:
+        refuse_missing(missing or [*block["ffns"]], where)
+    return found
 
 
 def check_folder(name: str) -> None:

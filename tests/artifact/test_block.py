@@ -2,15 +2,20 @@
 
 import copy
 import json
+import re
+import shutil
 
 import pytest
 from click.testing import CliRunner
 from helpers.data import words, write
 from helpers.expert_mixtures import save_mixture
+from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Recipe, convert
-from mpoe_convert.artifact.block import check_block
+from mpoe_convert.artifact import block as block_file
+from mpoe_convert.artifact.block import check_block, check_folder
 from mpoe_convert.artifact.inspect import inspect
+from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError
 
@@ -28,13 +33,19 @@ def out(artifact):
 
 
 @pytest.fixture(scope="module")
-def configs(out, artifact, tmp_path_factory):
-    """Of experts that differ in size, and of a mixture as source too."""
+def of_mixture(tmp_path_factory):
+    """Of a mixture as source."""
     folder = tmp_path_factory.mktemp("mixture")
     save_mixture("mixtral", folder / "source")
     convert(Recipe(str(folder / "source"), keep=0.8), folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def configs(out, of_mixture, artifact):
+    """Of experts that differ in size, and of a mixture as source too."""
     sizes = artifact("gpt2", kind="low-rank", bond_dim="2/3/4")[1]
-    folders = {"dense": out, "mixture": folder / "out", "sizes": sizes}
+    folders = {"dense": out, "mixture": of_mixture, "sizes": sizes}
     return {name: json.loads((each / "config.json").read_text()) for name, each in folders.items()}
 
 
@@ -177,3 +188,75 @@ def test_every_command_ends_in_one_line(command, fault, damaged, tmp_path, monke
 def test_what_has_no_value_is_no_fault(out, damaged):
     """Keys that a reader needs not are left to people."""
     assert inspect(damaged(lambda block: block.pop("kind"))).config["mpoe"].get("kind") is None
+
+
+def changed(source, folder, rename):
+    """A copy of an artifact, whose tensors have the names that `rename` gives; None: left out."""
+    shutil.copytree(source, folder)
+    named = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    named.pop(None, None)
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def without(pattern, source, folder):
+    return changed(source, folder, lambda name: None if re.search(pattern, name) else name)
+
+
+GONE = {
+    "a layer": ("dense", r"\.layers\.1\.mlp\.", "(layers.1)"),
+    "all layers": ("dense", r"\.mlp\.", "(layers.0, layers.1)"),
+    "experts of a layer": ("mixture", r"\.layers\.1\..*\.mixture\.", "(layers.1)"),
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+def test_a_mixture_without_any_tensor_is_told(what, out, of_mixture, tmp_path):
+    source, gone, paths = GONE[what]
+    source = {"dense": out, "mixture": of_mixture}[source]
+    folder = without(gone, source, tmp_path / "out")
+    for read in (inspect, check_folder, open_artifact):
+        with pytest.raises(CheckpointError, match="has no tensors of the mixtures") as caught:
+            read(str(folder))
+        assert paths in str(caught.value)
+
+
+def test_a_mixture_that_has_its_down_projection_alone_names_the_rest(out, tmp_path):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\..* is missing, expected \["):
+        inspect(without(r"\.layers\.1\.mlp\.(?!down\.)", out, tmp_path / "out"))
+
+
+def test_a_stack_may_be_left_out(artifact, tmp_path):
+    """As `T5EncoderModel` saves it; a layer of the encoder may not."""
+    source = artifact("t5")[1]
+    inspect(without(r"^decoder\.", source, tmp_path / "encoder"))
+    with pytest.raises(CheckpointError, match=r"\(encoder\.block\.1\.layer\.1\)"):
+        inspect(without(r"^encoder\.block\.1\.layer\.1\.", source, tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_tensors_that_other_libraries_rounded_are_left_to_them(command, out, tmp_path, monkeypatch):
+    """Their names are not those of config.json, and the commands have a word of their own for them."""
+    folder = changed(out, tmp_path / "out", lambda name: re.sub("central_0$", "central_0.weight", name))
+    with pytest.raises(CheckpointError, match="central_0 is missing"):
+        check_folder(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "eighths"}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_folder(str(folder))
+    assert inspect(folder).bits is None
+    write(tmp_path / "text.jsonl", [{"text": words(40)}])
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, [command, str(folder), "-q", *COMMANDS[command]])
+    said = {"finetune": "has rounded weights (eighths)", "evaluate": "would be random numbers"}[command]
+    assert done.exit_code == 1 and said in done.stderr and "is missing" not in done.stderr
+
+
+def test_the_shapes_of_a_form_are_worked_out_once_for_all_mixtures(artifact, monkeypatch):
+    """Opening checks the block, then the tensors: each of them needs the shapes of the form."""
+    asked, shapes = [], block_file.mixture_shapes
+    monkeypatch.setattr(block_file, "mixture_shapes", lambda *args: asked.append(1) or shapes(*args))
+    opened = open_artifact(str(artifact("t5")[1]))
+    forms = len(opened.checkpoint.config["mpoe"]["forms"])
+    assert len(opened.mixtures) > forms
+    assert len(asked) == 2 * forms
