@@ -24,6 +24,8 @@ from .rounding import bits_of, stored_specs
 _REMEDY = "take config.json as it came with these weights"
 _DIMS = ("in_dims", "out_dims", "bonds")
 _BIASES = (None, "shared", "per-expert", "once")
+_TOP_P = "top-p"  # the rule that has a threshold
+_MISSING = object()  # stands for the value of a key that is not there
 
 Shape = tuple[int, ...]
 
@@ -39,17 +41,17 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _counts(number: int | None = None) -> _Expected:
-    """A list of whole numbers of at least 1; None: of any length but 0."""
-    return _list_of(f"{'' if number is None else f'{number} '}whole numbers of at least 1", _COUNT, number)
+def _list_of(words: str, each: _Expected, number: int) -> _Expected:
+    """A list of so many values."""
 
-
-def _list_of(words: str, each: _Expected, number: int | None) -> _Expected:
     def holds(value: Any) -> bool:
-        is_long_enough = isinstance(value, list) and (len(value) == number if number is not None else value)
-        return bool(is_long_enough) and all(map(each.holds, value)) if number != 0 else value == []
+        return isinstance(value, list) and len(value) == number and all(map(each.holds, value))
 
     return _Expected(f"a list of {words}", holds)
+
+
+def _counts(number: int) -> _Expected:
+    return _list_of(f"{number} {_COUNTS}", _COUNT, number)
 
 
 _COUNT = _Expected("a whole number of at least 1", lambda value: _is_whole(value, 1))
@@ -65,10 +67,14 @@ _OBJECT_OR_NONE = _Expected("an object", lambda value: value is None or isinstan
 _OBJECT = _Expected("an object", lambda value: isinstance(value, dict))
 _FULL_OBJECT = _Expected("an object that is not empty", lambda value: isinstance(value, dict) and bool(value))
 _FULL_LIST = _Expected("a list that is not empty", lambda value: isinstance(value, list) and bool(value))
+_COUNTS = "whole numbers of at least 1"
+_SOME_COUNTS = _Expected(
+    f"a list of {_COUNTS}", lambda value: _FULL_LIST.holds(value) and all(map(_COUNT.holds, value))
+)
 _BIAS = _Expected(
     'null, "shared", "per-expert" or "once"', lambda v: v is None or (isinstance(v, str) and v in _BIASES)
 )
-_PART = _Expected(
+_FRACTION = _Expected(
     "a number above 0 and below 1", lambda v: isinstance(v, float | int) and v is not True and 0 < v < 1
 )
 
@@ -76,7 +82,7 @@ _PART = _Expected(
 _AROUND = {"model_type": _TEXT, "architectures": _TEXTS_OR_NONE, "auto_map": _OBJECT_OR_NONE}
 _NEEDED = {"num_experts": _COUNT, "top_k": _COUNT, "ffns": _FULL_OBJECT, "forms": _FULL_LIST}
 _NEEDED |= {"family": _OBJECT}
-_OPTIONAL = {"parts": _COUNT, "shared_experts": _NUMBER, "rule": _TEXT, "threshold": _PART}
+_OPTIONAL = {"parts": _COUNT, "shared_experts": _NUMBER, "rule": _TEXT, "threshold": _FRACTION}
 _OPTIONAL |= {"base_auto_map": _OBJECT_OR_NONE}
 # How an FFN, or the experts of a mixture, are wired into their layer.
 _OF_FFN = {"slot": _TEXT, "absorbed": _TEXTS, "activation": _TEXT, "inner_dropout": _TEXT_OR_NONE}
@@ -109,9 +115,6 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
-_MISSING = object()
-
-
 def check_block(config: dict, where: str) -> None:
     """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
 
@@ -132,8 +135,7 @@ def check_block(config: dict, where: str) -> None:
             f"{runtime.FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
         )
     reader.fields("mpoe", block, _NEEDED, _OPTIONAL)
-    if block["top_k"] > block["num_experts"]:
-        reader.fail("mpoe.top_k", block["top_k"], f"at most num_experts, {block['num_experts']}")
+    _check_routing(reader, block)
     for path, number in block["ffns"].items():
         words = f"the place of a form, 0 to {len(block['forms']) - 1}"
         is_place = _Expected(words, lambda v: _is_whole(v, 0) and v < len(block["forms"]))
@@ -145,6 +147,22 @@ def check_block(config: dict, where: str) -> None:
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
         mixture_shapes(form, block, where)
+
+
+def _check_routing(reader: _Reader, block: dict) -> None:
+    """How routers choose, in values that fit together."""
+    runtime, num_experts = modeling(), block["num_experts"]
+    rule, parts = block.get("rule", runtime.DEFAULT_RULE), block.get("parts", 1)
+    if block["top_k"] > num_experts:
+        reader.fail("mpoe.top_k", block["top_k"], f"at most num_experts, {num_experts}")
+    if num_experts % parts:
+        reader.fail("mpoe.parts", parts, f"a divisor of num_experts, {num_experts}")
+    if rule not in runtime.RULES:
+        reader.fail("mpoe.rule", rule, f"one of {', '.join(runtime.RULES)}")
+    if rule == _TOP_P:
+        reader.check("mpoe.threshold", block.get("threshold", _MISSING), _FRACTION)
+    elif "threshold" in block:
+        reader.fail("mpoe.threshold", block["threshold"], f"none beside the rule {rule}")
 
 
 def _check_form(reader: _Reader, place: str, form: Any, block: dict) -> None:
@@ -184,7 +202,7 @@ def _check_projection(reader: _Reader, place: str, spec: dict, num_experts: int)
 def _check_term(reader: _Reader, place: str, term: Any, num_experts: int) -> Shape:
     """(in, out) of a chain, whose lists have one entry for each core."""
     reader.check(place, term, _OBJECT)
-    length = len(reader.check(f"{place}.in_dims", term.get("in_dims", _MISSING), _counts()))
+    length = len(reader.check(f"{place}.in_dims", term.get("in_dims", _MISSING), _SOME_COUNTS))
     expected = dict(zip(_DIMS, map(_counts, (length, length, length - 1)), strict=True))
     truths = _list_of(f"{length} times true or false", _TRUTH, length)
     untied = _Expected(f"null or {truths.words}", lambda value: value is None or truths.holds(value))
@@ -214,8 +232,7 @@ def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
         if block["family"].get("experts"):
             module = runtime.Experts(form, block["num_experts"], block["top_k"])
         else:
-            known = block if block.get("rule") in runtime.RULES else {**block, "rule": runtime.DEFAULT_RULE}
-            module = runtime.FeedForward.from_block(form, known)
+            module = runtime.FeedForward.from_block(form, block)
     except ValueError as error:
         raise CheckpointError(f"'{where}': {error}: {_REMEDY}") from error
     return {tail: tuple(tensor.shape) for tail, tensor in module.state_dict().items()}

@@ -21,9 +21,39 @@ from mpoe_convert.errors import CheckpointError
 
 # What people may write in the place of a value.
 WRONG = {"text": "a", "null": None, "negative": -1, "list": [], "object": {}, "fraction": 0.5}
-FREE = ("kind", "base_model_type", "version")  # for people alone, see the guide
-# Changes that may be right: fewer layers or projections, another module.
-MAY_BE = {"ffns": {"removed"}, "forms": {"removed", "null"}, "family": {"removed", "text", "null"}}
+FREE = ("kind", "base_model_type")  # for people alone, see the guide
+# Changes that may be right: fewer layers, projections or terms, another module.
+MAY_BE = {
+    "an entry of ffns": {"removed"},
+    **dict.fromkeys(["gate", "adapter", "an entry of terms", "by_expert"], {"removed"}),
+    **dict.fromkeys(["parts", "shared_experts"], {"removed"}),
+    **dict.fromkeys(["slot", "activation", "experts"], {"text"}),
+    **dict.fromkeys(["inner_dropout", "outer_dropout"], {"text", "null"}),
+    "absorbed": {"list"},
+    "an entry of absorbed": {"removed", "text"},
+    "untied": {"removed", "null"},
+    "bias": {"null"},
+    "threshold": {"fraction"},
+}
+# By the guide to the format.
+KEYS = {
+    *("format", "num_experts", "top_k", "ffns", "forms", "family", "parts", "shared_experts", "rule"),
+    *(
+        "threshold",
+        "up",
+        "down",
+        "gate",
+        "adapter",
+        "terms",
+        "bias",
+        "in_dims",
+        "out_dims",
+        "bonds",
+        "shared",
+    ),
+    *("untied", "by_expert", "slot", "absorbed", "activation", "inner_dropout", "outer_dropout"),
+    *("adds_residual", "experts"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +71,18 @@ def of_mixture(tmp_path_factory):
     return folder / "out"
 
 
+RECIPES = {
+    "sizes": ("gpt2", {"kind": "low-rank", "bond_dim": "2/3/4"}),
+    "adapter": ("gpt2", {"kind": "adapter"}),
+    "top-p": ("gpt2", {"select": "top-p", "threshold": 0.7}),
+    "split": ("gpt2", {"kind": "split", "experts": 4, "parts": 2, "shared_experts": 1}),
+}
+
+
 @pytest.fixture(scope="module")
 def configs(out, of_mixture, artifact):
-    """Of experts that differ in size, and of a mixture as source too."""
-    sizes = artifact("gpt2", kind="low-rank", bond_dim="2/3/4")[1]
-    folders = {"dense": out, "mixture": of_mixture, "sizes": sizes}
+    made = {name: artifact(model_type, **recipe)[1] for name, (model_type, recipe) in RECIPES.items()}
+    folders = {"dense": out, "mixture": of_mixture, **made}
     return {name: json.loads((each / "config.json").read_text()) for name, each in folders.items()}
 
 
@@ -73,50 +110,64 @@ def edits(block):
                 yield place, name, changed
 
 
-@pytest.mark.parametrize("source", ["dense", "mixture", "sizes"])
+def named(place):
+    """The key of a value, or of the list or the layers that it is an entry of."""
+    last = place[-1]
+    return f"an entry of {place[-2]}" if isinstance(last, int) or place[:-1] == ("ffns",) else last
+
+
+@pytest.mark.parametrize("source", ["dense", "mixture", *RECIPES])
 def test_whatever_stands_there_is_told_or_may_be(source, configs):
-    config, tried = configs[source], 0
+    config = configs[source]
     check_block(config, "config.json")
     for place, name, block in edits(config["mpoe"]):
-        tried += 1
         try:
             check_block(config | {"mpoe": block}, "out/config.json")
         except CheckpointError as error:
             assert str(error).startswith("'out/config.json'"), (place, name)
             assert "\n" not in str(error) and "expected" in str(error), (place, name, str(error))
         else:
-            assert name in MAY_BE.get(place[0], ()), (place, name)
-    assert tried > 150
+            assert name in MAY_BE.get(named(place), ()), (place, name)
+
+
+def test_every_key_of_the_format_is_tried(configs):
+    tried = {named(place) for config in configs.values() for place, *_ in edits(config["mpoe"])}
+    assert {key for key in tried if not key.startswith("an entry of ")} == KEYS
 
 
 TERM = "mpoe.forms[0].up.terms[0]"
-SAID = {
-    ("top_k",): ("2", "mpoe.top_k is '2', expected a whole number of at least 1"),
-    ("num_experts",): (True, "mpoe.num_experts is True, expected a whole number of at least 1"),
-    ("num_experts", ""): (1, "mpoe.top_k is 2, expected at most num_experts, 1"),
-    ("ffns", "layers.0"): (3, "mpoe.ffns['layers.0'] is 3, expected the place of a form, 0 to 0"),
-    ("family", "slot"): (None, "mpoe.family.slot is None, expected a text"),
-    ("forms", 0, "up", "bias"): ("own", 'is \'own\', expected null, "shared", "per-expert" or "once"'),
-    ("forms", 0, "up", "terms", 0, "bonds"): (
+SAID = [
+    (("top_k",), "2", "mpoe.top_k is '2', expected a whole number of at least 1"),
+    (("num_experts",), True, "mpoe.num_experts is True, expected a whole number of at least 1"),
+    (("num_experts",), 1, "mpoe.top_k is 2, expected at most num_experts, 1"),
+    (("parts",), 2, "mpoe.parts is 2, expected a divisor of num_experts, 3"),
+    (("rule",), "best", "mpoe.rule is 'best', expected one of expert-choice, top-any, top-k, top-p: "),
+    (("rule",), "top-p", "mpoe.threshold is missing, expected a number above 0 and below 1"),
+    (("threshold",), 0.5, "mpoe.threshold is 0.5, expected none beside the rule top-k"),
+    (("ffns", "layers.0"), 3, "mpoe.ffns['layers.0'] is 3, expected the place of a form, 0 to 0"),
+    (("family", "slot"), None, "mpoe.family.slot is None, expected a text"),
+    (("forms", 0, "up", "bias"), "own", 'is \'own\', expected null, "shared", "per-expert" or "once"'),
+    (
+        ("forms", 0, "up", "terms", 0, "bonds"),
         [4],
         f"{TERM}.bonds is [4], expected a list of 2 whole",
     ),
-    ("forms", 0, "up", "terms", 0, "shared"): ([], f"{TERM}.shared is [], expected a list of 3 times true"),
-    ("forms", 0, "up", "terms", 0, "out_dims"): (
+    (("forms", 0, "up", "terms", 0, "shared"), [], f"{TERM}.shared is [], expected a list of 3 times true"),
+    (
+        ("forms", 0, "up", "terms", 0, "out_dims"),
         [1, 1, 25],
         "the size of mpoe.forms[0].down is (24, 16), expected (25, 16) beside mpoe.forms[0].up",
     ),
-    ("forms", 0, "adapters"): (4, "a form in config.mpoe has the parts ['adapters']"),
-    ("format",): (7, "has format 7 of the mpoe block, expected 1"),
-}
+    (("forms", 0, "adapters"), 4, "a form in config.mpoe has the parts ['adapters']"),
+    (("format",), 7, "has format 7 of the mpoe block, expected 1"),
+]
 
 
-@pytest.mark.parametrize("place", SAID)
-def test_a_value_says_what_was_expected(place, configs):
+@pytest.mark.parametrize(("place", "value", "said"), SAID)
+def test_a_value_says_what_was_expected(place, value, said, configs):
     config = copy.deepcopy(configs["dense"])
-    value, said = SAID[place]
     at = config["mpoe"]
-    *parents, last = [key for key in place if key != ""]
+    *parents, last = place
     for key in parents:
         at = at[key]
     at[last] = value
