@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +24,8 @@ from .rounding import bits_of, stored_specs
 _REMEDY = "take config.json as it came with these weights"
 _DIMS = ("in_dims", "out_dims", "bonds")
 _BIASES = (None, "shared", "per-expert", "once")
+_TOP_P = "top-p"  # the rule that has a threshold
+_MISSING = object()  # stands for the value of a key that is not there
 
 Shape = tuple[int, ...]
 
@@ -39,17 +41,17 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _counts(number: int | None = None) -> _Expected:
-    """A list of whole numbers of at least 1; None: of any length but 0."""
-    return _list_of(f"{'' if number is None else f'{number} '}whole numbers of at least 1", _COUNT, number)
+def _list_of(words: str, each: _Expected, number: int) -> _Expected:
+    """A list of so many values."""
 
-
-def _list_of(words: str, each: _Expected, number: int | None) -> _Expected:
     def holds(value: Any) -> bool:
-        is_long_enough = isinstance(value, list) and (len(value) == number if number is not None else value)
-        return bool(is_long_enough) and all(map(each.holds, value)) if number != 0 else value == []
+        return isinstance(value, list) and len(value) == number and all(map(each.holds, value))
 
     return _Expected(f"a list of {words}", holds)
+
+
+def _counts(number: int) -> _Expected:
+    return _list_of(f"{number} {_COUNTS}", _COUNT, number)
 
 
 _COUNT = _Expected("a whole number of at least 1", lambda value: _is_whole(value, 1))
@@ -65,10 +67,14 @@ _OBJECT_OR_NONE = _Expected("an object", lambda value: value is None or isinstan
 _OBJECT = _Expected("an object", lambda value: isinstance(value, dict))
 _FULL_OBJECT = _Expected("an object that is not empty", lambda value: isinstance(value, dict) and bool(value))
 _FULL_LIST = _Expected("a list that is not empty", lambda value: isinstance(value, list) and bool(value))
+_COUNTS = "whole numbers of at least 1"
+_SOME_COUNTS = _Expected(
+    f"a list of {_COUNTS}", lambda value: _FULL_LIST.holds(value) and all(map(_COUNT.holds, value))
+)
 _BIAS = _Expected(
     'null, "shared", "per-expert" or "once"', lambda v: v is None or (isinstance(v, str) and v in _BIASES)
 )
-_PART = _Expected(
+_FRACTION = _Expected(
     "a number above 0 and below 1", lambda v: isinstance(v, float | int) and v is not True and 0 < v < 1
 )
 
@@ -76,7 +82,7 @@ _PART = _Expected(
 _AROUND = {"model_type": _TEXT, "architectures": _TEXTS_OR_NONE, "auto_map": _OBJECT_OR_NONE}
 _NEEDED = {"num_experts": _COUNT, "top_k": _COUNT, "ffns": _FULL_OBJECT, "forms": _FULL_LIST}
 _NEEDED |= {"family": _OBJECT}
-_OPTIONAL = {"parts": _COUNT, "shared_experts": _NUMBER, "rule": _TEXT, "threshold": _PART}
+_OPTIONAL = {"parts": _COUNT, "shared_experts": _NUMBER, "rule": _TEXT, "threshold": _FRACTION}
 _OPTIONAL |= {"base_auto_map": _OBJECT_OR_NONE}
 # How an FFN, or the experts of a mixture, are wired into their layer.
 _OF_FFN = {"slot": _TEXT, "absorbed": _TEXTS, "activation": _TEXT, "inner_dropout": _TEXT_OR_NONE}
@@ -109,9 +115,6 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
-_MISSING = object()
-
-
 def check_block(config: dict, where: str) -> None:
     """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
 
@@ -132,8 +135,7 @@ def check_block(config: dict, where: str) -> None:
             f"{runtime.FORMAT_VERSION}: use the release of mpoe-convert that wrote it"
         )
     reader.fields("mpoe", block, _NEEDED, _OPTIONAL)
-    if block["top_k"] > block["num_experts"]:
-        reader.fail("mpoe.top_k", block["top_k"], f"at most num_experts, {block['num_experts']}")
+    _check_routing(reader, block)
     for path, number in block["ffns"].items():
         words = f"the place of a form, 0 to {len(block['forms']) - 1}"
         is_place = _Expected(words, lambda v: _is_whole(v, 0) and v < len(block["forms"]))
@@ -145,6 +147,22 @@ def check_block(config: dict, where: str) -> None:
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
         mixture_shapes(form, block, where)
+
+
+def _check_routing(reader: _Reader, block: dict) -> None:
+    """How routers choose, in values that fit together."""
+    runtime, num_experts = modeling(), block["num_experts"]
+    rule, parts = block.get("rule", runtime.DEFAULT_RULE), block.get("parts", 1)
+    if block["top_k"] > num_experts:
+        reader.fail("mpoe.top_k", block["top_k"], f"at most num_experts, {num_experts}")
+    if num_experts % parts:
+        reader.fail("mpoe.parts", parts, f"a divisor of num_experts, {num_experts}")
+    if rule not in runtime.RULES:
+        reader.fail("mpoe.rule", rule, f"one of {', '.join(runtime.RULES)}")
+    if rule == _TOP_P:
+        reader.check("mpoe.threshold", block.get("threshold", _MISSING), _FRACTION)
+    elif "threshold" in block:
+        reader.fail("mpoe.threshold", block["threshold"], f"none beside the rule {rule}")
 
 
 def _check_form(reader: _Reader, place: str, form: Any, block: dict) -> None:
@@ -184,7 +202,7 @@ def _check_projection(reader: _Reader, place: str, spec: dict, num_experts: int)
 def _check_term(reader: _Reader, place: str, term: Any, num_experts: int) -> Shape:
     """(in, out) of a chain, whose lists have one entry for each core."""
     reader.check(place, term, _OBJECT)
-    length = len(reader.check(f"{place}.in_dims", term.get("in_dims", _MISSING), _counts()))
+    length = len(reader.check(f"{place}.in_dims", term.get("in_dims", _MISSING), _SOME_COUNTS))
     expected = dict(zip(_DIMS, map(_counts, (length, length, length - 1)), strict=True))
     truths = _list_of(f"{length} times true or false", _TRUTH, length)
     untied = _Expected(f"null or {truths.words}", lambda value: value is None or truths.holds(value))
@@ -214,35 +232,55 @@ def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
         if block["family"].get("experts"):
             module = runtime.Experts(form, block["num_experts"], block["top_k"])
         else:
-            known = block if block.get("rule") in runtime.RULES else {**block, "rule": runtime.DEFAULT_RULE}
-            module = runtime.FeedForward.from_block(form, known)
+            module = runtime.FeedForward.from_block(form, block)
     except ValueError as error:
         raise CheckpointError(f"'{where}': {error}: {_REMEDY}") from error
     return {tail: tuple(tensor.shape) for tail, tensor in module.state_dict().items()}
 
 
-def check_tensors(stored: Mapping[str, Shape], key: str, form: dict, config: dict, where: str) -> None:
-    """Check that a mixture's tensors are there, with the shapes that the block says.
+def check_tensors(
+    stored: Mapping[str, Shape], mixtures: Iterable[tuple[str, str]], config: dict, where: str
+) -> None:
+    """Check that the tensors of mixtures are there, with the shapes that the block says.
 
     Args:
         stored: {name: shape} of all tensors of the artifact.
-        key: prefix of the mixture's: "transformer.h.0.mlp".
-        form: of the mixture.
+        mixtures: (prefix of its tensors, path that `ffns` names): ("transformer.h.0.mlp", "h.0").
         config: which `check_block` has checked.
         where: the artifact, for the message.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, which names it.
     """
-    for tail, shape in mixture_shapes(form, config["mpoe"], where).items():
-        name = f"{key}.{tail}"
-        if name not in stored and _is_rounded(stored, name, shape, bits_of(config)):
-            continue
-        if (found := stored.get(name)) != shape:
-            what = "is missing" if found is None else f"has the shape {[*found]}"
-            raise CheckpointError(
-                f"'{where}': {name} {what}, expected {[*shape]} by config.json: fetch or save it again"
-            )
+    block, bits = config["mpoe"], bits_of(config)
+    shapes = [mixture_shapes(form, block, where) for form in block["forms"]]
+    for key, path in mixtures:
+        for tail, shape in shapes[block["ffns"][path]].items():
+            name = f"{key}.{tail}"
+            if name not in stored and _is_rounded(stored, name, shape, bits):
+                continue
+            if (found := stored.get(name)) != shape:
+                what = "is missing" if found is None else f"has the shape {[*found]}"
+                raise CheckpointError(
+                    f"'{where}': {name} {what}, expected {[*shape]} by config.json: fetch or save it again"
+                )
+
+
+def missing_mixtures(block: dict, found: Collection[str]) -> list[str]:
+    """Paths that `ffns` names and that are not among those found, though others of their stack are.
+
+    A model may hold only one of the stacks, such as the encoder of T5.
+    """
+    stacks = {path.split(".")[0] for path in found}
+    return [path for path in block["ffns"] if path not in found and path.split(".")[0] in stacks]
+
+
+def refuse_missing(paths: Sequence[str], where: str) -> NoReturn:
+    """Raise the CheckpointError of mixtures without any tensor."""
+    raise CheckpointError(
+        f"'{where}' has no tensors of the mixtures that its config.json names ({', '.join(paths[:3])}): "
+        "fetch or save it again"
+    )
 
 
 def _is_rounded(stored: Mapping[str, Shape], name: str, shape: Shape, bits: int) -> bool:
@@ -264,24 +302,37 @@ def checked_artifact(folder: Path) -> tuple[dict, dict]:
 
 
 def _check_whole(config: dict, folder: Path) -> None:
-    """The block, and the tensors of all mixtures that are stored."""
+    """The block, and the tensors of all mixtures that are stored.
+
+    Other libraries store rounded tensors by names and shapes of their own, which loading is left to read.
+    """
     check_block(config, str(folder / "config.json"))
+    if config.get("quantization_config") and not bits_of(config):
+        return
     stored: dict[str, Shape] = {}
     for name in filter(is_weights, weight_files(Folder(str(folder), folder))[0]):
         stored |= {tensor.name: tensor.shape for tensor in read_header(folder / name, name).values()}
-    for key, number in _mixture_keys(stored, config):
-        check_tensors(stored, key, config["mpoe"]["forms"][number], config, str(folder))
+    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, str(folder))
 
 
-def _mixture_keys(stored: Mapping[str, Shape], config: dict) -> Iterator[tuple[str, int]]:
-    """(prefix of its tensors, place of its form) of mixtures that are stored by the names of memory."""
-    block = config["mpoe"]
-    tail = [block["family"]["slot"], *([modeling().MIXTURE] if keeps_routers(config) else [])]
-    owners = {name.rpartition(f".{part}.")[0] for name in stored for part in ("up", "router")}
-    for path, number in block["ffns"].items():
+def _stored_mixtures(stored: Mapping[str, Shape], config: dict, where: str) -> list[tuple[str, str]]:
+    """(prefix of its tensors, path) of mixtures that are stored by the names of memory.
+
+    Raises:
+        CheckpointError: there is no tensor of any mixture, or none of one whose stack has others.
+    """
+    block, in_block = config["mpoe"], keeps_routers(config)
+    tail = [block["family"]["slot"], *([modeling().MIXTURE] if in_block else [])]
+    parts = ("up", "down") if in_block else ("up", "down", "router")
+    owners = sorted({name.rpartition(f".{part}.")[0] for name in stored for part in parts} - {""})
+    found: list[tuple[str, str]] = []
+    for path in block["ffns"]:
         end = ".".join(filter(None, [path, *tail]))
-        for key in sorted(owner for owner in owners if f".{owner}".endswith(f".{end}")):
-            yield key, number
+        found += [(owner, path) for owner in owners if f".{owner}".endswith(f".{end}")]
+    missing = missing_mixtures(block, {path for _, path in found})
+    if missing or not owners:
+        refuse_missing(missing or [*block["ffns"]], where)
+    return found
 
 
 def check_folder(name: str) -> None:

@@ -28,7 +28,7 @@ from ..source.pairs import family_of
 from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
-from .block import check_block, check_tensors
+from .block import check_block, check_tensors, missing_mixtures, refuse_missing
 from .layout import REPORT_FILE, base_config, keeps_routers
 from .rounding import PACKED, SCALE, bits_of, read_core
 
@@ -299,6 +299,9 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     else:
         family = _family(checkpoint, architecture)
         mixtures = _mixtures(checkpoint, block, family, architecture)
+    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    keys = [(mixture.key, mixture.path) for mixture in mixtures]
+    check_tensors(stored, keys, checkpoint.config, checkpoint.source)
     return Artifact(
         checkpoint=checkpoint,
         config=config,
@@ -354,7 +357,7 @@ def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:
 def _mixtures(
     checkpoint: Checkpoint, block: dict, family: Family, architecture: Architecture
 ) -> tuple[Mixture, ...]:
-    """All mixtures in the checkpoint's order. Raises CheckpointError if a mixture or a tensor is missing."""
+    """All mixtures in the checkpoint's order. Raises CheckpointError if a mixture is missing."""
     end = f".{family.slot}.router.weight"
     routers = [name for name in checkpoint.tensors if name.endswith(end)]
     found: list[Mixture] = []
@@ -363,48 +366,27 @@ def _mixtures(
         found = [mixture for layer, path in layers if (mixture := _mixture(layer, path, block, family))]
         if found:
             break
-    paths = {mixture.path for mixture in found}
-    # A model may hold only one of the stacks, such as the encoder of T5.
-    stacks = {path.split(".")[0] for path in paths}
-    missing = [path for path in block["ffns"] if path not in paths and path.split(".")[0] in stacks]
+    missing = missing_mixtures(block, {mixture.path for mixture in found})
     if missing or not found:
-        lacks = ", ".join((missing or list(block["ffns"]))[:3])
-        raise CheckpointError(
-            f"'{checkpoint.source}' has no tensors of the mixtures that its config.json names ({lacks}): "
-            "fetch or save it again"
-        )
-    for mixture in found:
-        _check_complete(checkpoint, mixture)
+        refuse_missing(missing or [*block["ffns"]], checkpoint.source)
     return tuple(found)
 
 
 def _experts(checkpoint: Checkpoint, block: dict) -> Iterator[Mixture]:
-    """The experts of an artifact of a mixture. Raises CheckpointError if a tensor is missing."""
+    """The experts of an artifact of a mixture. Raises CheckpointError if those of a layer are missing."""
     for path, number in block["ffns"].items():
         layer = ".".join(filter(None, [path, block["family"]["slot"]]))
         tail = f"{layer}.{modeling().MIXTURE}"
         start = next((name.partition(tail)[0] for name in checkpoint.tensors if f"{tail}." in name), None)
         if start is None:
-            raise CheckpointError(
-                f"'{checkpoint.source}' has no tensors of the experts that its config.json names "
-                f"({path}): fetch "
-                "or save it again"
-            )
+            refuse_missing([path], checkpoint.source)
         spelling = Spelling((), "", "")
-        mixture = Mixture(f"{start}{tail}", f"{start}{layer}", path, block["forms"][number], spelling)
-        _check_complete(checkpoint, mixture)
-        yield mixture
+        yield Mixture(f"{start}{tail}", f"{start}{layer}", path, block["forms"][number], spelling)
 
 
 def _numbered(layer: str) -> str:
     """A regular expression for "h.{}" under any prefix, with the number as its group."""
     return r"(?:.*\.)?" + re.escape(layer).replace(r"\{\}", r"(\d+)")
-
-
-def _check_complete(checkpoint: Checkpoint, mixture: Mixture) -> None:
-    """Raise CheckpointError if a tensor of the mixture is missing or has another shape than its form says."""
-    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    check_tensors(stored, mixture.key, mixture.form, checkpoint.config, checkpoint.source)
 
 
 def _mixture(layer: str, path_in_model: str, block: dict, family: Family) -> Mixture | None:
