@@ -101,8 +101,8 @@ def main() -> None:
         roles[role] = measure(matrices, moments[rows], options.keep) | {"peak_gib": peak() - start}
         print(json.dumps({role: roles[role]}), flush=True)
     layer = 3 * options.experts * options.hidden * options.inner * 2 / GIB
-    names = "form", "ranks", "choosing s", "fitting s", "processor s", "relative squared error", "peak GiB"
-    table = Table("", *names)
+    columns = "form", "ranks", "choosing s", "fitting s", "processor s", "relative squared error", "peak GiB"
+    table = Table("", *columns)
     for role, found in roles.items():
         names = ("choosing_seconds", "fitting_seconds", "processor_seconds")
         times = [f"{found[name]:.1f}" for name in names]
