@@ -7,7 +7,8 @@ The shape is Qwen3-30B-A3B's by default; weights are random and bfloat16. Of eve
 (`stack_choices`), fitted (`fit_stack`), and its errors are measured, as a conversion with `--keep` does. The
 moments are those of random tokens of falling scale, 400 for every expert, made before and not timed.
 
-Memory is what the process takes at most beyond what it took once everything was imported.
+Memory is what the process takes at most, until a projection is done, beyond what it took once everything was
+imported: that of `up` and `down` includes those before. `--role down` alone measures one. Linux only.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from mpoe_convert.decomposition.symmetric import add_gram, packed_length
 
 GIB = 2**30
 TOKENS = 400  # that each expert saw
+TOP_K = 8  # experts that see each token, as in Qwen3-30B-A3B
 
 
 def peak() -> float:
-    """GiB."""
+    """GiB, the most that this process has taken so far; Linux gives KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
@@ -40,7 +42,7 @@ def random_moments(experts: int, features: int) -> Borrowing:
     for packed in sums:
         add_gram(packed, torch.randn(TOKENS, features) * scales)
     tokens = torch.full((experts,), TOKENS)
-    return Borrowing(sums, tokens, TOKENS * experts // 8, BORROWED)
+    return Borrowing(sums, tokens, TOKENS * experts // TOP_K, BORROWED)
 
 
 def random_matrices(experts: int, rows: int, cols: int) -> torch.Tensor:
@@ -51,7 +53,7 @@ def random_matrices(experts: int, rows: int, cols: int) -> torch.Tensor:
 
 
 def timed(function, *arguments):
-    """What it returns, its seconds, and those of the processor."""
+    """The function's result, the seconds that it took, and those of the processor."""
     wall, used = time.perf_counter(), time.process_time()
     found = function(*arguments)
     return found, time.perf_counter() - wall, time.process_time() - used
@@ -69,8 +71,8 @@ def measure(matrices: torch.Tensor, moments: Borrowing, keep: float) -> dict:
     return {
         "form": best.form,
         "ranks": best.ranks,
-        "expected_error": best.lost / found.energy,
-        "error": error,
+        "expected_relative_squared_error": best.lost / found.energy,
+        "relative_squared_error": error,
         "choosing_seconds": choosing,
         "fitting_seconds": fitting,
         "processor_seconds": used + used_then,
@@ -99,12 +101,20 @@ def main() -> None:
         roles[role] = measure(matrices, moments[rows], options.keep) | {"peak_gib": peak() - start}
         print(json.dumps({role: roles[role]}), flush=True)
     layer = 3 * options.experts * options.hidden * options.inner * 2 / GIB
-    table = Table("", "form", "ranks", "choosing s", "fitting s", "processor s", "error", "peak GiB")
+    columns = "form", "ranks", "choosing s", "fitting s", "processor s", "relative squared error", "peak GiB"
+    table = Table("", *columns)
     for role, found in roles.items():
         names = ("choosing_seconds", "fitting_seconds", "processor_seconds")
         times = [f"{found[name]:.1f}" for name in names]
         ranks = ", ".join(map(str, found["ranks"]))
-        table.add_row(role, found["form"], ranks, *times, f"{found['error']:.4f}", f"{found['peak_gib']:.2f}")
+        table.add_row(
+            role,
+            found["form"],
+            ranks,
+            *times,
+            f"{found['relative_squared_error']:.4f}",
+            f"{found['peak_gib']:.2f}",
+        )
     Console(width=110).print(table, f"one layer in bfloat16: {layer:.2f} GiB")
     if options.json:
         document = {"torch": torch.__version__, "threads": options.threads, "layer_gib": layer}

@@ -19,7 +19,8 @@ from .stacks import FORMS, Ranks, count_stack, largest_ranks, rank_steps, shared
 # Shares of the numbers that "base" is fitted at.
 _AROUND = (0.6, 1.0, 1.4)
 # Ranks differ between experts where that leaves less than this part of what even ranks lose: experts of one
-# size go through the kernels for groups of products.
+# size go through the kernels for groups of products. A choice, not the best of several; what such ranks
+# gain with it stands in examples/mixtures.md.
 _WORTH = 0.9
 
 

@@ -31,6 +31,7 @@ from .linears import (
     bytes_of,
     dtype_of,
     is_large,
+    is_recorded,
     itemsize_of,
     matrix_of,
     run_by_expert,
@@ -96,9 +97,7 @@ def _apart_right(merged: Tensor, untied: Tensor) -> Tensor:
 
 def _is_plain(*cores: Tensor) -> bool:
     """Whether a product may be written in place: no expert axis, no gradient."""
-    return max(core.ndim for core in cores) == 4 and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
-    )
+    return max(core.ndim for core in cores) == 4 and not (torch.is_grad_enabled() or is_recorded())
 
 
 def _multiply_apart(first: Tensor, second: Tensor) -> Tensor:
@@ -252,7 +251,7 @@ def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
     if isinstance(weight, nn.Module):
         return weight(x)
-    if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
+    if not is_recorded() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
     return x @ weight

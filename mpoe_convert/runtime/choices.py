@@ -105,7 +105,7 @@ class Choices(NamedTuple):
     def ranks(self) -> Tensor:
         """(N,) a choice's place among those of its token, as a rule lists them: 0 for the first."""
         start = torch.searchsorted(self.tokens, self.tokens)  # (N,) where the token's choices begin
-        return torch.arange(len(start), device=start.device) - start
+        return torch.arange(start.shape[0], device=start.device) - start
 
 
 def has_fixed_shapes(tensor: Tensor) -> bool:

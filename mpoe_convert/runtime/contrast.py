@@ -58,7 +58,7 @@ def _choose_both(
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
     return select(router, strong, bias, sequences.first_half()).followed_by(
-        choose_weakly(router, weak, bias), len(strong)
+        choose_weakly(router, weak, bias), strong.shape[0]
     )
 
 

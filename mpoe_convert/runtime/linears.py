@@ -66,15 +66,20 @@ def bytes_of(core: Tensor | Layers) -> int:
     return core.numel() * core.itemsize
 
 
+def is_recorded() -> bool:
+    """Whether a graph is made for other tokens too: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
     """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out).
 
-    In a compiled graph, whose shapes cannot follow the choices, every layer runs on all rows.
+    In a graph, whose shapes cannot follow the choices, every layer runs on all rows.
     """
     assert isinstance(layers, nn.ModuleList)
     if isinstance(experts, int):
         return layers[experts](x)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         y = layers[0](x)
         for expert in range(1, len(layers)):
             y = torch.where((experts == expert)[:, None, None], layers[expert](x), y)

@@ -11,14 +11,17 @@ from .chains import MatrixCache, Picks
 from .choices import Choices
 from .config import read_option
 from .costs import Cost, Work, mean
+from .linears import is_recorded
 from .parts import PARTS, Part, Projection, Started, differs
 from .routers import Router
 
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many parameters in all, every row gets a copy of its own expert's cores: in compiled code and on
+# Up to so many parameters in all, every row gets a copy of its own expert's cores: in graphs and on
 # accelerators, and on a processor, where more of them no longer stay in its cache.
+# Of GPT-2's FFN in blocks (examples/benchmarks/runtime.py), 32 tokens would copy 6 million: sorted they take
+# 0.5 times as long, a step of training 0.7 times.
 _FEW_COPIED_PARAMS = 1 << 23
 _FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
@@ -160,7 +163,7 @@ class Mixing(nn.Module):
         """The schedule that will run."""
         if self.schedule != "auto":
             return self.schedule
-        if torch.compiler.is_compiling():
+        if is_recorded():
             return "apply"
         free = self.cache is not None and not torch.is_grad_enabled()
         case = (num_tokens, num_choices, free)
@@ -190,8 +193,8 @@ class Mixing(nn.Module):
         inputs = self._prepare(tokens, once)
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
-        copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
-        is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
+        copies = applies and (not self.differ or is_recorded() or tokens.is_meta)
+        is_eager_cpu = tokens.is_cpu and not is_recorded()
         few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
         if copies and num_rows * self.own_params <= few:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts), ends=ends)  # (N, H)
@@ -199,8 +202,7 @@ class Mixing(nn.Module):
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
         on_device = tokens.is_cuda and schedule != "cached" and not self.differ
-        on_device = on_device or torch.compiler.is_compiling()
-        on_device = on_device or tokens.is_meta
+        on_device = on_device or is_recorded() or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
             return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule, ends)

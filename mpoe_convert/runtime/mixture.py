@@ -125,7 +125,7 @@ class FeedForward(Mixing):
         """The choices for tokens (T, H) of B sequences that are to be computed."""
         running = self.router_pass
         if running is not None:
-            mask = running.mask(self, len(tokens))  # (T,)
+            mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
             return running.add(self, routing, mask, task).served()

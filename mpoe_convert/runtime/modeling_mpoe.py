@@ -368,15 +368,20 @@ def bytes_of(core: Tensor | Layers) -> int:
     return core.numel() * core.itemsize
 
 
+def is_recorded() -> bool:
+    """Whether a graph is made for other tokens too: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
     """x (N, p, in), each row by the layer of its expert (N,), or all by that of one -> (N, p, out).
 
-    In a compiled graph, whose shapes cannot follow the choices, every layer runs on all rows.
+    In a graph, whose shapes cannot follow the choices, every layer runs on all rows.
     """
     assert isinstance(layers, nn.ModuleList)
     if isinstance(experts, int):
         return layers[experts](x)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         y = layers[0](x)
         for expert in range(1, len(layers)):
             y = torch.where((experts == expert)[:, None, None], layers[expert](x), y)
@@ -523,9 +528,7 @@ def _apart_right(merged: Tensor, untied: Tensor) -> Tensor:
 
 def _is_plain(*cores: Tensor) -> bool:
     """Whether a product may be written in place: no expert axis, no gradient."""
-    return max(core.ndim for core in cores) == 4 and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
-    )
+    return max(core.ndim for core in cores) == 4 and not (torch.is_grad_enabled() or is_recorded())
 
 
 def _multiply_apart(first: Tensor, second: Tensor) -> Tensor:
@@ -679,7 +682,7 @@ def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
     if isinstance(weight, nn.Module):
         return weight(x)
-    if not torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (2, 1):
+    if not is_recorded() and x.is_cpu and x.shape[:2] == (2, 1):
         # A token's two experts: two matrix-vector products read the weight faster than one thin product.
         return torch.stack([row @ weight for row in x])
     return x @ weight
@@ -1491,7 +1494,7 @@ class Choices(NamedTuple):
     def ranks(self) -> Tensor:
         """(N,) a choice's place among those of its token, as a rule lists them: 0 for the first."""
         start = torch.searchsorted(self.tokens, self.tokens)  # (N,) where the token's choices begin
-        return torch.arange(len(start), device=start.device) - start
+        return torch.arange(start.shape[0], device=start.device) - start
 
 
 def has_fixed_shapes(tensor: Tensor) -> bool:
@@ -1696,7 +1699,8 @@ def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Se
     chosen = F.pad(margins[:, 1:] > 0, (1, 0), value=True)  # (T, k) the first, whether it passes or not
     gates = torch.where(chosen, straight_through_one(margins), 0.0)
     part = experts % router.parts  # (T, k)
-    holders = gates.new_zeros(len(gates), router.parts).scatter_add(-1, part, gates)  # (T, P) of each part
+    none = gates.new_zeros(gates.shape[0], router.parts)
+    holders = none.scatter_add(-1, part, gates)  # (T, P) of each part
     total = holders.gather(-1, part)  # (T, k)
     weights = gates / torch.where(total > 1.5, total, 1.0)
     return Choices.of_table(experts, weights, chosen)
@@ -2217,8 +2221,10 @@ def _first_output(outputs: ModelOutput | tuple[Any, ...]) -> tuple:
 # What the choice between schedules assumes of the machine: two cores of a server. Only the ratio counts.
 _FLOPS = 1e11  # per second
 _BANDWIDTH = 1e10  # bytes per second
-# Up to so many parameters in all, every row gets a copy of its own expert's cores: in compiled code and on
+# Up to so many parameters in all, every row gets a copy of its own expert's cores: in graphs and on
 # accelerators, and on a processor, where more of them no longer stay in its cache.
+# Of GPT-2's FFN in blocks (examples/benchmarks/runtime.py), 32 tokens would copy 6 million: sorted they take
+# 0.5 times as long, a step of training 0.7 times.
 _FEW_COPIED_PARAMS = 1 << 23
 _FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
@@ -2360,7 +2366,7 @@ class Mixing(nn.Module):
         """The schedule that will run."""
         if self.schedule != "auto":
             return self.schedule
-        if torch.compiler.is_compiling():
+        if is_recorded():
             return "apply"
         free = self.cache is not None and not torch.is_grad_enabled()
         case = (num_tokens, num_choices, free)
@@ -2390,8 +2396,8 @@ class Mixing(nn.Module):
         inputs = self._prepare(tokens, once)
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
-        copies = applies and (not self.differ or torch.compiler.is_compiling() or tokens.is_meta)
-        is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
+        copies = applies and (not self.differ or is_recorded() or tokens.is_meta)
+        is_eager_cpu = tokens.is_cpu and not is_recorded()
         few = _FEW_COPIED_BY_CPU if is_eager_cpu else _FEW_COPIED_PARAMS
         if copies and num_rows * self.own_params <= few:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts), ends=ends)  # (N, H)
@@ -2399,8 +2405,7 @@ class Mixing(nn.Module):
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
         # Sizes that Python reads break a compiled graph, halt a CUDA device, and have no value on meta.
         on_device = tokens.is_cuda and schedule != "cached" and not self.differ
-        on_device = on_device or torch.compiler.is_compiling()
-        on_device = on_device or tokens.is_meta
+        on_device = on_device or is_recorded() or tokens.is_meta
         picks = Picks.of_sorted(choices.experts[order], self.num_experts, on_device)
         if not on_device and self._goes_expert_by_expert(schedule, applies, num_rows):
             return self._mix_by_expert(inputs, choices, order.split(picks.sizes), schedule, ends)
@@ -2606,7 +2611,7 @@ class FeedForward(Mixing):
         """The choices for tokens (T, H) of B sequences that are to be computed."""
         running = self.router_pass
         if running is not None:
-            mask = running.mask(self, len(tokens))  # (T,)
+            mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
             return running.add(self, routing, mask, task).served()
@@ -2874,7 +2879,7 @@ def _choose_both(
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
     return select(router, strong, bias, sequences.first_half()).followed_by(
-        choose_weakly(router, weak, bias), len(strong)
+        choose_weakly(router, weak, bias), strong.shape[0]
     )
 
 

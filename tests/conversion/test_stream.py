@@ -88,7 +88,7 @@ def local(models, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def without_faults(session):
+def as_before(session):
     yield
     session[0].faults.clear()
     session[0].storage = None

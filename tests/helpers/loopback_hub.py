@@ -26,7 +26,10 @@ from helpers.loopback_uploads import Uploads, git_oid
 
 
 class Request(NamedTuple):
-    """One answered request: `sent` counts the bytes of the body that went out; `token`: whose it was."""
+    """One answered request.
+
+    `sent` counts the bytes of the body that went out; `token`: that it came with, or empty.
+    """
 
     method: str
     path: str

@@ -137,8 +137,9 @@ def ways(experts: torch.Tensor, num_experts: int) -> dict[str, Picks]:
     return found | ({"one": Picks(int(experts[0]))} if len(experts.unique()) == 1 else {})
 
 
-# How many rows take which way, so that a handful of tokens takes any of them.
+# Limits on what is copied: elsewhere, and on a processor.
 COPIED = ("_FEW_COPIED_PARAMS", "_FEW_COPIED_BY_CPU")
+# How many rows take which way, so that a handful of tokens takes any of them.
 WAYS = {
     "each row its own cores": dict.fromkeys(COPIED, 1 << 60),
     "sorted rows": dict.fromkeys(COPIED, -1) | {"_MANY_ROWS": 1 << 60},

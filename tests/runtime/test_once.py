@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.mixtures import fill, randn
+from helpers.mixtures import WAYS, fill, randn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,11 +55,6 @@ def reference(experts: Experts, x, chosen, weights):
             total = total + scale * (inner @ whole(experts, "down", expert))
         rows.append(total)
     return torch.stack(rows)
-
-
-# How the rows are multiplied: each by a copy of its expert's cores, sorted by expert, or expert by expert.
-WAYS = {"copies": {}, "sorted": {"_FEW_COPIED_PARAMS": 0}}
-WAYS["expert by expert"] = WAYS["sorted"] | {"_MANY_ROWS": 0}
 
 
 @pytest.mark.parametrize("way", WAYS)

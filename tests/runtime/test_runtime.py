@@ -17,6 +17,7 @@ from helpers.mixtures import (
     fill,
     hidden_size,
     make_ffn,
+    mirrored,
     mixtures,
     randn,
     schedule,
@@ -27,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mpoe_convert.runtime import modeling_mpoe as modeling
 from mpoe_convert.runtime.modeling_mpoe import Chain, FeedForward, Picks, Projection, Router, chain_shapes
 
 CHOICES = [(1, 1), (2, 1), (3, 2), (4, 2), (4, 3), (4, 4)]  # experts, and how many a token gets
@@ -381,3 +383,41 @@ def test_compiles_whole_for_any_number_of_tokens(name, autocast):
         graphs.add(counter.frame_count)
     assert graphs == {1}
     reset()
+
+
+@pytest.mark.parametrize("rule", ["top-k", "top-any"])
+def test_exports_for_any_number_of_tokens(rule):
+    ffn = parts_of_an_ffn(rule)
+    lengths = {"hidden_states": {0: torch.export.Dim("tokens", min=2, max=32)}}
+    program = torch.export.export(ffn, (randn(6, 12),), dynamic_shapes=lengths).module()
+    for tokens in (3, 9):
+        x = randn(tokens, 12, seed=tokens)
+        torch.testing.assert_close(program(x), ffn(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("limits", [("_FEW_COPIED_BY_CPU",), ("_FEW_COPIED_BY_CPU", "_FEW_COPIED_PARAMS")])
+@pytest.mark.parametrize("rule", ["top-k", "top-any"])
+def test_traces_for_any_number_of_tokens(rule, limits, monkeypatch):
+    """Sizes of the example that Python reads would stay in the trace."""
+    for name in limits:
+        monkeypatch.setattr(modeling, name, -1)
+    ffn = parts_of_an_ffn(rule)
+    with torch.no_grad():
+        traced = torch.jit.trace(ffn, (randn(6, 12),), check_trace=False)
+        for tokens in (3, 9):
+            x = randn(tokens, 12, seed=tokens)
+            torch.testing.assert_close(traced(x), ffn(x))
+
+
+def parts_of_an_ffn(rule: str) -> FeedForward:
+    """Four experts, of which two at a time hold the same neurons."""
+    term = TERMS["one-sided"]
+    form = {
+        "up": {"terms": [term], "bias": None},
+        "down": {"terms": [mirrored(term)], "bias": None},
+    }
+    ffn = FeedForward(form, 4, 4 if rule == "top-any" else 2, rule=rule, parts=2)
+    ffn.act = nn.SiLU()
+    return fill(ffn).eval()

@@ -33,7 +33,8 @@ def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Se
     chosen = F.pad(margins[:, 1:] > 0, (1, 0), value=True)  # (T, k) the first, whether it passes or not
     gates = torch.where(chosen, straight_through_one(margins), 0.0)
     part = experts % router.parts  # (T, k)
-    holders = gates.new_zeros(len(gates), router.parts).scatter_add(-1, part, gates)  # (T, P) of each part
+    none = gates.new_zeros(gates.shape[0], router.parts)
+    holders = none.scatter_add(-1, part, gates)  # (T, P) of each part
     total = holders.gather(-1, part)  # (T, k)
     weights = gates / torch.where(total > 1.5, total, 1.0)
     return Choices.of_table(experts, weights, chosen)
