@@ -226,7 +226,8 @@ def load_config(name: str, token: str | None = None, **trust: bool) -> Pretraine
     """
     from transformers import AutoConfig
 
-    check_folder(name)
+    if trust.get("trust_remote_code") or _has_our_code(name, None, token):  # else that is told first
+        check_folder(name)
     return from_pretrained(AutoConfig, name, token=token, **trust)
 
 
