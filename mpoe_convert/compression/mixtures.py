@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..decomposition.stack_choices import stack_choices
-from ..decomposition.stacks import FORMS, count_stack, ranks_within
+from ..decomposition.stacks import FORMS, UNEVEN, count_stack, ranks_within
 from ..errors import CheckpointError, RecipeError, counted
 from ..options import assigned, called
 from ..planning.fewer_experts import FewerExperts, by_size
@@ -24,7 +24,7 @@ from ..planning.mixtures import (
     plan_mixture,
     resolve_mixture,
 )
-from ..planning.plan import MatrixPlan
+from ..planning.plan import FFNPlan, MatrixPlan
 from ..planning.recipe import Recipe
 from ..planning.resolve import needs_calibration
 from ..ranks import ALONE, Ranks
@@ -118,7 +118,7 @@ def prepare_mixture(
         else:
             candidates = list(_candidates(resolved.recipe, whole, small, calibration, report))
             chosen = _chosen(resolved.recipe, candidates)
-            notes = (*resolved.notes, *_unseen(whole, calibration))
+            notes = (*resolved.notes, *_unseen(whole, calibration, chosen))
         plan = plan_mixture(replace(resolved, notes=notes), small, chosen, fewer)
     return PreparedMixture(plan, None if run is None else replace(run, plan=plan), calibration)
 
@@ -278,18 +278,28 @@ def _chosen(recipe: Recipe, candidates: list[StackCandidate]) -> Chosen:
     return {name: (choice.form, choice.ranks, alike[name]) for name, choice in found.items()}
 
 
-def _unseen(plan: MixturePlan, calibration: Calibration | None) -> Iterator[str]:
-    """What calibration did not reach, for people."""
+def _unseen(plan: MixturePlan, calibration: Calibration | None, chosen: Chosen) -> Iterator[str]:
+    """What calibration did not reach, and how low the ranks are that it got, for people."""
     if calibration is None:
         return
     for ffn in plan.ffns:
         if missed := _unseen_in(calibration, ffn.ffn.path, plan.fewer):
             numbers = ", ".join(map(str, missed))
             yield (
-                f"{counted(len(missed), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration "
-                f"token: fitted to "
-                "what its whole layer saw."
+                f"{counted(len(missed), 'expert')} of {ffn.ffn.path} ({numbers}) saw no calibration token: "
+                f"fitted to what its whole layer saw{_cut_to(missed, ffn, plan.fewer, chosen)}."
             )
+
+
+def _cut_to(missed: Sequence[int], ffn: FFNPlan, fewer: FewerExperts | None, chosen: Chosen) -> str:
+    """The lowest rank of these experts beside the highest of all, if they have ranks of their own."""
+    stacks = (chosen[each.name] for each in ffn.matrices)
+    own = [ranks for form, ranks, _ in stacks if form in UNEVEN and len(ranks) > 1]
+    if not own:
+        return ""
+    at = missed if fewer is None else [fewer.kept[ffn.ffn.path].index(expert) for expert in missed]
+    lowest, highest = min(ranks[expert] for ranks in own for expert in at), max(map(max, own))
+    return f", with ranks down to {lowest} where others have up to {highest}"
 
 
 def _calibrated(run: dense_run.DenseRun, recipe: Recipe, report: dense_run.Progress) -> Calibration:

@@ -168,9 +168,11 @@ class Base(Shared):
     def __init__(self, stack: Stack, ranks: Ranks, experts: list[int]) -> None:
         super().__init__(stack, experts)
         self.ranks, self.mean_moment = ranks, stack.mean_moment
-        self.inverse = torch.cholesky_inverse(stack.root(self.mean_moment))
+        root = stack.root(self.mean_moment)
+        self.inverse = torch.cholesky_inverse(root)
         self.own: list[tuple[Tensor, Tensor]] = []
-        self.shared, self.experts = self._start(), spread(len(stack), PROBED)
+        images = stack.mean(lambda e: stack.moment(e) @ stack.matrix(e))
+        self.shared, self.experts = best_base(images, root).to(stack.dtype), spread(len(stack), PROBED)
         mean_error = self._solve_own()
         mean, self.shared = self.shared, torch.zeros_like(self.shared)
         if self._solve_own() >= mean_error:  # experts have more in common than each has alone
@@ -191,11 +193,6 @@ class Base(Shared):
         self.shared = self.shared + step
         self._solve_own()
 
-    def _start(self) -> Tensor:
-        """The W_0 that is best without differences."""
-        mean = self.stack.mean(lambda e: self.stack.moment(e) @ self.stack.matrix(e))
-        return (self.inverse @ mean).to(self.stack.dtype)
-
     def _solve_own(self) -> float:
         """Every difference, the slope, and the error, which is returned."""
         self.own, lost = [], 0.0
@@ -211,6 +208,16 @@ class Base(Shared):
         self.error = lost / len(self.experts)
         self._slope = (slope / len(self.experts)).to(self.stack.dtype)
         return self.error
+
+
+def best_base(images: Tensor, root: Tensor) -> Tensor:
+    """The W_0 (in, out) that is best without differences.
+
+    Args:
+        images: the mean of M_e W_e, (in, out), in float64.
+        root: R, lower triangular, with R R^T the mean of M_e.
+    """
+    return torch.cholesky_solve(images, root)
 
 
 def alone(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack_bases import PROBED, spread
+from .stack_bases import PROBED, best_base, spread
 from .stack_metric import Stack, descending, dot, leading
 from .stacks import UNEVEN
 
@@ -49,10 +49,10 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
     experts = _looked_at(stack)
     root, sides, base = stack.root(stack.mean_moment), None, None
     if {"input", "output", "both", "base"} & {*forms}:
-        aim, outputs = stack.image_means()
+        images, outputs = stack.image_means()
         sides = _directions(stack, root, outputs) if {"input", "output", "both"} & {*forms} else None
         if "base" in forms:
-            base = torch.cholesky_solve(aim, root).to(stack.dtype)  # W_0, best for all experts alone
+            base = best_base(images, root).to(stack.dtype)
     energy, both, own = 0.0, 0.0, {form: [] for form in UNEVEN if form in forms}
     for expert in experts:
         half, matrix = _half(stack, expert), stack.matrix(expert)

@@ -174,17 +174,14 @@ class Stack:
 
     def image_means(self) -> tuple[Tensor, Tensor]:
         """The means of M_e W_e, (in, out), and of W_e^T M_e W_e, (out, out), in float64."""
-        outputs = None
-
-        def one(expert: int) -> Tensor:
-            nonlocal outputs
+        rows, cols = self.size
+        images = torch.zeros(rows, cols, dtype=torch.float64, device=self.matrices[0].device)
+        grams = images.new_zeros(cols, cols)
+        for expert in range(len(self)):
             image, gram = self._image(expert)
-            outputs = gram.double() if outputs is None else outputs + gram
-            return image
-
-        mean = self.mean(one)
-        assert outputs is not None  # a stack has an expert at least
-        return mean, outputs / len(self)
+            images += image
+            grams += gram
+        return images / len(self), grams / len(self)
 
 
 def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:

@@ -464,8 +464,13 @@ def test_experts_that_no_token_reached_are_named(readable, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source)
     model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100
     model.save_pretrained(source)
-    told = plan(Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=2048)).warnings
-    assert told == ["1 expert of layers.1 (2) saw no calibration token: fitted to what its whole layer saw."]
+    recipe = Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=2048)
+    told = "1 expert of layers.1 (2) saw no calibration token: fitted to what its whole layer saw"
+    for share, ends in (("input", "."), ("none", ", with ranks down to {} where others have up to {}.")):
+        planned = plan(recipe.replace(share=share, allocation="uniform"))
+        own = [m.ranks for m in planned.matrices if ".1." in m.name and len(m.ranks) > 1]
+        ends = ends.format(*(min(ranks[2] for ranks in own), max(map(max, own))) if own else ())
+        assert planned.warnings == [told + ends] and bool(own) == (share == "none")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe", "nemotron_h", "ernie4_5_moe"])
