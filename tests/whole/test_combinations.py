@@ -288,9 +288,8 @@ def check_gradients(model, inputs: dict) -> None:
     for path, ffn in model.mixtures():
         for name, parameter in ffn.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), (path, name)
-        assert any(p.grad.any() for p in ffn.down.parameters()) or any(
-            p.grad.any() for p in ffn.adapter.parameters()
-        )
+        for part in (ffn.up, ffn.down, ffn.router):
+            assert any(p.grad.any() for p in part.parameters()), path
         idle = (stats[path].load == 0).nonzero().flatten()
         for name, parameter in ffn.named_parameters():
             if "aux_" in name and not ffn.differ:
