@@ -226,8 +226,8 @@ def load_config(name: str, token: str | None = None, **trust: bool) -> Pretraine
     """
     from transformers import AutoConfig
 
-    if trust.get("trust_remote_code") or _has_our_code(name, None, token):  # else that is told first
-        check_folder(name)
+    if Path(name).is_dir() and (trust.get("trust_remote_code") or _has_our_code(name, None, token)):
+        check_folder(name)  # code that is not trusted is told first
     return from_pretrained(AutoConfig, name, token=token, **trust)
 
 
