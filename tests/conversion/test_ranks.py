@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import tree
 from helpers.data import words
+from helpers.once import made_once
 from helpers.quire import AT, save_quire
 from helpers.ranks import run_all
 from helpers.stock_mixtures import make_model
@@ -49,9 +50,22 @@ def slow_too(config: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="module")
-def ran(request, tmp_path_factory):
+def ran(pytestconfig, tmp_path_factory):
     """(folder, {name: what came of it}) of all runs."""
-    folder = tmp_path_factory.mktemp("ranks")
+    return made_once(tmp_path_factory, "ranks", lambda folder: run_cases(folder, pytestconfig))
+
+
+def run_cases(folder, config):
+    """{name: what came of it} of all runs there."""
+    write_sources(folder)
+    runs = all_runs(config)
+    found = dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
+    for number, name in enumerate(runs):
+        found[name]["moments"] = folder / f"moments-{number}"
+    return found
+
+
+def write_sources(folder):
     save_tiny("llama", "AutoModelForCausalLM", folder / "llama")
     save_tokenizer(folder / "llama")
     config = make_config("llama")
@@ -64,6 +78,10 @@ def ran(request, tmp_path_factory):
     save_tokenizer(folder / "mixtral")
     save_quire(folder / "quire", bound=False)
     (folder / "text.txt").write_text(words(4000), encoding="utf-8")
+
+
+def all_runs(config):
+    """{name: run} for `run_all`."""
     cases = {
         "blocks": ["llama", *SMALL],
         "budget": ["llama", *BUDGET, *SMALL],
@@ -74,7 +92,7 @@ def ran(request, tmp_path_factory):
     }
     runs = {}
     for case, args in cases.items():
-        for count in counts_of(case, request.config):
+        for count in counts_of(case, config):
             runs[f"{case} {count}"] = {"args": [*args, "-o", f"{case}-{count}"], "count": count}
     for event in ("nan", "kill", "full"):
         args = [*cases["blocks"], "-o", event]
@@ -83,7 +101,7 @@ def ran(request, tmp_path_factory):
         args = [*cases["budget"], "-o", f"calibrating-{event}"]
         runs[f"calibrating {event}"] = {"args": args, "count": 2, "calibrating": [1, event]}
     scored = ["evaluate", "llama", "--data", "text.txt", "--length", "32", "--limit", "50", "--json"]
-    for count in counts_of("rounded", request.config):
+    for count in counts_of("rounded", config):
         args = ["evaluate", "rounded-1", *scored[2:], "--trust-remote-code"]
         runs[f"evaluate rounded {count}"] = {"args": args, "count": count}
     for count in (1, 3):
@@ -91,12 +109,9 @@ def ran(request, tmp_path_factory):
     runs["evaluate nan"] = {"args": scored, "count": 2, "scoring": 1}
     runs["one file"] = {"args": ["llama", "--experts", "2", "-q", "-o", "one"], "count": 3}
     runs["no source"] = {"args": ["absent", "-q", "-o", "absent-out"], "count": 2}
-    if not slow_too(request.config):
-        runs = {name: run for name, run in runs.items() if name not in SLOW_EVENTS}
-    found = dict(zip(runs, run_all(list(runs.values()), folder), strict=True))
-    for number, name in enumerate(runs):
-        found[name]["moments"] = folder / f"moments-{number}"
-    return folder, found
+    if slow_too(config):
+        return runs
+    return {name: run for name, run in runs.items() if name not in SLOW_EVENTS}
 
 
 @pytest.mark.parametrize("case", ["blocks", LISTED, *CALIBRATED_CASES])
@@ -214,9 +229,10 @@ def test_wrong_requests_are_told_once(ran):
 
 
 @pytest.fixture(scope="module")
-def plan(ran):
-    folder, _ = ran
-    recipe = Recipe(str(folder / "llama"), experts=2, bond_dim=4, max_shard_size="4KB")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan") / "llama"
+    save_tiny("llama", "AutoModelForCausalLM", folder)
+    recipe = Recipe(str(folder), experts=2, bond_dim=4, max_shard_size="4KB")
     return prepare(recipe, open_source(recipe.model)).plan
 
 

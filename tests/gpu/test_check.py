@@ -1,23 +1,13 @@
 """The script for machines with a GPU, on the CPU with the smallest sizes."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.modules import load_module
 
-
-def load_check():
-    path = Path(__file__).with_name("check.py")
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check = load_check()
+check = load_module(Path(__file__).with_name("check.py"))
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """`modeling_mpoe.py` is what its parts make, and needs torch and transformers only."""
 
 import ast
-import importlib.util
 import shutil
 import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from helpers.modules import load_module
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from mpoe_convert.runtime import MODELING_PATH, build
@@ -102,9 +102,7 @@ def test_a_rule_is_one_file(folder, tmp_path):
     assert "Rule first: every token goes to expert 0\n# \n".replace("# \n", "#\n# Of no use.") in text
     built = tmp_path / "built_with_a_rule.py"
     built.write_text(text)
-    spec = importlib.util.spec_from_file_location(built.stem, built)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(built)
     assert sorted(module.RULES) == ["expert-choice", "first", "top-any", "top-k", "top-p"]
     choices = module.Router(4, 3, 2, "first")(torch.zeros(5, 4)).choices
     assert choices.experts.tolist() == [0] * 5

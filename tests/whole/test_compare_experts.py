@@ -1,23 +1,12 @@
 """Contenders of the benchmark that compares experts: each can be made, and each system has one."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from helpers.modules import BENCHMARKS, load_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe_convert import plan
 
-
-def load_benchmark():
-    path = Path(__file__).parents[2] / "examples/benchmarks/compare_experts.py"
-    spec = importlib.util.spec_from_file_location("compare_experts", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = load_benchmark()
+compare = load_module(BENCHMARKS / "compare_experts.py")
 
 
 @pytest.fixture(scope="module")

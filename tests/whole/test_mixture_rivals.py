@@ -1,25 +1,15 @@
 """Published ways to compress a mixture, as the benchmark has them, on cases worked out here."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.modules import BENCHMARKS, load_module
 from helpers.stock_mixtures import make_model, run_alone
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-
-def load_rivals():
-    path = Path(__file__).parents[2] / "examples/benchmarks/mixture_rivals.py"
-    spec = importlib.util.spec_from_file_location("mixture_rivals", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rivals = load_rivals()
+rivals = load_module(BENCHMARKS / "mixture_rivals.py")
 
 
 def randn(*shape, seed=0):
