@@ -1266,6 +1266,10 @@ class Projection(Part):
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
+    def has_start(self) -> bool:
+        """Whether terms of which experts own something begin with what is the same for all of them."""
+        return any(chain.num_start for chain in self._chains)
+
     def has_end(self) -> bool:
         """Whether the last of its work, which is linear, is the same for all experts."""
         ends = any(chain.is_common or chain.num_end for chain in self._chains)
@@ -2300,6 +2304,8 @@ class Mixing(nn.Module):
         self._is_common = not any(part.own_params for part in self.parts if not part.behind)
         if not self._behind and not self._is_common:
             self.down.ends_once = self.down.has_end()
+        starts = (projection.has_start() for projection in (self.up, self.gate) if projection is not None)
+        self._has_ends = self.down.ends_once or any(starts)
         specs = [form[key] for key in PARTS if key in form and PARTS[key] is Projection]
         # An expert owns several cores of a chain.
         self._owns_cores = any(term["shared"].count(False) > 1 for spec in specs for term in spec["terms"])
@@ -2460,7 +2466,7 @@ class Mixing(nn.Module):
 
         A chain is called twice then, and would be loaded twice.
         """
-        return schedule == "apply" and not self._is_offloaded()
+        return schedule == "apply" and self._has_ends and not self._is_offloaded()
 
     def _prepare(self, tokens: Tensor, once: bool = True) -> Inputs:
         """Do what is the same for all experts of a token: tokens (T, H); for `once` see `_does_once`."""

@@ -159,6 +159,10 @@ class Projection(Part):
             return y
         return y + (self.bias if self.bias_kind == "shared" else self.bias[picks.experts])
 
+    def has_start(self) -> bool:
+        """Whether terms of which experts own something begin with what is the same for all of them."""
+        return any(chain.num_start for chain in self._chains)
+
     def has_end(self) -> bool:
         """Whether the last of its work, which is linear, is the same for all experts."""
         ends = any(chain.is_common or chain.num_end for chain in self._chains)
