@@ -155,9 +155,9 @@ def print_summary(summary: Summary, out: Console) -> None:
         whose = "these experts" if fewer and recipe["keep"] is None else "the source's experts"
         out.print(f"{error}; {kept} of {whose}{'' if fewer else '; its routers'}.")
     else:
+        layout = f", layout {recipe['layout']}" if recipe["layout"] else ""
         out.print(
-            f"{error}, clone drift "
-            f"{summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts, layout {recipe['layout']}, "
+            f"{error}, clone drift {summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts{layout}, "
             f"noise {recipe['noise']:g}, seed {recipe['seed']}."
         )
     for step in () if of_mixture else summary.report.get("pruning", ()):  # of mixtures it is said above

@@ -80,6 +80,7 @@ def test_it_is_inspected_and_described(converted):
     _, out = converted("gpt2")
     done = CliRunner().invoke(main, ["inspect", str(out)])
     assert done.exit_code == 0 and "width 3" in done.output
+    assert "adapter experts, noise" in done.output  # which have no layout
     card = (out / CARD_FILE).read_text()
     assert "Every expert starts as the dense FFN" in card and "perturbed" not in card
 
