@@ -157,8 +157,8 @@ def print_summary(summary: Summary, out: Console) -> None:
     else:
         layout = f", layout {recipe['layout']}" if recipe["layout"] else ""
         out.print(
-            f"{error}, clone drift {summary.report['max_clone_drift']:.2e}; {recipe['kind']} experts{layout}, "
-            f"noise {recipe['noise']:g}, seed {recipe['seed']}."
+            f"{error}, clone drift {summary.report['max_clone_drift']:.2e}; "
+            f"{recipe['kind']} experts{layout}, noise {recipe['noise']:g}, seed {recipe['seed']}."
         )
     for step in () if of_mixture else summary.report.get("pruning", ()):  # of mixtures it is said above
         out.print(
