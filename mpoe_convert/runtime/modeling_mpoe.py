@@ -2228,7 +2228,7 @@ _BANDWIDTH = 1e10  # bytes per second
 # Up to so many parameters in all, every row gets a copy of its own expert's cores: in graphs and on
 # accelerators, and on a processor, where more of them no longer stay in its cache.
 # Of GPT-2's FFN in blocks (examples/benchmarks/runtime.py), 32 tokens would copy 6 million: sorted they take
-# 0.5 times as long, a step of training 0.7 times. For one token see `_few_copied`.
+# 0.5 times as long, a step of training 0.7 times.
 _FEW_COPIED_PARAMS = 1 << 23
 _FEW_COPIED_BY_CPU = 1 << 21
 # From so many rows per expert on, a processor computes expert by expert ...
@@ -2306,9 +2306,6 @@ class Mixing(nn.Module):
             self.down.ends_once = self.down.has_end()
         starts = (projection.has_start() for projection in (self.up, self.gate) if projection is not None)
         self._has_ends = self.down.ends_once or any(starts)
-        specs = [form[key] for key in PARTS if key in form and PARTS[key] is Projection]
-        # An expert owns several cores of a chain.
-        self._owns_cores = any(term["shared"].count(False) > 1 for spec in specs for term in spec["terms"])
         self.act: nn.Module = nn.Identity()
         self.inner_dropout: nn.Module = nn.Identity()
         self.schedule = "auto"
@@ -2406,7 +2403,8 @@ class Mixing(nn.Module):
         applies = schedule == "apply" and self.acts
         # What differs in size cannot be gathered; in a graph every expert runs on all rows, see `run_each`.
         copies = applies and (not self.differ or is_recorded() or tokens.is_meta)
-        if copies and num_rows * self.own_params <= self._few_copied(tokens):
+        few = _FEW_COPIED_BY_CPU if tokens.is_cpu and not is_recorded() else _FEW_COPIED_PARAMS
+        if copies and num_rows * self.own_params <= few:
             rows = self._experts(inputs.spread(choices), Picks(choices.experts), ends=ends)  # (N, H)
             return choices.combine(rows, num_tokens)
         order = choices.experts.argsort(stable=True)  # (N,) the choices expert by expert
@@ -2421,13 +2419,6 @@ class Mixing(nn.Module):
         if choices.per_token is None:
             return choices.take(order).combine(rows, num_tokens)
         return choices.combine(rows[order.argsort()], num_tokens)
-
-    def _few_copied(self, tokens: Tensor) -> int:
-        """Up to so many parameters in all, every row gets a copy of its own expert's cores."""
-        if not tokens.is_cpu or is_recorded():
-            return _FEW_COPIED_PARAMS
-        # One token's sorted rows are many products of one row: of two cores and more, copies are faster.
-        return _FEW_COPIED_PARAMS if tokens.shape[0] == 1 and self._owns_cores else _FEW_COPIED_BY_CPU
 
     def _mix_by_expert(
         self, inputs: Inputs, choices: Choices, parts: Sequence[Tensor], schedule: str, ends: bool

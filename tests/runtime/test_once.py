@@ -94,21 +94,6 @@ def test_operations_are_those_of_the_formula(form, once, each):
     assert experts.flops(TOKENS, "apply") == counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("form", "tokens", "sorts"), [
-    ("none", 1, False), ("base", 1, False), ("input", 1, True), ("whole", 1, True), ("base", 2, True)
-])  # fmt: skip
-def test_one_token_copies_its_experts_cores(form, tokens, sorts, monkeypatch):
-    """Beyond a processor's limit, where experts own several cores of a chain; other rows are sorted."""
-    monkeypatch.setattr(modeling, "_FEW_COPIED_BY_CPU", 0)
-    made, of_sorted = [], modeling.Picks.of_sorted
-    monkeypatch.setattr(modeling.Picks, "of_sorted", lambda *args: made.append(args) or of_sorted(*args))
-    experts, x = make_experts(form, form, form), randn(tokens, HIDDEN)
-    with torch.no_grad():
-        found = experts(x, *choices(tokens))
-    assert bool(made) == sorts
-    torch.testing.assert_close(found, reference(experts, x, *choices(tokens)))
-
-
 def test_a_bias_is_added_for_every_expert():
     """The weighted sum of biases is no sum of one; so the end then works on every expert's row."""
     experts, x = make_experts("input", "input", "both", bias="shared"), randn(TOKENS, HIDDEN)
