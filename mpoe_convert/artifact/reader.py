@@ -189,15 +189,15 @@ class Artifact:
         return [*routed, *range(self.num_experts, self.num_experts + self.shared_experts)]
 
     def rank(self, mixture: Mixture, role: str, expert: int) -> int:
-        """The rank of what a low-rank expert adds to the shared matrix."""
+        """The rank of what a low-rank or core-space expert adds to the shared matrix."""
         return functions().term_of(mixture.form[role]["terms"][-1], expert)["bonds"][0]
 
     def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
-        """The two matrices, (in, rank) and (rank, out), whose product a low-rank expert adds."""
+        """Two matrices, (in, rank) and (rank, out), whose product a low-rank or core-space expert adds."""
         with torch.device("meta"):
             chain = functions().Chain(mixture.form[role]["terms"][-1], self.num_experts)
-        first, second = chain.cores_of(self._read_cores(mixture, role)[-1], expert)
-        return first[0, :, 0, :], second[:, 0, :, 0]
+        first, *others = chain.cores_of(self._read_cores(mixture, role)[-1], expert)
+        return first[0, :, 0, :], functions().merge_cores(others)[:, 0, :, 0]
 
     def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
         """Whether the adapters of these experts, if the kind has adapters, output zero, as after conversion.

@@ -36,6 +36,7 @@ KINDS = {
     "dense": {"kind": "dense"},
     "dense, 1 shared": {"kind": "dense", "shared_experts": 1},
     "low-rank": {"kind": "low-rank"},
+    "core-space": {"kind": "core-space"},
     "adapter": {"kind": "adapter"},
     "parts": {"kind": "split", "experts": 8, "parts": 2, "top_k": 4},
     "parts, 1 shared": {"kind": "split", "experts": 8, "parts": 2, "shared_experts": 1, "top_k": 4},

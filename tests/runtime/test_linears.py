@@ -39,6 +39,7 @@ KINDS = {
     "balanced": {"experts": 3, "bond_dim": 64, "noise": 0.1, "layout": "balanced"},
     "compressed": {"experts": 3, "bond_dim": 8, "noise": 0.1, "keep": 0.8},
     "low-rank": {"experts": 3, "kind": "low-rank", "bond_dim": 8, "noise": 0.1},
+    "core-space": {"experts": 3, "kind": "core-space", "bond_dim": 8},
     "dense": {"experts": 3, "kind": "dense", "noise": 0.1},
     "adapter": {"experts": 3, "kind": "adapter", "noise": 0.1},
     "mixture": {},

@@ -46,8 +46,8 @@ class Options(experts.Options):
 
     def why_one_size(self, compresses: bool) -> str | None:
         return (
-            f"{assigned('kind', 'core-space')}, whose experts share outer cores, which fit square cores of one "
-            f"size; expected {assigned('kind', 'adapter', 'low-rank', 'mpo')}"
+            f"{assigned('kind', 'core-space')}, whose experts share outer cores, which fit one size of "
+            f"square ones; expected {assigned('kind', 'adapter', 'low-rank', 'mpo')}"
         )
 
 
