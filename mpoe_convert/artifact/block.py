@@ -115,12 +115,15 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
-def check_block(config: dict, where: str) -> None:
+def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
     """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
 
     Args:
         config: the whole config.
         where: what it was read from, for the message.
+
+    Returns:
+        By the number of the form, {name below a mixture's path: shape} of its tensors; for `check_tensors`.
 
     Raises:
         CheckpointError: another format, or a value that is missing or is none of those it may be.
@@ -144,9 +147,11 @@ def check_block(config: dict, where: str) -> None:
         reader.fields("mpoe.family", block["family"], _OF_EXPERTS, _OF_EXPERTS_OPTIONAL)
     else:
         reader.fields("mpoe.family", block["family"], _OF_FFN, {})
+    shapes = []
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
-        mixture_shapes(form, block, where)
+        shapes.append(_shapes_of(form, block, where))
+    return shapes
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:
@@ -216,7 +221,7 @@ def _check_term(reader: _Reader, place: str, term: Any, num_experts: int) -> Sha
     return math.prod(term["in_dims"]), math.prod(term["out_dims"])
 
 
-def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
+def _shapes_of(form: dict, block: dict, where: str) -> dict[str, Shape]:
     """{name below a mixture's path: shape} of the tensors that a form has.
 
     Args:
@@ -239,7 +244,11 @@ def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
 
 
 def check_tensors(
-    stored: Mapping[str, Shape], mixtures: Iterable[tuple[str, str]], config: dict, where: str
+    stored: Mapping[str, Shape],
+    mixtures: Iterable[tuple[str, str]],
+    config: dict,
+    shapes: Sequence[Mapping[str, Shape]],
+    where: str,
 ) -> None:
     """Check that the tensors of mixtures are there, with the shapes that the block says.
 
@@ -247,15 +256,15 @@ def check_tensors(
         stored: {name: shape} of all tensors of the artifact.
         mixtures: (prefix of its tensors, path that `ffns` names): ("transformer.h.0.mlp", "h.0").
         config: which `check_block` has checked.
+        shapes: what that returned.
         where: the artifact, for the message.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, which names it.
     """
-    block, bits = config["mpoe"], bits_of(config)
-    shapes = [mixture_shapes(form, block, where) for form in block["forms"]]
+    numbers, bits = config["mpoe"]["ffns"], bits_of(config)
     for key, path in mixtures:
-        for tail, shape in shapes[block["ffns"][path]].items():
+        for tail, shape in shapes[numbers[path]].items():
             name = f"{key}.{tail}"
             if name not in stored and _is_rounded(stored, name, shape, bits):
                 continue
@@ -306,13 +315,13 @@ def _check_whole(config: dict, folder: Path) -> None:
 
     Other libraries store rounded tensors by names and shapes of their own, which loading is left to read.
     """
-    check_block(config, str(folder / "config.json"))
+    shapes = check_block(config, str(folder / "config.json"))
     if config.get("quantization_config") and not bits_of(config):
         return
     stored: dict[str, Shape] = {}
     for name in filter(is_weights, weight_files(Folder(str(folder), folder))[0]):
         stored |= {tensor.name: tensor.shape for tensor in read_header(folder / name, name).values()}
-    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, str(folder))
+    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, shapes, str(folder))
 
 
 def _stored_mixtures(stored: Mapping[str, Shape], config: dict, where: str) -> list[tuple[str, str]]:

@@ -280,7 +280,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
-    checkpoint = _open_checkpoint(model, revision, token)
+    checkpoint, shapes = _open_checkpoint(model, revision, token)
     block, runtime = checkpoint.config["mpoe"], modeling()
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
@@ -301,7 +301,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         mixtures = _mixtures(checkpoint, block, family, architecture)
     stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     keys = [(mixture.key, mixture.path) for mixture in mixtures]
-    check_tensors(stored, keys, checkpoint.config, checkpoint.source)
+    check_tensors(stored, keys, checkpoint.config, shapes, checkpoint.source)
     return Artifact(
         checkpoint=checkpoint,
         config=config,
@@ -317,8 +317,13 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     )
 
 
-def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Checkpoint:
-    """The checkpoint of an artifact; its custom code is fetched and may run. Raises as `open_artifact`."""
+def _open_checkpoint(
+    model: str, revision: str | None, token: str | None
+) -> tuple[Checkpoint, list[dict[str, tuple[int, ...]]]]:
+    """The checkpoint of an artifact, and the shapes of its forms, see `check_block`.
+
+    Its custom code is fetched and may run. Raises as `open_artifact`.
+    """
     with readable(model):
         repository = find_repository(model, revision, token)
         config = read_config(repository)
@@ -328,13 +333,13 @@ def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Che
                 f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
                 "conversion or finetune writes it"
             )
-        check_block(config, str(repository.folder / "config.json"))
+        shapes = check_block(config, str(repository.folder / "config.json"))
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])
         if code is not None:
             repository.fetch_code()
-        return open_weights(repository, config, code)
+        return open_weights(repository, config, code), shapes
 
 
 def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:

@@ -23,7 +23,7 @@ from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..compression.shared import help_collect
 from ..devices import pick_device
-from ..errors import MachineError, MpoeError, counted
+from ..errors import MachineError, MpoeError, counted, reworded
 from ..experts.ffn import Fitted
 from ..extras import need
 from ..options import called, named_by_flags, switched
@@ -321,8 +321,9 @@ class _Job:
                 f"{done} of {counted(len(self.plan.shards), 'weight file')} are kept in "
                 f"'{self.folder.parent}': run it again with {switched('resume')} to go on"
             )
-            words = kept if isinstance(error, KeyboardInterrupt) else f"{error}; {kept}"
-            raise type(error)(words) from error
+            if isinstance(error, MpoeError):
+                raise reworded(error, f"{error}; {kept}") from error
+            raise KeyboardInterrupt(kept) from error
 
 
 def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpoint) -> None:
@@ -479,7 +480,7 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
     except MpoeError as error:
         if name() in str(error):
             raise
-        raise type(error)(f"{name()}: {error}") from error
+        raise reworded(error, f"{name()}: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise

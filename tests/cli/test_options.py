@@ -325,3 +325,11 @@ def test_only_what_a_task_needs_is_asked_for(artifact, tmp_path, monkeypatch):
 
     with pytest.raises(LibraryError, match="report needs matplotlib"):
         draw_pictures(artifact("gpt2")[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("router_tasks=[a", "its value is not YAML"), ("router_tasks", "expected NAME=VALUE")]
+)
+def test_an_assignment_that_cannot_be_read_is_a_usage_error(given, said):
+    done = CliRunner().invoke(main, ["finetune", "model", "--data", "d", "-o", "out", "--option", given])
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()) and "Traceback" not in done.output
