@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from ..ranks import is_first
 from .tables import console, training_line
@@ -132,18 +141,31 @@ def evaluation_progress(enabled: bool) -> Iterator:
         yield update
 
 
+class _Count(MofNCompleteColumn):
+    """ "8/52"; nothing where the number of steps is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 @contextmanager
-def export_progress(enabled: bool) -> Iterator:
-    """A progress callback for `export`: a bar over tensors on a terminal, nothing elsewhere."""
-    out = console(stderr=True)
+def export_progress(enabled: bool, out: Console | None = None) -> Iterator:
+    """A progress callback for `export` and `prune`: a bar over tensors on a terminal, nothing elsewhere.
+
+    While something of no known length runs (in all 0) the bar moves to and fro.
+    """
+    out = out or console(stderr=True)
     if not (enabled and out.is_terminal):
         yield None
         return
-    bar = Progress(
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=out, transient=True
-    )
-    task = bar.add_task("", total=None)
+    bar = Progress(BarColumn(), _Count(), TextColumn("{task.description}"), console=out, transient=True)
+    bar.add_task("", total=None)
+
+    def update(what: str, done: int, in_all: int) -> None:
+        if (bar.tasks[0].total is None) != (not in_all):  # update() cannot take a total away
+            bar.remove_task(bar.task_ids[0])
+            bar.add_task("", total=in_all or None)
+        bar.update(bar.task_ids[0], description=escape(what), completed=done, total=in_all or None)
+
     with bar:
-        yield lambda name, done, total: bar.update(
-            task, description=escape(name), completed=done, total=total
-        )
+        yield update

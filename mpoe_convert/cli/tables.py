@@ -191,13 +191,13 @@ def _forms_table(block: dict) -> Table:
                 | {
                     "sites (in x out)": f"{listed(term['in_dims'])} x {listed(term['out_dims'])}",
                     "bonds": listed_bonds(term),
-                    "shared": listed(k for k, shared in enumerate(term["shared"]) if shared),
+                    "shared cores": listed(k for k, shared in enumerate(term["shared"]) if shared) or "none",
                     "bias": spec["bias"],
                 }
                 for term in spec["terms"]
             ]
-    left = (unit, "projection", "sites (in x out)", "bonds", "shared", "bias")
-    return Table("Projections", tuple(rows), left)
+    left = (unit, "projection", "sites (in x out)", "bonds", "shared cores", "bias")
+    return Table("Projections, cores counted from 0", tuple(rows), left)
 
 
 def print_push(pushed: Pushed, out: Console) -> None:

@@ -30,7 +30,7 @@ from .targets import Checked, Export, ExportPlan, Part
 
 HALVES = ("bfloat16", "float16")
 
-# Called as progress(tensor, tensors made, tensors in all).
+# Called as progress(what, tensors made, tensors in all); 0 in all while what was written is compared.
 Progress = Callable[[str, int, int], None]
 
 
@@ -92,7 +92,7 @@ def export(
         overwrite: replace an artifact or an export of this tool that is already there.
         revision: branch, tag or commit of a Hub id.
         token: for models of the Hub; by default the stored login.
-        progress: called as progress(tensor, tensors made, tensors in all).
+        progress: called as progress(what, tensors made, tensors in all); 0 in all while outputs are compared.
 
     Returns:
         The contents of export_report.json.
@@ -135,6 +135,8 @@ def export(
                 progress(tensor.name, number, len(tensors))
         comparison = plan.write(folder) if plan.write else None
         if plan.checked and request.check:
+            if progress:
+                progress("comparing with the artifact", 0, 0)
             comparison = _compare(folder, source, plan.checked)
         report = Exported(
             artifact=source.checkpoint.source,

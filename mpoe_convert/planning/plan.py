@@ -436,6 +436,6 @@ class Plan(Shown):
             yield self.budget.table()
             yield self.budget.in_words(recipe.keep)
         else:
-            exact = "nothing is truncated" if self.is_exact else "truncated: bonds are below the full ones"
+            exact = "nothing is truncated" if self.is_exact else "truncated below the full ones"
             yield recipe.own_options.first_state() or f"Bonds: {exact}."
         yield from map(warning, [*self.warnings, *self.forecasts])

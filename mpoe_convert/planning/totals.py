@@ -86,26 +86,19 @@ class Totals:
 
 
 def savings_in_words(totals: Totals, experts: int) -> str:
-    """Which of stored parameters and FLOPs per token are fewer than those of a plain MoE, with the numbers.
+    """Stored parameters and FLOPs per token as shares of a plain MoE's, with the numbers.
 
-    "Beside a plain MoE of 8 experts it saves stored parameters (1,493,760, 32.1%), but no FLOPs per token
-    (3,153,920, 109.1%)."
+    "Beside a plain MoE of 8 experts it stores 32.1% of the parameters (1,493,760), but takes 109.1% of the
+    FLOPs per token (3,153,920)."
     """
-    pairs = {
-        "stored parameters": (totals.stored_params, totals.plain_moe_params),
-        "FLOPs per token": (totals.flops_per_token, totals.plain_moe_flops_per_token),
-    }
-    most = {"FLOPs per token": f"{totals.per_token} "} if totals.per_token else {}
-    numbers = {
-        what: f"{what} ({most.get(what, '')}{ours:,}, {ours / moe:.1%})"
-        for what, (ours, moe) in pairs.items()
-    }
-    saved = [numbers[what] for what, (ours, moe) in pairs.items() if ours < moe]
-    others = [numbers[what] for what, (ours, moe) in pairs.items() if ours >= moe]
-    words = f"saves neither {' nor '.join(others)}"
-    if saved:
-        words = f"saves {' and '.join(saved)}" + (f", but no {others[0]}" if others else "")
-    return f"Beside a plain MoE of {experts} experts it {words}."
+    stored, flops = totals.stored_params, totals.flops_per_token
+    space, work = stored / totals.plain_moe_params, flops / totals.plain_moe_flops_per_token
+    most = f"{totals.per_token} " if totals.per_token else ""
+    joined = " and" if (space < 1) == (work < 1) else ", but"
+    return (
+        f"Beside a plain MoE of {experts} experts it stores {space:.1%} of the parameters ({stored:,}){joined} "
+        f"takes {work:.1%} of the FLOPs per token ({most}{flops:,})."
+    )
 
 
 def ffn_totals(plan: Plan) -> Totals:

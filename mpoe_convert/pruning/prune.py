@@ -52,7 +52,7 @@ from .tensors import planned
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Called as progress(what, done, in all).
+# Called as progress(what, done, in all); 0 in all while the model runs.
 Progress = Callable[[str, int, int], None]
 
 
@@ -79,7 +79,7 @@ def prune(
         request: how many experts are left, and which.
         overwrite: replace an artifact or an export of this tool that is already there.
         token: for models and data of the Hub; by default the stored login.
-        progress: called as progress(what, done, in all).
+        progress: called as progress(what, done, in all); 0 in all while the model runs.
 
     Returns:
         What became of which experts, and what it cost; it is also in conversion_report.json.

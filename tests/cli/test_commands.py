@@ -315,7 +315,7 @@ def test_a_plan_reads_no_tensor_and_writes_nothing(here, monkeypatch):
     assert tree(here) == before
     assert "nothing is truncated" in page and "model.safetensors" in page
     truncated = ok("plan", "dense", "--layout", "balanced", "--bond-dim", "2", "--experts", "2")
-    assert "truncated: bonds are below the full ones" in truncated
+    assert "Bonds: truncated below the full ones." in truncated
 
 
 def test_inspect_says_what_an_artifact_is_made_of(here):

@@ -1,6 +1,7 @@
 """`finetune` on the command line: signals, their exit codes and the command that goes on; bars."""
 
 import io
+import re
 import shlex
 import signal
 
@@ -13,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from mpoe_convert.cli import main
-from mpoe_convert.cli.progress import TrainingProgress, training_progress
+from mpoe_convert.cli.progress import TrainingProgress, export_progress, training_progress
 from mpoe_convert.cli.tables import print_training
 from mpoe_convert.cli.train import RepeatableCommand, continuing_command
 
@@ -124,6 +125,20 @@ def test_bars_count_steps_and_batches():
         shown.bars.refresh()
     written = shown.out.file.getvalue()
     assert "reading the data" in written and "6/20" in written and "\x1b" in written
+
+
+def test_a_bar_counts_only_what_can_be_counted():
+    """The last frame of `export` and `prune` after each of their steps."""
+    steps, frames = [("observing", 0, 0), ("h.0.weight", 1, 7), ("measuring", 0, 0)], []
+    for last in range(1, len(steps) + 1):
+        out = screen(True)
+        with export_progress(True, out) as progress:
+            for step in steps[:last]:
+                progress(*step)
+            out.file.truncate(0)
+        frames.append(re.sub(r"\x1b\[[\d;?]*\w", "", out.file.getvalue()))
+    assert ["observing" in frames[0], "1/7 h.0.weight" in frames[1], "measuring" in frames[2]] == [True] * 3
+    assert "/" not in frames[0] + frames[2]
 
 
 def test_a_first_frame_shows_the_total(monkeypatch):

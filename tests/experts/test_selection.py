@@ -75,7 +75,7 @@ def test_plan_config_card_and_recipe(select, tiny_gpt2, tmp_path):
         assert getattr(fixed.totals, name) <= getattr(found.totals, name) < 1.01 * getattr(fixed.totals, name)
     rows = [row[""] for row in found.totals.rows("FFNs")]
     assert rows[1::2] == ["FFNs: parameters used per token, at most", "FFNs: FLOPs per token, at most"]
-    assert f"(at most {found.totals.flops_per_token:,}," in found.savings
+    assert f"(at most {found.totals.flops_per_token:,})" in found.savings
     convert(recipe, tmp_path / "out")
     block = read_json_object(tmp_path / "out" / "config.json")["mpoe"]
     assert block["rule"] == select and block["top_k"] == 3

@@ -60,13 +60,13 @@ def test_chains_that_are_not_truncated_are_not_warned_of(dense):
 @pytest.mark.parametrize(
     ("stored", "flops", "words"),
     [
-        (25, 162, "saves stored parameters (25, 25.0%), but no FLOPs per token (162, 162.0%)."),
-        (25, 50, "saves stored parameters (25, 25.0%) and FLOPs per token (50, 50.0%)."),
-        (100, 100, "saves neither stored parameters (100, 100.0%) nor FLOPs per token (100, 100.0%)."),
-        (120, 50, "saves FLOPs per token (50, 50.0%), but no stored parameters (120, 120.0%)."),
+        (25, 162, "stores 25.0% of the parameters (25), but takes 162.0% of the FLOPs per token (162)."),
+        (25, 50, "stores 25.0% of the parameters (25) and takes 50.0% of the FLOPs per token (50)."),
+        (100, 100, "stores 100.0% of the parameters (100) and takes 100.0% of the FLOPs per token (100)."),
+        (120, 50, "stores 120.0% of the parameters (120), but takes 50.0% of the FLOPs per token (50)."),
     ],
 )
-def test_which_of_the_two_is_saved(stored, flops, words, dense):
+def test_which_shares_of_a_plain_moe_are_taken(stored, flops, words, dense):
     totals = replace(
         plan(Recipe(dense, experts=8)).totals,
         stored_params=stored,
