@@ -85,8 +85,9 @@ def round_source(model: torch.nn.Module, planned: Plan, bits: int) -> None:
 @torch.no_grad()
 def round_cores(model: torch.nn.Module, planned: Plan, bits: int) -> None:
     parameters = dict(model.named_parameters())
-    for name in (name for matrix in planned.matrices for name in large_cores(matrix)):
-        parameters[name].copy_(round_core(name, parameters[name], bits)[1])
+    for matrix in planned.matrices:
+        for name, layers in large_cores(matrix).items():
+            parameters[name].copy_(round_core(layers, parameters[name], bits)[1])
 
 
 def fitting(recipe: Recipe, target: int, bits: int) -> Recipe:

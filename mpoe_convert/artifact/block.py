@@ -19,7 +19,7 @@ from ..source.paths import is_dir
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
 from .layout import is_weights, keeps_routers, read_artifact
-from .rounding import bits_of, stored_specs
+from .rounding import Layers, bits_of, layers_of, stored_specs
 
 _REMEDY = "take config.json as it came with these weights"
 _DIMS = ("in_dims", "out_dims", "bonds")
@@ -262,11 +262,13 @@ def check_tensors(
     Raises:
         CheckpointError: a tensor is missing or has another shape, which names it.
     """
-    numbers, bits = config["mpoe"]["ffns"], bits_of(config)
+    block, bits = config["mpoe"], bits_of(config)
+    layers = [_layers(form, block) if bits else {} for form in block["forms"]]
     for key, path in mixtures:
-        for tail, shape in shapes[numbers[path]].items():
+        form = block["ffns"][path]
+        for tail, shape in shapes[form].items():
             name = f"{key}.{tail}"
-            if name not in stored and _is_rounded(stored, name, shape, bits):
+            if name not in stored and _is_rounded(stored, key, layers[form].get(tail, {}), bits):
                 continue
             if (found := stored.get(name)) != shape:
                 what = "is missing" if found is None else f"has the shape {[*found]}"
@@ -292,10 +294,23 @@ def refuse_missing(paths: Sequence[str], where: str) -> NoReturn:
     )
 
 
-def _is_rounded(stored: Mapping[str, Shape], name: str, shape: Shape, bits: int) -> bool:
-    """Whether there is what stands for a rounded core of this shape."""
-    specs = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
-    return bool(specs) and all(stored.get(part) == size for part, (size, _) in specs.items())
+def _layers(form: dict, block: dict) -> dict[str, Layers]:
+    """{name below a mixture's path: its linear layers} of the cores of a form."""
+    found, runtime = {}, modeling()
+    projections = [(role, spec) for role, spec in form.items() if runtime.PARTS[role] is runtime.Projection]
+    for role, spec in projections:
+        for number, term in enumerate(spec["terms"]):
+            chain = runtime.Chain(term, block["num_experts"] + block.get("shared_experts", 0))
+            for k, core in enumerate(chain.core_names):
+                name = f"{role}.terms.{number}.{core}"
+                found[name] = layers_of(name, chain, k)
+    return found
+
+
+def _is_rounded(stored: Mapping[str, Shape], key: str, layers: Layers, bits: int) -> bool:
+    """Whether there is what stands for a rounded core of these layers, below this path."""
+    specs = stored_specs(layers, "float32", bits)
+    return bool(specs) and all(stored.get(f"{key}.{part}") == size for part, (size, _) in specs.items())
 
 
 def checked_artifact(folder: Path) -> tuple[dict, dict]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .block import check_block, check_tensors, missing_mixtures, refuse_missing
 from .layout import REPORT_FILE, base_config, keeps_routers
-from .rounding import PACKED, SCALE, bits_of, read_core
+from .rounding import SCALE, bits_of, layers_of, read_core
 
 ROLES = ("gate", "up", "down")
 # The empty share: selects the shared terms alone, to which low-rank experts are added.
@@ -251,20 +252,21 @@ class Artifact:
         if key not in self._cores:
             self._cores.clear()
             terms: list[list[Tensor]] = [[] for _ in mixture.form[role]["terms"]]
-            for number, name in self._core_names(mixture, role):
-                terms[number].append(self._read_core(name))
+            for number, term in enumerate(mixture.form[role]["terms"]):
+                chain = modeling().Chain(term, self.num_experts + self.shared_experts)
+                for k, core in enumerate(chain.core_names):
+                    name = f"{key}.terms.{number}.{core}"
+                    terms[number].append(self._read_core(name, chain, k))
             self._cores[key] = terms
         return self._cores[key]
 
-    def _read_core(self, name: str) -> Tensor:
-        """A core, as it was before it was stored, or as it was rounded."""
+    def _read_core(self, name: str, chain: Any, number: int) -> Tensor:
+        """A core of a chain, as it was before it was stored, or as it was rounded."""
         checkpoint = self.checkpoint
         if name in checkpoint.tensors:
             return checkpoint.read(name)
-        stacked = f"{name}.{PACKED}" not in checkpoint.tensors
-        return read_core(
-            checkpoint.read, name, bits_of(checkpoint.config), self.num_experts if stacked else None
-        )
+        shape = tuple(getattr(chain, chain.core_names[number]).shape)
+        return read_core(checkpoint.read, layers_of(name, chain, number), bits_of(checkpoint.config), shape)
 
 
 def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
