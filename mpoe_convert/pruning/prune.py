@@ -18,12 +18,7 @@ from ..artifact.loading import from_pretrained, load_artifact
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.weight_files import PlannedTensor, TensorSpec, num_bytes, split_into_shards, write_planned
 from ..compression.batches import Batch, is_causal, make_batches
-from ..compression.divergence import (
-    ComparedOutput,
-    Divergence,
-    DivergenceSums,
-    compared_output,
-)
+from ..compression.divergence import ComparedOutput, Divergence, DivergenceSums, compared_output
 from ..compression.stream import keep_no_cache, run_batch
 from ..devices import check_device, pick_device
 from ..extras import need
