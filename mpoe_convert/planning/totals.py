@@ -96,8 +96,8 @@ def savings_in_words(totals: Totals, experts: int) -> str:
     most = f"{totals.per_token} " if totals.per_token else ""
     joined = " and" if (space < 1) == (work < 1) else ", but"
     return (
-        f"Beside a plain MoE of {experts} experts it stores {space:.1%} of the parameters ({stored:,}){joined} "
-        f"takes {work:.1%} of the FLOPs per token ({most}{flops:,})."
+        f"Beside a plain MoE of {experts} experts it stores {space:.1%} of the parameters ({stored:,})"
+        f"{joined} takes {work:.1%} of the FLOPs per token ({most}{flops:,})."
     )
 
 
