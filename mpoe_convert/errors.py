@@ -35,8 +35,8 @@ class RunError(RequestError):
     """The request for a training run contradicts itself or names something that does not exist."""
 
 
-class SitesError(MpoeError):
-    """A matrix cannot be split into the requested sites and bonds."""
+class SitesError(RequestError):
+    """A matrix cannot be split into the requested sites, bonds or parts."""
 
 
 class CheckpointError(MpoeError):

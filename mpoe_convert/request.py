@@ -94,7 +94,7 @@ class Request(OptionGroup):
             raise cls.ERROR(f"the {cls.NOUN} has no key {unknown[0]!r}{meant}")
         for name, each in known.items():
             if default_of(each) is MISSING and not values.get(name):
-                raise cls.ERROR(f"the {cls.NOUN} gives no {called(each)}")
+                raise cls.ERROR(f"{called(each)} is missing from the {cls.NOUN}")
         return cls(**values)
 
     @classmethod
@@ -308,7 +308,8 @@ def read_recipe(path: str | Path, noun: str = "recipe") -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the {noun} '{path}': {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise RecipeError(f"cannot read the {noun} '{path}': {reason}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"the {noun} '{path}' holds {type(values).__name__}; expected `name: value`")
     return values

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from ..errors import CheckpointError, one_line
 from ..runtime.shapes import modeling
@@ -18,7 +19,7 @@ from ..source.json_files import read_json_object
 from ..source.paths import is_dir
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
-from .layout import is_weights, keeps_routers, read_artifact
+from .layout import STOCK_OPTIONS, is_weights, keeps_routers, read_artifact
 from .rounding import Layers, bits_of, layers_of, stored_specs
 
 _REMEDY = "take config.json as it came with these weights"
@@ -88,6 +89,11 @@ _OPTIONAL |= {"base_auto_map": _OBJECT_OR_NONE}
 _OF_FFN = {"slot": _TEXT, "absorbed": _TEXTS, "activation": _TEXT, "inner_dropout": _TEXT_OR_NONE}
 _OF_FFN |= {"outer_dropout": _TEXT_OR_NONE, "adds_residual": _TRUTH}
 _OF_EXPERTS = {"slot": _TEXT, "experts": _TEXT}
+# Options beside the block, by their types; those of the stock code of a mixture are its own.
+_REAL = _Expected(
+    "a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool) and math.isfinite(v)
+)
+_OF_TYPES = {float: _REAL, int: _NUMBER, bool: _TRUTH, str: _TEXT, list[str]: _TEXTS}
 _OF_EXPERTS_OPTIONAL = {"one_by_one": _TRUTH, "activation": _TEXT_OR_NONE, "experts_at": _TEXT_OR_NONE}
 
 
@@ -115,6 +121,20 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
+def check_converted(config: dict, where: str) -> list[dict[str, Shape]]:
+    """Check that a config.json is that of a converted model. Arguments, value and errors as of `check_block`.
+
+    Raises:
+        CheckpointError: also if it describes another model.
+    """
+    if not isinstance(config.get("mpoe"), dict):
+        raise CheckpointError(
+            f"'{where}' describes no converted model (model type {config.get('model_type')!r}, no mpoe "
+            "block): expected an artifact of mpoe-convert, as a conversion or finetune writes it"
+        )
+    return check_block(config, where)
+
+
 def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
     """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
 
@@ -139,6 +159,7 @@ def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
         )
     reader.fields("mpoe", block, _NEEDED, _OPTIONAL)
     _check_routing(reader, block)
+    _check_options(reader, config)
     for path, number in block["ffns"].items():
         words = f"the place of a form, 0 to {len(block['forms']) - 1}"
         is_place = _Expected(words, lambda v: _is_whole(v, 0) and v < len(block["forms"]))
@@ -152,6 +173,25 @@ def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
         shapes.append(_shapes_of(form, block, where))
     return shapes
+
+
+def _check_options(reader: _Reader, config: dict) -> None:
+    """The options at the top level, of routers and of the runtime."""
+    left_out = STOCK_OPTIONS if keeps_routers(config) else ()
+    for option in modeling().CONFIG_OPTIONS:
+        if option.name in config and option.name not in left_out:
+            reader.check(option.name, config[option.name], _what_may_be(option))
+
+
+def _what_may_be(option: Any) -> _Expected:
+    """What the value of an `Option` of the runtime may be."""
+    if option.values:
+        return _Expected(f"one of {', '.join(option.values)}", lambda value: value in option.values)
+    if isinstance(option.type, UnionType):
+        (kind,) = {*get_args(option.type)} - {NoneType}
+        known = _OF_TYPES[kind]
+        return _Expected(f"{known.words} or null", lambda value: value is None or known.holds(value))
+    return _OF_TYPES[option.type]
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:

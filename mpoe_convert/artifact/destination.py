@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import CheckpointError, HubError, RequestError, few, one_line
+from ..errors import CheckpointError, HubError, RequestError, few
 from ..options import called, switched
 from ..source.hub import SINGLE, shard_names
 from ..source.hub_errors import explain_writing
@@ -59,7 +59,8 @@ class Destination:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
             raise RequestError(
-                f"'{self.repo_id}' cannot be a repository: {one_line(error, 120)}; expected USER/NAME"
+                f"'{self.repo_id}' cannot be a repository; expected USER/NAME of letters, digits, '-', '_' "
+                "and '.', with at most 96 characters"
             ) from error
         if "/" not in self.repo_id:
             raise RequestError(f"'{self.repo_id}' names no owner: expected USER/NAME or ORGANIZATION/NAME")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DataError, FamilyError, TrainingError
+from ..options import called
 from ..source.architecture import Architecture, knows
 from .layout import base_config
 
@@ -90,7 +91,7 @@ def check_length(length: int, limits: Mapping[str, int | None]) -> None:
     """
     for name, limit in limits.items():
         if limit and length > limit:
-            raise TrainingError(f"length is {length}; {name} takes at most {limit} tokens")
+            raise TrainingError(f"{called('length')} is {length}; '{name}' takes at most {limit} tokens")
 
 
 def embedding_rows(model: PreTrainedModel) -> int | None:

@@ -87,9 +87,9 @@ def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dic
     except Exception as error:  # a config may say anything, and custom code do so
         if not trusted and "trust_remote_code=True" in str(error):
             raise TrainingError(
-                f"{name} has custom code: read it, and pass {switched('trust_remote_code')} to run it"
+                f"'{name}' has custom code: read it, and pass {switched('trust_remote_code')} to run it"
             ) from error
-        raise TrainingError(f"{name} cannot be loaded: {_reason(error)}") from error
+        raise TrainingError(f"'{name}' cannot be loaded: {_reason(error)}") from error
     if not is_model:
         return found
     model, info = found
@@ -138,7 +138,7 @@ def _check_shapes(name: str, mismatched: Iterable[tuple]) -> None:
     if found:
         key, stored, expected = found[0]
         raise TrainingError(
-            f"{name} cannot be loaded: {few([key for key, *_ in found])} have other shapes than the model "
+            f"'{name}' cannot be loaded: {few([key for key, *_ in found])} have other shapes than the model "
             f"that was asked for ({key} is {[*stored]}, expected {[*expected]}); expected options and "
             "classes that fit its weights"
         )
@@ -151,7 +151,7 @@ def _check_layers(name: str, model: PreTrainedModel, missing: Iterable[str]) -> 
     inside = sorted(key for key in of_base if re.search(r"\.\d+\.", key) and not key.endswith(_MADE_NEW))
     if inside:
         raise TrainingError(
-            f"{name} lacks {few(inside)}, which would be random numbers; expected a whole model, with the "
+            f"'{name}' lacks {few(inside)}, which would be random numbers; expected a whole model, with the "
             "names of tensors that transformers gives them"
         )
 

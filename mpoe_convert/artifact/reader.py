@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, FamilyError
+from ..errors import FamilyError
 from ..options import called
 from ..runtime.shapes import functions, modeling
 from ..source.architecture import Architecture
@@ -29,7 +29,7 @@ from ..source.pairs import family_of
 from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
-from .block import check_block, check_tensors, missing_mixtures, refuse_missing
+from .block import check_converted, check_tensors, missing_mixtures, refuse_missing
 from .layout import REPORT_FILE, base_config, keeps_routers
 from .rounding import SCALE, bits_of, layers_of, read_core
 
@@ -329,13 +329,7 @@ def _open_checkpoint(
     with readable(model):
         repository = find_repository(model, revision, token)
         config = read_config(repository)
-        if not isinstance(config.get("mpoe"), dict):
-            raise CheckpointError(
-                f"'{repository.folder / 'config.json'}' describes no converted model (model type "
-                f"{config.get('model_type')!r}, no mpoe block): expected an artifact of mpoe-convert, as a "
-                "conversion or finetune writes it"
-            )
-        shapes = check_block(config, str(repository.folder / "config.json"))
+        shapes = check_converted(config, str(repository.folder / "config.json"))
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])

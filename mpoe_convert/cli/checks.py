@@ -1,16 +1,22 @@
-"""What a command can tell before it imports what takes seconds: names that are not there."""
+"""What a command can tell before it imports what takes seconds: wrong names, options against the source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ..artifact.block import check_converted, check_folder
 from ..artifact.folder import check_output, count_finished, find_resumable, remove_leftovers
 from ..errors import OutputError, counted
 from ..ranks import is_first
-from ..source.repository import check_model
+from ..source.checkpoint import open_checkpoint, read_config, readable
+from ..source.repository import Folder, check_model, local_folder
+
+if TYPE_CHECKING:
+    from ..planning.recipe import Recipe
 
 
 def check_output_first(output: str, overwrite: bool, quiet: bool, resume: bool = False) -> None:
@@ -38,6 +44,53 @@ def check_output_first(output: str, overwrite: bool, quiet: bool, resume: bool =
 
 
 def check_models_first(models: Iterable[str | None]) -> None:
-    """Check that models are folders, or Hub ids that could be looked up. Raises MpoeError."""
+    """Check that models are folders, or Hub ids that could be looked up, and that artifacts are whole.
+
+    Raises MpoeError.
+    """
     for model in filter(None, models):
         check_model(model)
+        if folder := local_folder(model):
+            check_folder(str(folder))
+
+
+def check_artifact_first(artifact: str, revision: str | None = None) -> None:
+    """Check that an artifact is a folder that holds one, or a Hub id that could be looked up.
+
+    Raises MpoeError.
+    """
+    check_model(artifact, revision)
+    if folder := local_folder(artifact):
+        with readable(artifact):
+            check_converted(read_config(Folder(artifact, folder)), str(folder / "config.json"))
+            check_folder(str(folder))
+
+
+def check_folder_first(recipe: Recipe, *, stream: bool = False, whole: bool = True) -> None:
+    """Check a recipe against the headers of a folder, as far as its code need not be run.
+
+    What is on the Hub, custom code and experts that are named by hand are left to the conversion.
+
+    Args:
+        stream: what would be streamed; a folder is not.
+        whole: also what `plan` checks of dense sources; without it only what is not for mixtures.
+
+    Raises:
+        MpoeError: the source or its combination with the recipe cannot be converted.
+    """
+    if local_folder(recipe.model) is None or recipe.trust_remote_code or recipe.experts_at:
+        return
+    from ..planning.planner import plan_checkpoint
+    from ..planning.resolve import check_for_mixtures, resolve_recipe
+    from ..source.families import FAMILIES
+    from ..source.mixtures import is_mixture
+
+    checkpoint = open_checkpoint(recipe.model, headers_only=True, stream=stream)
+    if is_mixture(checkpoint):
+        dense_types = {name for family in FAMILIES for name in family.model_types}
+        if checkpoint.config["model_type"] not in dense_types:  # there, experts are a mistake, told later
+            check_for_mixtures(recipe)
+    elif whole and not recipe.search:
+        resolved = resolve_recipe(recipe, checkpoint, calibrated=bool(recipe.calibrate))
+        if not (recipe.compresses or recipe.metric or recipe.calibrate):
+            plan_checkpoint(resolved, checkpoint)

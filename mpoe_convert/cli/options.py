@@ -199,6 +199,6 @@ COMMON = add(
         "--verbose",
         heading=LAST,
         count=True,
-        help="A row per matrix, not per layer, in the table of a conversion. Twice: tracebacks of errors.",
+        help="Of a conversion: a row per matrix, not per layer. Twice: tracebacks of errors.",
     ),
 )

@@ -8,10 +8,9 @@ import click
 
 from ..pruning.request import Pruning
 from ..request import as_text
-from ..source.repository import check_model
 from ..source.texts import check_sources
 from .app import announce, echo_json, one_line_errors
-from .checks import check_output_first
+from .checks import check_artifact_first, check_output_first
 from .options import COMMON, GroupedCommand, option, options_of, output_option, request_of, token_option
 
 
@@ -43,7 +42,7 @@ def prune(
         request, _ = request_of(Pruning, options)
         artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
-        check_model(artifact)
+        check_artifact_first(artifact)
         check_sources(request.calibrate)
         announce(f"Pruning {artifact}", quiet)
         from ..pruning.prune import prune as write

@@ -147,7 +147,7 @@ def continuing_command(ctx: click.Context) -> str:
 @token_option("Data")
 @COMMON
 def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
-    """Score MODEL on data: perplexity, accuracy, exact match, BLEU, ROUGE.
+    """Score MODEL on data: perplexity, accuracy, F1, BLEU, chrF, ROUGE-L.
 
     With 95 % intervals, and those of the paired difference with --against.
     Several processes: torchrun --nproc-per-node 4 -m mpoe_convert evaluate MODEL ...

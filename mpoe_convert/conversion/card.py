@@ -251,8 +251,8 @@ def _shared_limits(name: str) -> list[str]:
     return [
         f"It has the errors of {name}, and the biases of its training data.",
         "Quality was not evaluated beyond the measurements in this card.",
-        "It needs `trust_remote_code=True`. Inference engines with built-in architectures (vLLM, llama.cpp) "
-        "cannot load it; see `mpoe-convert export`.",
+        "It needs `trust_remote_code=True`. Engines that run architectures of their own alone, such as "
+        "llama.cpp, cannot load it; see `mpoe-convert export`.",
     ]
 
 

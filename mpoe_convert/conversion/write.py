@@ -9,9 +9,10 @@ from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
 from ..experts.selection import LIMITED, THRESHOLD
-from ..planning.mixtures import USED, MixturePlan
+from ..planning.mixtures import MixturePlan
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..planning.resolve import USED
 from ..planning.rounding import config_of
 from ..planning.totals import routing
 from ..runtime import GENERATE_PATH, MODELING_PATH

@@ -11,31 +11,22 @@ from ..decomposition.stacks import UNEVEN, Ranks, stack_terms
 from ..decomposition.symmetric import packed_length
 from ..errors import RecipeError, counted
 from ..experts.ffn import FFNShape, Form, MatrixShape
-from ..options import by_name, called
+from ..options import called
 from ..runtime.shapes import modeling
 from ..source.ffn import FFN
 from ..source.in_memory import InMemory
 from ..source.mixtures import Located, locate_experts
 from ..source.pruned import Pruned
 from ..source.safetensors_file import DTYPE2BYTES
-from ..source.text_options import TextSource
 from ..tables import Cell, Table, escape, listed_ranks, merge_names, size, warning
 from .fewer_experts import FewerExperts, fewer_than
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
 from .recipe import Recipe
-from .resolve import Resolved, select_ffns
+from .resolve import Resolved, check_for_mixtures, select_ffns
 from .rounding import rounding_bytes, rounding_in_words, without_large_cores
 from .totals import Totals, model_totals
 
-# What can be chosen where the source is a mixture.
-USED = frozenset(
-    {
-        *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
-        *("max_shard_size", "bits", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
-        *by_name(TextSource),
-    }
-)
 # Matrix -> what it becomes: form, ranks, and how alike the experts are, if known. A matrix that is not named
 # stays whole.
 Chosen = Mapping[str, tuple[str, Ranks, float | None]]
@@ -307,17 +298,12 @@ def resolve_mixture(recipe: Recipe, checkpoint: InMemory) -> Resolved:
 def _check_options(recipe: Recipe, located: Located) -> None:
     """Raises RecipeError for an option that has no meaning where the source is a mixture."""
     assert not fewer_than(recipe, located), "experts are left out before"
+    check_for_mixtures(recipe)
     if "top_k" in recipe.given and recipe.top_k != located.top_k:
         raise RecipeError(
             f"{called('top_k')} is {recipe.top_k}, and the source is a mixture of {located.num_experts} "
             f"experts, {located.top_k} per token; expected {located.top_k}, or leave it out"
         )
-    for name in by_name(Recipe):
-        if name in recipe.given - USED:
-            raise RecipeError(
-                f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
-                "leave it out"
-            )
 
 
 def plan_mixture(

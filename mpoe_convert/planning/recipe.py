@@ -289,7 +289,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             keep = called("keep")
             given = f"without {keep}" if self.keep is None else f"with {called('max_error')}"
             raise RecipeError(
-                f"{called('search')} given {given}; expected {keep} alone: sizes that differ do not compare"
+                f"{called('search')} given {given}; expected {keep} alone, so that all variants have one size"
             )
         if self.compresses:
             self._check_budget()

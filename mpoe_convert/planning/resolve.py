@@ -9,18 +9,28 @@ from fnmatch import fnmatchcase
 from .. import experts
 from ..errors import RecipeError, counted
 from ..experts.selection import EXPERT_CHOICE, THRESHOLD, TOP_P
-from ..options import assigned, called
+from ..options import assigned, by_name, called
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
 from ..source.locate import check_alike, resolve
 from ..source.state_dict import fit
+from ..source.text_options import TextSource
 from .recipe import Recipe, parse_layers
 
 # What is fitted to when the recipe names no metric: with calibration data, and without.
 METRIC, METRIC_WITHOUT_DATA = "loss", "weights"
 # The same of chains that --bond-dim truncates, which take no gradients.
 METRIC_OF_CHAINS = "outputs"
+
+# What can be chosen where the source is a mixture.
+USED = frozenset(
+    {
+        *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
+        *("max_shard_size", "bits", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
+        *by_name(TextSource),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,16 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     kept = tuple(ffn.path for ffn in found if ffn not in chosen)
     notes = (*checkpoint.notes, *told, *full.own_options.notes(checkpoint.config))
     return Resolved(full, family, converted, kept, notes)
+
+
+def check_for_mixtures(recipe: Recipe) -> None:
+    """Raises RecipeError for an option that was given and has no meaning where the source is a mixture."""
+    for name in by_name(Recipe):
+        if name in recipe.given - USED:
+            raise RecipeError(
+                f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
+                "leave it out"
+            )
 
 
 def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, FamilyError, few
+from ..errors import CheckpointError, FamilyError, RequestError, few
 from ..options import switched
 from . import custom_code, hub
 from .architecture import Architecture
@@ -209,12 +209,13 @@ def open_checkpoint(
         CheckpointError: it is not a readable checkpoint of a model.
         FamilyError: it needs custom code, which is not trusted, or its model cannot be built.
         HubError: the Hub refuses or cannot be reached.
+        RequestError: a revision or `stream` is given with a folder.
     """
     model = str(model)
     with readable(model):
         repository = find_repository(model, revision, token)
         if stream and repository.revision is None:
-            raise CheckpointError(
+            raise RequestError(
                 f"{switched('stream')} was given, but {model!r} is a local folder: leave it out, or pass a "
                 "Hub id"
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, RequestError
 from ..options import called
 from . import hub
 from .hub_errors import damaged, no_id
@@ -135,8 +135,9 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
         token: Hub token.
 
     Raises:
-        CheckpointError: there is no such folder, or a revision is given with a folder.
+        CheckpointError: there is no such folder.
         HubError: the Hub refuses or cannot be reached.
+        RequestError: a revision is given with a folder.
     """
     folder = local_folder(model)
     if folder is None:
@@ -144,7 +145,7 @@ def find_repository(model: str, revision: str | None = None, token: str | None =
             folder, commit = hub.download(model, revision=revision, token=token, weights=())
         return HubSnapshot(model, folder, commit, token)
     if revision is not None:
-        raise CheckpointError(
+        raise RequestError(
             f"{called('revision')} {revision!r} was given, but {model!r} is a local folder: "
             f"drop {called('revision')}, or pass a Hub id"
         )

@@ -90,8 +90,8 @@ def read(
     for source, part in zip(sources, parts, strict=True):
         if lacks := [name for name in needed if name not in part.column_names]:
             raise DataError(
-                f"'{source}' has {_few(part.column_names, 'column')}; {who} needs {', '.join(lacks)} as well "
-                f"(name others with {called('text_column')}, {called('target_column')}, "
+                f"'{source}' has {_few(part.column_names, 'column')}; {who} needs {', '.join(lacks)} "
+                f"(name the columns by {called('text_column')}, {called('target_column')}, "
                 f"{called('label_column')}, {called('routed_by')}){did_you_mean(lacks[0], part.column_names)}"
             )
         for name in needed:

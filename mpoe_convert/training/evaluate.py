@@ -198,7 +198,10 @@ def _sizes(length: int | None, stride: int | None, limits: Mapping[str, int | No
     length = length or min(map(block_length, limits.values()))
     stride = stride or max(length // 2, 1)
     if not 1 <= stride <= length:
-        raise TrainingError(f"length is {length} and stride {stride}; expected stride <= length")
+        raise TrainingError(
+            f"{called('length')} is {length} and {called('stride')} {stride}; expected a stride that is no "
+            "longer"
+        )
     check_length(length, limits)
     return length, stride
 
@@ -255,7 +258,7 @@ def _load(name: str, auto_class: str, device: torch.device, **options: Any) -> P
 
     model = load_alone(getattr(transformers, auto_class), name, device, **options)
     if damaged := broken_weights(model):
-        raise TrainingError(f"{name} holds NaN or infinities in {few(damaged)}, so it has no scores")
+        raise TrainingError(f"'{name}' holds NaN or infinities in {few(damaged)}, so it has no scores")
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..artifact.limits import check_token_ids, counts_from_padding, embedding_rows
 from ..errors import TrainingError
+from ..options import called
 from ..source import texts
 from ..source.padding import pad_rows, padding_token
 from ..source.texts import Columns
@@ -86,7 +87,9 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         if self.length < self.min_length:
-            raise TrainingError(f"length is {self.length}; task {self.name} needs at least {self.min_length}")
+            raise TrainingError(
+                f"{called('length')} is {self.length}; task {self.name} needs at least {self.min_length}"
+            )
 
     @property
     def settings(self) -> dict[str, int]:

@@ -15,9 +15,11 @@ from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact import block as block_file
 from mpoe_convert.artifact.block import check_block, check_folder
 from mpoe_convert.artifact.inspect import inspect
+from mpoe_convert.artifact.layout import STOCK_OPTIONS
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError
+from mpoe_convert.runtime.config import CONFIG_OPTIONS
 
 # What people may write in the place of a value.
 WRONG = {"text": "a", "null": None, "negative": -1, "list": [], "object": {}, "fraction": 0.5}
@@ -128,6 +130,34 @@ def test_whatever_stands_there_is_told_or_may_be(source, configs):
             assert "\n" not in str(error) and "expected" in str(error), (place, name, str(error))
         else:
             assert name in MAY_BE.get(named(place), ()), (place, name)
+
+
+# Per type of an option, what it may be.
+FITS = {"float": {"negative", "fraction"}, "str": set(), "bool": set(), "int": set()}
+FITS |= {
+    "float | None": FITS["float"] | {"null"},
+    "int | None": {"null"},
+    "list[str] | None": {"null", "list"},
+}
+
+
+@pytest.mark.parametrize("source", ["dense", "mixture"])
+def test_options_beside_the_block_are_of_their_types(source, configs):
+    """The stock code of a mixture reads options of the same names itself."""
+    config = configs[source]
+    for option in CONFIG_OPTIONS:
+        kind = option.type.__name__ if isinstance(option.type, type) else str(option.type)
+        for name, value in (WRONG | {"nan": float("nan"), "one": True}).items():
+            try:
+                check_block(config | {option.name: value}, "out/config.json")
+            except CheckpointError as error:
+                assert str(error).startswith(f"'out/config.json': {option.name} is "), (option.name, name)
+                continue
+            fits = FITS[kind.replace("types.", "")] | ({"one"} if kind == "bool" else set())
+            assert name in fits or (source == "mixture" and option.name in STOCK_OPTIONS), (option.name, name)
+    for option in CONFIG_OPTIONS:
+        for value in (option.default, *(option.values or ())):
+            check_block(config | {option.name: value}, "out/config.json")
 
 
 def test_every_key_of_the_format_is_tried(configs):

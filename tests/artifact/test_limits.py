@@ -108,7 +108,7 @@ def test_commands_take_as_many_tokens_as_there_are_positions(model_type, tmp_pat
         model, data = str(tmp_path / name), str(text)
         report = finetune(Finetuning(model, data, steps=1, batch_size=2), tmp_path / f"tuned-{name}")
         assert report["steps"] == 1 and evaluate(model, data, limit=2).settings["length"] == 62
-        with pytest.raises(TrainingError, match=f"^length is 63; {model} takes at most 62 tokens$"):
+        with pytest.raises(TrainingError, match=f"^length is 63; '{model}' takes at most 62 tokens$"):
             finetune(Finetuning(model, data, length=63), tmp_path / "more")
         with pytest.raises(TrainingError, match="^length is 63; .* takes at most 62 tokens$"):
             evaluate(model, data, length=63)
@@ -125,9 +125,9 @@ def test_a_shorter_teacher_or_other_model(tmp_path):
         save_tokenizer(tmp_path / name)
     long, short, data = str(tmp_path / "long"), str(tmp_path / "short"), str(text)
     assert evaluate(long, data, against=short, limit=2).settings["length"] == 24
-    with pytest.raises(TrainingError, match="length is 25; .*short takes at most 24 tokens"):
+    with pytest.raises(TrainingError, match="length is 25; .*short' takes at most 24 tokens"):
         evaluate(long, data, against=short, length=25)
-    with pytest.raises(TrainingError, match="length is 25; .*short takes at most 24 tokens"):
+    with pytest.raises(TrainingError, match="length is 25; .*short' takes at most 24 tokens"):
         finetune(Finetuning(long, data, teacher=short, length=25), tmp_path / "tuned")
     finetune(Finetuning(long, data, teacher=short, steps=1), tmp_path / "tuned")
 

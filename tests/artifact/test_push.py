@@ -331,7 +331,7 @@ def test_a_push_that_would_fail_is_refused_before_the_conversion(name, hub, refu
 
 BAD_REQUESTS = {
     "no owner": (["moe"], "'moe' names no owner: expected USER/NAME"),
-    "bad name": (["me/a b"], "'me/a b' cannot be a repository: Repo id must use"),
+    "bad name": (["me/a b"], "'me/a b' cannot be a repository; expected USER/NAME of letters"),
     "two slashes": (["a/b/c"], "'a/b/c' cannot be a repository"),
     "pull request against a branch": (
         ["me/there", "--create-pr", "--branch", "b"],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny import save_tiny
 from huggingface_hub import constants
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.cli import app
@@ -51,9 +52,18 @@ def run(cwd: Path, *commands: list[str], **variables: str) -> list[list]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with a model, a text and a folder that is no artifact."""
+    """A folder with models, artifacts that are not whole, a text and a folder that is no artifact."""
     folder = tmp_path_factory.mktemp("waiting")
     save_tiny("gpt2", "AutoModelForCausalLM", folder / "dense")
+    convert(Recipe(str(folder / "dense"), experts=2, bond_dim=4, max_shard_size="20KB"), folder / "done")
+    for copy in ("cut", "edited"):
+        shutil.copytree(folder / "done", folder / copy)
+    min((folder / "cut").glob("*.safetensors")).unlink()
+    edited = json.loads((folder / "edited" / "config.json").read_text(encoding="utf-8"))
+    (folder / "edited" / "config.json").write_text(json.dumps(edited | {"mpoe_cache": 3}), encoding="utf-8")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(folder / "mixture")
     (folder / "topics.txt").write_text("a text", encoding="utf-8")
     (folder / "full").mkdir()
     (folder / "full" / "notes").write_text("mine", encoding="utf-8")
@@ -67,7 +77,7 @@ KEEP = ["--keep", "0.9", "--calibrate"]
 OFFLINE = "is not complete in the local cache and offline mode is on"
 REFUSED = {
     "a path of the model": (["./dnese", "-o", "out"], "no folder './dnese'", "dense"),
-    "the same of a plan": (["plan", "dense/"[:-1] + "s/"], "there is no folder 'denses/'", "dense"),
+    "the path of a plan": (["plan", "dense/"[:-1] + "s/"], "there is no folder 'denses/'", "dense"),
     "an id of the model": (["dens", "-o", "out"], OFFLINE, "dense"),
     "a full output": (["dense", "-o", "full"], "'full' is not empty and not an artifact", None),
     "an output that is a file": (
@@ -76,10 +86,25 @@ REFUSED = {
         None,
     ),
     "an option": (["dense", "-o", "out", "--experts", "1"], "expected", None),
+    "an option of dense sources": (
+        ["mixture", "-o", "out", "--kind", "low-rank"],
+        "--kind given with a",
+        None,
+    ),
+    "the same of a plan": (["plan", "mixture", "--noise", "0.1"], "--noise given with a mixture", None),
+    "more experts per token than there are": (["dense", "-o", "out", "--top-k", "9"], "with 8 experts", None),
+    "layers that are not there": (["dense", "-o", "out", "--layers", "7"], "this model has 2 FFNs", None),
+    "sizes of other experts": (["dense", "-o", "out", "--bond-dim", "2/4"], "2 sizes for 8 experts", None),
+    "parts that do not divide": (
+        ["dense", "-o", "out", "--kind", "split", "--experts", "7"],
+        "equally",
+        None,
+    ),
+    "a folder to stream": (["dense", "-o", "out", "--stream"], "'dense' is a local folder", None),
     "a calibration text": (["dense", "-o", "out", *KEEP, "topics.tx"], "topics.tx' is no file", "topics.txt"),
     "the same of a plan of weights": (["plan", "dense", *KEEP, "topic.txt"], "is no file", "topics.txt"),
     "a folder of calibration texts": (
-        ["prune", "dense", "-o", "out", *PRUNING, "--calibrate", "full"],
+        ["prune", "done", "-o", "out", *PRUNING, "--calibrate", "full"],
         "'full' is a folder; expected a file, one of .txt",
         None,
     ),
@@ -94,6 +119,14 @@ REFUSED = {
     "a tokenizer": ([*FINETUNE, "topics.txt", "--tokenizer", "./x"], "no folder './x'", None),
     "data to score on": ([*EVALUATE, "topics.csv"], "topics.csv' is no file", "topics.txt"),
     "another model": ([*EVALUATE, "topics.txt", "--against", "no/such"], OFFLINE, None),
+    "a model to export": (["export", "dense", "-o", "out"], "describes no converted model", None),
+    "an artifact without a shard": (["prune", "cut", "-o", "out", *PRUNING], "lacks 1 of the", None),
+    "an edited option": (
+        ["finetune", "edited", "-o", "out", "--data", "topics.txt"],
+        "mpoe_cache is 3",
+        None,
+    ),
+    "the same of another model": ([*EVALUATE, "topics.txt", "--against", "edited"], "mpoe_cache is 3", None),
     "an artifact to export": (["export", "ful", "-o", "out"], OFFLINE, "full"),
     "the output of an export": (["export", "dense", "-o", "full"], "'full' is not empty and not", None),
     "an artifact to prune": (["prune", "ful", "-o", "out", *PRUNING], OFFLINE, "full"),

@@ -251,7 +251,7 @@ def test_a_repository_that_changes_meanwhile_is_refused(what, said, session, mod
     ("args", "code", "said"),
     [
         (["o/bin"], 1, "'o/bin' has no safetensors files, whose tensors can be read one by one: leave out "),
-        (["here"], 1, "--stream was given, but 'here' is a local folder: leave it out, or pass a Hub id"),
+        (["here"], 2, "--stream was given, but 'here' is a local folder: leave it out, or pass a Hub id"),
         (
             ["o/one", "--calibrate", "text.txt"],
             2,
@@ -262,7 +262,7 @@ def test_a_repository_that_changes_meanwhile_is_refused(what, said, session, mod
             2,
             "--stream was given with a calibration, which runs the whole model; expected one of them",
         ),
-        (["here", "--dry-run"], 1, "--stream was given, but 'here' is a local folder: leave it out, or pass"),
+        (["here", "--dry-run"], 2, "--stream was given, but 'here' is a local folder: leave it out, or pass"),
         (["o/absent"], 1, "'o/absent' is neither a folder here nor a repository on the Hub that you can see"),
     ],
 )

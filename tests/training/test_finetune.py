@@ -356,7 +356,7 @@ def test_command_line_wins_over_the_file(artifact, text, tmp_path):
         ({"freeze": "head"}, RunError, "some of centre, all-but-experts"),
         ({"data": ()}, RunError, "expected a source or a list of sources"),
         ({"data": "missing.txt"}, DataError, "is no file"),
-        ({"task": "classification"}, DataError, r"needs label as well"),
+        ({"task": "classification"}, DataError, r"needs label \(name the columns by"),
         ({"length": 1000}, TrainingError, "at most"),
         ({"data": "short"}, DataError, "no whole block of 16"),
         ({"arguments": {"nonsense": 1}}, TrainingError, "no such field"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import Options
+from ... import experts
+from ...options import Numbers, again, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
 
@@ -16,6 +17,15 @@ DEFAULT_BIAS = "per-expert"
 AUXILIARY_LR = 1.0
 STARTS_EQUAL = False
 ABOUT = "whole copies of the dense FFN (sparse upcycling)"
+
+
+@described
+class Options(experts.Options):
+    """None of its own."""
+
+    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]
+        experts.Options, "bond_dim", "Ignored, an expert is a whole copy."
+    )
 
 
 def terms(

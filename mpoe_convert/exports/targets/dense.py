@@ -74,7 +74,8 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     if not 0 <= expert < number:
         what = "" if source.parts == 1 else " whole copies of its FFNs"
         raise RequestError(
-            f"expert is {expert}; '{source.checkpoint.source}' has {number}{what}, expected 0 to {number - 1}"
+            f"{called('expert')} is {expert}; '{source.checkpoint.source}' has {number}{what}, "
+            f"expected 0 to {number - 1}"
         )
     if source.parts == 1 and source.shared_experts:
         raise ExportError(
