@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import CheckpointError, one_line
+from ..options import fits, type_in_words
 from ..runtime.shapes import modeling
 from ..source.checkpoint import weight_files
 from ..source.json_files import read_json_object
@@ -116,7 +117,7 @@ class _Reader:
 
 
 def check_block(config: dict, where: str) -> None:
-    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
+    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it, and our options.
 
     Args:
         config: the whole config.
@@ -147,6 +148,16 @@ def check_block(config: dict, where: str) -> None:
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
         mixture_shapes(form, block, where)
+    for option in runtime.CONFIG_OPTIONS:
+        # Where routers are the source's, what is called so is an option of theirs.
+        if option.name in config and (option.name.startswith("mpoe_") or not keeps_routers(config)):
+            reader.check(option.name, config[option.name], _of_option(option))
+
+
+def _of_option(option: Any) -> _Expected:
+    if option.values is not None:
+        return _Expected(f"one of {', '.join(option.values)}", lambda value: value in option.values)
+    return _Expected(type_in_words(option.type), lambda value: fits(value, option.type))
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 
@@ -176,6 +177,35 @@ def test_a_value_says_what_was_expected(place, value, said, configs):
     with pytest.raises(CheckpointError) as caught:
         check_block(config, "out/config.json")
     assert said in str(caught.value)
+
+
+# Of an option at the top level of the config, by its default: what people may write, and what was expected.
+NO_OPTION = {
+    "router_z_loss_coef": (["high", None, True, math.nan], "a number"),
+    "router_capacity_factor": (["high", [1.5]], "a number or null"),
+    "mpoe_cache_bytes": (["1 GB", 0.5], "a whole number or null"),
+    "output_router_logits": (["yes", 1], "true or false"),
+    "router_tasks": (["a, b", ["a", 1]], "a list of texts or null"),
+    "mpoe_schedule": (["fast", None, ["auto"]], "one of auto, apply, rebuild, cached"),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPTION)
+def test_an_option_says_what_was_expected(name, configs):
+    found, expected = NO_OPTION[name]
+    for value in found:
+        with pytest.raises(CheckpointError) as caught:
+            check_block(configs["dense"] | {name: value}, "out/config.json")
+        said = f"'out/config.json': {name} is {value!r}, expected {expected}: take config.json as it came"
+        assert str(caught.value).startswith(said)
+
+
+def test_options_of_the_routers_of_a_source_are_its_own(configs):
+    """Some have a number where ours is a text; those of the experts are ours."""
+    config = configs["mixture"] | {"router_combine": 3, "output_router_logits": None}
+    check_block(config, "config.json")
+    with pytest.raises(CheckpointError, match="mpoe_cache is 'most', expected one of off, hit, all: "):
+        check_block(config | {"mpoe_cache": "most"}, "config.json")
 
 
 def widen_a_bond(block):
