@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from compression_mixtures import is_experts, losses, read_layer, texts, windows, write_layer
+from compression_mixtures import is_experts, losses, read_layer, windows, write_layer
 from mixture_rivals import rounded_between
+from mixture_sources import trained_from_scratch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +111,7 @@ class Measured:
         self.source, self.file = root / "checkpoints" / name, file
         self.results, self.rows = results, results.setdefault(name, {})
         tokenizer = AutoTokenizer.from_pretrained(self.source)
-        found = {domain: pair for domain, pair in texts(root).items() if domain in wanted}
+        found = {domain: pair for domain, pair in trained_from_scratch()[1].items() if domain in wanted}
         self.held_out = {domain: windows(tokenizer, text, WINDOWS) for domain, (_, text) in found.items()}
         self.options = options | {"calibration_tokens": tokens}
         self.calibration = {domain: text[: 8 * tokens] for domain, (text, _) in found.items()}

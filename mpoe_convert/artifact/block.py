@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import CheckpointError, one_line
+from ..options import fits, type_in_words
 from ..runtime.shapes import modeling
 from ..source.checkpoint import weight_files
 from ..source.json_files import read_json_object
 from ..source.paths import is_dir
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
-from .layout import STOCK_OPTIONS, is_weights, keeps_routers, read_artifact
+from .layout import is_weights, keeps_routers, read_artifact
 from .rounding import Layers, bits_of, layers_of, stored_specs
 
 _REMEDY = "take config.json as it came with these weights"
@@ -89,11 +89,6 @@ _OPTIONAL |= {"base_auto_map": _OBJECT_OR_NONE}
 _OF_FFN = {"slot": _TEXT, "absorbed": _TEXTS, "activation": _TEXT, "inner_dropout": _TEXT_OR_NONE}
 _OF_FFN |= {"outer_dropout": _TEXT_OR_NONE, "adds_residual": _TRUTH}
 _OF_EXPERTS = {"slot": _TEXT, "experts": _TEXT}
-# Options beside the block, by their types; those of the stock code of a mixture are its own.
-_REAL = _Expected(
-    "a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool) and math.isfinite(v)
-)
-_OF_TYPES = {float: _REAL, int: _NUMBER, bool: _TRUTH, str: _TEXT, list[str]: _TEXTS}
 _OF_EXPERTS_OPTIONAL = {"one_by_one": _TRUTH, "activation": _TEXT_OR_NONE, "experts_at": _TEXT_OR_NONE}
 
 
@@ -136,7 +131,7 @@ def check_converted(config: dict, where: str) -> list[dict[str, Shape]]:
 
 
 def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
-    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
+    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it, and our options.
 
     Args:
         config: the whole config.
@@ -177,21 +172,17 @@ def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
 
 def _check_options(reader: _Reader, config: dict) -> None:
     """The options at the top level, of routers and of the runtime."""
-    left_out = STOCK_OPTIONS if keeps_routers(config) else ()
     for option in modeling().CONFIG_OPTIONS:
-        if option.name in config and option.name not in left_out:
-            reader.check(option.name, config[option.name], _what_may_be(option))
+        # Where routers are the source's, what is called so is an option of theirs.
+        if option.name in config and (option.name.startswith("mpoe_") or not keeps_routers(config)):
+            reader.check(option.name, config[option.name], _of_option(option))
 
 
-def _what_may_be(option: Any) -> _Expected:
+def _of_option(option: Any) -> _Expected:
     """What the value of an `Option` of the runtime may be."""
-    if option.values:
+    if option.values is not None:
         return _Expected(f"one of {', '.join(option.values)}", lambda value: value in option.values)
-    if isinstance(option.type, UnionType):
-        (kind,) = {*get_args(option.type)} - {NoneType}
-        known = _OF_TYPES[kind]
-        return _Expected(f"{known.words} or null", lambda value: value is None or known.holds(value))
-    return _OF_TYPES[option.type]
+    return _Expected(type_in_words(option.type), lambda value: fits(value, option.type))
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:

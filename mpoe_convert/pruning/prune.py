@@ -120,7 +120,7 @@ class _Run:
         asked = self.request
         kept = {path: choose(found.scores(asked.by), asked.experts, own) for path, found in observed.items()}
         config, cuts = self._shrink(kept)
-        tensors = list(planned(source, kept, cuts))
+        tensors = list(planned(source, kept, cuts, config["mpoe"]))
         check_space(output, local, sum(map(num_bytes, tensors)))
         with staged(output, overwrite) as folder:
             copy_companions(companions, folder)
@@ -193,7 +193,7 @@ class _Run:
         if self._stock is not None:
             small = with_experts(*self._stock, kept)
             base, cuts = small.config, small.cuts
-        return small_config(self.source, self.request.experts, base), cuts
+        return small_config(self.source, kept, self.request.experts, base), cuts
 
     def _write_weights(self, folder: Path, tensors: Sequence[PlannedTensor]) -> None:
         shards = split_into_shards(tensors, parse_size(self.request.max_shard_size))
