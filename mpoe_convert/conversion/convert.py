@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import experts
+from ..allocator import keeping_freed_memory
 from ..artifact.card_file import source_license
 from ..artifact.folder import check_output, check_space, count_finished, output_error, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
@@ -266,7 +267,7 @@ class _Job:
                 f"'{self.folder.parent}' of the first process is not there for this one: on several machines "
                 "the output has to be in a folder that all of them see"
             )
-        with self._telling_what_failed():
+        with self._telling_what_failed(), keeping_freed_memory():
             self._make_files(files, progress)
 
     def _make_files(self, files: Sequence[str], progress: Progress | None) -> None:

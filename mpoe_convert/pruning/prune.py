@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,8 +198,10 @@ class _Run:
 
     def _write_weights(self, folder: Path, tensors: Sequence[PlannedTensor]) -> None:
         shards = split_into_shards(tensors, parse_size(self.request.max_shard_size))
-        for number, tensor in enumerate(write_planned(folder, shards, tensors), start=1):
-            self.progress(tensor.name, number, len(tensors))
+        numbers = count(1)
+        write_planned(
+            folder, shards, tensors, lambda made: self.progress(made.name, next(numbers), len(tensors))
+        )
 
     @torch.no_grad()
     def _measure(self, folder: Path, held_out: Sequence[Batch], expected: list[ComparedOutput]) -> Divergence:

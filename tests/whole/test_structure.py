@@ -25,7 +25,7 @@ LEVELS = (
     ("runtime",),
     ("ranks",),
     ("devices", "request"),
-    ("tables", "tensors", "extras"),
+    ("tables", "tensors", "extras", "allocator"),
     ("options",),
     ("errors",),
 )
