@@ -1,7 +1,7 @@
 """What transformers does with the Python files beside a model, done once for files of the same content.
 
-Nearly every test loads an artifact, and each holds a copy of the same long modelling file. transformers parses
-it several times per load, to see what it imports, and compiles every copy: most of what such a load takes.
+Nearly every test loads an artifact, and each holds a copy of the same long modelling file. transformers
+parses it several times per load, to see what it imports, and compiles every copy: most of what a load takes.
 """
 
 from collections.abc import Callable, Iterator
