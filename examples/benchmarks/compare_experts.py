@@ -331,6 +331,8 @@ TASKS = {
 # Contenders
 
 BASE = {"experts": 8, "top_k": 2}
+# More experts, of which a token takes as many as there are in all by default.
+MANY = {"experts": 64, "top_k": 8}
 # The systems of the field, by the names of the contenders that stand for them; N is a number.
 SYSTEMS = {
     "dense": "no experts",
@@ -440,11 +442,11 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     free[f"low-rank {rank}, balance 0.01"] = (free[f"low-rank {rank}"][0], EVEN)
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
-    free[f"core-space {side}, 64 experts, top-8"] = (core | {"experts": 64, "top_k": 8}, {})
-    free[f"low-rank {rank}, 64 experts, top-8"] = (
-        free[f"low-rank {rank}"][0] | {"experts": 64, "top_k": 8},
-        {},
-    )
+    small, low_rank = core | {"bond_dim": side // 4}, free[f"low-rank {rank}"][0]
+    free[f"core-space {side // 4}, 64 experts"] = (small | {"experts": 64}, {})
+    chosen = {f"core-space {side}": core, f"core-space {side // 4}": small, f"low-rank {rank}": low_rank}
+    chosen |= {f"blocks {block}": blocks, "plain MoE": {"kind": "dense"}}
+    free |= {f"{name}, 64 experts, top-8": (recipe | MANY, {}) for name, recipe in chosen.items()}
     free[f"core-space {side}, 256 experts"] = (core | {"experts": 256}, {})
     found |= {name: (*each, task.factors) for name, each in free.items()}
     sized = different_sizes("low-rank", rank) | different_sizes("adapter", width)
