@@ -342,6 +342,7 @@ SYSTEMS = {
     "fine-grained N, 1 shared": "DeepSeekMoE (2401.06066)",
     "split N": "MoEfication (2110.01786), all parts",
     "split, top N": "MoEfication, half of the parts",
+    "split, fixed N": "half of the neurons, no router",
     "split, top-p 0.5": "MoEfication with XMoE's choice (2403.18926)",
     "split, top-any": "MoEfication with DynMoE's choice (2405.14297)",
     "blocks N": "MPOE (2203.01104), untied cores",
@@ -454,6 +455,8 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     parts = max(size for size in range(2, 9) if inner % size == 0)
     own = whole_experts(parts) | selections(block, parts) | thin_chains(task.own, matrices, hidden, inner)
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
+    fixed = {"kind": "split", "experts": parts, "top_k": parts // 2, "routers": "none"}
+    found[f"split, fixed {parts // 2}"] = (fixed, {"router_lr": 0.0}, (1.0,))
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
@@ -526,6 +529,13 @@ def cluster_routers(model, examples: list[dict], seed: int) -> None:
     model.save_pretrained(model.name_or_path)
 
 
+def stop_routers(model) -> None:
+    """Let all tokens take the same experts, as rows of zeros make them, and write the artifact again."""
+    for _, ffn in model.mixtures():
+        torch.nn.init.zeros_(ffn.router.weight)
+    model.save_pretrained(model.name_or_path)
+
+
 def different_sizes(kind: str, mean: int) -> dict[str, tuple[dict, dict]]:
     """Experts that differ in size as HMoE's, 9 to 23 parts, beside those of the mean: as much is stored."""
     parts = range(9, 25, 2)
@@ -592,6 +602,8 @@ class Runs:
             if recipe.get("routers") == "clustered":
                 tokenizer = AutoTokenizer.from_pretrained(start)
                 cluster_routers(self.load(start), self.task.examples(tokenizer, "choose"), seed)
+            if recipe.get("routers") == "none":
+                stop_routers(self.load(start))
             options = {"skip_centre": 0.0, "auxiliary_lr": factor}
         steps, tuned = self.options.steps, str(work / "tuned")
         report = finetune(

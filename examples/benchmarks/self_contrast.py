@@ -2,10 +2,10 @@
 
     python examples/benchmarks/self_contrast.py MODEL TEXT
 
-MODEL is a language model of mpoe-convert, fine-tuned, because experts of a fresh one are alike; TEXT a file
-that it was not trained on. Two forward passes give the logits of the chosen experts and of the weak ones,
-which are contrasted as `generate` does (SCMoE, arXiv 2405.14507). Greedy decoding goes on from windows of the
-file.
+MODEL is a language model of mpoe-convert, whose source was a mixture, or which is fine-tuned, because experts
+of a fresh one are alike; TEXT a file that it was not trained on. The logits of the chosen experts and of the
+weak ones are contrasted as `generate` does (SCMoE, arXiv 2405.14507). Greedy decoding goes on from windows of
+the file.
 """
 
 import argparse
@@ -30,24 +30,20 @@ def windows(model: str, text: Path, count: int) -> Tensor:
     return torch.tensor(ids["input_ids"][: count * LENGTH]).view(-1, LENGTH)
 
 
-def logits_of(model, rows: Tensor, weak: bool = False) -> Tensor:
-    """(N, vocabulary) of all positions but the last; of the weakly chosen experts, if asked for."""
-    choose = sys.modules[type(model).__module__].choose_weakly
-    routers = [ffn.router for _, ffn in model.mixtures()]
-    selects = [router.select for router in routers]
-    try:
-        for router in routers if weak else ():
-            router.select = lambda router, logits, bias, _: choose(router, logits, bias)
-        with torch.no_grad():
-            return torch.cat([model(part).logits[:, :-1].flatten(0, 1) for part in rows.split(8)])
-    finally:
-        for router, select in zip(routers, selects, strict=True):
-            router.select = select
+def logits_of(model, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, vocabulary) of all positions but the last, of the chosen experts and of the weak ones."""
+    choosing_both, found = sys.modules[type(model).__module__].choosing_both, []
+    with torch.no_grad(), choosing_both(model):
+        for part in rows.split(8):
+            halves = model(torch.cat([part, part])).logits[:, :-1].tensor_split(2)
+            found.append([half.flatten(0, 1) for half in halves])
+    strong, weak = (torch.cat(halves) for halves in zip(*found, strict=True))
+    return strong, weak
 
 
 def predictions(model, rows: Tensor) -> None:
     """Accuracy of the most probable token, and loss among plausible tokens, by strength."""
-    strong, weak = logits_of(model, rows), logits_of(model, rows, weak=True)
+    strong, weak = logits_of(model, rows)
     labels = rows[:, 1:].flatten()
     implausible = strong < strong.amax(-1, keepdim=True) + torch.tensor(ALPHA).log()
     inside = ~implausible.gather(1, labels[:, None]).squeeze(1)

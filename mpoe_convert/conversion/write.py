@@ -9,7 +9,6 @@ from ..artifact.auto_classes import name_classes
 from ..artifact.companions import copy_companions
 from ..artifact.layout import MODELING_FILE
 from ..experts.selection import LIMITED, THRESHOLD
-from ..planning.mixtures import MixturePlan
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..planning.resolve import USED
@@ -99,7 +98,7 @@ def write_companions(folder: Path, plan: Plan, checkpoint: Checkpoint) -> None:
     write_json(folder / "config.json", make_config(plan, architecture))
     shutil.copyfile(MODELING_PATH, folder / MODELING_FILE)
     generates = main_auto_class(checkpoint.config, plan.model_type) in _GENERATING
-    if generates and not isinstance(plan, MixturePlan):  # whose routers choose as they do
+    if generates and not plan.family.runtime().get("one_by_one"):  # whose weak pass is refused
         (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
         shutil.copyfile(GENERATE_PATH, folder / GENERATE_FILE)
     if architecture.is_custom:

@@ -144,18 +144,19 @@ def preferences(logits: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.softmax(-1) + bias.float()
 
 
-class Sequences(NamedTuple):
-    """How T tokens lie in sequences, for rules that choose among the tokens of one."""
+class Context(NamedTuple):
+    """What a rule knows of T tokens beside their logits."""
 
-    number: int = 1  # B, all of T / B tokens
+    number: int = 1  # B sequences, all of T / B tokens
     mask: Tensor | None = None  # (T,) zero for padding; None: there is none, or none is known
+    inputs: Tensor | None = None  # (T, H) the router's, if they are the tokens; None: they are tasks
 
-    def first_half(self) -> "Sequences":
+    def first_half(self) -> "Context":
         """Of the first half of them."""
-        return Sequences(self.number // 2, None if self.mask is None else self.mask.tensor_split(2)[0])
+        return Context(self.number // 2, None if self.mask is None else self.mask.tensor_split(2)[0])
 
 
-Rule = Callable[["Router", Tensor, Tensor | None, Sequences], Choices]
+Rule = Callable[["Router", Tensor, Tensor | None, Context], Choices]
 DEFAULT_RULE = "top-k"
 TOP_ANY = "top-any"  # whose routers have thresholds of their own
 EXPERT_CHOICE = "expert-choice"  # whose experts choose tokens
@@ -165,7 +166,7 @@ RULES: dict[str, Rule] = {}
 def rule(function: Rule) -> Rule:
     """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
 
-    A rule takes the router, logits (T, E) in float32, the balancing bias (E,) or None, and the sequences.
+    A rule takes the router, logits (T, E) in float32, the balancing bias (E,) or None, and the context.
     """
     RULES[function.__name__.replace("_", "-")] = function
     return function

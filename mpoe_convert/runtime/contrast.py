@@ -7,6 +7,10 @@ weak expert in every layer, the next token is drawn by
 
 Both passes are one batch: the sequences, and behind them the same ones once more, whose tokens are routed
 weakly. So both keep their keys and values in one cache, and weights are read once for both.
+
+Where the source was a mixture, its own routers stay. Nearly all of them choose by `torch.topk` of one score
+per expert, which then gives a token of the weak pass its weak expert for each of its k choices. How much
+these weigh is up to the router: as much as other k choices together, where it normalises weights.
 """
 
 import functools
@@ -17,9 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
-from .choices import Choices, Rule, Sequences, preferences
+from .choices import Choices, Context, Rule, preferences
+from .experts import ExpertList, HoldsExperts
+from .mixing import Mixing
 from .routers import Router
 from .weights import weigh
 
@@ -46,18 +54,100 @@ def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choice
 
     It weighs what an only choice does: one, or with raw probabilities its own.
     """
-    rank = min(WEAK_RANK, router.num_experts - 1)
-    experts = preferences(logits, bias).topk(rank + 1, dim=-1).indices[:, rank:]  # (T, 1)
+    experts = _of_weak_rank(preferences(logits, bias)).indices  # (T, 1)
     ranked = logits.gather(-1, experts)
-    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+    return Choices.of_table(experts, weigh(router, logits, ranked, experts))
+
+
+def _of_weak_rank(scores: Tensor) -> Any:
+    """Values and indices (T, 1) of the scores (T, E) of rank `WEAK_RANK`, or of the last ones."""
+    rank = min(WEAK_RANK, scores.shape[-1] - 1)
+    values, indices = scores.topk(rank + 1, dim=-1)
+    return torch.return_types.topk((values[:, rank:], indices[:, rank:]))
+
+
+class _WeakTopK(TorchFunctionMode):
+    """Inside, `topk` of the scores (T, E) of E experts chooses weakly for the second half of the tokens.
+
+    Attributes:
+        weak: (T / 2, 1) the experts that it chose last; None: it has not been called.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.weak: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk):
+            return found
+        scores = args[0] if args else kwargs["input"]
+        if scores.shape != (*found.indices.shape[:1], self.num_experts):
+            return found
+        half = scores.shape[0] // 2
+        weak = _of_weak_rank(scores[half:])
+        self.weak = weak.indices
+        pairs = zip(found, weak, strict=True)
+        values, indices = (torch.cat([both[:half], one.expand_as(both[half:])]) for both, one in pairs)
+        return torch.return_types.topk((values, indices))
+
+
+@contextmanager
+def choosing_both(model: Any) -> Iterator[None]:
+    """While this is open, all routers choose weakly for the second half of the tokens."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    rules = [router.select for router in routers]
+    hooks = []
+    try:
+        for router in routers:
+            router.select = functools.partial(_choose_both, router.select)
+        for block in model.modules():
+            if isinstance(block, HoldsExperts):
+                hooks += _stock_router_chooses_both(block, block.experts)
+        yield
+    finally:
+        for router, rule in zip(routers, rules, strict=True):
+            router.select = rule
+        for hook in hooks:
+            hook.remove()
+
+
+def _stock_router_chooses_both(block: nn.Module, experts: Any) -> tuple[RemovableHandle, ...]:
+    """Hooks by which the block of a stock mixture does so."""
+    mode = _WeakTopK(experts.num_experts)
+    return (
+        block.register_forward_pre_hook(functools.partial(_enter, mode)),
+        block.register_forward_hook(functools.partial(_leave, mode), always_call=True),
+        experts.register_forward_pre_hook(functools.partial(_check_weak, mode)),
+    )
+
+
+def _enter(mode: _WeakTopK, *_: Any) -> None:
+    mode.weak = None
+    mode.__enter__()
+
+
+def _leave(mode: _WeakTopK, *_: Any) -> None:
+    mode.__exit__(None, None, None)
+
+
+def _check_weak(mode: _WeakTopK, module: nn.Module, args: tuple) -> None:
+    """Raises ValueError if a block did not choose its experts (T, k) by the `topk` that was changed."""
+    experts = args[1]
+    if mode.weak is None or not experts[experts.shape[0] // 2 :].eq(mode.weak).all():
+        raise ValueError(
+            "self_contrast chooses weak experts where routers call topk on one score per expert, and one "
+            "of this model chooses in another way: leave it out"
+        )
 
 
 def _choose_both(
-    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, sequences: Sequences
+    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, context: Context
 ) -> Choices:
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
-    return select(router, strong, bias, sequences.first_half()).followed_by(
+    return select(router, strong, bias, context.first_half()).followed_by(
         choose_weakly(router, weak, bias), strong.shape[0]
     )
 
@@ -92,9 +182,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
         ValueError: the model or an argument has no weak pass.
     """
     mixtures = [ffn for _, ffn in model.mixtures()]
-    _check(mixtures, strength, arguments)
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    rules, tasks = [router.select for router in routers], [ffn.task for ffn in mixtures]
+    _check([module for module in model.modules() if isinstance(module, Mixing)], strength, arguments)
+    tasks = [ffn.task for ffn in mixtures]
     hooks = [
         model.register_forward_pre_hook(_repeat_inputs, with_kwargs=True),
         model.register_forward_hook(functools.partial(_contrast_output, strength)),
@@ -103,18 +192,14 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
         hooks.append(model.get_encoder().register_forward_pre_hook(_repeat_inputs, with_kwargs=True))
     try:
         model._contrasts = True
-        for router in routers:
-            router.select = functools.partial(_choose_both, router.select)
         for ffn in mixtures:
             ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), choosing_both(model):
             yield
     finally:
         model._contrasts = False
         for hook in hooks:
             hook.remove()
-        for router, rule in zip(routers, rules, strict=True):
-            router.select = rule
         for ffn, task in zip(mixtures, tasks, strict=True):
             ffn.task = task
 
@@ -123,12 +208,12 @@ def _check(mixtures: list, strength: float, arguments: dict) -> None:
     """Raises ValueError, see `contrasting`."""
     if not isinstance(strength, (int, float)) or not 0 < strength < math.inf:
         raise ValueError(f"self_contrast is {strength!r}: expected 0, which is off, or more, such as 0.5")
-    if not mixtures:
+    if any(isinstance(ffn, ExpertList) for ffn in mixtures):
         raise ValueError(
-            "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
-            "mixture, whose own routers stay: leave it out"
+            "self_contrast needs blocks that say which experts a token goes to, and those of this model hand "
+            "every expert of a list its rows: leave it out"
         )
-    if min(ffn.router.num_experts for ffn in mixtures) < 2:
+    if min(getattr(ffn, "router", ffn).num_experts for ffn in mixtures) < 2:
         raise ValueError(
             "self_contrast needs a second expert to choose a weak one, found one per mixture: leave it out"
         )

@@ -113,6 +113,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
@@ -1562,18 +1564,19 @@ def preferences(logits: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.softmax(-1) + bias.float()
 
 
-class Sequences(NamedTuple):
-    """How T tokens lie in sequences, for rules that choose among the tokens of one."""
+class Context(NamedTuple):
+    """What a rule knows of T tokens beside their logits."""
 
-    number: int = 1  # B, all of T / B tokens
+    number: int = 1  # B sequences, all of T / B tokens
     mask: Tensor | None = None  # (T,) zero for padding; None: there is none, or none is known
+    inputs: Tensor | None = None  # (T, H) the router's, if they are the tokens; None: they are tasks
 
-    def first_half(self) -> "Sequences":
+    def first_half(self) -> "Context":
         """Of the first half of them."""
-        return Sequences(self.number // 2, None if self.mask is None else self.mask.tensor_split(2)[0])
+        return Context(self.number // 2, None if self.mask is None else self.mask.tensor_split(2)[0])
 
 
-Rule = Callable[["Router", Tensor, Tensor | None, Sequences], Choices]
+Rule = Callable[["Router", Tensor, Tensor | None, Context], Choices]
 DEFAULT_RULE = "top-k"
 TOP_ANY = "top-any"  # whose routers have thresholds of their own
 EXPERT_CHOICE = "expert-choice"  # whose experts choose tokens
@@ -1583,7 +1586,7 @@ RULES: dict[str, Rule] = {}
 def rule(function: Rule) -> Rule:
     """Enter a selection rule in the table: `top_k` is "top-k" in `config.mpoe`.
 
-    A rule takes the router, logits (T, E) in float32, the balancing bias (E,) or None, and the sequences.
+    A rule takes the router, logits (T, E) in float32, the balancing bias (E,) or None, and the context.
     """
     RULES[function.__name__.replace("_", "-")] = function
     return function
@@ -1601,12 +1604,12 @@ def find_rule(name: str) -> Rule:
 
 
 def weigh(
+    router: "Router",
     logits: Tensor,
     ranked: Tensor,
     experts: Tensor,
-    combine: str,
-    parts: int = 1,
     chosen: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
     """Combine weights (T, k) of up to k experts per token; those of experts that are not chosen do not count.
 
@@ -1614,16 +1617,16 @@ def weigh(
         logits: (T, E) of all experts.
         ranked: (T, k) of the experts in question.
         experts: (T, k) their numbers.
-        combine, parts: see `Router`.
         chosen: (T, k) which of them are chosen, one at least per token; None: all.
+        inputs: see `Context`.
     """
-    if combine == "raw":
+    if router.combine == "raw":
         return logits.log_softmax(-1).gather(-1, experts).exp()  # (T, k)
-    has_copies = parts < logits.shape[-1]  # of the same neurons
+    has_copies = router.parts < logits.shape[-1]  # of the same neurons
     if not has_copies or experts.shape[-1] == 1:
-        return _straight_through_one(logits, experts)
-    if parts > 1:
-        weights, is_alone = _weigh_parts(ranked, experts, parts, chosen)
+        return _straight_through_one(router, logits, experts, inputs)
+    if router.parts > 1:
+        weights, is_alone = _weigh_parts(ranked, experts, router.parts, chosen)
     elif chosen is None:
         return ranked.softmax(-1)
     else:
@@ -1631,13 +1634,20 @@ def weigh(
         is_alone = chosen & (chosen.sum(-1, keepdim=True) == 1)
     if not torch.is_grad_enabled():  # the weight of an expert that is alone is one as it is
         return weights
-    return torch.where(is_alone, _straight_through_one(logits, experts), weights)
+    return torch.where(is_alone, _straight_through_one(router, logits, experts, inputs), weights)
 
 
-def _straight_through_one(logits: Tensor, experts: Tensor) -> Tensor:
-    """(T, k) p / p.detach() with p the experts' probabilities: ones, with the gradient of log p."""
+def _straight_through_one(router: "Router", logits: Tensor, experts: Tensor, inputs: Tensor | None) -> Tensor:
+    """(T, k) p / p.detach() with p the experts' probabilities: ones, with the gradient of log p.
+
+    The router has that gradient, `inputs` have none: they would be trained to raise the probabilities of
+    experts that help, though a weight of one does not depend on them. Half of the parts of a Llama's FFNs
+    diverged by that in a long run, see examples/results/README.md.
+    """
     if not torch.is_grad_enabled():
         return torch.ones_like(experts, dtype=logits.dtype)
+    if inputs is not None:
+        logits = router.logits_of(inputs.detach())
     log_probability = logits.log_softmax(-1).gather(-1, experts)  # in float32 p itself may be 0
     return (log_probability - log_probability.detach()).exp()
 
@@ -1661,7 +1671,7 @@ def _weigh_parts(ranked: Tensor, experts: Tensor, parts: int, chosen: Tensor | N
 
 
 @rule
-def expert_choice(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def expert_choice(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """Every expert takes the C tokens of a sequence whose probabilities of it are largest.
 
     Expert choice routing, arXiv 2202.09368: C = ceil(n k / E) of n tokens, padding not counted, where
@@ -1675,26 +1685,25 @@ def expert_choice(router: "Router", logits: Tensor, bias: Tensor | None, sequenc
         bias: None: the load is balanced.
     """
     assert bias is None
-    chosen = taken(logits.detach().softmax(-1), router.top_k, sequences)  # (T, E)
+    chosen = taken(logits.detach().softmax(-1), router.top_k, context)  # (T, E)
     if router.combine != "raw":
         best = torch.zeros_like(chosen).scatter(-1, logits.argmax(-1, keepdim=True), True)
         chosen = chosen | (best & ~chosen.any(-1, keepdim=True))
     experts = logits.argsort(-1, descending=True)  # (T, E), the best first
     chosen, ranked = chosen.gather(-1, experts), logits.gather(-1, experts)
-    return Choices.of_table(
-        experts, weigh(logits, ranked, experts, router.combine, router.parts, chosen), chosen
-    )
+    weights = weigh(router, logits, ranked, experts, chosen, context.inputs)
+    return Choices.of_table(experts, weights, chosen)
 
 
-def taken(probabilities: Tensor, per_token: int, sequences: Sequences) -> Tensor:
+def taken(probabilities: Tensor, per_token: int, context: Context) -> Tensor:
     """(T, E) which tokens the experts take, of probabilities (T, E)."""
-    scores = probabilities.unflatten(0, (sequences.number, -1))  # (B, L, E)
+    scores = probabilities.unflatten(0, (context.number, -1))  # (B, L, E)
     length, num_experts = scores.shape[1:]
     most = min(-(-length * per_token // num_experts), length)  # C of a sequence without padding
-    if sequences.mask is None:
+    if context.mask is None:
         index = scores.topk(most, dim=1).indices  # (B, C, E)
         return torch.zeros_like(scores, dtype=torch.bool).scatter(1, index, True).flatten(0, 1)
-    real = sequences.mask.bool().reshape(sequences.number, length, 1)  # (B, L, 1)
+    real = context.mask.bool().reshape(context.number, length, 1)  # (B, L, 1)
     index = scores.masked_fill(~real, -1).topk(most, dim=1).indices
     capacity = (real.sum(1, keepdim=True) * per_token + num_experts - 1) // num_experts  # (B, 1, 1)
     places = torch.arange(most, device=scores.device).view(1, -1, 1)
@@ -1708,7 +1717,7 @@ def taken(probabilities: Tensor, per_token: int, sequences: Sequences) -> Tensor
 
 
 @rule
-def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_any(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """Every expert whose score passes its threshold; the one of the largest score where none does.
 
     At most `router.top_k`: those that pass by the largest margins.
@@ -1770,7 +1779,7 @@ def likeness_loss(rows: Tensor) -> Tensor:
 
 
 @rule
-def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
 
     Args:
@@ -1780,7 +1789,8 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequ
     """
     experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the best first
     ranked = logits.gather(-1, experts)  # (T, k)
-    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+    weights = weigh(router, logits, ranked, experts, inputs=context.inputs)
+    return Choices.of_table(experts, weights)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1788,7 +1798,7 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequ
 
 
 @rule
-def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_p(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """From the most probable expert on, until they have the probability `router.threshold` together.
 
     XMoE, arXiv 2403.18926: one expert at least, `router.top_k` at most. Its weights are the probabilities
@@ -1803,7 +1813,7 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequ
     reached = probabilities.gather(-1, experts).cumsum(-1)  # (T, k)
     chosen = F.pad(reached[:, :-1], (1, 0)) < router.threshold  # (T, k) by those before
     ranked = logits.gather(-1, experts)
-    weights = weigh(logits, ranked, experts, router.combine, router.parts, chosen)
+    weights = weigh(router, logits, ranked, experts, chosen, context.inputs)
     return Choices.of_table(experts, weights, chosen)
 
 
@@ -1829,8 +1839,8 @@ class Router(Part):
         combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
             sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
             the constant one, so the weight is p / p.detach(): one in value, with the gradient of log p (p
-            over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
-            down.
+            over all experts) to the router, and none to the token. "raw": the probability over all experts
+            (Switch), which scales the FFN's output down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
         sizes: of the experts, in means of all, where the balancing loss favours small ones; None: all count
             alike.
@@ -1894,8 +1904,9 @@ class Router(Part):
             x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            logits = self._logits(x)  # (T, E)
-            choices = self.select(self, logits, bias, Sequences(num_sequences, mask))
+            logits = self.logits_of(x)  # (T, E)
+            context = Context(num_sequences, mask, None if self.by_task else x)
+            choices = self.select(self, logits, bias, context)
             routing = Routing(logits, choices, sizes=self.sizes)
             if not self.training:
                 return routing
@@ -1906,7 +1917,7 @@ class Router(Part):
             gates = passing_gates(logits, self.threshold_bias)
             return routing._replace(gates=gates, likeness=likeness_loss(self.weight))
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits_of(self, x: Tensor) -> Tensor:
         """(T, E) products of inputs (T, H) with the experts' rows; of rule top-any their cosines."""
         if self.threshold_bias is None:
             return F.linear(x, self.weight.float())
@@ -2872,6 +2883,10 @@ def block_class(stock: type[nn.Module], namespace: dict, experts: str = "experts
 #
 # Both passes are one batch: the sequences, and behind them the same ones once more, whose tokens are routed
 # weakly. So both keep their keys and values in one cache, and weights are read once for both.
+#
+# Where the source was a mixture, its own routers stay. Nearly all of them choose by `torch.topk` of one score
+# per expert, which then gives a token of the weak pass its weak expert for each of its k choices. How much
+# these weigh is up to the router: as much as other k choices together, where it normalises weights.
 
 
 # As in the authors' code: the weak expert of a token is its third best ...
@@ -2897,18 +2912,100 @@ def choose_weakly(router: Router, logits: Tensor, bias: Tensor | None) -> Choice
 
     It weighs what an only choice does: one, or with raw probabilities its own.
     """
-    rank = min(WEAK_RANK, router.num_experts - 1)
-    experts = preferences(logits, bias).topk(rank + 1, dim=-1).indices[:, rank:]  # (T, 1)
+    experts = _of_weak_rank(preferences(logits, bias)).indices  # (T, 1)
     ranked = logits.gather(-1, experts)
-    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+    return Choices.of_table(experts, weigh(router, logits, ranked, experts))
+
+
+def _of_weak_rank(scores: Tensor) -> Any:
+    """Values and indices (T, 1) of the scores (T, E) of rank `WEAK_RANK`, or of the last ones."""
+    rank = min(WEAK_RANK, scores.shape[-1] - 1)
+    values, indices = scores.topk(rank + 1, dim=-1)
+    return torch.return_types.topk((values[:, rank:], indices[:, rank:]))
+
+
+class _WeakTopK(TorchFunctionMode):
+    """Inside, `topk` of the scores (T, E) of E experts chooses weakly for the second half of the tokens.
+
+    Attributes:
+        weak: (T / 2, 1) the experts that it chose last; None: it has not been called.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.weak: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk):
+            return found
+        scores = args[0] if args else kwargs["input"]
+        if scores.shape != (*found.indices.shape[:1], self.num_experts):
+            return found
+        half = scores.shape[0] // 2
+        weak = _of_weak_rank(scores[half:])
+        self.weak = weak.indices
+        pairs = zip(found, weak, strict=True)
+        values, indices = (torch.cat([both[:half], one.expand_as(both[half:])]) for both, one in pairs)
+        return torch.return_types.topk((values, indices))
+
+
+@contextmanager
+def choosing_both(model: Any) -> Iterator[None]:
+    """While this is open, all routers choose weakly for the second half of the tokens."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    rules = [router.select for router in routers]
+    hooks = []
+    try:
+        for router in routers:
+            router.select = functools.partial(_choose_both, router.select)
+        for block in model.modules():
+            if isinstance(block, HoldsExperts):
+                hooks += _stock_router_chooses_both(block, block.experts)
+        yield
+    finally:
+        for router, rule in zip(routers, rules, strict=True):
+            router.select = rule
+        for hook in hooks:
+            hook.remove()
+
+
+def _stock_router_chooses_both(block: nn.Module, experts: Any) -> tuple[RemovableHandle, ...]:
+    """Hooks by which the block of a stock mixture does so."""
+    mode = _WeakTopK(experts.num_experts)
+    return (
+        block.register_forward_pre_hook(functools.partial(_enter, mode)),
+        block.register_forward_hook(functools.partial(_leave, mode), always_call=True),
+        experts.register_forward_pre_hook(functools.partial(_check_weak, mode)),
+    )
+
+
+def _enter(mode: _WeakTopK, *_: Any) -> None:
+    mode.weak = None
+    mode.__enter__()
+
+
+def _leave(mode: _WeakTopK, *_: Any) -> None:
+    mode.__exit__(None, None, None)
+
+
+def _check_weak(mode: _WeakTopK, module: nn.Module, args: tuple) -> None:
+    """Raises ValueError if a block did not choose its experts (T, k) by the `topk` that was changed."""
+    experts = args[1]
+    if mode.weak is None or not experts[experts.shape[0] // 2 :].eq(mode.weak).all():
+        raise ValueError(
+            "self_contrast chooses weak experts where routers call topk on one score per expert, and one "
+            "of this model chooses in another way: leave it out"
+        )
 
 
 def _choose_both(
-    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, sequences: Sequences
+    select: Rule, router: Router, logits: Tensor, bias: Tensor | None, context: Context
 ) -> Choices:
     """By the rule for the first half of the tokens, weakly for the second."""
     strong, weak = logits.tensor_split(2)
-    return select(router, strong, bias, sequences.first_half()).followed_by(
+    return select(router, strong, bias, context.first_half()).followed_by(
         choose_weakly(router, weak, bias), strong.shape[0]
     )
 
@@ -2943,9 +3040,8 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
         ValueError: the model or an argument has no weak pass.
     """
     mixtures = [ffn for _, ffn in model.mixtures()]
-    _check(mixtures, strength, arguments)
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    rules, tasks = [router.select for router in routers], [ffn.task for ffn in mixtures]
+    _check([module for module in model.modules() if isinstance(module, Mixing)], strength, arguments)
+    tasks = [ffn.task for ffn in mixtures]
     hooks = [
         model.register_forward_pre_hook(_repeat_inputs, with_kwargs=True),
         model.register_forward_hook(functools.partial(_contrast_output, strength)),
@@ -2954,18 +3050,14 @@ def contrasting(model: Any, strength: float, arguments: dict) -> Iterator[None]:
         hooks.append(model.get_encoder().register_forward_pre_hook(_repeat_inputs, with_kwargs=True))
     try:
         model._contrasts = True
-        for router in routers:
-            router.select = functools.partial(_choose_both, router.select)
         for ffn in mixtures:
             ffn.task = None if ffn.task is None else torch.cat([ffn.task, ffn.task])
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), choosing_both(model):
             yield
     finally:
         model._contrasts = False
         for hook in hooks:
             hook.remove()
-        for router, rule in zip(routers, rules, strict=True):
-            router.select = rule
         for ffn, task in zip(mixtures, tasks, strict=True):
             ffn.task = task
 
@@ -2974,12 +3066,12 @@ def _check(mixtures: list, strength: float, arguments: dict) -> None:
     """Raises ValueError, see `contrasting`."""
     if not isinstance(strength, (int, float)) or not 0 < strength < math.inf:
         raise ValueError(f"self_contrast is {strength!r}: expected 0, which is off, or more, such as 0.5")
-    if not mixtures:
+    if any(isinstance(ffn, ExpertList) for ffn in mixtures):
         raise ValueError(
-            "self_contrast needs routers that can choose a weak expert, and the source of this model was a "
-            "mixture, whose own routers stay: leave it out"
+            "self_contrast needs blocks that say which experts a token goes to, and those of this model hand "
+            "every expert of a list its rows: leave it out"
         )
-    if min(ffn.router.num_experts for ffn in mixtures) < 2:
+    if min(getattr(ffn, "router", ffn).num_experts for ffn in mixtures) < 2:
         raise ValueError(
             "self_contrast needs a second expert to choose a weak one, found one per mixture: leave it out"
         )

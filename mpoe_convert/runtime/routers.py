@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .choices import DEFAULT_RULE, TOP_ANY, Choices, Routing, Sequences, find_rule
+from .choices import DEFAULT_RULE, TOP_ANY, Choices, Context, Routing, find_rule
 from .costs import Cost, Work
 from .header import init
 from .parts import Part
@@ -31,8 +31,8 @@ class Router(Part):
         combine: "renormalised": softmax over the chosen logits of experts that hold the same neurons; they
             sum to one, so that identical experts compute what the dense FFN did. For one such expert that is
             the constant one, so the weight is p / p.detach(): one in value, with the gradient of log p (p
-            over all experts). "raw": the probability over all experts (Switch), which scales the FFN's output
-            down.
+            over all experts) to the router, and none to the token. "raw": the probability over all experts
+            (Switch), which scales the FFN's output down.
         jitter_noise: in training the inputs are multiplied by uniform numbers from 1 +- this (Switch).
         sizes: of the experts, in means of all, where the balancing loss favours small ones; None: all count
             alike.
@@ -96,8 +96,9 @@ class Router(Part):
             x = self._task_rows(tokens, task) if self.by_task else tokens.float()  # (T, H)
             if self.training and self.jitter_noise:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            logits = self._logits(x)  # (T, E)
-            choices = self.select(self, logits, bias, Sequences(num_sequences, mask))
+            logits = self.logits_of(x)  # (T, E)
+            context = Context(num_sequences, mask, None if self.by_task else x)
+            choices = self.select(self, logits, bias, context)
             routing = Routing(logits, choices, sizes=self.sizes)
             if not self.training:
                 return routing
@@ -108,7 +109,7 @@ class Router(Part):
             gates = passing_gates(logits, self.threshold_bias)
             return routing._replace(gates=gates, likeness=likeness_loss(self.weight))
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits_of(self, x: Tensor) -> Tensor:
         """(T, E) products of inputs (T, H) with the experts' rows; of rule top-any their cosines."""
         if self.threshold_bias is None:
             return F.linear(x, self.weight.float())

@@ -62,7 +62,10 @@ def neurons_of(columns: torch.Tensor, of_experts: torch.Tensor) -> list[list[int
 
 
 def definition(dense, up, down, logits, parts, shared, top_k):
-    """The papers' sum, token by token; the weight of a chosen part is one, with the gradient of log p."""
+    """The papers' sum, token by token; the weight of a chosen part is one, with the gradient of log p.
+
+    `logits` have no gradient to the tokens, on which a weight of one does not depend.
+    """
     w1, b1 = up
     w2, b2 = down
     rows = []
@@ -91,7 +94,7 @@ def test_a_partial_choice_is_the_papers_sum(artifact):
     assert sorted(sum(neurons, [])) == list(range(INNER))
     up, down = (mlp.c_fc.weight, mlp.c_fc.bias), (mlp.c_proj.weight, mlp.c_proj.bias)
     router = ffn.router.weight.detach().double().requires_grad_()
-    expected = definition(x, up, down, x @ router.T, neurons[:3], neurons[3:], 2)
+    expected = definition(x, up, down, x.detach() @ router.T, neurons[:3], neurons[3:], 2)
     found = ffn(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     direction = torch.randn_like(found)

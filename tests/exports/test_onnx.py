@@ -17,7 +17,15 @@ from mpoe_convert.exports.targets import onnx
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"bond_dim": 8}, {"experts": 3, "bond_dim": "8/2/4"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bond_dim": 8},
+        {"experts": 3, "bond_dim": "8/2/4"},
+        {"kind": "split", "experts": 3, "top_k": 2, "shared_experts": 1},
+    ],
+    ids=str,
+)
 def test_onnxruntime_computes_what_the_model_does(options, artifact, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     _, out = artifact("llama", noise=0.5, **options)

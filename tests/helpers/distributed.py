@@ -41,7 +41,7 @@ def load(folder: str, how: str):
 
 
 def wrap(model, how: str):
-    if how == "ddp":
+    if how.startswith("ddp"):
         return DistributedDataParallel(model)
     for _, mixture in model.mixtures():
         fully_shard(mixture.router)  # always float32, and FSDP wants one dtype per group

@@ -89,7 +89,7 @@ from ..choices import Choices, rule
 
 
 @rule
-def first(router, logits, bias, sequences):
+def first(router, logits, bias, context):
     """See above."""
     tokens = torch.arange(len(logits))
     return Choices(tokens, 0 * tokens, torch.ones(len(logits)), per_token=1)

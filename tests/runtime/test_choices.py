@@ -48,7 +48,7 @@ KNOWN = "expert-choice, top-any, top-k, top-p"
 LEAST = 0.4  # probability that an expert needs to be chosen
 
 
-def threshold(router, logits, bias, sequences):
+def threshold(router, logits, bias, context):
     """Every expert of at least this probability: none, one or several per token."""
     probabilities = logits.softmax(-1)
     scores = probabilities if bias is None else probabilities + bias

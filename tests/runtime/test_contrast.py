@@ -3,16 +3,18 @@
 The loop keeps no cache, and routes weakly by hooks that compute every expert anew.
 """
 
+import functools
 import math
 from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
+from helpers.expert_mixtures import EXPERTS, save_mixture
 from helpers.mixtures import combined, fill
 from helpers.models import generative, load_pair, token_ids
 
-from mpoe_convert import router_stats
+from mpoe_convert import Recipe, convert, router_stats
 from mpoe_convert.artifact.layout import files_in_folders
 from mpoe_convert.runtime import GENERATE_PATH
 from mpoe_convert.runtime.modeling_mpoe import Router, choose_weakly, contrast
@@ -86,7 +88,7 @@ def last_logits(model, ids, mask, target) -> torch.Tensor:
 
 
 @torch.no_grad()
-def loop(model, ids, mask, choose=lambda scores: scores.argmax(-1)):
+def loop(model, ids, mask, choose=lambda scores: scores.argmax(-1), weakly=weakly):
     """(tokens (B, STEPS), scores (STEPS, B, V)) by the paper's formula."""
     start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else 0
     target = torch.full((len(ids), int(model.config.is_encoder_decoder)), start)
@@ -119,8 +121,9 @@ def assert_is_the_loop(model, loop, **options) -> None:
     )
     assert torch.equal(found.sequences[:, -STEPS:], tokens)
     torch.testing.assert_close(torch.stack(found.scores), scores, rtol=1e-4, atol=1e-4)
-    plain = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=STEPS)
-    assert not torch.equal(plain[:, -STEPS:], tokens)  # there is something to see
+    plain = model.generate(ids, attention_mask=mask, do_sample=False, **OPTIONS)
+    before, contrasted = plain.scores[0], found.scores[0]
+    assert ((before - contrasted).abs()[contrasted.isfinite()] > 0.01).any()  # there is something to see
 
 
 CACHES = ({}, {"use_cache": False}, {"cache_implementation": "static"})
@@ -147,6 +150,81 @@ RECIPES = {
 def test_of_every_selection(name, load):
     model = load("gpt2", **RECIPES[name])
     assert_is_the_loop(model, loop(model, *prompt(model)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mixtures as sources, whose routers stay
+
+
+def weak_weights(model_type: str, router, logits: torch.Tensor, expert: int) -> float:
+    """Of two choices that are both this expert, by the formulas of the stock routers; logits (E,)."""
+    if model_type == "mixtral":  # normalised
+        return 1.0
+    if model_type == "qwen3_moe":  # not normalised
+        return 2 * float(logits.exp()[expert] / logits.exp().sum())
+    return router.routed_scaling_factor  # deepseek_v3, normalised
+
+
+@contextmanager
+def stock_weakly(model_type, model):
+    """Inside, the experts of a stock mixture get every token with its third best expert alone."""
+
+    def choose(block, tokens):
+        router = block.gate
+        logits = tokens @ router.weight.T
+        scores = logits
+        if model_type == "deepseek_v3":
+            scores = 1 / (1 + (-logits).exp()) + router.e_score_correction_bias
+        experts = [sorted(range(EXPERTS), key=lambda e, row=row: -row[e].item())[2] for row in scores]
+        pairs = zip(logits, experts, strict=True)
+        weights = [weak_weights(model_type, router, row, expert) for row, expert in pairs]
+        return tokens, torch.tensor(experts)[:, None], torch.tensor(weights)[:, None]
+
+    hooks = [
+        block.experts.register_forward_pre_hook(lambda _, args, block=block: choose(block, args[0]))
+        for block in (layer.mlp for layer in model.model.layers)
+        if hasattr(block, "experts")
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """(stock model, converted model) of a type; whatever else it has, normalised weights or not."""
+
+    def mixture(model_type: str):
+        root = tmp_path_factory.mktemp(model_type)
+        more = {"norm_topk_prob": False} if model_type == "qwen3_moe" else {}
+        source = save_mixture(model_type, root / "source", **more)
+        convert(Recipe(str(source)), root / "out")
+        stock, model = load_pair(source, root / "out", "AutoModelForCausalLM")
+        model.generation_config.eos_token_id = None
+        return stock, model
+
+    return mixture
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_stock_routers_choose_weakly(model_type, mixture):
+    stock, model = mixture(model_type)
+    expected = loop(stock, *prompt(model), weakly=functools.partial(stock_weakly, model_type))
+    assert_is_the_loop(model, expected)
+
+
+def test_stock_routers_that_choose_in_another_way_are_refused(mixture):
+    """PhiMoE takes one maximum after the other. Nothing stays of the call."""
+    _, model = mixture("phimoe")
+    ids = token_ids(2, 6)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "do_sample": False}
+    before = model.generate(ids, **options)
+    with pytest.raises(ValueError, match="one of this model chooses in another way"):
+        model.generate(ids, self_contrast=STRENGTH, **options)
+    assert torch.equal(model.generate(ids, **options), before)
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 def test_sampling_draws_from_the_contrasted_distribution(load):

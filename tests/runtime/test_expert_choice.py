@@ -51,14 +51,16 @@ def shares(ffn: FeedForward, tokens: torch.Tensor, real: list[bool]) -> list[dic
         for t in [t for t in order if real[t]][:capacity]:
             found[t].append(expert)
     weights = []
-    for experts, row, logit in zip(found, probabilities, logits, strict=True):
+    for experts, row, logit, token in zip(found, probabilities, logits, tokens, strict=True):
         if ffn.router.combine == "raw":
             weights.append({e: row[e] for e in experts})
             continue
         experts = experts or [int(row.argmax())]
         total = sum(logit[e].exp() for e in experts)
-        alone = len(experts) == 1
-        weights.append({e: row[e] / row[e].detach() if alone else logit[e].exp() / total for e in experts})
+        if len(experts) == 1:  # one, which does not depend on the token
+            row = (ffn.router.weight.double() @ token.detach()).softmax(0)
+            total = logit[experts[0]].exp() / (row / row.detach())[experts[0]]
+        weights.append({e: logit[e].exp() / total for e in experts})
     return weights
 
 

@@ -657,7 +657,7 @@ def test_a_tuple_without_a_loss_stays_as_it_is(artifact):
 
 def test_an_expert_of_no_probability_has_a_weight():
     logits = torch.tensor([[0.0, 300.0, -300.0]])
-    weights = weigh(logits, logits[:, 2:], torch.tensor([[2]]), "renormalised")
+    weights = weigh(Router(4, 3, 1), logits, logits[:, 2:], torch.tensor([[2]]))
     assert torch.equal(weights, torch.ones(1, 1))
 
 

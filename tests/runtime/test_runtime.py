@@ -48,8 +48,9 @@ def mixture(ffn: FeedForward, tokens: torch.Tensor) -> torch.Tensor:
         for expert in chosen:
             alike = [logits[e].exp() for e in chosen if e % parts == expert % parts]
             weights[expert] = logits[expert].exp() / sum(alike)
-            if len(alike) == 1:  # one in value, with the gradient of log p
-                log_p = logits[expert] - logits.exp().sum().log()
+            if len(alike) == 1:  # one in value, with the gradient of log p, which the token has none of
+                logits_of_router = ffn.router.weight.double() @ token.detach()
+                log_p = logits_of_router.log_softmax(0)[expert]
                 weights[expert] = 1 + log_p - log_p.detach()
         rows.append(combined(ffn, token, weights))
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape)

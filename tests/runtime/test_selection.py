@@ -45,6 +45,12 @@ def scores(router: Router, token: torch.Tensor) -> torch.Tensor:
     return products / torch.stack([row.square().sum().sqrt() for row in weight]) / token.square().sum().sqrt()
 
 
+def weight_of_one(router: Router, token: torch.Tensor, expert: int) -> torch.Tensor:
+    """It has the gradient of log p to the router alone: it does not depend on the token."""
+    probability = scores(router, token.detach()).softmax(0)[expert]
+    return probability / probability.detach()
+
+
 def chosen(router: Router, token: torch.Tensor) -> dict[int, torch.Tensor]:
     """{expert: weight} of a token (H,)."""
     logits = scores(router, token)
@@ -64,11 +70,14 @@ def chosen(router: Router, token: torch.Tensor) -> dict[int, torch.Tensor]:
         gates = {e: values[e] for e in found}
         if router.combine == "raw":
             return gates
-    weights = {}
+    weights, has_gates = {}, router.threshold_bias is not None
     for e in found:
         total = sum(gates[other] for other in found if other % router.parts == e % router.parts)
         alone = sum(other % router.parts == e % router.parts for other in found) == 1
-        weights[e] = gates[e] / (gates[e].detach() if alone else total)
+        if not alone:
+            weights[e] = gates[e] / total
+        else:
+            weights[e] = gates[e] / gates[e].detach() if has_gates else weight_of_one(router, token, e)
     return weights
 
 

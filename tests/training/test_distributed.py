@@ -21,20 +21,23 @@ def launch(script: str, *args: object) -> str:
     return done.stdout
 
 
+PARTS = {"kind": "split", "experts": 3, "top_k": 2, "shared_experts": 1}
 WRAPPED = [
-    ("gpt2", "one-sided", "ddp"),
-    ("llama", "two-sided", "fsdp2"),
-    ("llama", "one-sided", "fsdp2-bfloat16"),
+    ("gpt2", {"layout": "one-sided"}, "ddp"),
+    ("llama", {"layout": "two-sided"}, "fsdp2"),
+    ("llama", {"layout": "one-sided"}, "fsdp2-bfloat16"),
+    ("gpt2", PARTS, "ddp, parts"),
+    ("gpt2", PARTS, "fsdp2, parts"),
 ]
 
 
 def test_wrapped_it_is_the_same(artifact):
     """All in one launch, since processes that import torch take seconds."""
     asked = []
-    for model_type, layout, how in WRAPPED:
-        asked += [artifact(model_type, layout=layout, noise=0.1)[1], how]
+    for model_type, recipe, how in WRAPPED:
+        asked += [artifact(model_type, noise=0.1, **recipe)[1], how]
     printed = launch("distributed.py", *asked)
-    found = {(how, rank): line for how, rank, line in re.findall(r"(\S+) rank (\d): (loss=.*)", printed)}
+    found = {(how, rank): line for how, rank, line in re.findall(r"(\S.*) rank (\d): (loss=.*)", printed)}
     assert found.keys() == {(how, rank) for *_, how in WRAPPED for rank in "01"}, printed
     for (how, _), line in found.items():
         numbers = {name: float(value) for name, value in re.findall(r"(\w+)=(\S+)", line)}

@@ -18,6 +18,7 @@ from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError, DataError, FamilyError, RecipeError
 from mpoe_convert.request import read_recipe
 from mpoe_convert.source import mixtures, named_experts
+from mpoe_convert.source.hub import GENERATE_FILE
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["a list", "tensors of all"])
@@ -104,6 +105,19 @@ def test_it_computes_what_its_source_computes(quire):
         for _, experts in model._mixings():
             experts.schedule = schedule
         torch.testing.assert_close(logits(model), logits(load(source)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_list_of_experts_has_no_self_contrast(quire):
+    """Its block hands every expert its rows: whose they are is not said."""
+    _, out, bound = quire
+    assert (out / GENERATE_FILE).exists() == bound
+    model, ids = load(out), token_ids((1, 5))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "self_contrast": 0.5}
+    if bound:
+        assert model.generate(ids, **options).shape[0] == 1
+        return
+    with pytest.raises(ValueError, match="hand every expert of a list its rows"):
+        model.generate(ids, **options)
 
 
 def test_it_is_what_its_source_was(quire, tmp_path):

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choices import Choices, Sequences, rule
+from ..choices import Choices, Context, rule
 
 if TYPE_CHECKING:
     from ..routers import Router
 
 
 @rule
-def top_any(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_any(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """Every expert whose score passes its threshold; the one of the largest score where none does.
 
     At most `router.top_k`: those that pass by the largest margins.

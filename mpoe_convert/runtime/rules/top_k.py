@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..choices import Choices, Sequences, preferences, rule
+from ..choices import Choices, Context, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @rule
-def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_k(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """k = `router.top_k` choices per token (Shazeer et al., arXiv 1701.06538).
 
     Args:
@@ -22,4 +22,5 @@ def top_k(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequ
     """
     experts = preferences(logits, bias).topk(router.top_k, dim=-1).indices  # (T, k), the best first
     ranked = logits.gather(-1, experts)  # (T, k)
-    return Choices.of_table(experts, weigh(logits, ranked, experts, router.combine, router.parts))
+    weights = weigh(router, logits, ranked, experts, inputs=context.inputs)
+    return Choices.of_table(experts, weights)

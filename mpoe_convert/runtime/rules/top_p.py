@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choices import Choices, Sequences, preferences, rule
+from ..choices import Choices, Context, preferences, rule
 from ..weights import weigh
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @rule
-def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequences) -> Choices:
+def top_p(router: "Router", logits: Tensor, bias: Tensor | None, context: Context) -> Choices:
     """From the most probable expert on, until they have the probability `router.threshold` together.
 
     XMoE, arXiv 2403.18926: one expert at least, `router.top_k` at most. Its weights are the probabilities
@@ -28,5 +28,5 @@ def top_p(router: "Router", logits: Tensor, bias: Tensor | None, sequences: Sequ
     reached = probabilities.gather(-1, experts).cumsum(-1)  # (T, k)
     chosen = F.pad(reached[:, :-1], (1, 0)) < router.threshold  # (T, k) by those before
     ranked = logits.gather(-1, experts)
-    weights = weigh(logits, ranked, experts, router.combine, router.parts, chosen)
+    weights = weigh(router, logits, ranked, experts, chosen, context.inputs)
     return Choices.of_table(experts, weights, chosen)
