@@ -1,13 +1,14 @@
 """What rounding costs, of the source alone and on top of `--keep`, at equal bytes.
 
-    MPOE_TEST_DATA=… python examples/benchmarks/rounding.py --json FILE [MODEL …]
+    MPOE_TEST_DATA=… python examples/benchmarks/rounding.py --json FILE [MODEL …] [--shares 0.6 …]
 
 The source rounded alone is its FFN matrices (of a mixture, its experts'), in the groups of `--bits`; 3 and 2
 bits lie in the same groups as 4. It has a zero point per group, as libraries store it, and so all levels
 between the ends: it is closer than the format of `--bits`, which has none. Ours takes at most as many bytes:
 `--keep` alone, or with its large cores rounded as `--bits` does, in memory. Numbers that are not rounded,
 and scales, count 16 bits. The cost is the growth of held-out loss in nats per token, mean over texts that
-calibration does not see. Results in the JSON file are not measured again.
+calibration does not see. Results in the JSON file are not measured again. With --shares also ours at these
+shares of the numbers, whole and with cores at 8 and 4 bits.
 
 smollm2-135m is made by make_smollm2.py. Needs pip install "mpoe-convert[calibrate]".
 """
@@ -128,7 +129,7 @@ class Measured:
         if self.file:
             self.file.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
-    def measure(self) -> None:
+    def measure(self, shares: list[float]) -> None:
         for bits in (16, *sorted({bits for bits, _ in self.cells}, reverse=True)):
             key = "source" if bits == 16 else f"source, {bits} bits"
             if key not in self.rows:
@@ -145,18 +146,24 @@ class Measured:
             for theirs, bits in self.cells:
                 key = f"ours, {bits} bits, at the source's {theirs} bits"
                 if key not in self.rows:
-                    self.compress(key, recipe, theirs, bits, Path(folder) / f"{theirs}-{bits}")
+                    chosen = fitting(recipe, source_bytes(self.whole, theirs), bits)
+                    self.compress({key: bits}, chosen, Path(folder) / f"{theirs}-{bits}")
+            for share in shares:
+                keys = {f"ours, {bits} bits, {share:.1%} of the numbers": bits for bits in (16, 8, 4)}
+                if keys.keys() - self.rows.keys():
+                    self.compress(keys, recipe.replace(keep=share), Path(folder) / f"{share:g}")
 
-    def compress(self, key: str, recipe: Recipe, theirs: int, bits: int, out: Path) -> None:
+    def compress(self, keys: dict[str, int], recipe: Recipe, out: Path) -> None:
+        """Measure one conversion, with its cores at the bits that the keys of the results have."""
         start = time.perf_counter()
-        chosen = fitting(recipe, source_bytes(self.whole, theirs), bits)
-        planned = convert(chosen, out).plan
+        planned = convert(recipe, out).plan
         seconds = time.perf_counter() - start
-        model = load(out)
-        if bits < 16:
-            round_cores(model, planned, bits)
-        assert chosen.keep is not None
-        self.note(key, model, stored_bytes(planned, bits), keep=chosen.keep, seconds=round(seconds, 1))
+        assert recipe.keep is not None
+        for key, bits in keys.items():
+            model = load(out)
+            if bits < 16:
+                round_cores(model, planned, bits)
+            self.note(key, model, stored_bytes(planned, bits), keep=recipe.keep, seconds=round(seconds, 1))
 
 
 def table(results: dict) -> Table:
@@ -181,11 +188,12 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--shares", nargs="*", type=float, default=[])
     arguments = parser.parse_args()
     known = arguments.json is not None and arguments.json.is_file()
     results = json.loads(arguments.json.read_text(encoding="utf-8")) if known else {}
     for name in arguments.models:
-        Measured(name, Path(os.environ["MPOE_TEST_DATA"]), results, arguments.json).measure()
+        Measured(name, Path(os.environ["MPOE_TEST_DATA"]), results, arguments.json).measure(arguments.shares)
     print(table(results).markdown())
 
 
