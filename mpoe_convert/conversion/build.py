@@ -29,6 +29,8 @@ from .report import MatrixReport, NeuronOrder
 
 # A matrix is compared with its chain in pieces of about this many numbers.
 _PIECE = 1 << 20
+# A clone's distance from the first expert is measured on so many numbers, and in so many rows or columns.
+_SAMPLED, _FEWEST = 1 << 18, 128
 
 
 class FFNTargets:
@@ -155,7 +157,7 @@ def finish_projection(
     if stored != unrounded[0][0].dtype:
         is_exact = plan.is_exact and targets.fits_the_source(role)  # to rounding, which a part shows
         before = _error(dense, unrounded, copies, every=8 if is_exact else 1)
-    drift = _drift((exact, copies), (clone, of_clone), dense.dtype) if recipe.noise else 0.0
+    drift = _drift(dense, (exact, copies), (clone, of_clone)) if recipe.noise else 0.0
     discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
     norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
     output_error = None
@@ -269,35 +271,44 @@ def _copies(plan: MatrixPlan, expert: int) -> list[list[int]]:
 
 
 def _drift(
+    dense: Tensor,
     exact: tuple[list[list[Tensor]], list[list[int]]],
     clone: tuple[list[list[Tensor]], list[list[int]]],
-    dtype: torch.dtype,
 ) -> float:
-    """Relative distance of a clone's matrix from expert 0's, on an eighth of the rows or columns, if it can.
+    """Relative distance of a clone's matrix from expert 0's, on a sample of the rows or columns, if it can.
 
     The noise is alike everywhere, and the whole matrix would take as long as the decomposition.
+
+    Args:
+        dense: the source's matrix, of their size and with the dtype to compute in.
+        exact, clone: terms and, per term, what `count_copies` gives.
     """
-    kept = _eighth([*exact[0], *clone[0]])
+    kept = _sample([*exact[0], *clone[0]], dense.numel())
 
     def some(terms: list[list[Tensor]], copies: list[list[int]]) -> Tensor:
-        return _matrix_of([kept(cores) for cores in terms], copies, dtype)
+        return _matrix_of([kept(cores) for cores in terms], copies, dense.dtype)
 
     sample = some(*exact)
     if not sample.any():  # rows of zeros, by chance or by padding
-        return relative_error(_matrix_of(*exact, dtype), _matrix_of(*clone, dtype))
+        return relative_error(_matrix_of(*exact, dense.dtype), _matrix_of(*clone, dense.dtype))
     return relative_error(sample, some(*clone))
 
 
-def _eighth(terms: list[list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """What leaves of a chain every eighth row of its matrix, or column, if its last core has more of them.
+def _sample(terms: list[list[Tensor]], numbers: int) -> Callable[[list[Tensor]], list[Tensor]]:
+    """What leaves of a chain some rows of its matrix, or columns, if its last core has more of them.
 
-    Of all these chains the same: where their first cores differ in their rows, a row stands for as many
+    An eighth of them; of large matrices `_SAMPLED` numbers, but at least `_FEWEST` rows or columns. Of all
+    these chains the same: where their first cores differ in their rows, a row stands for as many
     neighbours as the greatest common divisor leaves together.
+
+    Args:
+        numbers: in the matrix.
     """
     rows, columns = (gcd(*sizes) for sizes in zip(*map(_ends, terms), strict=True))
+    step = max(8, min(max(rows, columns) // _FEWEST, numbers // _SAMPLED))
     if rows < columns and len({_ends(cores)[1] for cores in terms}) == 1:
-        return lambda cores: [*cores[:-1], cores[-1][:, :, ::8]]
-    return lambda cores: [cores[0].unflatten(1, (rows, -1))[:, ::8].flatten(1, 2), *cores[1:]]
+        return lambda cores: [*cores[:-1], cores[-1][:, :, ::step]]
+    return lambda cores: [cores[0].unflatten(1, (rows, -1))[:, ::step].flatten(1, 2), *cores[1:]]
 
 
 def _ends(cores: list[Tensor]) -> tuple[int, int]:

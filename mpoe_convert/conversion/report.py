@@ -35,9 +35,9 @@ class MatrixReport:
             matrix, on held-out calibration inputs; None without calibration.
         discarded_weight: per bond, the share of the squared norm that TT-SVD truncated there; empty for a
             matrix that was fitted in another way.
-        clone_drift: relative distance of expert 1 from expert 0, measured on the first eighth of the
-            first site's rows, or of the last one's columns if it has more; all clones are drawn from the same
-            distribution.
+        clone_drift: relative distance of expert 1 from expert 0, measured on every eighth row of the first
+            site, or every eighth column of the last one if it has more (of large matrices fewer); all clones
+            are drawn from the same distribution.
     """
 
     name: str

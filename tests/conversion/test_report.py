@@ -220,7 +220,7 @@ def test_samples_do_not_depend_on_what_the_first_rows_hold(first, monkeypatch):
     whole = ((noisy - matrix).norm() / matrix.norm()).item()
     ours, theirs = ([[each[None, :, :, None]]] for each in (matrix, noisy))
     assert build._error(matrix, theirs, [[1]], every=8) == pytest.approx(whole, rel=0.2)
-    assert build._drift((ours, [[1]]), (theirs, [[1]]), torch.float32) == pytest.approx(whole, rel=0.2)
+    assert build._drift(matrix, (ours, [[1]]), (theirs, [[1]])) == pytest.approx(whole, rel=0.2)
 
 
 def test_a_sample_of_zeros_is_not_taken_for_the_matrix(monkeypatch):
@@ -233,5 +233,21 @@ def test_a_sample_of_zeros_is_not_taken_for_the_matrix(monkeypatch):
 def test_the_drift_of_a_matrix_whose_sample_is_zero_is_that_of_all():
     core = randn(1, 16, 24, 1, dtype=torch.float32)
     core[:, ::8] = core[:, :, ::8] = 0
-    expected = build._drift(([[core]], [[1]]), ([[1.5 * core]], [[1]]), torch.float32)
+    dense = core[0, :, :, 0]
+    expected = build._drift(dense, ([[core]], [[1]]), ([[1.5 * core]], [[1]]))
     assert expected == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("shape", [(4096, 16), (16, 4096)])
+def test_of_large_matrices_the_drift_takes_fewer_rows_or_columns(shape, monkeypatch):
+    """So many that they make up the numbers asked for: told by a matrix that differs in one line."""
+    monkeypatch.setattr(build, "_SAMPLED", 4096 * 16 // 32)
+    matrix = randn(*shape, dtype=torch.float32)
+    lines = matrix if shape[0] > 16 else matrix.T
+    for line, is_seen in ((32, True), (40, False)):
+        other = matrix.clone()
+        (other if shape[0] > 16 else other.T)[line] *= 2
+        ours, theirs = ([[each[None, :, :, None]]] for each in (matrix, other))
+        drift = build._drift(matrix, (ours, [[1]]), (theirs, [[1]]))
+        seen = lines[::32].norm()
+        assert drift == pytest.approx(float(lines[32].norm() / seen) if is_seen else 0.0)
