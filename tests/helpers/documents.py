@@ -28,12 +28,12 @@ OTHERS = [*RESULTS, ROOT / "examples/results/compression.md", ROOT / ".github/CO
 SERVER = """
 import json, os, runpy, socket, sys, traceback, types
 from importlib.metadata import entry_points
-import accelerate, datasets, mpoe_convert, transformers
+sys.path.append(sys.argv[2])
+from beforehand import prepare
+sys.path.pop()
+prepare()
 [command] = entry_points(group="console_scripts", name="mpoe-convert")
 main = command.load()
-for name in mpoe_convert.__all__:
-    getattr(mpoe_convert, name)
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer
 
 def execute(program, args):
     if program == "mpoe-convert":
@@ -150,7 +150,8 @@ class Workshop:
         self.environment = os.environ | {"PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}"}
         with server:
             number = server.fileno()
-            command = [sys.executable, "-P", "-c", SERVER, str(number)]  # -P: imports nothing from here
+            # -P: imports nothing from here but what the last argument holds
+            command = [sys.executable, "-P", "-c", SERVER, str(number), str(Path(__file__).parent)]
             self.process = subprocess.Popen(command, pass_fds=[number])
         return self
 

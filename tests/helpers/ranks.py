@@ -135,11 +135,12 @@ def forked(run: dict, rank: int, port: int, output: int) -> int:
 
 
 def main() -> None:
-    import mpoe_convert.compression.mixtures
-    import mpoe_convert.conversion.convert  # noqa: F401
+    runs, found = json.load(sys.stdin), []
+    if len(runs) > 1:  # one alone imports what it needs
+        from beforehand import prepare  # this file is a script, in the folder of that one
 
-    found = []
-    for number, run in enumerate(json.load(sys.stdin)):
+        prepare()
+    for number, run in enumerate(runs):
         path, port, run["number"] = Path(f"output-{number}"), free_port(), number
         output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         pids = [forked(run, rank, port, output) for rank in range(run["count"])]

@@ -27,6 +27,9 @@ CODE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch, transformers
+sys.path.append(sys.argv[1])
+from remote_code import read_once
+sys.path.pop()
 transformers.logging.set_verbosity_error()
 
 def examine(dense, out, auto):
@@ -58,11 +61,13 @@ def examine(dense, out, auto):
         result["reloaded"] = torch.equal(again(**inputs).logits, found)
     return result
 
-for dense, out, auto in json.load(sys.stdin):
-    print(json.dumps(examine(dense, out, getattr(transformers, auto))))
+with read_once():
+    for dense, out, auto in json.load(sys.stdin):
+        print(json.dumps(examine(dense, out, getattr(transformers, auto))))
 """
 
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 FAMILIES = ("gpt2", "llama", "gpt_neox", "bloom", "opt", "t5", "bart", "bert")
 
 
@@ -79,7 +84,7 @@ def run_in(folder: Path, code: str, cases: list) -> list[dict]:
     """What code prints, as JSON lines, in a process that has the oldest release and no converter."""
     environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(HELPERS)],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
