@@ -47,8 +47,6 @@ def pick_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available[device.type]:
-        raise RequestError(
-            f"{assigned('device', name)} is not available here; {assigned('device', 'auto')} picks one that "
-            "is"
-        )
+        there = assigned("device", "auto")
+        raise RequestError(f"{assigned('device', name)} is not available here; {there} picks one that is")
     return device

@@ -115,6 +115,7 @@ def again(cls: type, name: str, help: str, **changes: Any) -> Any:
 
 
 def description(each: Field) -> Description:
+    """What a field of a class of options says of its option."""
     return each.metadata["option"]
 
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from fewer_neurons import kept_neurons, leverage, refitted_down, widths_by_score
 from mixture_rivals import (
     base_and_differences,
     clusters,
@@ -58,10 +59,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from mpoe_convert.compression.batches import split
 from mpoe_convert.compression.expert_gradients import expert_sensitivities
 from mpoe_convert.compression.expert_moments import ExpertMoments, collect, is_experts
-from mpoe_convert.compression.pruning import kept_experts
+from mpoe_convert.compression.kept_experts import kept_experts
 from mpoe_convert.compression.stack_budget import StackCandidate, shared_out, uniform
 from mpoe_convert.compression.stream import keep_no_cache
-from mpoe_convert.decomposition.neurons import kept_neurons, leverage, refitted_down, widths_by_score
 from mpoe_convert.decomposition.stack_choices import StackChoices, stack_choices
 from mpoe_convert.decomposition.stack_fit import StackFit, fit_stack
 from mpoe_convert.decomposition.stack_metric import Stack, expand, side_spectra

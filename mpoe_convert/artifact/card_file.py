@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +12,8 @@ from . import snippets
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
 
+# YAML between two lines of dashes; dashes inside a value end nothing.
+_FRONT_MATTER = re.compile(r"\ufeff?\s*---[\r\n]+(.*?)[\r\n]+---\s*?(?:[\r\n]|$)", re.DOTALL)
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 # The section with the results of `evaluate`.
 EVALUATION = "Evaluation"
@@ -27,11 +30,11 @@ def source_front_matter(folder: Path) -> dict:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    if not text.startswith("---"):
+    if not (found := _FRONT_MATTER.match(text)):
         return {}
     try:
-        values = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
+        values = yaml.safe_load(found[1])
+    except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
 

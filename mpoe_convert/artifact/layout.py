@@ -27,9 +27,9 @@ TRAINING_REPORT_FILE = "training_report.json"
 EXPORT_REPORT_FILE = "export_report.json"
 EVALUATION_REPORT_FILE = "evaluation_report.json"
 # What `verify` and `inspect` read of a report.
-_REPORT_KEYS = {
-    *("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
-}
+_REPORT_KEYS = frozenset(
+    ("base_model", "revision", "model_type", "recipe", "max_relative_error", "max_clone_drift", "warnings")
+)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -41,7 +41,7 @@ def is_artifact(folder: Path) -> bool:
     return "mpoe" in config and is_file(folder / REPORT_FILE)
 
 
-# What the configs of stock mixtures call as we do.
+# Options that the configs of stock mixtures have under the same names.
 STOCK_OPTIONS = {"router_aux_loss_coef", "router_z_loss_coef", "output_router_logits", "router_jitter_noise"}
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -240,67 +240,104 @@ def verify(
     check_token(token)
     check_tolerance(tolerance)
     config, report = checked_artifact(folder)
-    is_named = against is not None
-    revision = None if is_named else report["revision"]
-    was_local = not is_named and revision is None
-    against = against or base_of(folder, report)
-    # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
-    is_local = revision is None and is_dir(against)
     training = _training_report(folder)
-    absent = None
-    if not is_local and (was_local or is_path(against)):
-        absent = (
-            f"the dense model '{against}' is not a folder here{_nor_there(folder, report, against)}; "
-            f"expected {'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with "
-            f"{called('against')}"
-            f"{suggest_path(against)}"
-        )
-        if training is None or is_named:
-            raise VerifyError(absent)
-    elif not is_local:
-        try:
-            with suggesting(against):
-                check_available(against, revision)
-        except HubError as error:
-            if training is None or is_named:
-                raise
-            absent = str(error)
-    base = base_config(config)
-    has_own_code = bool(custom_heads(base.get("auto_map") or {}))
-    if has_own_code and not trust_remote_code:
-        raise VerifyError(
-            f"the dense model '{against}' has custom code: read it, and pass "
-            f"{switched('trust_remote_code')} to run it"
-        )
-    auto_class = main_auto_class(base, report["model_type"])
-    trusted = trust_remote_code and (has_own_code or has_own_tokenizer(folder) or is_named)
-    request = ChildRequest(
-        against=str(Path(against).resolve()) if is_local else against,
-        revision=revision,
-        artifact=str(folder.resolve()),
-        auto_class=auto_class,
-        trust_remote_code=(trusted, True),
-        token=token,
-        key_mapping=report.get("key_mapping", {}),
-        has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
-        is_trained=training is not None,
-        absent=absent,
-        kept=(kept := _kept_experts(report)),
-        small=base if kept else {},
-    )
-    result = _run_child(request)
-    if is_named and (reason := result.get("reference_error")):
-        raise VerifyError(f"'{folder}' cannot be compared with '{against}': {reason}")
+    reference = _find_reference(folder, report, against, is_trained=training is not None)
+    result = _run_child(_request(folder, config, report, reference, token, trust_remote_code))
+    if reference.is_named and (reason := result.get("reference_error")):
+        raise VerifyError(f"'{folder}' cannot be compared with '{reference.name}': {reason}")
     if tolerance is None and training is None and not _leaves_out(report):
         tolerance = _tolerance(report)
     return Verification(
         artifact=str(folder),
-        against=against,
-        auto_class=auto_class,
+        against=reference.name,
+        auto_class=main_auto_class(base_config(config), report["model_type"]),
         tolerance=tolerance,
         trained=training is not None,
         contradictions=tuple(_contradictions(folder, config, report, training)),
         **_NOT_COMPARED | result,
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The dense model that an artifact is compared with.
+
+    Attributes:
+        name / revision: folder or Hub id, and the commit of the latter that was converted.
+        is_local: it is a folder.
+        is_named: the user named it.
+        is_trained: the artifact was trained since; then it may be absent.
+        absent: why it cannot be loaded; None: it is looked for.
+    """
+
+    name: str
+    revision: str | None
+    is_local: bool
+    is_named: bool
+    is_trained: bool
+    absent: str | None = None
+
+
+def _find_reference(folder: Path, report: dict, against: str | None, *, is_trained: bool) -> _Reference:
+    """The model that was named, or the one that was converted.
+
+    Raises:
+        VerifyError, HubError: it is not there, and was named or is needed.
+    """
+    is_named = against is not None
+    revision = None if is_named else report["revision"]
+    was_local = not is_named and revision is None
+    name = against or base_of(folder, report)
+    # An artifact converted from the Hub is compared with the Hub's model, even if a folder has that name.
+    is_local = revision is None and is_dir(name)
+    found = _Reference(name, revision, is_local, is_named, is_trained)
+    if is_local:
+        return found
+    may_be_absent = is_trained and not is_named
+    if was_local or is_path(name):
+        absent = (
+            f"the dense model '{name}' is not a folder here{_nor_there(folder, report, name)}; expected "
+            f"{'the one that was converted' if was_local else 'a folder or a Hub id'}: name it with "
+            f"{called('against')}{suggest_path(name)}"
+        )
+        if not may_be_absent:
+            raise VerifyError(absent)
+        return replace(found, absent=absent)
+    try:
+        with suggesting(name):
+            check_available(name, revision)
+    except HubError as error:
+        if not may_be_absent:
+            raise
+        return replace(found, absent=str(error))
+    return found
+
+
+def _request(
+    folder: Path, config: dict, report: dict, reference: _Reference, token: str | None, trusts_code: bool
+) -> ChildRequest:
+    """What is compared, and how. Raises VerifyError for custom code of the reference that is not trusted."""
+    base, kept = base_config(config), _kept_experts(report)
+    has_own_code = bool(custom_heads(base.get("auto_map") or {}))
+    if has_own_code and not trusts_code:
+        raise VerifyError(
+            f"the dense model '{reference.name}' has custom code: read it, and pass "
+            f"{switched('trust_remote_code')} to run it"
+        )
+    trusted = trusts_code and (has_own_code or has_own_tokenizer(folder) or reference.is_named)
+    return ChildRequest(
+        against=str(Path(reference.name).resolve()) if reference.is_local else reference.name,
+        revision=reference.revision,
+        artifact=str(folder.resolve()),
+        auto_class=main_auto_class(base, report["model_type"]),
+        trust_remote_code=(trusted, True),
+        token=token,
+        key_mapping=report.get("key_mapping", {}),
+        has_tokenizer=has_tokenizer(folder) and (trusted or not has_own_tokenizer(folder)),
+        is_trained=reference.is_trained,
+        absent=reference.absent,
+        kept=kept,
+        small=base if kept else {},
     )
 
 

@@ -120,6 +120,7 @@ def convert(
 def run_conversion(
     recipe: Recipe, output: str, overwrite: bool, resume: bool, stream: bool, token: str | None, quiet: bool
 ) -> Report:
+    """Convert, with a bar unless quiet; one process of those that torchrun has started, if it has."""
     from ..conversion.convert import convert as convert_checkpoint
     from .progress import conversion_progress, silence_libraries
 

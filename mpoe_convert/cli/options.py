@@ -52,6 +52,8 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
+    """A command whose `--help` lists options under headings."""
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         format_options_by_heading(self, ctx, formatter)
 

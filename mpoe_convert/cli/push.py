@@ -80,6 +80,7 @@ def check_push(repo_id: str | None, pushing: Mapping[str, Any], overwrite: bool,
 def run_push(
     artifact: str, repo_id: str, pushing: Mapping[str, Any], overwrite: bool, token: str | None, silent: bool
 ) -> dict[str, Any]:
+    """Push, say so unless silent, and return what `--json` prints."""
     announce(f"Pushing '{artifact}' to {repo_id}", silent)
     from ..artifact.push import push as push_artifact
     from .progress import silence_hub

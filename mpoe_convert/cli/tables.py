@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def console(stderr: bool = False) -> Console:
 
 def print_report(report: Report, output: str, out: Console, *, per_matrix: bool) -> None:
     out.print(*drawn(report.shown(per_matrix=per_matrix)), sep="\n")
-    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
+    _print_written(output, out)
 
 
 def print_export(result: Exported, output: str, out: Console) -> None:
@@ -50,7 +51,12 @@ def print_export(result: Exported, output: str, out: Console) -> None:
 
 def print_pruning(result: Smaller, output: str, out: Console) -> None:
     out.print(*drawn(result.shown()), sep="\n")
-    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(output)}")
+    _print_written(output, out)
+
+
+def _print_written(output: str, out: Console) -> None:
+    """Where an artifact is, and the command that checks it, to be pasted into a shell."""
+    out.print(f"Written to [bold]{escape(output)}[/]. Check it: mpoe-convert verify {escape(quote(output))}")
 
 
 def print_evaluation(result: Evaluation, out: Console) -> None:
@@ -144,26 +150,8 @@ def print_summary(summary: Summary, out: Console) -> None:
     out.print(f"Loads by {', '.join(summary.heads)}.")
     if block.get("base_auto_map"):
         out.print("Its base has custom code, which lies in the folder and is run with it.")
-    error = f"Largest relative error {summary.report['max_relative_error']:.2e}"
-    if of_mixture:
-        kept = "all numbers" if recipe["keep"] is None else f"{recipe['keep']:.1%} of the numbers at most"
-        if fewer := summary.report.get("fewer_experts"):
-            out.print(
-                f"Of {fewer['source_experts']} experts per layer {block['num_experts']} are left, with the "
-                "routers' rows for them."
-            )
-        whose = "these experts" if fewer and recipe["keep"] is None else "the source's experts"
-        out.print(f"{error}; {kept} of {whose}{'' if fewer else '; its routers'}.")
-    else:
-        layout = f", layout {recipe['layout']}" if recipe["layout"] else ""
-        out.print(
-            f"{error}, clone drift {summary.report['max_clone_drift']:.2e}; "
-            f"{recipe['kind']} experts{layout}, noise {recipe['noise']:g}, seed {recipe['seed']}."
-        )
-    for step in () if of_mixture else summary.report.get("pruning", ()):  # of mixtures it is said above
-        out.print(
-            f"Of {step['experts_before']} experts per mixture {step['experts']} were left, by {step['by']}."
-        )
+    for line in _measured_of_experts(summary) if of_mixture else _measured(summary):
+        out.print(line)
     if summary.bits:
         worst = max((summary.report.get("rounding") or {"errors": {"": 0.0}})["errors"].values())
         out.print(
@@ -172,6 +160,33 @@ def print_summary(summary: Summary, out: Console) -> None:
         )
     for text in summary.report["warnings"]:
         out.print(warning(text))
+
+
+def _measured(summary: Summary) -> Iterator[str]:
+    """The errors of an artifact of a dense model, and what was pruned since."""
+    recipe, report = summary.report["recipe"], summary.report
+    layout = f", layout {recipe['layout']}" if recipe["layout"] else ""
+    yield (
+        f"Largest relative error {report['max_relative_error']:.2e}, clone drift "
+        f"{report['max_clone_drift']:.2e}; {recipe['kind']} experts{layout}, noise {recipe['noise']:g}, seed "
+        f"{recipe['seed']}."
+    )
+    for step in report.get("pruning", ()):
+        yield f"Of {step['experts_before']} experts per mixture {step['experts']} were left, by {step['by']}."
+
+
+def _measured_of_experts(summary: Summary) -> Iterator[str]:
+    """The same where the source was a mixture."""
+    recipe, fewer = summary.report["recipe"], summary.report.get("fewer_experts")
+    if fewer:
+        yield (
+            f"Of {fewer['source_experts']} experts per layer {summary.config['mpoe']['num_experts']} are "
+            "left, with the routers' rows for them."
+        )
+    kept = "all numbers" if recipe["keep"] is None else f"{recipe['keep']:.1%} of the numbers at most"
+    whose = "these experts" if fewer and recipe["keep"] is None else "the source's experts"
+    routers = "" if fewer else "; its routers"
+    yield f"Largest relative error {summary.report['max_relative_error']:.2e}; {kept} of {whose}{routers}."
 
 
 def _forms_table(block: dict) -> Table:
@@ -201,7 +216,7 @@ def _forms_table(block: dict) -> Table:
 
 
 def print_push(pushed: Pushed, out: Console) -> None:
-    what = f"{len(pushed.files)} files, {size(pushed.num_bytes)}"
+    what = f"{counted(len(pushed.files), 'file')}, {size(pushed.num_bytes)}"
     gone = f", {len(pushed.deleted)} of an earlier artifact deleted" if pushed.deleted else ""
     if pushed.changed:
         out.print(f"Pushed to {escape(pushed.repo_id)} ({what}{gone}):", highlight=False)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..experts.ffn import Activations
-from ..planning.plan import FFNPlan, MatrixPlan
-from .batches import evenly_spread, is_held_out, token_rows
+from ..planning.plan import FFNPlan
+from .batches import evenly_spread
 from .calibrate import check_scored
+from .collecting import CollectingWalk
 from .dense_run import DenseRun, Progress
-from .lockstep import LockstepWalk
 from .moment_cache import Calibration
 from .moments import joined, merge_rows
 from .shared import collect_shared
-from .stream import check_activations, run_batch
+from .stream import check_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +49,7 @@ def collect(run: DenseRun, progress: Progress) -> Calibration:
 
 def _collect(run: DenseRun, wanted: Sequence[str], save: Save, progress: Progress) -> None:
     with run.streamed() as model:
-        walk = _Walk(run, model, wanted, save)
-        walk.walk([partial(run_batch, model, run.batches[number]) for number in walk.own])
+        _Walk(run, model, wanted, save).walk_batches()
 
 
 def load(found: Calibration, path: str) -> Activations:
@@ -62,48 +60,33 @@ def load(found: Calibration, path: str) -> Activations:
     return Activations(**tensors)
 
 
-class _Walk(LockstepWalk):
-    """One pass per batch of this process; all wait in front of every FFN, to keep one FFN's activations."""
+class _Walk(CollectingWalk):
+    """Keeps the activations of some tokens at each FFN."""
 
     def __init__(self, run: DenseRun, model: PreTrainedModel, wanted: Collection[str], save: Save) -> None:
-        super().__init__(run, model)
-        self.wanted, self.save, self.own = set(wanted), save, run.own
-        self.rows: dict[str, dict[int, list[Tensor]]] = {}
-        self.inside: FFNPlan | None = None
-        self.times_left = {ffn.ffn.path: ffn.runs_per_token for ffn in run.plan.ffns}
+        super().__init__(run, model, wanted)
+        self.save = save
+        # By name and by number of the batch, at the FFN that the passes are in.
+        self.kept: dict[str, dict[int, list[Tensor]]] = {}
 
-    def release(self, ffn: FFNPlan | None, place: str) -> None:
-        if self.inside is not None:
-            self._finish(self.inside.ffn.path)
-        self.inside = ffn
-
-    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+    def see(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
         path = ffn.ffn.path
-        if place == "inputs":
-            self.wait_at(ffn, place)
-        if path not in self.wanted or self.run.is_spare:
-            return
-        number = self.own[self.current]
-        rows = token_rows(self.model, self.run.batches[number], path, x)
+        rows = self.rows(path, x)
         check_activations(rows, f"{path} ({place})")
-        held_out = is_held_out(number, self.run.batches)
-        wanted = HELD_OUT if held_out else FITTED
-        share = -(-wanted // len(self.run.held_out if held_out else self.run.fitted_to))
+        wanted, batches = (HELD_OUT, self.run.held_out) if self.holds_out else (FITTED, self.run.fitted_to)
+        share = -(-wanted // len(batches))
         chosen = rows[evenly_spread(len(rows), min(share, len(rows)))].cpu()
         # Hidden neurons are many, and coarse numbers will do.
         chosen = chosen.bfloat16() if place == "inner" else chosen
-        name = f"held_{place}" if held_out else place
-        self.rows.setdefault(name, {}).setdefault(number, []).append(chosen)
+        name = f"held_{place}" if self.holds_out else place
+        self.kept.setdefault(name, {}).setdefault(self.number, []).append(chosen)
 
-    def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> None:
-        pass
+    def finish(self, path: str) -> None:
+        own = {name: joined(parts) for name, parts in self.kept.items()}
+        tensors = merge_rows(own, self.run.ranks)
+        if self.run.ranks.is_first:
+            self.save(path, tensors)
 
-    def _finish(self, path: str) -> None:
-        """All passes are through; layers may share the FFN, so only the last time counts."""
-        self.times_left[path] -= 1
-        if not self.times_left[path] and path in self.wanted:
-            own = {name: joined(parts) for name, parts in self.rows.items()}
-            tensors = merge_rows(own, self.run.ranks)
-            if self.run.ranks.is_first:
-                self.save(path, tensors)
-        self.rows = {}
+    def release(self, ffn: FFNPlan | None, place: str) -> None:
+        super().release(ffn, place)
+        self.kept = {}

@@ -74,7 +74,8 @@ def check_batches(
 ) -> None:
     """Raises DataError if one is no batch of inputs, or holds token ids that the model does not embed."""
     for batch in batches:
-        if not (isinstance(batch, Mapping) and batch and all(map(torch.is_tensor, batch.values()))):
+        tensors = list(batch.values()) if isinstance(batch, Mapping) else []
+        if not tensors or not all(torch.is_tensor(tensor) and tensor.ndim for tensor in tensors):
             raise DataError(
                 f"calibration holds {one_line(repr(batch), 60)}; expected batches of the model's inputs, as "
                 "[{'input_ids': tensor}, ...] (texts go into Recipe(calibrate=...))"
@@ -189,9 +190,8 @@ def _pair_batches(encoded: Dataset, num_tokens: int, pad: int) -> Sequence[Batch
             f"the calibration pairs have {sum(sizes):,} tokens that the model reads; expected the "
             f"{num_tokens:,} of {called('calibration_tokens')}: give more text or ask for fewer"
         )
-    chosen = sorted(
-        evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i)
-    )  # similar lengths: little padding
+    # Pairs of similar lengths stand together: little padding.
+    chosen = sorted(evenly_spread(len(sizes), wanted), key=lambda i: (sizes[i], i))
     per_batch = _per_batch(wanted, max(sizes[i] for i in chosen))
     order = [chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)]
     return [pad_rows(encoded.select(part).to_list(), pad) for part in order]

@@ -18,14 +18,13 @@ from torch import Tensor
 from ..errors import DataError, counted
 from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..source.matrices import read_bias
-from .batches import NOTHING_COUNTS, is_held_out, num_tokens, token_rows
+from .batches import NOTHING_COUNTS, num_tokens
+from .collecting import CollectingWalk
 from .dense_run import DenseRun, Progress
 from .fisher import gradient_moments
-from .lockstep import LockstepWalk
 from .moment_cache import Calibration
 from .moments import FFNMoments, MomentSums, observed_side
 from .shared import collect_shared
-from .stream import run_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,79 +72,45 @@ def _collect_gradients(
         save(path, tensors)
 
 
-class MomentsWalk(LockstepWalk):
-    """One pass per batch of this process. What goes through an FFN is summed between two waits."""
+class MomentsWalk(CollectingWalk):
+    """Sums what goes through each FFN, up to where all batches wait again."""
 
     def __init__(self, run: DenseRun, model: PreTrainedModel, wanted: Collection[str], save: Save) -> None:
-        super().__init__(run, model)
-        self.wanted, self.save = set(wanted), save
-        self.own = run.own
+        super().__init__(run, model, wanted)
+        self.save = save
         self.sums: dict[str, MomentSums] = {}
-        self.inside: FFNPlan | None = None
-        self.times_left = {ffn.ffn.path: ffn.runs_per_token for ffn in run.plan.ffns}
-        self.calls_left = [sum(self.times_left.values())] * len(self.own)
 
-    def walk_batches(self) -> None:
-        self.walk([partial(run_batch, self.model, self.run.batches[number]) for number in self.own])
-
-    def release(self, ffn: FFNPlan | None, place: str) -> None:
-        if self.inside is not None:
-            self._finish(self.inside.ffn.path)
-        self.inside = ffn
-
-    def meet(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
+    def see(self, ffn: FFNPlan, place: str, x: Tensor) -> None:
         path = ffn.ffn.path
-        if place == "inputs":
-            self.wait_at(ffn, place)
-        if path not in self.wanted or self.run.is_spare:
-            return
-        rows = self._rows(path, x)
-        sums = self.sums.setdefault(path, MomentSums())
-        if self._holds_out:
-            sums.add_sample(place, rows, self._number)
+        rows, sums = self.rows(path, x), self.sums.setdefault(path, MomentSums())
+        if self.holds_out:
+            sums.add_sample(place, rows, self.number)
             return
         readers = [matrix for matrix in ffn.matrices if (matrix.role == "down") == (place == "inner")]
         squares_only = all(observed_side(matrix) == "out" for matrix in readers)
         sums.add(place, rows, squares_only=squares_only, where=f"{path} ({place})")
 
     def leave(self, ffn: FFNPlan, matrices: Sequence[MatrixPlan], x: Tensor, y: Tensor) -> None:
-        if ffn.ffn.path in self.wanted and not (self._holds_out or self.run.is_spare):
+        if self.sees(ffn) and not self.holds_out:
             for matrix in matrices:
                 if observed_side(matrix) == "out":
                     self._add_outputs(ffn.ffn.path, matrix, y)
-        if any(matrix.role == "down" for matrix in matrices):
-            self.calls_left[self.current] -= 1
-            if not self.calls_left[self.current]:
-                self.stop()  # behind the last FFN
+        super().leave(ffn, matrices, x, y)
 
     def _add_outputs(self, path: str, matrix: MatrixPlan, y: Tensor) -> None:
         source = matrix.source
         if source.part is not None:
             y = y.chunk(2, dim=-1)[source.part]
-        rows = self._rows(path, y)
+        rows = self.rows(path, y)
         if source.bias:  # from the checkpoint: the streamed module has given its own away
             rows = rows - read_bias(self.run.checkpoint, source).to(rows)
         where = f"{path} (outputs of {matrix.role})"
         self.sums[path].add(f"{matrix.role}.outputs", rows, squares_only=False, where=where)
 
-    def _rows(self, path: str, x: Tensor) -> Tensor:
-        return token_rows(self.model, self.run.batches[self._number], path, x)
-
-    @property
-    def _number(self) -> int:
-        return self.own[self.current]
-
-    @property
-    def _holds_out(self) -> bool:
-        return is_held_out(self._number, self.run.batches)
-
-    def _finish(self, path: str) -> None:
-        """All passes are through; layers may share the FFN, so only the last time counts."""
-        self.times_left[path] -= 1
-        if not self.times_left[path] and path in self.wanted:
-            found = self.sums.pop(path, MomentSums()).finish(path, self.run.ranks)
-            if found is not None:
-                self.save(path, found)
+    def finish(self, path: str) -> None:
+        found = self.sums.pop(path, MomentSums()).finish(path, self.run.ranks)
+        if found is not None:
+            self.save(path, found)
 
 
 def check_scored(run: DenseRun) -> None:

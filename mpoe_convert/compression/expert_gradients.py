@@ -26,7 +26,7 @@ from ..source.expert_layout import Layout, biases_of
 from ..source.mixtures import MixtureFamily
 from .batches import Batch, token_mask
 from .dense_run import DenseRun, Progress
-from .expert_moments import _project, expert_outputs
+from .expert_moments import expert_outputs, run_projection
 from .fisher import run_backward
 from .named_experts import (
     ExpertCall,
@@ -174,7 +174,7 @@ class _Squares:
         projections = getattr(module, "projections", self.ffn.ffn.projections)
         first = "gate_up_proj" if module.has_gate else "up_proj"
         with torch.enable_grad():
-            answer = _project(module, first, expert, x).detach().requires_grad_(True)
+            answer = run_projection(module, first, expert, x).detach().requires_grad_(True)
             inner = module._apply_gate(answer) if module.has_gate else module.act_fn(answer)
             y = expert_outputs(module, expert, inner)
             (behind,) = torch.autograd.grad(y, answer, gradient.to(y.dtype))

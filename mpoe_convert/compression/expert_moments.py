@@ -144,17 +144,18 @@ def is_experts(module: nn.Module) -> bool:
 def hidden_neurons(module: Any, expert: int, rows: Tensor) -> Tensor:
     """h of one expert for rows (N, in) -> (N, inner)."""
     if module.has_gate:
-        return module._apply_gate(_project(module, "gate_up_proj", expert, rows))
-    return module.act_fn(_project(module, "up_proj", expert, rows))
+        return module._apply_gate(run_projection(module, "gate_up_proj", expert, rows))
+    return module.act_fn(run_projection(module, "up_proj", expert, rows))
 
 
 def expert_outputs(module: Any, expert: int, inner: Tensor) -> Tensor:
     """What an expert gives for its hidden neurons (N, inner) -> (N, in), before its combine weight."""
-    y = _project(module, "down_proj", expert, inner)
+    y = run_projection(module, "down_proj", expert, inner)
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
-def _project(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+def run_projection(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    """Rows (N, in) by the matrix, and bias, that one expert has in the tensor of that name -> (N, out)."""
     weight = getattr(module, name)[expert]
     y = rows @ (weight if module.is_transposed else weight.mT)
     return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
@@ -185,8 +186,10 @@ def collect(
     Raises:
         CheckpointError: the model computes NaN or Inf.
     """
-    modules: dict[str, nn.Module] = {}
-    modules |= {path: m for path, m in model.named_modules() if (layout or is_experts(m)) and wanted(path)}
+    named = model.named_modules()
+    modules: dict[str, nn.Module] = {
+        path: module for path, module in named if (layout or is_experts(module)) and wanted(path)
+    }
     walk = _Walk(model, batches, save, len(modules), moments, layout, ranks)
     running = _watched if layout is not None and layout.listed else _run_by
     with torch.no_grad(), running(walk, modules):

@@ -63,8 +63,10 @@ def gradient_moments(
     def begin(batch: Batch) -> None:
         sums.batch = batch
 
-    scored = run_backward(run, model, begin, progress)
-    sums.remove()
+    try:
+        scored = run_backward(run, model, begin, progress)
+    finally:
+        sums.remove()
     return sums.per(scored)
 
 

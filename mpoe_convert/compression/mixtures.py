@@ -35,9 +35,9 @@ from ..source.pruned import with_experts
 from . import dense_run
 from .batches import Batch
 from .calibrate import check_spans, gradient_dtype
+from .kept_experts import scored_layer
 from .moment_cache import Calibration
-from .prepare import Prepared, Progress, _device, _labelled, _open_run
-from .pruning import scored_layer
+from .prepare import Prepared, Progress, compute_device, labelled, open_run
 from .shared import collect_shared
 from .stack_budget import StackCandidate, shared_out, uniform
 
@@ -101,10 +101,10 @@ def prepare_mixture(
     run = calibration = None
     if calibrated:
         source_plan = whole if fewer is None else _source_plan(recipe, checkpoint, fewer)
-        run = _open_run(source_plan, resolved.recipe, checkpoint, batches, token, ranks)
+        run = open_run(source_plan, resolved.recipe, checkpoint, batches, token, ranks)
         if recipe.keep is not None:
             check_spans(run, max(_distinct_rows(matrix, resolved.recipe.top_k) for matrix in whole.matrices))
-        calibration = _calibrated(run, resolved.recipe, _labelled(report, "calibrating"))
+        calibration = _calibrated(run, resolved.recipe, labelled(report, "calibrating"))
     if calibration is not None and fewer is not None:
         located = locate_experts(checkpoint, recipe.experts_at)
         fewer = _scored(calibration, located, resolved.recipe.experts)
@@ -246,7 +246,7 @@ def _candidates(
     With the allocation "loss" a unit of error counts what it costs in nats per token; else errors are
     relative to the size of the matrix' outputs.
     """
-    device = _device(recipe)
+    device = compute_device(recipe)
     for done, ffn in enumerate(plan.ffns):
         moments = None if calibration is None else _load(calibration, ffn.ffn.path, plan.fewer)
         nats = None

@@ -178,7 +178,7 @@ class _Compressor:
     def __init__(self, resolved: Resolved, checkpoint: Checkpoint, report: Progress, ranks: Ranks) -> None:
         self.resolved, self.checkpoint, self.report, self.ranks = resolved, checkpoint, report, ranks
         self.uncompressed = plan_checkpoint(resolved, checkpoint)
-        self.device = _device(resolved.recipe)
+        self.device = compute_device(resolved.recipe)
         check_share(resolved.recipe, self.uncompressed)
         self.run: DenseRun | None = None
         self.calibration: Calibration | None = None
@@ -187,7 +187,7 @@ class _Compressor:
 
     def calibrate(self, recipes: list[Recipe], batches: Sequence[Batch] | None, token: str | None) -> None:
         """Collect the moments that any of the recipes needs."""
-        self.run = _open_run(self.uncompressed, recipes[0], self.checkpoint, batches, token, self.ranks)
+        self.run = open_run(self.uncompressed, recipes[0], self.checkpoint, batches, token, self.ranks)
         if all(recipe.correct for recipe in recipes):
             check_correctable(self.run)
         gradients = any(_metric(recipe).takes_gradients for recipe in recipes)
@@ -244,7 +244,7 @@ class _Compressor:
     def _sensitivities(self, recipe: Recipe, ranks: MatrixRanks) -> dict[str, float]:
         name = _metric_name(recipe)
         if name not in self.sensitivities:
-            report = _labelled(self.report, "measuring")
+            report = labelled(self.report, "measuring")
             self.sensitivities[name] = measure_sensitivities(
                 *self._calibrated_run, _metric(recipe), ranks, report
             )
@@ -252,7 +252,7 @@ class _Compressor:
 
     def _correct(self, plan: Plan, recipe: Recipe) -> Corrections:
         run, calibration = self._calibrated_run
-        report = _labelled(self.report, "correcting")
+        report = labelled(self.report, "correcting")
         return correct(replace(run, plan=plan), calibration, _metric(recipe), report)
 
     @property
@@ -277,8 +277,8 @@ def _prepare_chains(
     if recipe.own_options.takes_activations():
         if only_plan:
             return Prepared(plan)
-        run = _open_run(plan, recipe, checkpoint, batches, token, ranks)
-        return Prepared(plan, run, activated=activations.collect(run, _labelled(report, "calibrating")))
+        run = open_run(plan, recipe, checkpoint, batches, token, ranks)
+        return Prepared(plan, run, activated=activations.collect(run, labelled(report, "calibrating")))
     if not any(matrix.is_truncated for matrix in plan.matrices):
         raise RecipeError(
             f"{called('calibrate')} given, and nothing is truncated; expected {called('keep')}, "
@@ -291,11 +291,12 @@ def _prepare_chains(
         )
     if only_plan:
         return Prepared(plan)
-    run = _open_run(plan, recipe, checkpoint, batches, token, ranks)
+    run = open_run(plan, recipe, checkpoint, batches, token, ranks)
     return Prepared(plan, run, _calibrated(run, _metric(recipe).takes_gradients, report))
 
 
-def _device(recipe: Recipe) -> torch.device:
+def compute_device(recipe: Recipe) -> torch.device:
+    """The recipe's device, which has float64. Raises RequestError, and RecipeError for MPS."""
     device = pick_device(recipe.device)
     if device.type == "mps":
         raise RecipeError(
@@ -305,7 +306,7 @@ def _device(recipe: Recipe) -> torch.device:
     return device
 
 
-def _open_run(
+def open_run(
     plan: Plan,
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -322,14 +323,14 @@ def _open_run(
         is_one = isinstance(batches, (str, Mapping))  # which is told as no list, or as too few
         batches = [cast("Batch", batches)] if is_one else list(batches)
         check_batches(batches, checkpoint)
-    return DenseRun(plan, checkpoint, tuple(batches), _device(recipe), ranks)
+    return DenseRun(plan, checkpoint, tuple(batches), compute_device(recipe), ranks)
 
 
 def _calibrated(run: DenseRun, gradients: bool, report: Progress) -> Calibration:
-    return calibrate(run, gradients=gradients, progress=_labelled(report, "calibrating"))
+    return calibrate(run, gradients=gradients, progress=labelled(report, "calibrating"))
 
 
-def _labelled(report: Progress, label: str) -> dense_run.Progress:
+def labelled(report: Progress, label: str) -> dense_run.Progress:
     """`report` for one stage of the work."""
     return lambda what, done, total: report(f"{label}: {what}", done, total, None)
 

@@ -60,9 +60,8 @@ class FFNTargets:
         self.plan, self.recipe, self.checkpoint, self.device = plan, recipe, checkpoint, device
         self.moments, self.corrected, self.order, self.asked = moments, corrected, order, asked
         self.matrices = {matrix.role: matrix for matrix in plan.matrices}
-        self.last: tuple[str, Tensor, bool] | None = (
-            None  # role, dense matrix, whether it is the target itself
-        )
+        # Role, dense matrix, and whether it is the target itself.
+        self.last: tuple[str, Tensor, bool] | None = None
 
     @property
     def shape(self) -> FFNShape:

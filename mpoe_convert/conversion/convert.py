@@ -52,7 +52,7 @@ from .report import MatrixReport, NeuronOrder, Report, Trial
 from .rounding import round_ffn
 from .shards import Records, resume_run
 from .slices import finish_slices
-from .write import _write_recipe, write_companions
+from .write import write_companions, write_recipe
 
 # Router rows start small: their softmax is near uniform, yet the top k differ from token to token.
 ROUTER_STD = 0.02
@@ -331,7 +331,7 @@ def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpo
     """The card, the recipe, and the report with the names of all files."""
     plan = report.plan
     card.write(folder / CARD_FILE, report, checkpoint)
-    _write_recipe(folder / RECIPE_FILE, plan.recipe, isinstance(report, MixtureReport))
+    write_recipe(folder / RECIPE_FILE, plan.recipe, isinstance(report, MixtureReport))
     files = sorted({*file_names(folder), REPORT_FILE})
     place = None if checkpoint.revision else base_path(checkpoint.folder, output)
     write_json(folder / REPORT_FILE, report.to_json() | {"base_path": place, "files": files})

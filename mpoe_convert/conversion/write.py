@@ -26,7 +26,8 @@ from ..source.json_files import write_json
 _GENERATING = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"}
 
 
-def _write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
+def write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
+    """Write a recipe as the YAML file that `--config` reads, without what its source would refuse."""
     import yaml
 
     values = recipe.to_mapping()

@@ -115,19 +115,9 @@ def export(
     if source.keeps_routers and request.to != "moe":
         raise ExportError(
             f"'{source.checkpoint.source}' was made of a mixture, a {source.model_type}, and none of its "
-            f"experts is a "
-            f"model by itself; expected {assigned('to', 'moe')}"
+            f"experts is a model by itself; expected {assigned('to', 'moe')}"
         )
-    expert_weights = None
-    if request.calibrate:
-        need(f"export, {called('calibrate')},", "datasets", extra="calibrate")
-        from .average import measure_expert_weights
-
-        expert_weights = measure_expert_weights(source, request)
-    plan = target.plan(source, request, expert_weights, output)
-    local = source.checkpoint.folder if source.checkpoint.revision is None else None
-    tensors = [tensor for part in plan.parts for tensor in part.tensors]
-    check_space(output, local, sum(map(num_bytes, tensors)) + plan.num_bytes_written)
+    plan, expert_weights = _plan(source, request, output)
     for extra, libraries in target.NEEDS.items():
         need(f"export, {assigned('to', request.to)},", *libraries, extra=extra)
     with staged(output, overwrite) as folder:
@@ -144,11 +134,28 @@ def export(
             model_type=plan.model_type,
             about=plan.about,
             expert_shares=expert_weights,
-            params=sum(prod(tensor.shape) for tensor in tensors) or None,
+            params=sum(prod(tensor.shape) for part in plan.parts for tensor in part.tensors) or None,
             warnings=plan.warnings,
             comparison=comparison,
         )
         return _finish(folder, report, plan, source_front_matter(source.checkpoint.folder))
+
+
+def _plan(
+    source: Artifact, request: Export, output: Path
+) -> tuple[ExportPlan, dict[str, Mapping[int, float]] | None]:
+    """All that will be written, for which there is room, and the experts' weights in an average."""
+    expert_weights = None
+    if request.calibrate:
+        need(f"export, {called('calibrate')},", "datasets", extra="calibrate")
+        from .average import measure_expert_weights
+
+        expert_weights = measure_expert_weights(source, request)
+    plan = targets.load(request.to).plan(source, request, expert_weights, output)
+    local = source.checkpoint.folder if source.checkpoint.revision is None else None
+    num_written = sum(num_bytes(tensor) for part in plan.parts for tensor in part.tensors)
+    check_space(output, local, num_written + plan.num_bytes_written)
+    return plan, expert_weights
 
 
 def _write_parts(

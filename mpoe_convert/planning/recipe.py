@@ -35,13 +35,15 @@ SHARED = ("auto", "none", "input", "output", "both", "base")
 METRICS = ("loss", "outputs", "diagonal", "weights")
 # Bytes: what is smaller was meant in another unit, as 2 for 2GB.
 SMALLEST_FILE = 1000
+# Of a number in a text: no model needs more, and Python reads only some thousands.
+_DIGITS = r"\d{1,18}"
 
 
 def parse_layers(text: str) -> tuple[range, ...]:
-    """ "0-5,8" -> (range(0, 6), range(8, 9)): numbers are not listed, they may be huge."""
+    """ "0-5,8" -> (range(0, 6), range(8, 9)). No lists: they may be huge. Raises RecipeError."""
     parts = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(rf"\s*({_DIGITS})(?:\s*-\s*({_DIGITS}))?\s*", part)
         if not match:
             raise RecipeError(f"{called('layers')} is {text!r}; expected numbers and ranges such as 0-5,8")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -52,9 +54,10 @@ def parse_layers(text: str) -> tuple[range, ...]:
 
 
 def parse_size(text: str | int) -> int:
-    """ "2GB" -> 2,000,000,000 bytes; GiB, MiB and KiB are powers of 1,024."""
+    """ "2GB" -> 2,000,000,000 bytes; GiB, MiB and KiB are powers of 1,024. Raises RecipeError."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
+    number = rf"({_DIGITS}(?:\.{_DIGITS})?)"
+    match = re.fullmatch(rf"{number}\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
     if not match or (match[3] and not match[2]):
         raise RecipeError(f"{called('max_shard_size')} is {text!r}; expected a size such as 2GB or 500MB")
     unit = units[match[2].upper()]
@@ -282,8 +285,8 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             )
         if self.share is not None and self.keep is None:
             raise RecipeError(
-                f"{called('share')} given without {called('keep')}; experts stay whole then, and share "
-                f"nothing"
+                f"{called('share')} given without {called('keep')}; experts then stay whole, and share "
+                "nothing"
             )
         if self.search and (self.keep is None or self.max_error is not None):
             keep = called("keep")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..compression.pruning import kept_experts
+from ..compression.kept_experts import kept_experts
 
 
 def pools(num_experts: int, groups: int, parts: int) -> list[list[int]]:

@@ -115,7 +115,7 @@ class Mixing(nn.Module):
         keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
         if keep == "off":
             keep = "hit" if self.schedule == "cached" else None
-        limit = None if limit is None else float(limit) / num_mixtures
+        limit = None if limit is None else limit / num_mixtures
         self.cache = None if keep is None else MatrixCache(keep, limit)
 
     def train(self, mode: bool = True):

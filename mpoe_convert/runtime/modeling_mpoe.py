@@ -272,9 +272,14 @@ def read_option(config: PretrainedConfig, name: str) -> Any:
     value = getattr(config, name)
     if name.startswith("mpoe_"):
         value = os.environ.get(name.upper(), value)
-    values = next(option.values for option in CONFIG_OPTIONS if option.name == name)
-    if values is not None and value not in values:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(values)}")
+    option = next(option for option in CONFIG_OPTIONS if option.name == name)
+    if option.values is not None and value not in option.values:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(option.values)}")
+    if option.values is None and isinstance(value, str):  # of the environment
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}: expected a number") from None
     return value
 
 
@@ -2358,7 +2363,7 @@ class Mixing(nn.Module):
         keep, limit = read_option(config, "mpoe_cache"), read_option(config, "mpoe_cache_bytes")
         if keep == "off":
             keep = "hit" if self.schedule == "cached" else None
-        limit = None if limit is None else float(limit) / num_mixtures
+        limit = None if limit is None else limit / num_mixtures
         self.cache = None if keep is None else MatrixCache(keep, limit)
 
     def train(self, mode: bool = True):

@@ -12,6 +12,7 @@ from ..errors import CheckpointError, FamilyError
 from ..options import called, switched
 from . import hub
 from .architecture import Architecture, custom_heads, knows
+from .json_files import write_whole
 from .sentence_encoder import module_code
 
 GLUE_FILE = "modeling_mpoe_source.py"
@@ -155,7 +156,8 @@ def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -
     digest = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:32]
     copies = cached_assets_path("mpoe-convert", namespace="code", subfolder=digest)
     for name, content in contents.items():
-        (copies / name).write_bytes(content)
+        if not (copies / name).is_file():  # the folder is named after the contents, and others may read it
+            write_whole(copies / name, content)
     return copies
 
 

@@ -61,7 +61,7 @@ class Family:
         }
 
 
-def _inside(
+def row_of_module(
     slot: str,
     up: str,
     down: str,
@@ -71,7 +71,12 @@ def _inside(
     fused: bool = False,
     **row: Any,
 ) -> Family:
-    """A self-contained FFN module: all names below the slot."""
+    """The row of an FFN that is a module of its own: all names are below the slot.
+
+    Args:
+        slot, layers, row: as the fields of `Family`; one stack of layers may be given as a text.
+        up, down, gate, fused: as the fields of `Spelling`.
+    """
     layers = (layers,) if isinstance(layers, str) else layers
     below: dict[str, Any] = {
         key: f"{slot}.{row[key]}" for key in ("activation", "inner_dropout", "outer_dropout") if key in row
@@ -97,7 +102,7 @@ _T5_LAYERS = ("encoder.block.{}.layer.1", "decoder.block.{}.layer.2")
 _BOTH_STACKS = ("encoder.layers.{}", "decoder.layers.{}")
 
 FAMILIES: tuple[Family, ...] = (
-    _inside(
+    row_of_module(
         "mlp",
         "c_fc",
         "c_proj",
@@ -107,7 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         outer_dropout="dropout",
         transposed=True,
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "c_fc",
         "c_proj",
@@ -116,7 +121,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="act",
         outer_dropout="dropout",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "c_fc",
         "c_proj",
@@ -125,7 +130,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="act",
         outer_dropout="residual_dropout",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "fc_in",
         "fc_out",
@@ -134,7 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="act",
         outer_dropout="dropout",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "dense_h_to_4h",
         "dense_4h_to_h",
@@ -142,7 +147,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gpt_neox",),
         activation="act",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "dense_h_to_4h",
         "dense_4h_to_h",
@@ -150,7 +155,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("falcon",),
         activation="act",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "dense_h_to_4h",
         "dense_4h_to_h",
@@ -160,8 +165,8 @@ FAMILIES: tuple[Family, ...] = (
         outer_dropout="hidden_dropout",
         adds_residual=True,
     ),
-    _inside("mlp", "fc1", "fc2", "layers.{}", model_types=("phi",), activation="activation_fn"),
-    _inside(
+    row_of_module("mlp", "fc1", "fc2", "layers.{}", model_types=("phi",), activation="activation_fn"),
+    row_of_module(
         "mlp",
         "gate_up_proj",
         "down_proj",
@@ -170,7 +175,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("phi3", "glm"),
         activation="activation_fn",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "up_proj",
         "down_proj",
@@ -199,7 +204,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="act_fn",
     ),
     # The text towers of vision-language models.
-    _inside(
+    row_of_module(
         "mlp",
         "up_proj",
         "down_proj",
@@ -227,7 +232,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         activation="act_fn",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "up_proj",
         "down_proj",
@@ -236,7 +241,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("idefics2", "idefics3", "smolvlm"),
         activation="act_fn",
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "gate_up_proj",
         "down_proj",
@@ -293,7 +298,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="intermediate.intermediate_act_fn",
         absorbed=("output.dense",),
     ),
-    _inside(
+    row_of_module(
         "mlp",
         "Wi",
         "Wo",
@@ -303,7 +308,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="act",
         inner_dropout="drop",
     ),
-    _inside(
+    row_of_module(
         "ffn",
         "lin1",
         "lin2",

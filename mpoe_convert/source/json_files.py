@@ -1,8 +1,10 @@
-"""Read and write JSON files."""
+"""Read and write JSON files, and files that other processes may read meanwhile."""
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -16,6 +18,14 @@ def write_json(path: Path, value: object) -> None:
 def json_text(value: object) -> str:
     """A value as `write_json` writes it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that no other process sees before it is whole. Raises OSError; then nothing is left."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        unfinished = Path(scratch, path.name)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
 
 
 def read_json_object(

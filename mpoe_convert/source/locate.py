@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import FamilyError, counted
 from ..options import called
 from .architecture import Architecture, knows
-from .families import FAMILIES, Family, Spelling, _inside
+from .families import FAMILIES, Family, Spelling, row_of_module
 from .ffn import FFN, Source
 from .pairs import family_of
 from .renames import check_slots, layer_on_disk, module_names, namings
@@ -343,7 +343,7 @@ def family_by_hand(architecture: Architecture, ffn: str) -> Family:
     row = _describe(architecture, _first_layer(architecture, ffn), ffn)
     gate = gate[0] if gate else None
     types = (architecture.model_type,)
-    return _inside(slot, up, down, layer, gate=gate, model_types=types, by_hand=ffn, **row)
+    return row_of_module(slot, up, down, layer, gate=gate, model_types=types, by_hand=ffn, **row)
 
 
 def _first_layer(architecture: Architecture, ffn: str) -> str:

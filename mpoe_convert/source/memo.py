@@ -10,16 +10,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .json_files import write_json
+from .json_files import json_text, write_whole
 
 PACKAGE = Path(__file__).parents[1]
 # What answers depend on: models, and the libraries that tokenizers are read with.
@@ -80,11 +79,7 @@ def _version(package: str) -> str | None:
 
 
 def _keep(path: Path, value: object) -> None:
-    """Write a file whole or not at all; without a place to write, it is learnt anew each time."""
-    try:
+    """Write an answer; without a place to write, it is learnt anew each time."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            write_json(Path(scratch, path.name), value)
-            os.replace(Path(scratch, path.name), path)
-    except OSError:
-        pass
+        write_whole(path, json_text(value).encode())

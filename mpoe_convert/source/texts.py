@@ -95,21 +95,30 @@ def read(
                 f"{called('label_column')}, {called('routed_by')}){did_you_mean(lacks[0], part.column_names)}"
             )
         for name in needed:
-            if name in (columns.text, columns.target) and not _holds_text(part, name):
-                feature = part.features[name]
-                kind = getattr(feature, "dtype", type(feature).__name__)
-                where = f" ({fault})" if (fault := first_fault(source, [name])) else ""
-                raise DataError(f"column {name} of '{source}' holds {kind}{where}; expected text")
-            if missing := part.data.column(name).null_count:
-                rows = counted(missing, "row")
-                where = first_fault(source, [name]) or _first_without(part, name)
-                raise DataError(f"'{source}' has {rows} without {name} ({where}); expected one in every row")
-            _check_encoding(part, source, name)
-            if name in (columns.label, columns.routed_by):
-                _check_names(part, source, name)
+            _check_column(part, source, name, columns)
         if task == "classification":
             _check_classes(part, source, columns.label)
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _check_column(part: Dataset, source: str, name: str, columns: Columns) -> None:
+    """Raises DataError unless every row has what belongs into a column."""
+    if name in (columns.text, columns.target) and not _holds_text(part, name):
+        where = f" ({fault})" if (fault := first_fault(source, [name])) else ""
+        raise DataError(f"column {name} of '{source}' holds {_kind(part, name)}{where}; expected text")
+    if missing := part.data.column(name).null_count:
+        rows = counted(missing, "row")
+        where = first_fault(source, [name]) or _first_without(part, name)
+        raise DataError(f"'{source}' has {rows} without {name} ({where}); expected one in every row")
+    _check_encoding(part, source, name)
+    if name in (columns.label, columns.routed_by):
+        _check_names(part, source, name)
+
+
+def _kind(part: Dataset, name: str) -> str:
+    """What a column holds, by the name of its type."""
+    feature = part.features[name]
+    return getattr(feature, "dtype", type(feature).__name__)
 
 
 def _first_without(part: Dataset, name: str) -> str:
@@ -187,8 +196,7 @@ def _holds_text(part: Dataset, name: str) -> bool:
 
 def _check_names(part: Dataset, source: str, name: str) -> None:
     """Raises DataError if a column that names classes or tasks holds something else."""
-    feature = part.features[name]
-    kind = getattr(feature, "dtype", type(feature).__name__)
+    kind = _kind(part, name)
     if kind not in (*TEXT, "bool") and not kind.startswith(("int", "uint")):
         raise DataError(
             f"column {name} of '{source}' holds {kind}; expected one name in every row: text, a whole "

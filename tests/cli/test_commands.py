@@ -318,6 +318,11 @@ def test_a_plan_reads_no_tensor_and_writes_nothing(here, monkeypatch):
     assert "Bonds: truncated below the full ones." in truncated
 
 
+def test_the_command_that_checks_an_artifact_can_be_pasted(here):
+    page = ok("dense", "-o", "my out", *SMALL)
+    assert page.splitlines()[-1] == "Written to my out. Check it: mpoe-convert verify 'my out'"
+
+
 def test_inspect_says_what_an_artifact_is_made_of(here):
     page = ok("inspect", "done")
     for text in (

@@ -75,8 +75,11 @@ NUMBERS = {
 }
 # Texts that are read in a way of their own: some that are taken, some that are refused.
 TEXTS = {
-    "layers": (["0", "0-3,7"], ["", "a", "3-1", "-1", "1.5", "0,"]),
-    "max_shard_size": (["1KB", "2GB", "1GiB"], ["", "0", "2", "999", "-1GB", "inf", "nan", "1e9"]),
+    "layers": (["0", "0-3,7"], ["", "a", "3-1", "-1", "1.5", "0,", "9" * 5000]),
+    "max_shard_size": (
+        ["1KB", "2GB", "1GiB"],
+        ["", "0", "2", "999", "-1GB", "inf", "nan", "1e9", "9" * 400 + "GB"],
+    ),
     "device": (["auto", "cpu", "cuda", "cuda:1", "mps"], ["", "gpu", "cuda:", "cuda:-1", "CPU"]),
     "factors": (["2,2,2x2,2,2", "2,2,2X2,2,2"], ["", "2,2,2", "2,2x2,2", "2,0,2x2,2,2", "2,2,2x2,2"]),
 }

@@ -10,7 +10,7 @@ from helpers.calibration import calibrated
 from helpers.tiny import save_tiny, save_tokenizer
 
 from mpoe_convert import Recipe, convert, plan
-from mpoe_convert.compression.batches import is_causal, make_batches, split
+from mpoe_convert.compression.batches import check_batches, is_causal, make_batches, split
 from mpoe_convert.errors import DataError, RecipeError
 from mpoe_convert.source.checkpoint import Checkpoint, open_checkpoint
 
@@ -217,3 +217,9 @@ def test_text_for_other_heads(model_type, auto_class, tmp_path):
     report = convert(recipe.replace(calibration_tokens=1024), tmp_path / "out")
     assert report.divergence.tokens > 0
     assert all(matrix.output_error is not None for matrix in report.matrices)
+
+
+@pytest.mark.parametrize("batch", ["text", {}, {"input_ids": [1]}, {"ids": torch.tensor(3)}], ids=repr)
+def test_what_is_no_batch_of_inputs_is_told(batch, llama):
+    with pytest.raises(DataError, match="expected batches of the model's inputs"):
+        check_batches([batch], llama[1])

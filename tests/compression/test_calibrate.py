@@ -145,13 +145,13 @@ def test_an_interrupted_run_goes_on(llama, tmp_path, monkeypatch):
 def test_only_one_ffn_is_summed_at_a_time(llama, monkeypatch):
     _, checkpoint, planned, batches = llama
     counts = []
-    original = MomentsWalk._finish
+    original = MomentsWalk.finish
 
     def finish(self, path):
         counts.append(sum(bool(sums.sums) for sums in self.sums.values()))
         original(self, path)
 
-    monkeypatch.setattr(MomentsWalk, "_finish", finish)
+    monkeypatch.setattr(MomentsWalk, "finish", finish)
     calibrated(planned, checkpoint, batches[1:])
     assert counts == [1, 1]
 

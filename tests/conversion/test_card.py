@@ -15,7 +15,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
 
 from mpoe_convert import Finetuning, Recipe, convert, evaluate, finetune
-from mpoe_convert.artifact.card_file import for_repository
+from mpoe_convert.artifact.card_file import for_repository, source_front_matter
 from mpoe_convert.artifact.layout import file_names, own_files
 from mpoe_convert.artifact.snippets import PIPELINE_TAGS
 from mpoe_convert.cli import main
@@ -224,3 +224,20 @@ def test_only_an_artifact_takes_a_record(artifact, text):
     assert (
         done.exit_code == 1 and "'me/moe' is not a folder: expected a folder that a conversion" in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("card", "front"),
+    [
+        ("---\nwidget: a---b\nlicense: mit\n---\n# Title\n", {"widget": "a---b", "license": "mit"}),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n# Title\r\n", {"license": "mit"}),
+        ("---\nlicense: mit\n---", {"license": "mit"}),
+        ("# Title\n\n---\nlicense: mit\n---\n", {}),
+        ("---\n- mit\n---\n", {}),
+        ("---\nlicense: [mit\n---\n", {}),
+    ],
+    ids=["dashes in a value", "from Windows", "nothing behind", "not in front", "a list", "no YAML"],
+)
+def test_the_front_matter_of_a_source(card, front, tmp_path):
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert source_front_matter(tmp_path) == front

@@ -268,6 +268,9 @@ def test_options_come_from_the_config_and_the_environment_comes_first(artifact, 
     monkeypatch.setenv("MPOE_CACHE_BYTES", "4000")
     for ffn in mixtures(out, mpoe_schedule="cached", mpoe_cache_bytes=2000):
         assert (ffn.schedule, ffn.cache.keep, ffn.cache.limit) == ("rebuild", "all", 2000)
+    monkeypatch.setenv("MPOE_CACHE_BYTES", "4GB")
+    with pytest.raises(ValueError, match="mpoe_cache_bytes is '4GB': expected a number"):
+        mixtures(out)
     monkeypatch.setenv("MPOE_SCHEDULE", "quick")
     with pytest.raises(ValueError, match="mpoe_schedule is 'quick': choose one of auto, apply"):
         mixtures(out)

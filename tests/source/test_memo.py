@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from mpoe_convert import Recipe, plan
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.source import memo
+from mpoe_convert.source.json_files import write_whole
 
 
 @pytest.fixture
@@ -83,3 +84,12 @@ def test_a_checkpoint_that_has_changed_is_looked_at_again(asked, tiny_gpt2):
     (tiny_gpt2 / "config.json").write_text(json.dumps(config | {"n_positions": 1}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="has the shape"):
         plan(recipe)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"before")
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("full"))
+    with pytest.raises(BaseException, match="full"):
+        write_whole(tmp_path / "file", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before"

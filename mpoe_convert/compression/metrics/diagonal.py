@@ -20,6 +20,7 @@ def moment(moments: FFNMoments, matrix: MatrixPlan, weight: Tensor) -> Tensor:
 
 
 def input_moment(moments: FFNMoments, matrix: MatrixPlan) -> Tensor:
+    """diag(s) of the inputs, (in, in)."""
     return torch.diag(moments.input_scale(matrix))
 
 

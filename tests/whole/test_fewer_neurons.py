@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers.modules import BENCHMARKS, load_module
 
-from mpoe_convert.decomposition.neurons import (
-    kept_neurons,
-    leverage,
-    refitted_down,
-    widths_by_score,
-)
+neurons = load_module(BENCHMARKS / "fewer_neurons.py")
+kept_neurons, leverage = neurons.kept_neurons, neurons.leverage
+refitted_down, widths_by_score = neurons.refitted_down, neurons.widths_by_score
 
 
 def randn(*shape, seed=0):

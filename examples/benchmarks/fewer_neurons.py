@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .stack_metric import solve
-from .stacks import MULTIPLE
+from mpoe_convert.decomposition.stack_metric import solve
+from mpoe_convert.decomposition.stacks import MULTIPLE
 
 # lambda, relative to the mean eigenvalue of C.
 RIDGE = 1.0

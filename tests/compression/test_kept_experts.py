@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpoe_convert.compression.pruning import kept_experts, scored_layer
+from mpoe_convert.compression.kept_experts import kept_experts, scored_layer
 
 
 def test_the_highest_scores_stay():
