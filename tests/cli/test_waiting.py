@@ -222,7 +222,7 @@ def instead(tmp_path):
         (["dense", "-o", "out"], "Converting dense …"),
         (["finetune", "dense", "-o", "out", "--data", "topics.txt"], "Fine-tuning dense …"),
         (["evaluate", "dense", "--data", "topics.txt"], "Scoring dense …"),
-        (["export", "dense", "-o", "out"], "Exporting dense …"),
+        (["export", "done", "-o", "out"], "Exporting done …"),
     ],
 )
 def test_the_line_comes_before_torch(args, said, made, instead):
