@@ -7,7 +7,7 @@ with 1.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -56,7 +56,7 @@ class OutputError(MpoeError):
 
 
 class MachineError(MpoeError):
-    """This machine has too little memory."""
+    """This machine has too little memory, or a process of the run has ended or cannot be reached."""
 
 
 class LibraryError(MpoeError):
@@ -77,6 +77,20 @@ class TrainingError(MpoeError):
 
 class DataError(MpoeError):
     """Training or evaluation data are missing, unreadable, or not what the task needs."""
+
+
+AnyError = TypeVar("AnyError", bound=MpoeError)
+
+
+def reworded(error: AnyError, text: str) -> AnyError:
+    """The same error, of the same class, with another message.
+
+    >>> reworded(DataError("the file is empty"), "process 1: the file is empty")
+    DataError('process 1: the file is empty')
+    """
+    made = type(error)(text)
+    made.is_told = error.is_told
+    return made
 
 
 def one_line(exc: BaseException | str, limit: int = 200) -> str:

@@ -18,7 +18,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Union, dataclass_transform, get_args, get_origin
 
 from .errors import MpoeError, RecipeError, did_you_mean
 
@@ -374,3 +374,33 @@ def _range_in_words(about: Description, given: Any) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def members(kind: Any) -> tuple:
+    """The types of a union; of another type itself."""
+    return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; a number has to be finite, and truth is none."""
+    for member in members(kind):
+        origin = get_origin(member) or member
+        if isinstance(value, bool):
+            found = origin is bool
+        elif origin is float:
+            found = isinstance(value, int | float) and math.isfinite(value)
+        elif isinstance(value, list):
+            found = origin is list and all(fits(each, k) for k in get_args(member) for each in value)
+        else:
+            found = isinstance(value, origin)
+        if found:
+            return True
+    return False
+
+
+def type_in_words(kind: Any) -> str:
+    """What a value of a type is, for messages."""
+    words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words |= {list: "a list", list[str]: "a list of texts"}
+    found = (words.get(each) or words.get(get_origin(each), "null") for each in members(kind))
+    return " or ".join(found)

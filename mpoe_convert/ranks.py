@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .devices import pick_device
-from .errors import MachineError, MpoeError
+from .errors import MachineError, MpoeError, reworded
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class _Failure:
 
     def as_error(self) -> Exception:
         if self.error is not None:
-            return type(self.error)(f"process {self.rank}: {self.text}")
+            return reworded(self.error, f"process {self.rank}: {self.text}")
         return RuntimeError(f"process {self.rank}:\n{self.text}")
 
 

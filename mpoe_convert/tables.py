@@ -326,7 +326,7 @@ def listed_ranks(ranks: Sequence[int], by_expert: bool) -> str | None:
 
 def duration(seconds: float) -> str:
     """4000 -> "1 h 7 min", 75 -> "1 min 15 s", 7.25 -> "7.2 s"."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -354,7 +354,7 @@ def size(num_bytes: int) -> str:
     """1234567 -> "1.2 MB" (powers of 1,000, as safetensors and the Hub count)."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
+        if round(value, 1) < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"

@@ -32,6 +32,14 @@ def quiet_transformers():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def remote_code_is_read_once():
+    from helpers.remote_code import read_once
+
+    with read_once():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def verification_in_process():
     """Exports and verification compare in this process, not in one of their own, which takes seconds."""
     from helpers.verification import in_process

@@ -348,6 +348,7 @@ SYSTEMS = {
     "low-rank N": "LoRA experts",
     "low-rank N, sizes N to N": "HMoE's sizes (2408.10681) of LoRA experts",
     "adapter N": "PESC (2401.02731)",
+    "core-space N": "CoMoL's experts (2603.00573), routed",
 }
 # Twice the weight that the load-balancing loss has by default.
 EVEN = {"options": {"router_aux_loss_coef": 0.01}}
@@ -417,6 +418,8 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     most = task.own // (matrices * hidden) - 1  # beside the scales
     block = max(size for size in range(1, most + 1) if hidden % size == 0)
     blocks = {"layout": "blocks", "bond_dim": block}
+    side = math.isqrt(task.own // matrices)
+    core = {"kind": "core-space", "bond_dim": side}
     free = {
         like(task): ({"bond_dim": task.bond}, {}),
         f"blocks {block}": (blocks, {}),
@@ -429,12 +432,20 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
         **{f"blocks {block}, {role}": (blocks, tuned) for role, tuned in ROLES},
         f"low-rank {rank}": ({"kind": "low-rank", "bond_dim": rank}, {}),
         f"adapter {width}": ({"kind": "adapter", "bond_dim": width}, {}),
+        f"core-space {side}": (core, {}),
+        f"core-space {side}, owned x 3": (core, {"auxiliary_lr": 3.0}),
     }
     found = {name: (None, tuned, (1.0,)) for name, tuned in (("dense", {}), ("untrained", None))}
     found["plain MoE"] = ({"kind": "dense"}, {}, (1.0,))
     free[f"low-rank {rank}, balance 0.01"] = (free[f"low-rank {rank}"][0], EVEN)
     many = {"plain MoE": {"kind": "dense"}} | {n: recipe for n, (recipe, tuned) in free.items() if not tuned}
     free |= {f"{name}, 64 experts": (recipe | {"experts": 64}, {}) for name, recipe in many.items()}
+    free[f"core-space {side}, 64 experts, top-8"] = (core | {"experts": 64, "top_k": 8}, {})
+    free[f"low-rank {rank}, 64 experts, top-8"] = (
+        free[f"low-rank {rank}"][0] | {"experts": 64, "top_k": 8},
+        {},
+    )
+    free[f"core-space {side}, 256 experts"] = (core | {"experts": 256}, {})
     found |= {name: (*each, task.factors) for name, each in free.items()}
     sized = different_sizes("low-rank", rank) | different_sizes("adapter", width)
     found |= {name: (*each, task.factors) for name, each in sized.items()}
@@ -461,7 +472,6 @@ def thin_chains(own: int, matrices: int, hidden: int, inner: int) -> dict[str, d
     sizes = {
         "out": own // (wide * inner + hidden),
         "in": own // (wide * hidden + inner),
-        "centre": math.isqrt(own // matrices),
     }
     found = {
         f"low-rank {rank}, owned {thin}": {"kind": "low-rank", "bond_dim": rank, "thin": thin}
@@ -470,42 +480,24 @@ def thin_chains(own: int, matrices: int, hidden: int, inner: int) -> dict[str, d
     return found | {f"{name}, 64 experts": recipe | {"experts": 64} for name, recipe in found.items()}
 
 
-def share_thin(folder: Path, owned: str, seed: int) -> None:
+def share_thin(folder: Path, owned: str) -> None:
     """Let the experts of a low-rank artifact own one core of their thin chains, and share the others.
 
     Args:
         owned: "out", the core that gives the outputs (HydraLoRA, arXiv 2404.19245); "in", the one that takes
-            the inputs; "centre", a square one between two that are shared (CoMoL, arXiv 2603.00573). Cores
-            that are not zero start random, with the variance of one over their inputs.
+            the inputs.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     terms = [part["terms"][1] for form in config["mpoe"]["forms"] for part in form.values()]
     for term in terms:
-        rows, cols, rank = term["in_dims"][0], term["out_dims"][1], term["bonds"][0]
-        if owned == "centre":
-            term.update(in_dims=[rows, 1, 1], out_dims=[1, 1, cols], bonds=[rank, rank])
-        term["shared"] = {"out": [True, False], "in": [False, True], "centre": [True, False, True]}[owned]
+        term["shared"] = {"out": [True, False], "in": [False, True]}[owned]
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     file = folder / "model.safetensors"
-    tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
+    tensors = load_file(file)
     for name in [name for name in tensors if ".terms.1.aux_0" in name]:
-        left, right = (
-            tensors.pop(name),
-            tensors.pop(name.replace("aux_0", "aux_1")),
-        )  # (E, in, r), (E, r, out)
         stem = name.removesuffix("aux_0")
-        if owned == "out":
-            tensors |= {stem + "central_0": left[0].clone(), stem + "aux_1": right}
-        elif owned == "in":
-            tensors |= {stem + "aux_0": left, stem + "central_1": right[0].clone()}
-        else:
-            rank, cols = right.shape[1:]
-            last = torch.randn(rank, cols, generator=generator) / rank**0.5
-            tensors |= {
-                stem + "central_0": left[0].clone(),
-                stem + "aux_1": right.new_zeros(len(right), rank, rank),
-            }
-            tensors[stem + "central_2"] = last
+        shared, place = ("aux_0", "central_0") if owned == "out" else ("aux_1", "central_1")
+        tensors[stem + place] = tensors.pop(stem + shared)[0].clone()
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -594,7 +586,7 @@ class Runs:
             start = str(work / "converted")
             convert(recipe_of(self.task, recipe, seed), start)
             if "thin" in recipe:
-                share_thin(Path(start), recipe["thin"], seed)
+                share_thin(Path(start), recipe["thin"])
             if recipe.get("routers") == "clustered":
                 tokenizer = AutoTokenizer.from_pretrained(start)
                 cluster_routers(self.load(start), self.task.examples(tokenizer, "choose"), seed)

@@ -15,8 +15,8 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
-  largest number within the share); `reap, one rank`: an eighth of the experts left out, the rest as
-  `one rank`.
+  largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as
+  `auto`.
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
   `--ways` names them.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
@@ -319,7 +319,7 @@ def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
             path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
             for path, module in source.modules.items()
         }
-        yield from WAYS["one rank"](source.of(kept), share / whole)
+        yield from WAYS["auto"](source.of(kept), share / whole)
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -371,7 +371,7 @@ WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["one rank"] = ours("loss", uneven=False)
-WAYS["reap, one rank"] = fewer_and_smaller
+WAYS["reap, auto"] = fewer_and_smaller
 TRAINED = {
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),

@@ -1,12 +1,13 @@
 """Time and memory of whole conversions on synthetic checkpoints.
 
-    python examples/benchmarks/conversion.py [--json FILE] [--repeats N] [--only gpt2|llama]
+    python examples/benchmarks/conversion.py [--json FILE] [--repeats N] [--only gpt2|llama|llama-8]
 
 * gpt2: the shapes of GPT-2 (124 M parameters, float32). Time of a whole conversion against reading the
-  same tensors and writing as many bytes with safetensors, alternating; ratio of medians. By default, of
-  kind low-rank, and of one-sided chains.
-* llama: the same of a 1.2-billion-parameter Llama in bfloat16. Peak resident memory of a fresh process
-  that converts it, over that of one that only imported torch and what the conversion imports.
+  same tensors and writing as many bytes with safetensors, alternating; ratios of medians, of the clock and of
+  the processor's seconds in all threads. By default, of kind low-rank, and of one-sided chains.
+* llama: the same of a Llama of 1.24 billion parameters in bfloat16. Peak resident memory of a fresh process
+  that converts it, over that of one that only imported torch and what the conversion imports. llama-8: the
+  same of one of 0.55 billion, with half of its layers and a smaller vocabulary; where it is asked for.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,10 +73,16 @@ def read_and_write(source: Path, target: Path, extra_bytes: int) -> None:
     save_file({"extra": torch.zeros(extra_bytes, dtype=torch.uint8)}, target / "extra.safetensors")
 
 
-def timed(function) -> float:
-    start = time.perf_counter()
+def timed(function) -> tuple[float, float]:
+    """Seconds, and those of the processor in all threads of this process."""
+    start, processor = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
+
+
+def medians(found: list[tuple[float, float]]) -> tuple[float, float]:
+    seconds, processor = map(statistics.median, zip(*found, strict=True))
+    return seconds, processor
 
 
 def benchmark_time(source: Path, folder: Path, repeats: int, most_error: float, **options) -> dict:
@@ -91,25 +99,30 @@ def benchmark_time(source: Path, folder: Path, repeats: int, most_error: float, 
         shutil.rmtree(folder / "copy")
         ours.append(timed(lambda: convert(recipe, folder / "out")))
         shutil.rmtree(folder / "out")
+    (seconds, processor), (copying, copying_processor) = medians(ours), medians(copies)
     return {
         "matrices": len(report.matrices),
         "largest_relative_error": max(errors),
-        "convert_seconds": statistics.median(ours),
-        "read_and_write_seconds": statistics.median(copies),
-        "ratio": statistics.median(ours) / statistics.median(copies),
+        "convert_seconds": seconds,
+        "read_and_write_seconds": copying,
+        "ratio": seconds / copying,
+        "convert_processor_seconds": processor,
+        "read_and_write_processor_seconds": copying_processor,
+        "processor_ratio": processor / copying_processor,
         "repeats": repeats,
     }
 
 
-LLAMA = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128_256,
-    tie_word_embeddings=True,
-)
+LLAMA: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+LLAMAS = {"llama": {}, "llama-8": {"num_hidden_layers": 8, "vocab_size": 32_000}}
 # The interpreter's own share: everything that a conversion imports.
 IMPORTS = "import torch, mpoe_convert.conversion.convert, mpoe_convert.runtime.modeling_mpoe"
 # Not getrusage: a child's ru_maxrss starts at its parent's.
@@ -145,19 +158,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("gpt2", "llama"))
+    parser.add_argument("--only", choices=("gpt2", *LLAMAS))
     options = parser.parse_args()
     results = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         where, repeats = Path(folder), options.repeats
-        if options.only != "llama":
+        if options.only in (None, "gpt2"):
             gpt2 = write_checkpoint(where / "gpt2", GPT2Config(), GPT2LMHeadModel, torch.float32)
             results["gpt2"] = benchmark_time(gpt2, where, repeats, 1e-6)
             results["gpt2, low-rank"] = benchmark_time(gpt2, where, repeats, 1e-6, kind="low-rank")
             results["gpt2, one-sided"] = benchmark_time(gpt2, where, repeats, 1e-6, layout="one-sided")
         if options.only != "gpt2":
-            llama = write_checkpoint(where / "llama", LLAMA, LlamaForCausalLM, torch.bfloat16)
-            results["llama"] = benchmark_time(llama, where, repeats, 5e-3) | benchmark_memory(llama, where)
+            name = options.only or "llama"
+            config = LlamaConfig(**LLAMA | LLAMAS[name])
+            llama = write_checkpoint(where / name, config, LlamaForCausalLM, torch.bfloat16)
+            results[name] = benchmark_time(llama, where, repeats, 5e-3) | benchmark_memory(llama, where)
     table = Table("benchmark", "quantity", "value")
     for name, numbers in results.items():
         for key, value in numbers.items() if isinstance(numbers, dict) else (("", numbers),):

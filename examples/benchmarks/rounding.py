@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from compression_mixtures import is_experts, losses, read_layer, texts, windows, write_layer
+from compression_mixtures import is_experts, losses, read_layer, windows, write_layer
 from mixture_rivals import rounded_between
+from mixture_sources import trained_from_scratch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,8 +86,9 @@ def round_source(model: torch.nn.Module, planned: Plan, bits: int) -> None:
 @torch.no_grad()
 def round_cores(model: torch.nn.Module, planned: Plan, bits: int) -> None:
     parameters = dict(model.named_parameters())
-    for name in (name for matrix in planned.matrices for name in large_cores(matrix)):
-        parameters[name].copy_(round_core(name, parameters[name], bits)[1])
+    for matrix in planned.matrices:
+        for name, layers in large_cores(matrix).items():
+            parameters[name].copy_(round_core(layers, parameters[name], bits)[1])
 
 
 def fitting(recipe: Recipe, target: int, bits: int) -> Recipe:
@@ -109,7 +111,7 @@ class Measured:
         self.source, self.file = root / "checkpoints" / name, file
         self.results, self.rows = results, results.setdefault(name, {})
         tokenizer = AutoTokenizer.from_pretrained(self.source)
-        found = {domain: pair for domain, pair in texts(root).items() if domain in wanted}
+        found = {domain: pair for domain, pair in trained_from_scratch()[1].items() if domain in wanted}
         self.held_out = {domain: windows(tokenizer, text, WINDOWS) for domain, (_, text) in found.items()}
         self.options = options | {"calibration_tokens": tokens}
         self.calibration = {domain: text[: 8 * tokens] for domain, (text, _) in found.items()}

@@ -19,6 +19,7 @@ from ..source.checkpoint import Checkpoint
 from ..source.json_files import read_json_object, write_json
 from ..source.memo import remembered
 from ..source.stock_shapes import stock_processors
+from .layout import is_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -76,8 +77,8 @@ def name_classes(folder: Path, checkpoint: Checkpoint, architecture: Architectur
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files directly in a folder."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    """Name -> SHA-256 of the files directly in a folder, but its weights: a run that resumes has some."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not is_weights(path.name))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import CheckpointError, one_line
+from ..options import fits, type_in_words
 from ..runtime.shapes import modeling
 from ..source.checkpoint import weight_files
 from ..source.json_files import read_json_object
 from ..source.paths import is_dir
 from ..source.repository import Folder
 from ..source.safetensors_file import read_header
-from .layout import STOCK_OPTIONS, is_weights, keeps_routers, read_artifact
-from .rounding import bits_of, stored_specs
+from .layout import is_weights, keeps_routers, read_artifact
+from .rounding import Layers, bits_of, layers_of, stored_specs
 
 _REMEDY = "take config.json as it came with these weights"
 _DIMS = ("in_dims", "out_dims", "bonds")
@@ -89,11 +89,6 @@ _OPTIONAL |= {"base_auto_map": _OBJECT_OR_NONE}
 _OF_FFN = {"slot": _TEXT, "absorbed": _TEXTS, "activation": _TEXT, "inner_dropout": _TEXT_OR_NONE}
 _OF_FFN |= {"outer_dropout": _TEXT_OR_NONE, "adds_residual": _TRUTH}
 _OF_EXPERTS = {"slot": _TEXT, "experts": _TEXT}
-# Options beside the block, by their types; those of the stock code of a mixture are its own.
-_REAL = _Expected(
-    "a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool) and math.isfinite(v)
-)
-_OF_TYPES = {float: _REAL, int: _NUMBER, bool: _TRUTH, str: _TEXT, list[str]: _TEXTS}
 _OF_EXPERTS_OPTIONAL = {"one_by_one": _TRUTH, "activation": _TEXT_OR_NONE, "experts_at": _TEXT_OR_NONE}
 
 
@@ -121,8 +116,8 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
-def check_converted(config: dict, where: str) -> None:
-    """Check that a config.json is that of a converted model. Arguments and errors as for `check_block`.
+def check_converted(config: dict, where: str) -> list[dict[str, Shape]]:
+    """Check that a config.json is that of a converted model. Arguments, value and errors as of `check_block`.
 
     Raises:
         CheckpointError: also if it describes another model.
@@ -132,15 +127,18 @@ def check_converted(config: dict, where: str) -> None:
             f"'{where}' describes no converted model (model type {config.get('model_type')!r}, no mpoe "
             "block): expected an artifact of mpoe-convert, as a conversion or finetune writes it"
         )
-    check_block(config, where)
+    return check_block(config, where)
 
 
-def check_block(config: dict, where: str) -> None:
-    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
+def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
+    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it, and our options.
 
     Args:
         config: the whole config.
         where: what it was read from, for the message.
+
+    Returns:
+        By the number of the form, {name below a mixture's path: shape} of its tensors; for `check_tensors`.
 
     Raises:
         CheckpointError: another format, or a value that is missing or is none of those it may be.
@@ -165,28 +163,26 @@ def check_block(config: dict, where: str) -> None:
         reader.fields("mpoe.family", block["family"], _OF_EXPERTS, _OF_EXPERTS_OPTIONAL)
     else:
         reader.fields("mpoe.family", block["family"], _OF_FFN, {})
+    shapes = []
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
-        mixture_shapes(form, block, where)
+        shapes.append(_shapes_of(form, block, where))
+    return shapes
 
 
 def _check_options(reader: _Reader, config: dict) -> None:
     """The options at the top level, of routers and of the runtime."""
-    left_out = STOCK_OPTIONS if keeps_routers(config) else ()
     for option in modeling().CONFIG_OPTIONS:
-        if option.name in config and option.name not in left_out:
-            reader.check(option.name, config[option.name], _what_may_be(option))
+        # Where routers are the source's, what is called so is an option of theirs.
+        if option.name in config and (option.name.startswith("mpoe_") or not keeps_routers(config)):
+            reader.check(option.name, config[option.name], _of_option(option))
 
 
-def _what_may_be(option: Any) -> _Expected:
+def _of_option(option: Any) -> _Expected:
     """What the value of an `Option` of the runtime may be."""
-    if option.values:
+    if option.values is not None:
         return _Expected(f"one of {', '.join(option.values)}", lambda value: value in option.values)
-    if isinstance(option.type, UnionType):
-        (kind,) = {*get_args(option.type)} - {NoneType}
-        known = _OF_TYPES[kind]
-        return _Expected(f"{known.words} or null", lambda value: value is None or known.holds(value))
-    return _OF_TYPES[option.type]
+    return _Expected(type_in_words(option.type), lambda value: fits(value, option.type))
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:
@@ -256,7 +252,7 @@ def _check_term(reader: _Reader, place: str, term: Any, num_experts: int) -> Sha
     return math.prod(term["in_dims"]), math.prod(term["out_dims"])
 
 
-def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
+def _shapes_of(form: dict, block: dict, where: str) -> dict[str, Shape]:
     """{name below a mixture's path: shape} of the tensors that a form has.
 
     Args:
@@ -279,7 +275,11 @@ def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
 
 
 def check_tensors(
-    stored: Mapping[str, Shape], mixtures: Iterable[tuple[str, str]], config: dict, where: str
+    stored: Mapping[str, Shape],
+    mixtures: Iterable[tuple[str, str]],
+    config: dict,
+    shapes: Sequence[Mapping[str, Shape]],
+    where: str,
 ) -> None:
     """Check that the tensors of mixtures are there, with the shapes that the block says.
 
@@ -287,17 +287,19 @@ def check_tensors(
         stored: {name: shape} of all tensors of the artifact.
         mixtures: (prefix of its tensors, path that `ffns` names): ("transformer.h.0.mlp", "h.0").
         config: which `check_block` has checked.
+        shapes: what that returned.
         where: the artifact, for the message.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, which names it.
     """
     block, bits = config["mpoe"], bits_of(config)
-    shapes = [mixture_shapes(form, block, where) for form in block["forms"]]
+    layers = [_layers(form, block) if bits else {} for form in block["forms"]]
     for key, path in mixtures:
-        for tail, shape in shapes[block["ffns"][path]].items():
+        form = block["ffns"][path]
+        for tail, shape in shapes[form].items():
             name = f"{key}.{tail}"
-            if name not in stored and _is_rounded(stored, name, shape, bits):
+            if name not in stored and _is_rounded(stored, key, layers[form].get(tail, {}), bits):
                 continue
             if (found := stored.get(name)) != shape:
                 what = "is missing" if found is None else f"has the shape {[*found]}"
@@ -323,10 +325,23 @@ def refuse_missing(paths: Sequence[str], where: str) -> NoReturn:
     )
 
 
-def _is_rounded(stored: Mapping[str, Shape], name: str, shape: Shape, bits: int) -> bool:
-    """Whether there is what stands for a rounded core of this shape."""
-    specs = stored_specs(name, shape, "float32", bits) if bits and len(shape) > 1 else {}
-    return bool(specs) and all(stored.get(part) == size for part, (size, _) in specs.items())
+def _layers(form: dict, block: dict) -> dict[str, Layers]:
+    """{name below a mixture's path: its linear layers} of the cores of a form."""
+    found, runtime = {}, modeling()
+    projections = [(role, spec) for role, spec in form.items() if runtime.PARTS[role] is runtime.Projection]
+    for role, spec in projections:
+        for number, term in enumerate(spec["terms"]):
+            chain = runtime.Chain(term, block["num_experts"] + block.get("shared_experts", 0))
+            for k, core in enumerate(chain.core_names):
+                name = f"{role}.terms.{number}.{core}"
+                found[name] = layers_of(name, chain, k)
+    return found
+
+
+def _is_rounded(stored: Mapping[str, Shape], key: str, layers: Layers, bits: int) -> bool:
+    """Whether there is what stands for a rounded core of these layers, below this path."""
+    specs = stored_specs(layers, "float32", bits)
+    return bool(specs) and all(stored.get(f"{key}.{part}") == size for part, (size, _) in specs.items())
 
 
 def checked_artifact(folder: Path) -> tuple[dict, dict]:
@@ -346,13 +361,13 @@ def _check_whole(config: dict, folder: Path) -> None:
 
     Other libraries store rounded tensors by names and shapes of their own, which loading is left to read.
     """
-    check_block(config, str(folder / "config.json"))
+    shapes = check_block(config, str(folder / "config.json"))
     if config.get("quantization_config") and not bits_of(config):
         return
     stored: dict[str, Shape] = {}
     for name in filter(is_weights, weight_files(Folder(str(folder), folder))[0]):
         stored |= {tensor.name: tensor.shape for tensor in read_header(folder / name, name).values()}
-    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, str(folder))
+    check_tensors(stored, _stored_mixtures(stored, config, str(folder)), config, shapes, str(folder))
 
 
 def _stored_mixtures(stored: Mapping[str, Shape], config: dict, where: str) -> list[tuple[str, str]]:

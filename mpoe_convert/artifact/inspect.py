@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..request import as_path
+from ..source.checkpoint import weight_files
+from ..source.repository import Folder
 from ..source.safetensors_file import read_header, read_tensor
 from .block import checked_artifact
-from .layout import MODELING_FILE, file_names
+from .layout import MODELING_FILE, file_names, is_weights
 from .rounding import PACKED, SCALE, SHAPE, bits_of
 
 # A tensor that stands for a rounded core, or for one expert's part of a stack.
@@ -80,7 +82,8 @@ def inspect(folder: str | Path) -> Summary:
     folder = as_path("folder", folder)
     config, report = checked_artifact(folder)
     parts: dict[str, tuple[int, int, int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for name in filter(is_weights, weight_files(Folder(str(folder), folder))[0]):
+        path = folder / name
         for tensor in read_header(path, path.name).values():
             part, numbers = part_of(tensor.name, len(tensor.shape)), prod(tensor.shape)
             if tensor.name.endswith((PACKED, SCALE, SHAPE)) and _ROUNDED.search(tensor.name):

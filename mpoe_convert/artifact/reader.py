@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .block import check_converted, check_tensors, missing_mixtures, refuse_missing
 from .layout import REPORT_FILE, base_config, keeps_routers
-from .rounding import PACKED, SCALE, bits_of, read_core
+from .rounding import SCALE, bits_of, layers_of, read_core
 
 ROLES = ("gate", "up", "down")
 # The empty share: selects the shared terms alone, to which low-rank experts are added.
@@ -189,15 +190,15 @@ class Artifact:
         return [*routed, *range(self.num_experts, self.num_experts + self.shared_experts)]
 
     def rank(self, mixture: Mixture, role: str, expert: int) -> int:
-        """The rank of what a low-rank expert adds to the shared matrix."""
+        """The rank of what a low-rank or core-space expert adds to the shared matrix."""
         return functions().term_of(mixture.form[role]["terms"][-1], expert)["bonds"][0]
 
     def factors(self, mixture: Mixture, role: str, expert: int) -> tuple[Tensor, Tensor]:
-        """The two matrices, (in, rank) and (rank, out), whose product a low-rank expert adds."""
+        """Two matrices, (in, rank) and (rank, out), whose product a low-rank or core-space expert adds."""
         with torch.device("meta"):
             chain = functions().Chain(mixture.form[role]["terms"][-1], self.num_experts)
-        first, second = chain.cores_of(self._read_cores(mixture, role)[-1], expert)
-        return first[0, :, 0, :], second[:, 0, :, 0]
+        first, *others = chain.cores_of(self._read_cores(mixture, role)[-1], expert)
+        return first[0, :, 0, :], functions().merge_cores(others)[:, 0, :, 0]
 
     def adapters_add_nothing(self, mixture: Mixture, experts: Mapping[int, float]) -> bool:
         """Whether the adapters of these experts, if the kind has adapters, output zero, as after conversion.
@@ -251,20 +252,21 @@ class Artifact:
         if key not in self._cores:
             self._cores.clear()
             terms: list[list[Tensor]] = [[] for _ in mixture.form[role]["terms"]]
-            for number, name in self._core_names(mixture, role):
-                terms[number].append(self._read_core(name))
+            for number, term in enumerate(mixture.form[role]["terms"]):
+                chain = modeling().Chain(term, self.num_experts + self.shared_experts)
+                for k, core in enumerate(chain.core_names):
+                    name = f"{key}.terms.{number}.{core}"
+                    terms[number].append(self._read_core(name, chain, k))
             self._cores[key] = terms
         return self._cores[key]
 
-    def _read_core(self, name: str) -> Tensor:
-        """A core, as it was before it was stored, or as it was rounded."""
+    def _read_core(self, name: str, chain: Any, number: int) -> Tensor:
+        """A core of a chain, as it was before it was stored, or as it was rounded."""
         checkpoint = self.checkpoint
         if name in checkpoint.tensors:
             return checkpoint.read(name)
-        stacked = f"{name}.{PACKED}" not in checkpoint.tensors
-        return read_core(
-            checkpoint.read, name, bits_of(checkpoint.config), self.num_experts if stacked else None
-        )
+        shape = tuple(getattr(chain, chain.core_names[number]).shape)
+        return read_core(checkpoint.read, layers_of(name, chain, number), bits_of(checkpoint.config), shape)
 
 
 def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
@@ -280,7 +282,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
-    checkpoint = _open_checkpoint(model, revision, token)
+    checkpoint, shapes = _open_checkpoint(model, revision, token)
     block, runtime = checkpoint.config["mpoe"], modeling()
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
@@ -301,7 +303,7 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
         mixtures = _mixtures(checkpoint, block, family, architecture)
     stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     keys = [(mixture.key, mixture.path) for mixture in mixtures]
-    check_tensors(stored, keys, checkpoint.config, checkpoint.source)
+    check_tensors(stored, keys, checkpoint.config, shapes, checkpoint.source)
     return Artifact(
         checkpoint=checkpoint,
         config=config,
@@ -317,18 +319,23 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
     )
 
 
-def _open_checkpoint(model: str, revision: str | None, token: str | None) -> Checkpoint:
-    """The checkpoint of an artifact; its custom code is fetched and may run. Raises as `open_artifact`."""
+def _open_checkpoint(
+    model: str, revision: str | None, token: str | None
+) -> tuple[Checkpoint, list[dict[str, tuple[int, ...]]]]:
+    """The checkpoint of an artifact, and the shapes of its forms, see `check_block`.
+
+    Its custom code is fetched and may run. Raises as `open_artifact`.
+    """
     with readable(model):
         repository = find_repository(model, revision, token)
         config = read_config(repository)
-        check_converted(config, str(repository.folder / "config.json"))
+        shapes = check_converted(config, str(repository.folder / "config.json"))
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])
         if code is not None:
             repository.fetch_code()
-        return open_weights(repository, config, code)
+        return open_weights(repository, config, code), shapes
 
 
 def _family(checkpoint: Checkpoint, architecture: Architecture) -> Family:

@@ -1,15 +1,16 @@
 """Rounded cores as files hold them: the format `pack-quantized` of compressed-tensors.
 
-A large core (see `runtime/linears.py`) is stored as the weight (o * r, l * i) of its linear layer: integers
-of 8 or 4 bits packed into int32 (`weight_packed`), scales (`weight_scale`), and its shape (`weight_shape`). A
-weight is integer * scale. At 8 bits a row has one scale; at 4 bits a group of neighbours in a row has one.
+A large core (see `runtime/linears.py`) is stored as the weight (o * r, l * i) of its linear layer; one that
+experts own as a weight for each, of the expert's size. A weight is stored as integers of 8 or 4 bits packed
+into int32 (`weight_packed`), scales (`weight_scale`), and its shape (`weight_shape`); it is integer * scale.
+At 8 bits a row has one scale; at 4 bits a group of neighbours in a row has one, or a short row.
 transformers reads it by the library compressed-tensors, which defines the format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ BITS = (8, 4)
 # At 4 bits groups of about so many neighbours share a scale, of no fewer and no more than these.
 GROUP, GROUP_SIZES = 64, range(32, 129)
 Specs = dict[str, tuple[tuple[int, ...], str]]
+# By the names of the linear layers of a core, the matrices (l * i, o * r) whose transposes they have.
+Layers = Mapping[str, tuple[int, int]]
 
 
 def group_size(width: int, bits: int) -> int:
@@ -31,36 +34,37 @@ def group_size(width: int, bits: int) -> int:
     return min(divisors, key=lambda size: abs(size - GROUP), default=width)
 
 
-def layers_of(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The names of the linear layers of a core (l * i, o * r), or of a stack of them with an expert axis."""
-    return [name] if len(shape) == 2 else [f"{name}.{expert}" for expert in range(shape[0])]
+def layers_of(name: str, chain: Any, number: int) -> Layers:
+    """The linear layers of a chain's core of this name and number; one that experts own has one for each."""
+    return {name + tail: shape for tail, shape in chain.layer_shapes(number).items()}
 
 
-def stored_specs(name: str, shape: tuple[int, ...], dtype: str, bits: int) -> Specs:
+def stored_specs(layers: Layers, dtype: str, bits: int) -> Specs:
     """{name: (shape, dtype)} of the tensors that stand for a core."""
-    width, height = shape[-2:]
-    specs: Specs = {
-        PACKED: ((height, -(-width * bits // 32)), "int32"),
-        SCALE: ((height, width // group_size(width, bits)), dtype),
-        SHAPE: ((2,), "int64"),
-    }
-    return {f"{layer}.{tail}": spec for layer in layers_of(name, shape) for tail, spec in specs.items()}
+    specs: Specs = {}
+    for layer, (width, height) in layers.items():
+        specs[f"{layer}.{PACKED}"] = ((height, -(-width * bits // 32)), "int32")
+        specs[f"{layer}.{SCALE}"] = ((height, width // group_size(width, bits)), dtype)
+        specs[f"{layer}.{SHAPE}"] = ((2,), "int64")
+    return specs
 
 
-def round_core(name: str, core: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
+def round_core(layers: Layers, core: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
     """(the tensors of `stored_specs`, the core that they stand for, in its dtype)."""
     import torch
 
-    stack, made = core if core.ndim == 3 else core.unsqueeze(0), {}
-    exact = torch.empty_like(stack)
-    for number, layer in enumerate(layers_of(name, tuple(core.shape))):
-        weight = stack[number].mT.float()
+    made: dict[str, Tensor] = {}
+    exact = core.new_empty(core.shape)
+    sizes = [rows * cols for rows, cols in layers.values()]
+    parts = zip(core.flatten().split(sizes), exact.view(-1).split(sizes), strict=True)
+    for (layer, shape), (part, rounded) in zip(layers.items(), parts, strict=True):
+        weight = part.view(shape).mT.float()
         codes, scales = round_rows(weight, group_size(weight.shape[1], bits), bits, core.dtype)
         made[f"{layer}.{PACKED}"] = pack(codes, bits)
         made[f"{layer}.{SCALE}"] = scales
         made[f"{layer}.{SHAPE}"] = torch.tensor(weight.shape)
-        exact[number] = dequantise(codes, scales).mT
-    return made, exact.reshape(core.shape)
+        rounded.view(shape).copy_(dequantise(codes, scales).mT)
+    return made, exact
 
 
 def round_rows(weight: Tensor, size: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,24 +110,19 @@ def unpack(words: Tensor, bits: int, width: int) -> Tensor:
     return (codes.flatten(-2)[..., :width] - 2 ** (bits - 1)).to(torch.int8)
 
 
-def read_core(read: Callable[[str], Tensor], name: str, bits: int, num_experts: int | None) -> Tensor:
-    """A core as it is multiplied by, (l * i, o * r), with an expert axis if there are experts.
+def read_core(read: Callable[[str], Tensor], layers: Layers, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """A core of this shape, as it would be stored if it were not rounded.
 
     Args:
         read: called with the name of a stored tensor.
-        num_experts: of a stack; None: the core is shared.
     """
     import torch
 
-    def layer(name: str) -> Tensor:
-        scales = read(f"{name}.{SCALE}")
-        width = int(read(f"{name}.{SHAPE}")[1])
-        codes = unpack(read(f"{name}.{PACKED}"), bits, width)
-        return dequantise(codes, scales).mT.contiguous()
-
-    if num_experts is None:
-        return layer(name)
-    return torch.stack([layer(f"{name}.{expert}") for expert in range(num_experts)])
+    found = []
+    for layer, (width, _) in layers.items():
+        codes = unpack(read(f"{layer}.{PACKED}"), bits, width)
+        found.append(dequantise(codes, read(f"{layer}.{SCALE}")).mT.flatten())
+    return torch.cat(found).view(shape)
 
 
 def bits_of(config: dict) -> int:
@@ -137,18 +136,18 @@ def bits_of(config: dict) -> int:
     return bits if bits in BITS else 0
 
 
-def rounding_config(targets: Mapping[int, Iterable[str]], bits: int) -> dict:
+def rounding_config(targets: Mapping[int, str], bits: int) -> dict:
     """`quantization_config` of config.json.
 
     Args:
-        targets: size of a group -> regular expressions of the modules that have such groups.
+        targets: size of a group, 0 for a whole row -> regular expression of the modules with such groups.
     """
     groups = {}
     for number, (size, names) in enumerate(sorted(targets.items())):
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-        weights |= {"strategy": "channel"} if bits == 8 else {"strategy": "group", "group_size": size}
+        weights |= {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
         groups[f"group_{number}"] = {
-            "targets": [f"re:{name}" for name in names],
+            "targets": [f"re:{names}"],
             "weights": weights,
             "input_activations": None,
             "output_activations": None,

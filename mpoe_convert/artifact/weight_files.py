@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..allocator import keeping_freed_memory
 from ..source.safetensors_file import CODE2DTYPE, DTYPE2BYTES
 from ..source.state_dict import is_buffer
 
@@ -186,27 +187,39 @@ def _write_all(file: FileIO, data: Any) -> None:
 
 
 def write_planned(
-    folder: Path, shards: Mapping[str, Iterable[str]], tensors: Iterable[PlannedTensor]
-) -> Iterator[PlannedTensor]:
-    """Make and write tensors, one file in memory at a time; yields each when it has been made.
+    folder: Path,
+    shards: Mapping[str, Iterable[str]],
+    tensors: Iterable[PlannedTensor],
+    made: Callable[[PlannedTensor], object],
+) -> None:
+    """Make and write tensors, each while the next ones are made.
 
     Args:
         folder: of the files.
         shards: file name -> names of its tensors; of several files there is an index, too.
         tensors: all of them.
+        made: called with each when it has been made.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    for file, names in shards.items():
-        made = {}
-        for name in names:
-            made[name] = by_name[name].make()
-            found = (tuple(made[name].shape), str(made[name].dtype).removeprefix("torch."))
-            assert found == (by_name[name].shape, by_name[name].dtype), (name, found)
-            yield by_name[name]
-        save_shard(made, folder / file)
-        del made
+
+    def making(specs: Iterable[PlannedTensor]) -> Iterator[tuple[str, Tensor]]:
+        for spec in specs:
+            yield spec.name, _make(spec)
+            made(spec)
+
+    with keeping_freed_memory():
+        for file, names in shards.items():
+            specs = [by_name[name] for name in names]
+            stream_shard(specs, making(specs), folder / file)
     if len(shards) > 1:
         write_index(folder, shards, sum(map(num_bytes, by_name.values())))
+
+
+def _make(spec: PlannedTensor) -> Tensor:
+    tensor = spec.make()
+    found = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    assert found == (spec.shape, spec.dtype), (spec.name, found)
+    return tensor
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:

@@ -184,9 +184,7 @@ def echo_json(value: object) -> None:
 
 
 @click.group(
-    cls=ConvertByDefault,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
+    cls=ConvertByDefault, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True
 )
 @click.version_option(__version__, package_name="mpoe-convert", prog_name="mpoe-convert")
 def main() -> None:

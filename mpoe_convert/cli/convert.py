@@ -118,13 +118,7 @@ def convert(
 
 
 def run_conversion(
-    recipe: Recipe,
-    output: str,
-    overwrite: bool,
-    resume: bool,
-    stream: bool,
-    token: str | None,
-    quiet: bool,
+    recipe: Recipe, output: str, overwrite: bool, resume: bool, stream: bool, token: str | None, quiet: bool
 ) -> Report:
     from ..conversion.convert import convert as convert_checkpoint
     from .progress import conversion_progress, silence_libraries

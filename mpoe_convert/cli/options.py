@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
-from ..errors import nearest
+from ..errors import nearest, one_line
 from ..options import by_name, default_in_words, default_of, description, in_order, types_of
 from ..request import Request, normalised, read_recipe
 
@@ -128,7 +128,7 @@ def _option(each: Field, from_file: bool) -> Decorator:
 
 
 def _assignments(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
-    """{"name": value} of "name=value"; values are read as YAML."""
+    """{"name": value} of "name=value"; values are read as YAML. Raises BadParameter for other texts."""
     import yaml
 
     found = {}
@@ -136,7 +136,10 @@ def _assignments(ctx: click.Context, param: click.Parameter, texts: tuple[str, .
         name, equals, value = text.partition("=")
         if not equals:
             raise click.BadParameter(f"{text!r}; expected NAME=VALUE")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.BadParameter(f"{text!r}; its value is not YAML ({one_line(error)})") from None
     return found
 
 

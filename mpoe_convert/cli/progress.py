@@ -36,12 +36,7 @@ def conversion_progress(enabled: bool, out: Console | None = None) -> Iterator:
     if not (enabled and out.is_terminal):
         yield None
         return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     bar = Progress(*columns, console=out, transient=True)
 
     def update(name: str, done: int, total: int, report: MatrixReport | None) -> None:

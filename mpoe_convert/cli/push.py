@@ -17,11 +17,7 @@ from .options import COMMON, GroupedCommand, add, option, token_option
 PUSH_OPTIONS = add(
     option("--private", heading="Hub", is_flag=True, help="Make the repository private, if it is new."),
     option("--create-pr", heading="Hub", is_flag=True, help="Open a pull request instead of committing."),
-    option(
-        "--branch",
-        heading="Hub",
-        help="Branch to commit to; it is made if it is new.  [default: main]",
-    ),
+    option("--branch", heading="Hub", help="Branch to commit to; it is made if it is new.  [default: main]"),
     option(
         "--commit-message",
         heading="Hub",

@@ -264,7 +264,6 @@ def _candidates(
                 _numbers(recipe, matrix),
                 metric,
                 forms=_forms(recipe),
-                uneven=recipe.bits is None,  # cores of experts that differ in size are not rounded
             )
             unit = nats[matrix.role] if nats is not None else 1 / found.energy if found.energy else 0.0
             yield StackCandidate(matrix.name, matrix.numbers, found.choices, unit, found.alike)

@@ -209,7 +209,7 @@ def _error(dense: Tensor, terms: list[list[Tensor]], copies: list[list[int]], ev
     """
     cut = _cuts(dense, terms)
     some = cut[::every]
-    if not any(dense[part].any() for part, _ in some):
+    if every > 1 and not any(dense[part].any() for part, _ in some):
         some = cut
     pieces = ((dense[part], _matrix_of(own, copies, dense.dtype)) for part, own in some)
     return error_of_pieces(dense, pieces, is_sample=len(some) < len(cut))

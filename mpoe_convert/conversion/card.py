@@ -203,13 +203,13 @@ def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:
     if code:
         parts += [
             "## How to fine-tune it\n\nLike any transformers model: in a loop such as this one, with "
-            f"`Trainer`, or with PEFT:\n\n```python\n{code}\n```",
+            f"`Trainer`, or with PEFT:\n\n```python\n{code}\n```"
         ]
     if code and auto in AUTO_CLASSES.values():
         parts += [
             "Or with mpoe-convert, which has learning rates for central tensors, auxiliary tensors and "
             "routers, and reads texts, pairs and labels from files or from the Hub:\n\n"
-            f"```\n{command}\n```",
+            f"```\n{command}\n```"
         ]
     return parts
 

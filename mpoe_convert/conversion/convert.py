@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import experts
+from ..allocator import keeping_freed_memory
 from ..artifact.card_file import source_license
 from ..artifact.folder import check_output, check_space, count_finished, output_error, scratch, staged
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
@@ -23,7 +24,7 @@ from ..compression.mixtures import PreparedMixture, prepare_mixture
 from ..compression.prepare import Prepared, alternatives, prepare, prepare_each
 from ..compression.shared import help_collect
 from ..devices import pick_device
-from ..errors import MachineError, MpoeError, counted
+from ..errors import MachineError, MpoeError, counted, reworded
 from ..experts.ffn import Fitted
 from ..extras import need
 from ..options import called, named_by_flags, switched
@@ -266,7 +267,7 @@ class _Job:
                 f"'{self.folder.parent}' of the first process is not there for this one: on several machines "
                 "the output has to be in a folder that all of them see"
             )
-        with self._telling_what_failed():
+        with self._telling_what_failed(), keeping_freed_memory():
             self._make_files(files, progress)
 
     def _make_files(self, files: Sequence[str], progress: Progress | None) -> None:
@@ -321,8 +322,9 @@ class _Job:
                 f"{done} of {counted(len(self.plan.shards), 'weight file')} are kept in "
                 f"'{self.folder.parent}': run it again with {switched('resume')} to go on"
             )
-            words = kept if isinstance(error, KeyboardInterrupt) else f"{error}; {kept}"
-            raise type(error)(words) from error
+            if isinstance(error, MpoeError):
+                raise reworded(error, f"{error}; {kept}") from error
+            raise KeyboardInterrupt(kept) from error
 
 
 def _write_texts(folder: Path, output: Path, report: Report, checkpoint: Checkpoint) -> None:
@@ -479,7 +481,7 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
     except MpoeError as error:
         if name() in str(error):
             raise
-        raise type(error)(f"{name()}: {error}") from error
+        raise reworded(error, f"{name()}: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise

@@ -21,9 +21,9 @@ def round_ffn(
     stored, exact = dict(tensors), dict(tensors)
     errors = {}
     for matrix in plan.matrices:
-        large = list(large_cores(matrix))
-        for name in large:
-            made, exact[name] = round_core(name, stored.pop(name), bits)
+        large = large_cores(matrix)
+        for name, layers in large.items():
+            made, exact[name] = round_core(layers, stored.pop(name), bits)
             stored |= made
         if large:
             errors[matrix.name] = _error(matrix, tensors, exact)

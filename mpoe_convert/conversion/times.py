@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import experts
+from ..allocator import keeping_freed_memory
 from ..decomposition.stack_fit import Stack, fit_stack, stack_errors
 from ..decomposition.stacks import largest_ranks
 from ..devices import pick_device
@@ -48,15 +49,16 @@ def measure(plan: Plan, disk: float | None = None, flops: float | None = None) -
         flops: float32 operations per second of the machine that will convert; None: this one's.
     """
     device = pick_device(plan.recipe.device)
-    faster = 1.0 if flops is None else flops / _products_per_second(device)
-    known: dict[tuple, float] = {}
-    seconds = {}
-    for ffn in plan.ffns:
-        key = tuple((m.role, m.rows, m.cols, m.rank, getattr(m, "ranks", ())) for m in ffn.matrices)
-        if key not in known:
-            known[key] = _seconds_of(plan, ffn, device)
-        seconds[ffn.ffn.key] = known[key] / faster
-    return Costs(disk or _disk_speed(), seconds)
+    with keeping_freed_memory():  # as the conversion does
+        faster = 1.0 if flops is None else flops / _products_per_second(device)
+        known: dict[tuple, float] = {}
+        seconds = {}
+        for ffn in plan.ffns:
+            key = tuple((m.role, m.rows, m.cols, m.rank, getattr(m, "ranks", ())) for m in ffn.matrices)
+            if key not in known:
+                known[key] = _seconds_of(plan, ffn, device)
+            seconds[ffn.ffn.key] = known[key] / faster
+        return Costs(disk or _disk_speed(), seconds)
 
 
 def _seconds_of(plan: Plan, ffn: FFNPlan, device: torch.device) -> float:

@@ -13,6 +13,9 @@ from ..tensors import check_finite
 from .grams import cheap_gram
 from .sites import Sites
 
+# So many rows at a time are multiplied by blocks of outputs: two thirds of the time of all at once.
+_ROWS = 1024
+
 
 def fit_blocks(
     matrix: Tensor, sites: Sites, factors: tuple[Tensor, Tensor] | None = None, *, gauge: str = "canonical"
@@ -64,7 +67,8 @@ def _of_outputs(whole: tuple[Tensor, ...], sites: Sites, gauge: str) -> list[Ten
     split = whole[-1].reshape(-1, number, block).transpose(0, 1)  # (P, in or rank, b)
     basis = _basis((whole[0] @ split if len(whole) > 1 else split).mT, gauge)  # (P, b, b)
     inner = split.new_empty(split.shape[1], number, block)  # (in or rank, P, b)
-    torch.bmm(split, basis, out=inner.transpose(0, 1))
+    for rows, made in zip(split.split(_ROWS, dim=1), inner.split(_ROWS), strict=True):
+        torch.bmm(rows, basis, out=made.transpose(0, 1))
     outside = [first[None, :, None, :] for first in whole[:-1]]
     centre = [*outside, inner.unsqueeze(1 if outside else 0)]
     untied = basis.mT.flatten(0, 1)[:, None, :, None]  # (P * b, 1, b, 1)

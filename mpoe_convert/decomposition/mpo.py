@@ -133,8 +133,12 @@ def relative_error(matrix: Tensor, approximation: Tensor) -> float:
             f"cannot compare {tuple(matrix.shape)} with {tuple(approximation.shape)}: "
             "both have to be the same matrix"
         )
-    rows = max(_CACHED // matrix.shape[1], 1)
-    return error_of_pieces(matrix, zip(matrix.split(rows), approximation.split(rows), strict=True))
+    return error_of_pieces(matrix, zip(_rows(matrix), _rows(approximation), strict=True))
+
+
+def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The matrix in pieces of about `_CACHED` entries."""
+    return matrix.split(max(_CACHED // matrix.shape[1], 1))
 
 
 def error_of_pieces(
@@ -151,16 +155,22 @@ def error_of_pieces(
         # float64 sums are much slower and needed only where squares could over- or underflow.
         dtype = None if _is_ordinary(matrix) else torch.float64
         size = partial(torch.linalg.vector_norm, dtype=dtype)
-        norms, seen = [], 0
+        norm = _together(map(size, _rows(matrix)))
+        errors, seen = [], 0
         for ours, theirs in pieces:
-            norms.append(torch.stack([size(ours), size(ours - theirs)]))
+            errors.append(size(ours - theirs))
             seen += ours.numel()
-        norm, error = torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=torch.float64).tolist()
+        error = _together(errors)
         if is_sample:
-            norm, error = float(size(matrix)), error * sqrt(matrix.numel() / seen)
+            error *= sqrt(matrix.numel() / seen)
     if norm == 0.0:
         return 0.0 if error == 0.0 else inf
     return error / norm
+
+
+def _together(norms: Iterable[Tensor]) -> float:
+    """The norm of what has these norms in its parts."""
+    return float(torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float64))
 
 
 @dataclass(frozen=True)

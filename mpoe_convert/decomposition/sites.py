@@ -55,11 +55,7 @@ class Sites:
         if not self.untied:
             check_num_sites(len(self.in_dims))
         _check_bond_count(self.bonds, len(self.in_dims))
-        for name, values in (
-            ("in_dims", self.in_dims),
-            ("out_dims", self.out_dims),
-            ("bonds", self.bonds),
-        ):
+        for name, values in (("in_dims", self.in_dims), ("out_dims", self.out_dims), ("bonds", self.bonds)):
             if min(values) < 1:
                 raise SitesError(f"{name} {values} has an entry below 1: use dimensions from 1 on")
 
@@ -408,12 +404,7 @@ def _build(in_dims: Dims, out_dims: Dims, limits: Dims) -> Sites:
 
 
 def _wide(
-    layout: str,
-    rows: int,
-    cols: int,
-    left: tuple[int, int],
-    right: tuple[int, int],
-    limits: Dims,
+    layout: str, rows: int, cols: int, left: tuple[int, int], right: tuple[int, int], limits: Dims
 ) -> Sites:
     """Sites with the given (input, output) dimensions in the outer blocks, the rest between."""
     half = len(limits) // 2

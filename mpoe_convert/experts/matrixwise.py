@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MpoeError
+from ..errors import MpoeError, reworded
 from .ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def describe_matrices(ffn: FFNShape, options: Any, terms: Terms) -> Form:
             found, split = terms(matrix.rows, matrix.cols, options, role == "down", matrix.rank)
         except MpoeError as error:
             named = f"{ffn.name}.{role} ({matrix.rows} x {matrix.cols})"
-            raise type(error)(f"{named}: {error}") from None
+            raise reworded(error, f"{named}: {error}") from None
         parts[role] = {"terms": found, "bias": options.bias if matrix.has_bias else None}
         if split is not None:
             sites[role] = split

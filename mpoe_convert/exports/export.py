@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from math import prod
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..artifact.folder import check_output, check_space, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
-from ..artifact.weight_files import PlannedTensor, num_bytes, split_into_shards, write_planned
+from ..artifact.weight_files import num_bytes, split_into_shards, write_planned
 from ..errors import ExportError
 from ..extras import need
 from ..options import assigned, called
@@ -130,9 +131,7 @@ def export(
     for extra, libraries in target.NEEDS.items():
         need(f"export, {assigned('to', request.to)},", *libraries, extra=extra)
     with staged(output, overwrite) as folder:
-        for number, tensor in enumerate(_write_parts(folder, plan, source, shard_bytes), start=1):
-            if progress:
-                progress(tensor.name, number, len(tensors))
+        _write_parts(folder, plan, source, shard_bytes, progress or (lambda *_: None))
         comparison = plan.write(folder) if plan.write else None
         if plan.checked and request.check:
             if progress:
@@ -153,24 +152,31 @@ def export(
 
 
 def _write_parts(
-    folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int
-) -> Iterator[PlannedTensor]:
-    """Write all parts; yields every tensor when it has been made."""
+    folder: Path, plan: ExportPlan, source: Artifact, shard_bytes: int, progress: Progress
+) -> None:
+    numbers, total = count(1), sum(len(part.tensors) for part in plan.parts)
     for part in plan.parts:
-        yield from _write_part(folder / part.folder, part, source, shard_bytes)
+        shards = _begin_part(folder / part.folder, part, source, shard_bytes)
+        write_planned(
+            folder / part.folder,
+            shards,
+            part.tensors,
+            lambda made: progress(made.name, next(numbers), total),
+        )
 
 
-def _write_part(folder: Path, part: Part, source: Artifact, shard_bytes: int) -> Iterator[PlannedTensor]:
+def _begin_part(
+    folder: Path, part: Part, source: Artifact, shard_bytes: int
+) -> Mapping[str, tuple[str, ...]]:
+    """Write the files beside the weights; the weight files, and the names of their tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in part.configs.items():
         write_json(folder / name, values)
     if part.adapter:
-        shards = {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
-    else:
-        shards = split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
-        copy_companions(folder, source.checkpoint, source.architecture)
-        keep_tokenizer(folder, source.checkpoint.folder, source.architecture.code is not None)
-    yield from write_planned(folder, shards, part.tensors)
+        return {"adapter_model.safetensors": tuple(tensor.name for tensor in part.tensors)}
+    copy_companions(folder, source.checkpoint, source.architecture)
+    keep_tokenizer(folder, source.checkpoint.folder, source.architecture.code is not None)
+    return split_into_shards(part.tensors, shard_bytes) if part.tensors else {}
 
 
 def _compare(folder: Path, source: Artifact, checked: Checked) -> Comparison:

@@ -109,10 +109,7 @@ class FewerExperts:
             yield f"no text was read: {called('calibrate')} shows which experts stay; sizes are the same."
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "source_experts": self.source_experts,
-            "layers": [layer.to_json() for layer in self.layers],
-        }
+        return {"source_experts": self.source_experts, "layers": [layer.to_json() for layer in self.layers]}
 
 
 def table_of(layers: Iterable[LayerExperts]) -> Table:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..artifact.rounding import BITS, Specs, group_size, rounding_config, stored_specs
+from ..artifact.rounding import (
+    BITS,
+    Layers,
+    Specs,
+    group_size,
+    layers_of,
+    rounding_config,
+    stored_specs,
+)
 from ..options import called
 from ..runtime.shapes import modeling
 from ..source.safetensors_file import DTYPE2BYTES
@@ -17,13 +25,16 @@ if TYPE_CHECKING:
     from .plan import FFNPlan, MatrixPlan, Plan
 
 
-def large_cores(matrix: MatrixPlan) -> Iterator[str]:
-    """Names of a projection's large cores."""
+def large_cores(matrix: MatrixPlan) -> dict[str, Layers]:
+    """{name: its linear layers} of a projection's large cores."""
+    found = {}
     for number, term in enumerate(matrix.spec["terms"]):
         chain = modeling().Chain(term, matrix.num_experts)
-        for core, large in zip(chain.core_names, chain.large, strict=True):
-            if large:
-                yield f"{matrix.name}.terms.{number}.{core}"
+        for k, core in enumerate(chain.core_names):
+            if chain.large[k]:
+                name = f"{matrix.name}.terms.{number}.{core}"
+                found[name] = layers_of(name, chain, k)
+    return found
 
 
 def rounded_share(plan: Plan) -> float:
@@ -39,20 +50,19 @@ def rounding_bytes(ffn: FFNPlan, bits: int | None) -> int:
     bits, padded and shifted. Then an expert's matrix is held as it was, as it is, their difference, and its
     square.
     """
-    large = [name for matrix in ffn.matrices for name in large_cores(matrix)]
+    large = {name: layers for matrix in ffn.matrices for name, layers in large_cores(matrix).items()}
     if bits is None or not large:
         return 0
-    shapes = [ffn.tensors[name][0] for name in large]
     rounded = sum(prod(ffn.tensors[name][0]) * DTYPE2BYTES[ffn.tensors[name][1]] for name in large)
-    packed = sum(prod(shape) * bits // 8 for shape in shapes)
-    core = (4 + 4 + 3 * 8) * max(prod(shape[-2:]) for shape in shapes)
+    packed = sum(prod(ffn.tensors[name][0]) * bits // 8 for name in large)
+    core = (4 + 4 + 3 * 8) * max(prod(shape) for layers in large.values() for shape in layers.values())
     compared = 4 * 4 * max(matrix.rows * matrix.cols for matrix in ffn.matrices)
     return rounded + packed + max(core, compared)
 
 
 def without_large_cores(plan: Plan) -> str | None:
     """A warning, if there is nothing that `bits` could round."""
-    if plan.recipe.bits is None or any(True for matrix in plan.matrices for _ in large_cores(matrix)):
+    if plan.recipe.bits is None or any(map(large_cores, plan.matrices)):
         return None
     return (
         f"{called('bits')} rounds nothing: no core has 32 x 32 numbers, and a 64th of its matrix. Leave it "
@@ -64,28 +74,58 @@ def rounded_specs(ffn: FFNPlan, bits: int | None) -> Specs:
     """{name: (shape, dtype)} of an FFN's tensors as stored, the large cores rounded."""
     if bits is None:
         return ffn.tensors
-    large = {name for matrix in ffn.matrices for name in large_cores(matrix)}
+    large = {name: layers for matrix in ffn.matrices for name, layers in large_cores(matrix).items()}
     found: Specs = {}
     for name, (shape, dtype) in ffn.tensors.items():
-        found |= stored_specs(name, shape, dtype, bits) if name in large else {name: (shape, dtype)}
+        found |= stored_specs(large[name], dtype, bits) if name in large else {name: (shape, dtype)}
     return found
 
 
 def config_of(plan: Plan, bits: int) -> dict | None:
     """`quantization_config` of config.json; None: no core is rounded."""
-    paths: dict[tuple[int, str], list[str]] = {}
+    found: dict[int, dict[str, list[str]]] = {}
     for ffn in plan.ffns:
-        for matrix in ffn.matrices:
-            for name in large_cores(matrix):
-                shape = ffn.tensors[name][0]
-                tail = re.escape(name.removeprefix(f"{ffn.ffn.key}.")) + (r"\.\d+" if len(shape) == 3 else "")
-                size = group_size(shape[-2], bits) if bits == 4 else 0
-                paths.setdefault((size, tail), []).append(re.escape(ffn.ffn.path))
-    targets: dict[int, list[str]] = {}
-    for (size, tail), found in paths.items():
-        # One expression for all layers: an encoder that is loaded alone has none of the decoder's.
-        targets.setdefault(size, []).append(rf"(.*\.)?({'|'.join(found)})\..*\b{tail}$")
-    return rounding_config(targets, bits) if targets else None
+        for name, layers in (pair for matrix in ffn.matrices for pair in large_cores(matrix).items()):
+            start = re.escape(name.removeprefix(f"{ffn.ffn.key}."))
+            for group, tail in _by_group(name, layers, bits):
+                found.setdefault(group, {}).setdefault(ffn.ffn.path, []).append(start + tail)
+    return (
+        rounding_config({group: _expression(tails) for group, tails in found.items()}, bits)
+        if found
+        else None
+    )
+
+
+def _by_group(name: str, layers: Layers, bits: int) -> Iterator[tuple[int, str]]:
+    """(size of the groups, regular expression of what follows the core's name) of the layers of a core.
+
+    The size is 0 where a row is one group: however long rows are, one description is for all of them.
+    """
+    experts: dict[int, list[str]] = {}
+    for layer, (width, _) in layers.items():
+        group = group_size(width, bits)
+        experts.setdefault(group if group < width else 0, []).append(layer.removeprefix(name)[1:])
+    for group, numbers in experts.items():
+        some = rf"\.({'|'.join(numbers)})" if len(experts) > 1 else r"\.\d+"
+        yield group, some if numbers[0] else ""
+
+
+def _expression(tails: dict[str, list[str]]) -> str:
+    """One regular expression for layers, by the paths of their FFNs.
+
+    One for all: an encoder that is loaded alone has none of the decoder's layers, and compressed-tensors
+    complains of expressions that match nothing.
+    """
+    paths: dict[tuple[str, ...], list[str]] = {}
+    for path, own in tails.items():
+        paths.setdefault(tuple(own), []).append(re.escape(path))
+    each = [rf"{_any(found)}\..*\b{_any(own)}" for own, found in paths.items()]
+    return rf"(.*\.)?{_any(each)}$"
+
+
+def _any(expressions: Sequence[str]) -> str:
+    """What matches one of these. Without needless groups: re tries what alternatives begin with only once."""
+    return expressions[0] if len(expressions) == 1 else f"({'|'.join(expressions)})"
 
 
 def source_bytes(plan: Plan, bits: int) -> int:

@@ -94,10 +94,10 @@ def savings_in_words(totals: Totals, experts: int) -> str:
     stored, flops = totals.stored_params, totals.flops_per_token
     space, work = stored / totals.plain_moe_params, flops / totals.plain_moe_flops_per_token
     most = f"{totals.per_token} " if totals.per_token else ""
-    joined = " and" if (space < 1) == (work < 1) else ", but"
+    but = " and" if (space < 1) == (work < 1) else ", but"
     return (
-        f"Beside a plain MoE of {experts} experts it stores {space:.1%} of the parameters ({stored:,})"
-        f"{joined} takes {work:.1%} of the FLOPs per token ({most}{flops:,})."
+        f"Beside a plain MoE of {experts} experts it stores {space:.1%} of the parameters ({stored:,}){but} "
+        f"takes {work:.1%} of the FLOPs per token ({most}{flops:,})."
     )
 
 

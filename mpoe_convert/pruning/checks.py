@@ -33,11 +33,6 @@ def check(source: Artifact, request: Pruning) -> None:
             f"the experts of '{name}' were named by hand ({called('experts_at')}), and which rows of its "
             "routers belong to which is not known: it keeps all of them"
         )
-    if any(modeling().differs(mixture.form) for mixture in source.mixtures):
-        raise CheckpointError(
-            f"the experts of '{name}' differ in size, and every layer would keep others; expected experts "
-            "of one size"
-        )
     _check_number(source, request)
 
 

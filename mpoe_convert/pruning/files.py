@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..artifact.reader import Artifact
 from ..planning.fewer_experts import FewerExperts
 from ..source.json_files import read_json_object, write_json
 from .card import describe
+from .forms import small_forms
 from .report import Smaller
 
 # Of a training report, what was measured on the weights with all experts.
@@ -34,15 +35,19 @@ _MEASURED = ("evaluation", "change")
 _SINCE = "# without what prune did to its artifact since, which has left"
 
 
-def small_config(source: Artifact, experts: int, base: Mapping[str, Any]) -> dict[str, Any]:
+def small_config(
+    source: Artifact, kept: Mapping[str, Sequence[int]], experts: int, base: Mapping[str, Any]
+) -> dict[str, Any]:
     """config.json with so many experts.
 
     Args:
+        kept: by the paths of layers, those that stay.
         base: that of the source's model with them.
     """
     config = deepcopy(source.checkpoint.config)
     block = config["mpoe"]
     block |= {"num_experts": experts, "top_k": min(block["top_k"], experts)}
+    block |= small_forms(block, kept, experts)
     return config | {key: value for key, value in base.items() if value != source.config.get(key)}
 
 

@@ -150,11 +150,7 @@ def _add_table(add: _Add, experts: Tensor, weights: Tensor, x: Tensor) -> None:
 
 
 def _add_outputs(
-    sums: Observed,
-    module: Any,
-    x: Tensor,
-    choices: tuple[Tensor, Tensor, Tensor],
-    parts: int,
+    sums: Observed, module: Any, x: Tensor, choices: tuple[Tensor, Tensor, Tensor], parts: int
 ) -> None:
     """Add what all experts make of tokens (T, H), some of the tokens at a time.
 

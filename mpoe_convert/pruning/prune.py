@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,7 @@ from ..artifact.loading import from_pretrained, load_artifact
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.weight_files import PlannedTensor, TensorSpec, num_bytes, split_into_shards, write_planned
 from ..compression.batches import Batch, is_causal, make_batches
-from ..compression.divergence import (
-    ComparedOutput,
-    Divergence,
-    DivergenceSums,
-    compared_output,
-)
+from ..compression.divergence import ComparedOutput, Divergence, DivergenceSums, compared_output
 from ..compression.stream import keep_no_cache, run_batch
 from ..devices import check_device, pick_device
 from ..extras import need
@@ -125,7 +121,7 @@ class _Run:
         asked = self.request
         kept = {path: choose(found.scores(asked.by), asked.experts, own) for path, found in observed.items()}
         config, cuts = self._shrink(kept)
-        tensors = list(planned(source, kept, cuts))
+        tensors = list(planned(source, kept, cuts, config["mpoe"]))
         check_space(output, local, sum(map(num_bytes, tensors)))
         with staged(output, overwrite) as folder:
             copy_companions(companions, folder)
@@ -198,12 +194,14 @@ class _Run:
         if self._stock is not None:
             small = with_experts(*self._stock, kept)
             base, cuts = small.config, small.cuts
-        return small_config(self.source, self.request.experts, base), cuts
+        return small_config(self.source, kept, self.request.experts, base), cuts
 
     def _write_weights(self, folder: Path, tensors: Sequence[PlannedTensor]) -> None:
         shards = split_into_shards(tensors, parse_size(self.request.max_shard_size))
-        for number, tensor in enumerate(write_planned(folder, shards, tensors), start=1):
-            self.progress(tensor.name, number, len(tensors))
+        numbers = count(1)
+        write_planned(
+            folder, shards, tensors, lambda made: self.progress(made.name, next(numbers), len(tensors))
+        )
 
     @torch.no_grad()
     def _measure(self, folder: Path, held_out: Sequence[Batch], expected: list[ComparedOutput]) -> Divergence:

@@ -4,63 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..artifact.reader import Artifact, Mixture
+from ..artifact.block import mixture_shapes
+from ..artifact.reader import Artifact
 from ..artifact.weight_files import PlannedTensor
-from ..runtime.shapes import modeling
 from ..source.pruned import Cut
+from ..source.safetensors_file import TensorInfo
+from .forms import vector_sizes
 
 # What a router of ours may have beside the tensors of every router: one number per expert.
 _BALANCE_BIAS = "balance_bias"
 
 
 def planned(
-    source: Artifact, kept: Mapping[str, Sequence[int]], cuts: Mapping[str, Cut]
+    source: Artifact,
+    kept: Mapping[str, Sequence[int]],
+    cuts: Mapping[str, Cut],
+    block: Mapping[str, Any],
 ) -> Iterator[PlannedTensor]:
     """All tensors of the smaller artifact, in the order of the artifact's.
 
     Args:
         kept: by the paths of layers, the experts that stay.
         cuts: by the names of tensors outside of the mixtures, what is left of them.
+        block: `config.mpoe` of the smaller artifact.
     """
-    cuts = {**cuts, **dict(_own_cuts(source, kept))}
+    own = {tensor.name: tensor for tensor in _own(source, kept, block)}
     for name, info in source.checkpoint.tensors.items():
-        if (cut := cuts.get(name)) is None:
-            yield PlannedTensor(name, info.shape, info.dtype, partial(source.checkpoint.read, name))
+        if name in own:
+            yield own[name]
+        elif name in cuts:
+            yield _cut(source, info, cuts[name])
         else:
-            shape = (*info.shape[: cut.dim], len(cut.entries), *info.shape[cut.dim + 1 :])
-            yield PlannedTensor(name, shape, info.dtype, partial(_cut, source, name, cut))
+            yield PlannedTensor(name, info.shape, info.dtype, partial(source.checkpoint.read, name))
 
 
-def _cut(source: Artifact, name: str, cut: Cut) -> Tensor:
-    return source.checkpoint.read(name).index_select(cut.dim, torch.tensor(cut.entries))
+def _cut(source: Artifact, info: TensorInfo, cut: Cut) -> PlannedTensor:
+    def make() -> Tensor:
+        return source.checkpoint.read(info.name).index_select(cut.dim, torch.tensor(cut.entries))
+
+    shape = (*info.shape[: cut.dim], len(cut.entries), *info.shape[cut.dim + 1 :])
+    return PlannedTensor(info.name, shape, info.dtype, make)
 
 
-def _own_cuts(source: Artifact, kept: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Cut]]:
+def _own(
+    source: Artifact, kept: Mapping[str, Sequence[int]], block: Mapping[str, Any]
+) -> Iterator[PlannedTensor]:
     """What is left of the mixtures' tensors. Experts that every token passes, behind the others, stay."""
+    where = source.checkpoint.source
     for mixture in source.mixtures:
-        for name in _counting(source, mixture):
-            info = source.checkpoint.tensors.get(f"{mixture.key}.{name}")
-            if info is not None:
+        before = mixture_shapes(mixture.form, source.checkpoint.config["mpoe"], where)
+        after = mixture_shapes(block["forms"][block["ffns"][mixture.path]], dict(block), where)
+        sizes = vector_sizes(mixture.form, source.num_experts)
+        for tail in (*after, _BALANCE_BIAS):
+            info = source.checkpoint.tensors.get(f"{mixture.key}.{tail}")
+            if info is None or (tail in after and before[tail] == after[tail]):
+                continue
+            if tail in sizes:
+                yield _cut_vector(source, info, sizes[tail], kept[mixture.path], after[tail])
+            else:
                 always = range(source.num_experts, info.shape[0])
-                yield info.name, Cut(0, (*kept[mixture.path], *always))
+                yield _cut(source, info, Cut(0, (*kept[mixture.path], *always)))
 
 
-def _counting(source: Artifact, mixture: Mixture) -> set[str]:
-    """The names in a mixture of the tensors whose first axis counts experts."""
-    here, more = (_shapes(source, mixture, source.num_experts + extra) for extra in (0, source.parts))
-    return {name for name in here if here[name] != more[name]} | {_BALANCE_BIAS}
+def _cut_vector(
+    source: Artifact, info: TensorInfo, sizes: list[int], kept: Sequence[int], shape: tuple[int, ...]
+) -> PlannedTensor:
+    """What is left of a vector with so many numbers of every expert; a stack if those that stay are alike."""
 
+    def make() -> Tensor:
+        parts = source.checkpoint.read(info.name).split(sizes)
+        return torch.cat([parts[expert] for expert in kept]).view(shape)
 
-def _shapes(source: Artifact, mixture: Mixture, num_experts: int) -> dict[str, tuple[int, ...]]:
-    """Name in a mixture -> shape, with so many experts."""
-    runtime = modeling()
-    if source.keeps_routers:
-        module = runtime.Experts(mixture.form, num_experts, source.top_k)
-    else:
-        block = source.checkpoint.config["mpoe"] | {"num_experts": num_experts}
-        module = runtime.FeedForward.from_block(mixture.form, block)
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return PlannedTensor(info.name, shape, info.dtype, make)

@@ -2,11 +2,13 @@
 
 bitsandbytes, torchao, HQQ and compressed-tensors round the weights of `nn.Linear`, each behind a forward of
 its own. In a model that is loaded with a `quantization_config`, every large core (`is_large`) is such a
-layer, whose weight (o * r, l * i) is the transposed core; for a stack of cores there is one per expert.
-Files keep names and shapes of cores: `LoadLinears` splits and transposes a core while it is loaded.
+layer, whose weight (o * r, l * i) is the transposed core; of a core that experts own there is one per
+expert, of the expert's size. Files keep names and shapes of cores: `LoadLinears` splits and transposes a
+core while it is loaded.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +33,26 @@ def is_large(rows: int, cols: int, matrix_size: int) -> bool:
     return min(rows, cols) >= _MIN_SIDE and rows * cols >= _MIN_SHARE * matrix_size
 
 
-def as_linears(core: Tensor) -> Layers:
-    """Layers for a core (l * i, o * r), or a list for a stack (E, l * i, o * r); with random weights."""
+def as_linears(shapes: Mapping[str, tuple[int, int]], like: Tensor) -> Layers:
+    """Layers for a core, or a list for one that experts own; with random weights.
+
+    Args:
+        shapes: see `Chain.layer_shapes`.
+        like: with their dtype and device.
+    """
+    made = [
+        nn.Linear(rows, cols, bias=False, device=like.device, dtype=like.dtype)
+        for rows, cols in shapes.values()
+    ]
+    return made[0] if "" in shapes else nn.ModuleList(made)
+
+
+def split_experts(core: Tensor, shapes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """The experts' matrices, of these shapes, in a stack, or in a vector that has one after the other."""
     if core.ndim == 3:
-        return nn.ModuleList(as_linears(own) for own in core)
-    rows, cols = core.shape
-    return nn.Linear(rows, cols, bias=False, device=core.device, dtype=core.dtype)
+        return core.unbind()
+    parts = core.split([rows * cols for rows, cols in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
@@ -91,15 +107,17 @@ def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
 
 
 class _SplitCore(ConversionOps):
-    """A core, or a stack of them, into the weights of its layers, by their names."""
+    """A core, or those of all experts, into the weights of its layers, by their names."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`full_layer_name`: of the first weight."""
         ((core,),), first = input_dict.values(), kwargs["full_layer_name"]
         if core.ndim == 2:
             return {first: core.mT.contiguous()}
-        start = first.removesuffix("0.weight")
-        return {f"{start}{expert}.weight": own.mT.contiguous() for expert, own in enumerate(core)}
+        name = first.removesuffix(".0.weight")
+        layers = kwargs["model"].get_submodule(name)
+        own = split_experts(core, [(layer.in_features, layer.out_features) for layer in layers])
+        return {f"{name}.{expert}.weight": matrix.mT.contiguous() for expert, matrix in enumerate(own)}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -104,7 +104,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -312,8 +312,9 @@ class Cost(NamedTuple):
 #
 # bitsandbytes, torchao, HQQ and compressed-tensors round the weights of `nn.Linear`, each behind a forward of
 # its own. In a model that is loaded with a `quantization_config`, every large core (`is_large`) is such a
-# layer, whose weight (o * r, l * i) is the transposed core; for a stack of cores there is one per expert.
-# Files keep names and shapes of cores: `LoadLinears` splits and transposes a core while it is loaded.
+# layer, whose weight (o * r, l * i) is the transposed core; of a core that experts own there is one per
+# expert, of the expert's size. Files keep names and shapes of cores: `LoadLinears` splits and transposes a
+# core while it is loaded.
 
 
 # A core where libraries are to round it: a layer, or one for each expert.
@@ -333,12 +334,26 @@ def is_large(rows: int, cols: int, matrix_size: int) -> bool:
     return min(rows, cols) >= _MIN_SIDE and rows * cols >= _MIN_SHARE * matrix_size
 
 
-def as_linears(core: Tensor) -> Layers:
-    """Layers for a core (l * i, o * r), or a list for a stack (E, l * i, o * r); with random weights."""
+def as_linears(shapes: Mapping[str, tuple[int, int]], like: Tensor) -> Layers:
+    """Layers for a core, or a list for one that experts own; with random weights.
+
+    Args:
+        shapes: see `Chain.layer_shapes`.
+        like: with their dtype and device.
+    """
+    made = [
+        nn.Linear(rows, cols, bias=False, device=like.device, dtype=like.dtype)
+        for rows, cols in shapes.values()
+    ]
+    return made[0] if "" in shapes else nn.ModuleList(made)
+
+
+def split_experts(core: Tensor, shapes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """The experts' matrices, of these shapes, in a stack, or in a vector that has one after the other."""
     if core.ndim == 3:
-        return nn.ModuleList(as_linears(own) for own in core)
-    rows, cols = core.shape
-    return nn.Linear(rows, cols, bias=False, device=core.device, dtype=core.dtype)
+        return core.unbind()
+    parts = core.split([rows * cols for rows, cols in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
@@ -393,15 +408,17 @@ def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
 
 
 class _SplitCore(ConversionOps):
-    """A core, or a stack of them, into the weights of its layers, by their names."""
+    """A core, or those of all experts, into the weights of its layers, by their names."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`full_layer_name`: of the first weight."""
         ((core,),), first = input_dict.values(), kwargs["full_layer_name"]
         if core.ndim == 2:
             return {first: core.mT.contiguous()}
-        start = first.removesuffix("0.weight")
-        return {f"{start}{expert}.weight": own.mT.contiguous() for expert, own in enumerate(core)}
+        name = first.removesuffix(".0.weight")
+        layers = kwargs["model"].get_submodule(name)
+        own = split_experts(core, [(layer.in_features, layer.out_features) for layer in layers])
+        return {f"{name}.{expert}.weight": matrix.mT.contiguous() for expert, matrix in enumerate(own)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -663,12 +680,6 @@ class Layout(NamedTuple):
         return flops - 2 * math.prod(self.shapes[0]) // self.copies[0]  # the first core costs nothing
 
 
-def split_experts(core: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The experts' matrices, of these shapes, in a core that has one after the other."""
-    parts = core.split([rows * cols for rows, cols in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
 def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
     """The transpose of weight (l, q) times every x (N, l, p) -> (N, q, p)."""
     if isinstance(weight, nn.Module):
@@ -856,7 +867,8 @@ class Chain(nn.Module):
     """One term of a projection: a chain of shared (`central_k`) and per-expert (`aux_k`) cores.
 
     Attributes:
-        large: per core, whether it may be rounded, and is a linear layer then.
+        large: per core, whether it may be rounded, and is a linear layer then; where experts differ in size,
+            whether that of the largest may.
         acts: the cores can act on the activations one after the other, with no matrix built: at most one
             carries input and output, those left of it only input, those right of it only output.
         is_common: all cores are shared, so that every expert has the same matrix.
@@ -894,7 +906,7 @@ class Chain(nn.Module):
         if not self.acts and (differ or max(self.copies) > 1):
             what = "of experts that differ in size" if differ else "with an untied core"
             raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
-        stored = [
+        self._stored = stored = [
             list(map(matrix_shape, shapes))
             for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
         ]
@@ -911,8 +923,8 @@ class Chain(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         whole = self.in_features * self.out_features
         self.large = [
-            copies == 1 and not apart and is_large(*matrix_shape(shape), whole)
-            for copies, apart, shape in zip(self.copies, self.apart, self.shapes, strict=True)
+            copies == 1 and is_large(*matrix_shape(shape), whole)
+            for copies, shape in zip(self.copies, self.shapes, strict=True)
         ]
         sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
         self.shared_params = sum(size for size, shared in sizes if shared)
@@ -935,14 +947,22 @@ class Chain(nn.Module):
 
     def use_linears(self) -> None:
         """Let the large cores be linear layers from now on, with random weights."""
-        for name, shape, large in zip(self.core_names, self.shapes, self.large, strict=True):
+        for k, name in enumerate(self.core_names):
             core = getattr(self, name)
-            if not large or isinstance(core, nn.Module):
+            if not self.large[k] or isinstance(core, nn.Module):
                 continue
             delattr(self, name)
-            self.add_module(name, as_linears(core))
-            rows, cols = matrix_shape(shape)
-            self.rebuild_flops += 2 * rows * rows * cols  # see `matrix_of`
+            shapes = self.layer_shapes(k)
+            self.add_module(name, as_linears(shapes, core))
+            # see `matrix_of`
+            self.rebuild_flops += mean([2 * rows * rows * cols for rows, cols in shapes.values()])
+
+    def layer_shapes(self, k: int) -> dict[str, tuple[int, int]]:
+        """{what follows the name of core k: (l * i, o * r)} of the matrices in it: one, or one per expert."""
+        if self.shared[k]:
+            return {"": self._stored[k][0]}
+        shapes = self._stored[k] * (self.num_experts // len(self._stored[k]))
+        return {f".{expert}": shape for expert, shape in enumerate(shapes)}
 
     def forward(
         self,
@@ -1010,16 +1030,21 @@ class Chain(nn.Module):
         found = []
         for k, (core, shape) in enumerate(zip(cores, shapes, strict=True)):
             if self.apart[k]:
-                assert isinstance(core, Tensor) and isinstance(experts, int)
-                found.append(self._own(core, k)[experts].reshape(shape))
+                assert isinstance(experts, int)
+                own = self._own(core, k)[experts]
+                matrix = matrix_of(own, like) if isinstance(own, nn.Module) else own
+                found.append(matrix.reshape(shape))
                 continue
             chosen = _choose(core, slice(None) if self.shared[k] else experts, like)
             found.append(chosen.reshape(*chosen.shape[:-2], *shape))
         return found
 
-    def _own(self, core: Tensor, k: int) -> list[Tensor]:
-        """The experts' matrices in core k, in whose size they differ."""
-        return split_experts(core, [matrix_shape(layout.shapes[k]) for layout in self.layouts])
+    def _own(self, core: Tensor | Layers, k: int) -> Sequence[Tensor | nn.Module]:
+        """The experts' matrices, or layers, in core k, in whose size they differ."""
+        if isinstance(core, nn.ModuleList):
+            return [*core]
+        assert isinstance(core, Tensor)
+        return split_experts(core, self._stored[k])
 
     def _act(self, rows: Tensor, picks: Picks, cores: list[Tensor], span: str) -> Tensor:
         """Core after core, see `Step`: rows (N, in) -> (N, out); for `span` see `forward`."""
@@ -1036,7 +1061,7 @@ class Chain(nn.Module):
                     x = self.steps[0][k].run(x, cores[k], picks, self.shared[k])
         return x.flatten(1)
 
-    def _act_apart(self, x: Tensor, own: dict[int, list[Tensor]], picks: Picks) -> Tensor:
+    def _act_apart(self, x: Tensor, own: dict[int, Sequence[Tensor | nn.Module]], picks: Picks) -> Tensor:
         """x (N, ...) by neighbouring cores in whose size experts differ, {k: the experts'} -> (N, features).
 
         What is between such cores may have another size for every expert.

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chains import Chain, MatrixCache, Picks, check_one_each, run_each, split_experts
+from .chains import Chain, MatrixCache, Picks, check_one_each, run_each
 from .costs import Cost, Work, mean
 from .header import init
+from .linears import split_experts
 
 
 class Part(nn.Module):

@@ -57,17 +57,7 @@ GENERATE_FILE = "custom_generate/generate.py"  # where transformers looks for cu
 # custom code see `download_code` and `custom_code.files`.
 NEVER_PATTERNS = (
     *("*.py", "*.pyc", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.npy"),
-    *(
-        "*.h5",
-        "*.msgpack",
-        "*.onnx",
-        "*.onnx_data",
-        "*.gguf",
-        "*.ggml",
-        "*.tflite",
-        "*.ot",
-        "*.mlmodel",
-    ),
+    *("*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ggml", "*.tflite", "*.ot", "*.mlmodel"),
 )
 SINGLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 INDEX = ".index.json"
@@ -295,11 +285,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _snapshot(
-    model_id: str,
-    revision: str | None,
-    token: str | None,
-    allow: Iterable[str],
-    ignore: Iterable[str] | None,
+    model_id: str, revision: str | None, token: str | None, allow: Iterable[str], ignore: Iterable[str] | None
 ) -> tuple[Path, str]:
     """(folder, commit) of a snapshot with the files that match. Raises HubError."""
     from huggingface_hub import snapshot_download

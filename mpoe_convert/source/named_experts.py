@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FamilyError, nearest, one_line
 from ..options import called
 from ..runtime.shapes import functions
-from .expert_layout import (
-    Layout,
-    holds_experts,
-    is_readable,
-    listed_experts,
-    make_ours,
-    read_layout,
-    same,
-)
+from .expert_layout import Layout, holds_experts, is_readable, listed_experts, make_ours, read_layout, same
 from .probe import describe_slot
 
 if TYPE_CHECKING:

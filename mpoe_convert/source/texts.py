@@ -257,7 +257,7 @@ def _read_one(source: str, split: str, token: str | None) -> Dataset:
             f"'{source}' is neither a file nor a dataset that can be reached: {error}{suggest_path(source)}"
         ) from None
     except (DatasetGenerationError, ConnectionError, ValueError, OSError, StopIteration) as error:
-        cause = first_fault(source) or error.__cause__ or error
+        cause = first_fault(source) or one_line(error.__cause__ or error)
         raise DataError(f"'{source}' cannot be read: {cause}") from error
 
 

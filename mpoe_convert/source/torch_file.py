@@ -58,9 +58,14 @@ class BinReader:
         """A contiguous copy of one tensor. Raises CheckpointError if the file lost it or cannot be read."""
         import torch
 
-        if path != self._path or (self._touched > REMAP_BYTES and _is_zip(path)):
-            self._forget()
-            self._load(path)
+        try:
+            if path != self._path or (self._touched > REMAP_BYTES and _is_zip(path)):
+                self._forget()
+                self._load(path)
+        except OSError as exc:
+            raise CheckpointError(
+                f"'{path}': tensor {name!r} cannot be read any more ({exc}): check the file and run again"
+            ) from exc
         if name not in self._state:
             raise CheckpointError(f"'{path}' has lost tensor {name!r} since it was opened: run again")
         tensor = self._state[name]

@@ -87,11 +87,11 @@ def _plain(value: Any) -> Any:
 
 def find_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint in a folder."""
-    return next(filter(_is_whole, _checkpoints(output)), None)
+    return next(filter(_is_whole, checkpoint_folders(output)), None)
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """Folders that are named as checkpoints, the newest first."""
+def checkpoint_folders(output: Path) -> list[Path]:
+    """Folders that are named as a run names its checkpoints, the newest first; others are the user's."""
     found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
@@ -148,7 +148,7 @@ def check_place(output: Path, resume: bool) -> Path | None:
 
 
 def _why_none(output: Path) -> str:
-    if old := [path for path in _checkpoints(output) if not (path / RECORD_FILE).exists()]:
+    if old := [path for path in checkpoint_folders(output) if not (path / RECORD_FILE).exists()]:
         return (
             f"{old[0]} has no record of the run that wrote it, because an earlier release did, so nobody can "
             f"tell whether it belongs to this run; finish it with that release, or train on from its weights "
@@ -175,7 +175,7 @@ def check_same_run(checkpoint: Path, record: Record) -> None:
 
 def remove_leftovers(output: Path) -> list[str]:
     """Remove what a killed run has not finished writing; returns its names."""
-    halves = [p for p in _checkpoints(output) if (p / RECORD_FILE).exists() and not _is_whole(p)]
+    halves = [p for p in checkpoint_folders(output) if (p / RECORD_FILE).exists() and not _is_whole(p)]
     found = [path for path in (output / PARTIAL, output / SCRATCH, *halves) if path.exists()]
     for path in found:
         shutil.rmtree(path)

@@ -15,14 +15,7 @@ import numpy as np
 import torch
 
 from ..artifact.limits import block_length, check_length, positions
-from ..artifact.loading import (
-    AUTO_CLASSES,
-    HoldsMixtures,
-    load_alone,
-    load_config,
-    load_tokenizer,
-    task_of,
-)
+from ..artifact.loading import AUTO_CLASSES, HoldsMixtures, load_alone, load_config, load_tokenizer, task_of
 from ..errors import DataError, RequestError, TrainingError, few, one_line
 from ..extras import need
 from ..options import called
@@ -113,11 +106,7 @@ def evaluate(
 
 
 def score_models(
-    request: Scoring,
-    *,
-    distributed: bool = False,
-    token: str | None = None,
-    progress: Progress | None = None,
+    request: Scoring, *, distributed: bool = False, token: str | None = None, progress: Progress | None = None
 ) -> Evaluation:
     """Score a model, and another one on the same examples.
 

@@ -13,33 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..artifact.layout import file_names
-from ..artifact.limits import (
-    block_length,
-    check_length,
-    check_token_ids,
-    counts_from_padding,
-    positions,
-)
-from ..artifact.loading import (
-    AUTO_CLASSES,
-    from_pretrained,
-    load_config,
-    load_tokenizer,
-    task_of,
-)
+from ..artifact.limits import block_length, check_length, check_token_ids, counts_from_padding, positions
+from ..artifact.loading import AUTO_CLASSES, from_pretrained, load_config, load_tokenizer, task_of
 from ..errors import TrainingError
 from ..extras import need
 from ..options import by_name, called, default_of
 from ..request import as_path, check_function, check_token
 from ..source import texts
-from .checkpoints import (
-    Record,
-    check_place,
-    check_same_run,
-    remove_leftovers,
-    what_is_left,
-    writing_into,
-)
+from .checkpoints import Record, check_place, check_same_run, remove_leftovers, what_is_left, writing_into
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
 from .interrupts import StopOnSignal
@@ -51,13 +32,7 @@ from .library import (
     set_seed,
     unset_hf_deepspeed_config,
 )
-from .option_names import (
-    check_arguments,
-    check_options,
-    check_schedule,
-    check_trackers,
-    check_weights_fit,
-)
+from .option_names import check_arguments, check_options, check_schedule, check_trackers, check_weights_fit
 from .request import Finetuning
 from .roles import freeze, has_centre, role_of
 from .room import check_room

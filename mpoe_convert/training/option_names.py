@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from enum import Enum
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..artifact.loading import shapes_of
 from ..errors import TrainingError, did_you_mean, few, one_line
-from ..options import by_name, called
+from ..options import by_name, called, fits, members, type_in_words
 from .request import Finetuning
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ def _checked(name: str, value: Any, known: Collection[str], config: PretrainedCo
         )
     kind = _types(config).get(name)
     if kind is not None:
-        value = _number(value) if float in _members(kind) else value
-        if not _fits(value, kind):
-            raise TrainingError(f"{shown} is {value!r}; expected {_in_words(kind)}")
+        value = _number(value) if float in members(kind) else value
+        if not fits(value, kind):
+            raise TrainingError(f"{shown} is {value!r}; expected {type_in_words(kind)}")
     elif name == "dtype":
         _check_dtype(shown, value)
     elif name not in _BESIDE:
@@ -163,15 +162,14 @@ def _flag(name: str) -> str:
 
 def _argument(shown: str, value: Any, kind: Any) -> Any:
     """The value of a field; other types than numbers and words of a list are left to transformers."""
-    members = set(_members(kind))
-    words = [each for each in members if isinstance(each, type) and issubclass(each, Enum)]
+    kinds = set(members(kind))
+    words = [each for each in kinds if isinstance(each, type) and issubclass(each, Enum)]
     if words and isinstance(value, str):
         _one_of(shown, value, words[0])
-    if members <= {bool, int, float, NoneType}:
-        value = _number(value) if float in members else value
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not (_fits(value, kind) and is_finite):
-            raise TrainingError(f"{shown} is {value!r}; expected {_in_words(kind)}")
+    if kinds <= {bool, int, float, NoneType}:
+        value = _number(value) if float in kinds else value
+        if not fits(value, kind):
+            raise TrainingError(f"{shown} is {value!r}; expected {type_in_words(kind)}")
     return value
 
 
@@ -188,25 +186,6 @@ def _types(config: PretrainedConfig) -> dict[str, type | UnionType]:
 
     is_converted = getattr(config, "mpoe", None) is not None
     return {option.name: option.type for option in CONFIG_OPTIONS} if is_converted else {}
-
-
-def _members(kind: Any) -> tuple:
-    return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    for member in _members(kind):
-        origin = get_origin(member) or member
-        accepted = (int, float) if origin is float else origin
-        if isinstance(value, accepted) and (origin is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def _in_words(kind: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
-    found = (words.get(get_origin(member) or member, "null") for member in _members(kind))
-    return " or ".join(found)
 
 
 def _number(value: Any) -> Any:

@@ -30,7 +30,7 @@ from ..options import switched
 from ..source.hub import CHAT_TEMPLATES, asked_once, download_except_weights
 from ..source.json_files import write_json
 from .card import describe_training
-from .checkpoints import SCRATCH, find_checkpoint
+from .checkpoints import SCRATCH, checkpoint_folders, find_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ class Result:
                 f"{self._remedy()}"
             ) from error
         if is_main:
-            for path in self.folder.glob("checkpoint-*"):
+            for path in checkpoint_folders(self.folder):
                 shutil.rmtree(path)
         wait()
 

@@ -223,3 +223,17 @@ def test_a_type_in_config_json_is_found_there(tmp_path):
     (tmp_path / "a/preprocessor_config.json").write_text("{}")
     artifact = named_artifact(tmp_path / "a", "vit", image_processor_type="CLIPImageProcessor")
     assert read(artifact / "preprocessor_config.json") == {}
+
+
+def test_weights_that_are_there_already_are_not_read(tmp_path, monkeypatch):
+    """As of a run that resumes: they are large, and say nothing of tokenizers."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    folder = copied(source, "artifact", "mpoe_gpt2")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    checkpoint = Checkpoint(str(source), source, None, {"model_type": "gpt2"}, {})
+    names, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: names.append(path.name) or read_bytes(path))
+    name_classes(folder, checkpoint, checkpoint.architecture)
+    assert "config.json" in names and not any(name.endswith(".safetensors") for name in names)

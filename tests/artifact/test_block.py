@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 
@@ -15,11 +16,9 @@ from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact import block as block_file
 from mpoe_convert.artifact.block import check_block, check_folder
 from mpoe_convert.artifact.inspect import inspect
-from mpoe_convert.artifact.layout import STOCK_OPTIONS
 from mpoe_convert.artifact.reader import open_artifact
 from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError
-from mpoe_convert.runtime.config import CONFIG_OPTIONS
 
 # What people may write in the place of a value.
 WRONG = {"text": "a", "null": None, "negative": -1, "list": [], "object": {}, "fraction": 0.5}
@@ -132,34 +131,6 @@ def test_whatever_stands_there_is_told_or_may_be(source, configs):
             assert name in MAY_BE.get(named(place), ()), (place, name)
 
 
-# Per type of an option, what it may be.
-FITS = {"float": {"negative", "fraction"}, "str": set(), "bool": set(), "int": set()}
-FITS |= {
-    "float | None": FITS["float"] | {"null"},
-    "int | None": {"null"},
-    "list[str] | None": {"null", "list"},
-}
-
-
-@pytest.mark.parametrize("source", ["dense", "mixture"])
-def test_options_beside_the_block_are_of_their_types(source, configs):
-    """The stock code of a mixture reads options of the same names itself."""
-    config = configs[source]
-    for option in CONFIG_OPTIONS:
-        kind = option.type.__name__ if isinstance(option.type, type) else str(option.type)
-        for name, value in (WRONG | {"nan": float("nan"), "one": True}).items():
-            try:
-                check_block(config | {option.name: value}, "out/config.json")
-            except CheckpointError as error:
-                assert str(error).startswith(f"'out/config.json': {option.name} is "), (option.name, name)
-                continue
-            fits = FITS[kind.replace("types.", "")] | ({"one"} if kind == "bool" else set())
-            assert name in fits or (source == "mixture" and option.name in STOCK_OPTIONS), (option.name, name)
-    for option in CONFIG_OPTIONS:
-        for value in (option.default, *(option.values or ())):
-            check_block(config | {option.name: value}, "out/config.json")
-
-
 def test_every_key_of_the_format_is_tried(configs):
     tried = {named(place) for config in configs.values() for place, *_ in edits(config["mpoe"])}
     assert {key for key in tried if not key.startswith("an entry of ")} == KEYS
@@ -206,6 +177,35 @@ def test_a_value_says_what_was_expected(place, value, said, configs):
     with pytest.raises(CheckpointError) as caught:
         check_block(config, "out/config.json")
     assert said in str(caught.value)
+
+
+# Of an option at the top level of the config, by its default: what people may write, and what was expected.
+NO_OPTION = {
+    "router_z_loss_coef": (["high", None, True, math.nan], "a number"),
+    "router_capacity_factor": (["high", [1.5]], "a number or null"),
+    "mpoe_cache_bytes": (["1 GB", 0.5], "a whole number or null"),
+    "output_router_logits": (["yes", 1], "true or false"),
+    "router_tasks": (["a, b", ["a", 1]], "a list of texts or null"),
+    "mpoe_schedule": (["fast", None, ["auto"]], "one of auto, apply, rebuild, cached"),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPTION)
+def test_an_option_says_what_was_expected(name, configs):
+    found, expected = NO_OPTION[name]
+    for value in found:
+        with pytest.raises(CheckpointError) as caught:
+            check_block(configs["dense"] | {name: value}, "out/config.json")
+        said = f"'out/config.json': {name} is {value!r}, expected {expected}: take config.json as it came"
+        assert str(caught.value).startswith(said)
+
+
+def test_options_of_the_routers_of_a_source_are_its_own(configs):
+    """Some have a number where ours is a text; those of the experts are ours."""
+    config = configs["mixture"] | {"router_combine": 3, "output_router_logits": None}
+    check_block(config, "config.json")
+    with pytest.raises(CheckpointError, match="mpoe_cache is 'most', expected one of off, hit, all: "):
+        check_block(config | {"mpoe_cache": "most"}, "config.json")
 
 
 def widen_a_bond(block):
@@ -334,10 +334,13 @@ def test_tensors_that_other_libraries_rounded_are_left_to_them(command, out, tmp
 
 
 def test_the_shapes_of_a_form_are_worked_out_once_for_all_mixtures(artifact, monkeypatch):
-    """Opening checks the block, then the tensors: each of them needs the shapes of the form."""
-    asked, shapes = [], block_file.mixture_shapes
-    monkeypatch.setattr(block_file, "mixture_shapes", lambda *args: asked.append(1) or shapes(*args))
-    opened = open_artifact(str(artifact("t5")[1]))
+    """Opening checks the block, then the tensors: both by the same shapes."""
+    asked, shapes = [], block_file._shapes_of
+    monkeypatch.setattr(block_file, "_shapes_of", lambda *args: asked.append(1) or shapes(*args))
+    folder = artifact("t5")[1]
+    check_folder(str(folder))
+    checked = len(asked)
+    opened = open_artifact(str(folder))
     forms = len(opened.checkpoint.config["mpoe"]["forms"])
     assert len(opened.mixtures) > forms
-    assert len(asked) == 2 * forms
+    assert checked == forms and len(asked) == 2 * forms

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from helpers.tiny import save_tiny, save_tokenizer
+from safetensors.torch import save_file
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.artifact.folder import check_output
@@ -144,3 +146,10 @@ def test_the_report_names_the_files_in_folders(source):
     add_templates(source)
     out = converted(source)
     assert json.loads((out / "conversion_report.json").read_text())["files"] == file_names(out)
+
+
+def test_weights_of_something_else_in_the_folder_are_not_counted(source):
+    out = converted(source)
+    before = inspect(out).parts
+    save_file({"adapter": torch.ones(3)}, out / "adapter_model.safetensors")
+    assert inspect(out).parts == before

@@ -44,6 +44,8 @@ RECIPES = {
     "mpo": {"experts": 2, "bond_dim": 8, "noise": 0.1},
     "dense": {"experts": 2, "kind": "dense", "noise": 0.1},
     "mixture": {},
+    # Each expert's cores in groups of their own; the first has less than 32 x 32 numbers.
+    "sizes": {"experts": 3, "kind": "low-rank", "bond_dim": "6/32/48", "noise": 0.1},
     # Ranks that no number divides: 61 of 96 inputs are kept.
     "kept": {"experts": 2, "bond_dim": 2, "noise": 0.0, "keep": 0.95},
 }
@@ -72,22 +74,29 @@ def test_rows_that_fill_no_word_are_padded():
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])
-@pytest.mark.parametrize("shape", [(64, 40), (3, 32, 40), (97, 40)])
-def test_no_number_moves_by_more_than_half_a_step(shape, bits, levels):
-    core = randn(*shape)
-    made, exact = round_core("core", core, bits)
+@pytest.mark.parametrize("shapes", [[(64, 40)], 3 * [(32, 40)], [(97, 40)], [(64, 40), (3, 40), (97, 40)]])
+def test_no_number_moves_by_more_than_half_a_step(shapes, bits, levels):
+    """Of one matrix, a stack, a longer row, and of experts that differ in size, whose core is a vector."""
+    whole = (shapes[0], (len(shapes), *shapes[0]))[len(shapes) > 1]
+    core = randn(*(whole if len(set(shapes)) == 1 else [sum(map(math.prod, shapes))]))
+    layers = {f"core.{expert}": shape for expert, shape in enumerate(shapes)}
+    made, exact = round_core(layers, core, bits)
     assert {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in made.items()} == (
-        stored_specs("core", shape, "float32", bits)
+        stored_specs(layers, "float32", bits)
     )
-    largest = core.abs().amax(-2, keepdim=True)  # of a column of the core, or of a part of it
-    step = (largest / levels).expand_as(core)
-    assert ((exact - core).abs() <= step / 2 * (1 + 1e-5)).all() and not torch.equal(exact, core)
-    experts = shape[0] if len(shape) == 3 else None
-    torch.testing.assert_close(read_core(made.__getitem__, "core", bits, experts), exact, rtol=0, atol=0)
+    assert exact.shape == core.shape
+    parts = zip(*(t.flatten().split(list(map(math.prod, shapes))) for t in (core, exact)), strict=True)
+    for shape, (part, found) in zip(shapes, parts, strict=True):
+        largest = part.view(shape).abs().amax(-2, keepdim=True)  # of a column of the core, or of a part of it
+        step = (largest / levels).expand(shape)
+        assert ((found - part).view(shape).abs() <= step / 2 * (1 + 1e-5)).all()
+        assert not torch.equal(found, part)
+    again = read_core(made.__getitem__, layers, bits, tuple(core.shape))
+    torch.testing.assert_close(again, exact, rtol=0, atol=0)
 
 
 def test_zeros_stay():
-    made, exact = round_core("core", torch.zeros(32, 32), 4)
+    made, exact = round_core({"core": (32, 32)}, torch.zeros(32, 32), 4)
     assert not exact.any() and all(t.isfinite().all() for t in made.values())
 
 
@@ -132,11 +141,18 @@ def counted_bytes(shapes: dict, rounded: set, bits: int) -> int:
         if name not in rounded:
             total += 4 * math.prod(shape)
             continue
-        *stack, width, rows = shape
-        group = width if bits == 8 else {64: 64, 96: 48}.get(width, width)
-        words = math.ceil(width * bits / 32)
-        total += math.prod(stack) * (rows * (4 * words + 4 * width // group) + 16)
+        for width, rows in matrices_in(name, shape):
+            group = width if bits == 8 else {64: 64, 96: 48}.get(width, width)
+            total += rows * (4 * math.ceil(width * bits / 32) + 4 * width // group) + 16
     return total
+
+
+def matrices_in(name: str, shape: tuple) -> list[tuple[int, int]]:
+    """The matrices of a core; in a vector those of experts of the ranks 6, 32 and 48."""
+    if len(shape) > 1:
+        return math.prod(shape[:-2]) * [shape[-2:]]
+    side = shape[0] // (6 + 32 + 48)
+    return [(side, rank) if name.endswith("aux_0") else (rank, side) for rank in (6, 32, 48)]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -321,7 +337,8 @@ def logits(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "dtype"), [("mpo", 4, "float16"), ("kept", 4, "float32"), ("mixture", 8, "float32")]
+    ("name", "bits", "dtype"),
+    [("mpo", 4, "float16"), ("kept", 4, "float32"), ("sizes", 4, "float32"), ("mixture", 8, "float32")],
 )
 def test_a_model_that_ran_is_saved_as_it_was_stored(name, bits, dtype, made, tmp_path):
     """Whole matrices, which the library makes in the first pass, are packed again."""
@@ -343,19 +360,20 @@ def test_a_model_that_ran_is_saved_as_it_was_stored(name, bits, dtype, made, tmp
         assert verify(tmp_path / "again").ok
 
 
-def test_the_library_makes_the_matrices_that_exports_do(made):
+@pytest.mark.parametrize("name", ["kept", "sizes"])
+def test_the_library_makes_the_matrices_that_exports_do(name, made):
     """`Artifact.matrix` and compressed-tensors read the same numbers, in groups that fill no word."""
     pytest.importorskip("compressed_tensors")
-    _, _, rounded, _ = made("kept")
+    _, _, rounded, _ = made(name)
     model, artifact = load(rounded), open_artifact(str(rounded))
     logits(model)
     for mixture in artifact.mixtures:
         for role in mixture.roles:
-            chain = model.get_submodule(mixture.key).get_submodule(role).terms[0]
-            cores = [getattr(chain, core) for core in chain.core_names]
-            with torch.no_grad():
-                found = chain._contract(cores, 0, torch.empty(0))
-            torch.testing.assert_close(found, artifact.matrix(mixture, role, {0: 1.0}), rtol=1e-5, atol=1e-5)
+            found = torch.zeros(mixture.size(role))
+            for chain in model.get_submodule(mixture.key).get_submodule(role).terms:
+                cores = [getattr(chain, core) for core in chain.core_names]
+                found += chain._contract(cores, 1, torch.empty(0)).detach()
+            torch.testing.assert_close(found, artifact.matrix(mixture, role, {1: 1.0}), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,6 +3,7 @@
 import io
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mpoe_convert import Export, export
 from mpoe_convert.artifact import weight_files
-from mpoe_convert.artifact.weight_files import Spec, save_shard, stream_shard
+from mpoe_convert.artifact.weight_files import PlannedTensor, Spec, save_shard, stream_shard, write_planned
 from mpoe_convert.errors import CheckpointError
 from mpoe_convert.source.safetensors_file import CODE2DTYPE
 
@@ -55,7 +56,24 @@ def test_weights_of_one_byte_are_checked_too(dtype, tmp_path):
         save_shard(tensors, tmp_path / "x.safetensors")
 
 
-def test_few_bytes_wait_to_be_written_while_the_next_tensor_is_made(tmp_path, monkeypatch):
+def by_stream(make, path):
+    """One file of tensors that are made one after the other, by `stream_shard`."""
+    stream_shard([Spec(name, (20,), "float32") for name in NAMES], ((n, make(n)) for n in NAMES), path)
+
+
+def by_plan(make, path):
+    """The same by `write_planned`, which says of each that it is made."""
+    tensors = [PlannedTensor(name, (20,), "float32", partial(make, name)) for name in NAMES]
+    done = []
+    write_planned(path.parent, {path.name: tuple(NAMES)}, tensors, done.append)
+    assert done == tensors
+
+
+NAMES = "abcdefgh"
+
+
+@pytest.mark.parametrize("write_file", [by_stream, by_plan])
+def test_few_bytes_wait_to_be_written_while_the_next_tensor_is_made(write_file, tmp_path, monkeypatch):
     """A disk that is slower than what is made: never more than two tensors are done but not written."""
     monkeypatch.setattr(weight_files, "IN_FLIGHT", 100)
     made, written, most = [], [], []
@@ -66,14 +84,13 @@ def test_few_bytes_wait_to_be_written_while_the_next_tensor_is_made(tmp_path, mo
         write(*args)
         written.append(1)
 
-    def making():
-        for name in "abcdefgh":
-            most.append(len(made) - len(written))
-            made.append(name)
-            yield name, torch.full((20,), 1.0)  # 80 bytes: one may wait, not two
+    def make(name):
+        most.append(len(made) - len(written))
+        made.append(name)
+        return torch.full((20,), 1.0)  # 80 bytes: one may wait, not two
 
     monkeypatch.setattr(weight_files, "_write_at", slowly)
-    stream_shard([Spec(name, (20,), "float32") for name in "abcdefgh"], making(), tmp_path / "x.safetensors")
+    write_file(make, tmp_path / "x.safetensors")
     assert len(made) == 8 == len(load_file(tmp_path / "x.safetensors")) and max(most) == 1
 
 

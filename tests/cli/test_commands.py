@@ -120,7 +120,7 @@ def test_a_folder_named_like_a_command_is_reached_by_its_path(here):
         ),
         (
             ["dense", "-o", "out", "--kind", "mp0"],
-            "'mp0' is not one of 'adapter', 'dense', 'low-rank', 'mpo', 'split'. ",
+            "'mp0' is not one of 'adapter', 'core-space', 'dense', 'low-rank', 'mpo', 'split'. ",
         ),
         (["dense", "-o", "out", "--kind", "mp0"], "Did you mean 'mpo'?"),
         (["verfy", "done"], "No such command 'verfy'. Did you mean 'verify'?"),

@@ -255,11 +255,11 @@ def test_an_option_of_one_plug_in_is_refused_with_another():
 
 def test_plug_ins_that_read_an_option_each_in_their_way_say_so():
     words = params("convert")["bond_dim"].help
-    for kind in ("adapter", "low-rank", "mpo"):
+    for kind in ("adapter", "core-space", "low-rank", "mpo"):
         own = description(by_name(experts.load(kind).Options)["bond_dim"]).help
         assert f"{kind}: {own[0].lower()}{own[1:].rstrip('.')}" in words
     assert Recipe("gpt2", kind="mpo", bond_dim="4,8").bond_dim == (4, 8)
-    for kind in ("adapter", "low-rank"):
+    for kind in ("adapter", "core-space", "low-rank"):
         with pytest.raises(RecipeError, match=r"bond_dim is \(4, 8\); expected a whole number of at least 1"):
             Recipe("gpt2", kind=kind, bond_dim=(4, 8))
 
@@ -325,3 +325,11 @@ def test_only_what_a_task_needs_is_asked_for(artifact, tmp_path, monkeypatch):
 
     with pytest.raises(LibraryError, match="report needs matplotlib"):
         draw_pictures(artifact("gpt2")[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("router_tasks=[a", "its value is not YAML"), ("router_tasks", "expected NAME=VALUE")]
+)
+def test_an_assignment_that_cannot_be_read_is_a_usage_error(given, said):
+    done = CliRunner().invoke(main, ["finetune", "model", "--data", "d", "-o", "out", "--option", given])
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()) and "Traceback" not in done.output

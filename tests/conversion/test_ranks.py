@@ -97,6 +97,8 @@ def all_runs(config):
     for event in ("nan", "kill", "full"):
         args = [*cases["blocks"], "-o", event]
         runs |= {event: {"args": args, "count": 2, event: [1, 1]}}
+    resumed = {"args": [*cases["blocks"], "--resume", "-o", "resumed"]}
+    runs |= {"left": resumed | {"count": 2, "kill": [1, 2]}, "resumed": resumed | {"count": 3}}
     for event in ("nan", "kill"):
         args = [*cases["budget"], "-o", f"calibrating-{event}"]
         runs[f"calibrating {event}"] = {"args": args, "count": 2, "calibrating": [1, event]}
@@ -181,6 +183,17 @@ def test_a_process_that_is_killed_ends_the_run(ran):
         "no output was written, run it again\n"
     )
     assert not list(folder.glob("*kill*"))
+
+
+def test_what_is_left_of_a_killed_process_is_taken_up_by_another_number(ran):
+    """No file twice, and none that the first ones have not finished."""
+    folder, runs = ran
+    left, resumed = runs["left"], runs["resumed"]
+    assert left["codes"] == [1, -9] and len(left["stderr"].splitlines()) == 1, left["stderr"]
+    assert (resumed["codes"], resumed["stderr"]) == ([0, 0, 0], "")
+    assert tree(folder / "resumed") == tree(folder / "blocks-1")
+    assert left["made"] and sorted(left["made"] + resumed["made"]) == sorted(runs["blocks 1"]["made"])
+    assert [path.name for path in folder.glob("*resumed*")] == ["resumed"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mpoe_convert.artifact.folder import count_finished, find_resumable
 from mpoe_convert.cli import main
 from mpoe_convert.conversion import convert as conversion
 from mpoe_convert.conversion import shards
-from mpoe_convert.errors import CheckpointError, OutputError, RecipeError
+from mpoe_convert.errors import CheckpointError, MachineError, OutputError, RecipeError
 
 CALLS = {
     "dense": {"model": "llama", "experts": 2, "bond_dim": 4},
@@ -239,3 +239,12 @@ def test_the_command_says_what_is_kept_and_goes_on(work):
         done.stderr,
         re.M,
     )
+
+
+def test_what_is_kept_is_said_in_the_words_of_the_same_error(work):
+    """Of several processes those that another one speaks for stay silent."""
+    told = MachineError("another process has ended")
+    told.is_told = True
+    with saving(2, told), pytest.raises(MachineError, match=r"^another process has ended; 2 of ") as caught:
+        convert(recipe(), "out", resume=True)
+    assert caught.value.is_told

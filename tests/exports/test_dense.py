@@ -35,6 +35,7 @@ KINDS = {
     "compressed": {"keep": 0.9},
     "dense": {"kind": "dense"},
     "low-rank": {"kind": "low-rank"},
+    "core-space": {"kind": "core-space"},
     "low-rank, compressed": {
         "kind": "low-rank",
         "keep": 0.9,

@@ -31,6 +31,8 @@ CASES = {
     "bert": {},
     "vit": {},
     "albert": {},
+    "gpt2, core-space": {"kind": "core-space"},
+    "phi3, core-space": {"kind": "core-space"},
 }
 
 

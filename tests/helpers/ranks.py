@@ -27,7 +27,8 @@ def run_all(runs: list[dict], cwd: Path, environment: dict[str, str] | None = No
         environment: of all of them; None: that of this process.
 
     Returns:
-        For each {"codes": exit codes by rank, "stderr": of all together}.
+        For each {"codes": exit codes by rank, "stderr": of all together, "made": names of the weight files
+        that were finished}.
     """
     done = subprocess.run(
         [sys.executable, __file__],
@@ -64,6 +65,8 @@ def disturb(run: dict, rank: int) -> None:
         if run.get("kill") == [rank, len(files)]:
             os.kill(os.getpid(), signal.SIGKILL)
         save(specs, tensors, path)
+        with open(f"made-{run['number']}", "a") as made:
+            made.write(f"{path.name}\n")
 
     conversion.stream_shard = disturbed
 
@@ -142,7 +145,9 @@ def main() -> None:
         pids = [forked(run, rank, port, output) for rank in range(run["count"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         os.close(output)
-        found.append({"codes": codes, "stderr": path.read_text()})
+        made = Path(f"made-{number}")
+        names = made.read_text().split() if made.exists() else []
+        found.append({"codes": codes, "stderr": path.read_text(), "made": names})
         path.unlink()
     json.dump(found, sys.stdout)
 

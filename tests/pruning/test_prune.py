@@ -36,13 +36,17 @@ KINDS = {
     "dense": {"kind": "dense"},
     "dense, 1 shared": {"kind": "dense", "shared_experts": 1},
     "low-rank": {"kind": "low-rank"},
+    "core-space": {"kind": "core-space"},
     "adapter": {"kind": "adapter"},
+    "adapters of sizes": {"kind": "adapter", "bond_dim": "2/6/4/8"},
+    "low-rank of sizes": {"kind": "low-rank", "bond_dim": "2/4/4/4"},
+    "blocks of sizes": {"layout": "blocks", "bond_dim": "2/4/8/2"},
     "parts": {"kind": "split", "experts": 8, "parts": 2, "top_k": 4},
     "parts, 1 shared": {"kind": "split", "experts": 8, "parts": 2, "shared_experts": 1, "top_k": 4},
     "top-p": {"kind": "dense", "select": "top-p", "threshold": 0.6, "top_k": 4},
     "top-any": {"kind": "dense", "select": "top-any", "top_k": 4},
 }
-SLOW = {*KINDS} - {"blocks", "parts, 1 shared"}
+SLOW = {*KINDS} - {"blocks", "parts, 1 shared", "low-rank of sizes", "adapters of sizes"}
 
 
 @pytest.fixture(scope="module")
@@ -372,12 +376,37 @@ def test_artifacts_whose_experts_all_stay_are_told(made, folder, tmp_path):
         prune(folder / "dense", tmp_path / "small", asked(folder, 2))
 
 
-@pytest.mark.parametrize("kind", ["adapter", "low-rank", "mpo"])
-def test_experts_of_different_sizes_all_stay(kind, folder, tmp_path):
-    convert(Recipe(str(folder / "dense"), kind=kind, experts=4, bond_dim="2/2/4/8"), tmp_path / "sizes")
-    with pytest.raises(CheckpointError, match="differ in size, .*; expected experts of one size"):
-        prune(tmp_path / "sizes", tmp_path / "small", asked(folder, 2))
-    assert not (tmp_path / "small").exists()
+def test_experts_of_a_mixture_keep_their_own_ranks(folder, tmp_path):
+    """Every layer keeps others, of other ranks; their matrices are those that they were."""
+    source = save_mixture("mixtral", tmp_path / "dense", **MIXTURES["mixtral"][0])
+    save_tokenizer(source)
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "experts." in name:
+            layer, expert = (
+                int(each) for each in re.search(r"layers\.(\d+).*experts\.(\d+)\.", name).groups()
+            )
+            tensor *= 0.05 ** ((layer + expert) % 3)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(str(source), keep=0.6, share="none", allocation="uniform")
+    convert(recipe, tmp_path / "out")
+    smaller = prune(tmp_path / "out", tmp_path / "small", asked(folder, 4, by="load"))
+    before, after = open_artifact(str(tmp_path / "out")), open_artifact(str(tmp_path / "small"))
+    ranks = set()
+    for old, new, layer in zip(before.mixtures, after.mixtures, smaller.layers, strict=True):
+        for role in new.roles:
+            [term] = new.form[role]["terms"]
+            ranks.add(str(term["by_expert"]["bonds"]))
+            assert term["bonds"] == max(term["by_expert"]["bonds"])
+            for place, expert in enumerate(layer.kept):
+                expected = before.matrix(old, role, {expert: 1.0})
+                found = after.matrix(new, role, {place: 1.0})
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(ranks) > 1
+    model = load(tmp_path / "small")
+    exported = export(tmp_path / "small", tmp_path / "stock", Export(to="moe"))
+    assert exported.comparison.relative_difference < 5e-6 and logits(model).isfinite().all()
+    assert verify(tmp_path / "small").ok
 
 
 def test_the_command_prints_what_is_left_out_and_the_losses(made, folder, tmp_path):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.mixtures import SCHEDULES, TERMS, make_ffn, randn, schedule
+from helpers.mixtures import NUM_EXPERTS, SCHEDULES, TERMS, fill, make_ffn, mirrored, randn, schedule
 from helpers.models import stored
 from helpers.rounding import Eighths, rounded
 from torch import nn
@@ -20,7 +20,7 @@ from transformers import (
 
 from mpoe_convert import Recipe, convert
 from mpoe_convert.runtime import modeling_mpoe
-from mpoe_convert.runtime.modeling_mpoe import Chain, MatrixCache
+from mpoe_convert.runtime.modeling_mpoe import Chain, FeedForward, MatrixCache
 
 SIZES = {
     "vocab_size": 48,
@@ -39,6 +39,8 @@ KINDS = {
     "balanced": {"experts": 3, "bond_dim": 64, "noise": 0.1, "layout": "balanced"},
     "compressed": {"experts": 3, "bond_dim": 8, "noise": 0.1, "keep": 0.8},
     "low-rank": {"experts": 3, "kind": "low-rank", "bond_dim": 8, "noise": 0.1},
+    "core-space": {"experts": 3, "kind": "core-space", "bond_dim": 8},
+    "low-rank of sizes": {"experts": 3, "kind": "low-rank", "bond_dim": "8/32/40", "noise": 0.1},
     "dense": {"experts": 3, "kind": "dense", "noise": 0.1},
     "adapter": {"experts": 3, "kind": "adapter", "noise": 0.1},
     "mixture": {},
@@ -49,6 +51,7 @@ LARGE = {
     "mpo": {"central_0", "central_2"},
     "one-sided": {"central_1"},
     "low-rank": {"central_0"},
+    "low-rank of sizes": {"central_0", "aux_0", "aux_1"},
     "dense": {"aux_0"},
     "adapter": {"central_0"},
     "mixture": {"aux_0"},
@@ -73,14 +76,24 @@ def put_weights(chain, source):
         if not isinstance(layer, nn.Module):
             continue
         layers = layer if isinstance(layer, nn.ModuleList) else [layer]
-        for own, matrix in zip(layers, core if core.ndim == 3 else [core], strict=True):
-            own.weight.copy_(matrix.T)
+        sizes = [own.weight.numel() for own in layers]
+        for own, part in zip(layers, core.flatten().split(sizes), strict=True):
+            own.weight.copy_(part.view(own.in_features, own.out_features).T)
+
+
+def make_sizes():
+    """The mixture of `make_ffn`, whose experts have the ranks 1, 3, 2, 3."""
+    up = TERMS["low rank"] | {"bonds": [3], "by_expert": {"bonds": [[1], [3], [2], [3]]}}
+    gate, down = {"terms": [up], "bias": None}, mirrored(up) | {"by_expert": up["by_expert"]}
+    ffn = FeedForward({"gate": gate, "up": gate, "down": {"terms": [down], "bias": None}}, NUM_EXPERTS, 2)
+    ffn.act = nn.SiLU()
+    return fill(ffn)
 
 
 @pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("name", [*TERMS, "lora"])
+@pytest.mark.parametrize("name", [*TERMS, "lora", "sizes"])
 def test_layers_compute_what_cores_do(name, how):
-    ffn = make_ffn(name, bias="per-expert").double()
+    ffn = (make_sizes() if name == "sizes" else make_ffn(name, bias="per-expert")).double()
     x = randn(7, 12)
     with torch.no_grad():
         expected = ffn(x)
@@ -100,10 +113,11 @@ def test_rows_of_another_dtype_are_cast_as_for_cores(name):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "balanced"])
+@pytest.mark.parametrize("name", ["dense", "balanced", "sizes"])
 def test_layers_compile_whole(name):
     """No shape of the graph depends on what was routed."""
-    ffn, x = with_linears(make_ffn(name).double()).eval(), randn(7, 12)
+    made = make_sizes() if name == "sizes" else make_ffn(name)
+    ffn, x = with_linears(made.double()).eval(), randn(7, 12)
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(ffn, fullgraph=True, backend="eager")(x)
@@ -122,6 +136,13 @@ def test_matrices_of_layers_are_paid_for():
     assert linear.rebuild_flops - plain.rebuild_flops == sum(2 * r * r * c for r, c in rows_and_cols)
     for how in ("apply", "cached"):
         assert linear.cost(5, 2, how) == plain.cost(5, 2, how)
+
+
+def test_matrices_of_layers_of_experts_that_differ_cost_their_mean():
+    """Identities of 12 and of the rank pass through the two layers of each."""
+    plain, linear = (make(make_sizes()).up._chains[0] for make in (lambda ffn: ffn, with_linears))
+    each = [2 * 12 * 12 * rank + 2 * rank * rank * 10 for rank in (1, 3, 2, 3)]
+    assert linear.rebuild_flops - plain.rebuild_flops == sum(each) / 4
 
 
 def test_packed_layers_cost_the_bytes_that_they_hold():
@@ -184,7 +205,7 @@ def round_cores(model, tensors) -> set[str]:
             continue
         core = name.rpartition(".")[2]
         if core in chain.core_names and chain.large[chain.core_names.index(core)]:
-            parameter.copy_(rounded(tensors[name].mT).mT)
+            parameter.copy_(rounded(tensors[name]))
             found.add(name)
     return found
 

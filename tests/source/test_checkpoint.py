@@ -696,3 +696,13 @@ def test_companions_are_everything_around_the_weights_and_nothing_else(folder):
         (folder / "additional_chat_templates" / name).write_text("x")
     expected = sorted(folder / name for name in [*COPIED, "additional_chat_templates/rag.jinja"])
     assert checkpoint.companion_files() == expected
+
+
+@pytest.mark.parametrize("write", [save_single, save_sharded, save_bin])
+def test_a_file_that_goes_while_tensors_are_read_is_told(folder, write):
+    write(folder, tiny_tensors())
+    checkpoint = open_checkpoint(str(folder))
+    for file in checkpoint.stored_files:
+        (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=r"tensor 'wte\.weight' cannot be read any more .*run again$"):
+        checkpoint.read("wte.weight")

@@ -188,3 +188,11 @@ def test_a_tokenizer_without_the_probe_ends_texts_with_its_end():
     rows = Dataset.from_dict({"text": ["w3", "ww"]})
     blocks = corpus.language_blocks(rows, tokenizer, "text", 1)["input_ids"][:]
     assert [ids[0] for ids in blocks] == [0, 2, 3, 1, 0, 2, 2, 1]
+
+
+def test_what_a_library_says_of_a_file_is_one_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\na\nb,c,d\n")  # pandas ends its message with a line break
+    with pytest.raises(DataError, match=r"rows.csv' cannot be read: Error tokenizing data") as error:
+        corpus.read([str(path)], Columns(), "causal")
+    assert "\n" not in str(error.value)

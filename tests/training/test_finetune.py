@@ -126,7 +126,9 @@ def test_mask_freezing_and_rates(artifact, text, tmp_path):
         assert {role_of(n) for n in moved} == expected, name
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("mpo", 1), ("dense", 1), ("low-rank", 3), ("adapter", 3)])
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("mpo", 1), ("dense", 1), ("low-rank", 3), ("adapter", 3), ("core-space", 1)]
+)
 def test_the_rate_of_what_experts_own(kind, factor, artifact, text, tmp_path):
     """Adam's first step moves every number by its rate, whatever its gradient."""
     _, out = artifact("gpt2", kind=kind, noise=0.1)

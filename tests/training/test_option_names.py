@@ -50,7 +50,7 @@ def config(artifact):
         (3, 4, "--option 3: "),
         ("router_aux_loss_coef", "abc", "--option router_aux_loss_coef is 'abc'; expected a number$"),
         ("output_router_logits", 1, "is 1; expected true or false$"),
-        ("router_tasks", "a", "is 'a'; expected a list or null$"),
+        ("router_tasks", "a", "is 'a'; expected a list of texts or null$"),
         ("resid_pdrop", "abc", "--option resid_pdrop is 'abc': "),
         ("dtype", "foo", "--option dtype is 'foo'; expected float32, bfloat16 or float16$"),
     ],

@@ -206,3 +206,16 @@ def test_a_failed_save_loses_nothing(moment, artifact, text, tmp_path, monkeypat
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_what_the_user_keeps_beside_the_checkpoints_stays(artifact, text, tmp_path):
+    _, out = artifact("gpt2")
+    tuned = tmp_path / "tuned"
+
+    def keep(what: str, done: int, total: int) -> None:
+        if (what, done) == ("training", 3):
+            shutil.copytree(tuned / "checkpoint-2", tuned / "checkpoint-2-kept")
+            (tuned / "checkpoint-notes.txt").write_text("the second one was good")
+
+    finetune(Finetuning(str(out), text, **QUICK | {"steps": 3}), tuned, watch=keep)
+    assert {path.name for path in tuned.glob("checkpoint-*")} == {"checkpoint-2-kept", "checkpoint-notes.txt"}

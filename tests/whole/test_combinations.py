@@ -29,8 +29,8 @@ from mpoe_convert.runtime import modeling_mpoe as modeling
 MODELS = {"llama": ("AutoModelForCausalLM", 1), "bert": ("AutoModelForMaskedLM", 0)}
 FULL = HIDDEN * INNER  # no bond of any chain is wider
 OF_ONE_KIND = {"layout": "mpo", "sites": "mpo", "gauge": "mpo", "parts": "split"}
-SHARES = ("low-rank", "adapter")  # kinds whose experts share the dense FFN
-SIZED = (*SHARES, "mpo")  # kinds whose experts may differ in size
+SHARES = ("low-rank", "adapter", "core-space")  # kinds whose experts share the dense FFN
+SIZED = ("low-rank", "adapter", "mpo")  # kinds whose experts may differ in size
 
 # ---------------------------------------------------------------------------------------------------
 # Combinations
@@ -134,13 +134,13 @@ def conflicts_of_sizes(asked: dict) -> list[tuple[str, str]]:
     found = []
     if sizes and len(sizes) != experts:
         found.append((f"{len(sizes)} sizes", f"{experts} experts"))
-    if sizes and kind in ("dense", "split"):
+    if sizes and kind not in SIZED:
         found.append(("bond_dim", "kind"))
     if sizes and asked["shared_experts"]:
         found.append(("bond_dim", "shared_experts"))
     if isinstance(size, list) and kind in SHARES:
         found.append(("bond_dim", f"kind {kind}"))
-    elif kind == "low-rank" and max(sizes or [size]) > min(HIDDEN, INNER):
+    elif kind in ("low-rank", "core-space") and max(sizes or [size]) > min(HIDDEN, INNER):
         found.append(("bond_dim", rf"{HIDDEN} x {INNER}|{INNER} x {HIDDEN}"))
     parts = asked.get("parts", experts)
     if experts % parts:

@@ -25,7 +25,7 @@ LEVELS = (
     ("runtime",),
     ("ranks",),
     ("devices", "request"),
-    ("tables", "tensors", "extras"),
+    ("tables", "tensors", "extras", "allocator"),
     ("options",),
     ("errors",),
 )
@@ -130,3 +130,36 @@ def test_type_checkers_see_the_public_names():
     [block] = [node for node in tree.body if _is_for_type_checkers(node)]
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
     assert seen == mpoe_convert._HOME
+
+
+def test_benchmarks_import_what_is_there():
+    """Few are run by tests: whoever measures next would find that a name has moved."""
+    folder = PACKAGE.parent / "examples/benchmarks"
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
+    for stem, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            names = {alias.name for alias in node.names}
+            if node.module in trees:
+                assert names <= _defined(trees[node.module]), (stem, node.module)
+            elif node.module == "mpoe_convert":
+                assert names <= {*mpoe_convert.__all__}, stem
+            elif node.module.startswith("mpoe_convert."):
+                inside = node.module.removeprefix("mpoe_convert.")
+                found = _defined(ast.parse(MODULES[inside].read_text(encoding="utf-8")))
+                assert all(name in found or f"{inside}.{name}" in MODULES for name in names), (stem, inside)
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names at the top level of a module, imported ones too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name) for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found

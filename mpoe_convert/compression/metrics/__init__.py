@@ -57,12 +57,7 @@ class FitMetric:
         return self.moment is not None or self.gradient is not None
 
     def weigh(
-        self,
-        matrix: MatrixPlan,
-        weight: Tensor,
-        moments: FFNMoments | None,
-        *,
-        moment: Tensor | None = None,
+        self, matrix: MatrixPlan, weight: Tensor, moments: FFNMoments | None, *, moment: Tensor | None = None
     ) -> Metric:
         """The metric for one matrix, weight (in, out); without moments the Frobenius norm.
 

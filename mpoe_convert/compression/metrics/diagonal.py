@@ -24,7 +24,5 @@ def input_moment(moments: FFNMoments, matrix: MatrixPlan) -> Tensor:
 
 
 FIT = FitMetric(
-    about="inputs weighed by their mean squares, as ASVD and AWT do",
-    moment=moment,
-    input_moment=input_moment,
+    about="inputs weighed by their mean squares, as ASVD and AWT do", moment=moment, input_moment=input_moment
 )

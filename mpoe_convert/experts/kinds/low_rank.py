@@ -12,14 +12,7 @@ from ... import experts
 from ...errors import RecipeError, SitesError
 from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
-from ..matrixwise import (
-    build_matrices,
-    by_expert,
-    describe_matrices,
-    expert_sizes,
-    whole_cores,
-    whole_term,
-)
+from ..matrixwise import build_matrices, by_expert, describe_matrices, expert_sizes, whole_cores, whole_term
 
 if TYPE_CHECKING:
     from torch import Generator

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from ...source.checkpoint import Checkpoint
     from . import Export
 
-ABOUT = "low-rank experts as PEFT adapters on the dense model that they share"
+ABOUT = "low-rank and core-space experts as PEFT adapters on the dense model that they share"
 NEEDS: dict[str, tuple[str, ...]] = {}  # peft only compares
+# Who shares what of the terms beside the shared matrix: kinds low-rank and core-space.
+ADDITIONS = ([[False, False]], [[True, False, True]])
 
 # Tasks whose PEFT wrappers add nothing to the adapter.
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
@@ -120,12 +122,12 @@ def _usage(source: Artifact, base: str) -> str:
 
 def _check_low_rank(source: Artifact, mixture: Mixture) -> None:
     for role in mixture.roles:
-        terms = [term["shared"] for term in mixture.form[role]["terms"]]
-        if not (len(terms) == 2 and all(terms[0]) and terms[1] == [False, False]):
+        whole, *thin = mixture.form[role]["terms"]
+        if not (all(whole["shared"]) and [term["shared"] for term in thin] in ADDITIONS):
             kind = source.checkpoint.config["mpoe"].get("kind", "another kind")
             raise ExportError(
                 f"the experts of '{source.checkpoint.source}' are of kind {kind}, not low-rank additions "
-                "to a shared matrix (kind low-rank), so they are no LoRA adapters; "
+                "to a shared matrix (kinds low-rank and core-space), so they are no LoRA adapters; "
                 f"{assigned('to', 'dense')} writes one of them"
             )
 

@@ -95,7 +95,7 @@ def _check(source: Artifact) -> None:
             raise ExportError(
                 f"the experts of '{source.checkpoint.source}' {what}, so that tokens are sorted by expert, "
                 "which torch.onnx cannot trace (no ONNX function for aten.sort.stable); expected layout "
-                "one-sided or blocks, or kind low-rank or adapter; "
+                "one-sided or blocks, or kind low-rank, core-space or adapter; "
                 f"{assigned('to', 'dense', 'moe')} writes stock models"
             )
 
