@@ -166,7 +166,7 @@ def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
     shapes = []
     for number, form in enumerate(block["forms"]):
         _check_form(reader, f"mpoe.forms[{number}]", form, block)
-        shapes.append(_shapes_of(form, block, where))
+        shapes.append(mixture_shapes(form, block, where))
     return shapes
 
 
@@ -252,7 +252,7 @@ def _check_term(reader: _Reader, place: str, term: Any, num_experts: int) -> Sha
     return math.prod(term["in_dims"]), math.prod(term["out_dims"])
 
 
-def _shapes_of(form: dict, block: dict, where: str) -> dict[str, Shape]:
+def mixture_shapes(form: dict, block: dict, where: str) -> dict[str, Shape]:
     """{name below a mixture's path: shape} of the tensors that a form has.
 
     Args:
