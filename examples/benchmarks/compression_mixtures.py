@@ -480,7 +480,7 @@ def plot(results: dict, shares: list[float], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     colors = dict(zip(WAYS, pyplot.get_cmap("tab20").colors, strict=False))
     for way in WAYS:
         points = [(share, results.get(f"{way} {share:g}")) for share in shares]
@@ -499,12 +499,12 @@ def plot(results: dict, shares: list[float], path: Path) -> None:
             axes.annotate(
                 f"{bits} bits",
                 (bytes_of(bits), mean_growth(found)),
-                xytext=(4, 4),
+                xytext=(5, -12),  # below: lines fall from left to right
                 textcoords="offset points",
             )
     axes.set(yscale="log", xlabel="share of the experts' numbers (x: of their bytes)")
     axes.set_ylabel("growth of held-out loss, nats per token")
-    axes.legend(ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

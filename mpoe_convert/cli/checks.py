@@ -81,7 +81,7 @@ def check_folder_first(recipe: Recipe, *, stream: bool = False, whole: bool = Tr
     if local_folder(recipe.model) is None or recipe.trust_remote_code or recipe.experts_at:
         return
     from ..planning.planner import plan_checkpoint
-    from ..planning.resolve import check_for_mixtures, resolve_recipe
+    from ..planning.resolve import check_for_mixtures, check_search, resolve_recipe
     from ..source.families import FAMILIES
     from ..source.mixtures import is_mixture
 
@@ -90,7 +90,9 @@ def check_folder_first(recipe: Recipe, *, stream: bool = False, whole: bool = Tr
         dense_types = {name for family in FAMILIES for name in family.model_types}
         if checkpoint.config["model_type"] not in dense_types:  # there, experts are a mistake, told later
             check_for_mixtures(recipe)
-    elif whole and not recipe.search:
+    elif recipe.search:
+        check_search(recipe, bool(recipe.calibrate))
+    elif whole:
         resolved = resolve_recipe(recipe, checkpoint, calibrated=bool(recipe.calibrate))
         if not (recipe.compresses or recipe.metric or recipe.calibrate):
             plan_checkpoint(resolved, checkpoint)

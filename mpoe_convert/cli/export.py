@@ -45,10 +45,10 @@ def export(
         request, _ = request_of(Export, options)
         artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
-        check_artifact_first(artifact, revision)
         check_sources(request.calibrate)
         if request.base:
             check_model(request.base, request.base_revision)
+        check_artifact_first(artifact, revision)
         announce(f"Exporting {artifact}", quiet)
         from ..exports.export import export as write
         from .progress import export_progress, silence_libraries

@@ -42,8 +42,8 @@ def prune(
         request, _ = request_of(Pruning, options)
         artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
-        check_artifact_first(artifact)
         check_sources(request.calibrate)
+        check_artifact_first(artifact)
         announce(f"Pruning {artifact}", quiet)
         from ..pruning.prune import prune as write
         from .progress import export_progress, silence_libraries

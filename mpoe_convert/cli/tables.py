@@ -73,17 +73,18 @@ def print_evaluation(result: Evaluation, out: Console) -> None:
         rows.append({"": name} | texts)
     out.print(Table(f"{result.count:,} {unit}, 95 % intervals", tuple(rows)).rich())
     if result.other and "perplexity" in result.metrics:
-        out.print("The difference of perplexities is their ratio.", highlight=False)
+        out.print("Perplexities are compared by their ratio.", highlight=False)
     out.print(*result.notes, sep="\n", end="\n" if result.notes else "", highlight=False)
 
 
 def print_training(report: dict, output: str, out: Console) -> None:
-    from ..training.card import outcome, steps_taken
+    from ..training.card import outcome, score_in_words, steps_taken
 
     names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
     held_out = {entry["step"]: entry for entry in report["log"] if "eval_loss" in entry}
     rows = tuple(
-        {"step": step} | {name: f"{entry[key]:.4f}" for key, name in names.items() if key in entry}
+        {"step": step}
+        | {name: score_in_words(key, entry[key]) for key, name in names.items() if key in entry}
         for step, entry in held_out.items()
     )
     if rows:

@@ -194,11 +194,6 @@ def _numbers(recipe: Recipe, matrix: StackPlan) -> int:
 def _check_keep(recipe: Recipe, plan: MixturePlan) -> None:
     """Raises RecipeError if a matrix cannot be stored in so few numbers in any form."""
     assert recipe.keep is not None
-    if recipe.keep > 1:
-        raise RecipeError(
-            f"{called('keep')} is {recipe.keep:g}; expected a share of the experts' numbers, such as 0.6 for "
-            "60 %"
-        )
     least, name = 0.0, ""
     for matrix in _stacks(plan):
         sizes = [

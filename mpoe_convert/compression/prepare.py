@@ -20,7 +20,7 @@ from ..options import assigned, called
 from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import METRICS, Recipe
-from ..planning.resolve import Resolved, needs_calibration, resolve_recipe
+from ..planning.resolve import Resolved, check_search, needs_calibration, resolve_recipe
 from ..ranks import ALONE, Ranks
 from ..source.checkpoint import Checkpoint
 from ..source.matrices import read_wide
@@ -132,11 +132,7 @@ def prepare_each(
     ranks: Ranks = ALONE,
 ) -> Iterator[Prepared]:
     """The variants that a search compares, calibrated once. Arguments as for `prepare`."""
-    if not recipe.calibrate and batches is None:
-        raise RecipeError(
-            f"{called('search')} given without {called('calibrate')}; variants are compared on calibration "
-            "text"
-        )
+    check_search(recipe, bool(recipe.calibrate) or batches is not None)
     resolved = resolve_recipe(recipe, checkpoint, calibrated=True)
     variants = [
         resolved.recipe.replace(search=False, **{name: getattr(variant, name) for name in SEARCHED})

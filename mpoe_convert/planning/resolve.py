@@ -91,13 +91,27 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
 
 
 def check_for_mixtures(recipe: Recipe) -> None:
-    """Raises RecipeError for an option that was given and has no meaning where the source is a mixture."""
+    """Raises RecipeError for what is given and has no meaning where the source is a mixture."""
     for name in by_name(Recipe):
         if name in recipe.given - USED:
             raise RecipeError(
                 f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
                 "leave it out"
             )
+    if recipe.keep is not None and recipe.keep > 1:
+        raise RecipeError(
+            f"{called('keep')} is {recipe.keep:g}; expected a share of the experts' numbers, such as 0.6 for "
+            "60 %"
+        )
+
+
+def check_search(recipe: Recipe, calibrated: bool) -> None:
+    """Raises RecipeError for a search without text to compare variants on."""
+    if recipe.search and not calibrated:
+        raise RecipeError(
+            f"{called('search')} given without {called('calibrate')}; variants are compared on calibration "
+            "text"
+        )
 
 
 def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
@@ -110,6 +124,8 @@ def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
         fits_chains = calibrated and not recipe.own_options.takes_activations()
         return recipe.replace(metric=recipe.metric or (METRIC_OF_CHAINS if fits_chains else None))
     metric = recipe.metric or (METRIC if calibrated else METRIC_WITHOUT_DATA)
+    if metric != METRIC_WITHOUT_DATA and not calibrated:
+        raise RecipeError(needs_calibration("metric", metric))
     allocation = recipe.allocation or ("loss" if metric == "loss" else "energy")
     if allocation in ("loss", "measured") and not calibrated:
         raise RecipeError(needs_calibration("allocation", allocation))

@@ -107,7 +107,12 @@ def _held_out(report: Mapping) -> list[str]:
 
 def _scores(scores: Mapping) -> str:
     shown = [name for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in scores]
-    return ", ".join(f"{name[5:]} {scores[name]:.4f}" for name in shown)
+    return ", ".join(f"{name[5:]} {score_in_words(name, scores[name])}" for name in shown)
+
+
+def score_in_words(name: str, score: float) -> str:
+    """A held-out score for people: of losses and accuracies four decimals, of perplexities four digits."""
+    return f"{score:.4g}" if name.endswith("perplexity") else f"{score:.4f}"
 
 
 def verdict(report: Mapping) -> str:

@@ -26,7 +26,7 @@ from ..source.texts import Columns
 from ..tensors import broken_weights
 from .intervals import Metric, bootstrap, bootstrap_interval, draw_samples, notes, rate_interval
 from .record import record_evaluation, recorded_evaluations
-from .request import Scoring
+from .request import Scoring, check_stride
 from .tasks import TASKS, Outcome, Score, Task, class_names
 
 if TYPE_CHECKING:
@@ -197,11 +197,7 @@ def _sizes(length: int | None, stride: int | None, limits: Mapping[str, int | No
     """
     length = length or min(map(block_length, limits.values()))
     stride = stride or max(length // 2, 1)
-    if not 1 <= stride <= length:
-        raise TrainingError(
-            f"{called('length')} is {length} and {called('stride')} {stride}; expected a stride that is no "
-            "longer"
-        )
+    check_stride(length, stride)
     check_length(length, limits)
     return length, stride
 

@@ -163,7 +163,7 @@ def _in_words(evaluation: Mapping) -> str:
             shown += [evaluation["against"][score.name], differences[difference]]
         cells = (Metric(**n).in_words() for n in shown)
         rows.append(f"| {score.label} | {' | '.join(cells)} |")
-    note = ["The difference of perplexities is their ratio."] if "perplexity ratio" in differences else []
+    note = ["Perplexities are compared by their ratio."] if "perplexity ratio" in differences else []
     found = [
         {name: Metric(**n) for name, n in evaluation[key].items()}
         for key in ("metrics", "against", "differences")

@@ -9,7 +9,7 @@ from typing import Any
 from .. import experts
 from ..devices import DEVICES, is_device
 from ..errors import RunError
-from ..options import LARGEST_COUNT, OptionalText, Text, Texts, described, in_home, option
+from ..options import LARGEST_COUNT, OptionalText, Text, Texts, called, described, in_home, option
 from ..request import Request
 from ..source.text_options import TaskData
 from .roles import FROZEN, UNITS
@@ -328,3 +328,15 @@ class Scoring(TaskData, Request):
         "the card's metadata.",
         group="General",
     )
+
+    def check_together(self) -> None:
+        if self.length and self.stride:
+            check_stride(self.length, self.stride)
+
+
+def check_stride(length: int, stride: int) -> None:
+    """Raises RunError for windows of `length` tokens between which `stride` leaves tokens out."""
+    if stride > length:
+        raise RunError(
+            f"{called('stride')} is {stride} with {called('length')} {length}; expected at most the length"
+        )

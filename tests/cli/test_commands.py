@@ -365,8 +365,8 @@ def test_a_recipe_may_use_the_spelling_of_the_options(here):
     [
         ("expert: 4", "the recipe has no key 'expert'; did you mean 'experts'?"),
         ("colour: 4", "the recipe has no key 'colour'; its keys are the options that --help lists"),
-        ("- experts", "the recipe 'r.yaml' holds list; expected `name: value`"),
-        ("", "the recipe 'r.yaml' holds NoneType; expected `name: value`"),
+        ("- experts", "the recipe 'r.yaml' holds no lines of the form `name: value`"),
+        ("", "the recipe 'r.yaml' holds no lines of the form `name: value`"),
         ("experts: [", "cannot read the recipe 'r.yaml': "),
         ("experts: 1", "--experts is 1; expected a whole number of at least 2"),
         ("experts: four", "experts is 'four'; expected a whole number"),

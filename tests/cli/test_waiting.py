@@ -93,6 +93,8 @@ REFUSED = {
     ),
     "the same of a plan": (["plan", "mixture", "--noise", "0.1"], "--noise given with a mixture", None),
     "more experts per token than there are": (["dense", "-o", "out", "--top-k", "9"], "with 8 experts", None),
+    "more of a mixture than all": (["mixture", "-o", "out", "--keep", "2"], "the experts' numbers", None),
+    "a search without text": (["dense", "-o", "out", "--search", "--keep", "0.9"], "calibration text", None),
     "layers that are not there": (["dense", "-o", "out", "--layers", "7"], "this model has 2 FFNs", None),
     "sizes of other experts": (["dense", "-o", "out", "--bond-dim", "2/4"], "2 sizes for 8 experts", None),
     "parts that do not divide": (
@@ -222,7 +224,7 @@ def instead(tmp_path):
         (["dense", "-o", "out"], "Converting dense …"),
         (["finetune", "dense", "-o", "out", "--data", "topics.txt"], "Fine-tuning dense …"),
         (["evaluate", "dense", "--data", "topics.txt"], "Scoring dense …"),
-        (["export", "dense", "-o", "out"], "Exporting dense …"),
+        (["export", "done", "-o", "out"], "Exporting done …"),
     ],
 )
 def test_the_line_comes_before_torch(args, said, made, instead):

@@ -64,6 +64,13 @@ def test_what_is_fitted_to(name, llama):
     assert (found.metric, found.allocation) == expected
 
 
+@pytest.mark.parametrize("metric", ["loss", "outputs", "diagonal"])
+def test_metrics_that_need_data(metric, llama):
+    recipe = Recipe(llama.source, keep=0.9, metric=metric, **SMALL)
+    with pytest.raises(RecipeError, match=f"metric is '{metric}'; expected calibrate with it"):
+        resolve_recipe(recipe, llama)
+
+
 @pytest.mark.parametrize("allocation", ["loss", "measured"])
 def test_allocations_that_need_data(allocation, llama):
     recipe = Recipe(llama.source, keep=0.9, allocation=allocation, **SMALL)

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from mpoe_convert import evaluate
 from mpoe_convert.cli import main
-from mpoe_convert.errors import CheckpointError, DataError, TrainingError
+from mpoe_convert.errors import CheckpointError, DataError, RunError, TrainingError
 from mpoe_convert.training.tasks import Causal, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -212,7 +212,8 @@ def test_command_line(artifact, text):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"length": 16, "stride": 17}, TrainingError, "stride <= length"),
+        ({"length": 16, "stride": 17}, RunError, "stride is 17 with length 16; expected at most the length"),
+        ({"stride": 10_000}, RunError, r"stride is 10000 with length \d+; expected at most the length"),
         ({"length": 10_000}, TrainingError, "length is 10000"),
         ({"data": "missing.txt"}, DataError, "is no file"),
         ({"data": "empty"}, DataError, "no example to score"),

@@ -75,7 +75,8 @@ def test_everything_is_about_the_weights_that_were_written(rate, artifact, data,
     assert report["change"]["low"] < report["change"]["value"] < report["change"]["high"]
     text = told(target)
     assert f"step {written} of 6, which had the lowest loss of 6 evaluations on held-out data" in text
-    assert f"these weights have loss {loss:.4f}" in text and f"the model had loss {before:.4f}" in text
+    assert f"these weights have loss {loss:.4f}, perplexity {math.exp(loss):.4g}; before" in text
+    assert f"the model had loss {before:.4f}" in text
     losses = {entry["step"]: entry["loss"] for entry in report["log"] if "loss" in entry}
     if written > 1:
         assert f"to {losses[written]:.3f} (step {written})." in text
