@@ -18,8 +18,7 @@ from ..source.in_memory import InMemory
 from ..source.mixtures import Located, locate_experts
 from ..source.pruned import Pruned
 from ..source.safetensors_file import DTYPE2BYTES
-from ..source.text_options import TextSource
-from ..tables import Cell, Table, escape, listed_ranks, merge_names, size, warning
+from ..tables import Cell, Table, escape, listed_ranks, size, warning
 from .fewer_experts import FewerExperts, fewer_than
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
