@@ -40,68 +40,105 @@ def main() -> dict:
     """
     request = json.load(sys.stdin)
     sys.meta_path.insert(0, _Absent())
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    auto = getattr(transformers, request["auto_class"])
-    options = {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
     # An export is compared with its artifact, an artifact with the dense model.
-    is_export = request["is_export"]
-    trusted = request["trust_remote_code"]  # of each of the two
-    names = ("artifact", "export") if is_export else ("dense model", "artifact")
-    expected, made_up, inputs, found = None, None, None, {}
+    names = ("artifact", "export") if request["is_export"] else ("dense model", "artifact")
+    reference, found = Reference(), {}
     try:
-        if request["absent"]:
-            raise FileNotFoundError(request["absent"])
-        revision = request["revision"] or "main"
-        names_on_disk = {"key_mapping": request["key_mapping"]} if request["key_mapping"] else {}
-        model, info = auto.from_pretrained(
-            request["against"], revision=revision, trust_remote_code=trusted[0], **options, **names_on_disk
-        )
-        made_up = values_of(model, info["missing_keys"])
-        inputs, found["inputs"] = make_inputs(model)
-        if request["kept"]:
-            model = with_experts(model, request["kept"], request["small"])
-            found["inputs"] += ", the source without the experts that were left out"
-        expected = [run(each.eval(), inputs) for each in by_expert(model, request["experts"])]
-        if nan := sorted(damaged_outputs(expected, None)):
-            raise ValueError(f"its outputs {nan} hold NaN")
-        del model
+        reference.run(request)
     except Exception as error:
         if not request["is_trained"]:
             return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
-        expected, found["reference_error"] = None, request["absent"] or _line(error)
+        reference.outputs, found["reference_error"] = None, request["absent"] or _line(error)
     try:
-        revision = request["artifact_revision"] or "main"
-        model, info = auto.from_pretrained(
-            request["artifact"], revision=revision, trust_remote_code=trusted[1], **options
-        )
-        missing = lacking(info["missing_keys"], made_up) or sorted(map(str, info["mismatched_keys"]))
-        if missing:
-            return {"error": f"the {names[1]} loads with missing or mismatched weights: {missing[:3]}"}
-        new = set(made_up or ()) - set(info["missing_keys"])
-        if new and request["is_trained"]:  # such as the classes of a classifier
-            found["reference_error"] = f"its checkpoint lacks {sorted(new)[:3]}, which training added"
-            expected = None
-        fill(model, made_up or {}, info["missing_keys"])
-        found["model_class"] = type(model).__name__
-        found["damaged_weights"] = damaged_weights(model)
-        if inputs is None:
-            inputs, found["inputs"] = make_inputs(model)
-        ours = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
-        found["generates"] = None if ours[0][1] is None else True
-        found["damaged_outputs"] = damaged_outputs(ours, expected)
-        if expected is not None:
-            pairs = zip(ours, expected, strict=True)
-            found |= worst([compare(one[0], other[0], one[1], other[1]) for one, other in pairs])
+        found |= compare_with(reference, request, names[1])
     except Exception as error:
         return {"error": f"the {names[1]} does not load or run: {_line(error)}"}
+    if "error" in found:
+        return found
     try:
         return found | compare_tokenizers(request)
     except Exception as error:
         return {"error": f"the tokenizer of the {names[1]} does not load: {_line(error)}"}
+
+
+def load(request: dict, name: str, revision: str | None, trusted: bool, **options: Any) -> tuple[Any, dict]:
+    """(a model in float32, what transformers says of its loading), by the request's Auto class."""
+    import torch
+    import transformers
+
+    auto = getattr(transformers, request["auto_class"])
+    options |= {"dtype": torch.float32, "output_loading_info": True, "token": request["token"]}
+    return auto.from_pretrained(name, revision=revision or "main", trust_remote_code=trusted, **options)
+
+
+class Reference:
+    """The model to compare with, as far as it came.
+
+    Attributes:
+        made_up: weights that its checkpoint lacks; None: it did not load.
+        inputs / described: what it ran on, and in words; None: it did not run.
+        outputs: one result of `run` for each comparison; None: they cannot be compared.
+    """
+
+    def __init__(self) -> None:
+        self.made_up: dict[str, torch.Tensor] | None = None
+        self.inputs: dict | None = None
+        self.described = ""
+        self.outputs: list[tuple] | None = None
+
+    def run(self, request: dict) -> None:
+        """Load the model and run it. Raises whatever its code raises."""
+        if request["absent"]:
+            raise FileNotFoundError(request["absent"])
+        trusted = request["trust_remote_code"][0]
+        names_on_disk = {"key_mapping": request["key_mapping"]} if request["key_mapping"] else {}
+        model, info = load(request, request["against"], request["revision"], trusted, **names_on_disk)
+        self.made_up = values_of(model, info["missing_keys"])
+        self.inputs, self.described = make_inputs(model)
+        if request["kept"]:
+            model = with_experts(model, request["kept"], request["small"])
+            self.described += ", the source without the experts that were left out"
+        self.outputs = [run(each.eval(), self.inputs) for each in by_expert(model, request["experts"])]
+        if nan := sorted(damaged_outputs(self.outputs, None)):
+            raise ValueError(f"its outputs {nan} hold NaN")
+
+
+def compare_with(reference: Reference, request: dict, name: str) -> dict:
+    """Load and run the other model, and compare it with the reference.
+
+    Args:
+        name: what messages call it.
+
+    Returns:
+        The fields of `verify.Verification` that are measured of it, or {"error": message}.
+    """
+    trusted = request["trust_remote_code"][1]
+    model, info = load(request, request["artifact"], request["artifact_revision"], trusted)
+    missing = lacking(info["missing_keys"], reference.made_up) or sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        return {"error": f"the {name} loads with missing or mismatched weights: {missing[:3]}"}
+    found, expected = {}, reference.outputs
+    new = set(reference.made_up or ()) - set(info["missing_keys"])
+    if new and request["is_trained"]:  # such as the classes of a classifier
+        found["reference_error"] = f"its checkpoint lacks {sorted(new)[:3]}, which training added"
+        expected = None
+    fill(model, reference.made_up or {}, info["missing_keys"])
+    found["model_class"] = type(model).__name__
+    found["damaged_weights"] = damaged_weights(model)
+    inputs, found["inputs"] = reference.inputs, reference.described
+    if inputs is None:
+        inputs, found["inputs"] = make_inputs(model)
+    ours = [run(each.eval(), inputs) for each in by_adapter(model, request["adapters"])]
+    found["generates"] = None if ours[0][1] is None else True
+    found["damaged_outputs"] = damaged_outputs(ours, expected)
+    if expected is not None:
+        pairs = zip(ours, expected, strict=True)
+        found |= worst([compare(one[0], other[0], one[1], other[1]) for one, other in pairs])
+    return found
 
 
 def with_experts(model: Any, kept: dict[str, list[int]], config: dict) -> Any:

@@ -36,43 +36,17 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
         FamilyError: there is no such layer or projection, or no single activation, or the module computes
             something else than an FFN of these projections.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    name = _name(base)
-    try:
-        module = base.get_submodule(f"{layer}.{slot}")
-        linears = [module.get_submodule(name) for name in projections]
-    except AttributeError as error:
-        raise FamilyError(
-            f"{called('ffn')} does not fit {name}: {error}; expected names below it, so without "
-            f"{base.base_model_prefix}."
-        ) from None
-    if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
-        kinds = sorted({type(linear).__name__ for linear in linears})
-        raise FamilyError(
-            f"{called('ffn')} names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D"
-        )
-    rest = {name: child for name, child in module.named_children() if name not in projections}
-    dropouts = [name for name, child in rest.items() if isinstance(child, nn.Dropout)]
-    activations = [name for name in rest if name not in dropouts]
-    if len(activations) != 1 or len(dropouts) > 1:
-        raise FamilyError(
-            f"{layer}.{slot} holds {sorted(rest)} beside the projections; expected one activation and "
-            "at most one dropout"
-        )
-    own = [*module.named_parameters(), *module.named_buffers()]
-    if own := [name for name, _ in own if name.partition(".")[0] not in projections]:
-        raise FamilyError(
-            f"{layer}.{slot} holds tensors beside the projections: {', '.join(own)}; expected an activation "
-            "and nothing else that is learnt, because a mixture has no place for them"
-        )
+    where = f"{layer}.{slot}"
+    module, linears = _find(base, where, projections)
+    activation, dropouts = _beside(module, where, projections)
     takes = list(inspect.signature(module.forward).parameters)[1:]
     if takes not in ([], ["residual"]):
         raise FamilyError(
-            f"{layer}.{slot} takes {', '.join(takes)} beside the hidden states; a mixture takes nothing else"
+            f"{where} takes {', '.join(takes)} beside the hidden states; a mixture takes nothing else"
         )
-    row: dict[str, Any] = {"activation": activations[0], "transposed": isinstance(linears[0], Conv1D)}
+    row: dict[str, Any] = {"activation": activation, "transposed": isinstance(linears[0], Conv1D)}
     row["adds_residual"] = bool(takes)
     rates = [name for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1]
     places = [{}] if not dropouts else []
@@ -83,10 +57,58 @@ def describe_slot(base: PreTrainedModel, layer: str, slot: str, projections: tup
             return found
     formula = "down(act(gate(x)) * up(x))" if len(projections) == 3 else "down(act(up(x)))"
     raise FamilyError(
-        f"{layer}.{slot} of {name} does not compute {formula} with "
+        f"{where} of {_name(base)} does not compute {formula} with "
         f"{called('ffn')} …:{','.join(projections)}; name them in the order gate, up, down (or up, down). "
         "If they are, the module does more, such as scaling, and cannot be converted"
     )
+
+
+def _find(
+    base: PreTrainedModel, where: str, projections: tuple[str, ...]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """The module at a path, and its projections. Raises FamilyError unless they are linear layers there."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        module = base.get_submodule(where)
+        linears = [module.get_submodule(name) for name in projections]
+    except AttributeError as error:
+        raise FamilyError(
+            f"{called('ffn')} does not fit {_name(base)}: {error}; expected names below it, so without "
+            f"{base.base_model_prefix}."
+        ) from None
+    if not all(isinstance(linear, (nn.Linear, Conv1D)) for linear in linears):
+        kinds = sorted({type(linear).__name__ for linear in linears})
+        raise FamilyError(
+            f"{called('ffn')} names {', '.join(projections)} of types {kinds}; expected Linear or Conv1D"
+        )
+    return module, linears
+
+
+def _beside(module: nn.Module, where: str, projections: tuple[str, ...]) -> tuple[str, list[str]]:
+    """(name of the activation, names of dropouts) of what a module holds beside its projections.
+
+    Raises:
+        FamilyError: it holds more.
+    """
+    from torch import nn
+
+    rest = {name: child for name, child in module.named_children() if name not in projections}
+    dropouts = [name for name, child in rest.items() if isinstance(child, nn.Dropout)]
+    activations = [name for name in rest if name not in dropouts]
+    if len(activations) != 1 or len(dropouts) > 1:
+        raise FamilyError(
+            f"{where} holds {sorted(rest)} beside the projections; expected one activation and at most one "
+            "dropout"
+        )
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if own := [name for name, _ in tensors if name.partition(".")[0] not in projections]:
+        raise FamilyError(
+            f"{where} holds tensors beside the projections: {', '.join(own)}; expected an activation "
+            "and nothing else that is learnt, because a mixture has no place for them"
+        )
+    return activations[0], dropouts
 
 
 def _name(model: PreTrainedModel) -> str:
