@@ -24,6 +24,7 @@ from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..planning.shares import Costs
 from ..source.checkpoint import Checkpoint
 from ..source.safetensors_file import TensorInfo
+from ..source.torch_file import dtype_name
 from .build import FFNTargets, choose_order, finish_projection
 from .slices import finish_slices
 
@@ -131,7 +132,7 @@ class _Random(Checkpoint):
             made[source.weight] = weight.to(dtype)
             if source.bias is not None:
                 made[source.bias] = torch.zeros(parts * matrix.cols, dtype=dtype)
-        infos = {name: TensorInfo(name, str(t.dtype)[6:], tuple(t.shape), "") for name, t in made.items()}
+        infos = {name: TensorInfo(name, dtype_name(t), tuple(t.shape), "") for name, t in made.items()}
         found = cls("a trial", Path(), None, {}, infos)
         object.__setattr__(found, "made", made)
         return found

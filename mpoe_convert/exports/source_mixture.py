@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..source.torch_file import dtype_name
 from .targets import Checked, ExportPlan, Part, PlannedTensor
 from .targets.dense import read_bias, usage
 
@@ -71,8 +72,8 @@ class _Tensors:
                 name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in names.items()
             }
             for name, tensor in self._on_disk(empty).items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield PlannedTensor(name, tuple(tensor.shape), dtype, partial(self._make, name, names))
+                make = partial(self._make, name, names)
+                yield PlannedTensor(name, tuple(tensor.shape), dtype_name(tensor), make)
 
     def _make(self, name: str, names: Mapping[str, tuple]) -> Tensor:
         if name not in self.made:

@@ -18,7 +18,7 @@ from ..source.in_memory import InMemory
 from ..source.mixtures import Located, locate_experts
 from ..source.pruned import Pruned
 from ..source.safetensors_file import DTYPE2BYTES
-from ..tables import Cell, Table, escape, listed_ranks, merge_names, size, warning
+from ..tables import Cell, Table, escape, listed_ranks, size, warning
 from .fewer_experts import FewerExperts, fewer_than
 from .plan import FFNPlan, MatrixPlan, Plan
 from .planner import assemble
@@ -229,16 +229,14 @@ class MixturePlan(Plan):
 
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""
-        recipe, kept, fewer = self.recipe, self.kept_dense, self.fewer
+        recipe, fewer = self.recipe, self.fewer
         yield (
             f"[bold]{escape(self.source)}[/] ({self.model_type}): the experts of "
             f"{counted(len(self.ffns), 'layer')}, {self.experts_in_words} each, of which a token takes "
             f"{recipe.top_k}; routers {'stay as they are' if fewer is None else 'keep the rows of these'}"
         )
-        if kept:
-            names = [name for name, _ in merge_names([(name, None) for name in kept])]
-            names = names if limit is None or len(names) <= limit else [*names[:limit], "…"]
-            yield f"Left as they are: {', '.join(names)}"
+        if self.kept_dense:
+            yield f"Left as they are: {self.kept_in_words(limit)}"
         rows = tuple(matrix.row() for matrix in self.matrices)
         yield Table("Experts", rows, ("experts' matrix", "size", "shared", "ranks")).short().head(limit)
         if fewer is not None and fewer.is_scored:

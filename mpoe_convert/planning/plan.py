@@ -410,6 +410,11 @@ class Plan(Shown):
         )
         return Table("Weight files", tuple(rows), left=("file",))
 
+    def kept_in_words(self, limit: int | None = None) -> str:
+        """The layers that are not converted, neighbours together; of long lists the first `limit`."""
+        names = [name for name, _ in merge_names([(name, None) for name in self.kept_dense])]
+        return ", ".join(names if limit is None or len(names) <= limit else [*names[:limit], "…"])
+
     def shown(self, limit: int | None = None) -> Iterator[Table | str]:
         """See `Shown`."""
         recipe, dense = self.recipe, self.kept_dense
@@ -420,10 +425,8 @@ class Plan(Shown):
             f"{f', and {recipe.shared_experts} shared' if recipe.shared_experts else ''}"
         )
         if dense:
-            names = [name for name, _ in merge_names([(name, None) for name in dense])]
-            names = names if limit is None or len(names) <= limit else [*names[:limit], "…"]
             stay = "1 FFN stays" if len(dense) == 1 else f"{len(dense):,} FFNs stay"
-            yield f"{stay} dense: {', '.join(names)}"
+            yield f"{stay} dense: {self.kept_in_words(limit)}"
         left = ("matrix", "size", "sites (in x out)", "bonds", "full bonds")
         rows = tuple(matrix.row() for matrix in self.matrices)
         yield Table("Matrices", rows, left).short().head(limit)

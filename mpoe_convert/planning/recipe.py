@@ -285,7 +285,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
             )
         if self.share is not None and self.keep is None:
             raise RecipeError(
-                f"{called('share')} given without {called('keep')}; experts then stay whole, and share "
+                f"{called('share')} given without {called('keep')}; experts stay whole then, and share "
                 "nothing"
             )
         if self.search and (self.keep is None or self.max_error is not None):

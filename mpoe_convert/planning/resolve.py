@@ -64,7 +64,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     """
     if recipe.share is not None:
         raise RecipeError(
-            f"{called('share')} given with a dense source; expected with a mixture, whose experts share"
+            f"{called('share')} given with a dense source; expected with a mixture of experts, whose experts "
+            "share"
         )
     recipe.check_against_experts()
     if not recipe.compresses:

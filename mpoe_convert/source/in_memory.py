@@ -1,5 +1,4 @@
-"""A checkpoint under the names that its tensors have in the model, made as transformers makes them on
-loading.
+"""A checkpoint under the model's names of tensors, each made as transformers makes it on loading.
 
 Checkpoints of mixtures hold a matrix per expert (`block_sparse_moe.experts.3.w1.weight`) where the model has
 one tensor for all experts of a layer; others hold them fused in another way. transformers' table of
@@ -97,10 +96,12 @@ class InMemory(Checkpoint):
         group, tensors = self.groups[name], {}
         for stored, _ in group.names:
             tensors[stored] = self.disk.read(stored)
-            if group.conversion is not None and tensors[stored].is_floating_point():
-                if tensors[stored].ndim == 3 and ".experts." in name:
-                    for expert, own in enumerate(tensors[stored]):
-                        check_finite(own, f"{stored} (expert {expert})")
+            if group.conversion is None or not tensors[stored].is_floating_point():
+                continue
+            if tensors[stored].ndim == 3 and ".experts." in name:
+                for expert, own in enumerate(tensors[stored]):
+                    check_finite(own, f"{stored} (expert {expert})")
+            else:
                 check_finite(tensors[stored], stored)
         self._made.clear()
         self._made.update(group.made_of(tensors, self.model))
@@ -236,15 +237,13 @@ def _check_experts(checkpoint: Checkpoint, group: Group, shape: tuple[int, ...])
         if not names:
             raise CheckpointError(
                 f"'{checkpoint.source}': tensors such as {pattern.rstrip('$')} are missing, while "
-                f"{fullest[0]} is "
-                "there; fetch the checkpoint again"
+                f"{fullest[0]} is there; fetch the checkpoint again"
             )
         for expert, name in _experts_of(names, shape[0]):
             if name not in names:
                 raise CheckpointError(
-                    f"'{checkpoint.source}' lacks {name}, the matrix of expert {expert} of {shape[0]}; "
-                    f"fetch the "
-                    "checkpoint again"
+                    f"'{checkpoint.source}' lacks {name}, the matrix of expert {expert} of {shape[0]}; fetch "
+                    "the checkpoint again"
                 )
         usual = Counter(checkpoint.tensors[name].shape for name in names).most_common(1)[0][0]
         for name in names:

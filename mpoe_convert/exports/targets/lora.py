@@ -206,8 +206,6 @@ def _adapter_config(source: Artifact, modules: dict, base: str, revision: str | 
 
 
 def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTensor]:
-    from ...artifact.reader import SHARED
-
     for mixture in source.mixtures:
         for module, roles in modules[mixture.path].items():
             rank = sum(source.rank(mixture, role, expert) for role in roles)
@@ -218,8 +216,7 @@ def _adapter(source: Artifact, modules: dict, expert: int) -> Iterator[PlannedTe
             yield PlannedTensor(f"{key}.lora_A.weight", (rank, inputs), dtype, partial(_lora_a, *arguments))
             yield PlannedTensor(f"{key}.lora_B.weight", (outputs, rank), dtype, partial(_lora_b, *arguments))
             if mixture.bias_kind(roles[0]) == "per-expert":
-                dtype = read_bias(source, mixture, roles[0], SHARED).dtype
-                dtype = str(dtype).removeprefix("torch.")
+                dtype = source.checkpoint.tensors[f"{mixture.key}.{roles[0]}.bias"].dtype
                 yield PlannedTensor(f"{key}.lora_B.bias", (outputs,), dtype, partial(_own_bias, *arguments))
 
 

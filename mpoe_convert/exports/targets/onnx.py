@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ExportError, VerifyError
+from ...errors import ExportError, VerifyError, one_line
 from ...options import assigned
 from .. import targets
 from . import ExportPlan, Part
@@ -219,7 +219,7 @@ def _trace(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[str]
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch's exporter raises errors of many kinds
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = one_line(error.__cause__ or error, 300)
         raise ExportError(f"torch.onnx cannot trace this {type(model).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)
