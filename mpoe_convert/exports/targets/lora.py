@@ -70,8 +70,8 @@ def plan(source: Artifact, request: Export, expert_weights: ExpertWeights | None
     base = tuple(dense_tensors(source, {mixture.path: SHARED for mixture in source.mixtures}))
     if request.base is not None and source.architecture.is_custom:
         raise ExportError(
-            f"base is '{request.base}', and this {source.model_type} has custom code; only the artifact's is "
-            f"run here: omit {called('base')}, and the base is written with that code"
+            f"{called('base')} is '{request.base}', and this {source.model_type} has custom code; "
+            f"only the artifact's is run here: omit {called('base')}, and the base is written with that code"
         )
     if request.base is not None:
         _check_base(
