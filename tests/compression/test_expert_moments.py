@@ -129,6 +129,7 @@ def test_padding_is_not_counted():
         batch["attention_mask"][0, 4:] = 0
     padded = moments_of(model, batches)
     calls = calls_of(model, split(batches)[0])
+    assert padded
     for path, moments in padded.items():
         rows = [
             x.unflatten(0, (3, 7))[batch["attention_mask"].bool()]

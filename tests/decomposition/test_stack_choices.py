@@ -143,7 +143,7 @@ def test_experts_that_count_less_get_lower_ranks(form, small, monkeypatch):
     own, one = (
         stack_choices(weights, numbers, metric, forms=(form,), uneven=uneven) for uneven in (True, False)
     )
-    assert all(len(choice.ranks) == 1 for choice in one.choices)
+    assert one.choices and all(len(choice.ranks) == 1 for choice in one.choices)
     best = [[each for each in found.choices if each.numbers <= numbers][-1] for found in (own, one)]
     fits = [float(fit_stack(weights, form, choice.ranks, metric).lost.sum()) for choice in best]
     assert fits[0] < 0.9 * fits[1] and best[0].ranks[-1] == 1 < max(best[0].ranks)
@@ -154,7 +154,7 @@ def test_experts_that_count_less_get_lower_ranks(form, small, monkeypatch):
 def test_experts_of_one_size_have_one_rank():
     weights = randn(12, 9).expand(EXPERTS, -1, -1) + 1e-6 * randn(EXPERTS, 12, 9)
     found = stack_choices(weights, weights.numel() // 2, forms=("none",))
-    assert all(len(choice.ranks) == 1 for choice in found.choices)
+    assert found.choices and all(len(choice.ranks) == 1 for choice in found.choices)
 
 
 @pytest.mark.parametrize("form", FORMS[:-1])

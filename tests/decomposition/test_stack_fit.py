@@ -277,7 +277,7 @@ def test_moments_that_rounding_made_indefinite_are_fitted(form):
     moments = (direction[:, None] * direction - lowest * torch.eye(64)).expand(EXPERTS, 64, 64)
     weights = randn(EXPERTS, 64, 9)
     found = stack_choices(weights, 1600, moments, forms=(form, "whole"))
-    assert all(np.isfinite(choice.lost) for choice in found.choices)
+    assert found.choices and all(np.isfinite(choice.lost) for choice in found.choices)
     fit = fit_stack(weights, form, ranks_of(form, EXPERTS), moments)
     expected = torch.stack([direction @ weight for weight in weights])
     made = torch.stack([direction @ fit.matrix(expert) for expert in range(EXPERTS)])

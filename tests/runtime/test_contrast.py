@@ -361,6 +361,7 @@ def test_router_stats_count_the_strong_pass_alone(load):
         model.generate(ids, **options)
     with router_stats(model, similarity_tokens=20) as found:
         model.generate(ids, self_contrast=STRENGTH, **options)
+    assert len(expected) == 2
     for path, stats in expected.items():
         assert found[path].num_tokens == stats.num_tokens == mask.sum()
         assert torch.equal(found[path].load, stats.load)

@@ -90,7 +90,9 @@ def test_batches_for_calibration_count_every_end(llama_without_padding, tmp_path
     pairs = [{"text": words(2 + n % 3, seed=n), "target": words(1 + n % 5, seed=n)} for n in range(60)]
     data = write(tmp_path / "pairs.jsonl", pairs)
     recipe = Recipe(str(folder), keep=1.0, bond_dim=2, calibrate=(data,), calibration_tokens=200)
-    for batch in make_batches(recipe, open_checkpoint(str(folder))):
+    batches = make_batches(recipe, open_checkpoint(str(folder)))
+    assert len(batches) > 1
+    for batch in batches:
         assert ((batch["labels"] == 2).sum(1) == 1).all()
         assert (batch["attention_mask"].sum(1) - 1 == (batch["labels"] == 2).int().argmax(1)).all()
 
