@@ -22,7 +22,7 @@ def keeping_freed_memory() -> Iterator[None]:
 
     glibc gives every block of 32 MiB and more a map of its own, whose pages the kernel clears one by one when
     they are written first, and drops when the block is freed. A conversion makes tensors of the same sizes
-    over and over, and spent 5.9 of 12.7 s of the processor so (0.55 B parameters in bfloat16; 2.2 of 9.0 s
+    over and over, and spent 5.9 of 12.7 s of the processor so (0.62 B parameters in bfloat16; 2.2 of 9.0 s
     since then). Other C libraries are left as they are.
     """
     library = _glibc()
