@@ -335,8 +335,8 @@ def test_tensors_that_other_libraries_rounded_are_left_to_them(command, out, tmp
 
 def test_the_shapes_of_a_form_are_worked_out_once_for_all_mixtures(artifact, monkeypatch):
     """Opening checks the block, then the tensors: both by the same shapes."""
-    asked, shapes = [], block_file._shapes_of
-    monkeypatch.setattr(block_file, "_shapes_of", lambda *args: asked.append(1) or shapes(*args))
+    asked, shapes = [], block_file.mixture_shapes
+    monkeypatch.setattr(block_file, "mixture_shapes", lambda *args: asked.append(1) or shapes(*args))
     folder = artifact("t5")[1]
     check_folder(str(folder))
     checked = len(asked)

@@ -99,9 +99,13 @@ def test_without_targets_texts_are_read(case, llama, tmp_path):
 
 
 BROKEN_TARGETS = {
-    "a misspelt column": ([TEXTS], {"target_column": "targte"}, "calibration needs targte as well"),
+    "a misspelt column": (
+        [TEXTS],
+        {"target_column": "targte"},
+        "calibration needs targte (name the columns by",
+    ),
     "one is missing": ([[*TEXTS, {"text": "w3", "target": None}]], {}, "has 1 row without target"),
-    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "needs target as well"),
+    "a file has none": ([TEXTS, [{"text": "w3"}]], {}, "calibration needs target (name the columns by"),
     "no room": ([[row | {"text": "w3 " * 99} for row in TEXTS]], {}, "every text alone fills 64 tokens"),
 }
 

@@ -144,7 +144,8 @@ def test_several_processes_share_what_is_requested(session, sent_on, storage, mo
     hub.storage = storage
     storage.requests.clear()
     run = {"args": [*SENT_ON, "-o", "shared"], "count": 2}
-    assert run_all([run], folder, client(folder, hub)) == [{"codes": [0, 0], "stderr": ""}]
+    [done] = run_all([run], folder, client(folder, hub))
+    assert (done["codes"], done["stderr"], len(done["made"])) == ([0, 0], "", 2)
     assert tree(folder / "shared") == tree(folder / "sent-on")
     assert len(list((folder / "shared").glob("*.safetensors"))) == 2
     assert {request.token for request in storage.requests} == {""}

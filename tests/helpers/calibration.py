@@ -57,5 +57,6 @@ def pair(model_type, tmp_path, **recipe):
 
 
 def plan_whole(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
-    """The plan of a recipe with all matrices whole."""
-    return plan_checkpoint(resolve_recipe(recipe, checkpoint), checkpoint)
+    """The plan of a recipe with all matrices whole; there are calibration data if it names a metric."""
+    resolved = resolve_recipe(recipe, checkpoint, calibrated=recipe.metric is not None)
+    return plan_checkpoint(resolved, checkpoint)

@@ -91,8 +91,8 @@ def never_chosen(model, smaller):
     for (path, ffn), layer in zip(model.mixtures(), smaller.layers, strict=True):
         assert path.startswith(layer.path)
         router, gone = ffn.router, torch.tensor(layer.dropped)
-        before = router._logits
-        router._logits = lambda x, before=before, gone=gone: before(x).index_fill(-1, gone, -1e4)
+        before = router.logits_of
+        router.logits_of = lambda x, before=before, gone=gone: before(x).index_fill(-1, gone, -1e4)
         if ffn.balance_bias is not None:
             ffn.balance_bias[gone] = -1e4
     return model

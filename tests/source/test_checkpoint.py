@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpoe_convert
-from mpoe_convert.errors import CheckpointError
+from mpoe_convert.errors import CheckpointError, RequestError
 from mpoe_convert.source.checkpoint import open_checkpoint
 from mpoe_convert.source.families import FAMILY_OF
 from mpoe_convert.source.safetensors_file import TensorInfo
@@ -653,7 +653,8 @@ def test_paths_that_are_not_folders(folder, tmp_path, monkeypatch):
     for model in ("./absent", "../absent", "~/absent-folder", "", "  "):
         assert f"there is no folder {model!r}: check the path" in refusal(model)
     assert open_checkpoint("model").folder == Path("model")
-    assert "drop revision, or pass a Hub id" in refusal("model", revision="main")
+    with pytest.raises(RequestError, match="drop revision, or pass a Hub id"):
+        open_checkpoint("model", revision="main")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads anything")
