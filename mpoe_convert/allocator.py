@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _MMAP_MAX = 65_536
 _MMAP_THRESHOLD = 32 << 20
 _TRIM_THRESHOLD = 2 * _MMAP_THRESHOLD
-_NEVER = (1 << 31) - 1
+_NEVER = -1  # mallopt(3): disables trimming
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -389,7 +390,7 @@ def fits(value: Any, kind: Any) -> bool:
         if isinstance(value, bool):
             found = origin is bool
         elif origin is float:
-            found = isinstance(value, int | float) and math.isfinite(value)
+            found = isinstance(value, int | float) and abs(value) <= sys.float_info.max
         elif isinstance(value, list):
             found = origin is list and all(fits(each, k) for k in get_args(member) for each in value)
         else:

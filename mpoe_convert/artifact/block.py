@@ -131,7 +131,9 @@ def check_converted(config: dict, where: str) -> list[dict[str, Shape]]:
 
 
 def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
-    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it, and our options.
+    """Check the block `mpoe` of a config.json, as examples/artifact-format.md describes it.
+
+    The options of routers and runtime, at the top level, are checked too.
 
     Args:
         config: the whole config.
@@ -173,7 +175,7 @@ def check_block(config: dict, where: str) -> list[dict[str, Shape]]:
 def _check_options(reader: _Reader, config: dict) -> None:
     """The options at the top level, of routers and of the runtime."""
     for option in modeling().CONFIG_OPTIONS:
-        # Where routers are the source's, what is called so is an option of theirs.
+        # Where an artifact keeps the source's routers, a name without `mpoe_` is an option of theirs.
         if option.name in config and (option.name.startswith("mpoe_") or not keeps_routers(config)):
             reader.check(option.name, config[option.name], _of_option(option))
 

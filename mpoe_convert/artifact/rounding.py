@@ -3,7 +3,8 @@
 A large core (see `runtime/linears.py`) is stored as the weight (o * r, l * i) of its linear layer; one that
 experts own as a weight for each, of the expert's size. A weight is stored as integers of 8 or 4 bits packed
 into int32 (`weight_packed`), scales (`weight_scale`), and its shape (`weight_shape`); it is integer * scale.
-At 8 bits a row has one scale; at 4 bits a group of neighbours in a row has one, or a short row.
+At 8 bits a row has one scale; at 4 bits a group of neighbours in a row has one, or a whole row whose width no
+number from 32 to 128 divides.
 transformers reads it by the library compressed-tensors, which defines the format.
 """
 

@@ -296,16 +296,17 @@ def _drift(
 def _sample(terms: list[list[Tensor]], numbers: int) -> Callable[[list[Tensor]], list[Tensor]]:
     """What leaves of a chain some rows of its matrix, or columns, if its last core has more of them.
 
-    An eighth of them; of large matrices `_SAMPLED` numbers, but at least `_FEWEST` rows or columns. Of all
-    these chains the same: where their first cores differ in their rows, a row stands for as many
-    neighbours as the greatest common divisor leaves together.
+    An eighth of them; of large matrices fewer, `_SAMPLED` numbers, but then at least `_FEWEST` rows or
+    columns. Of all these chains the same: where their first cores differ in their rows, a row stands for as
+    many neighbours as the greatest common divisor leaves together.
 
     Args:
         numbers: in the matrix.
     """
     rows, columns = (gcd(*sizes) for sizes in zip(*map(_ends, terms), strict=True))
-    step = max(8, min(max(rows, columns) // _FEWEST, numbers // _SAMPLED))
-    if rows < columns and len({_ends(cores)[1] for cores in terms}) == 1:
+    by_columns = rows < columns and len({_ends(cores)[1] for cores in terms}) == 1
+    step = max(8, min((columns if by_columns else rows) // _FEWEST, numbers // _SAMPLED))
+    if by_columns:
         return lambda cores: [*cores[:-1], cores[-1][:, :, ::step]]
     return lambda cores: [cores[0].unflatten(1, (rows, -1))[:, ::step].flatten(1, 2), *cores[1:]]
 

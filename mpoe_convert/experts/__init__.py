@@ -128,7 +128,7 @@ class Options(OptionGroup):
     bond_dim: Numbers = option(
         default=64,
         help="Size of what an expert owns; or one for each expert, such as 4/4/8/8 for four (HMoE; not with "
-        "--kind dense and split).",
+        "--kind core-space, dense and split).",
         group="Experts",
         metavar="INT|LIST",
         read=_read_bonds,

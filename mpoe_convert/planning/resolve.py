@@ -64,8 +64,8 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
     """
     if recipe.share is not None:
         raise RecipeError(
-            f"{called('share')} given with a dense source; expected with a mixture of experts, whose experts "
-            "share"
+            f"{called('share')} given with a dense source; it says what the experts of a mixture have in "
+            "common: leave it out"
         )
     recipe.check_against_experts()
     if not recipe.compresses:

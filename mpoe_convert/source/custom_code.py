@@ -156,8 +156,9 @@ def _gather(folder: Path, names: Iterable[tuple[str, str]], token: str | None) -
     digest = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:32]
     copies = cached_assets_path("mpoe-convert", namespace="code", subfolder=digest)
     for name, content in contents.items():
-        if not (copies / name).is_file():  # the folder is named after the contents, and others may read it
-            write_whole(copies / name, content)
+        copy = copies / name  # others may read it: the folder is named after the contents
+        if not copy.is_file() or copy.read_bytes() != content:
+            write_whole(copy, content)
     return copies
 
 

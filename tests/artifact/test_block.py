@@ -200,6 +200,11 @@ def test_an_option_says_what_was_expected(name, configs):
         assert str(caught.value).startswith(said)
 
 
+def test_a_number_that_no_float_holds_is_told(configs):
+    with pytest.raises(CheckpointError, match="router_z_loss_coef is 1000.*expected a number: "):
+        check_block(configs["dense"] | {"router_z_loss_coef": 10**400}, "out/config.json")
+
+
 def test_options_of_the_routers_of_a_source_are_its_own(configs):
     """Some have a number where ours is a text; those of the experts are ours."""
     config = configs["mixture"] | {"router_combine": 3, "output_router_logits": None}

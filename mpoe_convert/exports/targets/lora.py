@@ -1,4 +1,4 @@
-"""Low-rank experts as PEFT adapters: one per expert, on the dense model that all experts share."""
+"""Low-rank and core-space experts as PEFT adapters: one per expert, on the dense model that all share."""
 
 from __future__ import annotations
 
