@@ -264,8 +264,8 @@ class OptionGroup:
         """The value of a field in its type. Raises `ERROR`: it has another one, or is out of range."""
         about, given = description(each), getattr(self, each.name)
         value = _read(each, given)
-        fits = any(_fits(value, member, about) for member in types_of(each.type))
-        if not fits or (value == () and default_of(each) is MISSING):
+        is_right = any(_fits(value, member, about) for member in types_of(each.type))
+        if not is_right or (value == () and default_of(each) is MISSING):
             raise self.ERROR(f"{called(each)} is {given!r}; expected {_expected(each, given)}")
         return value
 
@@ -279,7 +279,7 @@ def in_home(given: Any) -> Any:
 
 def types_of(hint: Any) -> tuple:
     """The types of a union, or the one type."""
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
 
 
 def _read(each: Field, value: Any) -> Any:
@@ -378,14 +378,9 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def members(kind: Any) -> tuple:
-    """The types of a union; of another type itself."""
-    return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
-
-
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type; a number has to be finite, and truth is none."""
-    for member in members(kind):
+    for member in types_of(kind):
         origin = get_origin(member) or member
         if isinstance(value, bool):
             found = origin is bool
@@ -404,5 +399,5 @@ def type_in_words(kind: Any) -> str:
     """What a value of a type is, for messages."""
     words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     words |= {list: "a list", list[str]: "a list of texts"}
-    found = (words.get(each) or words.get(get_origin(each), "null") for each in members(kind))
+    found = (words.get(each) or words.get(get_origin(each), "null") for each in types_of(kind))
     return " or ".join(found)

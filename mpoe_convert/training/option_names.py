@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..artifact.loading import shapes_of
 from ..errors import TrainingError, did_you_mean, few, one_line
-from ..options import by_name, called, fits, members, type_in_words
+from ..options import by_name, called, fits, type_in_words, types_of
 from .request import Finetuning
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _checked(name: str, value: Any, known: Collection[str], config: PretrainedCo
         )
     kind = _types(config).get(name)
     if kind is not None:
-        value = _number(value) if float in members(kind) else value
+        value = _number(value) if float in types_of(kind) else value
         if not fits(value, kind):
             raise TrainingError(f"{shown} is {value!r}; expected {type_in_words(kind)}")
     elif name == "dtype":
@@ -162,7 +162,7 @@ def _flag(name: str) -> str:
 
 def _argument(shown: str, value: Any, kind: Any) -> Any:
     """The value of a field; other types than numbers and words of a list are left to transformers."""
-    kinds = set(members(kind))
+    kinds = set(types_of(kind))
     words = [each for each in kinds if isinstance(each, type) and issubclass(each, Enum)]
     if words and isinstance(value, str):
         _one_of(shown, value, words[0])
