@@ -397,7 +397,7 @@ def test_sizes_that_do_not_divide_are_told(tiny_gpt2):
         ({"calibrate": "builtin", "parts": 4}, "all parts are chosen or have copies; leave it out"),
         (
             {"kind": "low-rank", "shared_experts": 1},
-            "experts share the dense matrices: every token passes them",
+            "experts share the dense FFN: every token passes it",
         ),
         ({"kind": "adapter", "shared_experts": 1}, "experts share the dense FFN: every token passes it"),
         ({"kind": "dense", "parts": 2}, "expected with kind='split' only"),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from ... import experts
 from ...errors import RecipeError
-from ...options import again, assigned, called, described
+from ...options import again, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, expert_sizes, whole_cores, whole_term
+from ..sharing import SharingOptions
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -26,8 +27,10 @@ ABOUT = "the dense FFN, which they share, and behind it a small adapter each (PE
 
 
 @described
-class Options(experts.Options):
-    """Adapters know no bonds; they start equal, whatever the noise."""
+class Options(SharingOptions):
+    """Adapters have a width."""
+
+    KIND = "adapter"
 
     bond_dim: int | str = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
@@ -36,14 +39,9 @@ class Options(experts.Options):
         expected="a whole number of at least 1, the width of kind adapter, or one for every expert, such as "
         "4/4/8/8",
     )
-    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
 
     def check_together(self) -> None:
-        if self.shared_experts:
-            raise RecipeError(
-                f"{called('shared_experts')} given with {assigned('kind', 'adapter')}, whose "
-                "experts share the dense FFN: every token passes it already; expected another kind"
-            )
+        super().check_together()
         if self.bias == "per-expert":
             raise RecipeError(
                 f"{called('bias')} is 'per-expert'; kind adapter shares the whole FFN: expected shared"

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ... import experts
-from ...errors import RecipeError, SitesError
+from ...errors import SitesError
 from ...options import again, assigned, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, describe_matrices, whole_cores, whole_term
+from ..sharing import SharingOptions
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -26,8 +27,10 @@ ABOUT = "the dense FFN and thin outer cores, which they share, plus a small squa
 
 
 @described
-class Options(experts.Options):
-    """Core-space experts have one bond dimension; they start equal, whatever the noise."""
+class Options(SharingOptions):
+    """Core-space experts have square cores of one size."""
+
+    KIND = "core-space"
 
     bond_dim: int | str = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
@@ -35,18 +38,10 @@ class Options(experts.Options):
         "Rows and columns of the square core that an expert owns of a matrix.",
         expected="a whole number of at least 1, the side of the square cores of kind core-space",
     )
-    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
-
-    def check_together(self) -> None:
-        if self.shared_experts:
-            raise RecipeError(
-                f"{called('shared_experts')} given with {assigned('kind', 'core-space')}, whose "
-                "experts share the dense matrices: every token passes them already; expected another kind"
-            )
 
     def why_one_size(self, compresses: bool) -> str | None:
         return (
-            f"{assigned('kind', 'core-space')}, whose experts share outer cores, which fit one size of "
+            f"{assigned('kind', self.KIND)}, whose experts share outer cores, which fit one size of "
             f"square ones; expected {assigned('kind', 'adapter', 'low-rank', 'mpo')}"
         )
 

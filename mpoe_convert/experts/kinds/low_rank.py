@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ... import experts
-from ...errors import RecipeError, SitesError
-from ...options import again, assigned, called, described
+from ...errors import SitesError
+from ...options import again, called, described
 from ..ffn import FFNShape, Fitted, Form, Parts, Target, Targets
 from ..matrixwise import build_matrices, by_expert, describe_matrices, expert_sizes, whole_cores, whole_term
+from ..sharing import SharingOptions
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -25,8 +26,10 @@ ABOUT = "the dense FFN, which they share, plus a low-rank matrix each (LoRA)"
 
 
 @described
-class Options(experts.Options):
-    """Low-rank experts know no bonds; they start equal, whatever the noise."""
+class Options(SharingOptions):
+    """Low-rank experts have a rank."""
+
+    KIND = "low-rank"
 
     bond_dim: int | str = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (never a list)
         experts.Options,
@@ -35,14 +38,6 @@ class Options(experts.Options):
         expected="a whole number of at least 1, the rank of kind low-rank, or one for every expert, such as "
         "4/4/8/8",
     )
-    noise: float = again(experts.Options, "noise", "Ignored, the experts start equal.")
-
-    def check_together(self) -> None:
-        if self.shared_experts:
-            raise RecipeError(
-                f"{called('shared_experts')} given with {assigned('kind', 'low-rank')}, whose "
-                "experts share the dense matrices: every token passes them already; expected another kind"
-            )
 
     def why_one_size(self, compresses: bool) -> None:
         return None
