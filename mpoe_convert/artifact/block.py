@@ -116,18 +116,13 @@ class _Reader:
             self.check(f"{place}.{key}", values[key], optional[key])
 
 
-def check_converted(config: dict, where: str) -> list[dict[str, Shape]]:
-    """Check that a config.json is that of a converted model. Arguments, value and errors as of `check_block`.
-
-    Raises:
-        CheckpointError: also if it describes another model.
-    """
+def refuse_unconverted(config: dict, where: str) -> None:
+    """Raises CheckpointError if a config.json, read from `where`, is not that of a converted model."""
     if not isinstance(config.get("mpoe"), dict):
         raise CheckpointError(
             f"'{where}' describes no converted model (model type {config.get('model_type')!r}, no mpoe "
             "block): expected an artifact of mpoe-convert, as a conversion or finetune writes it"
         )
-    return check_block(config, where)
 
 
 def check_block(config: dict, where: str) -> list[dict[str, Shape]]:

@@ -29,7 +29,7 @@ from ..source.pairs import family_of
 from ..source.renames import namings
 from ..source.repository import find_repository
 from ..tensors import cast, check_finite
-from .block import check_converted, check_tensors, missing_mixtures, refuse_missing
+from .block import check_block, check_tensors, missing_mixtures, refuse_missing, refuse_unconverted
 from .layout import REPORT_FILE, base_config, keeps_routers
 from .rounding import SCALE, bits_of, layers_of, read_core
 
@@ -329,7 +329,9 @@ def _open_checkpoint(
     with readable(model):
         repository = find_repository(model, revision, token)
         config = read_config(repository)
-        shapes = check_converted(config, str(repository.folder / "config.json"))
+        where = str(repository.folder / "config.json")
+        refuse_unconverted(config, where)
+        shapes = check_block(config, where)
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
         code = code_of_artifact(repository.folder, config["mpoe"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..artifact.block import check_converted, check_folder
+from ..artifact.block import check_folder, refuse_unconverted
 from ..artifact.folder import check_output, count_finished, find_resumable, remove_leftovers
 from ..errors import OutputError, counted
 from ..ranks import is_first
@@ -62,18 +62,19 @@ def check_artifact_first(artifact: str, revision: str | None = None) -> None:
     check_model(artifact, revision)
     if folder := local_folder(artifact):
         with readable(artifact):
-            check_converted(read_config(Folder(artifact, folder)), str(folder / "config.json"))
+            refuse_unconverted(read_config(Folder(artifact, folder)), str(folder / "config.json"))
             check_folder(str(folder))
 
 
-def check_folder_first(recipe: Recipe, *, stream: bool = False, whole: bool = True) -> None:
+def check_recipe_first(recipe: Recipe, *, stream: bool = False, whole: bool = True) -> None:
     """Check a recipe against the headers of a folder, as far as its code need not be run.
 
     What is on the Hub, custom code and experts that are named by hand are left to the conversion.
 
     Args:
-        stream: what would be streamed; a folder is not.
-        whole: also what `plan` checks of dense sources; without it only what is not for mixtures.
+        stream: whether `--stream` was given, which a folder refuses.
+        whole: also resolve and plan a dense source, as `plan` does; without it, only options that mixtures do
+            not take and a search without text are refused.
 
     Raises:
         MpoeError: the source or its combination with the recipe cannot be converted.

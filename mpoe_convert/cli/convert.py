@@ -14,7 +14,7 @@ from ..request import as_text
 from ..source.repository import check_model
 from ..source.texts import check_sources
 from .app import announce, echo_json, one_line_errors
-from .checks import check_folder_first, check_output_first
+from .checks import check_output_first, check_recipe_first
 from .options import (
     COMMON,
     GroupedCommand,
@@ -98,7 +98,7 @@ def convert(
         if not dry_run:
             check_output_first(output, overwrite, quiet, resume)
         check_push(repo_id, pushing, overwrite, token)
-        check_folder_first(recipe, stream=stream, whole=not dry_run)
+        check_recipe_first(recipe, stream=stream, whole=not dry_run)
         if dry_run:
             show_plan(recipe, token, as_json, quiet, stream=stream)
             return
@@ -200,7 +200,7 @@ def plan(
         recipe, _ = request_of(Recipe, options, config, model)
         check_model(recipe.model, recipe.revision)
         check_sources(recipe.calibrate)
-        check_folder_first(recipe, whole=False)
+        check_recipe_first(recipe, whole=False)
         announce(f"Planning {recipe.model}", quiet)
         speeds = (disk_speed, compute_speed) if timed else None
         show_plan(recipe, token, as_json, quiet, processes, speeds)

@@ -388,8 +388,8 @@ class _Builder:
     def _copy(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
         dtype = getattr(torch, self.out[name].dtype)
-        if tensor.is_floating_point() and not is_buffer(name):
-            check_finite(tensor, name)
+        if tensor.dtype != dtype and tensor.is_floating_point() and not is_buffer(name):
+            check_finite(tensor, name)  # what is not cast is checked when it is written
             return cast(name, tensor, dtype).contiguous()
         return tensor.to(dtype).contiguous()
 
