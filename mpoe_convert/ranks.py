@@ -159,15 +159,16 @@ class Ranks:
             return {name: value.cpu() for name, value in sums.items()}
         import torch
 
+        own = {name: sums.pop(name).cpu().contiguous() for name in sorted(sums)}
         known: dict[str, tuple] = {}
-        for each in self.gathered({name: (value.shape, value.dtype) for name, value in sums.items()}):
+        for each in self.gathered({name: (value.shape, value.dtype) for name, value in own.items()}):
             known |= each
-        totals = {}
-        for name, (shape, dtype) in sorted(known.items()):
-            own = sums.pop(name).cpu().contiguous() if name in sums else torch.zeros(shape, dtype=dtype)
-            self._talk(lambda dist, own=own: dist.reduce(own, dst=0, group=self.group))
-            totals[name] = own
-        return totals
+        for name in known.keys() - own.keys():
+            own[name] = torch.zeros(known[name][0], dtype=known[name][1])
+        self.gathered(None)  # one that fails between two reductions would leave the others waiting
+        for name in sorted(known):
+            self._talk(lambda dist, value=own[name]: dist.reduce(value, dst=0, group=self.group))
+        return own
 
     def device(self, name: str) -> torch.device:
         """As `pick_device`; with several GPUs each process of a machine takes its own."""

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import tree
 from helpers.data import words
 from helpers.once import made_once
@@ -37,6 +38,7 @@ COUNTS["rounded"] = (1, 2) if find_spec("compressed_tensors") else ()
 SLOW = {"few": (1, 3), "budget": (3,), "list": (1, 2), "rounded": (1, 2)}
 SLOW_EVENTS = ("full", "calibrating nan", "calibrating kill", "evaluate nan")
 LISTED = pytest.param("list", marks=pytest.mark.slow)
+SHAPES = {"a": (torch.Size([3]), torch.float32), "b": (torch.Size([2]), torch.float64)}
 CALIBRATED_CASES = ("budget", pytest.param("few", marks=pytest.mark.slow), "mixture")
 
 
@@ -291,3 +293,28 @@ def test_whoever_is_not_asked_works_alone(monkeypatch):
     with joined(distributed=False) as ranks:
         assert ranks == Ranks() and ranks.is_first
     assert Path(str(ranks.device("cpu"))) == Path("cpu")
+
+
+class Unmovable:
+    """Sums that leave their device only with more memory than there is."""
+
+    shape, dtype = torch.Size([3]), torch.float32
+
+    def cpu(self):
+        raise RuntimeError("out of memory")
+
+
+def no_memory(*args, **options):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("sums", "exchanges"), [({"a": Unmovable()}, 0), ({}, 1)])
+def test_a_sum_without_memory_fails_where_the_others_hear_of_it(monkeypatch, sums, exchanges):
+    """Exchanges of objects carry errors; who fails between two reductions would leave the others waiting."""
+    done = []
+    monkeypatch.setattr(Ranks, "_exchange", lambda self, value: done.append("exchange") or [value, SHAPES])
+    monkeypatch.setattr(Ranks, "_talk", lambda self, exchange: done.append("reduce"))
+    monkeypatch.setattr(torch, "zeros", no_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Ranks(1, 2).add_up(sums)
+    assert done == ["exchange"] * exchanges
