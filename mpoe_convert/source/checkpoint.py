@@ -21,7 +21,7 @@ from ..errors import CheckpointError, FamilyError, RequestError, few
 from ..options import switched
 from . import custom_code, hub
 from .architecture import Architecture
-from .families import REFUSED, refusal
+from .families import PAIR, REFUSED, refusal
 from .json_files import read_json_object
 from .paths import stays_inside
 from .ranges import RemoteWeights
@@ -365,7 +365,8 @@ def check_config(config: dict, repository: Repository) -> None:
     """Check a config.
 
     Raises:
-        CheckpointError: it has no model type, or the weights are quantised.
+        CheckpointError: it has no model type, an entry is no such thing as transformers writes there, or the
+            weights are quantised.
         FamilyError: it is of a mixture that cannot be converted.
     """
     path, model_type = repository.folder / "config.json", config.get("model_type")
@@ -374,6 +375,7 @@ def check_config(config: dict, repository: Repository) -> None:
             f"'{path}' has no 'model_type' (old checkpoints lack it): add the architecture's name, "
             'for example "model_type": "bert", and run again'
         )
+    _check_entries(config, str(path))
     if model_type in REFUSED:
         raise FamilyError(refusal(model_type, REFUSED[model_type]))
     parts = [value for key, value in config.items() if isinstance(value, dict) and key != "mpoe"]
@@ -384,6 +386,21 @@ def check_config(config: dict, repository: Repository) -> None:
                 f"'{path}' says the weights are quantised ({method or 'unnamed method'}): dequantise first, "
                 f"or convert the original full-precision checkpoint{DEQUANTISE.get(str(method), '')}"
             )
+
+
+def _check_entries(config: dict, path: str) -> None:
+    """Entries that are read here, and that transformers reads without looking at what they are."""
+    named = config.get("architectures")
+    if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
+        raise _of_wrong_type(path, "architectures", named, 'a list of names, such as ["BertModel"]')
+    parts = ("encoder", "decoder") if config["model_type"] == PAIR else ()
+    for part in parts:
+        if not isinstance(config.get(part), dict):
+            raise _of_wrong_type(path, part, config.get(part), "that model's own config")
+
+
+def _of_wrong_type(path: str, key: str, value: object, expected: str) -> CheckpointError:
+    return CheckpointError(f"'{path}' has {key!r} {value!r}; expected {expected}: correct the entry")
 
 
 # -------------------------------------------------------------------------------------- the weights

@@ -347,6 +347,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
+PAIR = "encoder-decoder"  # the model type of two models of one family, see `pairs`
+
 FAMILY_OF: Mapping[str, Family] = {name: row for row in FAMILIES for name in row.model_types}
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .architecture import Architecture
-from .families import FAMILY_OF, Family
-
-PAIR = "encoder-decoder"  # the model type
+from .families import FAMILY_OF, PAIR, Family
 
 
 def family_of(architecture: Architecture) -> Family | None:

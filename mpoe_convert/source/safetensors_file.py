@@ -37,7 +37,7 @@ CODE2DTYPE = {
     "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
     "F8_E8M0": ("float8_e8m0fnu", 1),
 }
-DTYPE2BYTES = {**dict(CODE2DTYPE.values()), "complex128": 16}
+DTYPE2BYTES = dict(CODE2DTYPE.values())
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors format sets
 
 

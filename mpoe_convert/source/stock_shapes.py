@@ -122,7 +122,7 @@ def _is_unusual(entry: tuple[str, Any]) -> bool:
     """Whether an entry of config.json changes how a model is built, or might make that fail."""
     key, value = entry
     if key in ("dtype", "torch_dtype"):
-        return value is not None and value not in DTYPE2BYTES
+        return value is not None and not (isinstance(value, str) and value in DTYPE2BYTES)
     if isinstance(value, (int, float)) and value < 0 and re.search("init|std", key):
         return True
     return bool(value) and _MACHINERY.fullmatch(key) is not None

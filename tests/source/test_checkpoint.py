@@ -530,6 +530,7 @@ STATES = {
     "list": ([torch.ones(1)], "holds a list, expected a flat dict of tensors"),
     "number as name": ({0: torch.ones(1)}, "holds a Tensor under 0"),
     "sparse": ({"a": torch.eye(2).to_sparse()}, "expected plain tensors with string names"),
+    "complex": ({"a": torch.ones(1, dtype=torch.complex128)}, "complex128"),
     "nothing": ({}, "holds weight files without a single tensor"),
 }
 
@@ -559,6 +560,15 @@ CONFIGS = {
     "a list": ("[1]", "holds a JSON list, expected an object with 'model_type'"),
     "no type": ({"n_layer": 1}, "has no 'model_type' (old checkpoints lack it): add"),
     "converted": ({"model_type": "mpoe_gpt2"}, "already converted model: convert its dense base"),
+    "a name for a list": (
+        {**CONFIG, "architectures": "GPT2LMHeadModel"},
+        "has 'architectures' 'GPT2LMHeadModel'; expected a list of names",
+    ),
+    "no names": ({**CONFIG, "architectures": [None]}, "has 'architectures' [None]; expected a list of names"),
+    "a pair of one": (
+        {"model_type": "encoder-decoder", "encoder": CONFIG, "decoder": 5},
+        "has 'decoder' 5; expected that model's own config",
+    ),
     "converted key": ({"model_type": "x", "mpoe": {}}, "already converted model"),
     "gptq": (
         {**CONFIG, "quantization_config": {"quant_method": "gptq"}},

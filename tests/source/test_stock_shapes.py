@@ -109,6 +109,7 @@ def test_nothing_of_the_files_stays_in_the_list_of_modules():
         {"activation_function": "no_such"},
         {"attn_implementation": "no_such"},
         {"gradient_checkpointing": True},
+        {"dtype": {"": "float32"}},
         {"architectures": ["NoSuchModel"]},
         {"architectures": ["BertModel"]},
         {"architectures": []},
