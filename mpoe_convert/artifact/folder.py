@@ -68,34 +68,35 @@ def check_kind(output: Path) -> None:
         raise OutputError(f"cannot write '{output}': '{parent}' is a file; choose another output")
 
 
+def check_apart(output: Path, source: Path) -> None:
+    """Check that a folder to write and the folder of the source do not overlap.
+
+    Raises:
+        OutputError: they do; names both.
+    """
+    target, source = output.resolve(), source.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputError(
+            f"the output '{output}' and the source '{source}' lie inside each other; choose a folder outside "
+            "the source"
+        )
+
+
 def check_space(
-    output: Path,
-    source: Path | None,
-    num_bytes: int,
-    what: str = "the artifact",
-    instead: str = "choose another output",
+    output: Path, num_bytes: int, what: str = "the artifact", instead: str = "choose another output"
 ) -> None:
-    """Check that output and source folder do not overlap, and that the disk has room.
+    """Check that the disk has room.
 
     Args:
         output: folder to write.
-        source: folder of the source; None if it is in the Hub's cache.
         num_bytes: that is needed.
         what: needs them.
         instead: what else helps than to free some.
 
     Raises:
-        OutputError: they overlap, or the disk is too full; names both folders, or both sizes.
+        OutputError: there is less; names both sizes.
     """
-    target = output.resolve()
-    if source is not None:
-        source = source.resolve()
-        if target == source or source in target.parents or target in source.parents:
-            raise OutputError(
-                f"the output '{output}' and the source '{source}' lie inside each other; choose a folder "
-                "outside the source"
-            )
-    parent = _existing_parent(target)
+    parent = _existing_parent(output.resolve())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OutputError(

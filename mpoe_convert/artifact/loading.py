@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,14 +15,13 @@ import torch.distributed as dist
 
 from ..errors import MpoeError, TrainingError, few, one_line
 from ..options import switched
-from ..runtime import GENERATE_PATH, MODELING_PATH
 from ..source.architecture import main_auto_class
-from ..source.custom_code import references
-from ..source.hub import GENERATE_FILE, asked_once
+from ..source.hub import asked_once
 from ..source.repository import local_folder, suggesting
 from ..source.texts import TASKS
 from .block import check_folder
-from .layout import MODELING_FILE, base_config
+from .layout import base_config
+from .own_code import has_our_code
 from .reader import Artifact
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **
 
 def _from_pretrained(auto: Any, name: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     """`from_pretrained` without its checks of the name."""
-    trusted = trust_remote_code or _has_our_code(name, options.get("revision"), options.get("token"))
+    trusted = trust_remote_code or has_our_code(name, options.get("revision"), options.get("token"))
     is_model = auto.__name__.startswith("AutoModel")
     if is_model:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -169,33 +167,11 @@ def shapes_of(
 
     Nothing is loaded. What options may add to a mixture that has none of it is left out.
     """
-    trusted = trust_remote_code or _has_our_code(name, None, token)
+    trusted = trust_remote_code or has_our_code(name, None, token)
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trusted, **options)
     parameters = model.base_model.named_parameters()
     return {key: tuple(each.shape) for key, each in parameters if not key.endswith(_MADE_NEW)}
-
-
-def _has_our_code(name: str, revision: str | None, token: str | None) -> bool:
-    """Whether this release's `modeling_mpoe.py` is all the code that loading would run. Runs no code."""
-    from transformers.utils.hub import cached_file
-
-    def read(file: str) -> bytes:
-        path = cached_file(
-            name, file, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
-        )
-        return Path(path).read_bytes() if path else b""
-
-    try:
-        configs = [json.loads(read(file) or "{}") for file in ("config.json", "tokenizer_config.json")]
-        maps = [config.get("auto_map") for config in configs]
-        if {*references(maps)} != {("", Path(MODELING_FILE).stem)}:
-            return False
-        if (custom := read(GENERATE_FILE)) and custom != GENERATE_PATH.read_bytes():
-            return False
-        return read(MODELING_FILE) == MODELING_PATH.read_bytes()
-    except (OSError, ValueError, AttributeError):  # loading will report the error
-        return False
 
 
 def load_artifact(source: Artifact, **options: Any) -> PreTrainedModel:
@@ -213,7 +189,7 @@ def load_artifact(source: Artifact, **options: Any) -> PreTrainedModel:
     # The folder of a Hub id in the cache has the weights and no code.
     name = source.checkpoint.source if source.checkpoint.revision else str(source.checkpoint.folder)
     revision = source.checkpoint.revision or "main"
-    trust = {"trust_remote_code": True}  # opening it as an artifact means to trust its code
+    trust = {"trust_remote_code": True}  # asked when it was opened
     return from_pretrained(auto, name, revision=revision, token=source.token, **trust, **options).eval()
 
 
@@ -226,7 +202,7 @@ def load_config(name: str, token: str | None = None, **trust: bool) -> Pretraine
     """
     from transformers import AutoConfig
 
-    if Path(name).is_dir() and (trust.get("trust_remote_code") or _has_our_code(name, None, token)):
+    if Path(name).is_dir() and (trust.get("trust_remote_code") or has_our_code(name, None, token)):
         check_folder(name)  # code that is not trusted is told first
     return from_pretrained(AutoConfig, name, token=token, **trust)
 

@@ -10,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..request import as_path, check_token
 from ..source.json_files import json_text, read_json_object
+from ..source.texts import BUILDERS
 from .block import checked_artifact
 from .card_file import for_repository
 from .destination import Destination, check_nothing_hides, explained, left_by_an_artifact, make_api, survey
@@ -24,6 +25,9 @@ from .layout import (
     read_artifact,
 )
 
+# Fields that name the converted model, and those that name other models and texts.
+_BASES = {"base_model", "model"}
+_PLACES = {*_BASES, "calibrate", "data", "eval_data", "other", "teacher", "tokenizer"}
 REPORTS = {REPORT_FILE, TRAINING_REPORT_FILE, EVALUATION_REPORT_FILE}
 
 
@@ -128,30 +132,50 @@ def push(
 def _additions(folder: Path, files: Collection[str], repo_id: str) -> list:
     from huggingface_hub import CommitOperationAdd
 
+    is_local = read_json_object(folder / REPORT_FILE).get("revision") is None
     added = []
     for name in files:
         content: bytes | str = str(folder / name)
         if name == CARD_FILE:
             content = for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
         elif name in REPORTS:
-            values = _without_folders(read_json_object(folder / name))
+            values = _without_folders(read_json_object(folder / name), is_local)
             content = json_text(values | ({"base_path": None} if "base_path" in values else {})).encode()
         elif name == RECIPE_FILE:
-            content = _recipe_without_folders((folder / name).read_text(encoding="utf-8")).encode()
+            content = _recipe_without_folders((folder / name).read_text(encoding="utf-8"), is_local).encode()
         added.append(CommitOperationAdd(name, content))
     return added
 
 
-def _without_folders(value: Any) -> Any:
-    """The value of a report without the folders of this machine: an absolute path is its last name alone."""
+def _without_folders(value: Any, base_is_local: bool, field: str = "") -> Any:
+    """The value of a report without the folders of this machine: of a path its last name is left.
+
+    Args:
+        base_is_local: the model that was converted is a folder.
+        field: that holds the value, or its list.
+    """
     if isinstance(value, dict):
-        return {key: _without_folders(each) for key, each in value.items()}
+        return {key: _without_folders(each, base_is_local, key) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_folders(each, base_is_local, field) for each in value]
+    if not isinstance(value, str):
+        return value
+    is_path = Path(value).is_absolute() or (field in _BASES and base_is_local)
+    return Path(value).name if is_path or (field in _PLACES and _is_local(value)) else value
 
 
-def _recipe_without_folders(text: str) -> str:
+def _is_local(place: str) -> bool:
+    """Whether models or texts that are named so are on this machine, not on the Hub."""
+    path = Path(place)
+    return (
+        path.exists()
+        or place.startswith((".", "~"))
+        or len(path.parts) > 2
+        or path.suffix.lower() in BUILDERS
+    )
+
+
+def _recipe_without_folders(text: str, base_is_local: bool) -> str:
     """The same of a recipe; one that names no such path, or is damaged, stays as it is."""
     import yaml
 
@@ -159,7 +183,7 @@ def _recipe_without_folders(text: str) -> str:
         values = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    kept = _without_folders(values)
+    kept = _without_folders(values, base_is_local)
     comments = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     return text if kept == values else comments + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FamilyError
-from ..options import called
+from ..errors import CheckpointError, FamilyError
+from ..options import called, switched
 from ..runtime.shapes import functions, modeling
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint, check_config, open_weights, read_config, readable
@@ -31,6 +31,7 @@ from ..source.repository import find_repository
 from ..tensors import cast, check_finite
 from .block import check_block, check_tensors, missing_mixtures, refuse_missing, refuse_unconverted
 from .layout import REPORT_FILE, base_config, keeps_routers
+from .own_code import has_our_code
 from .rounding import SCALE, bits_of, layers_of, read_core
 
 ROLES = ("gate", "up", "down")
@@ -269,20 +270,28 @@ class Artifact:
         return read_core(checkpoint.read, layers_of(name, chain, number), bits_of(checkpoint.config), shape)
 
 
-def open_artifact(model: str, *, revision: str | None = None, token: str | None = None) -> Artifact:
+def open_artifact(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> Artifact:
     """Open an artifact for reading; reads headers, no tensors.
 
     Args:
         model: folder or Hub id.
         revision: of a Hub id.
         token: Hub token.
+        trust_remote_code: its code may run, here or later. That of this release may without.
 
     Raises:
-        CheckpointError: it is no converted model, has another format version, or is incomplete.
+        CheckpointError: it is no converted model, has another format version, is incomplete, or has code
+            that is not trusted.
         FamilyError: its family is not in the table and its report does not name its FFNs.
         HubError: the Hub refused or could not be reached.
     """
-    checkpoint, shapes = _open_checkpoint(model, revision, token)
+    checkpoint, shapes = _open_checkpoint(model, revision, token, trust_remote_code)
     block, runtime = checkpoint.config["mpoe"], modeling()
     config = base_config(checkpoint.config)
     architecture = Architecture(config, checkpoint.code)
@@ -320,11 +329,11 @@ def open_artifact(model: str, *, revision: str | None = None, token: str | None 
 
 
 def _open_checkpoint(
-    model: str, revision: str | None, token: str | None
+    model: str, revision: str | None, token: str | None, trusts_code: bool
 ) -> tuple[Checkpoint, list[dict[str, tuple[int, ...]]]]:
     """The checkpoint of an artifact, and the shapes of its forms, see `check_block`.
 
-    Its custom code is fetched and may run. Raises as `open_artifact`.
+    Its custom code is fetched and may run, if that is trusted. Raises as `open_artifact`.
     """
     with readable(model):
         repository = find_repository(model, revision, token)
@@ -334,6 +343,11 @@ def _open_checkpoint(
         shapes = check_block(config, where)
         ours = {"quantization_config"} if bits_of(config) else set()
         check_config({key: value for key, value in config.items() if key not in ours}, repository)
+        if not (trusts_code or has_our_code(model, revision, token)):
+            raise CheckpointError(
+                f"'{model}' has custom code, or that of another release: read it, and pass "
+                f"{switched('trust_remote_code')} to run it"
+            )
         code = code_of_artifact(repository.folder, config["mpoe"])
         if code is not None:
             repository.fetch_code()

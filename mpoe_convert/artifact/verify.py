@@ -389,7 +389,7 @@ def _lacking(folder: Path, config: dict) -> str | None:
     if config["mpoe"].get("base_auto_map"):
         return None  # opening it would run that code here
     try:
-        open_artifact(str(folder))
+        open_artifact(str(folder), trust_remote_code=True)
     except FamilyError:
         return None
     except CheckpointError as error:

@@ -49,7 +49,7 @@ class Calibration:
 
     def check_space(self, num_bytes: int) -> None:
         """Raises OutputError if the disk has less room than what is to be saved takes."""
-        check_space(self.folder, None, num_bytes, "the calibration", "point HF_ASSETS_CACHE at a larger disk")
+        check_space(self.folder, num_bytes, "the calibration", "point HF_ASSETS_CACHE at a larger disk")
 
     def save(self, path: str, tensors: dict[str, Tensor], what: str = "moments") -> None:
         """Write a file; it appears whole. What a run that was killed meanwhile has left there is removed."""

@@ -16,7 +16,15 @@ from torch import Tensor
 from .. import experts
 from ..allocator import keeping_freed_memory
 from ..artifact.card_file import source_license
-from ..artifact.folder import check_output, check_space, count_finished, output_error, scratch, staged
+from ..artifact.folder import (
+    check_apart,
+    check_output,
+    check_space,
+    count_finished,
+    output_error,
+    scratch,
+    staged,
+)
 from ..artifact.layout import CARD_FILE, RECIPE_FILE, REPORT_FILE, base_path, file_names
 from ..artifact.weight_files import stream_shard, write_index
 from ..compression.batches import Batch
@@ -139,7 +147,7 @@ def _open(
     pick_device(recipe.device)
     if recipe.bits and (recipe.calibrate or is_calibrated):  # the artifact is run, to measure its divergence
         need(f"{called('bits')} with calibration", "compressed_tensors", extra="bits")
-    return open_source(
+    checkpoint = open_source(
         recipe.model,
         revision=recipe.revision,
         token=token,
@@ -147,6 +155,9 @@ def _open(
         trust_remote_code=recipe.trust_remote_code,
         experts_at=recipe.experts_at,
     )
+    if checkpoint.revision is None:  # else it is in the Hub's cache
+        check_apart(output, checkpoint.folder)
+    return checkpoint
 
 
 def _prepare(
@@ -170,7 +181,7 @@ def _prepare(
         prepared, trials = _search(recipe, checkpoint, output, calibration, progress, token, ranks)
     else:
         prepared = prepare(recipe, checkpoint, calibration, progress, token=token, ranks=ranks)
-    _check_space(prepared, checkpoint, output)
+    check_space(output, prepared.plan.totals.stored_bytes)
     return prepared, trials
 
 
@@ -180,11 +191,6 @@ def _uncompressed(recipe: Recipe, checkpoint: Checkpoint, is_calibrated: bool) -
         checkpoint, fewer = by_size(recipe, checkpoint)
         return plan_mixture(resolve_mixture(recipe, checkpoint), checkpoint, fewer=fewer)
     return plan_checkpoint(resolve_recipe(recipe, checkpoint, calibrated=is_calibrated), checkpoint)
-
-
-def _check_space(prepared: Prepared, checkpoint: Checkpoint, output: Path) -> None:
-    source = checkpoint.folder if checkpoint.revision is None else None
-    check_space(output, source, prepared.plan.totals.stored_bytes)
 
 
 def _search(
@@ -206,7 +212,7 @@ def _search(
             progress(f"variant {len(trials) + 1} of at most {count}: {what}", done, total, None)
 
     for prepared in prepare_each(recipe, checkpoint, batches, report, token=token, ranks=ranks):
-        _check_space(prepared, checkpoint, output)
+        check_space(output, prepared.plan.totals.stored_bytes)
         with scratch(output) as folder:
             job = _Job(folder, output, prepared, checkpoint)
             job.begin()

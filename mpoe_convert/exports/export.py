@@ -11,7 +11,7 @@ from pathlib import Path
 from ..artifact.auto_classes import has_tokenizer, keep_tokenizer
 from ..artifact.card_file import source_front_matter
 from ..artifact.companions import copy_companions
-from ..artifact.folder import check_output, check_space, staged
+from ..artifact.folder import check_apart, check_output, check_space, staged
 from ..artifact.layout import CARD_FILE, EXPORT_REPORT_FILE, file_names
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.verify import MAX_TOLERANCE, ROUNDING, ChildRequest, Comparison, compare_export
@@ -111,7 +111,11 @@ def export(
     check_sources(request.calibrate)
     shard_bytes = parse_size(request.max_shard_size)
     target = targets.load(request.to)
-    source = open_artifact(str(model), revision=revision, token=token)
+    source = open_artifact(
+        str(model), revision=revision, token=token, trust_remote_code=request.trust_remote_code
+    )
+    if source.checkpoint.revision is None:
+        check_apart(output, source.checkpoint.folder)
     if source.keeps_routers and request.to != "moe":
         raise ExportError(
             f"'{source.checkpoint.source}' was made of a mixture, a {source.model_type}, and none of its "
@@ -152,9 +156,8 @@ def _plan(
 
         expert_weights = measure_expert_weights(source, request)
     plan = targets.load(request.to).plan(source, request, expert_weights, output)
-    local = source.checkpoint.folder if source.checkpoint.revision is None else None
     num_written = sum(num_bytes(tensor) for part in plan.parts for tensor in part.tensors)
-    check_space(output, local, num_written + plan.num_bytes_written)
+    check_space(output, num_written + plan.num_bytes_written)
     return plan, expert_weights
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..artifact.folder import check_output, check_space, staged
+from ..artifact.folder import check_apart, check_output, check_space, staged
 from ..artifact.layout import read_artifact
 from ..artifact.loading import from_pretrained, load_artifact
 from ..artifact.reader import Artifact, open_artifact
@@ -94,7 +94,7 @@ def prune(
     check_sources(request.calibrate)
     check_device(request.device)
     need("prune", "datasets", extra="calibrate")
-    source = open_artifact(model, token=token)
+    source = open_artifact(model, token=token, trust_remote_code=request.trust_remote_code)
     check(source, request)
     return _Run(source, request, token, progress or (lambda *_: None)).write(output, overwrite)
 
@@ -111,8 +111,8 @@ class _Run:
     def write(self, output: Path, overwrite: bool) -> Smaller:
         """The whole work, into a folder that appears whole or not at all."""
         source, checkpoint = self.source, self.source.checkpoint
-        local = checkpoint.folder if checkpoint.revision is None else None
-        check_space(output, local, 0)
+        if checkpoint.revision is None:
+            check_apart(output, checkpoint.folder)
         companions = self._companions()
         own = self._pools()
         self._shrink({mixture.path: range(self.request.experts) for mixture in source.mixtures})  # or refuse
@@ -122,13 +122,13 @@ class _Run:
         kept = {path: choose(found.scores(asked.by), asked.experts, own) for path, found in observed.items()}
         config, cuts = self._shrink(kept)
         tensors = list(planned(source, kept, cuts, config["mpoe"]))
-        check_space(output, local, sum(map(num_bytes, tensors)))
+        check_space(output, sum(map(num_bytes, tensors)))
         with staged(output, overwrite) as folder:
             copy_companions(companions, folder)
             write_json(folder / "config.json", config)
             self._write_weights(folder, tensors)
             smaller = Smaller(
-                artifact=checkpoint.source if local is None else local.resolve().name,
+                artifact=checkpoint.source if checkpoint.revision else checkpoint.folder.resolve().name,
                 by=asked.by,
                 text=tuple(Path(each).name if Path(each).is_file() else each for each in asked.calibrate),
                 experts_before=source.num_experts,

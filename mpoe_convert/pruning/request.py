@@ -57,3 +57,9 @@ class Pruning(TextSource, WeightFiles, Request):
         valid=is_device,
         expected=DEVICES,
     )
+    trust_remote_code: bool = option(
+        default=False,
+        help="Run custom code that the artifact brings along. The `modeling_mpoe.py` of this release is run "
+        "without it.",
+        group="Calibration",
+    )

@@ -476,7 +476,10 @@ def _arguments(run: Finetuning, output: Path) -> TrainingArguments:
     check_trackers(run.report_to)
     own, options = own_arguments(run), by_name(Finetuning)
     named = {field: called(options[option]) for field, (option, _) in own.items()}
-    given = check_arguments(run.arguments, named | {"output_dir": "-o, the output"})
+    given = check_arguments(
+        run.arguments,
+        named | {"output_dir": "-o, the output", "hub_token": "the token of the run, which no report keeps"},
+    )
     values = {field: value for field, (_, value) in own.items()} | {
         "output_dir": str(output),
         "per_device_eval_batch_size": run.batch_size,

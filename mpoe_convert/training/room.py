@@ -30,7 +30,7 @@ def check_room(trainer: MpoeTrainer, output: Path, result_bytes: int, watch: Wat
     """
     needed = disk_bytes(trainer, result_bytes)
     held = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    check_space(output, None, needed - held, "the run")
+    check_space(output, needed - held, "the run")
     watch(f"needs up to {needed / 1e6:,.1f} MB in '{output}'", 0, 0)
 
 

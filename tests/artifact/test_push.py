@@ -141,8 +141,8 @@ def test_folders_of_this_machine_stay_here(hub, push, out):
     base = json.loads(report.read_text(encoding="utf-8"))["base_model"]
     assert Path(base).is_absolute() and base in recipe.read_text(encoding="utf-8")
     training = {
-        "data": [f"{base}/../my data/a.txt", "org/data", "b.txt"],
-        "run": {"teacher": base},
+        "data": [f"{base}/../my data/a.txt", "org/data", "clients/acme/b.txt", "../acme/notes"],
+        "run": {"teacher": base, "model": "a-folder/moe", "tokenizer": "acme/small/tokenizer"},
         "log": [1.5],
     }
     write_json(out / "training_report.json", training)
@@ -157,8 +157,8 @@ def test_folders_of_this_machine_stay_here(hub, push, out):
     same = local.keys() - {"base_model", "base_path", "recipe"}
     assert {key: there[key] for key in same} == {key: local[key] for key in same}
     assert json.loads(found["training_report.json"]) == {
-        "data": ["a.txt", "org/data", "b.txt"],
-        "run": {"teacher": Path(base).name},
+        "data": ["a.txt", "org/data", "b.txt", "notes"],
+        "run": {"teacher": Path(base).name, "model": "moe", "tokenizer": "tokenizer"},
         "log": [1.5],
     }
     first, *_ = recipe.read_text(encoding="utf-8").splitlines()

@@ -49,9 +49,7 @@ def test_onnxruntime_computes_what_the_model_does(options, artifact, tmp_path):
 def test_room_is_asked_for_float32_whatever_the_artifact_is(artifact, tmp_path, monkeypatch):
     _, out = artifact("gpt2", dtype="bfloat16")
     asked = []
-    monkeypatch.setattr(
-        "mpoe_convert.exports.export.check_space", lambda output, source, size: asked.append(size)
-    )
+    monkeypatch.setattr("mpoe_convert.exports.export.check_space", lambda output, size: asked.append(size))
     monkeypatch.setattr(onnx, "_write", lambda source, check, folder: None)
     monkeypatch.setattr(onnx, "NEEDS", {})
     export(out, tmp_path / "graph", Export(to="onnx", check=False))

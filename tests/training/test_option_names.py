@@ -111,6 +111,10 @@ def test_an_argument_that_an_own_option_sets(field):
         ({"arguments": {"bf16": True}}, "--set bf16: expected --precision$"),
         ({"arguments": {"max_steps": -5}}, "--set max_steps: expected --steps$"),
         ({"arguments": {"output_dir": "x"}}, "--set output_dir: expected -o, the output$"),
+        (
+            {"arguments": {"hub_token": "hf_x"}},
+            "--set hub_token: expected the token of the run, which no report keeps$",
+        ),
         ({"arguments": {"eval_strategy": "epoch", "save_strategy": "no"}, "eval_data": "t.txt"}, "refuses"),
         ({"arguments": {"deepspeed": "nofile.json"}}, "refuses these training arguments: "),
         ({"schedule": "cosin"}, "--schedule is 'cosin'; .*; did you mean 'cosine'\\?$"),

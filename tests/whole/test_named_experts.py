@@ -122,7 +122,7 @@ def test_a_list_of_experts_has_no_self_contrast(quire):
 
 def test_it_is_what_its_source_was(quire, tmp_path):
     source, out, bound = quire
-    exported = export(out, tmp_path / "again", Export(to="moe", check=bound))
+    exported = export(out, tmp_path / "again", Export(to="moe", check=bound, trust_remote_code=True))
     expected, found = stored(source), stored(tmp_path / "again")
     assert exported.model_type == "quire" and expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -149,7 +149,7 @@ def test_it_is_calibrated_cut_trained_scored_and_exported(quire, text, tmp_path)
     assert verify(tmp_path / "tuned", trust_remote_code=True).problems() == []
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "tuned")])
     assert shown.exit_code == 0 and "quire, 2 layers of 4 experts, top 2" in " ".join(shown.output.split())
-    export(tmp_path / "tuned", tmp_path / "again", Export(to="moe", check=False))
+    export(tmp_path / "tuned", tmp_path / "again", Export(to="moe", check=False, trust_remote_code=True))
     assert difference(tmp_path / "again", tmp_path / "tuned") < 1e-5
 
 

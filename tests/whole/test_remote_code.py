@@ -23,12 +23,14 @@ from mpoe_convert import (
     Export,
     Finetuning,
     MpoeError,
+    Pruning,
     Recipe,
     convert,
     evaluate,
     export,
     finetune,
     plan,
+    prune,
     verify,
 )
 from mpoe_convert.artifact.layout import MODELING_FILE, own_files
@@ -571,7 +573,7 @@ def test_a_fused_gate_and_the_place_of_a_dropout_are_seen(own, tmp_path):
 def test_exported_it_is_the_source_again(name, auto_class, own, tmp_path):
     """With its code, its config, and, from the identity gauge, its weights to the bit."""
     folder, out = own(name, auto_class, gauge="identity")
-    export(out, tmp_path / "back", Export(check=False))
+    export(out, tmp_path / "back", Export(check=False, trust_remote_code=True))
     found, expected = load_file(tmp_path / "back" / "model.safetensors"), stored(folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
     for file in ("config.json", "tokenizer_config.json"):
@@ -584,17 +586,37 @@ def test_exported_it_is_the_source_again(name, auto_class, own, tmp_path):
 def test_what_was_written_is_compared_in_another_process(own, tmp_path):
     _, out = own("minstrel", kind="low-rank")
     assert verify(out, trust_remote_code=True).relative_difference < 1e-5
-    adapters = export(out, tmp_path / "lora", Export(to="lora"))
+    adapters = export(out, tmp_path / "lora", Export(to="lora", trust_remote_code=True))
     assert adapters.comparison.relative_difference < 1e-5
     assert {f"base/{file}" for file in FILES["minstrel"]} < set(adapters.files)
 
 
 def test_exports_that_do_not_apply_are_refused(own, tmp_path):
     with pytest.raises(ExportError, match="is a llama with custom code, and no mixture"):
-        export(own("llama")[1], tmp_path / "moe", Export(to="moe"))
+        export(own("llama")[1], tmp_path / "moe", Export(to="moe", trust_remote_code=True))
     folder, out = own("minstrel", kind="low-rank")
     with pytest.raises(ExportError, match="only the artifact's is run here: omit base"):
-        export(out, tmp_path / "lora", Export(to="lora", base=str(folder)))
+        export(out, tmp_path / "lora", Export(to="lora", base=str(folder), trust_remote_code=True))
+
+
+@pytest.mark.parametrize("changed", ["the base's", "ours"])
+def test_untrusted_code_of_an_artifact_is_not_run(changed, own, tmp_path):
+    """Neither that of its base, nor a modeling_mpoe.py that is not this release's."""
+    out, ran = tmp_path / "out", tmp_path / "ran"
+    shutil.copytree(own("minstrel")[1], out)
+    if changed == "ours":
+        save_tiny("llama", "AutoModelForCausalLM", tmp_path / "dense")
+        convert(Recipe(str(tmp_path / "dense"), **SMALL), out, overwrite=True)
+        code = out / "modeling_mpoe.py"
+    else:
+        code = next(path for path in out.glob("*.py") if not path.name.startswith("modeling_mpoe"))
+    code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
+    match = "has custom code, or that of another release: read it, and pass trust_remote_code=True"
+    with pytest.raises(CheckpointError, match=match):
+        export(out, tmp_path / "back", Export())
+    with pytest.raises(CheckpointError, match=match):
+        prune(out, tmp_path / "fewer", Pruning("builtin", 2))
+    assert not ran.exists()
 
 
 def test_it_is_calibrated_and_compressed(own, tmp_path):

@@ -143,3 +143,9 @@ class Export(_TargetOptions, WeightFiles, Request):
         group="General",
         default_text="check",
     )
+    trust_remote_code: bool = option(
+        default=False,
+        help="Run custom code that the artifact brings along. The `modeling_mpoe.py` of this release is run "
+        "without it.",
+        group="General",
+    )
