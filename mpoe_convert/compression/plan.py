@@ -12,7 +12,7 @@ from ..options import called
 from ..planning.plan import Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
-from ..planning.resolve import resolve_recipe
+from ..planning.resolve import check_text_options, resolve_recipe
 from ..request import check_function, check_token
 from ..source.in_memory import InMemory
 from ..source.opening import check_stream, open_source
@@ -57,6 +57,7 @@ def plan(
     options = {"revision": recipe.revision, "token": token, "trust_remote_code": recipe.trust_remote_code}
     options |= {"experts_at": recipe.experts_at, "stream": stream}
     calibrated = bool(recipe.calibrate) or calibration is not None
+    check_text_options(recipe, calibrated)
     check_stream(stream, calibrated)
     checkpoint = open_source(recipe.model, headers_only=not (recipe.compresses and calibrated), **options)
     is_mixture = isinstance(checkpoint, InMemory)  # whose sizes are enough

@@ -174,7 +174,7 @@ def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Chec
         stay = f"Of {plan.source_experts} per layer {plan.recipe.experts} are left"
         others = "Routers keep the rows of these; all else is that"
     if plan.is_exact:
-        how, title = "stored whole: the model computes what its base does.", name
+        how, title = f"stored whole{_roundings(plan.recipe)}.", name
     elif all(matrix.form == "whole" for matrix in report.matrices if isinstance(matrix, StackReport)):
         how, title = "stored whole.", f"{name}, smaller"
     else:
@@ -187,6 +187,13 @@ def _introduction_of_experts(report: Report, plan: MixturePlan, checkpoint: Chec
         f"# {title}\n\nThe experts of {layers} of {base} are {how} {stay}, of which a token takes "
         f"{plan.recipe.top_k}. {others} of the base. Made by mpoe-convert.\n\n{licence}"
     )
+
+
+def _roundings(recipe: Recipe) -> str:
+    """The end of a sentence about numbers that are kept: what rounds them."""
+    if recipe.bits is not None:
+        return f", rounded to {recipe.bits} bits"
+    return ": the model computes what its base does" if recipe.dtype is None else f", in {recipe.dtype}"
 
 
 def _usage(checkpoint: Checkpoint, auto: str) -> list[str]:

@@ -41,7 +41,7 @@ from ..planning.mixtures import StackPlan, plan_mixture, resolve_mixture
 from ..planning.plan import FFNPlan, MatrixPlan, Plan
 from ..planning.planner import plan_checkpoint
 from ..planning.recipe import Recipe
-from ..planning.resolve import resolve_recipe
+from ..planning.resolve import check_text_options, resolve_recipe
 from ..planning.shares import check_shared, share_out
 from ..ranks import ALONE, Ranks, joined
 from ..request import as_path, check_function, check_token
@@ -144,6 +144,7 @@ def _open(
     check_stream(stream, bool(recipe.calibrate) or is_calibrated)
     check_output(output, overwrite)
     check_sources(recipe.calibrate)
+    check_text_options(recipe, is_calibrated)
     pick_device(recipe.device)
     if recipe.bits and (recipe.calibrate or is_calibrated):  # the artifact is run, to measure its divergence
         need(f"{called('bits')} with calibration", "compressed_tensors", extra="bits")
@@ -363,7 +364,8 @@ class _Builder:
         self.progress = progress or (lambda *_: None)
         self.out = {tensor.name: tensor for tensor in plan.tensors}
         self.ffns = {ffn.ffn.key: ffn for ffn in plan.ffns}
-        self.num_ffns = len({self.out[n].ffn for file in files for n in plan.shards[file]} - {None})
+        self.names = {name for file in files for name in plan.shards[file]}
+        self.num_ffns = len({self.out[name].ffn for name in self.names} - {None})
         self.ffns_done = 0
         self.at = ""  # what is in work, for messages
         self.pending: dict[str, Tensor] = {}
@@ -375,12 +377,13 @@ class _Builder:
         self.reports, self.orders, self.rounding = [], [], {}
 
     def take(self, name: str) -> Tensor:
-        """The named tensor; what else its FFN yields is kept until it is asked for."""
+        """The named tensor; what else its FFN yields for these files is kept until it is asked for."""
         ffn = self.out[name].ffn
         if ffn is None:
             return self._copy(name)
         if name not in self.pending:
-            self.pending |= self._stored(self.ffns[ffn])
+            made = self._stored(self.ffns[ffn])
+            self.pending |= {each: made[each] for each in made.keys() & self.names}
         return self.pending.pop(name)
 
     def _stored(self, plan: FFNPlan) -> dict[str, Tensor]:

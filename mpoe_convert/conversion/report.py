@@ -26,7 +26,8 @@ class MatrixReport:
     """One converted matrix.
 
     Attributes:
-        relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix.
+        relative_error: Frobenius norm of (expert 0 as stored - dense) over that of the dense matrix; where
+            large cores are rounded to some bits, before that, whose error `Report.rounding` has.
         relative_error_before_cast: the same before the cores were rounded to the stored dtype; of an eighth
             of a large matrix where nothing is truncated.
         in_dims, out_dims, bonds: where experts differ in size, those of the largest.

@@ -250,7 +250,7 @@ class MixturePlan(Plan):
             needed = size(sum(map(moment_bytes, self.ffns)))
             yield f"Moments of the calibration, kept in the cache of Hugging Face: {needed}"
         if self.is_exact:
-            yield "Experts: whole, nothing is lost."
+            yield "Experts: whole, nothing is truncated."
         yield from map(warning, self.warnings)
 
 

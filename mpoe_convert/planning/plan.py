@@ -272,7 +272,7 @@ class Plan(Shown):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the model computes what the dense one does, but for the noise."""
+        """Whether nothing is truncated: but for noise and rounding it computes what the dense model does."""
         return self.recipe.own_options.starts_exact() and all(matrix.is_exact for matrix in self.matrices)
 
     @cached_property

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from .. import experts
 from ..errors import RecipeError, counted
 from ..experts.selection import EXPERT_CHOICE, THRESHOLD, TOP_P
-from ..options import assigned, by_name, called
+from ..options import assigned, by_name, called, default_of
 from ..source.checkpoint import Checkpoint
 from ..source.families import Family
 from ..source.ffn import FFN
@@ -131,6 +131,15 @@ def with_fit(recipe: Recipe, calibrated: bool) -> Recipe:
     if allocation in ("loss", "measured") and not calibrated:
         raise RecipeError(needs_calibration("allocation", allocation))
     return recipe.replace(metric=metric, allocation=allocation)
+
+
+def check_text_options(recipe: Recipe, calibrated: bool) -> None:
+    """Raises RecipeError for options about a text where none is read."""
+    if calibrated or recipe.calibrate:
+        return
+    for name, each in by_name(TextSource).items():
+        if getattr(recipe, name) != default_of(each):
+            raise RecipeError(f"{called(name)} given without {called('calibrate')}; no text is read")
 
 
 def needs_calibration(name: str, value: str) -> str:

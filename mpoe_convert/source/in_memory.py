@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, few, one_line
@@ -136,9 +137,9 @@ def in_memory(checkpoint: Checkpoint) -> InMemory:
     tensors: dict[str, TensorInfo] = {}
     made_by: dict[str, Group] = {}
     for group in groups:
-        first = checkpoint.tensors[group.names[0][0]]
+        first, dtype = checkpoint.tensors[group.names[0][0]], _widest(checkpoint, group)
         for name, shape in _shapes_of(checkpoint, group, model, shapes).items():
-            tensors[name] = TensorInfo(name, first.dtype, shape, first.file)
+            tensors[name] = TensorInfo(name, dtype, shape, first.file)
             made_by[name] = group
     renamed = {group.names[0][0]: group.target for group in groups if group.conversion is None}
     shared = {
@@ -216,6 +217,17 @@ def _shapes_of(
             f"{few([name for name, _ in group.names])} ({one_line(error)}); fetch the checkpoint again"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in made.items()}
+
+
+def _widest(checkpoint: Checkpoint, group: Group) -> str:
+    """The dtype that holds the numbers of all tensors of a group."""
+    found = {checkpoint.tensors[name].dtype for name, _ in group.names}
+    if len(found) == 1:
+        return found.pop()
+    import torch
+
+    widest = reduce(torch.promote_types, (getattr(torch, each) for each in found))
+    return str(widest).removeprefix("torch.")
 
 
 def _check_experts(checkpoint: Checkpoint, group: Group, shape: tuple[int, ...]) -> None:

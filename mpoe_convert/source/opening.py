@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..errors import RequestError
 from ..options import switched
 from .checkpoint import Checkpoint, open_checkpoint
+from .custom_code import naming_files
 from .in_memory import in_memory
+from .json_files import read_json_object
 from .mixtures import is_mixture, locate_experts, refuse
 from .named_experts import parse
 
@@ -35,6 +37,7 @@ def open_source(
         experts_at: where the experts are; then it is a mixture.
 
     Raises:
+        CheckpointError: also if a config of its tokenizer or processor is damaged.
         FamilyError: also if it is a mixture whose experts cannot be replaced.
     """
     if experts_at is not None:
@@ -47,6 +50,8 @@ def open_source(
         stream=stream,
         trust_remote_code=trust_remote_code,
     )
+    for path in naming_files(checkpoint.folder):
+        read_json_object(path)  # a damaged one is told now, not when it is copied
     if experts_at is None:
         if not is_mixture(checkpoint):
             return checkpoint

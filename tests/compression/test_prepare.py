@@ -124,6 +124,8 @@ WRONG = [
     ({"keep": 0.8, "allocation": "loss"}, "allocation is 'loss'; expected calibrate"),
     ({"keep": 0.8, "allocation": "measured"}, "allocation is 'measured'; expected calibrate"),
     ({"max_error": 0.5, "allocation": "measured"}, "allocation='measured' given without keep"),
+    ({"calibration_tokens": 100}, "calibration_tokens given without calibrate; no text is read"),
+    ({"text_column": "body"}, "text_column given without calibrate; no text is read"),
     ({"keep": 0.8, "correct": True}, "correct given with metric='weights'"),
     ({"calibrate": ("builtin",)}, "calibrate given without keep or max_error"),
     ({"metric": "loss"}, "metric given without keep or max_error"),

@@ -64,6 +64,7 @@ def test_bytes_are_those_that_each_process_moves(folders, case, count, monkeypat
         tensors = [builder.take(name) for file in files for name in made.plan.shards[file]]
         assert share.read_bytes == sum(read)
         assert share.written_bytes == sum(tensor.nbytes for tensor in tensors)
+        assert not builder.pending  # what belongs into another process's files is not kept
         assert share.files == len(files) and share.ffns == builder.num_ffns
     assert sum(share.work for share in shares) == pytest.approx(1)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.expert_mixtures import EXPERTS, TOP_K, TYPES, save_mixture, stock_name
+from helpers.models import stored
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.activations import ACT2FN
@@ -218,6 +219,12 @@ def mixtral(tmp_path):
     return save_mixture("mixtral", tmp_path / "source")
 
 
+def test_a_damaged_config_of_the_tokenizer_is_told_first(mixtral, tmp_path):
+    (mixtral / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=re.escape(str(mixtral / "tokenizer_config.json"))):
+        plan(Recipe(str(mixtral)))
+
+
 def test_a_missing_expert_is_named(mixtral):
     edit(mixtral, lambda tensors: tensors.pop(W1))
     assert f"lacks {W1}, the matrix of expert 2 of {EXPERTS}; fetch the checkpoint" in refused(
@@ -242,6 +249,17 @@ def test_experts_of_different_shapes_are_named(mixtral):
     assert f"{W1} has the shape [41, 32], those of the other experts [40, 32]" in refused(
         mixtral, CheckpointError
     )
+
+
+def test_experts_of_different_dtypes_have_the_widest(mixtral, tmp_path):
+    first = W1.replace(".2.", ".0.")
+    edit(mixtral, lambda tensors: tensors.update({first: tensors[first].bfloat16()}))
+    convert(Recipe(str(mixtral)), tmp_path / "out")
+    found, expected = stored(tmp_path / "out"), stored(mixtral)
+    gate = found["model.layers.1.mlp.mixture.gate.terms.0.aux_0"]
+    for expert in range(EXPERTS):
+        wanted = expected[W1.replace(".2.", f".{expert}.")].T.float()
+        assert torch.equal(gate[expert].view_as(wanted), wanted)
 
 
 def test_a_router_of_another_number_of_experts_is_named(mixtral):

@@ -111,8 +111,14 @@ def test_the_artifact_says_what_it_is(mixtral):
     assert not any("experts" in name for name in names)
     assert names["model.layers.1.mlp.mixture.up.terms.0.aux_0"].shape == (EXPERTS, 32, 40)
     card = (out / "README.md").read_text()
-    assert "The experts of 2 layers of source are stored whole" in card and "dense" not in card
+    assert "source are stored whole: the model computes what its base does." in card and "dense" not in card
     assert "untrained" not in card and "plain MoE" not in card
+
+
+def test_a_card_says_how_whole_experts_are_rounded(mixtral, tmp_path):
+    convert(Recipe(str(mixtral[0]), dtype="bfloat16"), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "are stored whole, in bfloat16." in card and "computes what its base does" not in card
 
 
 def test_the_artifact_is_verified(mixtral):
