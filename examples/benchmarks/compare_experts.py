@@ -337,7 +337,9 @@ MANY = {"experts": 64, "top_k": 8}
 SYSTEMS = {
     "dense": "no experts",
     "plain MoE": "sparse upcycling (2212.05055)",
-    "plain MoE, top-1": "Switch (2101.03961)",
+    "plain MoE, top-1": "Switch (2101.03961), weights of one",
+    "plain MoE, top-1, raw": "Switch, its own weights",
+    "plain MoE, top-1, raw x N": "Switch, its weights one at the start",
     "plain MoE, 1 shared": "sparse upcycling, a shared expert",
     "fine-grained N, 1 shared": "DeepSeekMoE (2401.06066)",
     "split N": "MoEfication (2110.01786), all parts",
@@ -370,7 +372,7 @@ ROLES = (
     ("router x 10", {"router_lr": 10.0}),
 )
 # Keys of a recipe that say what happens to the artifact behind the conversion.
-CHANGES = ("thin", "routers")
+CHANGES = ("thin", "routers", "probabilities")
 # Recipes of MPO experts that name no layout have this one.
 LAYOUT = "one-sided"
 
@@ -454,9 +456,16 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     found |= {name: (*each, task.factors) for name, each in sized.items()}
     parts = max(size for size in range(2, 9) if inner % size == 0)
     own = whole_experts(parts) | selections(block, parts) | thin_chains(task.own, matrices, hidden, inner)
+    if config.is_encoder_decoder:
+        own |= encoders()
     found |= {name: (recipe, {}, (1.0,)) for name, recipe in own.items()}
     fixed = {"kind": "split", "experts": parts, "top_k": parts // 2, "routers": "none"}
     found[f"split, fixed {parts // 2}"] = (fixed, {"router_lr": 0.0}, (1.0,))
+    single, raw = own["plain MoE, top-1"], {"options": {"router_combine": "raw"}}
+    scaled = single | {"probabilities": BASE["experts"]}
+    found["plain MoE, top-1, raw"] = (single, raw, (1.0,))
+    own_code = raw | {"trust_remote_code": True}
+    found[f"plain MoE, top-1, raw x {BASE['experts']}"] = (scaled, own_code, (1.0,))
     return found | {name: (*each, None) for name, each in variations.items() if name not in found}
 
 
@@ -469,6 +478,13 @@ def whole_experts(parts: int) -> dict[str, dict]:
         "plain MoE, top-1": {"kind": "dense", "top_k": 1},
         "plain MoE, 1 shared": {"kind": "dense", "shared_experts": 1},
     }
+
+
+def encoders() -> dict[str, dict]:
+    """Recipes for the encoder alone, whose tokens choose experts or whose experts choose tokens."""
+    recipe = {"kind": "dense", "exclude": ("decoder*",)}
+    choice = recipe | {"select": "expert-choice"}
+    return {"plain MoE, encoder": recipe, "plain MoE, encoder, expert-choice": choice}
 
 
 def thin_chains(own: int, matrices: int, hidden: int, inner: int) -> dict[str, dict]:
@@ -504,6 +520,13 @@ def share_thin(folder: Path, owned: str) -> None:
         shared, place = ("aux_0", "central_0") if owned == "out" else ("aux_1", "central_1")
         tensors[stem + place] = tensors.pop(stem + shared)[0].clone()
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def scale_probabilities(folder: Path, factor: int) -> None:
+    """Multiply the combine weights of an artifact that are probabilities, in its own code."""
+    file, weights = folder / "modeling_mpoe.py", "logits.log_softmax(-1).gather(-1, experts).exp()"
+    before, after = file.read_text(encoding="utf-8").split(f"return {weights}")
+    file.write_text(f"{before}return {factor} * {weights}{after}", encoding="utf-8")
 
 
 def cluster_routers(model, examples: list[dict], seed: int) -> None:
@@ -599,6 +622,8 @@ class Runs:
             convert(recipe_of(self.task, recipe, seed), start)
             if "thin" in recipe:
                 share_thin(Path(start), recipe["thin"])
+            if "probabilities" in recipe:
+                scale_probabilities(Path(start), recipe["probabilities"])
             if recipe.get("routers") == "clustered":
                 tokenizer = AutoTokenizer.from_pretrained(start)
                 cluster_routers(self.load(start), self.task.examples(tokenizer, "choose"), seed)
