@@ -20,6 +20,7 @@ from ..extras import need
 from ..options import by_name, called, default_of
 from ..request import as_path, check_function, check_token
 from ..source import texts
+from ..source.text_options import check_data
 from .checkpoints import Record, check_place, check_same_run, remove_leftovers, what_is_left, writing_into
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
@@ -110,7 +111,7 @@ def finetune(
     check_token(token)
     check_function("progress", progress, "step, steps, logs")
     check_function("watch", watch, "what, done, total")
-    texts.check_sources((*run.data, *run.eval_data))
+    check_data(run, (*run.data, *run.eval_data))
     with writing_into(output):
         return _finetune(run, output, resume, token, progress, watch or _silent)
 
@@ -146,6 +147,7 @@ def _finetune(
     config = load_config(run.model, token, **run.trust)
     _check_whole(run.model, config)
     kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
+    texts.check_columns((*run.data, *run.eval_data), run.columns.needed(kind.name), f"task {kind.name}")
     options = _options(run, config, kind, token)
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
     watch("reading the data", 0, 0)
