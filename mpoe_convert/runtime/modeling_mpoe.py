@@ -897,10 +897,10 @@ class Chain(nn.Module):
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        differ = "by_expert" in term
+        self._differ = "by_expert" in term
         for key, values in term.get("by_expert", {}).items():
             check_one_each(key, values, num_experts)
-        terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
+        terms = [term_of(term, expert) for expert in range(num_experts)] if self._differ else [term]
         self.layouts = [Layout.of(own) for own in terms]
         self.steps = [layout.steps() for layout in self.layouts]
         largest = Layout.of(term)
@@ -910,36 +910,50 @@ class Chain(nn.Module):
         self.is_common = all(self.shared)
         self.core_names = name_cores(term)
         self.acts = all(map(_acts, terms))
-        if not self.acts and (differ or max(self.copies) > 1):
-            what = "of experts that differ in size" if differ else "with an untied core"
+        if not self.acts and (self._differ or max(self.copies) > 1):
+            what = "of experts that differ in size" if self._differ else "with an untied core"
             raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
-        self._stored = stored = [
+        self._add_cores()
+        self._count()
+        self._find_ends(term, largest)
+
+    def _add_cores(self) -> None:
+        """Parameters for the cores; which experts differ in, and which are large."""
+        self._stored = [  # per core, the matrix shapes of the layouts
             list(map(matrix_shape, shapes))
             for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
         ]
-        self.apart = [len(set(shapes)) > 1 for shapes in stored]
-        neighbours = itertools.groupby(range(len(stored)), self.apart.__getitem__)
+        self.apart = [len(set(shapes)) > 1 for shapes in self._stored]
+        neighbours = itertools.groupby(range(len(self._stored)), self.apart.__getitem__)
         self._groups = [(apart, list(group)) for apart, group in neighbours]  # of cores, from left to right
-        for name, shapes, shared, apart in zip(self.core_names, stored, self.shared, self.apart, strict=True):
+        cores = zip(self.core_names, self._stored, self.shared, self.apart, strict=True)
+        for name, shapes, shared, apart in cores:
             if shared and apart:
                 raise ValueError(
                     f"{name} is shared by experts in which it has the shapes {sorted(set(shapes))}"
                 )
             numbers = (sum(rows * cols for rows, cols in shapes),)
-            size = shapes[0] if shared else numbers if apart else (num_experts, *shapes[0])
+            size = shapes[0] if shared else numbers if apart else (self.num_experts, *shapes[0])
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         whole = self.in_features * self.out_features
         self.large = [
             copies == 1 and is_large(*matrix_shape(shape), whole)
             for copies, shape in zip(self.copies, self.shapes, strict=True)
         ]
+
+    def _count(self) -> None:
+        """Parameters and operations."""
         sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
         self.shared_params = sum(size for size, shared in sizes if shared)
         own = [sum(layout.sizes) - self.shared_params for layout in self.layouts]
-        self.own_by_expert = tuple(own if differ else own * num_experts)
-        self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
+        self.own_by_expert = tuple(own if self._differ else own * self.num_experts)
+        whole = 2 * self.in_features * self.out_features
+        self.flops_per_row = mean([own.flops_per_row() if self.acts else whole for own in self.layouts])
         self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
-        begins = self.acts and not differ and not self.is_common
+
+    def _find_ends(self, term: dict, largest: Layout) -> None:
+        """The cores at both ends that are the same for all experts, and what they cost."""
+        begins = self.acts and not self._differ and not self.is_common
         self.num_start = [*self.shared, False].index(False) if begins else 0
         self.num_end = [*self.shared[::-1], False].index(False) if begins else 0
         self.start_flops = largest.flops_per_row(self.num_start)
@@ -3333,6 +3347,22 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _run_noting(
+    stock: Callable[..., Any],
+    arguments: dict,
+    mixtures: Sequence[tuple[str, FeedForward]],
+    running: RouterPass,
+) -> Any:
+    """A stock forward pass in which the mixtures note for this `RouterPass` how they route."""
+    try:
+        for _, ffn in mixtures:
+            ffn.router_pass = running
+        return stock(**arguments)
+    finally:
+        for _, ffn in mixtures:
+            ffn.router_pass = None
+
+
 def _written(parameter: inspect.Parameter) -> str:
     """As code, with a default to be replaced if there is one."""
     return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=None"
@@ -3396,39 +3426,52 @@ class MixtureMixin(_Stock):
         present = self._layer_paths()
         if not present:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
-        base = self.base_model
-        for path, form in present.items():
-            if _keeps_routers(config):
-                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
-                replace_experts(stock, block["forms"][form], block, globals())
-            else:
-                initialise = _innermost_model(base, path)._init_weights
-                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+        self._replace_ffns(present)
         self._note_paths()
-        self._rounds = getattr(config, "quantization_config", None) is not None
-        for path, ffn in self._mixings():
-            for chain in ffn.modules() if self._rounds else ():
-                if isinstance(chain, Chain):
-                    chain.use_linears()
-            if isinstance(ffn, FeedForward):
-                ffn.configure(config, len(present))
-                ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
-                if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
-                    raise ValueError(
-                        f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
-                        "experts would choose a token by later ones; convert with another selection rule"
-                    )
-            else:
-                ffn.configure_schedule(config, len(present))
+        self._configure_mixtures(len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
-        if base is not self or config.is_encoder_decoder:
+        if self.base_model is not self or config.is_encoder_decoder:
             for module in self.modules():
                 if module is not self and isinstance(module, PreTrainedModel):
                     self._adopt(module)
         self._register_renames()
         self.post_init()
+
+    def _replace_ffns(self, present: dict[str, int]) -> None:
+        """Put mixtures in the place of FFNs, or our experts in that of a mixture's.
+
+        Args:
+            present: path of a layer of this model -> index in the block's `forms`.
+        """
+        base, block = self.base_model, self.config.mpoe
+        for path, form in present.items():
+            if _keeps_routers(self.config):
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
+                replace_experts(stock, block["forms"][form], block, globals())
+            else:
+                initialise = _innermost_model(base, path)._init_weights
+                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+
+    def _configure_mixtures(self, number: int) -> None:
+        """Let all mixtures, of which there are so many, take the config's options."""
+        config = self.config
+        self._rounds = getattr(config, "quantization_config", None) is not None
+        for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
+            if not isinstance(ffn, FeedForward):
+                ffn.configure_schedule(config, number)
+                continue
+            ffn.configure(config, number)
+            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+            if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
+                raise ValueError(
+                    f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
+                    "experts would choose a token by later ones; convert with another selection rule"
+                )
 
     def _register_renames(self) -> None:
         """Take over the key renames of a mixture's type, for its dense FFNs; or none, for experts of ours.
@@ -3605,10 +3648,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
-        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
-        coefs = [getattr(config, name) if learns else 0.0 for name in names]
-        coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
+        coefs = self._loss_coefs(mixtures, learns)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
@@ -3622,13 +3662,7 @@ class MixtureMixin(_Stock):
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
         running.share = self._share_of_step(given)
         running.task = task
-        try:
-            for _, ffn in mixtures:
-                ffn.router_pass = running
-            outputs = stock(**given)
-        finally:
-            for _, ffn in mixtures:
-                ffn.router_pass = None
+        outputs = _run_noting(stock, given, mixtures, running)
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
@@ -3639,6 +3673,15 @@ class MixtureMixin(_Stock):
             outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
+
+    def _loss_coefs(self, mixtures: Sequence[tuple[str, FeedForward]], learns: bool) -> list[float]:
+        """The coefficients of the router losses in this pass, in the order of `RouterPass`."""
+        rules = {ffn.rule for _, ffn in mixtures}
+        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if TOP_ANY in rules else ()))
+        coefs = [getattr(self.config, name) if learns else 0.0 for name in names]
+        if EXPERT_CHOICE in rules:  # whose load is balanced
+            coefs[0] = 0.0
+        return coefs
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
