@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     from ..experts.kinds import mpo, split
 
     @described
-    class _KindOptions(mpo.Options, split.Options):  # pyright: ignore[reportIncompatibleVariableOverride]
+    class _KindOptions(mpo.Options, split.Options):  # pyright: ignore[reportIncompatibleVariableOverride]  (fields of one name are merged)
         """The options of all kinds."""
 
 else:

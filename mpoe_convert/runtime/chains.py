@@ -197,8 +197,8 @@ class Layout(NamedTuple):
 
     def isometric_std(self, k: int, is_left: bool) -> float | None:
         """Of random numbers that make core k nearly an isometry; None: it scales features."""
-        l, i, o, r = self.shapes[k]  # noqa: E741
-        l //= self.copies[k]  # noqa: E741
+        l, i, o, r = self.shapes[k]  # noqa: E741  (bond names)
+        l //= self.copies[k]  # noqa: E741  (bond names)
         return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
 
     def steps(self) -> list[Step]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import (
-    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (the module declares no exports)
 )
 
 from .chains import Chain
@@ -579,11 +579,11 @@ class MixtureMixin(_Stock):
     def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
             check_mode(generation_mode.value, config)
-        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
-        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
         loaded = getattr(vars(self).get("generate"), "func", None)
         if getattr(loaded, "calls_method", False):
             del self.generate

@@ -392,7 +392,7 @@ def bytes_of(core: Tensor | Layers) -> int:
 
 def is_recorded() -> bool:
     """Whether a graph is made for other tokens too: by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, yet not exported)
 
 
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
@@ -651,8 +651,8 @@ class Layout(NamedTuple):
 
     def isometric_std(self, k: int, is_left: bool) -> float | None:
         """Of random numbers that make core k nearly an isometry; None: it scales features."""
-        l, i, o, r = self.shapes[k]  # noqa: E741
-        l //= self.copies[k]  # noqa: E741
+        l, i, o, r = self.shapes[k]  # noqa: E741  (bond names)
+        l //= self.copies[k]  # noqa: E741  (bond names)
         return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
 
     def steps(self) -> list[Step]:
@@ -2045,7 +2045,7 @@ class _AddGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         return grad, torch.as_tensor(ctx.factor(), dtype=torch.float32, device=ctx.device), None
 
 
@@ -2062,7 +2062,7 @@ class _NoteGradient(torch.autograd.Function):
         return scalar.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         ctx.note(grad)
         return grad, None, None
 
@@ -2150,7 +2150,7 @@ class RouterPass:
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
-        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
+        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]  (None after the pass alone)
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
@@ -2820,7 +2820,7 @@ class ExpertList(Experts):
     def __getitem__(self, expert: Any) -> Callable[..., Tensor]:
         return functools.partial(self, expert=range(len(self))[operator.index(expert)])
 
-    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  (the stock block's call)
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
@@ -2853,7 +2853,7 @@ class HoldsExperts(nn.Module):
     @property
     def experts(self) -> nn.Module:
         """What the stock code calls."""
-        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]
+        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]  (always a module)
 
 
 def replace_experts(block: nn.Module, form: dict, settings: dict, namespace: dict) -> None:
@@ -3718,11 +3718,11 @@ class MixtureMixin(_Stock):
     def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
             check_mode(generation_mode.value, config)
-        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
-        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
         loaded = getattr(vars(self).get("generate"), "func", None)
         if getattr(loaded, "calls_method", False):
             del self.generate
