@@ -79,6 +79,10 @@ class DataError(MpoeError):
     """Training or evaluation data are missing, unreadable, or not what the task needs."""
 
 
+class ColumnError(DataError, RequestError):
+    """The data have no column of a name that was asked for."""
+
+
 AnyError = TypeVar("AnyError", bound=MpoeError)
 
 

@@ -349,15 +349,11 @@ def _expected(each: Field, given: Any) -> str:
         return words + (did_you_mean(wrong[0], about.choices) if wrong else "")
     if is_list:
         return f"a {about.item} or a list of {about.item}s"
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "some text" if isinstance(given, str) else "text",
-    }
-    if members[0] is str and isinstance(given, (bool, int, float)):
-        words[str] = "text (quote it in a YAML file)"
-    noun = words.get(members[0], "names and values, as {name: value}")
+    noun = type_in_words(members[0])
+    if members[0] is str and isinstance(given, str):  # an empty one
+        noun = f"some {noun}"
+    elif members[0] is str and isinstance(given, (bool, int, float)):
+        noun += " (quote it in a YAML file)"
     such_as = "" if about.such_as is None else f", such as {about.such_as}"
     return f"{noun}{_range_in_words(about, given)}{such_as}"
 
@@ -395,9 +391,19 @@ def fits(value: Any, kind: Any) -> bool:
     return False
 
 
+_TYPE_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    list[str]: "a list of texts",
+    dict: "names and values, as {name: value}",
+    NoneType: "null",
+}
+
+
 def type_in_words(kind: Any) -> str:
-    """What a value of a type is, for messages."""
-    words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    words |= {list: "a list", list[str]: "a list of texts"}
-    found = (words.get(each) or words.get(get_origin(each), "null") for each in types_of(kind))
-    return " or ".join(found)
+    """What a value of a type, or of one of several, is, for messages; other types by their Python names."""
+    members = (member if member in _TYPE_WORDS else get_origin(member) or member for member in types_of(kind))
+    return " or ".join(_TYPE_WORDS.get(member) or member.__name__ for member in members)

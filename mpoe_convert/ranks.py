@@ -96,7 +96,7 @@ class Ranks:
         if self.is_first:
             try:
                 made[0] = work()
-            except Exception as caught:
+            except Exception as caught:  # raised below, when the others know
                 error, made[1] = caught, _Failure.of(0, caught)
         self._broadcast(made)
         while made[2] is not None:
@@ -138,7 +138,7 @@ class Ranks:
             work()
         except _Known as known:
             raise known.error from known
-        except Exception as caught:
+        except Exception as caught:  # raised by the exchange, in all processes
             error = caught
         try:
             self._exchange(None, error)

@@ -42,6 +42,10 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _of_type(kind: Any) -> _Expected:
+    return _Expected(type_in_words(kind), lambda value: fits(value, kind))
+
+
 def _list_of(words: str, each: _Expected, number: int) -> _Expected:
     """A list of so many values."""
 
@@ -57,13 +61,8 @@ def _counts(number: int) -> _Expected:
 
 _COUNT = _Expected("a whole number of at least 1", lambda value: _is_whole(value, 1))
 _NUMBER = _Expected("a whole number of at least 0", lambda value: _is_whole(value, 0))
-_TRUTH = _Expected("true or false", lambda value: isinstance(value, bool))
-_TEXT = _Expected("a text", lambda value: isinstance(value, str))
-_TEXT_OR_NONE = _Expected("a text or null", lambda value: value is None or isinstance(value, str))
-_TEXTS = _Expected(
-    "a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)
-)
-_TEXTS_OR_NONE = _Expected("a list of texts", lambda value: value is None or _TEXTS.holds(value))
+_TRUTH, _TEXT, _TEXT_OR_NONE = _of_type(bool), _of_type(str), _of_type(str | None)
+_TEXTS, _TEXTS_OR_NONE = _of_type(list[str]), _of_type(list[str] | None)
 _OBJECT_OR_NONE = _Expected("an object", lambda value: value is None or isinstance(value, dict))
 _OBJECT = _Expected("an object", lambda value: isinstance(value, dict))
 _FULL_OBJECT = _Expected("an object that is not empty", lambda value: isinstance(value, dict) and bool(value))
@@ -179,7 +178,7 @@ def _of_option(option: Any) -> _Expected:
     """What the value of an `Option` of the runtime may be."""
     if option.values is not None:
         return _Expected(f"one of {', '.join(option.values)}", lambda value: value in option.values)
-    return _Expected(type_in_words(option.type), lambda value: fits(value, option.type))
+    return _of_type(option.type)
 
 
 def _check_routing(reader: _Reader, block: dict) -> None:

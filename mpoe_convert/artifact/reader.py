@@ -185,10 +185,15 @@ class Artifact:
         parts = [share * work[expert] for expert, share in shares.items()]
         return sum(parts[1:], parts[0]).to(bias.dtype)
 
+    @property
+    def shared_range(self) -> range:
+        """The numbers of the shared experts."""
+        return range(self.num_experts, self.num_experts + self.shared_experts)
+
     def of_copy(self, number: int) -> list[int]:
         """The experts that hold copy `number` of an FFN's neurons, with the shared ones."""
         routed = range(number * self.parts, (number + 1) * self.parts)
-        return [*routed, *range(self.num_experts, self.num_experts + self.shared_experts)]
+        return [*routed, *self.shared_range]
 
     def rank(self, mixture: Mixture, role: str, expert: int) -> int:
         """The rank of what a low-rank or core-space expert adds to the shared matrix."""

@@ -49,7 +49,7 @@ def main() -> dict:
     reference, found = Reference(), {}
     try:
         reference.run(request)
-    except Exception as error:
+    except Exception as error:  # here and below: custom code may raise anything, and the caller tells it
         if not request["is_trained"]:
             return {"error": f"the {names[0]} {request['against']} does not load or run: {_line(error)}"}
         reference.outputs, found["reference_error"] = None, request["absent"] or _line(error)
@@ -257,7 +257,7 @@ def compare_tokenizers(request: dict) -> dict:
             trust_remote_code=trusted[0],
             token=token,
         )
-    except Exception:
+    except Exception:  # a dense model without a tokenizer, or whose tokenizer needs what is not here
         return nothing
     ours = AutoTokenizer.from_pretrained(request["artifact"], trust_remote_code=trusted[1])
     texts = make_texts([*map(str, theirs.all_special_tokens), *map(str, theirs.get_added_vocab())][:20])
@@ -272,7 +272,7 @@ def encode(tokenizer: Any, text: str) -> dict | str:
     """All that a tokenizer gives for a text, or the kind of error that it raises."""
     try:
         return dict(tokenizer(text, verbose=False))
-    except Exception as error:
+    except Exception as error:  # the other tokenizer has to refuse the text in the same way
         return type(error).__name__
 
 

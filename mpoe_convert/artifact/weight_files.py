@@ -125,7 +125,7 @@ def stream_shard(specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tenso
             for future, _ in waiting:
                 future.result()
         assert not places, f"tensors that were never made: {sorted(places)}"
-    except BaseException:
+    except BaseException:  # an interrupt too leaves no half of a file
         path.unlink(missing_ok=True)
         raise
 

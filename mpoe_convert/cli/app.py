@@ -139,7 +139,7 @@ def handle_signals() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stopped:
         sys.exit(_say_stopped(str(stopped) or "no output was written"))
-    except Exception:
+    except Exception:  # libraries may turn an interrupt into an error of their own
         if not _STOPPED_BY:
             raise
         sys.exit(_say_stopped("no output was written"))

@@ -12,7 +12,7 @@ from ..planning.recipe import Recipe
 from ..ranks import is_first
 from ..request import as_text
 from ..source.repository import check_model
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from .app import announce, echo_json, one_line_errors
 from .checks import check_output_first, check_recipe_first
 from .options import (
@@ -94,7 +94,7 @@ def convert(
         if not (output or dry_run):
             raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
         check_model(recipe.model, recipe.revision)
-        check_sources(recipe.calibrate)
+        check_calibration(recipe)
         if not dry_run:
             check_output_first(output, overwrite, quiet, resume)
         check_push(repo_id, pushing, overwrite, token)
@@ -199,7 +199,7 @@ def plan(
         check_shares(processes, timed, disk_speed, compute_speed)
         recipe, _ = request_of(Recipe, options, config, model)
         check_model(recipe.model, recipe.revision)
-        check_sources(recipe.calibrate)
+        check_calibration(recipe)
         check_recipe_first(recipe, whole=False)
         announce(f"Planning {recipe.model}", quiet)
         speeds = (disk_speed, compute_speed) if timed else None

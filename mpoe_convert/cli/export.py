@@ -9,7 +9,7 @@ import click
 from ..exports.targets import Export
 from ..request import as_text
 from ..source.repository import check_model
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from .app import announce, echo_json, one_line_errors
 from .checks import check_artifact_first, check_output_first
 from .options import COMMON, GroupedCommand, option, options_of, output_option, request_of, token_option
@@ -45,7 +45,7 @@ def export(
         request, _ = request_of(Export, options)
         artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
-        check_sources(request.calibrate)
+        check_calibration(request)
         if request.base:
             check_model(request.base, request.base_revision)
         check_artifact_first(artifact, revision)

@@ -8,7 +8,7 @@ import click
 
 from ..pruning.request import Pruning
 from ..request import as_text
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from .app import announce, echo_json, one_line_errors
 from .checks import check_artifact_first, check_output_first
 from .options import COMMON, GroupedCommand, option, options_of, output_option, request_of, token_option
@@ -42,7 +42,7 @@ def prune(
         request, _ = request_of(Pruning, options)
         artifact, output = as_text("artifact", artifact), as_text("output", output)
         check_output_first(output, overwrite, quiet)
-        check_sources(request.calibrate)
+        check_calibration(request)
         check_artifact_first(artifact)
         announce(f"Pruning {artifact}", quiet)
         from ..pruning.prune import prune as write

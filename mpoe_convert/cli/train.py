@@ -14,7 +14,7 @@ import click
 from ..artifact.layout import read_artifact
 from ..ranks import is_first
 from ..request import as_text
-from ..source.texts import check_sources
+from ..source.text_options import check_data
 from ..training.checkpoints import check_place
 from ..training.request import Finetuning, Scoring
 from .app import announce, echo_json, one_line_errors
@@ -75,7 +75,7 @@ def finetune(
         output = as_text("output", output)
         check_place(Path(output), resume)
         check_models_first((run.model, run.teacher, run.tokenizer))
-        check_sources((*run.data, *run.eval_data))
+        check_data(run, (*run.data, *run.eval_data))
         announce(f"Fine-tuning {run.model}", quiet)
         run_finetuning(run, output, resume, token, as_json, quiet)
 
@@ -157,7 +157,7 @@ def evaluate(model: str, token: str | None, as_json: bool, quiet: bool, verbose:
         if request.record:
             read_artifact(Path(request.model))
         check_models_first((request.model, request.against, request.tokenizer))
-        check_sources(request.data)
+        check_data(request, request.data)
         announce(f"Scoring {model}", quiet)
         from ..training.evaluate import score_models
         from .progress import evaluation_progress, silence_libraries

@@ -53,7 +53,7 @@ def _collect(run: DenseRun, wanted: Sequence[str], save: Save, progress: Progres
 
 
 def load(found: Calibration, path: str) -> Activations:
-    """Those of the FFN in the layer at `path`, in float32."""
+    """The activations of the FFN in the layer at `path`, in float32."""
     from safetensors.torch import load_file
 
     tensors = {name: tensor.float() for name, tensor in load_file(found.file(path, WHAT)).items()}

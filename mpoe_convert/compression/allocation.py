@@ -31,7 +31,7 @@ class Allocatable(Protocol[C]):
         ...
 
     def loss(self, choice: C, /) -> float:
-        """In one unit for all that share the budget."""
+        """What the choice loses, in one unit for all that share the budget."""
         ...
 
     def above(self, choice: C, /) -> Iterable[C]:

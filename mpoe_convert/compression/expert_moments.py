@@ -110,7 +110,7 @@ class Borrowing(Moments):
     def __len__(self) -> int:
         return len(self.sums)
 
-    def __getitem__(self, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  (one expert, never a slice)
         if not 0 <= expert < len(self):
             raise IndexError(expert)
         return unpacked((self.sums[expert] + self.extra) / self.total)

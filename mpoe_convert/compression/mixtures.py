@@ -55,14 +55,14 @@ class PreparedMixture(Prepared):
     """The plan for a mixture, and the data that its experts are fitted to."""
 
     def source(self, checkpoint: Checkpoint) -> Checkpoint:
-        """With the experts that stay."""
+        """The source with the experts that stay."""
         assert isinstance(self.plan, MixturePlan) and isinstance(checkpoint, InMemory)
         if self.plan.fewer is None:
             return checkpoint
         return with_experts(checkpoint, locate_experts(checkpoint), self.plan.fewer.kept)
 
     def expert_moments(self, path: str) -> ExpertMoments | None:
-        """At the experts in the layer at that path; None where nothing is fitted to calibration text."""
+        """The moments at the experts of a layer; None where nothing is fitted to calibration text."""
         assert isinstance(self.plan, MixturePlan)
         if self.calibration is None or self.plan.recipe.keep is None:
             return None

@@ -40,7 +40,7 @@ class Calibration:
         return cls(_folder(run), tuple(ffn.ffn.path for ffn in run.plan.ffns), tokens)
 
     def file(self, path: str, what: str = "moments") -> Path:
-        """Of the FFN in the layer at `path`. `what`: "moments" or "gradients"."""
+        """The file of the FFN in the layer at `path`. `what`: "moments" or "gradients"."""
         return self.folder / f"{self.paths.index(path)}-{what}.safetensors"
 
     def missing(self, what: str = "moments") -> list[str]:

@@ -16,7 +16,7 @@ from ..planning.resolve import check_text_options, resolve_recipe
 from ..request import check_function, check_token
 from ..source.in_memory import InMemory
 from ..source.opening import check_stream, open_source
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 
 if TYPE_CHECKING:
     from .batches import Batch
@@ -53,7 +53,7 @@ def plan(
             f"{called('search')} given to a plan; it compares artifacts, and a plan writes none: leave it out"
         )
     check_device(recipe.device)
-    check_sources(recipe.calibrate)
+    check_calibration(recipe)
     options = {"revision": recipe.revision, "token": token, "trust_remote_code": recipe.trust_remote_code}
     options |= {"experts_at": recipe.experts_at, "stream": stream}
     calibrated = bool(recipe.calibrate) or calibration is not None

@@ -62,11 +62,11 @@ class Prepared:
     activated: Calibration | None = None
 
     def moments(self, path: str) -> FFNMoments | None:
-        """At the FFN in the layer at that path."""
+        """What was measured at the FFN in the layer at that path."""
         return None if self.calibration is None else self.calibration.load(path)
 
     def activations(self, path: str) -> Activations | None:
-        """At the FFN in the layer at that path."""
+        """What was measured at the FFN in the layer at that path."""
         return None if self.activated is None else activations.load(self.activated, path)
 
     def source(self, checkpoint: Checkpoint) -> Checkpoint:

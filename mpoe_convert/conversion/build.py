@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,17 +119,38 @@ def finish_projection(
     targets: FFNTargets, role: str, fitted: Fitted
 ) -> tuple[dict[str, Tensor], MatrixReport]:
     """A projection's tensors, named below the projection and on the CPU, and their report."""
+    plan, recipe = targets.matrices[role], targets.recipe
+    tensors: dict[str, Tensor] = {}
+    cores = _finish_cores(targets, role, fitted, tensors)
+    if plan.spec["bias"] is not None:
+        bias = cast(f"{plan.name}.bias", targets.bias(role), getattr(torch, plan.dtype))
+        is_own = plan.spec["bias"] == "per-expert"
+        tensors["bias"] = bias.repeat(recipe.own_options.stored_experts, 1) if is_own else bias.clone()
+    return tensors, matrix_report(plan, recipe, _measure(targets, role, fitted.discarded, cores))
+
+
+class _Terms(NamedTuple):
+    """The cores of every term of a projection, each (l, i, o, r).
+
+    Attributes:
+        exact, clone: of experts 0 and 1, in the dtype in which they are stored.
+        unrounded: of expert 0, in that in which they were fitted.
+    """
+
+    exact: list[list[Tensor]]
+    clone: list[list[Tensor]]
+    unrounded: list[list[Tensor]]
+
+
+def _finish_cores(targets: FFNTargets, role: str, fitted: Fitted, tensors: dict[str, Tensor]) -> _Terms:
+    """Clone and round the cores of a projection, and add them to the tensors that are stored."""
     plan, recipe, device = targets.matrices[role], targets.recipe, targets.device
     stored, generator = getattr(torch, plan.dtype), targets.generator(role)
-    tensors: dict[str, Tensor] = {}
-    exact: list[list[Tensor]] = []
-    clone: list[list[Tensor]] = []
-    unrounded: list[list[Tensor]] = []
+    found = _Terms([], [], [])
     for number, (term, cores) in enumerate(zip(plan.spec["terms"], fitted.terms, strict=True)):
-        unrounded.append([(core[0] if isinstance(core, list) else core).to(device) for core in cores])
-        unrounded[-1] = _of_expert(unrounded[-1], term, 0)
-        exact.append([])
-        clone.append([])
+        unrounded = [(core[0] if isinstance(core, list) else core).to(device) for core in cores]
+        found.unrounded.append(_of_expert(unrounded, term, 0))
+        pairs = []
         for name, core, shared in zip(functions().name_cores(term), cores, term["shared"], strict=True):
             whole = f"{plan.name} (core {name})"
             if isinstance(core, list):
@@ -138,33 +160,36 @@ def finish_projection(
             else:
                 core = clones(core.to(device), recipe.own_options.stored_experts, recipe.noise, generator)
                 core = cast(whole, core, stored)
-            both = (core, core) if isinstance(core, Tensor) and shared else (core[0], core[1])
-            exact[-1].append(both[0])
-            clone[-1].append(both[1])
+            pairs.append((core, core) if isinstance(core, Tensor) and shared else (core[0], core[1]))
             tensors[f"terms.{number}.{name}"] = _as_stored(core).cpu()
-        exact[-1], clone[-1] = _of_expert(exact[-1], term, 0), _of_expert(clone[-1], term, 1)
-    if plan.spec["bias"] is not None:
-        bias = cast(f"{plan.name}.bias", targets.bias(role), stored)
-        tensors["bias"] = (
-            bias.repeat(recipe.own_options.stored_experts, 1)
-            if plan.spec["bias"] == "per-expert"
-            else bias.clone()
-        )
-    dense = targets.dense(role)
+        found.exact.append(_of_expert([first for first, _ in pairs], term, 0))
+        found.clone.append(_of_expert([second for _, second in pairs], term, 1))
+    return found
+
+
+def _measure(targets: FFNTargets, role: str, discarded: Sequence[float], cores: _Terms) -> Measured:
+    """How far a projection's stored cores are from the source, from what was fitted, and from each other.
+
+    Args:
+        discarded: of the fit, see `Fitted`.
+    """
+    plan, dense = targets.matrices[role], targets.dense(role)
     copies, of_clone = (_copies(plan, expert) for expert in (0, 1))
-    error = before = _error(dense, exact, copies)
-    if stored != unrounded[0][0].dtype:
+    error = before = _error(dense, cores.exact, copies)
+    if cores.exact[0][0].dtype != cores.unrounded[0][0].dtype:
         is_exact = plan.is_exact and targets.fits_the_source(role)  # to rounding, which a part shows
-        before = _error(dense, unrounded, copies, every=8 if is_exact else 1)
-    drift = _drift(dense, (exact, copies), (clone, of_clone)) if recipe.noise else 0.0
-    discarded = fitted.discarded if targets.fits_the_source(role) else ()  # else: no distance to the source
-    norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
+        before = _error(dense, cores.unrounded, copies, every=8 if is_exact else 1)
+    drift = 0.0
+    if targets.recipe.noise:
+        drift = _drift(dense, (cores.exact, copies), (cores.clone, of_clone))
     output_error = None
     if targets.moments is not None:
-        made = _matrix_of(exact, copies, dense.dtype)
+        made = _matrix_of(cores.exact, copies, dense.dtype)
         output_error = targets.moments.output_error(plan, dense, made)
-    measured = Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
-    return tensors, matrix_report(plan, recipe, measured)
+    if not targets.fits_the_source(role):  # what was discarded is no distance to the source
+        discarded = ()
+    norm = float(dense.norm()) ** 2 if any(discarded) else 1.0
+    return Measured(error, before, output_error, tuple(lost / norm for lost in discarded), drift)
 
 
 @dataclass(frozen=True)

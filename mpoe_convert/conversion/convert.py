@@ -51,7 +51,7 @@ from ..source.json_files import write_json
 from ..source.matrices import read_wide
 from ..source.opening import check_stream, open_source
 from ..source.state_dict import is_buffer
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from ..tensors import cast, check_finite
 from . import card
 from .build import FFNTargets, choose_order, finish_projection, seeded
@@ -143,8 +143,8 @@ def _open(
     """The source, once everything that can be told without it is right."""
     check_stream(stream, bool(recipe.calibrate) or is_calibrated)
     check_output(output, overwrite)
-    check_sources(recipe.calibrate)
     check_text_options(recipe, is_calibrated)
+    check_calibration(recipe)
     pick_device(recipe.device)
     if recipe.bits and (recipe.calibrate or is_calibrated):  # the artifact is run, to measure its divergence
         need(f"{called('bits')} with calibration", "compressed_tensors", extra="bits")

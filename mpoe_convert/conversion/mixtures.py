@@ -95,7 +95,7 @@ def build_stack(
 def _measure(plan: StackPlan, stack: Stack, cores: Sequence[Sequence[Tensor]]) -> StackReport:
     """The errors of a stack, from its cores in the dtype in which they are stored."""
     found = stack_errors(stack, cores)
-    error = _root(found.weight_lost, found.weight_energy)
+    error = found.weight_error**0.5
     return StackReport(
         name=plan.name,
         kind="experts",
@@ -107,7 +107,7 @@ def _measure(plan: StackPlan, stack: Stack, cores: Sequence[Sequence[Tensor]]) -
         rank=None,
         relative_error=error,
         relative_error_before_cast=error,
-        output_error=None if stack.moments is None else _root(found.lost, found.energy),
+        output_error=None if stack.moments is None else found.error**0.5,
         discarded_weight=(),
         clone_drift=0.0,
         dense_params=plan.dense_params,
@@ -116,15 +116,9 @@ def _measure(plan: StackPlan, stack: Stack, cores: Sequence[Sequence[Tensor]]) -
         form=plan.form,
         ranks=plan.ranks,
         experts=len(stack),
-        expert_errors=tuple(map(_root, found.weight_lost, found.weight_energy)),
+        expert_errors=tuple(found.weight_errors.sqrt().tolist()),
         alike=alikeness(stack) if plan.alike is None else plan.alike,
     )
-
-
-def _root(lost: Tensor, energy: Tensor) -> float:
-    """The relative error of squared norms, one or one per expert."""
-    whole = float(energy.sum())
-    return (max(float(lost.sum()), 0.0) / whole) ** 0.5 if whole else 0.0
 
 
 @dataclass(frozen=True, repr=False)

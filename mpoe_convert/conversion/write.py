@@ -11,7 +11,7 @@ from ..artifact.layout import MODELING_FILE
 from ..experts.selection import LIMITED, THRESHOLD
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
-from ..planning.resolve import USED
+from ..planning.resolve import FOR_MIXTURES
 from ..planning.rounding import config_of
 from ..planning.totals import routing
 from ..runtime import GENERATE_PATH, MODELING_PATH
@@ -32,7 +32,7 @@ def write_recipe(path: Path, recipe: Recipe, is_mixture: bool) -> None:
 
     values = recipe.to_mapping()
     if is_mixture:  # whose other options have no meaning, and are refused
-        values = {name: value for name, value in values.items() if name in USED}
+        values = {name: value for name, value in values.items() if name in FOR_MIXTURES}
     if recipe.select in LIMITED and "top_k" not in recipe.given:  # no limit, whatever the number of experts
         values.pop("top_k")
     if recipe.threshold == THRESHOLD:  # what top-p takes anyway, and other selections refuse

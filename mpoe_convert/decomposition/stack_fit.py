@@ -52,6 +52,21 @@ class StackErrors(NamedTuple):
     weight_lost: Tensor
     weight_energy: Tensor
 
+    @property
+    def error(self) -> float:
+        """Relative squared error of the expected outputs of all experts together."""
+        return float(_ratio(self.lost.sum(), self.energy.sum()))
+
+    @property
+    def weight_error(self) -> float:
+        """Relative squared error of the entries of all experts together."""
+        return float(_ratio(self.weight_lost.sum(), self.weight_energy.sum()))
+
+    @property
+    def weight_errors(self) -> Tensor:
+        """(E,) relative squared error of the entries."""
+        return _ratio(self.weight_lost, self.weight_energy)
+
 
 @dataclass(frozen=True, eq=False)
 class StackFit:
@@ -80,19 +95,9 @@ class StackFit:
         return self.errors.lost
 
     @property
-    def energy(self) -> Tensor:
-        """(E,) squared size of the expected outputs."""
-        return self.errors.energy
-
-    @property
-    def weight_errors(self) -> Tensor:
-        """(E,) relative squared error of the entries."""
-        return _ratio(self.errors.weight_lost, self.errors.weight_energy)
-
-    @property
     def error(self) -> float:
         """Relative squared error of the expected outputs of all experts together."""
-        return float(_ratio(self.lost.sum(), self.energy.sum()))
+        return self.errors.error
 
     def matrix(self, expert: int) -> Tensor:
         """One expert's matrix (in, out)."""

@@ -24,7 +24,7 @@ from ..request import as_path, as_text, check_function, check_token
 from ..source.architecture import main_auto_class
 from ..source.json_files import write_json
 from ..source.paths import is_dir
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from . import targets
 from .card import write_export
 from .targets import Checked, Export, ExportPlan, Part
@@ -108,7 +108,7 @@ def export(
     check_token(token)
     check_function("progress", progress, "tensor, made, total")
     check_output(output, overwrite)
-    check_sources(request.calibrate)
+    check_calibration(request)
     shard_bytes = parse_size(request.max_shard_size)
     target = targets.load(request.to)
     source = open_artifact(

@@ -116,7 +116,7 @@ class MixturePlan(Plan):
 
     @property
     def source_experts(self) -> int:
-        """Per layer of the source."""
+        """How many experts each layer of the source has."""
         return self.recipe.experts if self.fewer is None else self.fewer.source_experts
 
     @property

@@ -146,7 +146,7 @@ class FFNPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Of its tensors, before any is rounded."""
+        """Bytes of its tensors, before any is rounded."""
         return sum(OutTensor(name, *spec, None).num_bytes for name, spec in self.tensors.items())
 
 
@@ -277,12 +277,12 @@ class Plan(Shown):
 
     @cached_property
     def ffn_totals(self) -> Totals:
-        """Of the converted FFNs alone."""
+        """Totals of the converted FFNs alone."""
         return ffn_totals(self)
 
     @cached_property
     def totals(self) -> Totals:
-        """Of the whole model."""
+        """Totals of the whole model."""
         return model_totals(self, self.dense_flops_per_token - self.ffn_totals.dense_flops_per_token)
 
     @property
@@ -320,7 +320,7 @@ class Plan(Shown):
         return [ffn for ffn in self.ffns if ffn.ffn.key in keys]
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """Of these tensors of the artifact."""
+        """Bytes of these tensors of the artifact."""
         return sum(self.by_name[name].num_bytes for name in names)
 
     def held_of(self, files: Collection[str]) -> int:

@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     from ..experts.kinds import mpo, split
 
     @described
-    class _KindOptions(mpo.Options, split.Options):  # pyright: ignore[reportIncompatibleVariableOverride]
+    class _KindOptions(mpo.Options, split.Options):  # pyright: ignore[reportIncompatibleVariableOverride]  (fields of one name are merged)
         """The options of all kinds."""
 
 else:
@@ -351,7 +351,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
 
     @property
     def compresses(self) -> bool:
-        """Under a budget."""
+        """Whether matrices are compressed under a budget."""
         return self.keep is not None or self.max_error is not None
 
     def _check_budget(self) -> None:
@@ -373,7 +373,7 @@ class Recipe(_KindOptions, WeightFiles, TextSource, Request):
         return bool(self.calibrate) and "experts" in self.given and self.allocation is None
 
     def check_chains(self) -> None:
-        """What has a meaning without a budget: fitting chains that --bond-dim truncates."""
+        """Raises RecipeError for fitting without a budget and without chains that are truncated."""
         given = [name for name in ("allocation", "correct", "metric", "calibrate") if getattr(self, name)]
         may_truncate = self.own_options.may_truncate()
         if given == ["calibrate"] and self.own_options.takes_activations():

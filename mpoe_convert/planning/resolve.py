@@ -24,7 +24,7 @@ METRIC, METRIC_WITHOUT_DATA = "loss", "weights"
 METRIC_OF_CHAINS = "outputs"
 
 # What can be chosen where the source is a mixture.
-USED = frozenset(
+FOR_MIXTURES = frozenset(
     {
         *("model", "revision", "trust_remote_code", "layers", "include", "exclude", "device", "dtype"),
         *("max_shard_size", "bits", "keep", "share", "allocation", "experts", "top_k", "experts_at"),
@@ -94,7 +94,7 @@ def resolve_recipe(recipe: Recipe, checkpoint: Checkpoint, *, calibrated: bool =
 def check_for_mixtures(recipe: Recipe) -> None:
     """Raises RecipeError for what is given and has no meaning where the source is a mixture."""
     for name in by_name(Recipe):
-        if name in recipe.given - USED:
+        if name in recipe.given - FOR_MIXTURES:
             raise RecipeError(
                 f"{called(name)} given with a mixture of experts as the source; it is about dense sources: "
                 "leave it out"

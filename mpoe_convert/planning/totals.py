@@ -190,7 +190,7 @@ def model_totals(plan: Plan, flops: int) -> Totals:
 
 
 def dense_flops_per_token(architecture: Architecture) -> int:
-    """Of all Linear, Conv1D and Conv2d layers of the dense model, as `Totals` counts them.
+    """FLOPs per token of all Linear, Conv1D and Conv2d layers of the dense model, as `Totals` counts them.
 
     Raises:
         FamilyError: as `Architecture.build`.

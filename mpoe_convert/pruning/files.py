@@ -41,13 +41,14 @@ def small_config(
     """config.json with so many experts.
 
     Args:
-        kept: by the paths of layers, those that stay.
+        kept: by the paths of layers, the routed ones that stay.
+        experts: how many these are.
         base: that of the source's model with them.
     """
     config = deepcopy(source.checkpoint.config)
     block = config["mpoe"]
     block |= {"num_experts": experts, "top_k": min(block["top_k"], experts)}
-    block |= small_forms(block, kept, experts)
+    block |= small_forms(block, kept, experts, source.shared_range)
     return config | {key: value for key, value in base.items() if value != source.config.get(key)}
 
 

@@ -9,16 +9,21 @@ from ..experts.matrixwise import by_expert
 from ..runtime.shapes import modeling
 
 
-def small_forms(block: Mapping[str, Any], kept: Mapping[str, Sequence[int]], experts: int) -> dict[str, Any]:
-    """`forms` and `ffns` of the block with so many experts.
+def small_forms(
+    block: Mapping[str, Any], kept: Mapping[str, Sequence[int]], experts: int, always: Sequence[int]
+) -> dict[str, Any]:
+    """`forms` and `ffns` of a block with fewer experts.
 
     Args:
-        kept: by the paths of layers, the experts that stay. Layers without weights here are not in it.
+        block: `config.mpoe` of the larger artifact, of which these two keys are read.
+        kept: by the paths of layers, the routed experts that stay. Layers without weights here are not in it.
+        experts: how many routed experts stay.
+        always: the shared experts, which all stay, behind the others.
     """
     forms: list[dict] = []
     ffns = {}
     for path, number in block["ffns"].items():
-        form = _cut_form(block["forms"][number], kept.get(path, range(experts)))
+        form = _cut_form(block["forms"][number], (*kept.get(path, range(experts)), *always))
         if form not in forms:
             forms.append(form)
         ffns[path] = forms.index(form)
@@ -48,7 +53,12 @@ def _cut_term(term: dict, kept: Sequence[int]) -> dict:
 
 
 def vector_sizes(form: dict, num_experts: int) -> dict[str, list[int]]:
-    """{name below a mixture's path: every expert's numbers} of tensors with one expert after the other."""
+    """{name below a mixture's path: every expert's numbers} of tensors with one expert after the other.
+
+    Args:
+        form: one of the block's.
+        num_experts: in the mixture, with those that are shared.
+    """
     found = {}
     for key, spec in form.items():
         if isinstance(spec, list):

@@ -54,7 +54,7 @@ class Observed:
 
     @property
     def shares(self) -> Tensor:
-        """(E,) of the choices."""
+        """(E,) the share of the choices that each expert got."""
         return self.choices / self.choices.sum().clamp(min=1)
 
     def layer(self, path: str, kept: tuple[int, ...], by: str) -> LayerExperts:

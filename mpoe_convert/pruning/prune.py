@@ -34,7 +34,7 @@ from ..source.json_files import write_json
 from ..source.mixtures import Located
 from ..source.pruned import Cut, with_experts
 from ..source.state_dict import is_buffer
-from ..source.texts import check_sources
+from ..source.text_options import check_calibration
 from .checks import check
 from .choose import choose, pools
 from .files import copy_companions, small_config, write_reports
@@ -91,7 +91,7 @@ def prune(
     check_token(token)
     check_function("progress", progress, "what, done, in all")
     check_output(output, overwrite)
-    check_sources(request.calibrate)
+    check_calibration(request)
     check_device(request.device)
     need("prune", "datasets", extra="calibrate")
     source = open_artifact(model, token=token, trust_remote_code=request.trust_remote_code)

@@ -38,7 +38,7 @@ class Smaller(Shown):
 
     @property
     def losses(self) -> tuple[float, float] | None:
-        """On held-out text, before and after, in nats per token; None for models that write no text."""
+        """The losses on held-out text, before and after, in nats per token; None if the model writes none."""
         found = self.divergence
         if found.dense_perplexity is None or found.perplexity is None:
             return None

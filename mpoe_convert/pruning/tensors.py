@@ -29,7 +29,7 @@ def planned(
     """All tensors of the smaller artifact, in the order of the artifact's.
 
     Args:
-        kept: by the paths of layers, the experts that stay.
+        kept: by the paths of layers, the routed experts that stay.
         cuts: by the names of tensors outside of the mixtures, what is left of them.
         block: `config.mpoe` of the smaller artifact.
     """
@@ -59,22 +59,27 @@ def _own(
     for mixture in source.mixtures:
         before = mixture_shapes(mixture.form, source.checkpoint.config["mpoe"], where)
         after = mixture_shapes(block["forms"][block["ffns"][mixture.path]], dict(block), where)
-        sizes = vector_sizes(mixture.form, source.num_experts)
+        sizes = vector_sizes(mixture.form, source.num_experts + source.shared_experts)
+        stay = (*kept[mixture.path], *source.shared_range)
         for tail in (*after, _BALANCE_BIAS):
             info = source.checkpoint.tensors.get(f"{mixture.key}.{tail}")
             if info is None or (tail in after and before[tail] == after[tail]):
                 continue
             if tail in sizes:
-                yield _cut_vector(source, info, sizes[tail], kept[mixture.path], after[tail])
-            else:
-                always = range(source.num_experts, info.shape[0])
-                yield _cut(source, info, Cut(0, (*kept[mixture.path], *always)))
+                yield _cut_vector(source, info, sizes[tail], stay, after[tail])
+            else:  # of what routers hold, the shared experts have nothing
+                yield _cut(source, info, Cut(0, tuple(expert for expert in stay if expert < info.shape[0])))
 
 
 def _cut_vector(
     source: Artifact, info: TensorInfo, sizes: list[int], kept: Sequence[int], shape: tuple[int, ...]
 ) -> PlannedTensor:
-    """What is left of a vector with so many numbers of every expert; a stack if those that stay are alike."""
+    """What is left of a vector with so many numbers of every expert; a stack if those that stay are alike.
+
+    Args:
+        sizes, kept: of the mixture's experts and of those that stay, with the shared ones.
+        shape: of what is left.
+    """
 
     def make() -> Tensor:
         parts = source.checkpoint.read(info.name).split(sizes)

@@ -197,8 +197,8 @@ class Layout(NamedTuple):
 
     def isometric_std(self, k: int, is_left: bool) -> float | None:
         """Of random numbers that make core k nearly an isometry; None: it scales features."""
-        l, i, o, r = self.shapes[k]  # noqa: E741
-        l //= self.copies[k]  # noqa: E741
+        l, i, o, r = self.shapes[k]  # noqa: E741  (bond names)
+        l //= self.copies[k]  # noqa: E741  (bond names)
         return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
 
     def steps(self) -> list[Step]:
@@ -443,10 +443,10 @@ class Chain(nn.Module):
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        differ = "by_expert" in term
+        self._differ = "by_expert" in term
         for key, values in term.get("by_expert", {}).items():
             check_one_each(key, values, num_experts)
-        terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
+        terms = [term_of(term, expert) for expert in range(num_experts)] if self._differ else [term]
         self.layouts = [Layout.of(own) for own in terms]
         self.steps = [layout.steps() for layout in self.layouts]
         largest = Layout.of(term)
@@ -456,36 +456,50 @@ class Chain(nn.Module):
         self.is_common = all(self.shared)
         self.core_names = name_cores(term)
         self.acts = all(map(_acts, terms))
-        if not self.acts and (differ or max(self.copies) > 1):
-            what = "of experts that differ in size" if differ else "with an untied core"
+        if not self.acts and (self._differ or max(self.copies) > 1):
+            what = "of experts that differ in size" if self._differ else "with an untied core"
             raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
-        self._stored = stored = [
+        self._add_cores()
+        self._count()
+        self._find_ends(term, largest)
+
+    def _add_cores(self) -> None:
+        """Parameters for the cores; which experts differ in, and which are large."""
+        self._stored = [  # per core, the matrix shapes of the layouts
             list(map(matrix_shape, shapes))
             for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
         ]
-        self.apart = [len(set(shapes)) > 1 for shapes in stored]
-        neighbours = itertools.groupby(range(len(stored)), self.apart.__getitem__)
+        self.apart = [len(set(shapes)) > 1 for shapes in self._stored]
+        neighbours = itertools.groupby(range(len(self._stored)), self.apart.__getitem__)
         self._groups = [(apart, list(group)) for apart, group in neighbours]  # of cores, from left to right
-        for name, shapes, shared, apart in zip(self.core_names, stored, self.shared, self.apart, strict=True):
+        cores = zip(self.core_names, self._stored, self.shared, self.apart, strict=True)
+        for name, shapes, shared, apart in cores:
             if shared and apart:
                 raise ValueError(
                     f"{name} is shared by experts in which it has the shapes {sorted(set(shapes))}"
                 )
             numbers = (sum(rows * cols for rows, cols in shapes),)
-            size = shapes[0] if shared else numbers if apart else (num_experts, *shapes[0])
+            size = shapes[0] if shared else numbers if apart else (self.num_experts, *shapes[0])
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         whole = self.in_features * self.out_features
         self.large = [
             copies == 1 and is_large(*matrix_shape(shape), whole)
             for copies, shape in zip(self.copies, self.shapes, strict=True)
         ]
+
+    def _count(self) -> None:
+        """Parameters and operations."""
         sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
         self.shared_params = sum(size for size, shared in sizes if shared)
         own = [sum(layout.sizes) - self.shared_params for layout in self.layouts]
-        self.own_by_expert = tuple(own if differ else own * num_experts)
-        self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
+        self.own_by_expert = tuple(own if self._differ else own * self.num_experts)
+        whole = 2 * self.in_features * self.out_features
+        self.flops_per_row = mean([own.flops_per_row() if self.acts else whole for own in self.layouts])
         self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
-        begins = self.acts and not differ and not self.is_common
+
+    def _find_ends(self, term: dict, largest: Layout) -> None:
+        """The cores at both ends that are the same for all experts, and what they cost."""
+        begins = self.acts and not self._differ and not self.is_common
         self.num_start = [*self.shared, False].index(False) if begins else 0
         self.num_end = [*self.shared[::-1], False].index(False) if begins else 0
         self.start_flops = largest.flops_per_row(self.num_start)

@@ -100,7 +100,7 @@ class ExpertList(Experts):
     def __getitem__(self, expert: Any) -> Callable[..., Tensor]:
         return functools.partial(self, expert=range(len(self))[operator.index(expert)])
 
-    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  (the stock block's call)
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
@@ -133,7 +133,7 @@ class HoldsExperts(nn.Module):
     @property
     def experts(self) -> nn.Module:
         """What the stock code calls."""
-        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]
+        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]  (always a module)
 
 
 def replace_experts(block: nn.Module, form: dict, settings: dict, namespace: dict) -> None:

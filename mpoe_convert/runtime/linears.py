@@ -84,7 +84,7 @@ def bytes_of(core: Tensor | Layers) -> int:
 
 def is_recorded() -> bool:
     """Whether a graph is made for other tokens too: by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, yet not exported)
 
 
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:

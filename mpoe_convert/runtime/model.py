@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import (
-    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (the module declares no exports)
 )
 
 from .chains import Chain
@@ -208,6 +208,22 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _run_noting(
+    stock: Callable[..., Any],
+    arguments: dict,
+    mixtures: Sequence[tuple[str, FeedForward]],
+    running: RouterPass,
+) -> Any:
+    """A stock forward pass in which the mixtures note for this `RouterPass` how they route."""
+    try:
+        for _, ffn in mixtures:
+            ffn.router_pass = running
+        return stock(**arguments)
+    finally:
+        for _, ffn in mixtures:
+            ffn.router_pass = None
+
+
 def _written(parameter: inspect.Parameter) -> str:
     """As code, with a default to be replaced if there is one."""
     return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=None"
@@ -271,39 +287,52 @@ class MixtureMixin(_Stock):
         present = self._layer_paths()
         if not present:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
-        base = self.base_model
-        for path, form in present.items():
-            if _keeps_routers(config):
-                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
-                replace_experts(stock, block["forms"][form], block, globals())
-            else:
-                initialise = _innermost_model(base, path)._init_weights
-                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+        self._replace_ffns(present)
         self._note_paths()
-        self._rounds = getattr(config, "quantization_config", None) is not None
-        for path, ffn in self._mixings():
-            for chain in ffn.modules() if self._rounds else ():
-                if isinstance(chain, Chain):
-                    chain.use_linears()
-            if isinstance(ffn, FeedForward):
-                ffn.configure(config, len(present))
-                ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
-                if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
-                    raise ValueError(
-                        f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
-                        "experts would choose a token by later ones; convert with another selection rule"
-                    )
-            else:
-                ffn.configure_schedule(config, len(present))
+        self._configure_mixtures(len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
-        if base is not self or config.is_encoder_decoder:
+        if self.base_model is not self or config.is_encoder_decoder:
             for module in self.modules():
                 if module is not self and isinstance(module, PreTrainedModel):
                     self._adopt(module)
         self._register_renames()
         self.post_init()
+
+    def _replace_ffns(self, present: dict[str, int]) -> None:
+        """Put mixtures in the place of FFNs, or our experts in that of a mixture's.
+
+        Args:
+            present: path of a layer of this model -> index in the block's `forms`.
+        """
+        base, block = self.base_model, self.config.mpoe
+        for path, form in present.items():
+            if _keeps_routers(self.config):
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
+                replace_experts(stock, block["forms"][form], block, globals())
+            else:
+                initialise = _innermost_model(base, path)._init_weights
+                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+
+    def _configure_mixtures(self, number: int) -> None:
+        """Let all mixtures, of which there are so many, take the config's options."""
+        config = self.config
+        self._rounds = getattr(config, "quantization_config", None) is not None
+        for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
+            if not isinstance(ffn, FeedForward):
+                ffn.configure_schedule(config, number)
+                continue
+            ffn.configure(config, number)
+            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+            if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
+                raise ValueError(
+                    f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
+                    "experts would choose a token by later ones; convert with another selection rule"
+                )
 
     def _register_renames(self) -> None:
         """Take over the key renames of a mixture's type, for its dense FFNs; or none, for experts of ours.
@@ -480,10 +509,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
-        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
-        coefs = [getattr(config, name) if learns else 0.0 for name in names]
-        coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
+        coefs = self._loss_coefs(mixtures, learns)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
@@ -497,13 +523,7 @@ class MixtureMixin(_Stock):
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
         running.share = self._share_of_step(given)
         running.task = task
-        try:
-            for _, ffn in mixtures:
-                ffn.router_pass = running
-            outputs = stock(**given)
-        finally:
-            for _, ffn in mixtures:
-                ffn.router_pass = None
+        outputs = _run_noting(stock, given, mixtures, running)
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
@@ -514,6 +534,15 @@ class MixtureMixin(_Stock):
             outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
+
+    def _loss_coefs(self, mixtures: Sequence[tuple[str, FeedForward]], learns: bool) -> list[float]:
+        """The coefficients of the router losses in this pass, in the order of `RouterPass`."""
+        rules = {ffn.rule for _, ffn in mixtures}
+        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if TOP_ANY in rules else ()))
+        coefs = [getattr(self.config, name) if learns else 0.0 for name in names]
+        if EXPERT_CHOICE in rules:  # whose load is balanced
+            coefs[0] = 0.0
+        return coefs
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
@@ -550,11 +579,11 @@ class MixtureMixin(_Stock):
     def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
             check_mode(generation_mode.value, config)
-        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
-        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
         loaded = getattr(vars(self).get("generate"), "func", None)
         if getattr(loaded, "calls_method", False):
             del self.generate

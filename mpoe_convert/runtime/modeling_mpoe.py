@@ -392,7 +392,7 @@ def bytes_of(core: Tensor | Layers) -> int:
 
 def is_recorded() -> bool:
     """Whether a graph is made for other tokens too: by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, yet not exported)
 
 
 def run_by_expert(layers: Layers, x: Tensor, experts: Tensor | int) -> Tensor:
@@ -651,8 +651,8 @@ class Layout(NamedTuple):
 
     def isometric_std(self, k: int, is_left: bool) -> float | None:
         """Of random numbers that make core k nearly an isometry; None: it scales features."""
-        l, i, o, r = self.shapes[k]  # noqa: E741
-        l //= self.copies[k]  # noqa: E741
+        l, i, o, r = self.shapes[k]  # noqa: E741  (bond names)
+        l //= self.copies[k]  # noqa: E741  (bond names)
         return None if l * i * o * r == 1 else (l * i * o if is_left else i * o * r) ** -0.5
 
     def steps(self) -> list[Step]:
@@ -897,10 +897,10 @@ class Chain(nn.Module):
     def __init__(self, term: dict, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        differ = "by_expert" in term
+        self._differ = "by_expert" in term
         for key, values in term.get("by_expert", {}).items():
             check_one_each(key, values, num_experts)
-        terms = [term_of(term, expert) for expert in range(num_experts)] if differ else [term]
+        terms = [term_of(term, expert) for expert in range(num_experts)] if self._differ else [term]
         self.layouts = [Layout.of(own) for own in terms]
         self.steps = [layout.steps() for layout in self.layouts]
         largest = Layout.of(term)
@@ -910,36 +910,50 @@ class Chain(nn.Module):
         self.is_common = all(self.shared)
         self.core_names = name_cores(term)
         self.acts = all(map(_acts, terms))
-        if not self.acts and (differ or max(self.copies) > 1):
-            what = "of experts that differ in size" if differ else "with an untied core"
+        if not self.acts and (self._differ or max(self.copies) > 1):
+            what = "of experts that differ in size" if self._differ else "with an untied core"
             raise ValueError(f"a chain {what} has to carry its inputs left of its outputs")
-        self._stored = stored = [
+        self._add_cores()
+        self._count()
+        self._find_ends(term, largest)
+
+    def _add_cores(self) -> None:
+        """Parameters for the cores; which experts differ in, and which are large."""
+        self._stored = [  # per core, the matrix shapes of the layouts
             list(map(matrix_shape, shapes))
             for shapes in zip(*(own.shapes for own in self.layouts), strict=True)
         ]
-        self.apart = [len(set(shapes)) > 1 for shapes in stored]
-        neighbours = itertools.groupby(range(len(stored)), self.apart.__getitem__)
+        self.apart = [len(set(shapes)) > 1 for shapes in self._stored]
+        neighbours = itertools.groupby(range(len(self._stored)), self.apart.__getitem__)
         self._groups = [(apart, list(group)) for apart, group in neighbours]  # of cores, from left to right
-        for name, shapes, shared, apart in zip(self.core_names, stored, self.shared, self.apart, strict=True):
+        cores = zip(self.core_names, self._stored, self.shared, self.apart, strict=True)
+        for name, shapes, shared, apart in cores:
             if shared and apart:
                 raise ValueError(
                     f"{name} is shared by experts in which it has the shapes {sorted(set(shapes))}"
                 )
             numbers = (sum(rows * cols for rows, cols in shapes),)
-            size = shapes[0] if shared else numbers if apart else (num_experts, *shapes[0])
+            size = shapes[0] if shared else numbers if apart else (self.num_experts, *shapes[0])
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         whole = self.in_features * self.out_features
         self.large = [
             copies == 1 and is_large(*matrix_shape(shape), whole)
             for copies, shape in zip(self.copies, self.shapes, strict=True)
         ]
+
+    def _count(self) -> None:
+        """Parameters and operations."""
         sizes = zip(self.layouts[0].sizes, self.shared, strict=True)
         self.shared_params = sum(size for size, shared in sizes if shared)
         own = [sum(layout.sizes) - self.shared_params for layout in self.layouts]
-        self.own_by_expert = tuple(own if differ else own * num_experts)
-        self.flops_per_row = mean([own.flops_per_row() if self.acts else 2 * whole for own in self.layouts])
+        self.own_by_expert = tuple(own if self._differ else own * self.num_experts)
+        whole = 2 * self.in_features * self.out_features
+        self.flops_per_row = mean([own.flops_per_row() if self.acts else whole for own in self.layouts])
         self.rebuild_flops = mean([layout.rebuild_flops() for layout in self.layouts])
-        begins = self.acts and not differ and not self.is_common
+
+    def _find_ends(self, term: dict, largest: Layout) -> None:
+        """The cores at both ends that are the same for all experts, and what they cost."""
+        begins = self.acts and not self._differ and not self.is_common
         self.num_start = [*self.shared, False].index(False) if begins else 0
         self.num_end = [*self.shared[::-1], False].index(False) if begins else 0
         self.start_flops = largest.flops_per_row(self.num_start)
@@ -2031,7 +2045,7 @@ class _AddGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         return grad, torch.as_tensor(ctx.factor(), dtype=torch.float32, device=ctx.device), None
 
 
@@ -2048,7 +2062,7 @@ class _NoteGradient(torch.autograd.Function):
         return scalar.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         ctx.note(grad)
         return grad, None, None
 
@@ -2136,7 +2150,7 @@ class RouterPass:
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
-        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
+        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]  (None after the pass alone)
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
@@ -2806,7 +2820,7 @@ class ExpertList(Experts):
     def __getitem__(self, expert: Any) -> Callable[..., Tensor]:
         return functools.partial(self, expert=range(len(self))[operator.index(expert)])
 
-    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  (the stock block's call)
         """(..., H) -> (..., H), all rows by one expert."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         schedule = self.choose_schedule(rows.shape[0], rows.shape[0])
@@ -2839,7 +2853,7 @@ class HoldsExperts(nn.Module):
     @property
     def experts(self) -> nn.Module:
         """What the stock code calls."""
-        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]
+        return self._modules[MIXTURE]  # pyright: ignore[reportReturnType]  (always a module)
 
 
 def replace_experts(block: nn.Module, form: dict, settings: dict, namespace: dict) -> None:
@@ -3333,6 +3347,22 @@ def _recording(stock: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _run_noting(
+    stock: Callable[..., Any],
+    arguments: dict,
+    mixtures: Sequence[tuple[str, FeedForward]],
+    running: RouterPass,
+) -> Any:
+    """A stock forward pass in which the mixtures note for this `RouterPass` how they route."""
+    try:
+        for _, ffn in mixtures:
+            ffn.router_pass = running
+        return stock(**arguments)
+    finally:
+        for _, ffn in mixtures:
+            ffn.router_pass = None
+
+
 def _written(parameter: inspect.Parameter) -> str:
     """As code, with a default to be replaced if there is one."""
     return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=None"
@@ -3396,39 +3426,52 @@ class MixtureMixin(_Stock):
         present = self._layer_paths()
         if not present:
             raise ValueError(f"{type(self).__name__} has none of the layers {list(block['ffns'])}")
-        base = self.base_model
-        for path, form in present.items():
-            if _keeps_routers(config):
-                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
-                replace_experts(stock, block["forms"][form], block, globals())
-            else:
-                initialise = _innermost_model(base, path)._init_weights
-                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+        self._replace_ffns(present)
         self._note_paths()
-        self._rounds = getattr(config, "quantization_config", None) is not None
-        for path, ffn in self._mixings():
-            for chain in ffn.modules() if self._rounds else ():
-                if isinstance(chain, Chain):
-                    chain.use_linears()
-            if isinstance(ffn, FeedForward):
-                ffn.configure(config, len(present))
-                ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
-                if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
-                    raise ValueError(
-                        f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
-                        "experts would choose a token by later ones; convert with another selection rule"
-                    )
-            else:
-                ffn.configure_schedule(config, len(present))
+        self._configure_mixtures(len(present))
         if self.loss_type is None and type(self).__name__.endswith("LMHeadModel"):
             self.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning per call
         # A backbone's one stack (OPT's decoder) stays as its constructor makes it: vLLM compiles its class.
-        if base is not self or config.is_encoder_decoder:
+        if self.base_model is not self or config.is_encoder_decoder:
             for module in self.modules():
                 if module is not self and isinstance(module, PreTrainedModel):
                     self._adopt(module)
         self._register_renames()
         self.post_init()
+
+    def _replace_ffns(self, present: dict[str, int]) -> None:
+        """Put mixtures in the place of FFNs, or our experts in that of a mixture's.
+
+        Args:
+            present: path of a layer of this model -> index in the block's `forms`.
+        """
+        base, block = self.base_model, self.config.mpoe
+        for path, form in present.items():
+            if _keeps_routers(self.config):
+                stock = base.get_submodule(".".join(filter(None, [path, block["family"]["slot"]])))
+                replace_experts(stock, block["forms"][form], block, globals())
+            else:
+                initialise = _innermost_model(base, path)._init_weights
+                swap_ffn(base.get_submodule(path), block["forms"][form], block, initialise)
+
+    def _configure_mixtures(self, number: int) -> None:
+        """Let all mixtures, of which there are so many, take the config's options."""
+        config = self.config
+        self._rounds = getattr(config, "quantization_config", None) is not None
+        for path, ffn in self._mixings():
+            for chain in ffn.modules() if self._rounds else ():
+                if isinstance(chain, Chain):
+                    chain.use_linears()
+            if not isinstance(ffn, FeedForward):
+                ffn.configure_schedule(config, number)
+                continue
+            ffn.configure(config, number)
+            ffn.in_decoder = "decoder" in (self._stack, path.partition(".")[0])
+            if ffn.rule == EXPERT_CHOICE and (ffn.in_decoder or getattr(config, "is_decoder", False)):
+                raise ValueError(
+                    f"config.mpoe has the rule 'expert-choice' for {path}, a layer of a decoder, whose "
+                    "experts would choose a token by later ones; convert with another selection rule"
+                )
 
     def _register_renames(self) -> None:
         """Take over the key renames of a mixture's type, for its dense FFNs; or none, for experts of ours.
@@ -3605,10 +3648,7 @@ class MixtureMixin(_Stock):
         task = mixtures[0][1].task if task is None else self._task_numbers(task)
         _check_tasks(task, given)
         learns = self.training and torch.is_grad_enabled()
-        has_thresholds = any(ffn.rule == TOP_ANY for _, ffn in mixtures)
-        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if has_thresholds else ()))
-        coefs = [getattr(config, name) if learns else 0.0 for name in names]
-        coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
+        coefs = self._loss_coefs(mixtures, learns)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
         if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
@@ -3622,13 +3662,7 @@ class MixtureMixin(_Stock):
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
         running.share = self._share_of_step(given)
         running.task = task
-        try:
-            for _, ffn in mixtures:
-                ffn.router_pass = running
-            outputs = stock(**given)
-        finally:
-            for _, ffn in mixtures:
-                ffn.router_pass = None
+        outputs = _run_noting(stock, given, mixtures, running)
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
@@ -3639,6 +3673,15 @@ class MixtureMixin(_Stock):
             outputs = show_routers(outputs, running)
         running.calls, running.mask_of = [], None
         return outputs
+
+    def _loss_coefs(self, mixtures: Sequence[tuple[str, FeedForward]], learns: bool) -> list[float]:
+        """The coefficients of the router losses in this pass, in the order of `RouterPass`."""
+        rules = {ffn.rule for _, ffn in mixtures}
+        names = (*LOSS_COEFS, *(THRESHOLD_LOSS_COEFS if TOP_ANY in rules else ()))
+        coefs = [getattr(self.config, name) if learns else 0.0 for name in names]
+        if EXPERT_CHOICE in rules:  # whose load is balanced
+            coefs[0] = 0.0
+        return coefs
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
@@ -3675,11 +3718,11 @@ class MixtureMixin(_Stock):
     def _validate_generation_mode(self, generation_mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if self._contrasts:
             check_mode(generation_mode.value, config)
-        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._validate_generation_mode(generation_mode, config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As of the stock class. `generate` stays a method where `custom_generate/` only calls it."""
-        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        super().adjust_generation_fn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  (of GenerationMixin)
         loaded = getattr(vars(self).get("generate"), "func", None)
         if getattr(loaded, "calls_method", False):
             del self.generate

@@ -37,7 +37,7 @@ class _AddGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         return grad, torch.as_tensor(ctx.factor(), dtype=torch.float32, device=ctx.device), None
 
 
@@ -54,7 +54,7 @@ class _NoteGradient(torch.autograd.Function):
         return scalar.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]  (autograd's way)
         ctx.note(grad)
         return grad, None, None
 
@@ -142,7 +142,7 @@ class RouterPass:
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
-        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
+        return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]  (None after the pass alone)
 
     def add(
         self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None

@@ -218,7 +218,7 @@ def unreachable() -> Exception | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         _REACHED.add(constants.ENDPOINT)
-    except Exception as exc:
+    except Exception as exc:  # of another kind: the request that follows meets it, and tells it
         slow = type(exc).__name__.startswith(("Read", "Write"))
         return exc if is_connection(exc) and not slow else None
     return None
@@ -237,7 +237,7 @@ def _by_the_cache(offline: bool) -> Iterator[None]:
         yield
     finally:
         for home, value in before:
-            setattr(home, "HF_HUB_OFFLINE", value)  # noqa: B010
+            setattr(home, "HF_HUB_OFFLINE", value)  # noqa: B010  (as above)
 
 
 def _fetch_weights(

@@ -44,7 +44,7 @@ def remembered(what: str, of: object, learn: Callable[[], Any]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["answer"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass  # not learnt yet, or the file is damaged
     answer = learn()
     if len(json.dumps(answer)) <= MOST_CHARACTERS:
         _keep(path, {"question": what, "answer": answer})

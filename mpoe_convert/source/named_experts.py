@@ -209,7 +209,7 @@ def _check_block(block: Any, path: str, named: Named, layout: Layout) -> None:
     functions().put_experts(block, ours, named.experts, {"__name__": __name__})
     try:
         alike = same(_run(block, tokens), expected)
-    except Exception as error:
+    except Exception as error:  # as above
         raise FamilyError(
             f"{who} takes more of its experts than what they compute ({type(error).__name__}: "
             f"{one_line(error)})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..options import LARGEST_COUNT, OptionalText, OptionGroup, Texts, described, in_home, option
-from .texts import TASKS, Columns
+from .texts import BUILTIN, TASKS, Columns, check_sources
 
 
 @described
@@ -85,3 +87,28 @@ class TaskData(OptionGroup):
     def trust(self) -> dict[str, bool]:
         """For `loading`."""
         return {"trust_remote_code": self.trust_remote_code}
+
+
+def check_calibration(source: TextSource) -> None:
+    """Check that the calibration texts are there, and have the columns that are read.
+
+    The target's column may be missing under its default name.
+
+    Raises:
+        ColumnError: a file lacks a column.
+        DataError: a source is no file, or of no known kind.
+    """
+    reads_targets = source.target_column != Columns.target and BUILTIN not in source.calibrate
+    needed = (source.text_column, source.target_column) if reads_targets else (source.text_column,)
+    check_sources(source.calibrate, tuple(dict.fromkeys(needed)), "calibration")
+
+
+def check_data(request: TaskData, sources: Sequence[str]) -> None:
+    """Check that data are there, and have the columns of the task; if none is named, those of every task.
+
+    Raises:
+        ColumnError: a file lacks a column.
+        DataError: a source is no file, or of no known kind.
+    """
+    who = f"task {request.task}" if request.task else "every task"
+    check_sources(sources, request.columns.needed(request.task or "causal"), who)

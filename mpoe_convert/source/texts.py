@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError, HubError, counted, did_you_mean, few, one_line
+from ..errors import ColumnError, DataError, HubError, counted, did_you_mean, few, one_line
 from ..options import called
+from .file_columns import column_names
 from .hub import asked_once, check_dataset_available
 from .paths import exists, is_dir, is_file, is_path, suggest_path
 
@@ -75,7 +76,8 @@ def read(
             default of `columns.target`).
 
     Raises:
-        DataError: a source is missing, cannot be read, or lacks a column, or a column holds something else.
+        ColumnError: a source lacks a column.
+        DataError: a source is missing or cannot be read, or a column holds something else.
     """
     from datasets import concatenate_datasets
 
@@ -88,17 +90,22 @@ def read(
         needed = columns.needed("causal")
     who = f"task {task}" if targets_needed else "calibration"
     for source, part in zip(sources, parts, strict=True):
-        if lacks := [name for name in needed if name not in part.column_names]:
-            raise DataError(
-                f"'{source}' has {_few(part.column_names, 'column')}; {who} needs {', '.join(lacks)} "
-                f"(name the columns by {called('text_column')}, {called('target_column')}, "
-                f"{called('label_column')}, {called('routed_by')}){did_you_mean(lacks[0], part.column_names)}"
-            )
+        _refuse_lacking(source, part.column_names, needed, who)
         for name in needed:
             _check_column(part, source, name, columns)
         if task == "classification":
             _check_classes(part, source, columns.label)
     return concatenate_datasets([part.select_columns(list(needed)) for part in parts])
+
+
+def _refuse_lacking(source: str, found: Sequence[str], needed: Sequence[str], who: str) -> None:
+    """Raises ColumnError if a source has not all columns that are needed."""
+    if lacks := [name for name in needed if name not in found]:
+        raise ColumnError(
+            f"'{source}' has {_few(found, 'column')}; {who} needs {', '.join(lacks)} "
+            f"(name the columns by {called('text_column')}, {called('target_column')}, "
+            f"{called('label_column')}, {called('routed_by')}){did_you_mean(lacks[0], found)}"
+        )
 
 
 def _check_column(part: Dataset, source: str, name: str, columns: Columns) -> None:
@@ -215,8 +222,18 @@ def _check_classes(part: Dataset, source: str, name: str) -> None:
         )
 
 
-def check_sources(sources: Sequence[str]) -> None:
-    """Check that every source is a file, or a Hub dataset that could be looked up. Raises DataError."""
+def check_sources(sources: Sequence[str], needed: Sequence[str] = (), who: str = "") -> None:
+    """Check that every source is a file with these columns, or a Hub dataset that could be looked up.
+
+    Args:
+        sources: as of `read`.
+        needed: names of columns.
+        who: needs them, for the message.
+
+    Raises:
+        ColumnError: a file lacks a column.
+        DataError: a source is no file, or of no known kind.
+    """
     for source in sources:
         if source == BUILTIN or _builder(source):
             continue
@@ -224,6 +241,21 @@ def check_sources(sources: Sequence[str]) -> None:
             check_dataset_available(source.partition(":")[0])
         except HubError as error:
             raise _unavailable(source, error) from error
+    check_columns(sources, needed, who)
+
+
+def check_columns(sources: Sequence[str], needed: Sequence[str], who: str) -> None:
+    """Check the columns of those sources that are files, as far as a part of each tells them.
+
+    Args: as of `check_sources`.
+
+    Raises:
+        ColumnError: a file lacks a column.
+    """
+    for source in sources:
+        path = Path(source)
+        if is_file(path) and (found := column_names(path, needed)) is not None:
+            _refuse_lacking(source, found, needed, who)
 
 
 def _unavailable(source: str, error: HubError) -> DataError:

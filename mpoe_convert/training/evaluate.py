@@ -22,6 +22,7 @@ from ..options import called
 from ..ranks import Ranks, joined
 from ..request import check_function, check_token, takes_options
 from ..source import texts
+from ..source.text_options import check_data
 from ..source.texts import Columns
 from ..tensors import broken_weights
 from .intervals import Metric, bootstrap, bootstrap_interval, draw_samples, notes, rate_interval
@@ -152,9 +153,10 @@ def _score(request: Scoring, ranks: Ranks, token: str | None, progress: Progress
     model, against, columns, trust = request.model, request.against, request.columns, request.trust
     if request.record:
         recorded_evaluations(Path(model))
-    texts.check_sources(request.data)
+    check_data(request, request.data)
     config = load_config(model, token, **trust)
     kind = TASKS[request.task or task_of(config, model, **trust)]
+    texts.check_columns(request.data, request.columns.needed(kind.name), f"task {kind.name}")
     need(f"evaluate, task {kind.name},", "datasets", *kind.libraries, extra="train")
     limits = {model: positions(config)}
     if against:

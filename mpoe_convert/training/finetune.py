@@ -20,6 +20,7 @@ from ..extras import need
 from ..options import by_name, called, default_of
 from ..request import as_path, check_function, check_token
 from ..source import texts
+from ..source.text_options import check_data
 from .checkpoints import Record, check_place, check_same_run, remove_leftovers, what_is_left, writing_into
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
@@ -110,7 +111,7 @@ def finetune(
     check_token(token)
     check_function("progress", progress, "step, steps, logs")
     check_function("watch", watch, "what, done, total")
-    texts.check_sources((*run.data, *run.eval_data))
+    check_data(run, (*run.data, *run.eval_data))
     with writing_into(output):
         return _finetune(run, output, resume, token, progress, watch or _silent)
 
@@ -136,16 +137,11 @@ def _finetune(
     state = PartialState()
     watch = watch if state.is_main_process else _silent
     if state.is_main_process:
-        if checkpoint is not None:
-            check_same_run(checkpoint, Record.of(run, None, state.num_processes))
-        for name in remove_leftovers(output):
-            watch(f"removed '{output / name}', which a run that ended had not finished", 0, 0)
+        _clear(run, output, checkpoint, state, watch)
     preexisting = frozenset(file_names(output))
     _check_precision(run, state)
     arguments = _arguments(run, output)
-    config = load_config(run.model, token, **run.trust)
-    _check_whole(run.model, config)
-    kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
+    config, kind = _config_and_task(run, token)
     options = _options(run, config, kind, token)
     tokenizer = load_tokenizer(run.tokenizer or run.model, token, **run.trust)
     watch("reading the data", 0, 0)
@@ -153,21 +149,15 @@ def _finetune(
         data = _read(run, kind, config, tokenizer, token)
         companions = companions_of(run.model, config, token)
     watch("loading the model", 0, 0)
-    set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
-    model = _load_model(run, options, data, token)
-    teacher = _load_teacher(run, data, token) if run.teacher else None
-    record = Record.of(run, _contents(model, teacher, data), state.num_processes)
+    models = _load_models(run, options, data, token)
+    model, stored = models.model, models.stored
+    record = Record.of(run, models.contents, state.num_processes)
     if checkpoint is not None and state.is_main_process:
         check_same_run(checkpoint, record)
-    stored = _Stored(model)
-    model = model.float()
-    for what in run.freeze:
-        freeze(model, what)
     result = Result(output, companions, preexisting, set_generation_aside(model, run.model, token))
     if state.is_main_process:
         result.rehearse(model, tokenizer, _report(run, data))
     stop = StopOnSignal(lambda number: watch(f"{signal.Signals(number).name}: {_STOPPING}", 0, 0))
-    callbacks = [*_callbacks(run, model), FindBest(), ShowSteps(watch), stop]
     with refusals_told("the training cannot be set up"):
         trainer = MpoeTrainer(
             model=model,
@@ -176,9 +166,9 @@ def _finetune(
             eval_dataset=data.evaluation,
             data_collator=data.task.collator(model),
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*_callbacks(run, model), FindBest(), ShowSteps(watch), stop],
             run=run,
-            teacher=teacher,
+            teacher=models.teacher,
             record=record,
         )
         if state.is_main_process:
@@ -190,6 +180,32 @@ def _finetune(
         stored.restore(cast("PreTrainedModel", trainer.model))
     result.write(trainer, report)
     return report
+
+
+def _clear(run: Finetuning, output: Path, checkpoint: Path | None, state: PartialState, watch: Watch) -> None:
+    """Remove what a run that ended left unfinished in the output.
+
+    Raises:
+        OutputError: the checkpoint to continue from is of another request.
+    """
+    if checkpoint is not None:
+        check_same_run(checkpoint, Record.of(run, None, state.num_processes))
+    for name in remove_leftovers(output):
+        watch(f"removed '{output / name}', which a run that ended had not finished", 0, 0)
+
+
+def _config_and_task(run: Finetuning, token: str | None) -> tuple[PretrainedConfig, type[Task]]:
+    """The model's config and the task to train it for.
+
+    Raises:
+        ColumnError: a data file lacks a column that the task needs.
+        TrainingError: the model's weights are rounded, or its head is for no task.
+    """
+    config = load_config(run.model, token, **run.trust)
+    _check_whole(run.model, config)
+    kind = TASKS[run.task or task_of(config, run.model, **run.trust)]
+    texts.check_columns((*run.data, *run.eval_data), run.columns.needed(kind.name), f"task {kind.name}")
+    return config, kind
 
 
 @contextmanager
@@ -375,6 +391,34 @@ def _options(
     auto_class = getattr(transformers, AUTO_CLASSES[kind.name])
     check_weights_fit(options, config, run.model, auto_class, token, **run.trust)
     return options
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What a run trains, and what it reads for that.
+
+    Attributes:
+        model: with float32 weights, frozen as the request says.
+        stored: the dtypes that it was stored in.
+        contents: hashes of what the run reads, see `_contents`.
+    """
+
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
+    stored: _Stored
+    contents: dict[str, str]
+
+
+def _load_models(run: Finetuning, options: dict, data: _Data, token: str | None) -> _Models:
+    """The model and its teacher. Raises TrainingError, as `_load_model` and `_load_teacher`."""
+    set_seed(run.seed)  # for what the checkpoint lacks: a new head, embeddings of tasks
+    model = _load_model(run, options, data, token)
+    teacher = _load_teacher(run, data, token) if run.teacher else None
+    contents, stored = _contents(model, teacher, data), _Stored(model)
+    model = model.float()
+    for what in run.freeze:
+        freeze(model, what)
+    return _Models(model, teacher, stored, contents)
 
 
 def _load_model(run: Finetuning, options: dict[str, Any], data: _Data, token: str | None) -> PreTrainedModel:

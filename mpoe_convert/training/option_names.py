@@ -190,12 +190,10 @@ def _types(config: PretrainedConfig) -> dict[str, type | UnionType]:
 
 def _number(value: Any) -> Any:
     """1e-4 without a dot is a text in YAML."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:  # another text, which the check of its type refuses
+        return value
 
 
 def _check_dtype(shown: str, value: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..artifact.folder import check_space
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
     from transformers import TrainingArguments
 
     from .trainer import MpoeTrainer, Watch
@@ -43,11 +45,11 @@ def disk_bytes(trainer: MpoeTrainer, result_bytes: int) -> int:
         trainer: as it was made, before the first step.
         result_bytes: of the model that is written in the end.
     """
-    parameters = list(trainer.model.parameters())  # type: ignore[union-attr]
+    parameters = list(cast("nn.Module", trainer.model).parameters())
     copies = 2 if trainer.is_fsdp_enabled else 1  # the model's, and that of the shards
     trained = 0 if trainer.args.save_only_model else sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = copies * WEIGHT_BYTES * sum(p.numel() for p in parameters) + MOMENT_BYTES * trained
-    saves = num_saves(trainer.args, len(trainer.train_dataset))  # type: ignore[arg-type]
+    saves = num_saves(trainer.args, len(cast("Dataset", trainer.train_dataset)))
     limit = trainer.args.save_total_limit
     kept = min(saves, max(limit, 1 + trainer.args.load_best_model_at_end) if limit else saves)
     return max(min(saves, kept + 1) * checkpoint, kept * checkpoint + result_bytes)

@@ -146,7 +146,7 @@ SAID = [
     (("rule",), "top-p", "mpoe.threshold is missing, expected a number above 0 and below 1"),
     (("threshold",), 0.5, "mpoe.threshold is 0.5, expected none beside the rule top-k"),
     (("ffns", "layers.0"), 3, "mpoe.ffns['layers.0'] is 3, expected the place of a form, 0 to 0"),
-    (("family", "slot"), None, "mpoe.family.slot is None, expected a text"),
+    (("family", "slot"), None, "mpoe.family.slot is None, expected text"),
     (("forms", 0, "up", "bias"), "own", 'is \'own\', expected null, "shared", "per-expert" or "once"'),
     (
         ("forms", 0, "up", "terms", 0, "bonds"),

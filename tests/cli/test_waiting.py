@@ -65,6 +65,8 @@ def made(tmp_path_factory) -> Path:
     config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
     MixtralForCausalLM(config).save_pretrained(folder / "mixture")
     (folder / "topics.txt").write_text("a text", encoding="utf-8")
+    (folder / "rows.csv").write_text("txt,target\na,b\n", encoding="utf-8")
+    (folder / "rows.jsonl").write_text('{"txt": "a"}\n', encoding="utf-8")
     (folder / "full").mkdir()
     (folder / "full" / "notes").write_text("mine", encoding="utf-8")
     return folder
@@ -111,6 +113,46 @@ REFUSED = {
         None,
     ),
     "training data": ([*FINETUNE, "topics.tx"], "topics.tx' is no file; expected one of", "topics.txt"),
+    "a column of calibration text": (
+        ["dense", "-o", "out", *KEEP, "rows.csv"],
+        "'rows.csv' has 2 columns ('txt', 'target'); calibration needs text (name the columns by",
+        "txt",
+    ),
+    "the same where experts are left out": (
+        ["prune", "done", "-o", "out", "--experts", "2", "--calibrate", "rows.csv"],
+        "calibration needs text",
+        "txt",
+    ),
+    "the same of an average of experts": (
+        ["export", "done", "-o", "out", "--calibrate", "rows.jsonl"],
+        "calibration needs text",
+        "txt",
+    ),
+    "a column that is named": (
+        ["plan", "dense", *KEEP, "rows.csv", "--text-column", "txt", "--target-column", "targt"],
+        "calibration needs targt",
+        "target",
+    ),
+    "a column of training data": (
+        [*FINETUNE, "rows.csv"],
+        "'rows.csv' has 2 columns ('txt', 'target'); every task needs text",
+        "txt",
+    ),
+    "a column of held-out data": (
+        [*FINETUNE, "topics.txt", "--eval-data", "rows.jsonl"],
+        "'rows.jsonl' has 1 column ('txt'); every task needs text",
+        "txt",
+    ),
+    "the column of tasks": (
+        [*EVALUATE, "rows.csv", "--text-column", "txt", "--routed-by", "topic"],
+        "every task needs topic",
+        None,
+    ),
+    "a column of classes": (
+        [*EVALUATE, "rows.csv", "--text-column", "txt", "--task", "classification"],
+        "task classification needs label",
+        None,
+    ),
     "training data that may be an id": ([*FINETUNE, "topics"], OFFLINE, "topics.txt"),
     "held-out data": (
         [*FINETUNE, "topics.txt", "--eval-data", "./topic"],
@@ -143,6 +185,7 @@ def test_what_is_not_there_is_told_before_anything_slow_is_imported(made):
     for (code, stdout, stderr, imported), (case, (_, said, near)) in zip(got, REFUSED.items(), strict=True):
         assert code in (1, 2) and stdout == "", (case, stderr)
         assert said in stderr and stderr.count("\n") == 1, (case, stderr)
+        assert code == 2 or "name the columns by" not in stderr, case
         assert ("did you mean" in stderr) == (near is not None), (case, stderr)
         assert near is None or f"did you mean '{near}'?" in stderr, (case, stderr)
         assert imported == [], case

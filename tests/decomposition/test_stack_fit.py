@@ -56,7 +56,7 @@ def test_full_ranks_are_exact(form, in_dim, out_dim):
     fit = fit_stack(weights, form, ranks, moments_of(inputs))
     for expert, weight in enumerate(weights):
         torch.testing.assert_close(fit.matrix(expert), weight, rtol=0, atol=1e-7)
-    assert fit.error < 1e-13 and fit.weight_errors.max() < 1e-13
+    assert fit.error < 1e-13 and fit.errors.weight_errors.max() < 1e-13
 
 
 @pytest.mark.parametrize(("in_dim", "out_dim"), SIZES)
@@ -82,11 +82,11 @@ def test_errors_are_those_of_actual_inputs(form, in_dim, out_dim):
     fit = fit_stack(weights, form, ranks_of(form, 4), moments_of(inputs))
     energy = torch.stack([(x @ w).square().sum() for x, w in zip(inputs, weights, strict=True)])
     torch.testing.assert_close(fit.lost, lost(weights, inputs, fit), rtol=1e-3, atol=0)
-    torch.testing.assert_close(fit.energy, energy, rtol=1e-3, atol=0)
-    assert fit.error == pytest.approx(float(fit.lost.sum() / fit.energy.sum()))
+    torch.testing.assert_close(fit.errors.energy, energy, rtol=1e-3, atol=0)
+    assert fit.error == pytest.approx(float(fit.lost.sum() / fit.errors.energy.sum()))
     changes = torch.stack([w - fit.matrix(e) for e, w in enumerate(weights)])
     expected = changes.square().sum((1, 2)) / weights.square().sum((1, 2))
-    torch.testing.assert_close(fit.weight_errors, expected)
+    torch.testing.assert_close(fit.errors.weight_errors, expected)
 
 
 @pytest.mark.parametrize(("in_dim", "out_dim"), SIZES)
@@ -185,7 +185,7 @@ def test_an_expert_without_inputs_or_numbers():
     for form in FORMS:
         fit = fit_stack(weights, form, ranks_of(form, 4), moments_of(inputs))
         assert all(core.isfinite().all() for term in fit.cores for core in term)
-        assert fit.lost.isfinite().all() and fit.weight_errors.isfinite().all()
+        assert fit.lost.isfinite().all() and fit.errors.weight_errors.isfinite().all()
     zeros = fit_stack(torch.zeros_like(weights), "both", (4, 4), torch.zeros_like(moments_of(inputs)))
     assert zeros.error == 0 and not zeros.matrix(0).any()
 

@@ -115,6 +115,21 @@ def test_it_computes_what_it_would_without_the_others(kind, made, folder, tmp_pa
     assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["low-rank of sizes", "adapters of sizes"])
+def test_shared_experts_of_another_size_stay(kind, made, folder, tmp_path):
+    """No recipe gives shared experts a size of their own; a config can."""
+    out = shutil.copytree(made(kind), tmp_path / "with shared")
+    config = json.loads((out / "config.json").read_text())
+    config["mpoe"] |= {"num_experts": 3, "top_k": 2, "shared_experts": 1}  # what was expert 3
+    (out / "config.json").write_text(json.dumps(config))
+    [path] = out.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors |= {name: tensors[name][:3].clone() for name in tensors if ".router." in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    smaller = prune(out, tmp_path / "small", asked(folder, 2, by="load"))
+    agree(logits(load(tmp_path / "small")), logits(never_chosen(load(out), smaller)))
+
+
 def test_a_balancing_bias_goes_with_its_expert(made, folder, tmp_path):
     out = shutil.copytree(made("dense"), tmp_path / "biased")
     set_options(out, router_balance_bias=True)

@@ -18,7 +18,7 @@ from transformers.integrations import use_experts_implementation
 from mpoe_convert import Recipe, convert, plan
 from mpoe_convert.errors import CheckpointError, FamilyError, RecipeError
 from mpoe_convert.options import by_name, default_of
-from mpoe_convert.planning.resolve import USED
+from mpoe_convert.planning.resolve import FOR_MIXTURES
 from mpoe_convert.request import read_recipe
 from mpoe_convert.source.families import REFUSED
 from mpoe_convert.source.mixtures import check_module, locate_experts
@@ -350,7 +350,7 @@ def test_options_without_a_meaning_are_refused(name, mixtral):
     assert refused(mixtral, RecipeError, **{name: value}) == expected
 
 
-OF_DENSE_SOURCES = sorted(set(by_name(Recipe)) - USED)
+OF_DENSE_SOURCES = sorted(set(by_name(Recipe)) - FOR_MIXTURES)
 
 
 @pytest.mark.parametrize("name", OF_DENSE_SOURCES)

@@ -23,7 +23,7 @@ ABOUT = "whole copies of the dense FFN (sparse upcycling)"
 class Options(experts.Options):
     """None of its own."""
 
-    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]
+    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (a narrower meaning)
         experts.Options, "bond_dim", "Ignored, an expert is a whole copy."
     )
 

@@ -42,7 +42,7 @@ class Options(experts.Options):
 
     SIZED_BY = "top_k"
 
-    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]
+    bond_dim: Numbers = again(  # pyright: ignore[reportIncompatibleVariableOverride]  (a narrower meaning)
         experts.Options, "bond_dim", "Ignored, an expert has inner size / parts neurons."
     )
     noise: float = again(
