@@ -8,6 +8,7 @@ on several domains; FOLDER is where it lies, or where it is written first.
 The fitted matrices replace those of the stock model. The cost is the growth of held-out loss in nats per
 token, per domain; beside it, how many greedy continuations end in a loop. Calibrated on text that the
 evaluation does not see. Results in the JSON file are not measured again. A plot is written beside it.
+With `--calibration 1` the calibration windows are of the next stretch of their text; a JSON file is of one.
 
 * `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
   `uniform`: the best form for every matrix, each with the same share; both with one rank for all experts.
@@ -15,12 +16,11 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
-  largest number within the share); `reap, one rank`: an eighth of the experts left out, the rest as
-  `one rank`.
+  largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
-  `--ways` names them.
-* `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
-  `one rank, N bits`: its cores rounded alike, at that share.
+  `--ways` names them, as `half down`: as `auto`, with half the expected loss for down matrices.
+* `rounded N`: the source's experts rounded to N bits in groups of 64, and `auto` with as many bytes, not
+  rounded. Cores that are rounded are in `rounding.py`.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -80,9 +80,10 @@ Layer = dict[str, Tensor]  # role -> (E, in, out)
 Layers = dict[str, Layer]  # path -> layer
 
 
-def windows(tokenizer, text: str, count: int) -> Tensor:
-    """(count, LENGTH) token ids, spread over the text."""
-    ids = tokenizer(text[: 4000 * count], verbose=False)["input_ids"]
+def windows(tokenizer, text: str, count: int, stretch: int = 0) -> Tensor:
+    """(count, LENGTH) token ids, spread over a stretch of the text."""
+    size = 4000 * count
+    ids = tokenizer(text[size * stretch : size * (stretch + 1)], verbose=False)["input_ids"]
     whole = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
     return whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()]
 
@@ -214,17 +215,14 @@ def _note(seen: list, module, args: tuple, kwargs: dict) -> None:
 Way = Callable[[Source, float], Iterator[dict]]
 
 
-def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit], bits: int = 16) -> dict:
-    """Write every matrix as its fit says, with cores rounded."""
+def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit]) -> dict:
+    """Write every matrix as its fit says."""
     told = {}
     for path, module in source.modules.items():
         layer, told[path] = {}, {}
         for role, stack in source.layers[path].items():
             fit = chosen(path, role, stack)
-            cores = fit.cores
-            if bits < 16:
-                cores = [[rounded(core, bits, GROUP) for core in term] for term in cores]
-            layer[role] = torch.stack([expand(cores, e) for e in range(len(stack))])
+            layer[role] = torch.stack([expand(fit.cores, e) for e in range(len(stack))])
             told[path][role] = {"form": fit.form, "ranks": fit.ranks, "error": fit.error}
         write_layer(module, layer, source.kept.get(path, slice(None)))
     return told
@@ -244,13 +242,14 @@ def one_form(form: str) -> Way:
     return compress
 
 
-def ours(allocation: str, bits: int = 16, uneven: bool = True) -> Way:
-    """The forms and ranks of every matrix as a conversion chooses them."""
+def ours(allocation: str, uneven: bool = True, down: float = 1.0) -> Way:
+    """The forms and ranks of every matrix as a conversion chooses them, `down` times its expected loss."""
 
     def compress(source: Source, share: float) -> Iterator[dict]:
         candidates = []
-        for (path, role), found in source.choices(share, uneven and bits == 16).items():
+        for (path, role), found in source.choices(share, uneven).items():
             unit = float(source.nats[path][role]) if allocation == "loss" else 1 / found.energy
+            unit *= down if role == "down" else 1
             whole = source.layers[path][role].numel()
             candidates.append(StackCandidate(f"{path} {role}", whole, found.choices, unit))
         chosen = (uniform if allocation == "uniform" else shared_out)(candidates, share)
@@ -259,7 +258,7 @@ def ours(allocation: str, bits: int = 16, uneven: bool = True) -> Way:
             choice = chosen[f"{path} {role}"]
             return fit_stack(stack, choice.form, choice.ranks, source.metric(path, role))
 
-        told = fitted(source, fit, bits)
+        told = fitted(source, fit)
         for path, role, stack in source.matrices():
             told[path][role]["kept"] = round(chosen[f"{path} {role}"].numbers / stack.numel(), 3)
         yield told
@@ -319,7 +318,7 @@ def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
             path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
             for path, module in source.modules.items()
         }
-        yield from WAYS["one rank"](source.of(kept), share / whole)
+        yield from WAYS["auto"](source.of(kept), share / whole)
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -371,12 +370,13 @@ WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["one rank"] = ours("loss", uneven=False)
-WAYS["reap, one rank"] = fewer_and_smaller
-TRAINED = {
+WAYS["reap, auto"] = fewer_and_smaller
+ONLY_NAMED = {
+    "half down": ours("loss", down=0.5),
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
 }
-WAYS |= TRAINED
+WAYS |= ONLY_NAMED
 
 
 def bytes_of(bits: int) -> float:
@@ -389,23 +389,22 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
     for bits in BITS:
         share = bytes_of(bits)
         yield f"rounded {bits}", share, 1.0, rounding(bits)
-        yield "one rank", share, share, WAYS["one rank"]
-        for fewer in (8, 4):
-            if bits < fewer:
-                yield f"one rank, {fewer} bits", share, share / bytes_of(fewer), ours("loss", fewer)
+        yield "auto", share, share, WAYS["auto"]
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
     """(key in the results, share of the numbers, way)"""
     for kept in arguments.shares:
-        for way in arguments.ways or [way for way in WAYS if way not in TRAINED]:
+        for way in arguments.ways or [way for way in WAYS if way not in ONLY_NAMED]:
             yield f"{way} {kept:g}", kept, WAYS[way]
     if not arguments.ways:
         for name, share, kept, way in at_equal_bytes():
             yield f"{name}, {share:.3f} of the bytes", kept, way
 
 
-def opened(folder: Path, domains: Texts) -> tuple[torch.nn.Module, dict[str, Tensor], list[dict]]:
+def opened(
+    folder: Path, domains: Texts, stretch: int
+) -> tuple[torch.nn.Module, dict[str, Tensor], list[dict]]:
     """The model, windows of every domain to evaluate on, and batches of all to calibrate with."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
@@ -413,14 +412,14 @@ def opened(folder: Path, domains: Texts) -> tuple[torch.nn.Module, dict[str, Ten
     keep_no_cache(model)
     evaluation = {name: windows(tokenizer, pair[1], WINDOWS) for name, pair in domains.items()}
     share = CALIBRATION_WINDOWS // len(domains)
-    calibration = torch.cat([windows(tokenizer, pair[0], share) for pair in domains.values()])
+    calibration = torch.cat([windows(tokenizer, pair[0], share, stretch) for pair in domains.values()])
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
     return model, evaluation, [{"input_ids": part} for part in calibration[order].split(10)]
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     folder, domains = upcycled(arguments.upcycled) if arguments.upcycled else trained_from_scratch()
-    model, evaluation, batches = opened(folder, domains)
+    model, evaluation, batches = opened(folder, domains, arguments.calibration)
     prompts = torch.cat(
         [ids[:: len(ids) // PROMPTS][:PROMPTS, :PROMPT_LENGTH] for ids in evaluation.values()]
     )
@@ -516,6 +515,7 @@ def main() -> None:
     parser.add_argument("--upcycled", type=Path)
     parser.add_argument("--ways", nargs="*", choices=WAYS)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
+    parser.add_argument("--calibration", type=int, default=0, help="which stretch of the text")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = measure(arguments)
