@@ -16,11 +16,13 @@ With `--calibration 1` the calibration windows are of the next stretch of their 
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
-  largest number within the share); `reap, auto`: an eighth of the experts left out, the rest as `auto`.
+  largest number within the share); `reap, auto`, `reap, one rank`: an eighth of the experts left
+  out, the rest as `auto`, or as `one rank`.
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
   `--ways` names them, as `half down`: as `auto`, with half the expected loss for down matrices.
-* `rounded N`: the source's experts rounded to N bits in groups of 64, and `auto` with as many bytes, not
-  rounded. Cores that are rounded are in `rounding.py`.
+* `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
+  `one rank, N bits`: its cores rounded alike, at that share. Groups of rows that are no multiple of 64 are
+  shorter, and their scales are not counted: `rounding.py` has all bytes, and ranks of experts' own.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -215,14 +217,17 @@ def _note(seen: list, module, args: tuple, kwargs: dict) -> None:
 Way = Callable[[Source, float], Iterator[dict]]
 
 
-def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit]) -> dict:
-    """Write every matrix as its fit says."""
+def fitted(source: Source, chosen: Callable[[str, str, Tensor], StackFit], bits: int = 16) -> dict:
+    """Write every matrix as its fit says, with cores rounded."""
     told = {}
     for path, module in source.modules.items():
         layer, told[path] = {}, {}
         for role, stack in source.layers[path].items():
             fit = chosen(path, role, stack)
-            layer[role] = torch.stack([expand(fit.cores, e) for e in range(len(stack))])
+            cores = fit.cores
+            if bits < 16:
+                cores = [[rounded(core, bits, GROUP) for core in term] for term in cores]
+            layer[role] = torch.stack([expand(cores, e) for e in range(len(stack))])
             told[path][role] = {"form": fit.form, "ranks": fit.ranks, "error": fit.error}
         write_layer(module, layer, source.kept.get(path, slice(None)))
     return told
@@ -242,12 +247,12 @@ def one_form(form: str) -> Way:
     return compress
 
 
-def ours(allocation: str, uneven: bool = True, down: float = 1.0) -> Way:
+def ours(allocation: str, bits: int = 16, uneven: bool = True, down: float = 1.0) -> Way:
     """The forms and ranks of every matrix as a conversion chooses them, `down` times its expected loss."""
 
     def compress(source: Source, share: float) -> Iterator[dict]:
         candidates = []
-        for (path, role), found in source.choices(share, uneven).items():
+        for (path, role), found in source.choices(share, uneven and bits == 16).items():
             unit = float(source.nats[path][role]) if allocation == "loss" else 1 / found.energy
             unit *= down if role == "down" else 1
             whole = source.layers[path][role].numel()
@@ -258,7 +263,7 @@ def ours(allocation: str, uneven: bool = True, down: float = 1.0) -> Way:
             choice = chosen[f"{path} {role}"]
             return fit_stack(stack, choice.form, choice.ranks, source.metric(path, role))
 
-        told = fitted(source, fit)
+        told = fitted(source, fit, bits)
         for path, role, stack in source.matrices():
             told[path][role]["kept"] = round(chosen[f"{path} {role}"].numbers / stack.numel(), 3)
         yield told
@@ -310,15 +315,19 @@ def reap(source: Source, share: float) -> Iterator[dict]:
         handle.remove()
 
 
-def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
+def fewer_and_smaller(way: str) -> Way:
     """An eighth of the experts left out, and the others as small as the share asks for."""
-    whole = 7 / 8
-    for told in reap(source, whole):
-        kept = {
-            path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
-            for path, module in source.modules.items()
-        }
-        yield from WAYS["auto"](source.of(kept), share / whole)
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        whole = 7 / 8
+        for told in reap(source, whole):
+            kept = {
+                path: [e for e in range(len(module.down_proj)) if e not in told["dropped"][path]]
+                for path, module in source.modules.items()
+            }
+            yield from WAYS[way](source.of(kept), share / whole)
+
+    return compress
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -370,7 +379,7 @@ WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["one rank"] = ours("loss", uneven=False)
-WAYS["reap, auto"] = fewer_and_smaller
+WAYS |= {f"reap, {way}": fewer_and_smaller(way) for way in ("auto", "one rank")}
 ONLY_NAMED = {
     "half down": ours("loss", down=0.5),
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
@@ -389,7 +398,10 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
     for bits in BITS:
         share = bytes_of(bits)
         yield f"rounded {bits}", share, 1.0, rounding(bits)
-        yield "auto", share, share, WAYS["auto"]
+        yield "one rank", share, share, WAYS["one rank"]
+        for fewer in (8, 4):
+            if bits < fewer:
+                yield f"one rank, {fewer} bits", share, share / bytes_of(fewer), ours("loss", fewer)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:

@@ -45,7 +45,7 @@ CELLS = ((8, 16), (4, 16), (4, 8), (3, 16), (3, 8), (3, 4), (2, 16), (2, 8), (2,
 MODELS = {
     "gpt2-mix-2m": (DENSE, 16384, ("stories", "plays", "wiki"), CELLS),
     "qwen3moe-mix": ({}, 16384, ("stories", "plays", "wiki", "code"), ((4, 8), (3, 4), (2, 4))),
-    "upcycled": ({}, 16384, ("topics", "code", "phonemes", "captions"), ((8, 16), (4, 8), (3, 4), (2, 4))),
+    "upcycled": ({}, 16384, ("topics", "code", "phonemes", "captions"), ((3, 4), (2, 4), (4, 8), (8, 16))),
     "smollm2-135m": (DENSE, 4096, ("wiki",), ((8, 16), (4, 8), (3, 4), (2, 4))),
 }
 
