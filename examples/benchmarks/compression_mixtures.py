@@ -8,6 +8,7 @@ on several domains; FOLDER is where it lies, or where it is written first.
 The fitted matrices replace those of the stock model. The cost is the growth of held-out loss in nats per
 token, per domain; beside it, how many greedy continuations end in a loop. Calibrated on text that the
 evaluation does not see. Results in the JSON file are not measured again. A plot is written beside it.
+With `--calibration 1` the calibration windows are of the next stretch of their text; a JSON file is of one.
 
 * `auto`: the form and ranks of every matrix by expected loss, under one budget; `energy`: by relative errors;
   `uniform`: the best form for every matrix, each with the same share; both with one rank for all experts.
@@ -15,12 +16,13 @@ evaluation does not see. Results in the JSON file are not measured again. A plot
 * `none` (SVD-LLM), `input`, `output` (MoLAE, bases on one side), `both` (Tucker-2, TD-MoE), `base`: one form
   for all, each matrix with the same share.
 * `d2` (D2-MoE), `neurons` (ridge leverage and refit), `reap` (`--experts`), `hc-smoe` (whole experts: the
-  largest number within the share); `reap, one rank`: an eighth of the experts left out, the rest as
-  `one rank`.
+  largest number within the share); `reap, auto`, `reap, one rank`: an eighth of the experts left
+  out, the rest as `auto`, or as `one rank`.
 * `mobe`, `slbf`: trained on the weights alone, for 500 steps where the papers take 8,000 and more; only if
-  `--ways` names them.
+  `--ways` names them, as `half down`: as `auto`, with half the expected loss for down matrices.
 * `rounded N`: the source's experts rounded to N bits in groups of 64, at its own share of 16-bit numbers;
-  `one rank, N bits`: its cores rounded alike, at that share.
+  `one rank, N bits`: its cores rounded alike, at that share. Groups of rows that are no multiple of 64 are
+  shorter, and their scales are not counted: `rounding.py` has all bytes, and ranks of experts' own.
 
 Needs pip install "mpoe-convert[calibrate]" matplotlib.
 """
@@ -80,9 +82,10 @@ Layer = dict[str, Tensor]  # role -> (E, in, out)
 Layers = dict[str, Layer]  # path -> layer
 
 
-def windows(tokenizer, text: str, count: int) -> Tensor:
-    """(count, LENGTH) token ids, spread over the text."""
-    ids = tokenizer(text[: 4000 * count], verbose=False)["input_ids"]
+def windows(tokenizer, text: str, count: int, stretch: int = 0) -> Tensor:
+    """(count, LENGTH) token ids, spread over a stretch of the text."""
+    size = 4000 * count
+    ids = tokenizer(text[size * stretch : size * (stretch + 1)], verbose=False)["input_ids"]
     whole = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
     return whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()]
 
@@ -244,13 +247,14 @@ def one_form(form: str) -> Way:
     return compress
 
 
-def ours(allocation: str, bits: int = 16, uneven: bool = True) -> Way:
-    """The forms and ranks of every matrix as a conversion chooses them."""
+def ours(allocation: str, bits: int = 16, uneven: bool = True, down: float = 1.0) -> Way:
+    """The forms and ranks of every matrix as a conversion chooses them, `down` times its expected loss."""
 
     def compress(source: Source, share: float) -> Iterator[dict]:
         candidates = []
         for (path, role), found in source.choices(share, uneven and bits == 16).items():
             unit = float(source.nats[path][role]) if allocation == "loss" else 1 / found.energy
+            unit *= down if role == "down" else 1
             whole = source.layers[path][role].numel()
             candidates.append(StackCandidate(f"{path} {role}", whole, found.choices, unit))
         chosen = (uniform if allocation == "uniform" else shared_out)(candidates, share)
@@ -311,15 +315,19 @@ def reap(source: Source, share: float) -> Iterator[dict]:
         handle.remove()
 
 
-def fewer_and_smaller(source: Source, share: float) -> Iterator[dict]:
+def fewer_and_smaller(way: str) -> Way:
     """An eighth of the experts left out, and the others as small as the share asks for."""
-    whole = 7 / 8
-    for told in reap(source, whole):
-        kept = {
-            path: [expert for expert in range(len(module.down_proj)) if expert not in told["dropped"][path]]
-            for path, module in source.modules.items()
-        }
-        yield from WAYS["one rank"](source.of(kept), share / whole)
+
+    def compress(source: Source, share: float) -> Iterator[dict]:
+        whole = 7 / 8
+        for told in reap(source, whole):
+            kept = {
+                path: [e for e in range(len(module.down_proj)) if e not in told["dropped"][path]]
+                for path, module in source.modules.items()
+            }
+            yield from WAYS[way](source.of(kept), share / whole)
+
+    return compress
 
 
 def hc_smoe(source: Source, share: float) -> Iterator[dict]:
@@ -371,12 +379,13 @@ WAYS |= {name: ours(name, uneven=False) for name in ("energy", "uniform")}
 WAYS |= {form: one_form(form) for form in FORMS if form != "whole"}
 WAYS |= {"d2": d2, "neurons": fewer_neurons, "reap": reap, "hc-smoe": hc_smoe}
 WAYS["one rank"] = ours("loss", uneven=False)
-WAYS["reap, one rank"] = fewer_and_smaller
-TRAINED = {
+WAYS |= {f"reap, {way}": fewer_and_smaller(way) for way in ("auto", "one rank")}
+ONLY_NAMED = {
+    "half down": ours("loss", down=0.5),
     "mobe": trained(mobe_start, rate=0.07, slower=1.0, decay=0.0),
     "slbf": trained(slbf_start, rate=0.1, slower=0.3, decay=0.02),
 }
-WAYS |= TRAINED
+WAYS |= ONLY_NAMED
 
 
 def bytes_of(bits: int) -> float:
@@ -398,14 +407,16 @@ def at_equal_bytes() -> Iterator[tuple[str, float, float, Way]]:
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, Way]]:
     """(key in the results, share of the numbers, way)"""
     for kept in arguments.shares:
-        for way in arguments.ways or [way for way in WAYS if way not in TRAINED]:
+        for way in arguments.ways or [way for way in WAYS if way not in ONLY_NAMED]:
             yield f"{way} {kept:g}", kept, WAYS[way]
     if not arguments.ways:
         for name, share, kept, way in at_equal_bytes():
             yield f"{name}, {share:.3f} of the bytes", kept, way
 
 
-def opened(folder: Path, domains: Texts) -> tuple[torch.nn.Module, dict[str, Tensor], list[dict]]:
+def opened(
+    folder: Path, domains: Texts, stretch: int
+) -> tuple[torch.nn.Module, dict[str, Tensor], list[dict]]:
     """The model, windows of every domain to evaluate on, and batches of all to calibrate with."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
@@ -413,14 +424,14 @@ def opened(folder: Path, domains: Texts) -> tuple[torch.nn.Module, dict[str, Ten
     keep_no_cache(model)
     evaluation = {name: windows(tokenizer, pair[1], WINDOWS) for name, pair in domains.items()}
     share = CALIBRATION_WINDOWS // len(domains)
-    calibration = torch.cat([windows(tokenizer, pair[0], share) for pair in domains.values()])
+    calibration = torch.cat([windows(tokenizer, pair[0], share, stretch) for pair in domains.values()])
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
     return model, evaluation, [{"input_ids": part} for part in calibration[order].split(10)]
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     folder, domains = upcycled(arguments.upcycled) if arguments.upcycled else trained_from_scratch()
-    model, evaluation, batches = opened(folder, domains)
+    model, evaluation, batches = opened(folder, domains, arguments.calibration)
     prompts = torch.cat(
         [ids[:: len(ids) // PROMPTS][:PROMPTS, :PROMPT_LENGTH] for ids in evaluation.values()]
     )
@@ -516,6 +527,7 @@ def main() -> None:
     parser.add_argument("--upcycled", type=Path)
     parser.add_argument("--ways", nargs="*", choices=WAYS)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
+    parser.add_argument("--calibration", type=int, default=0, help="which stretch of the text")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = measure(arguments)

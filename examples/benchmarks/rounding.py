@@ -10,13 +10,13 @@ and scales, count 16 bits. The cost is the growth of held-out loss in nats per t
 calibration does not see. Results in the JSON file are not measured again. With --shares also ours at these
 shares of the numbers, whole and with cores at 8 and 4 bits.
 
-smollm2-135m is made by make_smollm2.py. Needs pip install "mpoe-convert[calibrate]".
+smollm2-135m is made by make_smollm2.py. `upcycled` is that of compression_mixtures.py: --upcycled FOLDER has
+it, or gets it. Needs pip install "mpoe-convert[calibrate]".
 """
 
 import argparse
 import json
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from compression_mixtures import is_experts, losses, read_layer, windows, write_layer
 from mixture_rivals import rounded_between
-from mixture_sources import trained_from_scratch
+from mixture_sources import trained_from_scratch, upcycled
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +45,7 @@ CELLS = ((8, 16), (4, 16), (4, 8), (3, 16), (3, 8), (3, 4), (2, 16), (2, 8), (2,
 MODELS = {
     "gpt2-mix-2m": (DENSE, 16384, ("stories", "plays", "wiki"), CELLS),
     "qwen3moe-mix": ({}, 16384, ("stories", "plays", "wiki", "code"), ((4, 8), (3, 4), (2, 4))),
+    "upcycled": ({}, 16384, ("topics", "code", "phonemes", "captions"), ((3, 4), (2, 4), (4, 8), (8, 16))),
     "smollm2-135m": (DENSE, 4096, ("wiki",), ((8, 16), (4, 8), (3, 4), (2, 4))),
 }
 
@@ -92,9 +93,9 @@ def round_cores(model: torch.nn.Module, planned: Plan, bits: int) -> None:
             parameters[name].copy_(round_core(layers, parameters[name], bits)[1])
 
 
-def fitting(recipe: Recipe, target: int, bits: int) -> Recipe:
+def fitting(recipe: Recipe, whole: Plan, target: int, bits: int) -> Recipe:
     """The largest share, in steps of 0.5 %, whose plan takes no more than so many bytes."""
-    keep = min(1.0, math.floor(200 * target / source_bytes(plan(recipe), bits)) / 200)
+    keep = min(1.0, math.floor(200 * target / source_bytes(whole, bits)) / 200)
     while stored_bytes(plan(recipe.replace(keep=keep)), bits) > target:
         keep = round(keep - 0.005, 3)
     return recipe.replace(keep=keep)
@@ -107,12 +108,14 @@ def load(folder: Path) -> torch.nn.Module:
 class Measured:
     """The rows of one model, those that the file has and new ones."""
 
-    def __init__(self, name: str, root: Path, results: dict, file: Path | None):
+    def __init__(self, name: str, folder: Path | None, results: dict, file: Path | None):
         options, tokens, wanted, self.cells = MODELS[name]
-        self.source, self.file = root / "checkpoints" / name, file
+        self.file = file
+        scratch, texts = upcycled(folder) if folder else trained_from_scratch()
+        self.source = folder or scratch.with_name(name)
         self.results, self.rows = results, results.setdefault(name, {})
         tokenizer = AutoTokenizer.from_pretrained(self.source)
-        found = {domain: pair for domain, pair in trained_from_scratch()[1].items() if domain in wanted}
+        found = {domain: pair for domain, pair in texts.items() if domain in wanted}
         self.held_out = {domain: windows(tokenizer, text, WINDOWS) for domain, (_, text) in found.items()}
         self.options = options | {"calibration_tokens": tokens}
         self.calibration = {domain: text[: 8 * tokens] for domain, (text, _) in found.items()}
@@ -143,15 +146,15 @@ class Measured:
                 texts_of.append(str(Path(folder) / f"{domain}.txt"))
                 Path(texts_of[-1]).write_text(text, encoding="utf-8")
             recipe = Recipe(str(self.source), keep=1, **self.options, calibrate=tuple(texts_of))
-            for theirs, bits in self.cells:
-                key = f"ours, {bits} bits, at the source's {theirs} bits"
-                if key not in self.rows:
-                    chosen = fitting(recipe, source_bytes(self.whole, theirs), bits)
-                    self.compress({key: bits}, chosen, Path(folder) / f"{theirs}-{bits}")
             for share in shares:
                 keys = {f"ours, {bits} bits, {share:.1%} of the numbers": bits for bits in (16, 8, 4)}
                 if keys.keys() - self.rows.keys():
                     self.compress(keys, recipe.replace(keep=share), Path(folder) / f"{share:g}")
+            for theirs, bits in self.cells:
+                key = f"ours, {bits} bits, at the source's {theirs} bits"
+                if key not in self.rows:
+                    chosen = fitting(recipe, self.whole, source_bytes(self.whole, theirs), bits)
+                    self.compress({key: bits}, chosen, Path(folder) / f"{theirs}-{bits}")
 
     def compress(self, keys: dict[str, int], recipe: Recipe, out: Path) -> None:
         """Measure one conversion, with its cores at the bits that the keys of the results have."""
@@ -189,11 +192,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--shares", nargs="*", type=float, default=[])
+    parser.add_argument("--upcycled", type=Path, default=Path("upcycled"))
     arguments = parser.parse_args()
     known = arguments.json is not None and arguments.json.is_file()
     results = json.loads(arguments.json.read_text(encoding="utf-8")) if known else {}
     for name in arguments.models:
-        Measured(name, Path(os.environ["MPOE_TEST_DATA"]), results, arguments.json).measure(arguments.shares)
+        folder = arguments.upcycled if name == "upcycled" else None
+        Measured(name, folder, results, arguments.json).measure(arguments.shares)
     print(table(results).markdown())
 
 
