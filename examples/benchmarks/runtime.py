@@ -5,6 +5,7 @@
     python examples/benchmarks/runtime.py --split 32 [--tokens 1,2048]
     python examples/benchmarks/runtime.py --sources [--tokens 1,2048] [--keep 0.6]
     python examples/benchmarks/runtime.py --varying [--shape gpt2|llama] [--tokens 1,2048] [--train]
+    python examples/benchmarks/runtime.py --schedules [--shape gpt2|llama] [--tokens 1,8,32,128,512,2048]
 
 Contenders, alternating in one process, compared by the ratio of medians; 8 experts, top-2:
 
@@ -25,14 +26,21 @@ token takes a fifth.
 stores `--keep` of their numbers, against transformers' own module that holds the same experts whole.
 
 --varying: rules top-p and top-any against top-k, by the same experts at the same mean number per token.
+
+--schedules: every way to run the same experts, against the one that the runtime chooses by what it assumes of
+the machine: blocks, one-sided chains, low-rank and core-space experts of both shapes (bond 64), and forms of
+`--sources`. The ways are the schedules, and `apply` with copied cores, sorted rows, or expert by expert.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -43,16 +51,30 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from mpoe_convert.decomposition.sites import choose
 from mpoe_convert.decomposition.stacks import FORMS, ranks_within, stack_terms
-from mpoe_convert.runtime.modeling_mpoe import Experts, FeedForward, MatrixCache, Router, contract_chain
+from mpoe_convert.runtime import modeling_mpoe
+from mpoe_convert.runtime.modeling_mpoe import (
+    Choices,
+    Experts,
+    FeedForward,
+    MatrixCache,
+    Router,
+    contract_chain,
+)
 
 EXPERTS, TOP_K, BOND = 8, 2, 64
 SHAPES = {"gpt2": (768, 3072, "gelu"), "llama": (2048, 8192, "silu")}
 SOURCE = (32, 1024, 512, 4)  # experts, hidden, inner, chosen per token
+THIN = ("low-rank", "core-space")  # kinds that add thin products to the dense matrix
 PLAIN = ("eager", "batched_mm", "grouped_mm")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 def projection(rows: int, cols: int, layout: str, sites: int, bond: int) -> dict:
+    if layout in THIN:
+        whole = {"in_dims": [rows], "out_dims": [cols], "bonds": [], "shared": [True]}
+        form = {"low-rank": "none", "core-space": "both"}[layout]
+        ranks = (bond,) if form == "none" else (bond, bond)
+        return {"terms": [whole, *stack_terms(form, ranks, rows, cols)], "bias": None}
     found = choose(rows, cols, layout=layout, num_sites=sites, bond_dim=bond)
     term = {
         "in_dims": list(found.in_dims),
@@ -431,6 +453,83 @@ def medians(
     return {name: statistics.median(times) for name, times in seconds.items()}, rounds - 1
 
 
+# Ways to run experts: the schedule, and what of `modeling_mpoe` makes `apply` take that way.
+NEVER, ALWAYS = 0, 1 << 60
+WAYS: dict[str, tuple[str, dict[str, int]]] = {
+    "copied": ("apply", {"_FEW_COPIED_BY_CPU": ALWAYS}),
+    "sorted": ("apply", {"_FEW_COPIED_BY_CPU": NEVER, "_MANY_ROWS": ALWAYS}),
+    "by expert": ("apply", {"_FEW_COPIED_BY_CPU": NEVER, "_MANY_ROWS": 0}),
+    "rebuild": ("rebuild", {}),
+}
+MOST_COPIED = 1 << 27  # numbers of cores that are copied: half a gigabyte
+
+
+class Way(nn.Module):
+    """Experts with choices that are made, run in one way; None: as the runtime chooses."""
+
+    def __init__(self, experts: Experts | FeedForward, choices: Choices, way: str | None):
+        super().__init__()
+        self.experts, self.choices = experts, choices
+        self.schedule, self.constants = WAYS[way] if way else ("auto", {})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.experts.schedule = self.schedule
+        with mock.patch.multiple(modeling_mpoe, **self.constants) if self.constants else nullcontext():
+            return self.experts._mix(x, self.choices)
+
+    def way(self, x: torch.Tensor) -> str:
+        """The one that it takes."""
+        with mock.patch.object(self.experts, "_experts", wraps=self.experts._experts) as called:
+            self(x)
+        (_, picks, *others), by_name = called.call_args
+        if "rebuild" in (*others, by_name.get("schedule")):
+            return "rebuild"
+        if isinstance(picks.experts, int):
+            return "by expert"
+        return "copied" if picks.sizes is None else "sorted"
+
+
+def scheduled_experts(shapes: list[str], keep: float) -> Iterator[tuple[str, Experts | FeedForward]]:
+    """What `--schedules` times, one after the other; the shape "sources": experts of a mixture."""
+    for shape in shapes:
+        if shape == "sources":
+            yield from ((f"source, {form}", source_experts(form, keep)) for form in FORMS if form != "whole")
+        else:
+            layouts = ("blocks", "one-sided", *THIN)
+            yield from ((f"{shape}, {layout}", make_ffn(shape, layout)) for layout in layouts)
+
+
+def compare_schedules(name: str, experts: Experts | FeedForward, tokens: int, budget: float) -> dict:
+    """The ways to run experts without gradients; none that copies more than half a gigabyte."""
+    torch.manual_seed(0)
+    hidden, count = experts.up._chains[0].in_features, experts.num_experts
+    x, chosen = torch.randn(tokens, hidden), torch.rand(tokens, count).topk(experts.top_k)
+    places = torch.arange(tokens).repeat_interleave(experts.top_k)
+    weights = chosen.values.softmax(-1).flatten()
+    choices = Choices(places, chosen.indices.flatten(), weights, experts.top_k)
+    found: dict[str, nn.Module] = {way: Way(experts, choices, way) for way in WAYS}
+    if tokens * experts.top_k * experts.own_params > MOST_COPIED:
+        del found["copied"]
+    with torch.no_grad():
+        picked = Way(experts, choices, None).way(x)
+        first = found[picked](x)
+        for way, module in found.items():
+            assert module.way(x) in (way, picked), f"{way} of {name} did not run"
+            error = ((module(x) - first).norm() / first.norm()).item()
+            assert error < TOLERANCE[torch.float32], f"{way} differs by {error:.2g}"
+    median, rounds = medians(found, x, False, budget)
+    best = min(median, key=median.__getitem__)
+    return {
+        "experts": name,
+        "tokens": tokens,
+        "rounds": rounds,
+        "seconds": median,
+        "picked": picked,
+        "best": best,
+        "picked_over_best": median[picked] / median[best],
+    }
+
+
 class Routed(nn.Module):
     """A mixture under a router of its own."""
 
@@ -500,7 +599,7 @@ def table_of(results: list[dict]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--shape", choices=(*SHAPES, "sources"), action="append", help="default: all")
     parser.add_argument("--tokens", default="1,32,2048,8192")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -513,6 +612,9 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=float, default=0.6, help="with --sources: the share that is stored")
     parser.add_argument("--varying", action="store_true", help="rules whose number of experts varies")
+    parser.add_argument(
+        "--schedules", action="store_true", help="every way to run experts, and the chosen one"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.split:
@@ -527,6 +629,11 @@ def main() -> None:
         for shape in options.shape or SHAPES:
             for tokens in map(int, options.tokens.split(",")):
                 print(json.dumps(compare_varying(shape, tokens, options.train, options.budget)), flush=True)
+        return
+    if options.schedules:
+        for name, experts in scheduled_experts(options.shape or [*SHAPES, "sources"], options.keep):
+            for tokens in map(int, options.tokens.split(",")):
+                print(json.dumps(compare_schedules(name, experts, tokens, options.budget)), flush=True)
         return
     results = []
     for shape in options.shape or SHAPES:

@@ -244,10 +244,8 @@ def _taken_up(output: Path) -> tuple[Path | None, int | None]:
     for folder in sorted(found, key=count_finished, reverse=True):
         if fcntl is None or not (folder / LOCK).exists():
             return folder, None
-        lock = os.open(folder / LOCK, os.O_RDWR)
-        if _take(lock):
+        if (lock := _lock_of(folder)) is not None:
             return folder, lock
-        os.close(lock)
     return None, None
 
 
@@ -259,12 +257,12 @@ def _behind_link(output: Path) -> Path:
 def _remove_leftover(folder: Path, output: Path) -> bool:
     """Remove the temporary folder of a run that does not live any more; False: it does."""
     try:
-        lock = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:  # not this tool's, or another user's
+        lock = _lock_of(folder)
+    except OSError:  # not this tool's, another user's, or on a file system without locks
+        return False
+    if lock is None:
         return False
     try:
-        if not _take(lock):
-            return False
         if (folder / REPLACED).is_dir() and not output.exists():
             os.replace(folder / REPLACED, output)
         shutil.rmtree(folder, ignore_errors=True)
@@ -297,8 +295,8 @@ def _remove_dead(prefix: str, parent: Path) -> None:
     for folder in parent.glob(f"{prefix}*"):
         if fcntl is not None and folder.is_dir() and not folder.is_symlink():
             with suppress(OSError):
-                lock = os.open(folder / LOCK, os.O_RDWR)
-                _discard(folder if _take(lock) else None, lock)
+                if (lock := _lock_of(folder)) is not None:
+                    _discard(folder, lock)
 
 
 def _discard(folder: Path | None, lock: int | None) -> None:
@@ -323,6 +321,18 @@ def _locked_folder(prefix: str, suffix: str, parent: Path) -> tuple[Path, int | 
             (folder / LOCK).unlink()
             return folder, None
         os.close(lock)  # another run has just taken the folder for a leftover
+
+
+def _lock_of(folder: Path) -> int | None:
+    """The lock of a folder, taken; None: a living process has it. Raises OSError where there is no lock."""
+    lock = os.open(folder / LOCK, os.O_RDWR)
+    is_taken = False
+    try:
+        is_taken = _take(lock)
+    finally:
+        if not is_taken:
+            os.close(lock)
+    return lock if is_taken else None
 
 
 def _take(lock: int) -> bool:

@@ -74,9 +74,9 @@ def share_out(plan: Plan, count: int, finished: Collection[str] = ()) -> list[li
     check_shared(plan, count)
     works = {file: _work(plan, file) for file in plan.shards if file not in finished}
     shares: list[list[str]] = [[] for _ in range(count)]
-    done = 0
+    done, total = 0, max(sum(works.values()), 1)  # 0: of tensors without numbers
     for file, own in works.items():
-        middle = (done + own / 2) / sum(works.values())
+        middle = (done + own / 2) / total
         shares[min(int(middle * count), count - 1)].append(file)
         done += own
     return shares

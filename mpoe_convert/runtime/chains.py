@@ -244,12 +244,7 @@ def multiply_left(weight: Tensor | Layers, x: Tensor) -> Tensor:
 
 def multiply_right(x: Tensor, weight: Tensor | Layers) -> Tensor:
     """Every x (N, p, l) times weight (l, q) -> (N, p, q)."""
-    if isinstance(weight, nn.Module):
-        return weight(x)
-    if not is_recorded() and x.is_cpu and x.shape[:2] == (2, 1):
-        # A token's two experts: two matrix-vector products read the weight faster than one thin product.
-        return torch.stack([row @ weight for row in x])
-    return x @ weight
+    return weight(x) if isinstance(weight, nn.Module) else x @ weight
 
 
 def multiply_blocks(x: Tensor, weight: Tensor) -> Tensor:
@@ -324,10 +319,14 @@ class Picks(NamedTuple):
 
     def _by_segment(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """One product per expert: its rows of x (N, ...) with what is its own in (E, ...)."""
-        # unbind, not weight[e]: the gradient is then stacked once, not added up from E full-size zeros.
-        segments = zip(x.split(self.sizes), weight.unbind(), strict=True)
-        products = [product(part, own) for part, own in segments if len(part)]
-        return torch.cat(products) if products else product(x, weight[0])
+        assert self.sizes is not None
+        hit = [expert for expert, size in enumerate(self.sizes) if size] or [0]
+        # With gradients unbind, not weight[e]: they are then stacked once, not added up from E full-size
+        # zeros. Without them views of the experts that nothing goes to would take longer than small products.
+        own = weight.unbind() if torch.is_grad_enabled() else weight
+        parts = x.split([self.sizes[expert] for expert in hit])
+        products = [product(part, own[expert]) for part, expert in zip(parts, hit, strict=True)]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def run_each(x: Tensor, picks: Picks, num_experts: int, function: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -155,6 +155,33 @@ def test_where_there_are_no_locks_nothing_is_taken_for_a_leftover(tmp_path, monk
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("case", ["resumed", "removed", "temporary"])
+def test_where_locks_are_refused_no_descriptor_stays_open(case, tmp_path, monkeypatch):
+    name = "mine-x" if case == "temporary" else ".out.abcdefgh.partial"
+    left = tmp_path / name
+    left.mkdir()
+    for file in (folder.LOCK, folder.RUN):
+        (left / file).touch()
+    opened = []
+
+    def refuse(lock, _):
+        opened.append(lock)
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(folder, "count_finished", lambda _: 1)
+    if case == "resumed":
+        with pytest.raises(OSError, match="not supported"):
+            folder._taken_up(tmp_path / "out")
+    elif case == "removed":
+        assert remove_leftovers(tmp_path / "out") == []
+    else:
+        folder._remove_dead("mine-", tmp_path)
+    assert left.is_dir() and len(opened) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
 def test_temporary_folders_lie_beside_the_target_of_a_link(tmp_path):
     (tmp_path / "disk/out").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/out")

@@ -1,6 +1,7 @@
 """What the processes of a conversion move, against what its parts read and write."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,18 @@ def test_bytes_are_those_that_each_process_moves(folders, case, count, monkeypat
         assert not builder.pending  # what belongs into another process's files is not kept
         assert share.files == len(files) and share.ffns == builder.num_ffns
     assert sum(share.work for share in shares) == pytest.approx(1)
+
+
+def test_files_without_numbers_are_shared_out(folders):
+    _, made = prepared(folders / "llama", **SMALL)
+    last = list(made.plan.shards)[-1]
+    emptied = [
+        replace(tensor, shape=(0,)) if tensor.name in made.plan.shards[last] else tensor
+        for tensor in made.plan.tensors
+    ]
+    empty = replace(made.plan, tensors=tuple(emptied))
+    finished = set(empty.shards) - {last}
+    assert sorted(share_out(empty, 2, finished), key=len) == [[], [last]]
 
 
 def test_memory_of_a_process_is_that_of_its_own_files(folders):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.mixtures import WAYS, fill, randn
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpoe_convert.decomposition.stacks import stack_terms
@@ -117,3 +118,27 @@ def test_offloaded_chains_are_called_once():
         found = experts(x, *choices())
     assert len(calls) == len({id(each) for each in calls}) == 3
     torch.testing.assert_close(found, reference(experts, x, *choices()))
+
+
+class CountTensors(TorchDispatchMode):
+    """How many tensors operations give, views included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.count += len(made) if isinstance(made, (tuple, list)) else 1
+        return made
+
+
+def test_experts_that_no_token_goes_to_cost_nothing(monkeypatch):
+    for name, value in WAYS["sorted rows"].items():
+        monkeypatch.setattr(modeling, name, value)
+    counts = []
+    for num_experts in (NUM_EXPERTS, 10 * NUM_EXPERTS):
+        monkeypatch.setitem(globals(), "NUM_EXPERTS", num_experts)
+        experts, chosen = make_experts("none", "none", "none"), torch.tensor([[3, 0, 1]])
+        with torch.no_grad(), CountTensors() as counted:
+            experts(randn(1, HIDDEN), chosen, torch.ones(1, TOP_K, dtype=torch.float64))
+        counts.append(counted.count)
+    assert counts[0] == counts[1]
