@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import RIDGE, Metric, factor, thin_side
-from .stack_metric import Stack, dot, leading, solve
+from .stack_metric import Stack, dot, leading, quadratic, solve, symmetric_product
 from .stacks import Ranks
 
 # Experts of a stack that is estimated by some of them.
@@ -126,8 +126,7 @@ class Bases(Shared):
 
     def curvature(self, direction: Tensor) -> float:
         def one(expert: int) -> Tensor:
-            change = direction @ self.own[expert]
-            return torch.tensor(dot(change, self.stack.moment(expert) @ change))
+            return torch.tensor(quadratic(self.stack.moment(expert), direction @ self.own[expert]))
 
         return float(self.stack.mean(one))
 
@@ -144,7 +143,7 @@ class Bases(Shared):
         for expert in self.experts:
             image = self.stack.moment(expert) @ self.shared
             aim = image.mT @ self.target(expert)
-            own = solve(self.shared.mT @ image, aim)
+            own = solve(symmetric_product(self.shared, image), aim)
             lost += self.stack.energy(expert) - dot(own, aim)
             self.own.append(own.to(self.stack.dtype))
         self.error = max(lost / len(self.experts), 0.0)
@@ -187,7 +186,7 @@ class Base(Shared):
         return (self.inverse @ slope.double()).to(slope)
 
     def curvature(self, direction: Tensor) -> float:
-        return dot(direction, self.mean_moment @ direction.double())
+        return quadratic(self.mean_moment, direction.double())
 
     def move(self, step: Tensor) -> None:
         self.shared = self.shared + step

@@ -63,7 +63,8 @@ def stack_curves(stack: Stack, forms: Sequence[str]) -> StackCurves:
         if base is not None:
             own["base"].append(_spectrum(half @ (matrix - base)))
         if sides is not None:
-            both += (torch.linalg.qr(half @ sides[0])[0].mT @ image @ sides[1]).double().square()
+            rotated = torch.ormqr(*torch.geqrf(half @ sides[0]), image, transpose=True)  # Q_e^T R_e^T W_e
+            both += (rotated @ sides[1]).double().square()
     scale, lost = len(stack) / len(experts), {}
     squares = {form: torch.stack(spectra) for form, spectra in own.items()}
     for form in forms:

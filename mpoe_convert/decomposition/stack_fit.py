@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 
 from .low_rank import thin_side
 from .stack_bases import PROBED, Base, Bases, best_product, spread
-from .stack_metric import SMALL, Cores, Stack, dot, expand, leading
+from .stack_metric import SMALL, Cores, Stack, dot, expand, leading, quadratic
 from .stacks import Ranks, count_stack, each_rank
 
 # The largest number of sweeps. Every sweep takes as long as the closed form, which is near the minimum
@@ -135,8 +135,8 @@ def alikeness(stack: Stack) -> float:
     metric, mean = stack.mean_moment, stack.mean(stack.matrix)
     rough = metric.to(stack.dtype)
     some = _all(stack) if stack.is_small else spread(len(stack), PROBED)
-    sizes = [dot(matrix, rough @ matrix) for matrix in map(stack.matrix, some)]
-    return float(_ratio(_scalar(dot(mean, metric @ mean)), _scalar(sum(sizes) / len(sizes))))
+    sizes = [quadratic(rough, stack.matrix(expert)) for expert in some]
+    return float(_ratio(_scalar(quadratic(metric, mean)), _scalar(sum(sizes) / len(sizes))))
 
 
 def _fit(stack: Stack, form: str, ranks: Ranks, max_sweeps: int | None) -> StackFit:
@@ -166,7 +166,7 @@ def _errors(stack: Stack, cores: Cores, expert: int) -> list[float]:
     entries = [dot(difference, difference), dot(weight, weight)]
     if stack.moments is None and stack.weights is None:
         return [*entries, *entries]
-    return [dot(difference, stack.moment(expert) @ difference), stack.energy(expert), *entries]
+    return [quadratic(stack.moment(expert), difference), stack.energy(expert), *entries]
 
 
 def _fit_whole(stack: Stack, ranks: Ranks, max_sweeps: int) -> Cores:

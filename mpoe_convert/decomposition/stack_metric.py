@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import RIDGE, root
-from .symmetric import add_gram, packed_length, unpacked
+from .symmetric import add_gram, add_product, blocks, packed_length, unpacked
 
 # Stacks with up to this many entries are multiplied in float64, larger ones in float32; sums are in float64.
 SMALL = 1 << 24
@@ -104,21 +104,19 @@ class Stack:
     def energy(self, expert: int) -> float:
         """tr(W_e^T M_e W_e): the expected squared size of an expert's outputs."""
         if expert not in self._energies:
-            matrix = self.matrix(expert)
-            self._energies[expert] = dot(matrix, self.moment(expert) @ matrix)
+            self._energies[expert] = quadratic(self.moment(expert), self.matrix(expert))
         return self._energies[expert]
 
     def gram(self, expert: int) -> Tensor:
-        """W_e^T M_e W_e, (out, out)."""
-        return self._image(expert)[1]
+        """W_e^T M_e W_e, (out, out), in float64."""
+        return symmetric_product(*self._image(expert))
 
     def _image(self, expert: int) -> tuple[Tensor, Tensor]:
-        """M_e W_e and W_e^T M_e W_e."""
+        """W_e and M_e W_e."""
         matrix = self.matrix(expert)
         image = self.moment(expert) @ matrix
-        found = matrix.mT @ image
-        self._energies.setdefault(expert, float(found.diagonal().double().sum()))
-        return image, found
+        self._energies.setdefault(expert, dot(matrix, image))
+        return matrix, image
 
     @cached_property
     def levels(self) -> list[float]:
@@ -170,18 +168,18 @@ class Stack:
 
     def output_importance(self) -> Tensor:
         """The mean of W_e^T M_e W_e, (out, out) in float64: what directions of the outputs are worth."""
-        return self.mean(self.gram)
+        return self.image_means()[1]
 
     def image_means(self) -> tuple[Tensor, Tensor]:
         """The means of M_e W_e, (in, out), and of W_e^T M_e W_e, (out, out), in float64."""
         rows, cols = self.size
         images = torch.zeros(rows, cols, dtype=torch.float64, device=self.matrices[0].device)
-        grams = images.new_zeros(cols, cols)
+        grams = images.new_zeros(packed_length(cols))
         for expert in range(len(self)):
-            image, gram = self._image(expert)
+            matrix, image = self._image(expert)
             images += image
-            grams += gram
-        return images / len(self), grams / len(self)
+            add_product(grams, matrix, image)
+        return images / len(self), unpacked(grams / len(self))
 
 
 def side_spectra(stack: Stack) -> tuple[Tensor, Tensor]:
@@ -212,6 +210,29 @@ def solve(normal: Tensor, aim: Tensor) -> Tensor:
     return torch.cholesky_solve(aim.double(), root(normal, RIDGE * level if level > 0 else 1.0))
 
 
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """x^T y, which has to be symmetric, (n, n) in float64, for x and y (anything, n)."""
+    packed = torch.zeros(packed_length(left.shape[-1]), dtype=torch.float64, device=left.device)
+    add_product(packed, left, right)
+    return unpacked(packed)
+
+
+def quadratic(moment: Tensor, matrix: Tensor) -> float:
+    """tr(x^T M x) for a symmetric M (n, n) and x (n, anything), with little more than half the products."""
+    total = 0.0
+    for start, end in blocks(len(moment)):
+        image = moment[start:end, start:end] @ matrix[start:end]
+        if start:
+            image += 2 * (moment[start:end, :start] @ matrix[:start])
+        total += dot(matrix[start:end], image)
+    return total
+
+
+def dot(left: Tensor, right: Tensor) -> float:
+    """The sum of the products of the entries, in float64."""
+    return float(torch.dot(left.double().flatten(), right.double().flatten()))
+
+
 def expand(cores: Cores, expert: int, dtype: torch.dtype | None = None) -> Tensor:
     """One expert's matrix (in, out) of stored cores, each a matrix or, if owned, a stack of them.
 
@@ -219,8 +240,3 @@ def expand(cores: Cores, expert: int, dtype: torch.dtype | None = None) -> Tenso
     """
     terms = [[(core if core.ndim == 2 else core[expert]).to(dtype) for core in term] for term in cores]
     return sum((reduce(torch.matmul, term) for term in terms[1:]), start=reduce(torch.matmul, terms[0]))
-
-
-def dot(left: Tensor, right: Tensor) -> float:
-    """The sum of the products of the entries, in float64."""
-    return float((left.double() * right).sum())

@@ -12,6 +12,7 @@ So a sum of x^T x takes little more than half the products, each of them a produ
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from math import isqrt
 
 import torch
@@ -20,11 +21,17 @@ from torch import Tensor
 BLOCK = 256
 
 
+def blocks(size: int) -> Iterator[tuple[int, int]]:
+    """(first row, end) of every block of rows."""
+    return ((start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+
+
 def packed_length(size: int) -> int:
     """How many numbers are stored of a matrix (size, size)."""
-    return sum((end - start) * end for start, end in _blocks(size))
+    return sum((end - start) * end for start, end in blocks(size))
 
 
+@cache
 def packed_size(length: int) -> int:
     """The size of the matrix of which so many numbers are stored.
 
@@ -39,8 +46,13 @@ def packed_size(length: int) -> int:
 
 def add_gram(packed: Tensor, rows: Tensor) -> None:
     """Add x^T x for rows x (anything, n) to a packed one: products in x's dtype, sums in its own."""
-    for (start, end), part in _parts(packed, rows.shape[-1]):
-        part += rows[:, start:end].mT @ rows[:, :end]
+    add_product(packed, rows, rows)
+
+
+def add_product(packed: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add x^T y, which has to be symmetric, for rows x and y (anything, n), as `add_gram` does."""
+    for (start, end), part in _parts(packed, left.shape[-1]):
+        part += left[:, start:end].mT @ right[:, :end]
 
 
 def unpacked(packed: Tensor) -> Tensor:
@@ -59,15 +71,10 @@ def diagonal(packed: Tensor) -> Tensor:
     return torch.cat([part[:, start:].diagonal() for (start, _), part in parts])
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    """(first row, end) of every block."""
-    return ((start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
-
-
 def _parts(packed: Tensor, size: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Every block with its rows, a view."""
     place = 0
-    for start, end in _blocks(size):
+    for start, end in blocks(size):
         length = (end - start) * end
         yield (start, end), packed[place : place + length].view(end - start, end)
         place += length
