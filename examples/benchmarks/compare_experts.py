@@ -423,7 +423,7 @@ def contenders(task) -> dict[str, tuple[dict | None, dict, tuple]]:
     most = task.own // (matrices * hidden) - 1  # beside the scales
     block = max(size for size in range(1, most + 1) if hidden % size == 0)
     blocks = {"layout": "blocks", "bond_dim": block}
-    side = math.isqrt(task.own // matrices)
+    side = math.isqrt(task.own // matrices) // 8 * 8
     core = {"kind": "core-space", "bond_dim": side}
     free = {
         like(task): ({"bond_dim": task.bond}, {}),
