@@ -1,10 +1,12 @@
 """The model: swapping FFNs in a stock model, its forward pass, and classes made on demand."""
 
+import ast
 import copy
 import functools
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -695,6 +697,26 @@ def _config_class(base: type, name: str, module: str) -> type:
     return type(name, (base,), body)
 
 
+# Their loss counts `num_items_in_batch` for single labels, not for several labels or in a regression.
+_OF_WHOLE_SEQUENCES = re.compile("For(Sequence|Image|Video|Audio)Classification")
+
+
+def counts_items(base: type) -> bool:
+    """Whether the loss of a stock model class is the sum over items divided by `num_items_in_batch`.
+
+    T5 and the heads that classify take that number and ignore it. False where the source cannot be read.
+    """
+    if _OF_WHOLE_SEQUENCES.search(base.__name__):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
+    except (OSError, TypeError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    of_loss = [call for call in calls if getattr(call.func, "attr", None) == "loss_function"]
+    return any(word.arg in (None, "num_items_in_batch") for call in of_loss for word in call.keywords)
+
+
 def _model_class(base: type, name: str, module: str) -> type:
     """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
@@ -713,9 +735,8 @@ def _model_class(base: type, name: str, module: str) -> type:
         bases = (*bases, GenerationMixin)
     if GenerationMixin in bases or base.can_generate():
         body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
-    # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
-    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
-        body["accepts_loss_kwargs"] = False
+    if not counts_items(base):
+        body["accepts_loss_kwargs"] = False  # Trainer then averages accumulated passes itself
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
     # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

@@ -18,6 +18,7 @@ from .. import experts
 from ..artifact.loading import HoldsMixtures
 from ..errors import MpoeError, OutputError, TrainingError, few, one_line
 from ..options import switched
+from ..runtime.modeling_mpoe import counts_items
 from ..tensors import broken_weights
 from .checkpoints import PARTIAL, REFUSALS, Record, find_checkpoint, what_is_left, write_record
 from .library import Trainer, TrainerCallback, rotate_checkpoints
@@ -216,6 +217,9 @@ class MpoeTrainer(Trainer):
     def __init__(self, *args: Any, run: Finetuning, teacher: nn.Module | None, record: Record, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run, self.teacher, self.record = run, teacher, record
+        cls = type(cast("nn.Module", self.model))
+        if not counts_items(getattr(cls, "_base_class", cls)):  # of dense models transformers believes it
+            self.model_accepts_loss_kwargs = False
         self._is_saving = False
         self.router_log = next((c for c in kwargs["callbacks"] if isinstance(c, RouterLog)), None)
         if teacher is not None:

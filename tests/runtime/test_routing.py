@@ -1,5 +1,6 @@
 """Selection, losses and statistics of the routers, against their definitions and transformers' own."""
 
+import inspect
 import math
 
 import pytest
@@ -14,7 +15,14 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from mpoe_convert import router_stats
 from mpoe_convert.errors import TrainingError
-from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss, weigh
+from mpoe_convert.runtime.modeling_mpoe import (
+    Router,
+    Routing,
+    counts_items,
+    load_balancing_loss,
+    router_z_loss,
+    weigh,
+)
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3
@@ -149,6 +157,24 @@ def test_accumulated_passes_are_parts_of_one_step(model_type, artifact):
     for parts in (1, 4):
         found = seeded(model, **inputs, num_items_in_batch=parts * own).loss
         torch.testing.assert_close(found, whole / parts if weighs else whole)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+@pytest.mark.parametrize("model_type", ["Llama", "GPTNeoX", "GPT2"])
+def test_whether_a_head_counts_items_is_known_beforehand(model_type, head):
+    cls = getattr(transformers, f"{model_type}{head}")
+    names = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+    names |= {"intermediate_size": 8, "num_labels": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    model = cls(cls.config_class(**names)).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    labels = {"labels": ids % 2 if "Token" in head else ids[:, 0] % 2}
+    if "Question" in head:
+        labels = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])}
+    whole = model(ids, **labels).loss
+    takes = "kwargs" in inspect.signature(model.forward).parameters
+    counted = takes and model(ids, **labels, num_items_in_batch=100).loss < whole / 10
+    assert counts_items(cls) == counted
+    assert not counts_items(transformers.ViTForImageClassification)  # not in a regression
 
 
 def test_the_default_coefficient_is_on_in_training_only(artifact):

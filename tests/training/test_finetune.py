@@ -199,6 +199,20 @@ def test_accumulated_passes_make_the_same_step(artifact, text, tmp_path):
         assert (whole[name] - parts[name]).norm() < 0.02 * step, name
 
 
+@pytest.mark.parametrize("converted", [True, False])
+def test_accumulated_passes_of_a_head_that_counts_nothing_are_averaged(converted, artifact, tmp_path):
+    """Llama's heads take `num_items_in_batch` and ignore it; every example has one label."""
+    out = artifact("llama", "AutoModelForSequenceClassification", noise=0.1)[converted]
+    data = write(tmp_path / "data.csv", rows("classification"))
+    logged = []
+    for name, sizes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "accumulate": 4})):
+        options = QUICK | sizes | {"steps": 1, "log_every": 1, "task": "classification"}
+        options |= {"options": {"router_aux_loss_coef": 0.0}} if converted else {}
+        report = finetune(Finetuning(str(out), data, **options), tmp_path / name)
+        logged.append(next((e["loss"], e["grad_norm"]) for e in report["log"] if "loss" in e))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Interrupted runs
 
