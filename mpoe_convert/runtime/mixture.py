@@ -9,7 +9,7 @@ from .config import read_option
 from .costs import mean
 from .mixing import Mixing
 from .parts import hidden_size_of
-from .passes import Repeatable, RouterPass, in_backward
+from .passes import Noted, Repeatable, RouterPass, in_backward
 from .routers import Router
 
 _NO_BIAS = (
@@ -106,10 +106,6 @@ class FeedForward(Mixing):
 
     # ------------------------------------------------------------------------------------- forward
 
-    def train(self, mode: bool = True):
-        self.repeatable.clear()
-        return super().train(mode)
-
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
@@ -128,16 +124,33 @@ class FeedForward(Mixing):
             mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-            return running.add(self, routing, mask, task).served()
-        if self.training and not torch.compiler.is_compiling():
-            if not in_backward():
-                self.repeatable.clear()  # this call adds nothing when it is repeated
-            elif self.repeatable:
-                # the backward pass repeats the last call first
-                repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-                return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
+            return running.add(self, tokens, routing, mask, task).served()
+        noted = None if torch.compiler.is_compiling() else self._repeated(tokens)
+        if noted is None or noted.of is None:
+            return self.router(
+                tokens, self.balance_bias, task=self.task, num_sequences=num_sequences
+            ).served()
+        routing = self.router(tokens, self.balance_bias, noted.mask, noted.task, num_sequences)
+        return noted.of.repeat(routing, noted.mask, noted.lacks_shown).served()
+
+    def _repeated(self, tokens: Tensor) -> Noted | None:
+        """The call that the backward pass repeats with tokens (T, H). One outside of it is noted: None.
+
+        Raises:
+            RuntimeError: the backward pass repeats a call that is not noted.
+        """
+        if not in_backward():
+            if self.training:
+                self.repeatable.note(tokens, None, None, None)  # it adds nothing when it is repeated
+            return None
+        noted = self.repeatable.take(tokens)
+        if noted is None and self.training:
+            raise RuntimeError(
+                f"gradient checkpointing repeats a call of a mixture with {tokens.shape[0]} tokens that is "
+                f"not among its last {_REPEATABLE} calls, or was repeated before; expected one backward pass "
+                "for each forward pass, before so many others"
+            )
+        return noted
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:

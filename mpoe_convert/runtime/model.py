@@ -256,8 +256,8 @@ class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     _base_class: type[PreTrainedModel]  # the stock class
-    # The last pass whose load was noted, and the versions of the mixtures' parameters then.
-    _balancing: RouterPass | None = None
+    # The last pass in training, and the versions of the mixtures' parameters then.
+    _last_pass: RouterPass | None = None
     _versions: Sequence[int] = ()
     _contrasts = False  # whether generation with `self_contrast` is running
 
@@ -488,7 +488,9 @@ class MixtureMixin(_Stock):
         coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
+        needed = needed or in_sequences or task is not None or (learns and config.router_tasks is not None)
+        # Checkpoints may repeat calls in training: each mixture notes which pass they belong to.
+        if not (needed or (self.training and not torch.compiler.is_compiling())):
             return stock(**given)
         if rate:
             self._follow_step()
@@ -509,7 +511,8 @@ class MixtureMixin(_Stock):
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
-            self._balancing = running
+        if rate or (learns and not torch.compiler.is_compiling()):
+            self._last_pass = running
         if any(coefs):
             outputs = add_losses(outputs, running, given)
         if shows:
@@ -519,7 +522,7 @@ class MixtureMixin(_Stock):
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
-        last, before = self._balancing, self._versions
+        last, before = self._last_pass, self._versions
         parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
         self._versions = [p._version for p in parameters]
         if last is None or not last.went_back:
@@ -539,6 +542,23 @@ class MixtureMixin(_Stock):
                 ffn.add_balance_bias()
                 self.config.router_balance_bias = True
             ffn.update_bias(rate)
+
+    def add_router_losses(self, loss: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """A scalar: a loss that was made of the last pass's outputs in training, plus the routers' losses.
+
+        The model's own loss has them. Any other optimises them too, but only so are they scaled as it is, by
+        GradScaler or over accumulated passes. `aux_loss` of outputs that show it is not among them. Not for
+        compiled code, which does not know what scales such a loss.
+
+        Args:
+            share: the pass's share of an optimizer's step, if the loss is only its part of a step's mean.
+
+        Raises:
+            ValueError: there was no pass in training.
+        """
+        if self._last_pass is None:
+            raise ValueError("there was no forward pass in training whose routers' losses could be added")
+        return self._last_pass.add_to(loss, share)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
         """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""

@@ -2019,6 +2019,9 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 # A pass that shows its routers (`output_router_logits`) keeps the contract of transformers' own mixtures
 # instead: the load-balancing loss is `aux_loss` of the outputs, and is in their loss if they have one. A loss
 # that is computed outside of the model adds `coef * outputs.aux_loss`, and it is counted once.
+#
+# The losses that join at the combine weights are scaled as the model's own loss is. What scales a loss that
+# is computed outside of the model is known only if `add_router_losses` was given that loss.
 
 
 _ROUTER_FIELDS = ("aux_loss", "router_logits")
@@ -2064,11 +2067,56 @@ class Call(NamedTuple):
     loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
+class Noted(NamedTuple):
+    """A call of one mixture in training, which a checkpoint may repeat in the backward pass."""
+
+    of: "RouterPass | None"  # None: of no pass of a model
+    mask: Tensor | None  # (T,)
+    task: Tensor | None
+    lacks_shown: bool  # see `RouterPass.repeat`
+    num_tokens: int  # T
+    sketch: Tensor  # (S,) see `_sketch`
+
+
 class Repeatable(deque):
-    """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
+    """Calls of one mixture that a checkpoint may repeat; those that none repeats fall out in time."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies of a model start empty
         return functools.partial(Repeatable, maxlen=self.maxlen), ()
+
+    def note(
+        self,
+        tokens: Tensor,
+        of: "RouterPass | None",
+        mask: Tensor | None,
+        task: Tensor | None,
+        lacks_shown: bool = False,
+    ) -> None:
+        """Note a call with tokens (T, H)."""
+        self.append(Noted(of, mask, task, lacks_shown, tokens.shape[0], _sketch(tokens)))
+
+    def take(self, tokens: Tensor) -> Noted | None:
+        """Take out the call that is repeated with tokens (T, H), in whatever order calls are; None: none is.
+
+        Kernels may differ in the last digits when they run again: it is the call whose tokens are nearest,
+        and of equal ones the latest.
+        """
+        places = [i for i, noted in enumerate(self) if noted.num_tokens == tokens.shape[0]][::-1]
+        if not places:
+            return None
+        nearest = 0
+        if len(places) > 1:
+            sketches = torch.stack([self[i].sketch.to(tokens.device) for i in places])  # (calls, S)
+            nearest = int((sketches - _sketch(tokens)).abs().sum(1).argmin())
+        noted = self[places[nearest]]
+        del self[places[nearest]]
+        return noted
+
+
+def _sketch(tokens: Tensor) -> Tensor:
+    """(S,) a few sums over tokens (T, H), which tell calls with different tokens, or another order, apart."""
+    features = tokens.detach()[:, :8].float()  # (T, S)
+    return (torch.linspace(1, 2, len(features), device=features.device)[:, None] * features).sum(0)
 
 
 def in_backward() -> bool:
@@ -2087,6 +2135,8 @@ class RouterPass:
         shows: the load-balancing loss joins the outputs (see above), and only the others the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
+        total: that loss, a scalar without gradient; None before the pass is over, if no coefficient is set,
+            and in compiled code.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
         task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
         scale: the gradient of the model's own loss: a GradScaler's factor, say. Known once the backward pass
@@ -2109,6 +2159,7 @@ class RouterPass:
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
+        self.total: Tensor | None = None
         self.share: float | Tensor = 1.0
         self.task: Tensor | None = None
         self.scale: float | Tensor = 1.0
@@ -2135,15 +2186,32 @@ class RouterPass:
         """Called by the backward pass with the gradient of `aux_loss` of the outputs."""
         self.shown_scale = grad
 
+    def add_to(self, loss: Tensor, share: float | Tensor) -> Tensor:
+        """A scalar: a loss that was made of the pass's outputs, plus this share of the pass's own."""
+        if self.total is None:
+            return loss
+        self.share = share
+        loss = _NoteGradient.apply(loss, None, self.note_scale)
+        return loss + torch.as_tensor(share, device=loss.device) * self.total.to(loss.device)
+
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
         return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]
 
     def add(
-        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+        self,
+        ffn: "FeedForward",
+        tokens: Tensor,
+        routing: Routing,
+        mask: Tensor | None,
+        task: Tensor | None = None,
     ) -> Routing:
-        """Note a call of a mixture and return its routing, whose weights carry the losses' gradient."""
+        """Note a call of a mixture with tokens (T, H).
+
+        Returns:
+            its routing, whose weights carry the losses' gradient.
+        """
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # a compiled backward pass does not tell
@@ -2153,7 +2221,7 @@ class RouterPass:
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             # A reentrant checkpoint makes the graph when it repeats the call: `aux_loss` has none before.
-            ffn.repeatable.append((self, mask, task, self.shows and not torch.is_grad_enabled()))
+            ffn.repeatable.note(tokens, self, mask, task, self.shows and not torch.is_grad_enabled())
         return joined
 
     def repeat(self, routing: Routing, mask: Tensor | None, lacks_shown: bool) -> Routing:
@@ -2196,6 +2264,8 @@ def add_losses(
     if not losses:
         return outputs
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    if not torch.compiler.is_compiling():
+        running.total = total.detach()
     total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
     if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts
@@ -2640,10 +2710,6 @@ class FeedForward(Mixing):
 
     # ------------------------------------------------------------------------------------- forward
 
-    def train(self, mode: bool = True):
-        self.repeatable.clear()
-        return super().train(mode)
-
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
@@ -2662,16 +2728,33 @@ class FeedForward(Mixing):
             mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-            return running.add(self, routing, mask, task).served()
-        if self.training and not torch.compiler.is_compiling():
-            if not in_backward():
-                self.repeatable.clear()  # this call adds nothing when it is repeated
-            elif self.repeatable:
-                # the backward pass repeats the last call first
-                repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-                return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
+            return running.add(self, tokens, routing, mask, task).served()
+        noted = None if torch.compiler.is_compiling() else self._repeated(tokens)
+        if noted is None or noted.of is None:
+            return self.router(
+                tokens, self.balance_bias, task=self.task, num_sequences=num_sequences
+            ).served()
+        routing = self.router(tokens, self.balance_bias, noted.mask, noted.task, num_sequences)
+        return noted.of.repeat(routing, noted.mask, noted.lacks_shown).served()
+
+    def _repeated(self, tokens: Tensor) -> Noted | None:
+        """The call that the backward pass repeats with tokens (T, H). One outside of it is noted: None.
+
+        Raises:
+            RuntimeError: the backward pass repeats a call that is not noted.
+        """
+        if not in_backward():
+            if self.training:
+                self.repeatable.note(tokens, None, None, None)  # it adds nothing when it is repeated
+            return None
+        noted = self.repeatable.take(tokens)
+        if noted is None and self.training:
+            raise RuntimeError(
+                f"gradient checkpointing repeats a call of a mixture with {tokens.shape[0]} tokens that is "
+                f"not among its last {_REPEATABLE} calls, or was repeated before; expected one backward pass "
+                "for each forward pass, before so many others"
+            )
+        return noted
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -3381,8 +3464,8 @@ class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     _base_class: type[PreTrainedModel]  # the stock class
-    # The last pass whose load was noted, and the versions of the mixtures' parameters then.
-    _balancing: RouterPass | None = None
+    # The last pass in training, and the versions of the mixtures' parameters then.
+    _last_pass: RouterPass | None = None
     _versions: Sequence[int] = ()
     _contrasts = False  # whether generation with `self_contrast` is running
 
@@ -3613,7 +3696,9 @@ class MixtureMixin(_Stock):
         coefs[0] = 0.0 if in_sequences else coefs[0]  # their load is balanced
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
+        needed = needed or in_sequences or task is not None or (learns and config.router_tasks is not None)
+        # Checkpoints may repeat calls in training: each mixture notes which pass they belong to.
+        if not (needed or (self.training and not torch.compiler.is_compiling())):
             return stock(**given)
         if rate:
             self._follow_step()
@@ -3634,7 +3719,8 @@ class MixtureMixin(_Stock):
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
-            self._balancing = running
+        if rate or (learns and not torch.compiler.is_compiling()):
+            self._last_pass = running
         if any(coefs):
             outputs = add_losses(outputs, running, given)
         if shows:
@@ -3644,7 +3730,7 @@ class MixtureMixin(_Stock):
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
-        last, before = self._balancing, self._versions
+        last, before = self._last_pass, self._versions
         parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
         self._versions = [p._version for p in parameters]
         if last is None or not last.went_back:
@@ -3664,6 +3750,23 @@ class MixtureMixin(_Stock):
                 ffn.add_balance_bias()
                 self.config.router_balance_bias = True
             ffn.update_bias(rate)
+
+    def add_router_losses(self, loss: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """A scalar: a loss that was made of the last pass's outputs in training, plus the routers' losses.
+
+        The model's own loss has them. Any other optimises them too, but only so are they scaled as it is, by
+        GradScaler or over accumulated passes. `aux_loss` of outputs that show it is not among them. Not for
+        compiled code, which does not know what scales such a loss.
+
+        Args:
+            share: the pass's share of an optimizer's step, if the loss is only its part of a step's mean.
+
+        Raises:
+            ValueError: there was no pass in training.
+        """
+        if self._last_pass is None:
+            raise ValueError("there was no forward pass in training whose routers' losses could be added")
+        return self._last_pass.add_to(loss, share)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
         """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""

@@ -159,12 +159,13 @@ def test_accumulated_passes_are_parts_of_one_step(model_type, artifact):
         torch.testing.assert_close(found, whole / parts if weighs else whole)
 
 
-@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 @pytest.mark.parametrize("model_type", ["Llama", "GPTNeoX", "GPT2"])
 def test_whether_a_head_counts_items_is_known_beforehand(model_type, head):
-    cls = getattr(transformers, f"{model_type}{head}")
+    cls = getattr(transformers, f"{model_type}For{head}")
     names = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
-    names |= {"intermediate_size": 8, "num_labels": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    names |= {"intermediate_size": 8, "num_labels": 2}
+    names |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     model = cls(cls.config_class(**names)).eval()
     ids = torch.tensor([[3, 4, 5]])
     labels = {"labels": ids % 2 if "Token" in head else ids[:, 0] % 2}
@@ -215,6 +216,49 @@ def test_checkpointing_keeps_the_gradient_of_the_losses(model_type, reentrant, s
     assert not torch.allclose(without[name], expected[name], rtol=1e-2)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_passes_go_back_in_any_order_and_with_others_between(reentrant, artifact):
+    model = skew(no_dropout(load(artifact("llama", noise=0.1)[1], "llama", router_aux_loss_coef=AUX)))
+    first = batch(model, "llama") | {"use_cache": False}
+    first["attention_mask"] = torch.ones_like(first["input_ids"])
+    first["attention_mask"][:, :3] = 0
+    second = {"input_ids": first["input_ids"].flip(1), "labels": first["labels"], "use_cache": False}
+    longer = {name: second[name].repeat(1, 2) for name in ("input_ids", "labels")} | {"use_cache": False}
+
+    def back(backward: list[int], between=lambda: None):
+        losses = [scale * model(**inputs).loss for scale, inputs in ((8, first), (1, second), (2, longer))]
+        between()
+        model.zero_grad()
+        for i in backward:
+            losses[i].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def evaluate():
+        with torch.no_grad():
+            model(input_ids=first["input_ids"])
+            model.eval()(input_ids=first["input_ids"])
+        model.train()
+
+    expected = back([2, 1, 0])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for found in (back([0, 1, 2]), back([1, 2, 0]), back([0, 2, 1], evaluate), back([2, 1, 0], model.eval)):
+        model.train()
+        for name, gradient in found.items():
+            atol = 1e-4 * float(expected[name].abs().max())
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_a_repeated_call_that_is_not_known_is_an_error(artifact):
+    model = no_dropout(load(artifact("gpt2")[1]))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(**batch(model, "gpt2")).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="or was repeated before; expected one backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [None, True])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_loss_made_by_hand_from_the_logits_optimises_them_too(reentrant, artifact):
@@ -229,6 +273,29 @@ def test_a_loss_made_by_hand_from_the_logits_optimises_them_too(reentrant, artif
         logits = output.logits if return_dict else output[0]
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         for name, gradient in gradients(loss, model).items():
+            atol = 1e-4 * float(expected[name].abs().max())
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_added_to_a_loss_made_by_hand_they_are_scaled_as_it_is(reentrant, artifact):
+    coefs = {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z}
+    model = skew(no_dropout(load(artifact("gpt2", noise=0.1)[1], **coefs)))
+    with pytest.raises(ValueError, match="no forward pass in training"):
+        model.add_router_losses(torch.zeros(()))
+    inputs = batch(model, "gpt2")
+    labels = inputs.pop("labels")
+    own = model(**inputs, labels=labels).loss
+    expected = gradients(64.0 * own, model)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for share in (1.0, 0.25):
+        logits = model(**inputs).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = model.add_router_losses(share * loss, share)
+        torch.testing.assert_close(loss, share * own)
+        for name, gradient in gradients(64.0 / share * loss, model).items():
             atol = 1e-4 * float(expected[name].abs().max())
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
 
