@@ -1,11 +1,13 @@
 """The mixture: the FFN of several experts with a router of its own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .choices import DEFAULT_RULE, EXPERT_CHOICE, TOP_ANY, Choices, Routing
-from .config import read_option
+from .config import CONFIG_OPTIONS
 from .costs import mean
 from .mixing import Mixing
 from .parts import hidden_size_of
@@ -73,7 +75,9 @@ class FeedForward(Mixing):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = read_option(config, "router_combine")
+        for option in CONFIG_OPTIONS:
+            option.check(getattr(config, option.name))
+        self.router.combine = config.router_combine
         if self.differ and config.router_size_penalty:
             routed = self.own_by_expert[: self.router.num_experts]
             self.router.sizes = tuple(size / mean(routed) for size in routed)
@@ -103,6 +107,14 @@ class FeedForward(Mixing):
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True):
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
+            # In bfloat16 steps of `router_bias_update_rate` are lost in rounding.
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
     # ------------------------------------------------------------------------------------- forward
 

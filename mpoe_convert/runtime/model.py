@@ -446,14 +446,18 @@ class MixtureMixin(_Stock):
                 "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
                 "and train it"
             )
-        if isinstance(task, Tensor):
-            if task.is_floating_point():
-                return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and task.is_floating_point():
+            return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():  # its values are not known
             return task.reshape(-1)
-        tasks = [task] if isinstance(task, (str, int)) else list(task)
-        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+        tasks = task.reshape(-1).tolist() if isinstance(task, Tensor) else task
+        tasks = [tasks] if isinstance(tasks, (str, int)) else list(tasks)
+        if not tasks:
+            raise ValueError(f"no task was given; this model knows {list(known)}")
+        numbers = {name: i for i, name in enumerate(known)} | {i: i for i in range(len(known))}
+        if strange := [t for t in tasks if type(t) not in (str, int) or t not in numbers]:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
-        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+        return task.reshape(-1) if isinstance(task, Tensor) else torch.tensor([numbers[t] for t in tasks])
 
     def _run_recording(
         self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
@@ -472,6 +476,13 @@ class MixtureMixin(_Stock):
         if _keeps_routers(config):  # and their losses
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
+        returns_dict = given.get("return_dict")
+        returns_dict = config.return_dict if returns_dict is None else returns_dict
+        if show and not returns_dict:
+            raise ValueError(
+                "output_router_logits is set and return_dict is not: a tuple has no place for `aux_loss` and "
+                "`router_logits`; expected return_dict=True"
+            )
         show = config.output_router_logits if show is None else show
         in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
         if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
@@ -494,8 +505,7 @@ class MixtureMixin(_Stock):
             return stock(**given)
         if rate:
             self._follow_step()
-        returns_dict = given.get("return_dict")
-        shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
+        shows = bool(show and returns_dict)
         mask_of = functools.partial(self.token_mask, arguments=given)
         aux, z, *of_thresholds = coefs
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)

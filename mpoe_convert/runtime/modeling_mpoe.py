@@ -154,6 +154,43 @@ class Option(NamedTuple):
     default: object
     meaning: str
     values: tuple[str, ...] | None = None  # all that it may be; None: any value of its type
+    least: float | None = None  # that a number may be
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError if the option cannot have this value."""
+        if self.values is not None and value not in self.values:
+            raise ValueError(f"{self.name} is {value!r}: choose one of {', '.join(self.values)}")
+        kinds = self.type.__args__ if isinstance(self.type, UnionType) else (self.type,)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not any(_fits(value, kind) for kind in kinds) or (
+            is_number and self.least is not None and value < self.least
+        ):
+            bound = "" if self.least is None else f" of at least {self.least:g}"
+            words = " or ".join(_IN_WORDS[kind] for kind in kinds)
+            raise ValueError(
+                f"{self.name} is {value!r}: expected {words.replace('number', f'number{bound}')}"
+            )
+
+
+_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list[str]: "a list of texts",
+    type(None): "none",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; a number has to be finite, and truth is none."""
+    if kind == list[str]:
+        return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 # In the order in which config.json lists them.
@@ -164,6 +201,7 @@ CONFIG_OPTIONS = (
         0.005,
         "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
         "balanced, that is the number of experts per token",
+        least=0,
     ),
     Option(
         "router_size_penalty",
@@ -172,13 +210,14 @@ CONFIG_OPTIONS = (
         "where experts differ in size: in the load-balancing loss a choice counts by the size of its expert, "
         "the mean being 1, so that small experts are preferred (HMoE's parameter penalty); false: all alike",
     ),
-    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
+    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training", least=0),
     Option(
         "router_likeness_loss_coef",
         float,
         0.01,
         "of rule `top-any`: coefficient of DynMoE's loss of the routers' rows in training, which makes them "
         "differ (diversity) and keeps them short (simplicity)",
+        least=0,
     ),
     Option(
         "router_efficiency_loss_coef",
@@ -186,14 +225,15 @@ CONFIG_OPTIONS = (
         0.01,
         "of rule `top-any`: coefficient in training of the share of the experts that a token goes to: fewer "
         "experts per token",
+        least=0,
     ),
     Option(
         "output_router_logits",
         bool,
         False,
         "outputs carry `router_logits` and `aux_loss`. A loss that is computed outside of the model then has "
-        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Also an argument of "
-        "a call",
+        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Tuples "
+        "(`return_dict=False`) carry neither. Also an argument of a call, of which tuples are an error",
     ),
     Option(
         "router_combine",
@@ -209,6 +249,7 @@ CONFIG_OPTIONS = (
         float,
         0.0,
         "in training a router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+        least=0,
     ),
     Option(
         "router_capacity_factor",
@@ -216,6 +257,7 @@ CONFIG_OPTIONS = (
         None,
         "in training an expert takes at most this times its equal share of the choices, and the others are "
         "dropped; none: no limit",
+        least=0,
     ),
     Option(
         "router_bias_update_rate",
@@ -224,6 +266,7 @@ CONFIG_OPTIONS = (
         "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
         "step, in compiled code after each pass; 0: it stays as it is. Not with rule `top-any`, whose "
         "thresholds are learned",
+        least=0,
     ),
     Option(
         "router_balance_bias",
@@ -260,6 +303,7 @@ CONFIG_OPTIONS = (
         None,
         "limit in bytes of the kept matrices of the whole model; none: no limit. MPOE_CACHE_BYTES overrules "
         "it",
+        least=0,
     ),
 )
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
@@ -269,20 +313,23 @@ def read_option(config: PretrainedConfig, name: str) -> Any:
     """The value of an option; for `mpoe_...` the environment variable of that name comes first.
 
     Raises:
-        ValueError: it is none of the values that the option may have.
+        ValueError: the option cannot have that value.
     """
-    value = getattr(config, name)
-    if name.startswith("mpoe_"):
-        value = os.environ.get(name.upper(), value)
     option = next(option for option in CONFIG_OPTIONS if option.name == name)
-    if option.values is not None and value not in option.values:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(option.values)}")
-    if option.values is None and isinstance(value, str):  # of the environment
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{name} is {value!r}: expected a number") from None
+    value = getattr(config, name)
+    text = os.environ.get(name.upper()) if name.startswith("mpoe_") else None
+    if text is not None:
+        value = text if option.values is not None else _whole_number(text)
+    option.check(value)
     return value
+
+
+def _whole_number(text: str) -> int | str:
+    """The whole number that a text says, also as 1e9; the text if it says none."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return text
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2677,7 +2724,9 @@ class FeedForward(Mixing):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = read_option(config, "router_combine")
+        for option in CONFIG_OPTIONS:
+            option.check(getattr(config, option.name))
+        self.router.combine = config.router_combine
         if self.differ and config.router_size_penalty:
             routed = self.own_by_expert[: self.router.num_experts]
             self.router.sizes = tuple(size / mean(routed) for size in routed)
@@ -2707,6 +2756,14 @@ class FeedForward(Mixing):
         if self.balance_bias is None:
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True):
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
+            # In bfloat16 steps of `router_bias_update_rate` are lost in rounding.
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -3654,14 +3711,18 @@ class MixtureMixin(_Stock):
                 "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
                 "and train it"
             )
-        if isinstance(task, Tensor):
-            if task.is_floating_point():
-                return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and task.is_floating_point():
+            return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():  # its values are not known
             return task.reshape(-1)
-        tasks = [task] if isinstance(task, (str, int)) else list(task)
-        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+        tasks = task.reshape(-1).tolist() if isinstance(task, Tensor) else task
+        tasks = [tasks] if isinstance(tasks, (str, int)) else list(tasks)
+        if not tasks:
+            raise ValueError(f"no task was given; this model knows {list(known)}")
+        numbers = {name: i for i, name in enumerate(known)} | {i: i for i in range(len(known))}
+        if strange := [t for t in tasks if type(t) not in (str, int) or t not in numbers]:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
-        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+        return task.reshape(-1) if isinstance(task, Tensor) else torch.tensor([numbers[t] for t in tasks])
 
     def _run_recording(
         self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
@@ -3680,6 +3741,13 @@ class MixtureMixin(_Stock):
         if _keeps_routers(config):  # and their losses
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
+        returns_dict = given.get("return_dict")
+        returns_dict = config.return_dict if returns_dict is None else returns_dict
+        if show and not returns_dict:
+            raise ValueError(
+                "output_router_logits is set and return_dict is not: a tuple has no place for `aux_loss` and "
+                "`router_logits`; expected return_dict=True"
+            )
         show = config.output_router_logits if show is None else show
         in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
         if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
@@ -3702,8 +3770,7 @@ class MixtureMixin(_Stock):
             return stock(**given)
         if rate:
             self._follow_step()
-        returns_dict = given.get("return_dict")
-        shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
+        shows = bool(show and returns_dict)
         mask_of = functools.partial(self.token_mask, arguments=given)
         aux, z, *of_thresholds = coefs
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)

@@ -335,6 +335,9 @@ def test_router_logits_in_the_outputs(model_type, artifact):
     torch.testing.assert_close(shown.aux_loss, expected)
     model.config.output_router_logits = True
     assert torch.equal(model(**inputs).aux_loss, shown.aux_loss)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    with pytest.raises(ValueError, match="a tuple has no place for `aux_loss`"):
+        model(**inputs, output_router_logits=True, return_dict=False)
 
 
 def test_compiles_whole_with_the_losses(artifact):
@@ -419,6 +422,10 @@ def test_bias_balances_without_a_loss(artifact, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1]
     assert again.balance_bias.dtype == torch.float32 and torch.equal(again.balance_bias, biases[0])
+    for cast in (again.bfloat16, again.half, lambda: again.to("cpu", torch.bfloat16)):
+        cast()
+        assert again.down.bias.dtype != torch.float32 and again.balance_bias.dtype == torch.float32
+        assert torch.equal(again.balance_bias, biases[0])
     found = routings(model.eval(), inputs)[0]
     assert torch.equal(found.choices.weights, torch.ones(len(found.logits)))
 
