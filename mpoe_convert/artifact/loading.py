@@ -51,6 +51,8 @@ class HoldsMixtures(Protocol):
 
     def update_router_bias(self) -> None: ...
 
+    def add_router_losses(self, loss: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor: ...
+
 
 def from_pretrained(auto: Any, name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """`auto.from_pretrained(name, **options)`, with any failure as a TrainingError of one line.

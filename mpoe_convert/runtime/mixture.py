@@ -1,15 +1,17 @@
 """The mixture: the FFN of several experts with a router of its own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .choices import DEFAULT_RULE, EXPERT_CHOICE, TOP_ANY, Choices, Routing
-from .config import read_option
+from .config import CONFIG_OPTIONS
 from .costs import mean
 from .mixing import Mixing
 from .parts import hidden_size_of
-from .passes import Repeatable, RouterPass, in_backward
+from .passes import Noted, Repeatable, RouterPass, in_backward
 from .routers import Router
 
 _NO_BIAS = (
@@ -73,7 +75,9 @@ class FeedForward(Mixing):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = read_option(config, "router_combine")
+        for option in CONFIG_OPTIONS:
+            option.check(getattr(config, option.name))
+        self.router.combine = config.router_combine
         if self.differ and config.router_size_penalty:
             routed = self.own_by_expert[: self.router.num_experts]
             self.router.sizes = tuple(size / mean(routed) for size in routed)
@@ -104,11 +108,15 @@ class FeedForward(Mixing):
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
-    # ------------------------------------------------------------------------------------- forward
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True):
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
+            # In bfloat16 steps of `router_bias_update_rate` are lost in rounding.
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
-    def train(self, mode: bool = True):
-        self.repeatable.clear()
-        return super().train(mode)
+    # ------------------------------------------------------------------------------------- forward
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
@@ -128,16 +136,33 @@ class FeedForward(Mixing):
             mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-            return running.add(self, routing, mask, task).served()
-        if self.training and not torch.compiler.is_compiling():
-            if not in_backward():
-                self.repeatable.clear()  # this call adds nothing when it is repeated
-            elif self.repeatable:
-                # the backward pass repeats the last call first
-                repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-                return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
+            return running.add(self, tokens, routing, mask, task).served()
+        noted = None if torch.compiler.is_compiling() else self._repeated(tokens)
+        if noted is None or noted.of is None:
+            return self.router(
+                tokens, self.balance_bias, task=self.task, num_sequences=num_sequences
+            ).served()
+        routing = self.router(tokens, self.balance_bias, noted.mask, noted.task, num_sequences)
+        return noted.of.repeat(routing, noted.mask, noted.lacks_shown).served()
+
+    def _repeated(self, tokens: Tensor) -> Noted | None:
+        """The call that the backward pass repeats with tokens (T, H). One outside of it is noted: None.
+
+        Raises:
+            RuntimeError: the backward pass repeats a call that is not noted.
+        """
+        if not in_backward():
+            if self.training:
+                self.repeatable.note(tokens, None, None, None)  # it adds nothing when it is repeated
+            return None
+        noted = self.repeatable.take(tokens)
+        if noted is None and self.training:
+            raise RuntimeError(
+                f"gradient checkpointing repeats a call of a mixture with {tokens.shape[0]} tokens that is "
+                f"not among its last {_REPEATABLE} calls, or was repeated before; expected one backward pass "
+                "for each forward pass, before so many others"
+            )
+        return noted
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:

@@ -1,10 +1,12 @@
 """The model: swapping FFNs in a stock model, its forward pass, and classes made on demand."""
 
+import ast
 import copy
 import functools
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -270,8 +272,8 @@ class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     _base_class: type[PreTrainedModel]  # the stock class
-    # The last pass whose load was noted, and the versions of the mixtures' parameters then.
-    _balancing: RouterPass | None = None
+    # The last pass in training, and the versions of the mixtures' parameters then.
+    _last_pass: RouterPass | None = None
     _versions: Sequence[int] = ()
     _contrasts = False  # whether generation with `self_contrast` is running
 
@@ -473,14 +475,18 @@ class MixtureMixin(_Stock):
                 "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
                 "and train it"
             )
-        if isinstance(task, Tensor):
-            if task.is_floating_point():
-                return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and task.is_floating_point():
+            return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():  # its values are not known
             return task.reshape(-1)
-        tasks = [task] if isinstance(task, (str, int)) else list(task)
-        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+        tasks = task.reshape(-1).tolist() if isinstance(task, Tensor) else task
+        tasks = [tasks] if isinstance(tasks, (str, int)) else list(tasks)
+        if not tasks:
+            raise ValueError(f"no task was given; this model knows {list(known)}")
+        numbers = {name: i for i, name in enumerate(known)} | {i: i for i in range(len(known))}
+        if strange := [t for t in tasks if type(t) not in (str, int) or t not in numbers]:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
-        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+        return task.reshape(-1) if isinstance(task, Tensor) else torch.tensor([numbers[t] for t in tasks])
 
     def _run_recording(
         self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
@@ -499,6 +505,13 @@ class MixtureMixin(_Stock):
         if _keeps_routers(config):  # and their losses
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
+        returns_dict = given.get("return_dict")
+        returns_dict = config.return_dict if returns_dict is None else returns_dict
+        if show and not returns_dict:
+            raise ValueError(
+                "output_router_logits is set and return_dict is not: a tuple has no place for `aux_loss` and "
+                "`router_logits`; expected return_dict=True"
+            )
         show = config.output_router_logits if show is None else show
         in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
         if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
@@ -512,12 +525,13 @@ class MixtureMixin(_Stock):
         coefs = self._loss_coefs(mixtures, learns)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
+        needed = needed or in_sequences or task is not None or (learns and config.router_tasks is not None)
+        # Checkpoints may repeat calls in training: each mixture notes which pass they belong to.
+        if not (needed or (self.training and not torch.compiler.is_compiling())):
             return stock(**given)
         if rate:
             self._follow_step()
-        returns_dict = given.get("return_dict")
-        shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
+        shows = bool(show and returns_dict)
         mask_of = functools.partial(self.token_mask, arguments=given)
         aux, z, *of_thresholds = coefs
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
@@ -527,7 +541,8 @@ class MixtureMixin(_Stock):
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
-            self._balancing = running
+        if rate or (learns and not torch.compiler.is_compiling()):
+            self._last_pass = running
         if any(coefs):
             outputs = add_losses(outputs, running, given)
         if shows:
@@ -546,7 +561,7 @@ class MixtureMixin(_Stock):
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
-        last, before = self._balancing, self._versions
+        last, before = self._last_pass, self._versions
         parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
         self._versions = [p._version for p in parameters]
         if last is None or not last.went_back:
@@ -566,6 +581,23 @@ class MixtureMixin(_Stock):
                 ffn.add_balance_bias()
                 self.config.router_balance_bias = True
             ffn.update_bias(rate)
+
+    def add_router_losses(self, loss: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """A scalar: a loss that was made of the last pass's outputs in training, plus the routers' losses.
+
+        The model's own loss has them. Any other optimises them too, but only so are they scaled as it is, by
+        GradScaler or over accumulated passes. `aux_loss` of outputs that show it is not among them. Not for
+        compiled code, which does not know what scales such a loss.
+
+        Args:
+            share: the pass's share of an optimizer's step, if the loss is only its part of a step's mean.
+
+        Raises:
+            ValueError: there was no pass in training.
+        """
+        if self._last_pass is None:
+            raise ValueError("there was no forward pass in training whose routers' losses could be added")
+        return self._last_pass.add_to(loss, share)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
         """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""
@@ -724,6 +756,26 @@ def _config_class(base: type, name: str, module: str) -> type:
     return type(name, (base,), body)
 
 
+# Their loss counts `num_items_in_batch` for single labels, not for several labels or in a regression.
+_OF_WHOLE_SEQUENCES = re.compile("For(Sequence|Image|Video|Audio)Classification")
+
+
+def counts_items(base: type) -> bool:
+    """Whether the loss of a stock model class is the sum over items divided by `num_items_in_batch`.
+
+    T5 and the heads that classify take that number and ignore it. False where the source cannot be read.
+    """
+    if _OF_WHOLE_SEQUENCES.search(base.__name__):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
+    except (OSError, TypeError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    of_loss = [call for call in calls if getattr(call.func, "attr", None) == "loss_function"]
+    return any(word.arg in (None, "num_items_in_batch") for call in of_loss for word in call.keywords)
+
+
 def _model_class(base: type, name: str, module: str) -> type:
     """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
@@ -742,9 +794,8 @@ def _model_class(base: type, name: str, module: str) -> type:
         bases = (*bases, GenerationMixin)
     if GenerationMixin in bases or base.can_generate():
         body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
-    # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
-    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
-        body["accepts_loss_kwargs"] = False
+    if not counts_items(base):
+        body["accepts_loss_kwargs"] = False  # Trainer then averages accumulated passes itself
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
     # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

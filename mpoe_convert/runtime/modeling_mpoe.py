@@ -93,6 +93,7 @@ Contents:
     18. The model: swapping FFNs in a stock model, its forward pass, and classes made on demand
 """
 
+import ast
 import copy
 import dataclasses
 import functools
@@ -103,6 +104,7 @@ import operator
 import os
 import re
 import sys
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -152,6 +154,43 @@ class Option(NamedTuple):
     default: object
     meaning: str
     values: tuple[str, ...] | None = None  # all that it may be; None: any value of its type
+    least: float | None = None  # that a number may be
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError if the option cannot have this value."""
+        if self.values is not None and value not in self.values:
+            raise ValueError(f"{self.name} is {value!r}: choose one of {', '.join(self.values)}")
+        kinds = self.type.__args__ if isinstance(self.type, UnionType) else (self.type,)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not any(_fits(value, kind) for kind in kinds) or (
+            is_number and self.least is not None and value < self.least
+        ):
+            bound = "" if self.least is None else f" of at least {self.least:g}"
+            words = " or ".join(_IN_WORDS[kind] for kind in kinds)
+            raise ValueError(
+                f"{self.name} is {value!r}: expected {words.replace('number', f'number{bound}')}"
+            )
+
+
+_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list[str]: "a list of texts",
+    type(None): "none",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; a number has to be finite, and truth is none."""
+    if kind == list[str]:
+        return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 # In the order in which config.json lists them.
@@ -162,6 +201,7 @@ CONFIG_OPTIONS = (
         0.005,
         "coefficient of Switch's load-balancing loss in training: the mean over the mixtures; if the load is "
         "balanced, that is the number of experts per token",
+        least=0,
     ),
     Option(
         "router_size_penalty",
@@ -170,13 +210,14 @@ CONFIG_OPTIONS = (
         "where experts differ in size: in the load-balancing loss a choice counts by the size of its expert, "
         "the mean being 1, so that small experts are preferred (HMoE's parameter penalty); false: all alike",
     ),
-    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training"),
+    Option("router_z_loss_coef", float, 0.0, "coefficient of ST-MoE's router z-loss in training", least=0),
     Option(
         "router_likeness_loss_coef",
         float,
         0.01,
         "of rule `top-any`: coefficient of DynMoE's loss of the routers' rows in training, which makes them "
         "differ (diversity) and keeps them short (simplicity)",
+        least=0,
     ),
     Option(
         "router_efficiency_loss_coef",
@@ -184,14 +225,15 @@ CONFIG_OPTIONS = (
         0.01,
         "of rule `top-any`: coefficient in training of the share of the experts that a token goes to: fewer "
         "experts per token",
+        least=0,
     ),
     Option(
         "output_router_logits",
         bool,
         False,
         "outputs carry `router_logits` and `aux_loss`. A loss that is computed outside of the model then has "
-        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Also an argument of "
-        "a call",
+        "to add `router_aux_loss_coef * outputs.aux_loss`, or the load is not balanced. Tuples "
+        "(`return_dict=False`) carry neither. Also an argument of a call, of which tuples are an error",
     ),
     Option(
         "router_combine",
@@ -207,6 +249,7 @@ CONFIG_OPTIONS = (
         float,
         0.0,
         "in training a router's inputs are multiplied by uniform random numbers from 1 +- this (Switch)",
+        least=0,
     ),
     Option(
         "router_capacity_factor",
@@ -214,6 +257,7 @@ CONFIG_OPTIONS = (
         None,
         "in training an expert takes at most this times its equal share of the choices, and the others are "
         "dropped; none: no limit",
+        least=0,
     ),
     Option(
         "router_bias_update_rate",
@@ -222,6 +266,7 @@ CONFIG_OPTIONS = (
         "balancing without a loss (DeepSeek-V3): a bias on the selection moves by this after each optimizer "
         "step, in compiled code after each pass; 0: it stays as it is. Not with rule `top-any`, whose "
         "thresholds are learned",
+        least=0,
     ),
     Option(
         "router_balance_bias",
@@ -258,6 +303,7 @@ CONFIG_OPTIONS = (
         None,
         "limit in bytes of the kept matrices of the whole model; none: no limit. MPOE_CACHE_BYTES overrules "
         "it",
+        least=0,
     ),
 )
 OPTIONS = {option.name: option.default for option in CONFIG_OPTIONS}
@@ -267,20 +313,23 @@ def read_option(config: PretrainedConfig, name: str) -> Any:
     """The value of an option; for `mpoe_...` the environment variable of that name comes first.
 
     Raises:
-        ValueError: it is none of the values that the option may have.
+        ValueError: the option cannot have that value.
     """
-    value = getattr(config, name)
-    if name.startswith("mpoe_"):
-        value = os.environ.get(name.upper(), value)
     option = next(option for option in CONFIG_OPTIONS if option.name == name)
-    if option.values is not None and value not in option.values:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(option.values)}")
-    if option.values is None and isinstance(value, str):  # of the environment
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{name} is {value!r}: expected a number") from None
+    value = getattr(config, name)
+    text = os.environ.get(name.upper()) if name.startswith("mpoe_") else None
+    if text is not None:
+        value = text if option.values is not None else _whole_number(text)
+    option.check(value)
     return value
+
+
+def _whole_number(text: str) -> int | str:
+    """The whole number that a text says, also as 1e9; the text if it says none."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return text
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2030,6 +2079,9 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 # A pass that shows its routers (`output_router_logits`) keeps the contract of transformers' own mixtures
 # instead: the load-balancing loss is `aux_loss` of the outputs, and is in their loss if they have one. A loss
 # that is computed outside of the model adds `coef * outputs.aux_loss`, and it is counted once.
+#
+# The losses that join at the combine weights are scaled as the model's own loss is. What scales a loss that
+# is computed outside of the model is known only if `add_router_losses` was given that loss.
 
 
 _ROUTER_FIELDS = ("aux_loss", "router_logits")
@@ -2075,11 +2127,56 @@ class Call(NamedTuple):
     loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
+class Noted(NamedTuple):
+    """A call of one mixture in training, which a checkpoint may repeat in the backward pass."""
+
+    of: "RouterPass | None"  # None: of no pass of a model
+    mask: Tensor | None  # (T,)
+    task: Tensor | None
+    lacks_shown: bool  # see `RouterPass.repeat`
+    num_tokens: int  # T
+    sketch: Tensor  # (S,) see `_sketch`
+
+
 class Repeatable(deque):
-    """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
+    """Calls of one mixture that a checkpoint may repeat; those that none repeats fall out in time."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies of a model start empty
         return functools.partial(Repeatable, maxlen=self.maxlen), ()
+
+    def note(
+        self,
+        tokens: Tensor,
+        of: "RouterPass | None",
+        mask: Tensor | None,
+        task: Tensor | None,
+        lacks_shown: bool = False,
+    ) -> None:
+        """Note a call with tokens (T, H)."""
+        self.append(Noted(of, mask, task, lacks_shown, tokens.shape[0], _sketch(tokens)))
+
+    def take(self, tokens: Tensor) -> Noted | None:
+        """Take out the call that is repeated with tokens (T, H), in whatever order calls are; None: none is.
+
+        Kernels may differ in the last digits when they run again: it is the call whose tokens are nearest,
+        and of equal ones the latest.
+        """
+        places = [i for i, noted in enumerate(self) if noted.num_tokens == tokens.shape[0]][::-1]
+        if not places:
+            return None
+        nearest = 0
+        if len(places) > 1:
+            sketches = torch.stack([self[i].sketch.to(tokens.device) for i in places])  # (calls, S)
+            nearest = int((sketches - _sketch(tokens)).abs().sum(1).argmin())
+        noted = self[places[nearest]]
+        del self[places[nearest]]
+        return noted
+
+
+def _sketch(tokens: Tensor) -> Tensor:
+    """(S,) a few sums over tokens (T, H), which tell calls with different tokens, or another order, apart."""
+    features = tokens.detach()[:, :8].float()  # (T, S)
+    return (torch.linspace(1, 2, len(features), device=features.device)[:, None] * features).sum(0)
 
 
 def in_backward() -> bool:
@@ -2098,6 +2195,8 @@ class RouterPass:
         shows: the load-balancing loss joins the outputs (see above), and only the others the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
+        total: that loss, a scalar without gradient; None before the pass is over, if no coefficient is set,
+            and in compiled code.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
         task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
         scale: the gradient of the model's own loss: a GradScaler's factor, say. Known once the backward pass
@@ -2120,6 +2219,7 @@ class RouterPass:
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
+        self.total: Tensor | None = None
         self.share: float | Tensor = 1.0
         self.task: Tensor | None = None
         self.scale: float | Tensor = 1.0
@@ -2146,15 +2246,32 @@ class RouterPass:
         """Called by the backward pass with the gradient of `aux_loss` of the outputs."""
         self.shown_scale = grad
 
+    def add_to(self, loss: Tensor, share: float | Tensor) -> Tensor:
+        """A scalar: a loss that was made of the pass's outputs, plus this share of the pass's own."""
+        if self.total is None:
+            return loss
+        self.share = share
+        loss = _NoteGradient.apply(loss, None, self.note_scale)
+        return loss + torch.as_tensor(share, device=loss.device) * self.total.to(loss.device)
+
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
         return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]  (None after the pass alone)
 
     def add(
-        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+        self,
+        ffn: "FeedForward",
+        tokens: Tensor,
+        routing: Routing,
+        mask: Tensor | None,
+        task: Tensor | None = None,
     ) -> Routing:
-        """Note a call of a mixture and return its routing, whose weights carry the losses' gradient."""
+        """Note a call of a mixture with tokens (T, H).
+
+        Returns:
+            its routing, whose weights carry the losses' gradient.
+        """
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # a compiled backward pass does not tell
@@ -2164,7 +2281,7 @@ class RouterPass:
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             # A reentrant checkpoint makes the graph when it repeats the call: `aux_loss` has none before.
-            ffn.repeatable.append((self, mask, task, self.shows and not torch.is_grad_enabled()))
+            ffn.repeatable.note(tokens, self, mask, task, self.shows and not torch.is_grad_enabled())
         return joined
 
     def repeat(self, routing: Routing, mask: Tensor | None, lacks_shown: bool) -> Routing:
@@ -2207,6 +2324,8 @@ def add_losses(
     if not losses:
         return outputs
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    if not torch.compiler.is_compiling():
+        running.total = total.detach()
     total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
     if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts
@@ -2618,7 +2737,9 @@ class FeedForward(Mixing):
         Raises:
             ValueError: an option has a value that it cannot have.
         """
-        self.router.combine = read_option(config, "router_combine")
+        for option in CONFIG_OPTIONS:
+            option.check(getattr(config, option.name))
+        self.router.combine = config.router_combine
         if self.differ and config.router_size_penalty:
             routed = self.own_by_expert[: self.router.num_experts]
             self.router.sizes = tuple(size / mean(routed) for size in routed)
@@ -2649,11 +2770,15 @@ class FeedForward(Mixing):
             device = next(self.parameters()).device
             self.balance_bias = torch.zeros(self.shared.start, dtype=torch.float32, device=device)
 
-    # ------------------------------------------------------------------------------------- forward
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True):
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
+            # In bfloat16 steps of `router_bias_update_rate` are lost in rounding.
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
-    def train(self, mode: bool = True):
-        self.repeatable.clear()
-        return super().train(mode)
+    # ------------------------------------------------------------------------------------- forward
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H); plus the residual in families whose FFN adds it."""
@@ -2673,16 +2798,33 @@ class FeedForward(Mixing):
             mask = running.mask(self, tokens.shape[0])  # (T,)
             task = self.task if running.task is None else running.task
             routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-            return running.add(self, routing, mask, task).served()
-        if self.training and not torch.compiler.is_compiling():
-            if not in_backward():
-                self.repeatable.clear()  # this call adds nothing when it is repeated
-            elif self.repeatable:
-                # the backward pass repeats the last call first
-                repeated, mask, task, lacks_shown = self.repeatable.pop()
-                routing = self.router(tokens, self.balance_bias, mask, task, num_sequences)
-                return repeated.repeat(routing, mask, lacks_shown).served()
-        return self.router(tokens, self.balance_bias, task=self.task, num_sequences=num_sequences).served()
+            return running.add(self, tokens, routing, mask, task).served()
+        noted = None if torch.compiler.is_compiling() else self._repeated(tokens)
+        if noted is None or noted.of is None:
+            return self.router(
+                tokens, self.balance_bias, task=self.task, num_sequences=num_sequences
+            ).served()
+        routing = self.router(tokens, self.balance_bias, noted.mask, noted.task, num_sequences)
+        return noted.of.repeat(routing, noted.mask, noted.lacks_shown).served()
+
+    def _repeated(self, tokens: Tensor) -> Noted | None:
+        """The call that the backward pass repeats with tokens (T, H). One outside of it is noted: None.
+
+        Raises:
+            RuntimeError: the backward pass repeats a call that is not noted.
+        """
+        if not in_backward():
+            if self.training:
+                self.repeatable.note(tokens, None, None, None)  # it adds nothing when it is repeated
+            return None
+        noted = self.repeatable.take(tokens)
+        if noted is None and self.training:
+            raise RuntimeError(
+                f"gradient checkpointing repeats a call of a mixture with {tokens.shape[0]} tokens that is "
+                f"not among its last {_REPEATABLE} calls, or was repeated before; expected one backward pass "
+                "for each forward pass, before so many others"
+            )
+        return noted
 
     @torch.no_grad()
     def note_load(self, routing: Routing, mask: Tensor | None) -> None:
@@ -3408,8 +3550,8 @@ class MixtureMixin(_Stock):
     """Turns a stock model class into one whose FFNs are mixtures, as `config.mpoe` says."""
 
     _base_class: type[PreTrainedModel]  # the stock class
-    # The last pass whose load was noted, and the versions of the mixtures' parameters then.
-    _balancing: RouterPass | None = None
+    # The last pass in training, and the versions of the mixtures' parameters then.
+    _last_pass: RouterPass | None = None
     _versions: Sequence[int] = ()
     _contrasts = False  # whether generation with `self_contrast` is running
 
@@ -3611,14 +3753,18 @@ class MixtureMixin(_Stock):
                 "the routers of this model choose by token; load it with router_tasks=[...], names of tasks, "
                 "and train it"
             )
-        if isinstance(task, Tensor):
-            if task.is_floating_point():
-                return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and task.is_floating_point():
+            return task.reshape(-1, task.shape[-1])
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():  # its values are not known
             return task.reshape(-1)
-        tasks = [task] if isinstance(task, (str, int)) else list(task)
-        if strange := [t for t in tasks if t not in known and t not in range(len(known))]:
+        tasks = task.reshape(-1).tolist() if isinstance(task, Tensor) else task
+        tasks = [tasks] if isinstance(tasks, (str, int)) else list(tasks)
+        if not tasks:
+            raise ValueError(f"no task was given; this model knows {list(known)}")
+        numbers = {name: i for i, name in enumerate(known)} | {i: i for i in range(len(known))}
+        if strange := [t for t in tasks if type(t) not in (str, int) or t not in numbers]:
             raise ValueError(f"no such task: {strange}; this model knows {list(known)}")
-        return torch.tensor([t if isinstance(t, int) else known.index(t) for t in tasks])
+        return task.reshape(-1) if isinstance(task, Tensor) else torch.tensor([numbers[t] for t in tasks])
 
     def _run_recording(
         self, stock: Callable[..., Any], defaults: dict, arguments: dict, more: dict, added: set[str]
@@ -3637,6 +3783,13 @@ class MixtureMixin(_Stock):
         if _keeps_routers(config):  # and their losses
             return stock(**{name: value for name, value in given.items() if name not in added})
         task, show = (given.pop(name, None) for name in _OUR_ARGUMENTS)
+        returns_dict = given.get("return_dict")
+        returns_dict = config.return_dict if returns_dict is None else returns_dict
+        if show and not returns_dict:
+            raise ValueError(
+                "output_router_logits is set and return_dict is not: a tuple has no place for `aux_loss` and "
+                "`router_logits`; expected return_dict=True"
+            )
         show = config.output_router_logits if show is None else show
         in_sequences = config.mpoe.get("rule") == EXPERT_CHOICE  # and need their masks
         if not (self.training or show or config.router_tasks is not None or task is not None or in_sequences):
@@ -3650,12 +3803,13 @@ class MixtureMixin(_Stock):
         coefs = self._loss_coefs(mixtures, learns)
         rate = config.router_bias_update_rate if learns else 0.0
         needed = show or rate or any(coefs) or (learns and config.router_capacity_factor is not None)
-        if not (needed or in_sequences or task is not None or (learns and config.router_tasks is not None)):
+        needed = needed or in_sequences or task is not None or (learns and config.router_tasks is not None)
+        # Checkpoints may repeat calls in training: each mixture notes which pass they belong to.
+        if not (needed or (self.training and not torch.compiler.is_compiling())):
             return stock(**given)
         if rate:
             self._follow_step()
-        returns_dict = given.get("return_dict")
-        shows = bool(show and (config.return_dict if returns_dict is None else returns_dict))
+        shows = bool(show and returns_dict)
         mask_of = functools.partial(self.token_mask, arguments=given)
         aux, z, *of_thresholds = coefs
         running = RouterPass(learns, shows, aux, z, mask_of, *of_thresholds)
@@ -3665,7 +3819,8 @@ class MixtureMixin(_Stock):
         if rate:
             for call in running.calls:
                 call.ffn.note_load(call.routing, call.mask)
-            self._balancing = running
+        if rate or (learns and not torch.compiler.is_compiling()):
+            self._last_pass = running
         if any(coefs):
             outputs = add_losses(outputs, running, given)
         if shows:
@@ -3684,7 +3839,7 @@ class MixtureMixin(_Stock):
 
     def _follow_step(self) -> None:
         """Move the balancing biases once per optimizer's step, at the first pass after it."""
-        last, before = self._balancing, self._versions
+        last, before = self._last_pass, self._versions
         parameters = [p for _, ffn in self.mixtures() for p in ffn.parameters() if p.requires_grad]
         self._versions = [p._version for p in parameters]
         if last is None or not last.went_back:
@@ -3704,6 +3859,23 @@ class MixtureMixin(_Stock):
                 ffn.add_balance_bias()
                 self.config.router_balance_bias = True
             ffn.update_bias(rate)
+
+    def add_router_losses(self, loss: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """A scalar: a loss that was made of the last pass's outputs in training, plus the routers' losses.
+
+        The model's own loss has them. Any other optimises them too, but only so are they scaled as it is, by
+        GradScaler or over accumulated passes. `aux_loss` of outputs that show it is not among them. Not for
+        compiled code, which does not know what scales such a loss.
+
+        Args:
+            share: the pass's share of an optimizer's step, if the loss is only its part of a step's mean.
+
+        Raises:
+            ValueError: there was no pass in training.
+        """
+        if self._last_pass is None:
+            raise ValueError("there was no forward pass in training whose routers' losses could be added")
+        return self._last_pass.add_to(loss, share)
 
     def _share_of_step(self, arguments: dict) -> float | Tensor:
         """This pass's share of an optimizer's step: those of Trainer's accumulated passes add up to one."""
@@ -3862,6 +4034,26 @@ def _config_class(base: type, name: str, module: str) -> type:
     return type(name, (base,), body)
 
 
+# Their loss counts `num_items_in_batch` for single labels, not for several labels or in a regression.
+_OF_WHOLE_SEQUENCES = re.compile("For(Sequence|Image|Video|Audio)Classification")
+
+
+def counts_items(base: type) -> bool:
+    """Whether the loss of a stock model class is the sum over items divided by `num_items_in_batch`.
+
+    T5 and the heads that classify take that number and ignore it. False where the source cannot be read.
+    """
+    if _OF_WHOLE_SEQUENCES.search(base.__name__):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
+    except (OSError, TypeError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    of_loss = [call for call in calls if getattr(call.func, "attr", None) == "loss_function"]
+    return any(word.arg in (None, "num_items_in_batch") for call in of_loss for word in call.keywords)
+
+
 def _model_class(base: type, name: str, module: str) -> type:
     """The stock model class with mixtures."""
     config_class = subclass(base.config_class, module)
@@ -3880,9 +4072,8 @@ def _model_class(base: type, name: str, module: str) -> type:
         bases = (*bases, GenerationMixin)
     if GenerationMixin in bases or base.can_generate():
         body["generate"] = _generating(getattr(base, "generate", vars(GenerationMixin)["generate"]))
-    # T5 takes `num_items_in_batch` and ignores it; Trainer must then average accumulated passes itself.
-    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
-        body["accepts_loss_kwargs"] = False
+    if not counts_items(base):
+        body["accepts_loss_kwargs"] = False  # Trainer then averages accumulated passes itself
     # T5 keeps its output projection `wo` in float32 when the rest is float16; ours is called `down`, and what
     # works on its output is in the same danger of overflowing.
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

@@ -7,6 +7,9 @@ Compiled code, which keeps no such Python state, adds them to the model's loss.
 A pass that shows its routers (`output_router_logits`) keeps the contract of transformers' own mixtures
 instead: the load-balancing loss is `aux_loss` of the outputs, and is in their loss if they have one. A loss
 that is computed outside of the model adds `coef * outputs.aux_loss`, and it is counted once.
+
+The losses that join at the combine weights are scaled as the model's own loss is. What scales a loss that
+is computed outside of the model is known only if `add_router_losses` was given that loss.
 """
 
 import dataclasses
@@ -68,11 +71,56 @@ class Call(NamedTuple):
     loss: Tensor  # the routers' losses, times their coefficients; detached where they joined the weights
 
 
+class Noted(NamedTuple):
+    """A call of one mixture in training, which a checkpoint may repeat in the backward pass."""
+
+    of: "RouterPass | None"  # None: of no pass of a model
+    mask: Tensor | None  # (T,)
+    task: Tensor | None
+    lacks_shown: bool  # see `RouterPass.repeat`
+    num_tokens: int  # T
+    sketch: Tensor  # (S,) see `_sketch`
+
+
 class Repeatable(deque):
-    """Calls that a checkpoint may repeat in the backward pass; those that none repeats fall out in time."""
+    """Calls of one mixture that a checkpoint may repeat; those that none repeats fall out in time."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies of a model start empty
         return functools.partial(Repeatable, maxlen=self.maxlen), ()
+
+    def note(
+        self,
+        tokens: Tensor,
+        of: "RouterPass | None",
+        mask: Tensor | None,
+        task: Tensor | None,
+        lacks_shown: bool = False,
+    ) -> None:
+        """Note a call with tokens (T, H)."""
+        self.append(Noted(of, mask, task, lacks_shown, tokens.shape[0], _sketch(tokens)))
+
+    def take(self, tokens: Tensor) -> Noted | None:
+        """Take out the call that is repeated with tokens (T, H), in whatever order calls are; None: none is.
+
+        Kernels may differ in the last digits when they run again: it is the call whose tokens are nearest,
+        and of equal ones the latest.
+        """
+        places = [i for i, noted in enumerate(self) if noted.num_tokens == tokens.shape[0]][::-1]
+        if not places:
+            return None
+        nearest = 0
+        if len(places) > 1:
+            sketches = torch.stack([self[i].sketch.to(tokens.device) for i in places])  # (calls, S)
+            nearest = int((sketches - _sketch(tokens)).abs().sum(1).argmin())
+        noted = self[places[nearest]]
+        del self[places[nearest]]
+        return noted
+
+
+def _sketch(tokens: Tensor) -> Tensor:
+    """(S,) a few sums over tokens (T, H), which tell calls with different tokens, or another order, apart."""
+    features = tokens.detach()[:, :8].float()  # (T, S)
+    return (torch.linspace(1, 2, len(features), device=features.device)[:, None] * features).sum(0)
 
 
 def in_backward() -> bool:
@@ -91,6 +139,8 @@ class RouterPass:
         shows: the load-balancing loss joins the outputs (see above), and only the others the combine weights.
         calls: of the mixtures so far; emptied when the pass is over.
         num_calls: their number; the loss is the mean over them.
+        total: that loss, a scalar without gradient; None before the pass is over, if no coefficient is set,
+            and in compiled code.
         share: this pass's share of an optimizer's step, below one if Trainer accumulates gradients.
         task: that the call was given, numbers (B,) or embeddings (B, H), see `Router`.
         scale: the gradient of the model's own loss: a GradScaler's factor, say. Known once the backward pass
@@ -113,6 +163,7 @@ class RouterPass:
         self.mask_of: Callable[[FeedForward, int, int], Tensor | None] | None = mask_of
         self.calls: list[Call] = []
         self.num_calls = 0
+        self.total: Tensor | None = None
         self.share: float | Tensor = 1.0
         self.task: Tensor | None = None
         self.scale: float | Tensor = 1.0
@@ -139,15 +190,32 @@ class RouterPass:
         """Called by the backward pass with the gradient of `aux_loss` of the outputs."""
         self.shown_scale = grad
 
+    def add_to(self, loss: Tensor, share: float | Tensor) -> Tensor:
+        """A scalar: a loss that was made of the pass's outputs, plus this share of the pass's own."""
+        if self.total is None:
+            return loss
+        self.share = share
+        loss = _NoteGradient.apply(loss, None, self.note_scale)
+        return loss + torch.as_tensor(share, device=loss.device) * self.total.to(loss.device)
+
     def mask(self, ffn: "FeedForward", num_tokens: int) -> Tensor | None:
         """(T,) which of the tokens of a mixture's next call count; None: all."""
         index = sum(call.ffn is ffn for call in self.calls)
         return self.mask_of(ffn, num_tokens, index)  # pyright: ignore[reportOptionalCall]  (None after the pass alone)
 
     def add(
-        self, ffn: "FeedForward", routing: Routing, mask: Tensor | None, task: Tensor | None = None
+        self,
+        ffn: "FeedForward",
+        tokens: Tensor,
+        routing: Routing,
+        mask: Tensor | None,
+        task: Tensor | None = None,
     ) -> Routing:
-        """Note a call of a mixture and return its routing, whose weights carry the losses' gradient."""
+        """Note a call of a mixture with tokens (T, H).
+
+        Returns:
+            its routing, whose weights carry the losses' gradient.
+        """
         self.num_calls += 1
         if torch.compiler.is_compiling():  # joins the model's loss when the pass is over
             self.went_back = True  # a compiled backward pass does not tell
@@ -157,7 +225,7 @@ class RouterPass:
         self.calls.append(Call(ffn, routing, mask, loss.detach()))
         if self.learns:
             # A reentrant checkpoint makes the graph when it repeats the call: `aux_loss` has none before.
-            ffn.repeatable.append((self, mask, task, self.shows and not torch.is_grad_enabled()))
+            ffn.repeatable.note(tokens, self, mask, task, self.shows and not torch.is_grad_enabled())
         return joined
 
     def repeat(self, routing: Routing, mask: Tensor | None, lacks_shown: bool) -> Routing:
@@ -200,6 +268,8 @@ def add_losses(
     if not losses:
         return outputs
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    if not torch.compiler.is_compiling():
+        running.total = total.detach()
     total = total * torch.as_tensor(running.share, device=total.device)
     key, tensor = _loss_of(outputs, arguments)
     if tensor is not None:  # the gradient has joined at the combine weights; here it is the value that counts

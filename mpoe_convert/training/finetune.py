@@ -15,12 +15,13 @@ import torch
 from ..artifact.layout import file_names
 from ..artifact.limits import block_length, check_length, check_token_ids, counts_from_padding, positions
 from ..artifact.loading import AUTO_CLASSES, from_pretrained, load_config, load_tokenizer, task_of
-from ..errors import TrainingError
+from ..errors import TrainingError, few
 from ..extras import need
 from ..options import by_name, called, default_of
 from ..request import as_path, check_function, check_token
 from ..source import texts
 from ..source.text_options import check_data
+from ..tensors import broken_weights
 from .checkpoints import Record, check_place, check_same_run, remove_leftovers, what_is_left, writing_into
 from .fingerprints import hash_of_examples, hash_of_model
 from .held_out import HeldOut
@@ -176,8 +177,8 @@ def _finetune(
     with _failing_into(output), stop.listening():
         report = _train(trainer, data, checkpoint and str(checkpoint), progress)
         check_weights(cast("nn.Module", trainer.model), trainer.state.global_step)
-    if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
-        stored.restore(cast("PreTrainedModel", trainer.model))
+        if not trainer.is_fsdp_enabled:  # shards stay float32, for the optimizer
+            stored.restore(cast("PreTrainedModel", trainer.model))
     result.write(trainer, report)
     return report
 
@@ -253,9 +254,16 @@ class _Stored:
         return sum(p.numel() * self.dtypes[name].itemsize for name, p in model.named_parameters())
 
     def restore(self, model: PreTrainedModel) -> None:
+        """Raises TrainingError if finite weights are beyond the range of their dtype."""
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
         model.config.dtype = self.of_config
+        if broken := broken_weights(model):
+            dtype = str(self.dtypes[broken[0]]).removeprefix("torch.")
+            raise TrainingError(
+                f"{few(broken)} grew beyond the range of {dtype}, in which the model is stored; lower the "
+                f"learning rate, or set dtype=float32 by {called(by_name(Finetuning)['options'])}"
+            )
 
 
 def _train(trainer: MpoeTrainer, data: _Data, checkpoint: str | None, progress: OnLog | None) -> dict:

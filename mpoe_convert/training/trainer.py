@@ -18,6 +18,7 @@ from .. import experts
 from ..artifact.loading import HoldsMixtures
 from ..errors import MpoeError, OutputError, TrainingError, few, one_line
 from ..options import switched
+from ..runtime.modeling_mpoe import counts_items
 from ..tensors import broken_weights
 from .checkpoints import PARTIAL, REFUSALS, Record, find_checkpoint, what_is_left, write_record
 from .library import Trainer, TrainerCallback, rotate_checkpoints
@@ -216,10 +217,35 @@ class MpoeTrainer(Trainer):
     def __init__(self, *args: Any, run: Finetuning, teacher: nn.Module | None, record: Record, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run, self.teacher, self.record = run, teacher, record
+        cls = type(cast("nn.Module", self.model))
+        if not counts_items(getattr(cls, "_base_class", cls)):  # of dense models transformers believes it
+            self.model_accepts_loss_kwargs = False
+        self._adds_router_losses = self.label_smoother is not None and self._joins_router_losses()
         self._is_saving = False
         self.router_log = next((c for c in kwargs["callbacks"] if isinstance(c, RouterLog)), None)
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def _joins_router_losses(self) -> bool:
+        """Whether the model has routers whose losses are to be added to one that Trainer makes.
+
+        Raises:
+            TrainingError: that cannot be done.
+        """
+        model = cast("nn.Module", self.model)
+        if not (hasattr(model, "mixtures") and cast(HoldsMixtures, model).mixtures()):
+            return False
+        if not hasattr(model, "add_router_losses"):
+            raise TrainingError(
+                "label_smoothing_factor is set, and the model's code, which is of an earlier version, would "
+                "weigh the routers' losses wrongly; convert the model again, or leave it out"
+            )
+        if self.args.torch_compile:
+            raise TrainingError(
+                "label_smoothing_factor and torch_compile are set, and in compiled code the routers' losses "
+                "are part of the model's own loss only; leave one of them out"
+            )
+        return True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer with learning rates by role."""
@@ -329,18 +355,41 @@ class MpoeTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss, or (loss, outputs); in training with the distillation, if there is a teacher."""
-        if self.teacher is None or not model.training:
+        if not model.training or (self.teacher is None and not self._adds_router_losses):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        hidden = {"output_hidden_states": True} if self.run.hidden_weight else {}
-        loss, outputs = super().compute_loss(model, inputs | hidden, True, num_items_in_batch)
-        with torch.no_grad():
-            taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
-        extra = self.distillation(outputs, taught, inputs["labels"])
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # its part of the step's mean
-            labels = inputs["labels"][..., int(self._loss_shifts_labels) :]
-            extra = extra * (labels != -100).sum() / num_items_in_batch * self.accelerator.num_processes
-        loss = (1 - self.run.teacher_weight) * loss + extra
+        hidden = {"output_hidden_states": True} if self.teacher and self.run.hidden_weight else {}
+        joined = {"output_router_logits": False} if self._adds_router_losses else {}  # all of them
+        loss, outputs = super().compute_loss(model, inputs | hidden | joined, True, num_items_in_batch)
+        share = self._share_of_step(inputs["labels"], num_items_in_batch)
+        if self._adds_router_losses:
+            own: HoldsMixtures = self.accelerator.unwrap_model(model)
+            loss = own.add_router_losses(loss, share)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(**{k: v for k, v in inputs.items() if k != "task_ids"}, **hidden)
+            extra = self.distillation(outputs, taught, inputs["labels"])
+            loss = (1 - self.run.teacher_weight) * loss + share * extra
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_step(
+        self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor | float:
+        """A pass's share of the step's mean, scaled as Trainer scales the loss; one if it averages itself.
+
+        Args:
+            labels: (B, T) or (B,), -100 where none counts.
+            num_items_in_batch: how many count in the step, of all devices if tokens are averaged across them.
+        """
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            return 1.0
+        share = (labels[..., int(self._loss_shifts_labels) :] != -100).sum() / num_items_in_batch
+        if not self.args.average_tokens_across_devices:
+            return share
+        return share * (self.args.n_gpu if self.args.n_gpu > 1 else self._num_batches())
+
+    def _num_batches(self) -> int:
+        """How many processes have a batch of their own."""
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def distillation(self, outputs: Any, taught: Any, labels: torch.Tensor) -> torch.Tensor:
         """KL(teacher || student) per counted token at the temperature, times its square (Hinton 2015).

@@ -90,7 +90,8 @@ def test_a_shown_loss_counts_once(way, reentrant, artifact):
     checkpointed(model, reentrant)
     model.config.router_aux_loss_coef = AUX
     if way == "a tuple":  # which cannot show it, so that it joins by itself
-        loss = model(**inputs, labels=labels, output_router_logits=True, return_dict=False)[0]
+        model.config.output_router_logits = True
+        loss = model(**inputs, labels=labels, return_dict=False)[0]
     elif way == "its loss":
         loss = model(**inputs, labels=labels, output_router_logits=True).loss
     else:

@@ -1,5 +1,6 @@
 """Selection, losses and statistics of the routers, against their definitions and transformers' own."""
 
+import inspect
 import math
 
 import pytest
@@ -14,7 +15,14 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from mpoe_convert import router_stats
 from mpoe_convert.errors import TrainingError
-from mpoe_convert.runtime.modeling_mpoe import Router, Routing, load_balancing_loss, router_z_loss, weigh
+from mpoe_convert.runtime.modeling_mpoe import (
+    Router,
+    Routing,
+    counts_items,
+    load_balancing_loss,
+    router_z_loss,
+    weigh,
+)
 
 AUX, Z = 0.3, 0.2
 EXPERTS = 3
@@ -151,6 +159,25 @@ def test_accumulated_passes_are_parts_of_one_step(model_type, artifact):
         torch.testing.assert_close(found, whole / parts if weighs else whole)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("model_type", ["Llama", "GPTNeoX", "GPT2"])
+def test_whether_a_head_counts_items_is_known_beforehand(model_type, head):
+    cls = getattr(transformers, f"{model_type}For{head}")
+    names = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+    names |= {"intermediate_size": 8, "num_labels": 2}
+    names |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    model = cls(cls.config_class(**names)).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    labels = {"labels": ids % 2 if "Token" in head else ids[:, 0] % 2}
+    if "Question" in head:
+        labels = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])}
+    whole = model(ids, **labels).loss
+    takes = "kwargs" in inspect.signature(model.forward).parameters
+    counted = takes and model(ids, **labels, num_items_in_batch=100).loss < whole / 10
+    assert counts_items(cls) == counted
+    assert not counts_items(transformers.ViTForImageClassification)  # not in a regression
+
+
 def test_the_default_coefficient_is_on_in_training_only(artifact):
     model = no_dropout(load(artifact("gpt2")[1]))
     assert model.config.router_aux_loss_coef == 0.005 and model.config.router_z_loss_coef == 0
@@ -189,6 +216,49 @@ def test_checkpointing_keeps_the_gradient_of_the_losses(model_type, reentrant, s
     assert not torch.allclose(without[name], expected[name], rtol=1e-2)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_passes_go_back_in_any_order_and_with_others_between(reentrant, artifact):
+    model = skew(no_dropout(load(artifact("llama", noise=0.1)[1], "llama", router_aux_loss_coef=AUX)))
+    first = batch(model, "llama") | {"use_cache": False}
+    first["attention_mask"] = torch.ones_like(first["input_ids"])
+    first["attention_mask"][:, :3] = 0
+    second = {"input_ids": first["input_ids"].flip(1), "labels": first["labels"], "use_cache": False}
+    longer = {name: second[name].repeat(1, 2) for name in ("input_ids", "labels")} | {"use_cache": False}
+
+    def back(backward: list[int], between=lambda: None):
+        losses = [scale * model(**inputs).loss for scale, inputs in ((8, first), (1, second), (2, longer))]
+        between()
+        model.zero_grad()
+        for i in backward:
+            losses[i].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def evaluate():
+        with torch.no_grad():
+            model(input_ids=first["input_ids"])
+            model.eval()(input_ids=first["input_ids"])
+        model.train()
+
+    expected = back([2, 1, 0])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for found in (back([0, 1, 2]), back([1, 2, 0]), back([0, 2, 1], evaluate), back([2, 1, 0], model.eval)):
+        model.train()
+        for name, gradient in found.items():
+            atol = 1e-4 * float(expected[name].abs().max())
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_a_repeated_call_that_is_not_known_is_an_error(artifact):
+    model = no_dropout(load(artifact("gpt2")[1]))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(**batch(model, "gpt2")).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="or was repeated before; expected one backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [None, True])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_loss_made_by_hand_from_the_logits_optimises_them_too(reentrant, artifact):
@@ -203,6 +273,29 @@ def test_a_loss_made_by_hand_from_the_logits_optimises_them_too(reentrant, artif
         logits = output.logits if return_dict else output[0]
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         for name, gradient in gradients(loss, model).items():
+            atol = 1e-4 * float(expected[name].abs().max())
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_added_to_a_loss_made_by_hand_they_are_scaled_as_it_is(reentrant, artifact):
+    coefs = {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z}
+    model = skew(no_dropout(load(artifact("gpt2", noise=0.1)[1], **coefs)))
+    with pytest.raises(ValueError, match="no forward pass in training"):
+        model.add_router_losses(torch.zeros(()))
+    inputs = batch(model, "gpt2")
+    labels = inputs.pop("labels")
+    own = model(**inputs, labels=labels).loss
+    expected = gradients(64.0 * own, model)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for share in (1.0, 0.25):
+        logits = model(**inputs).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = model.add_router_losses(share * loss, share)
+        torch.testing.assert_close(loss, share * own)
+        for name, gradient in gradients(64.0 / share * loss, model).items():
             atol = 1e-4 * float(expected[name].abs().max())
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
 
@@ -242,6 +335,9 @@ def test_router_logits_in_the_outputs(model_type, artifact):
     torch.testing.assert_close(shown.aux_loss, expected)
     model.config.output_router_logits = True
     assert torch.equal(model(**inputs).aux_loss, shown.aux_loss)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    with pytest.raises(ValueError, match="a tuple has no place for `aux_loss`"):
+        model(**inputs, output_router_logits=True, return_dict=False)
 
 
 def test_compiles_whole_with_the_losses(artifact):
@@ -326,6 +422,10 @@ def test_bias_balances_without_a_loss(artifact, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved", dtype=torch.bfloat16).mixtures()[0][1]
     assert again.balance_bias.dtype == torch.float32 and torch.equal(again.balance_bias, biases[0])
+    for cast in (again.bfloat16, again.half, lambda: again.to("cpu", torch.bfloat16)):
+        cast()
+        assert again.down.bias.dtype != torch.float32 and again.balance_bias.dtype == torch.float32
+        assert torch.equal(again.balance_bias, biases[0])
     found = routings(model.eval(), inputs)[0]
     assert torch.equal(found.choices.weights, torch.ones(len(found.logits)))
 

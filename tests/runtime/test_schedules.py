@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from mpoe_convert.runtime.modeling_mpoe import FeedForward, MatrixCache
+from mpoe_convert.runtime.modeling_mpoe import CONFIG_OPTIONS, FeedForward, MatrixCache
 
 HIDDEN = 12
 
@@ -269,11 +270,39 @@ def test_options_come_from_the_config_and_the_environment_comes_first(artifact, 
     for ffn in mixtures(out, mpoe_schedule="cached", mpoe_cache_bytes=2000):
         assert (ffn.schedule, ffn.cache.keep, ffn.cache.limit) == ("rebuild", "all", 2000)
     monkeypatch.setenv("MPOE_CACHE_BYTES", "4GB")
-    with pytest.raises(ValueError, match="mpoe_cache_bytes is '4GB': expected a number"):
+    with pytest.raises(ValueError, match="mpoe_cache_bytes is '4GB': expected a whole number"):
         mixtures(out)
     monkeypatch.setenv("MPOE_SCHEDULE", "quick")
     with pytest.raises(ValueError, match="mpoe_schedule is 'quick': choose one of auto, apply"):
         mixtures(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("router_capacity_factor", -1.0, "a number of at least 0 or none"),
+        ("router_capacity_factor", "two", "a number of at least 0 or none"),
+        ("router_jitter_noise", -0.5, "a number of at least 0"),
+        ("router_jitter_noise", "0.1", "a number of at least 0"),
+        ("router_aux_loss_coef", float("nan"), "a number of at least 0"),
+        ("router_z_loss_coef", None, "a number of at least 0"),
+        ("router_bias_update_rate", True, "a number of at least 0"),
+        ("router_size_penalty", 1, "true or false"),
+        ("router_tasks", "sums", "a list of texts or none"),
+        ("mpoe_cache_bytes", -1, "a whole number of at least 0 or none"),
+        ("mpoe_cache_bytes", "8G", "a whole number of at least 0 or none"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused(name, value, expected, artifact):
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(repr(value))}: expected {expected}$"):
+        mixtures(artifact("gpt2")[1], **{name: value})
+
+
+@pytest.mark.parametrize("option", CONFIG_OPTIONS, ids=lambda option: option.name)
+def test_defaults_fit_and_every_number_has_a_least_value(option):
+    option.check(option.default)
+    kinds = getattr(option.type, "__args__", (option.type,))
+    assert (option.least is not None) == bool({int, float} & set(kinds))
 
 
 @pytest.mark.parametrize("options", [{"mpoe_cache": "all"}, {"mpoe_schedule": "rebuild"}])

@@ -139,6 +139,12 @@ def test_what_cannot_be(load):
         model(ids)
     with pytest.raises(ValueError, match=r"no such task: \['verse'\]; this model knows"):
         model.route_by("verse")
+    for strange in (-1, 7, True, [0, True], torch.tensor([0, -1]), torch.tensor(7), torch.tensor([True])):
+        with pytest.raises(ValueError, match=r"no such task: \[(-1|7|True)\]; this model knows"):
+            model(ids, task_ids=strange)
+    for none in ([], torch.tensor([], dtype=torch.long)):
+        with pytest.raises(ValueError, match="no task was given; this model knows"):
+            model(ids, task_ids=none)
     with pytest.raises(ValueError, match=r"3 tasks were given for 2 sequences"):
         model(ids, task_ids=[0, 1, 2])
     model.route_by([0, 1, 2])  # left from a larger batch

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from mpoe_convert import Finetuning, evaluate, finetune
 from mpoe_convert.artifact.loading import from_pretrained
 from mpoe_convert.errors import OutputError, TrainingError
+from mpoe_convert.training.finetune import _Stored
 from mpoe_convert.training.trainer import refusals_told
 
 
@@ -102,6 +104,19 @@ def test_what_a_library_refuses_is_told_in_one_line(arguments, dense, data, tmp_
     with pytest.raises(TrainingError, match=r"cannot be (set up|made|batched): ") as told:
         finetune(run(dense, data, steps=1, arguments=arguments), tmp_path / "tuned")
     assert "\n" not in str(told.value) and not (tmp_path / "tuned").exists()
+
+
+def test_weights_that_their_stored_dtype_cannot_hold_are_no_success():
+    model = torch.nn.Linear(2, 2).half()
+    model.config = SimpleNamespace(dtype=torch.float16)
+    stored = _Stored(model)
+    stored.restore(model.float())
+    assert model.weight.dtype == torch.float16
+    model.float().weight.data[0, 0] = 70_000.0
+    with pytest.raises(
+        TrainingError, match=r"'weight' grew beyond the range of float16, .* set dtype=float32"
+    ):
+        stored.restore(model)
 
 
 def test_refusals_are_told():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from mpoe_convert.cli import main
 from mpoe_convert.errors import CheckpointError, DataError, OutputError, RunError, TrainingError
 from mpoe_convert.training.interrupts import Interrupted
 from mpoe_convert.training.roles import role_of
+from mpoe_convert.training.trainer import MpoeTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 
@@ -197,6 +199,52 @@ def test_accumulated_passes_make_the_same_step(artifact, text, tmp_path):
     for name in changed(before, whole):
         step = (whole[name] - before[name]).norm()
         assert (whole[name] - parts[name]).norm() < 0.02 * step, name
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_accumulated_passes_of_a_head_that_counts_nothing_are_averaged(converted, artifact, tmp_path):
+    """Llama's heads take `num_items_in_batch` and ignore it; every example has one label."""
+    out = artifact("llama", "AutoModelForSequenceClassification", noise=0.1)[converted]
+    data = write(tmp_path / "data.csv", rows("classification"))
+    logged = []
+    for name, sizes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "accumulate": 4})):
+        options = QUICK | sizes | {"steps": 1, "log_every": 1, "task": "classification"}
+        options |= {"options": {"router_aux_loss_coef": 0.0}} if converted else {}
+        report = finetune(Finetuning(str(out), data, **options), tmp_path / name)
+        logged.append(next((e["loss"], e["grad_norm"]) for e in report["log"] if "loss" in e))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-2)
+
+
+def test_label_smoothing_leaves_the_weight_of_the_routers_losses(artifact, tmp_path):
+    """Of blocks of one text again and again, whose routers' losses are nearly the same."""
+    _, out = artifact("llama", noise=0.1)
+    data = write(tmp_path / "data.jsonl", rows("causal", 1) * 24)
+    logged = {}
+    for coef in (0.0, 10.0):
+        for accumulate in (1, 4):
+            options = {"length": 8, "steps": 1, "log_every": 1, "arguments": {"label_smoothing_factor": 0.1}}
+            options |= {"options": {"router_aux_loss_coef": coef, "output_router_logits": coef > 0}}
+            options |= {"batch_size": 8 // accumulate, "accumulate": accumulate}
+            report = finetune(Finetuning(str(out), data, **options), tmp_path / f"{coef}-{accumulate}")
+            found = next((e["loss"], e["grad_norm"]) for e in report["log"] if "loss" in e)
+            logged[coef, accumulate] = found
+    assert logged[10.0, 4] == pytest.approx(logged[10.0, 1], rel=1e-2)
+    assert logged[0.0, 4] == pytest.approx(logged[0.0, 1], rel=1e-2)
+    assert logged[10.0, 1][0] > logged[0.0, 1][0] + 10 and logged[10.0, 1][1] > 1.5 * logged[0.0, 1][1]
+    compiled = {"label_smoothing_factor": 0.1, "torch_compile": True}
+    with pytest.raises(TrainingError, match="leave one of them out"):
+        finetune(Finetuning(str(out), data, **QUICK, arguments=compiled), tmp_path / "compiled")
+
+
+@pytest.mark.parametrize(("averages", "factor"), [(True, 2), (False, 1)])
+def test_a_teachers_part_is_scaled_as_the_loss_is(averages, factor):
+    labels = torch.tensor([[1, 2, -100, 3], [-100, 2, 3, 1]])
+    trainer = SimpleNamespace(model_accepts_loss_kwargs=True, _loss_shifts_labels=True, get_tp_size=lambda: 2)
+    trainer.args = SimpleNamespace(average_tokens_across_devices=averages, n_gpu=1)
+    trainer.accelerator = SimpleNamespace(num_processes=4)
+    trainer._num_batches = lambda: MpoeTrainer._num_batches(trainer)
+    assert MpoeTrainer._share_of_step(trainer, labels, torch.tensor(20)) == factor * 5 / 20
+    assert MpoeTrainer._share_of_step(trainer, labels, None) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
