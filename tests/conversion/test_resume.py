@@ -55,7 +55,7 @@ def work(sources, tmp_path, monkeypatch):
 
 
 def recipe(case: str = "dense", **options) -> Recipe:
-    return Recipe(**CALLS[case] | {"max_shard_size": "4KB", "calibration_tokens": 1024} | options)
+    return Recipe(**CALLS[case] | {"max_shard_size": "4KB"} | options)
 
 
 @contextmanager

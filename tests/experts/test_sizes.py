@@ -143,7 +143,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, selection):
             torch.testing.assert_close(grad, own, rtol=1e-5, atol=1e-5, msg=f"{schedule}: {name}")
         with torch.no_grad():
             one = torch.stack([ffn(token[None])[0] for token in tokens])
-        torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, expected, rtol=1e-6, atol=5e-6)  # sums have another order
 
 
 @pytest.mark.parametrize(

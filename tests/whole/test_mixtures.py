@@ -39,6 +39,7 @@ from mpoe_convert.errors import (
     RecipeError,
     TrainingError,
 )
+from mpoe_convert.options import by_name, default_of
 from mpoe_convert.planning.mixtures import moment_bytes
 from mpoe_convert.runtime.modeling_mpoe import Picks
 from mpoe_convert.tables import Table
@@ -63,6 +64,10 @@ def difference(model, stock, ids=None) -> float:
 
 def own_parameters(model):
     return [(name, parameter) for name, parameter in model.named_parameters() if ".mixture." in name]
+
+
+# What takes the text from a recipe.
+UNREAD = {"calibrate": (), "calibration_tokens": default_of(by_name(Recipe)["calibration_tokens"])}
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -345,7 +350,7 @@ def test_calibrated_experts_lose_less_of_their_outputs(readable, tmp_path):
     options = {"share": "none", "allocation": "uniform", "calibration_tokens": 2048}
     recipe = Recipe(str(source), keep=0.6, calibrate=(text,), **options)
     report = convert(recipe, tmp_path / "out")
-    plain = convert(recipe.replace(calibrate=()), tmp_path / "plain")
+    plain = convert(recipe.replace(**UNREAD), tmp_path / "plain")
     stock, model = load_pair(source, tmp_path / "out")
     ids = token_ids((8, 32), seed=5)
     assert difference(model, stock, ids) < difference(load_pair(source, tmp_path / "plain")[1], stock, ids)
@@ -362,7 +367,7 @@ def test_an_expert_with_nan_is_named_before_what_it_computes(tmp_path, readable)
     tensors[name][2].view(-1)[5] = float("nan")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     recipe = Recipe(str(source), keep=0.6, calibrate=(readable[1],), calibration_tokens=1024)
-    for each in (recipe, recipe.replace(calibrate=()), recipe.replace(calibrate=(), keep=None)):
+    for each in (recipe, recipe.replace(**UNREAD), recipe.replace(**UNREAD, keep=None)):
         with pytest.raises(CheckpointError) as caught:
             convert(each, tmp_path / "out")
         assert f"{name} (expert 2) holds NaN or Inf in 1 of" in str(caught.value)
@@ -411,7 +416,7 @@ def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeyp
     source, text = readable
     recipe = Recipe(str(source), keep=0.6, share="none", calibrate=(text,), calibration_tokens=1024)
     recipe = recipe.replace(allocation="uniform")  # which takes no gradients
-    needed = sum(map(moment_bytes, plan(recipe.replace(calibrate=())).ffns))
+    needed = sum(map(moment_bytes, plan(recipe.replace(**UNREAD)).ffns))
     # Of 2 layers of 4 experts, those of 32 inputs and 24 hidden neurons in one block each.
     assert needed == 2 * EXPERTS * 4 * (32 * 32 + 24 * 24)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path / "assets")
@@ -431,7 +436,7 @@ def test_a_disk_without_room_for_the_moments_is_told(readable, tmp_path, monkeyp
     assert "Moments of the calibration, kept in the cache of Hugging Face: 51.2 kB" in lines
     # Of one layer: as they are kept beside the work on its largest stack, or thrice while they are summed.
     own, stack = needed // 2, max(8 * matrix.dense_params for matrix in planned.matrices)
-    without = plan(recipe.replace(calibrate=())).peak_bytes
+    without = plan(recipe.replace(**UNREAD)).peak_bytes
     assert planned.peak_bytes == without - stack + own + max(stack, 2 * own)
 
 
