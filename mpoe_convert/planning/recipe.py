@@ -96,6 +96,18 @@ class WeightFiles(OptionGroup):
     )
 
 
+@described
+class CodeOfArtifacts(OptionGroup):
+    """Whether code that an artifact brings along is run."""
+
+    trust_remote_code: bool = option(
+        default=False,
+        help="Run custom code that the artifact brings along. The `modeling_mpoe.py` of this release is run "
+        "without it.",
+        group="General",
+    )
+
+
 if TYPE_CHECKING:
     from ..experts.kinds import mpo, split
 

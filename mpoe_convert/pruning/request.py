@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..devices import DEVICES, is_device
 from ..options import LARGEST_COUNT, Texts, described, in_home, option
-from ..planning.recipe import WeightFiles
+from ..planning.recipe import CodeOfArtifacts, WeightFiles
 from ..request import Request
 from ..source.text_options import TextSource
 
@@ -17,7 +17,7 @@ WAYS = {
 
 
 @described
-class Pruning(TextSource, WeightFiles, Request):
+class Pruning(TextSource, CodeOfArtifacts, WeightFiles, Request):
     """How many experts an artifact has left, and which.
 
     Raises:
@@ -56,10 +56,4 @@ class Pruning(TextSource, WeightFiles, Request):
         group="Calibration",
         valid=is_device,
         expected=DEVICES,
-    )
-    trust_remote_code: bool = option(
-        default=False,
-        help="Run custom code that the artifact brings along. The `modeling_mpoe.py` of this release is run "
-        "without it.",
-        group="Calibration",
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ...artifact.weight_files import PlannedTensor as PlannedTensor
 from ...options import OptionGroup, described, option
-from ...planning.recipe import WeightFiles
+from ...planning.recipe import CodeOfArtifacts, WeightFiles
 from ...request import Request, plugin_options
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ else:
 
 
 @described
-class Export(_TargetOptions, WeightFiles, Request):
+class Export(_TargetOptions, CodeOfArtifacts, WeightFiles, Request):
     """What to write. The options of the targets are fields as well.
 
     Raises:
@@ -142,10 +142,4 @@ class Export(_TargetOptions, WeightFiles, Request):
         help="Load what was written and compare its outputs with the artifact's.",
         group="General",
         default_text="check",
-    )
-    trust_remote_code: bool = option(
-        default=False,
-        help="Run custom code that the artifact brings along. The `modeling_mpoe.py` of this release is run "
-        "without it.",
-        group="General",
     )
